@@ -1,0 +1,345 @@
+"""Messages to bytes and back: protobuf for training passes, their results and samples, JSON for the rest.
+
+Every decoder checks the sizes that the bytes themselves state before it builds an array, and answers what it can't
+read with `InvalidRequest`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import zstandard
+from google.protobuf.message import DecodeError
+from pydantic import BaseModel, ValidationError
+
+from twinkle.protocol import messages as m
+from twinkle.protocol import twinkle_pb2 as pb
+from twinkle.protocol.errors import InvalidRequest, TooLarge
+from twinkle.protocol.types import (
+    Array,
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    LossFnConfig,
+    ModelInput,
+    OtherChunk,
+    SampledSequence,
+    SampleResponse,
+    TensorData,
+    TopkRow,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_DTYPES: dict[int, np.dtype] = {
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_INT64: np.dtype("<i8"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+}
+
+# An empty cell of a top-k table on the wire.
+_EMPTY_LOGPROB = -99999.0
+
+MAX_DENSE_ELEMENTS = 2**28
+
+# ---------------------------------------------------------------- JSON
+
+
+def decode_json(model: type[Model], body: bytes) -> Model:
+    """A JSON body as a message.
+
+    Raises:
+        InvalidRequest: naming each field that is wrong.
+    """
+    try:
+        return model.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error
+
+
+def describe_validation(error: ValidationError) -> str:
+    """What pydantic found, as one sentence a field."""
+    problems: list[str] = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "body"
+        given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
+        problems.append(f"{where}: {problem['msg']}{given}")
+    return "; ".join(problems)
+
+
+def encode_json(message: BaseModel) -> bytes:
+    return message.model_dump_json(exclude_none=True).encode()
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _encode_tensor(tensor: TensorData) -> pb.Tensor:
+    is_int = tensor.array.dtype.kind == "i"
+    array = np.ascontiguousarray(tensor.array, "<i8" if is_int else "<f4")
+    dtype = pb.DTYPE_INT64 if is_int else pb.DTYPE_FLOAT32
+    return pb.Tensor(dense=array.tobytes(), dtype=dtype, shape=array.shape)
+
+
+def _from_bytes(data: bytes, dtype: int, name: str) -> Array:
+    """The flat array that the bytes hold; bfloat16 is widened to float32."""
+    if dtype == pb.DTYPE_BFLOAT16:
+        if len(data) % 2:
+            raise InvalidRequest(f"{name}: {len(data)} bytes are no whole number of bfloat16 values")
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    numpy_dtype = _DTYPES.get(dtype)
+    if numpy_dtype is None:
+        raise InvalidRequest(f"{name}: unknown tensor dtype {dtype}; use float32, int64, int32 or bfloat16")
+    if len(data) % numpy_dtype.itemsize:
+        raise InvalidRequest(f"{name}: {len(data)} bytes are no whole number of {numpy_dtype} values")
+    return np.frombuffer(data, numpy_dtype)
+
+
+def _to_wire_type(array: Array) -> Array:
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64, copy=False)
+
+
+def _decode_sparse(tensor: pb.Tensor, shape: tuple[int, ...], name: str) -> Array:
+    sparse = tensor.sparse_csr
+    values = _from_bytes(sparse.values, tensor.dtype, name)
+    rows = _from_bytes(sparse.crow_indices, pb.DTYPE_INT64, name)
+    cols = _from_bytes(sparse.col_indices, pb.DTYPE_INT64, name)
+    if len(shape) != 2 or len(rows) != shape[0] + 1 or len(cols) != len(values):
+        raise InvalidRequest(f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value")
+    counts = np.diff(rows)
+    if rows[0] != 0 or rows[-1] != len(values) or (counts < 0).any():
+        raise InvalidRequest(f"{name}: the row pointers of a sparse tensor must rise from 0 to the number of values")
+    if len(cols) and (cols.min() < 0 or cols.max() >= shape[1]):
+        raise InvalidRequest(f"{name}: a column of a sparse tensor is outside of its shape {list(shape)}")
+    dense = np.zeros(shape, values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), cols] = values
+    return dense
+
+
+def _decode_tensor(tensor: pb.Tensor, name: str) -> TensorData:
+    shape = tuple(tensor.shape)
+    if any(size < 0 for size in shape) or math.prod(shape) > MAX_DENSE_ELEMENTS:
+        raise InvalidRequest(f"{name}: shape {list(shape)} is not possible here (at most {MAX_DENSE_ELEMENTS} values)")
+    if tensor.WhichOneof("layout") == "sparse_csr":
+        return TensorData(_to_wire_type(_decode_sparse(tensor, shape, name)))
+    array = _from_bytes(tensor.dense, tensor.dtype, name)
+    shape = shape or (len(array),)
+    if math.prod(shape) != len(array):
+        raise InvalidRequest(f"{name}: shape {list(shape)} needs {math.prod(shape)} values, {len(array)} were sent")
+    return TensorData(_to_wire_type(array.reshape(shape)))
+
+
+# ---------------------------------------------------------------- forward_backward
+
+
+def encode_forward_backward(request: m.ForwardBackwardRequest) -> bytes:
+    """A training pass as protobuf."""
+    message = pb.ForwardBackwardRequest(
+        model_id=request.model_id,
+        seq_id=request.seq_id,
+        loss_fn=request.loss_fn,
+        forward_only=request.forward_only,
+        data=[_encode_datum(datum) for datum in request.data],
+    )
+    for name, value in request.loss_fn_config.items():
+        if isinstance(value, str):
+            message.loss_fn_config_v2[name].text = value
+        else:
+            message.loss_fn_config[name] = value
+            message.loss_fn_config_v2[name].number = value
+    return message.SerializeToString()
+
+
+def _encode_datum(datum: Datum) -> pb.Datum:
+    tokens = np.ascontiguousarray(datum.model_input.tokens(), "<i4").tobytes()
+    message = pb.Datum(model_input=[pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=tokens))])
+    for name, tensor in datum.loss_fn_inputs.items():
+        message.loss_fn_inputs[name].CopyFrom(_encode_tensor(tensor))
+    return message
+
+
+def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
+    """A training pass from protobuf.
+
+    Raises:
+        InvalidRequest: if the bytes are no such message, or a tensor's bytes don't fit its shape.
+    """
+    try:
+        message = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError as error:
+        raise InvalidRequest(f"body: not a protobuf ForwardBackwardRequest ({error})") from error
+    config: LossFnConfig = dict(message.loss_fn_config)
+    for name, value in message.loss_fn_config_v2.items():
+        config[name] = value.text if value.WhichOneof("kind") == "text" else value.number
+    return m.ForwardBackwardRequest(
+        model_id=message.model_id,
+        seq_id=message.seq_id,
+        data=[_decode_datum(datum, f"data[{i}]") for i, datum in enumerate(message.data)],
+        loss_fn=message.loss_fn,
+        loss_fn_config=config,
+        forward_only=message.forward_only,
+    )
+
+
+def _decode_datum(message: pb.Datum, where: str) -> Datum:
+    chunks: list[EncodedTextChunk | OtherChunk] = []
+    for chunk in message.model_input:
+        kind = chunk.WhichOneof("kind")
+        if kind == "encoded_text":
+            tokens = _from_bytes(chunk.encoded_text.tokens, pb.DTYPE_INT32, f"{where}.model_input")
+            if len(tokens) and tokens.min() < 0:
+                raise InvalidRequest(f"{where}.model_input: token id {tokens.min()} is negative")
+            chunks.append(EncodedTextChunk.model_construct(tokens=tokens))
+        else:
+            chunks.append(OtherChunk.model_construct(type=kind or "image"))
+    inputs = {
+        name: _decode_tensor(tensor, f"{where}.loss_fn_inputs.{name}")
+        for name, tensor in message.loss_fn_inputs.items()
+    }
+    return Datum(ModelInput.model_construct(chunks=chunks), inputs)
+
+
+def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
+    """A training pass's result as protobuf.
+
+    Datums whose arrays have other trailing dimensions (or other fields) than their predecessors begin a new record.
+    """
+    message = pb.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type, metrics=output.metrics)
+    for group in _same_layout(output.loss_fn_outputs):
+        record = message.loss_fn_outputs.add(type_tag=output.loss_fn_output_type, num_datums=len(group))
+        for name in group[0]:
+            record.fields[name].CopyFrom(_encode_batched([datum[name].array for datum in group]))
+    return message.SerializeToString()
+
+
+def _same_layout(datums: Iterable[dict[str, TensorData]]) -> list[list[dict[str, TensorData]]]:
+    groups: list[list[dict[str, TensorData]]] = []
+    previous: object = None
+    for datum in datums:
+        layout = {name: (tensor.dtype, tensor.array.shape[1:]) for name, tensor in datum.items()}
+        if layout != previous:
+            groups.append([])
+            previous = layout
+        groups[-1].append(datum)
+    return groups
+
+
+def _encode_batched(arrays: Sequence[Array]) -> pb.BatchedTensor:
+    is_int = arrays[0].dtype.kind == "i"
+    chunks = [np.ascontiguousarray(array, "<i8" if is_int else "<f4").tobytes() for array in arrays]
+    offsets = np.cumsum([0] + [len(chunk) for chunk in chunks])
+    return pb.BatchedTensor(
+        data=b"".join(chunks),
+        offsets=offsets.astype("<i8").tobytes(),
+        dtype=pb.DTYPE_INT64 if is_int else pb.DTYPE_FLOAT32,
+        trailing_shape=arrays[0].shape[1:],
+    )
+
+
+def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
+    """A training pass's result from protobuf."""
+    message = pb.ForwardBackwardOutput.FromString(body)
+    outputs: list[dict[str, TensorData]] = []
+    for record in message.loss_fn_outputs:
+        columns = {name: _decode_batched(field, name) for name, field in record.fields.items()}
+        outputs.extend({name: column[i] for name, column in columns.items()} for i in range(record.num_datums))
+    return ForwardBackwardOutput(outputs, dict(message.metrics), message.loss_fn_output_type)
+
+
+def _decode_batched(field: pb.BatchedTensor, name: str) -> list[TensorData]:
+    offsets = _from_bytes(field.offsets, pb.DTYPE_INT64, name)
+    shape = (-1, *field.trailing_shape)
+    arrays = (_from_bytes(field.data[a:b], field.dtype, name) for a, b in zip(offsets, offsets[1:], strict=False))
+    return [TensorData(_to_wire_type(array.reshape(shape))) for array in arrays]
+
+
+# ---------------------------------------------------------------- sample
+
+
+def encode_sample(response: SampleResponse) -> bytes:
+    """A sample's result as protobuf."""
+    message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
+    for sequence in response.sequences:
+        encoded = message.sequences.add(
+            stop_reason=pb.STOP_REASON_STOP if sequence.stop_reason == "stop" else pb.STOP_REASON_LENGTH,
+            tokens=np.asarray(sequence.tokens, "<i4").tobytes(),
+        )
+        if sequence.logprobs is not None:
+            encoded.logprobs = np.asarray(sequence.logprobs, "<f4").tobytes()
+        if sequence.topk_logprobs is not None:
+            encoded.topk_sampled_logprobs.CopyFrom(_encode_topk(sequence.topk_logprobs))
+    if response.prompt_logprobs is not None:
+        values = [math.nan if value is None else value for value in response.prompt_logprobs]
+        message.prompt_logprobs = np.asarray(values, "<f4").tobytes()
+    if response.topk_prompt_logprobs is not None:
+        message.topk_prompt_logprobs.CopyFrom(_encode_topk(response.topk_prompt_logprobs))
+    return message.SerializeToString()
+
+
+def _encode_topk(rows: list[TopkRow]) -> pb.TopkLogprobs:
+    k = max((len(row) for row in rows if row is not None), default=0)
+    token_ids = np.zeros((len(rows), k), "<i4")
+    logprobs = np.full((len(rows), k), _EMPTY_LOGPROB, "<f4")
+    for i, row in enumerate(rows):
+        for j, (token_id, logprob) in enumerate(row or []):
+            token_ids[i, j], logprobs[i, j] = token_id, logprob
+    return pb.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=logprobs.tobytes(), k=k, length=len(rows))
+
+
+def decode_sample(body: bytes) -> SampleResponse:
+    """A sample's result from protobuf."""
+    message = pb.SampleResponse.FromString(body)
+    sequences = [
+        SampledSequence(
+            stop_reason="stop" if sequence.stop_reason == pb.STOP_REASON_STOP else "length",
+            tokens=np.frombuffer(sequence.tokens, "<i4").tolist(),
+            logprobs=np.frombuffer(sequence.logprobs, "<f4").tolist() if sequence.HasField("logprobs") else None,
+            topk_logprobs=_decode_topk(sequence.topk_sampled_logprobs)
+            if sequence.HasField("topk_sampled_logprobs")
+            else None,
+        )
+        for sequence in message.sequences
+    ]
+    prompt_logprobs: list[float | None] | None = None
+    if message.HasField("prompt_logprobs"):
+        values = np.frombuffer(message.prompt_logprobs, "<f4")
+        prompt_logprobs = [None if math.isnan(value) else value for value in values.tolist()]
+    topk = _decode_topk(message.topk_prompt_logprobs) if message.HasField("topk_prompt_logprobs") else None
+    return SampleResponse(sequences, prompt_logprobs, topk, message.prompt_cache_hit_tokens)
+
+
+def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
+    token_ids = np.frombuffer(table.token_ids, "<i4").reshape(table.length, table.k)
+    logprobs = np.frombuffer(table.logprobs, "<f4").reshape(table.length, table.k)
+    rows: list[TopkRow] = []
+    for ids, values in zip(token_ids.tolist(), logprobs.tolist(), strict=True):
+        row = [(i, value) for i, value in zip(ids, values, strict=True) if value != _EMPTY_LOGPROB]
+        rows.append(row or None)
+    return rows
+
+
+# ---------------------------------------------------------------- compression
+
+
+def compress(body: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=1).compress(body)
+
+
+def decompress(body: bytes, max_bytes: int) -> bytes:
+    """A zstd body, never building more than `max_bytes`.
+
+    Raises:
+        TooLarge: if it would be larger.
+        InvalidRequest: if it is not zstd.
+    """
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+            data = reader.read(max_bytes + 1)
+    except zstandard.ZstdError as error:
+        raise InvalidRequest(f"body: Content-Encoding says zstd, but it can't be read ({error})") from error
+    if len(data) > max_bytes:
+        raise TooLarge(f"body: more than {max_bytes} bytes after decompression; send fewer datums in one request")
+    return data

@@ -1,0 +1,14 @@
+"""The Twinkle service. `TwinkleServer.from_config('server_config.yaml').run()` starts it."""
+
+from twinkle.server._version import __version__
+
+__all__ = ["TwinkleServer", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Ray takes a second to import: parts of this package are used without it (local mode, check-config).
+    if name == "TwinkleServer":
+        from twinkle.server.app import TwinkleServer
+
+        return TwinkleServer
+    raise AttributeError(f"module 'twinkle.server' has no attribute {name!r}")

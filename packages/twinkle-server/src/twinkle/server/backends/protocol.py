@@ -1,0 +1,200 @@
+"""What a training backend is: numpy in, numpy out, one call at a time, no knowledge of tenants, runs or HTTP.
+
+A backend holds one frozen base model and any number of adapters on it. The engine packs the rows of many adapters
+into micro-batches; the backend runs them together, and keeps each adapter's gradient and moments with the adapter.
+Backends are found by entry points (group `twinkle.training_backends`): see `registry`. Every backend passes the
+contract suite in `twinkle.server.backends.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array, LossFnConfig
+
+DEFAULT_ALPHA = 32.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model, and how it is to be held.
+
+    Attributes:
+        path: directory with a Hugging Face config and safetensors.
+        torch_dtype: "bfloat16", "float16" or "float32": of the frozen weights and the arithmetic. Adapters, their
+            gradients and moments are float32 always.
+        device: "cpu", "cuda" or "cuda:N".
+        max_lora_rank: highest rank of an adapter.
+        max_context_length: longest sequence, in tokens; None is what the model's own config says.
+        tensor_parallel_size, pipeline_parallel_size: ranks to spread the model over.
+    """
+
+    path: Path
+    torch_dtype: str = "float32"
+    device: str = "cpu"
+    max_lora_rank: int = 128
+    max_context_length: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """Facts about the base model that requests are checked against.
+
+    Attributes:
+        vocab_size: token ids are below it.
+        max_context_length: longest sequence, in tokens.
+        max_lora_rank: highest rank of an adapter.
+        max_batch_tokens: most tokens (rows x longest row) in one micro-batch.
+        eos_token_ids: the tokens that end a text where a sample names no stop.
+        architecture: the model class's name.
+    """
+
+    vocab_size: int
+    max_context_length: int
+    max_lora_rank: int
+    max_batch_tokens: int
+    eos_token_ids: tuple[int, ...]
+    architecture: str
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Shape and start of an adapter; the low-rank term is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float = DEFAULT_ALPHA
+    seed: int = 0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence of a micro-batch.
+
+    Attributes:
+        adapter_id: whose term is added, and whose gradient grows.
+        tokens: int64 [T], T >= 1.
+        loss_fn: name of the loss; the engine has checked that the backend knows it.
+        loss_inputs: arrays by name, float32 or int64 of leading dimension T; the engine has checked them.
+        loss_config: the loss's parameters.
+        forward_only: no gradient is kept.
+    """
+
+    adapter_id: str
+    tokens: Int64Array
+    loss_fn: str
+    loss_inputs: dict[str, Array]
+    loss_config: LossFnConfig = field(default_factory=dict[str, float | str])
+    forward_only: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RowResult:
+    """What came of a row.
+
+    Attributes:
+        logprobs: float32 [T], log-probability of each target token under the untempered distribution.
+        loss: the row's loss, a sum over its tokens.
+        metrics: further `name:reduction` values of this row.
+    """
+
+    logprobs: Float32Array
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """An optimizer step that is due for one adapter."""
+
+    adapter_id: str
+    params: AdamParams
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """AdamW's moments, by PEFT parameter name, float32; `step` counts the steps taken."""
+
+    step: int
+    exp_avg: dict[str, Float32Array]
+    exp_avg_sq: dict[str, Float32Array]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """All there is to an adapter, outside of any backend.
+
+    Attributes:
+        spec: its shape.
+        target_modules: full names of the linear layers it acts on, for PEFT's `adapter_config.json`.
+        weights: by PEFT name (`base_model.model.{module}.lora_A.weight` [rank, in],
+            `...lora_B.weight` [out, rank]), float32.
+        optimizer: moments, or None.
+        gradients: gradient accumulated since the last step, by PEFT name, or None.
+    """
+
+    spec: AdapterSpec
+    target_modules: list[str]
+    weights: dict[str, Float32Array]
+    optimizer: OptimizerState | None = None
+    gradients: dict[str, Float32Array] | None = None
+
+
+class TrainingBackend(Protocol):
+    """One base model, many adapters. Calls come one at a time, from one thread."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Load the base model, frozen."""
+        ...
+
+    @property
+    def info(self) -> BaseModelInfo: ...
+
+    @property
+    def loss_fns(self) -> frozenset[str]:
+        """Names of the losses it computes."""
+        ...
+
+    def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        """Make an adapter as PEFT would: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments."""
+        ...
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        """Forget an adapter: weights, gradient and moments are wiped before their place is used again."""
+        ...
+
+    def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        """Run the micro-batches; add gradients of the rows' losses to their adapters'.
+
+        All or nothing: if it raises, no adapter's gradient has changed.
+        """
+        ...
+
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+        """Apply the steps, each to its own adapter, and zero those adapters' gradients.
+
+        Returns:
+            Metrics for each step: `grad_norm:mean`, the gradient's L2 norm before clipping.
+        """
+        ...
+
+    def export_adapter(self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False) -> AdapterState:
+        """A copy of the adapter."""
+        ...
+
+    def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
+
+        Raises:
+            InvalidRequest: if rank or target modules differ; then nothing has changed.
+        """
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Sampling engines: what generates tokens for many adapters on one model."""

@@ -1,0 +1,57 @@
+"""What a sampling engine is: adapters by id, requests in, futures out; it batches what it holds as it sees fit.
+
+Engines are found by entry points (group `twinkle.sampling_engines`). An engine runs in a thread (or process) of its
+own; its methods may be called from any thread and return at once.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from twinkle.protocol.types import Int64Array, SampleResponse, SamplingParams
+from twinkle.server.backends.protocol import AdapterState
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateRequest:
+    """One prompt, `num_samples` continuations.
+
+    Attributes:
+        tenant: for fairness between those who wait.
+        adapter_id: a resident adapter, or None for the base model.
+        prompt: int64 [T], T >= 1.
+        prompt_logprobs: whether log-probabilities of the prompt's tokens are wanted too; they are of the plain
+            distribution (temperature 1), first entry None.
+        topk_prompt_logprobs, topk_sample_logprobs: how many likeliest tokens to list at each position.
+    """
+
+    tenant: str
+    adapter_id: str | None
+    prompt: Int64Array
+    params: SamplingParams = field(default_factory=SamplingParams)
+    num_samples: int = 1
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+
+
+class SamplingEngine(Protocol):
+    """One base model, many resident adapters, one running batch."""
+
+    def add_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        """Make an adapter resident: an immutable copy of `state.weights`. Adding the same id again changes nothing."""
+        ...
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        """Forget an adapter once the requests that use it are done."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
+        """Queue a request. The future fails alone if the request does (unknown adapter, out of memory)."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine; futures that are not done are cancelled."""
+        ...
