@@ -6,9 +6,10 @@ read with `InvalidRequest`.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import zstandard
@@ -56,6 +57,24 @@ def decode_json(model: type[Model], body: bytes) -> Model:
     """
     try:
         return model.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error
+
+
+def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> Model:
+    """A message from a JSON body (or none) and fields of the path and query string, which win.
+
+    Raises:
+        InvalidRequest: naming each field that is wrong.
+    """
+    try:
+        values = json.loads(body or b"{}")
+    except ValueError as error:
+        raise InvalidRequest(f"body: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest("body: must be a JSON object")
+    try:
+        return model.model_validate({**cast(dict[str, object], values), **fields})
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error)) from error
 

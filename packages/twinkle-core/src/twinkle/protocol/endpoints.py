@@ -1,4 +1,7 @@
-"""Where each operation is sent and what its promise turns into: one table for the client and the gateway."""
+"""Where each request is sent and what comes back: two tables that both the client and the gateway read.
+
+Operations are answered with a promise, queries at once.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -38,4 +41,42 @@ OPERATIONS: tuple[Endpoint, ...] = (
     Endpoint("/asample", m.SampleRequest, SampleResponse),
 )
 
-BY_REQUEST: dict[type[m.Operation], Endpoint] = {endpoint.request: endpoint for endpoint in OPERATIONS}
+OPERATION: dict[type[m.Operation], Endpoint] = {endpoint.request: endpoint for endpoint in OPERATIONS}
+
+
+@dataclass(frozen=True)
+class QueryEndpoint:
+    """One query of the wire.
+
+    Attributes:
+        path: below `PREFIX`; `{field}` is filled from the request. The other fields travel as the JSON body of a
+            POST, or in the query string.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    request: type[m.Query]
+    reply: type[m.Reply]
+
+
+QUERIES: tuple[QueryEndpoint, ...] = (
+    QueryEndpoint("POST", "/create_session", m.CreateSessionRequest, m.CreateSessionResponse),
+    QueryEndpoint("POST", "/session_heartbeat", m.SessionHeartbeatRequest, m.SessionHeartbeatResponse),
+    QueryEndpoint("POST", "/sessions/{session_id}/finish", m.FinishSessionRequest, m.Acknowledged),
+    QueryEndpoint("GET", "/get_server_capabilities", m.GetServerCapabilities, m.ServerCapabilities),
+    QueryEndpoint("POST", "/get_info", m.GetInfoRequest, m.GetInfoResponse),
+    QueryEndpoint(
+        "POST", "/create_sampling_session", m.CreateSamplingSessionRequest, m.CreateSamplingSessionResponse
+    ),
+    QueryEndpoint("GET", "/samplers/{sampler_id}", m.GetSampler, m.SamplerInfo),
+    QueryEndpoint("POST", "/weights_info", m.WeightsInfoRequest, m.WeightsInfo),
+    QueryEndpoint("GET", "/training_runs", m.ListTrainingRuns, m.TrainingRunList),
+    QueryEndpoint("GET", "/training_runs/{run_id}", m.GetTrainingRun, m.TrainingRun),
+    QueryEndpoint("GET", "/training_runs/{run_id}/checkpoints", m.ListCheckpoints, m.CheckpointList),
+    QueryEndpoint("GET", "/checkpoints", m.ListUserCheckpoints, m.CheckpointList),
+    QueryEndpoint(
+        "DELETE", "/training_runs/{run_id}/checkpoints/{kind}/{name}", m.DeleteCheckpoint, m.Acknowledged
+    ),
+)
+
+QUERY: dict[type[m.Query], QueryEndpoint] = {endpoint.request: endpoint for endpoint in QUERIES}

@@ -23,6 +23,7 @@ from twinkle.protocol.types import (
     SamplingParams,
     Value,
 )
+from twinkle.protocol.uris import CheckpointKind
 
 Metadata: TypeAlias = dict[str, Any]
 
@@ -65,7 +66,12 @@ class SessionHeartbeatRequest(Value):
     session_id: str
 
 
+class SessionHeartbeatResponse(Value):
+    type: Literal["session_heartbeat"] = "session_heartbeat"
+
+
 class FinishSessionRequest(Value):
+    session_id: str
     reason: dict[str, Any] = Field(default_factory=dict[str, Any])
     detail: str | None = None
 
@@ -85,6 +91,10 @@ class SupportedModel(Value):
     sampleable: bool = True
     max_lora_rank: int
     vocab_size: int
+
+
+class GetServerCapabilities(Value):
+    pass
 
 
 class ServerCapabilities(Value):
@@ -238,6 +248,10 @@ class SampleRequest(Value):
     topk_sample_logprobs: int = Field(default=0, ge=0)
 
 
+class GetSampler(Value):
+    sampler_id: str
+
+
 class SamplerInfo(Value):
     sampler_id: str
     base_model: str
@@ -295,6 +309,34 @@ class WeightsInfo(Value):
     train_attn: bool
 
 
+class Acknowledged(Value):
+    """Done; there is nothing to tell."""
+
+
+class ListCheckpoints(Value):
+    run_id: str
+
+
+class ListUserCheckpoints(Value):
+    limit: int = Field(default=100, ge=1, le=1000)
+    offset: int = Field(default=0, ge=0)
+
+
+class DeleteCheckpoint(Value):
+    run_id: str
+    kind: CheckpointKind
+    name: str
+
+
+class GetTrainingRun(Value):
+    run_id: str
+
+
+class ListTrainingRuns(Value):
+    limit: int = Field(default=20, ge=1, le=1000)
+    offset: int = Field(default=0, ge=0)
+
+
 class Checkpoint(Value):
     checkpoint_id: str
     checkpoint_type: Literal["training", "sampler", "external"]
@@ -348,6 +390,38 @@ Ordered: TypeAlias = (
 
 Operation: TypeAlias = Ordered | CreateModelRequest | UnloadModelRequest | SampleRequest
 """Requests that are answered with a promise."""
+
+Query: TypeAlias = (
+    CreateSessionRequest
+    | SessionHeartbeatRequest
+    | FinishSessionRequest
+    | GetServerCapabilities
+    | GetInfoRequest
+    | CreateSamplingSessionRequest
+    | GetSampler
+    | WeightsInfoRequest
+    | GetTrainingRun
+    | ListTrainingRuns
+    | ListCheckpoints
+    | ListUserCheckpoints
+    | DeleteCheckpoint
+)
+"""Requests that are answered at once."""
+
+Reply: TypeAlias = (
+    CreateSessionResponse
+    | SessionHeartbeatResponse
+    | Acknowledged
+    | ServerCapabilities
+    | GetInfoResponse
+    | CreateSamplingSessionResponse
+    | SamplerInfo
+    | WeightsInfo
+    | TrainingRun
+    | TrainingRunList
+    | CheckpointList
+)
+"""What a query is answered with."""
 
 Result: TypeAlias = (
     ForwardBackwardOutput

@@ -8,7 +8,7 @@ __all__ = ["TwinkleServer", "__version__"]
 def __getattr__(name: str) -> object:
     # Ray takes a second to import: parts of this package are used without it (local mode, check-config).
     if name == "TwinkleServer":
-        from twinkle.server.app import TwinkleServer
+        from twinkle.server.serve.launch import TwinkleServer
 
         return TwinkleServer
     raise AttributeError(f"module 'twinkle.server' has no attribute {name!r}")

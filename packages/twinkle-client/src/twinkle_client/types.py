@@ -1,0 +1,51 @@
+"""The values that loops are written with: `from twinkle_client import types`."""
+
+from twinkle.protocol.messages import (
+    Checkpoint,
+    CheckpointList,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    ServerCapabilities,
+    TrainingRun,
+    TrainingRunList,
+    WeightsInfo,
+)
+from twinkle.protocol.types import (
+    AdamParams,
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    LoraConfig,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
+
+__all__ = [
+    "AdamParams",
+    "Checkpoint",
+    "CheckpointList",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "GetInfoResponse",
+    "LoadWeightsResponse",
+    "LoraConfig",
+    "ModelInput",
+    "OptimStepResponse",
+    "SampleResponse",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "ServerCapabilities",
+    "TensorData",
+    "TrainingRun",
+    "TrainingRunList",
+    "WeightsInfo",
+]

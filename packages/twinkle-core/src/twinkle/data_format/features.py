@@ -1,0 +1,92 @@
+"""Tokens with labels, and how they become what a loss reads.
+
+Labels stay in line with their own tokens here; the shift by one (a model's output at position t is about
+token t+1) is made in one place only, `to_datum`. Where labels come from is the template's business.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, NotRequired, TypedDict, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import Datum, ModelInput, TensorData
+
+NOT_TRAINED: Final = -100
+"""The label of a token that is read but not trained on (PyTorch's and Transformers' `ignore_index`)."""
+
+
+class InputFeature(TypedDict):
+    """One sequence of tokens, ready for a model.
+
+    Keys:
+        input_ids: int64 [T].
+        labels: int64 [T], not shifted: the token's own id where it is trained on, else -100.
+        loss_weights: float32 [T], optional: how much each token counts, in line with `input_ids`.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    loss_weights: NotRequired[npt.NDArray[np.float32]]
+
+
+def to_datum(feature: InputFeature | Mapping[str, Any]) -> Datum:
+    """The datum for `cross_entropy` that trains what the feature's labels mark.
+
+    With T tokens: model input = input_ids[:-1], target_tokens = input_ids[1:] (int64 [T-1]),
+    weights = (labels[1:] != -100) * loss_weights[1:] (float32 [T-1]).
+
+    Raises:
+        InvalidRequest: if a key is missing, not a flat list of numbers, of another length than `input_ids`,
+            or if there are fewer than two tokens (one to read and one to predict).
+    """
+    input_ids = _integers(feature, "input_ids")
+    labels = _integers(feature, "labels")
+    length = len(input_ids)
+    if length < 2:
+        raise InvalidRequest(
+            f"input_ids: {length} token(s); training needs at least 2, one to read and one to predict"
+        )
+    _require_length("labels", len(labels), length)
+    weights = (labels[1:] != NOT_TRAINED).astype(np.float32)
+    if feature.get("loss_weights") is not None:
+        loss_weights = _flat_array(feature, "loss_weights")
+        if loss_weights.dtype.kind not in "iuf":
+            raise InvalidRequest(f"loss_weights: expected numbers, got {loss_weights.dtype}")
+        _require_length("loss_weights", len(loss_weights), length)
+        weights = weights * loss_weights[1:].astype(np.float32)
+    return Datum(
+        model_input=ModelInput.from_ints(input_ids[:-1]),
+        loss_fn_inputs={
+            "target_tokens": TensorData.from_numpy(input_ids[1:]),
+            "weights": TensorData.from_numpy(weights),
+        },
+    )
+
+
+def _integers(feature: InputFeature | Mapping[str, Any], key: str) -> npt.NDArray[np.int64]:
+    array = _flat_array(feature, key)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidRequest(f"{key}: expected whole numbers, got {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _flat_array(feature: InputFeature | Mapping[str, Any], key: str) -> npt.NDArray[Any]:
+    if feature.get(key) is None:
+        hint = (
+            "; call dataset.encode(), or template.encode(trajectory), first" if "messages" in feature else ""
+        )
+        raise InvalidRequest(f"the feature has no {key!r} (it has: {', '.join(feature) or 'nothing'}){hint}")
+    try:
+        array: npt.NDArray[Any] = np.asarray(cast(object, feature[key]))
+    except ValueError as error:
+        raise InvalidRequest(f"{key}: expected a flat list of numbers ({error})") from error
+    if array.ndim != 1:
+        raise InvalidRequest(f"{key}: expected a flat list of numbers, got shape {list(array.shape)}")
+    return array
+
+
+def _require_length(key: str, length: int, expected: int) -> None:
+    if length != expected:
+        raise InvalidRequest(f"{key}: {length} entries for {expected} input_ids; there must be one for each")

@@ -1,0 +1,126 @@
+"""From one file to its rows. JSONL, JSON and CSV need nothing; Parquet needs pyarrow (twinkle-core[parquet])."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
+
+from twinkle.protocol.errors import InvalidRequest
+
+Row: TypeAlias = dict[str, Any]
+Numbered: TypeAlias = tuple[int, Row]
+
+# A CSV field may be as long as a document; the csv module stops at 128 KiB unless told otherwise.
+_LONGEST_CSV_FIELD: Final = 2**31 - 1
+
+
+def read_rows(path: Path) -> Iterator[Numbered]:
+    """The rows of a file, each with the number of its line (JSONL, CSV) or else of the row itself, from 1.
+
+    Raises:
+        InvalidRequest: naming file and line, if it can't be read.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InvalidRequest(
+            f"{path}: can't read {path.suffix or 'such'} files; allowed are {', '.join(READERS)}"
+        )
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Numbered]:
+    # Lines end at \n only: U+2028 and its like are common inside JSON strings.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _object(_parse(line, path, number), path, number)
+
+
+def _read_json(path: Path) -> Iterator[Numbered]:
+    """A list of objects; or, as many files with this ending in fact are, JSON lines."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise InvalidRequest(
+                f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})"
+            ) from error
+        yield from _read_json_lines(path)
+        return
+    if isinstance(value, dict) and len(text.strip().splitlines()) == 1:
+        value = [cast(object, value)]
+    if not isinstance(value, list):
+        kind = _kind(cast(object, value))
+        raise InvalidRequest(f"{path}: expected a list of objects, or one object a line, got one {kind}")
+    for number, row in enumerate(cast(list[object], value), start=1):
+        yield number, _object(row, path, number)
+
+
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    """All values are text; the first line names the columns."""
+    before = csv.field_size_limit(_LONGEST_CSV_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, list[str]())
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    raise InvalidRequest(
+                        f"{path}:{reader.line_num}: {len(values)} fields, and the first line has {len(header)}"
+                    )
+                yield reader.line_num, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise InvalidRequest(f"{path}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(path: Path) -> Iterator[Numbered]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InvalidRequest(
+            f"{path}: Parquet files need pyarrow: pip install 'twinkle-core[parquet]'"
+        ) from error
+    number = 0
+    # pyarrow has no complete type information.
+    with cast(Any, ParquetFile)(path) as file:
+        for batch in file.iter_batches():
+            for row in cast(list[Row], batch.to_pylist()):
+                number += 1
+                yield number, row
+
+
+READERS: Final[Mapping[str, Callable[[Path], Iterator[Numbered]]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+"""Reader by file name suffix; where one folder holds the same file in several formats, the first is taken."""
+
+
+def _parse(line: str, path: Path, number: int) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from error
+
+
+def _object(value: object, path: Path, number: int) -> Row:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{path}:{number}: expected an object, got {_kind(value)}")
+    return cast(Row, value)
+
+
+def _kind(value: object) -> str:
+    names = {"dict": "object", "list": "list", "str": "text", "bool": "true or false", "NoneType": "null"}
+    return names.get(type(value).__name__, "number")

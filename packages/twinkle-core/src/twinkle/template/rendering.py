@@ -1,0 +1,180 @@
+"""From a conversation to text, by a Jinja chat template, as Transformers runs it.
+
+Chat templates come from model repositories, so they run in Jinja's sandbox and see plain JSON data only. Which parts of
+the text are trained on is not decided here, but `{% generation %}` blocks, in which some templates mark the assistant's
+words, are reported.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final, NamedTuple, cast
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.template.conversation import Conversation
+
+# Two code points of the private use area, put around the text of a `{% generation %}` block.
+_OPEN: Final = "\U0010fff0"
+_CLOSE: Final = "\U0010fff1"
+
+_GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Span(NamedTuple):
+    """A stretch of text: from character `start` up to, not including, `end`."""
+
+    start: int
+    end: int
+
+
+class RenderingFailed(InvalidRequest):
+    """A chat template can't or won't render a conversation."""
+
+
+class ChatTemplate:
+    """A model's chat templates, compiled.
+
+    Args:
+        sources: Jinja source by name; "tool_use" is taken for conversations with tools, if there is one, "default"
+            otherwise.
+        variables: what the templates see beside messages and tools, such as `bos_token` or `enable_thinking`.
+        owner: whose templates these are, for messages.
+    """
+
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any], owner: str) -> None:
+        if "default" not in sources:
+            raise InvalidRequest(
+                f"{owner} has no chat template named 'default' (it has: {', '.join(sources) or 'none'}); pass one as "
+                "chat_template=..., or take the model's instruct version"
+            )
+        self._owner = owner
+        self._variables = dict(variables)
+        self._templates = {name: self._compile(source, _Generation) for name, source in sources.items()}
+        self._marking = {
+            name: self._compile(source, _MarkedGeneration)
+            for name, source in sources.items()
+            if _GENERATION_TAG.search(source)
+        }
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        """The conversation as text, ending with the opening of an assistant's turn if asked for.
+
+        Raises:
+            RenderingFailed: if the template refuses, or does not get along with, the conversation.
+        """
+        return self._run(self._templates[self._name_for(conversation)], conversation, add_generation_prompt)
+
+    def generation_spans(
+        self, conversation: Conversation, add_generation_prompt: bool = False
+    ) -> list[Span] | None:
+        """Where the `{% generation %}` blocks lie in what `render` gives; None if they can't tell.
+
+        They can't where the template has none, or works on a block's text in a way that the marks put around it
+        disturb.
+        """
+        marking = self._marking.get(self._name_for(conversation))
+        if marking is None:
+            return None
+        pieces = re.split(f"([{_OPEN}{_CLOSE}])", self._run(marking, conversation, add_generation_prompt))
+        spans: list[Span] = []
+        position = start = 0
+        for piece in pieces:
+            if piece == _OPEN:
+                start = position
+            elif piece == _CLOSE:
+                spans.append(Span(start, position))
+            else:
+                position += len(piece)
+        unmarked = "".join(piece for piece in pieces if piece not in (_OPEN, _CLOSE))
+        return spans if unmarked == self.render(conversation, add_generation_prompt) else None
+
+    def _name_for(self, conversation: Conversation) -> str:
+        return "tool_use" if conversation.tools is not None and "tool_use" in self._templates else "default"
+
+    def _compile(self, source: str, generation: type[jinja2.ext.Extension]) -> jinja2.Template:
+        try:
+            return _environment(generation).from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InvalidRequest(f"the chat template of {self._owner} is not valid: {error}") from error
+
+    def _run(self, template: jinja2.Template, conversation: Conversation, add_generation_prompt: bool) -> str:
+        try:
+            return template.render(
+                {
+                    **self._variables,
+                    "messages": list(conversation.messages),
+                    "tools": conversation.tools,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+        # The template is a program from elsewhere: whatever it raises is its refusal.
+        except Exception as error:
+            hint = ""
+            if any(message.get("content") is None for message in conversation.messages):
+                hint = " (a message without content is in it; some templates need content='' there)"
+            raise RenderingFailed(
+                f"messages: the chat template of {self._owner} refused the conversation: {error}{hint}"
+            ) from error
+
+
+def _environment(generation: type[jinja2.ext.Extension]) -> ImmutableSandboxedEnvironment:
+    """Jinja as Transformers sets it up for chat templates (`utils/chat_template_utils.py` there)."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    # Jinja's type of `globals` lists only what it puts there itself.
+    variables = cast(dict[str, Any], environment.globals)
+    variables["raise_exception"] = _raise_exception
+    variables["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; Jinja's own filter escapes what HTML would trip over."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: the text in between, as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("wrap"), [], [], body).set_lineno(line)
+
+    def wrap(self, caller: jinja2.runtime.Macro) -> str:
+        return caller()
+
+
+class _MarkedGeneration(_Generation):
+    """The same with a mark at either end."""
+
+    def wrap(self, caller: jinja2.runtime.Macro) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"

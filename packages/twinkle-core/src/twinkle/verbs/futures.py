@@ -1,0 +1,127 @@
+"""Futures that are also their results: `client.forward_backward(...)` returns at once, and waits when it is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# Waits shorter than this show nothing.
+QUIET_SECONDS = 3.0
+
+
+class Pending(Generic[T]):
+    """The result of an operation that may still be under way.
+
+    `.result()` waits for it, `await` waits without blocking, and any attribute of the result can be read from here
+    directly (which waits too): `sampling_client.sample(...).sequences[0].tokens`.
+    """
+
+    def __init__(self, future: Future[T], doing: str) -> None:
+        """
+        Args:
+            doing: what is waited for, in words, for the progress bar.
+        """
+        self._future = future
+        self._doing = doing
+        self._seen = False
+
+    def result(self, timeout: float | None = None) -> T:
+        """The result; waits for it.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            TwinkleError: if the operation failed.
+            TimeoutError: if it is not done in time; it goes on.
+        """
+        value = wait(self._future, self._doing, timeout)
+        self._seen = True
+        return value
+
+    def done(self) -> bool:
+        """Whether the operation has ended."""
+        return self._future.done()
+
+    def unseen_failure(self) -> BaseException | None:
+        """What went wrong, if something did and nobody has looked yet; asking counts as looking."""
+        if self._seen or not self._future.done():
+            return None
+        self._seen = True
+        return self._future.exception()
+
+    def wait_done(self) -> None:
+        """Wait until the operation has ended, well or not, without looking at the result."""
+        try:
+            wait(self._future, self._doing, None)
+        except Exception:
+            return  # it stays to be looked at
+
+    def then(self, change: Callable[[T], U]) -> Pending[U]:
+        """A view of the result through `change`."""
+        return Pending(chain([self._future], lambda results: change(results[0])), self._doing)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        self._seen = True
+        return asyncio.wrap_future(self._future).__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy, pickle and the like probe for these
+            raise AttributeError(name)
+        return getattr(self.result(), name)
+
+    def __repr__(self) -> str:
+        if not self._future.done():
+            return f"<{self._doing}: under way>"
+        return f"<{self._doing}: failed>" if self._future.exception() else repr(self._future.result())
+
+
+def wait(future: Future[T], doing: str, timeout: float | None = None) -> T:
+    """The future's result; a wait of some length shows a progress line on a terminal."""
+    quiet = QUIET_SECONDS if timeout is None else min(timeout, QUIET_SECONDS)
+    try:
+        return future.result(quiet)
+    except FutureTimeout:
+        if future.done() or (timeout is not None and timeout <= quiet):
+            raise
+    left = None if timeout is None else timeout - quiet
+    with tqdm(desc=doing, bar_format="{desc}: waiting {elapsed}", disable=None, leave=False) as bar:
+        while left is None or left > 0:
+            step = 1.0 if left is None else min(1.0, left)
+            try:
+                return future.result(step)
+            except FutureTimeout:
+                if future.done():
+                    raise
+            left = None if left is None else left - step
+            bar.update()
+    raise TimeoutError(f"{doing}: not done after {timeout} s; it goes on, ask again")
+
+
+def chain(futures: list[Future[T]], combine: Callable[[list[T]], U]) -> Future[U]:
+    """A future of what `combine` makes of all the results; it fails as soon as one of them has."""
+    combined: Future[U] = Future()
+    lock = threading.Lock()
+
+    def on_done(_done: Future[T]) -> None:
+        with lock:  # callbacks come from whatever thread ends a future
+            failed = next((f for f in futures if f.done() and f.exception() is not None), None)
+            if combined.done() or (failed is None and not all(f.done() for f in futures)):
+                return
+            try:
+                combined.set_result(combine([f.result() for f in ([failed] if failed else futures)]))
+            except Exception as error:
+                combined.set_exception(error)
+
+    for future in futures:
+        future.add_done_callback(on_done)
+    return combined

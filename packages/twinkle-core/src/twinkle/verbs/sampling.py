@@ -1,0 +1,70 @@
+"""The sampling client: a base model, or a checkpoint on it, and what can be asked of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import cast
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.types import ModelInput, SampleResponse, SamplingParams
+from twinkle.verbs.channel import Channel
+from twinkle.verbs.futures import Pending, wait
+
+
+class SamplingClient:
+    """Samples from fixed weights. Made by `ServiceClient.create_sampling_client` and
+    `TrainingClient.save_weights_and_get_sampling_client`.
+
+    Every verb returns at once with a `Pending`; send many and they are generated together.
+    """
+
+    def __init__(self, channel: Channel, sampling_session_id: str) -> None:
+        self._channel = channel
+        self._seq_ids = itertools.count()
+        self.sampling_session_id = sampling_session_id
+        """The sampler's id on the server."""
+
+    def sample(
+        self,
+        prompt: ModelInput | Sequence[int],
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+    ) -> Pending[SampleResponse]:
+        """Continue `prompt`.
+
+        Args:
+            prompt: a ModelInput, or token ids.
+            num_samples: how many continuations.
+            sampling_params: temperature, top_k, top_p, seed, stop, max_tokens.
+            include_prompt_logprobs: also say how likely each token of the prompt was (None for the first).
+            topk_prompt_logprobs, topk_sample_logprobs: list so many likeliest tokens at each position.
+
+        Returns:
+            `sequences`, `num_samples` of them, each with `tokens`, `logprobs` and `stop_reason`.
+        """
+        request = m.SampleRequest(
+            sampling_session_id=self.sampling_session_id,
+            seq_id=next(self._seq_ids),
+            prompt=prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt),
+            num_samples=num_samples,
+            sampling_params=sampling_params or SamplingParams(),
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+        )
+        return Pending(cast(Future[SampleResponse], self._channel.submit(request)), "sample")
+
+    def compute_logprobs(self, prompt: ModelInput | Sequence[int]) -> Pending[list[float | None]]:
+        """Log-probability of each token of `prompt` under the untempered model; None for the first."""
+        sampled = self.sample(prompt, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True)
+        return sampled.then(lambda response: response.prompt_logprobs or [])
+
+    def get_base_model(self) -> str:
+        """Name of the base model."""
+        reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
+        return wait(cast(Future[m.SamplerInfo], reply), "get_base_model").base_model

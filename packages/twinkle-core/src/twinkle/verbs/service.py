@@ -1,0 +1,214 @@
+"""The service client: where training and sampling clients come from."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from twinkle._version import __version__
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import LoraConfig
+from twinkle.verbs.channel import Channel
+from twinkle.verbs.futures import wait
+from twinkle.verbs.rest import RestClient
+from twinkle.verbs.sampling import SamplingClient
+from twinkle.verbs.training import SequenceCounter, TrainingClient
+
+R = TypeVar("R")
+
+
+class ServiceClientBase:
+    """The verbs over a channel. Use `twinkle_client.ServiceClient` (a server) or `twinkle.ServiceClient` (this process).
+
+    Nothing is sent before the first verb. What is still under way when the program ends is waited for; `close`, or a
+    `with` block, does so earlier and gives the adapters' places back.
+    """
+
+    def __init__(self, channel: Channel, user_metadata: dict[str, Any] | None = None) -> None:
+        self._channel = channel
+        self._user_metadata = user_metadata
+        self._session: str | None = None
+        self._session_lock = threading.Lock()
+        self._run_counter = SequenceCounter()
+        self._sampling_counter = SequenceCounter()
+        self._training_clients: list[TrainingClient] = []
+        self._closed = False
+        atexit.register(self._close_at_exit)
+
+    # ------------------------------------------------------------ training clients
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, Any] | None = None,
+        alpha: float | None = None,
+    ) -> TrainingClient:
+        """Begin a training run with a new adapter.
+
+        Args:
+            base_model: the model that the server holds, by the name it gives.
+            rank: rank of the adapter.
+            seed: the same seed gives the same initial adapter.
+            train_mlp, train_attn, train_unembed: which linear layers get a low-rank term.
+            alpha: the term is scaled by alpha / rank; the server's default is 32.
+
+        Raises:
+            InvalidRequest: if the server doesn't hold that model, or can't make such an adapter.
+        """
+        self._channel.prepare(base_model)
+        config = LoraConfig(
+            rank=rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            alpha=alpha,
+        )
+        request = m.CreateModelRequest(
+            session_id=self._session_id(),
+            model_seq_id=self._run_counter.next(),
+            base_model=base_model,
+            lora_config=config,
+            user_metadata=user_metadata,
+        )
+        created = cast(Future[m.CreateModelResponse], self._channel.submit(request))
+        return self._training_client(wait(created, "create_lora_training_client").model_id)
+
+    def create_training_client_from_state(
+        self, path: str, base_model: str | None = None, user_metadata: dict[str, Any] | None = None
+    ) -> TrainingClient:
+        """Begin a run with a checkpoint's weights and a new optimizer."""
+        return self._from_state(path, base_model, user_metadata, optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, base_model: str | None = None, user_metadata: dict[str, Any] | None = None
+    ) -> TrainingClient:
+        """Begin a run that goes on where a checkpoint was saved."""
+        return self._from_state(path, base_model, user_metadata, optimizer=True)
+
+    def _from_state(
+        self, path: str, base_model: str | None, user_metadata: dict[str, Any] | None, optimizer: bool
+    ) -> TrainingClient:
+        self._channel.prepare(base_model)
+        self._wait_for_saves()
+        request = m.LoadWeightsRequest(
+            path=path,
+            optimizer=optimizer,
+            session_id=self._session_id(),
+            model_seq_id=self._run_counter.next(),
+            base_model=base_model,
+            user_metadata=user_metadata,
+        )
+        loaded = cast(Future[m.LoadWeightsResponse], self._channel.submit(request))
+        return self._training_client(wait(loaded, f"loading {path!r}").model_id)
+
+    def _training_client(self, run_id: str) -> TrainingClient:
+        client = TrainingClient(self._channel, run_id, self._session_id(), self._sampling_counter)
+        self._training_clients.append(client)
+        return client
+
+    # ------------------------------------------------------------ sampling clients and the rest
+
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """A client that samples from a checkpoint, or from the base model alone.
+
+        Args:
+            model_path: a checkpoint, of either kind: as `save_state` returned it, or `twinkle://NAME`.
+            base_model: needed where there is no `model_path`.
+
+        Raises:
+            NotFound: if there is no such checkpoint.
+        """
+        if model_path is None and base_model is None:
+            raise InvalidRequest("model_path, base_model: both are missing; give a checkpoint, or a base model")
+        self._channel.prepare(base_model)
+        self._wait_for_saves()
+        request = m.CreateSamplingSessionRequest(
+            session_id=self._session_id(),
+            sampling_session_seq_id=self._sampling_counter.next(),
+            base_model=base_model,
+            model_path=model_path,
+        )
+        reply = self._ask(request, m.CreateSamplingSessionResponse, "create_sampling_client")
+        return SamplingClient(self._channel, reply.sampling_session_id)
+
+    def create_rest_client(self) -> RestClient:
+        """A client for lists of runs and checkpoints."""
+        return RestClient(self._channel)
+
+    def get_server_capabilities(self) -> m.ServerCapabilities:
+        """The base models there are, with their limits."""
+        return self._ask(m.GetServerCapabilities(), m.ServerCapabilities, "get_server_capabilities")
+
+    # ------------------------------------------------------------ end
+
+    def flush(self) -> None:
+        """Wait until everything that was asked is done.
+
+        Raises:
+            TwinkleError: the first failure that nobody has looked at.
+        """
+        for client in self._training_clients:
+            client.flush()
+
+    def close(self) -> None:
+        """Flush, end the session, and let go of connections. Checkpoints stay, adapters that are live don't.
+
+        Raises:
+            TwinkleError: the first failure that nobody has looked at; it is closed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._close_at_exit)
+        try:
+            self.flush()
+            if self._session is not None:
+                request = m.FinishSessionRequest(session_id=self._session, reason={"type": "success"})
+                self._ask(request, m.Acknowledged, "closing")
+        finally:
+            self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _close_at_exit(self) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            print(f"twinkle: a request that was still under way failed: {error}", file=sys.stderr)
+
+    # ------------------------------------------------------------ inside
+
+    def _session_id(self) -> str:
+        with self._session_lock:
+            if self._session is None:
+                request = m.CreateSessionRequest(
+                    sdk_version=f"twinkle-{__version__}", user_metadata=self._user_metadata
+                )
+                self._session = self._ask(request, m.CreateSessionResponse, "create_session").session_id
+            return self._session
+
+    def _wait_for_saves(self) -> None:
+        """What was saved a line above must be there: everything under way is waited for."""
+        self.flush()
+
+    def _ask(self, query: m.Query, _reply: type[R], doing: str) -> R:
+        return wait(cast(Future[R], self._channel.ask(query)), doing)

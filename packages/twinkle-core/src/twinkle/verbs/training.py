@@ -1,0 +1,266 @@
+"""The training client: one run, its adapter, and what can be done with it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar, cast
+
+from tqdm import tqdm
+
+from twinkle.data_format import to_datum
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest, TwinkleError
+from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
+from twinkle.protocol.uris import as_twinkle
+from twinkle.verbs import chunks
+from twinkle.verbs.channel import Channel
+from twinkle.verbs.futures import Pending, chain, wait
+from twinkle.verbs.sampling import SamplingClient
+
+R = TypeVar("R")
+
+Batch: TypeAlias = Sequence[Datum | Mapping[str, Any]]
+"""What a training pass takes: Datums, or the features (`input_ids`, `labels`) that a DataLoader yields."""
+
+# Calls return before their work is done; beyond so many under way they wait for the oldest.
+MAX_UNDER_WAY = 32
+
+
+class TrainingClient:
+    """One training run. Made by `ServiceClient.create_lora_training_client`.
+
+    Every verb returns at once with a `Pending`, and the server works through them in the order of the calls; so a
+    plain loop keeps the server busy. An operation that failed, and whose `Pending` nobody looked at, is raised by the
+    next call (or printed when the program ends).
+    """
+
+    def __init__(self, channel: Channel, run_id: str, session_id: str, sampling_counter: SequenceCounter) -> None:
+        self._channel = channel
+        self._session_id = session_id
+        self._sampling_counter = sampling_counter
+        self._seq_ids = SequenceCounter(first=1)
+        self._under_way: deque[Pending[Any]] = deque()
+        self._lock = threading.Lock()
+        self.model_id = run_id
+        """The run's id on the server."""
+
+    # ------------------------------------------------------------ train
+
+    def forward_backward(
+        self, data: Batch, loss_fn: str = "cross_entropy", loss_fn_config: LossFnConfig | None = None
+    ) -> Pending[ForwardBackwardOutput]:
+        """Add the gradient of the loss over `data` to what the adapter has accumulated since its last step.
+
+        Args:
+            data: Datums, or features with `input_ids` and `labels`.
+            loss_fn: name of the loss; the sum over all tokens is minimised.
+            loss_fn_config: the loss's parameters.
+
+        Returns:
+            `loss_fn_outputs[i]["logprobs"]` float32 [T_i], and `metrics["loss:sum"]`.
+
+        Raises:
+            TwinkleError: if an earlier operation failed and nobody looked; this one is not sent then.
+        """
+        return self._pass(data, loss_fn, loss_fn_config, forward_only=False)
+
+    def forward(
+        self, data: Batch, loss_fn: str = "cross_entropy", loss_fn_config: LossFnConfig | None = None
+    ) -> Pending[ForwardBackwardOutput]:
+        """Like `forward_backward`, but nothing is accumulated: log-probabilities and loss only."""
+        return self._pass(data, loss_fn, loss_fn_config, forward_only=True)
+
+    def _pass(
+        self, data: Batch, loss_fn: str, config: LossFnConfig | None, forward_only: bool
+    ) -> Pending[ForwardBackwardOutput]:
+        self._raise_unseen_failures()
+        datums = [item if isinstance(item, Datum) else to_datum(item) for item in data]
+        with self._lock:
+            requests = [
+                m.ForwardBackwardRequest(
+                    self.model_id, self._seq_ids.next(), chunk, loss_fn, dict(config or {}), forward_only
+                )
+                for chunk in chunks.split(datums)
+            ]
+            futures = [cast(Future[ForwardBackwardOutput], self._channel.submit(request)) for request in requests]
+        name = "forward" if forward_only else "forward_backward"
+        return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
+
+    def optim_step(
+        self,
+        adam_params: AdamParams | None = None,
+        *,
+        learning_rate: float | None = None,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        grad_clip_norm: float | None = None,
+    ) -> Pending[m.OptimStepResponse]:
+        """One AdamW step with the accumulated gradient, which is then zero.
+
+        Args:
+            adam_params: all parameters at once; the others replace single ones of it.
+
+        Returns:
+            `metrics["grad_norm:mean"]`, the gradient's norm before clipping.
+        """
+        given = {
+            "learning_rate": learning_rate,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_clip_norm": grad_clip_norm,
+        }
+        base = (adam_params or AdamParams()).model_dump()
+        params = _adam_params({**base, **{name: value for name, value in given.items() if value is not None}})
+        request = m.OptimStepRequest(model_id=self.model_id, seq_id=0, adam_params=params)
+        return self._send(request, m.OptimStepResponse, "optim_step")
+
+    # ------------------------------------------------------------ save and load
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, Any] | None = None,
+    ) -> Pending[m.SaveWeightsResponse]:
+        """Save weights and optimizer as the checkpoint `name`.
+
+        Args:
+            ttl_seconds: delete it after so long; None keeps it.
+            overwrite: replace this run's checkpoint of the same name, which is an error otherwise.
+
+        Returns:
+            `path`, the checkpoint's full name, `twinkle://RUN/weights/NAME`. `twinkle://NAME` finds it too.
+        """
+        request = m.SaveWeightsRequest(
+            model_id=self.model_id,
+            path=name,
+            seq_id=0,
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
+            user_metadata=user_metadata,
+        )
+        saved = self._send(request, m.SaveWeightsResponse, f"save_state {name!r}")
+        return saved.then(lambda response: m.SaveWeightsResponse(path=as_twinkle(response.path)))
+
+    def load_state(self, path: str) -> Pending[m.LoadWeightsResponse]:
+        """Set the weights to a checkpoint's; the optimizer begins anew."""
+        return self._load(path, optimizer=False)
+
+    def load_state_with_optimizer(self, path: str) -> Pending[m.LoadWeightsResponse]:
+        """Set weights and optimizer to a checkpoint's: training goes on as if it had never stopped."""
+        return self._load(path, optimizer=True)
+
+    def _load(self, path: str, optimizer: bool) -> Pending[m.LoadWeightsResponse]:
+        request = m.LoadWeightsRequest(model_id=self.model_id, path=path, seq_id=0, optimizer=optimizer)
+        return self._send(request, m.LoadWeightsResponse, f"load_state {path!r}")
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, Any] | None = None
+    ) -> Pending[m.SaveWeightsForSamplerResponse]:
+        """Save the weights alone as a checkpoint to sample from."""
+        request = m.SaveWeightsForSamplerRequest(
+            model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+        )
+        saved = self._send(request, m.SaveWeightsForSamplerResponse, f"save_weights_for_sampler {name!r}")
+        return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path or "")}))
+
+    def save_weights_and_get_sampling_client(self) -> SamplingClient:
+        """A client that samples from the weights as they are now, whatever is trained afterwards."""
+        request = m.SaveWeightsForSamplerRequest(
+            model_id=self.model_id, seq_id=0, sampling_session_seq_id=self._sampling_counter.next()
+        )
+        saved = self._send(request, m.SaveWeightsForSamplerResponse, "snapshot for the sampler").result()
+        if saved.sampling_session_id is None:
+            raise TwinkleError("the server made no sampling session for the snapshot")
+        return SamplingClient(self._channel, saved.sampling_session_id)
+
+    # ------------------------------------------------------------ facts and end
+
+    def get_info(self) -> m.GetInfoResponse:
+        """Base model, rank and tokenizer of this run."""
+        reply = self._channel.ask(m.GetInfoRequest(model_id=self.model_id))
+        return wait(cast(Future[m.GetInfoResponse], reply), "get_info")
+
+    def unload(self) -> Pending[m.UnloadModelResponse]:
+        """End the run and give its place back, once what was asked before is done. Checkpoints stay."""
+        future = self._channel.submit(m.UnloadModelRequest(model_id=self.model_id))
+        return self._keep(Pending(cast(Future[m.UnloadModelResponse], future), "unload"))
+
+    def flush(self) -> None:
+        """Wait until everything that was asked is done.
+
+        Raises:
+            TwinkleError: the first failure that nobody has looked at.
+        """
+        with self._lock:
+            waiting = list(self._under_way)
+        for pending in tqdm(waiting, desc="finishing", unit="request", disable=_hide_bar(waiting), leave=False):
+            pending.wait_done()
+        self._raise_unseen_failures()
+
+    # ------------------------------------------------------------ how calls pipeline
+
+    def _send(self, request: m.Ordered, _result: type[R], doing: str) -> Pending[R]:
+        """Number and send a request; `seq_id` is filled in here so that numbers and sending keep one order."""
+        self._raise_unseen_failures()
+        with self._lock:
+            assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
+            numbered = request.model_copy(update={"seq_id": self._seq_ids.next()})
+            future = cast(Future[R], self._channel.submit(numbered))
+        return self._keep(Pending(future, doing))
+
+    def _keep(self, pending: Pending[R]) -> Pending[R]:
+        """Remember a pending operation, and hold the caller back while too many are under way."""
+        with self._lock:
+            self._under_way.append(pending)
+            too_many = len(self._under_way) > MAX_UNDER_WAY
+            oldest = self._under_way[0]
+        if too_many:
+            oldest.wait_done()
+        return pending
+
+    def _raise_unseen_failures(self) -> None:
+        with self._lock:
+            ended = [pending for pending in self._under_way if pending.done()]
+            self._under_way = deque(pending for pending in self._under_way if not pending.done())
+        failures = [failure for pending in ended if (failure := pending.unseen_failure()) is not None]
+        if failures:
+            raise failures[0]
+
+
+class SequenceCounter:
+    """0, 1, 2, ... for several threads."""
+
+    def __init__(self, first: int = 0) -> None:
+        self._next = first
+        self._lock = threading.Lock()
+
+    def next(self) -> int:
+        with self._lock:
+            value = self._next
+            self._next += 1
+            return value
+
+
+def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
+    """Nothing to show for what is done already; else tqdm decides (it is silent where there is no terminal)."""
+    return True if all(pending.done() for pending in waiting) else None
+
+
+def _adam_params(values: dict[str, Any]) -> AdamParams:
+    from pydantic import ValidationError
+
+    from twinkle.protocol.codec import describe_validation
+
+    try:
+        return AdamParams.model_validate(values)
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error

@@ -1,0 +1,109 @@
+"""The composition root: the one file that knows all the parts and puts them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinkle.hub import resolve
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server import plugins
+from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
+from twinkle.server.config import ServerConfig
+from twinkle.server.engine.worker import LocalWorker, WorkerPort
+from twinkle.server.samplers.protocol import SamplingEngine
+from twinkle.server.service.service import Service
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.database import Database
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration together with what was found on this machine: everything that is decided before start-up.
+
+    Attributes:
+        backend, sampler: names of entry points.
+        gpus_per_rank: 0 is the CPU.
+    """
+
+    config: ServerConfig
+    model: ModelConfig
+    backend: str
+    sampler: str
+    gpus_per_rank: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.model.tensor_parallel_size * self.model.pipeline_parallel_size
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Ray resources: the engine's own, then one bundle a rank."""
+        rank: dict[str, float] = {"CPU": 1.0}
+        if self.gpus_per_rank:
+            rank["GPU"] = float(self.gpus_per_rank)
+        return [{"CPU": 0.1}, *([rank] * self.num_ranks)]
+
+
+def make_plan(config: ServerConfig) -> Plan:
+    """Find the model's files and the device.
+
+    Raises:
+        InvalidRequest, NotFound: if the model, the backend or the GPUs are not there.
+    """
+    backend = "megatron" if config.model.use_megatron else "transformers"
+    num_ranks = config.model.tensor_parallel_size * config.model.pipeline_parallel_size
+    if num_ranks > 1 and not config.model.use_megatron:
+        raise InvalidRequest(
+            "model.tensor_parallel_size, model.pipeline_parallel_size: the Transformers backend runs on one rank; "
+            "set them to 1, or use_megatron: true"
+        )
+    plugins.find(plugins.TRAINING_BACKENDS, backend)
+    plugins.find(plugins.SAMPLING_ENGINES, config.sampler.engine)
+    path = resolve(config.model.model_id, kind="model")
+    has_gpu = num_gpus(config) >= num_ranks
+    device = "cuda" if has_gpu else "cpu"
+    model = ModelConfig(
+        path=Path(path),
+        torch_dtype=_dtype(config, has_gpu),
+        device=device,
+        max_lora_rank=config.model.max_lora_rank,
+        max_context_length=config.model.max_context_length,
+        tensor_parallel_size=config.model.tensor_parallel_size,
+        pipeline_parallel_size=config.model.pipeline_parallel_size,
+    )
+    return Plan(config, model, backend, config.sampler.engine, gpus_per_rank=1 if has_gpu else 0)
+
+
+def num_gpus(config: ServerConfig) -> int:
+    """How many GPUs this server may use: those that are there, up to `ray.num_gpus`."""
+    import torch  # takes seconds: check-config does without unless it gets here
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return found if config.ray.num_gpus is None else min(found, config.ray.num_gpus)
+
+
+def _dtype(config: ServerConfig, has_gpu: bool) -> str:
+    if config.model.torch_dtype is not None:
+        return config.model.torch_dtype
+    return "bfloat16" if has_gpu else "float32"
+
+
+def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
+    """Backend and sampling engine of one rank, in this process; they share the base weights if they can."""
+    backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
+    sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
+    training = backend_class(model)
+    return LocalWorker(training, sampler_class(model, training))
+
+
+def build_service(config: ServerConfig, worker: WorkerPort) -> Service:
+    """The service in front of a worker, with its store."""
+    config.storage.directory.mkdir(parents=True, exist_ok=True)
+    return Service(
+        config.model.model_id,
+        worker,
+        Database(config.storage.url),
+        CheckpointFiles(config.storage.directory / "checkpoints"),
+        config.sampler.max_resident_adapters,
+    )

@@ -1,0 +1,155 @@
+"""The server's configuration: a tree of frozen objects, checked when it is loaded.
+
+The flat file of the quick start is all that is needed:
+
+    model:  {model_id: Qwen/Qwen3.5-4B, use_megatron: false, torch_dtype: bfloat16}
+    server: {host: 0.0.0.0, port: 8000, num_replicas: 1}
+    ray:    {num_gpus: 4}
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from twinkle.protocol.codec import describe_validation
+from twinkle.protocol.errors import InvalidRequest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelSection(_Section):
+    """Which base model, and how it is computed."""
+
+    model_id: str
+    """`ms://org/name`, `hf://org/name`, `org/name`, `file:///dir` or a directory. Clients ask for it by this name."""
+    use_megatron: bool = False
+    """Train with Megatron (needs `pip install 'twinkle-server[megatron]'`) instead of Transformers."""
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the frozen weights and the arithmetic; bfloat16 on a GPU and float32 on a CPU if not said. Adapters are
+    float32 always."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each layer (Megatron)."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share out the layers (Megatron)."""
+    max_lora_rank: int = Field(default=128, ge=1)
+    """Highest rank of an adapter."""
+    max_context_length: int | None = Field(default=None, ge=2)
+    """Longest sequence in tokens; the model's own limit if not said."""
+
+
+class ServerSection(_Section):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Gateway processes that read and write HTTP."""
+
+
+class RaySection(_Section):
+    """What Ray may use."""
+
+    num_gpus: int | None = Field(default=None, ge=0)
+    """GPUs to use at most; those that are found if not said. With none, the server computes on the CPU."""
+
+
+class SamplerSection(_Section):
+    """How tokens are generated."""
+
+    engine: str = "transformers"
+    """Name of a sampling engine."""
+    max_resident_adapters: int = Field(default=64, ge=1)
+    """Adapters kept in the sampler; others are read from their checkpoints when they are asked for."""
+
+
+class StorageSection(_Section):
+    """What outlives the process."""
+
+    root: Path = Path("~/.twinkle/server")
+    """Directory of checkpoints, and of the SQLite database."""
+    database_url: str | None = None
+    """Any SQLAlchemy URL; a SQLite file in `root` if not said."""
+
+    @property
+    def directory(self) -> Path:
+        return self.root.expanduser()
+
+    @property
+    def url(self) -> str:
+        return self.database_url or f"sqlite:///{self.directory / 'twinkle.sqlite'}"
+
+
+class LimitsSection(_Section):
+    """What one request may ask for."""
+
+    max_request_bytes: int = Field(default=256 * 2**20, ge=1024)
+    """Largest body in bytes, before and after decompression."""
+
+
+class ServerConfig(_Section):
+    """The whole file."""
+
+    model: ModelSection
+    server: ServerSection = ServerSection()
+    ray: RaySection = RaySection()
+    sampler: SamplerSection = SamplerSection()
+    storage: StorageSection = StorageSection()
+    limits: LimitsSection = LimitsSection()
+
+
+def load_config(path: str | os.PathLike[str]) -> ServerConfig:
+    """Read and check a YAML file.
+
+    Raises:
+        InvalidRequest: naming each key that is wrong, and the nearest one where it is misspelt.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"{path}: can't be read ({error.strerror or error})") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"{path}: not YAML ({error})") from error
+    return parse_config(values, where=str(path))
+
+
+def parse_config(values: object, where: str = "config") -> ServerConfig:
+    """Check a configuration that has been read.
+
+    Raises:
+        InvalidRequest: as `load_config`.
+    """
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"{where}: must be a mapping with a section 'model'; see twinkle-server check-config --help")
+    try:
+        return ServerConfig.model_validate(values)
+    except ValidationError as error:
+        unknown = [
+            _unknown_key([str(part) for part in problem["loc"]])
+            for problem in error.errors(include_url=False)
+            if problem["type"] == "extra_forbidden"
+        ]
+        raise InvalidRequest(f"{where}: " + ("; ".join(unknown) or describe_validation(error))) from error
+
+
+def _unknown_key(location: list[str]) -> str:
+    section: type[BaseModel] = ServerConfig
+    for name in location[:-1]:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{'.'.join(location)}: there is no such key; {hint}known here: {', '.join(known)}"

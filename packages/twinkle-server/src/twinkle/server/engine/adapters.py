@@ -1,0 +1,236 @@
+"""An adapter's life: made, saved, handed to the sampler, loaded, released."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+
+from twinkle.protocol import messages as m
+from twinkle.protocol import uris
+from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.engine.failures import to_failure
+from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.sampler_adapters import SamplerAdapters
+from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.jobs import Job
+from twinkle.server.store import tables
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.database import Database
+
+class AdapterKeeper:
+    """Runs the jobs that are not computation. Called by the engine, one job at a time; disks are written meanwhile.
+
+    A save takes its copy of the adapter in order; the files are written while the engine goes on. A later load waits
+    for writes that are under way.
+    """
+
+    def __init__(
+        self,
+        runs: dict[str, LiveRun],
+        futures: FutureTable,
+        worker: WorkerPort,
+        sampler_adapters: SamplerAdapters,
+        files: CheckpointFiles,
+        database: Database,
+        forget_run: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            runs: the live runs; who owns them adds and removes.
+            forget_run: takes a run out of the live runs and the scheduler.
+        """
+        self._runs = runs
+        self._futures = futures
+        self._worker = worker
+        self._sampler_adapters = sampler_adapters
+        self._files = files
+        self._database = database
+        self._forget_run = forget_run
+        self._writes: dict[str, asyncio.Task[None]] = {}
+
+    # ------------------------------------------------------------ begin and end
+
+    async def create(self, job: Job) -> None:
+        try:
+            await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
+        except BaseException:
+            self._forget_run(job.run_id)
+            raise
+        self._futures.complete(job.request_id, m.CreateModelResponse(model_id=job.run_id))
+
+    async def unload(self, job: Job) -> None:
+        await self._worker.remove_adapter(job.run_id)
+        self._forget_run(job.run_id)
+        self._futures.complete(job.request_id, m.UnloadModelResponse(model_id=job.run_id))
+
+    # ------------------------------------------------------------ save
+
+    async def save(self, job: Job, request: m.SaveWeightsRequest) -> None:
+        uri = CheckpointUri(request.path, job.run_id, "weights")
+        await self._check_free(job, uri, request.overwrite)
+        state = await self._worker.export_adapter(job.run_id, with_optimizer=True)
+        result = m.SaveWeightsResponse(path=str(uri))
+        self._complete_when_written(job, uri, state, request, result)
+
+    async def save_for_sampler(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
+        if request.path is None:
+            await self._save_unnamed(job, request)
+            return
+        uri = CheckpointUri(request.path, job.run_id, "sampler_weights")
+        await self._check_free(job, uri, overwrite=False)
+        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        self._complete_when_written(job, uri, state, request, m.SaveWeightsForSamplerResponse(path=str(uri)))
+
+    async def _save_unnamed(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
+        run = self._runs[job.run_id]
+        sampler_id = f"{run.session_id}:sample:{request.sampling_session_seq_id}"
+        uri = CheckpointUri(f"{tables.UNNAMED_PREFIX}{job.seq_id}", job.run_id, "sampler_weights")
+        row = tables.Sampler(
+            id=sampler_id,
+            tenant=run.tenant,
+            session_id=run.session_id,
+            base_model=run.base_model,
+            model_path=str(uri),
+            created_at=time.time(),
+        )
+        await asyncio.to_thread(self._database.put, row)
+        # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
+        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        await self._sampler_adapters.publish(job.run_id, str(uri))
+        self._futures.complete(job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id))
+
+        async def write_and_release() -> None:
+            try:
+                await self._write(uri, state, run, request)
+            except Exception as error:  # it stays pinned in the sampler, where it works
+                to_failure(error, f"writing {uri}")
+            else:
+                await self._sampler_adapters.release(str(uri))
+
+        self._write_behind(uri, write_and_release())
+
+    async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
+        if overwrite:
+            return
+        tenant = job.tenant
+        taken = str(uri) in self._writes or await asyncio.to_thread(
+            self._database.checkpoint, tenant, uri, time.time()
+        )
+        if taken:
+            raise InvalidRequest(
+                f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
+            )
+
+    def _complete_when_written(
+        self,
+        job: Job,
+        uri: CheckpointUri,
+        state: AdapterState,
+        request: m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest,
+        result: m.Result,
+    ) -> None:
+        run = self._runs[job.run_id]
+
+        async def write_and_complete() -> None:
+            try:
+                await self._write(uri, state, run, request)
+            except Exception as error:
+                self._futures.complete(job.request_id, to_failure(error, f"saving {uri}"))
+            else:
+                self._futures.complete(job.request_id, result)
+
+        self._write_behind(uri, write_and_complete())
+
+    def _write_behind(self, uri: CheckpointUri, work: Coroutine[None, None, None]) -> None:
+        """Start `work`, which writes `uri`, after any earlier write of the same checkpoint."""
+        previous = self._writes.get(str(uri))
+
+        async def after_previous() -> None:
+            if previous is not None:
+                await asyncio.wait({previous})
+            await work
+            if self._writes.get(str(uri)) is asyncio.current_task():
+                del self._writes[str(uri)]
+
+        self._writes[str(uri)] = asyncio.create_task(after_previous())
+
+    async def _write(
+        self,
+        uri: CheckpointUri,
+        state: AdapterState,
+        run: LiveRun,
+        request: m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest,
+    ) -> None:
+        size = await asyncio.to_thread(self._files.write, uri, state, run.base_model)
+        now = time.time()
+        row = tables.Checkpoint(
+            run_id=run.run_id,
+            kind=uri.kind,
+            name=uri.name,
+            tenant=run.tenant,
+            base_model=run.base_model,
+            created_at=now,
+            expires_at=now + request.ttl_seconds if request.ttl_seconds else None,
+            size_bytes=size,
+            rank=run.spec.rank,
+            train_attn=run.spec.train_attn,
+            train_mlp=run.spec.train_mlp,
+            train_unembed=run.spec.train_unembed,
+            user_metadata=request.user_metadata,
+        )
+        await asyncio.to_thread(self._database.put, row)
+
+    async def settle(self) -> None:
+        """Wait until everything that is being written is written."""
+        while self._writes:
+            await asyncio.wait(set(self._writes.values()))
+
+    # ------------------------------------------------------------ load
+
+    async def load(self, job: Job, request: m.LoadWeightsRequest) -> None:
+        is_new_run = request.model_id is None
+        try:
+            uri = (await self.find(job.tenant, request.path)).uri
+            state = await self.read(uri, with_optimizer=request.optimizer)
+            if is_new_run:
+                await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
+            await self._worker.import_adapter(job.run_id, state)
+        except BaseException:
+            if is_new_run:
+                self._forget_run(job.run_id)
+            raise
+        self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
+
+    async def find(self, tenant: str, path: str, field: str = "path") -> tables.Checkpoint:
+        """The checkpoint that a tenant means by `path`; one that is being written is waited for.
+
+        Raises:
+            InvalidRequest: if `path` names no checkpoint.
+            NotFound: if there is none of that name, or it is another tenant's.
+        """
+        uri = uris.parse(path, field)
+        under_way = {task for name, task in self._writes.items() if uri.name == uris.parse(name).name}
+        if under_way:
+            await asyncio.wait(under_way)
+        row = await asyncio.to_thread(self._database.checkpoint, tenant, uri, time.time())
+        if row is None:
+            raise NotFound(f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are")
+        return row
+
+    async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:
+        return await asyncio.to_thread(self._files.read, uri, with_optimizer)
+
+    async def drop_unnamed(self, run_id: str, tenant: str) -> None:
+        """Delete a run's unnamed snapshots: no one is left to sample them."""
+        await self.settle()
+        rows = await asyncio.to_thread(self._database.unnamed_checkpoints, tenant, run_id)
+        for row in rows:
+            await self.delete(row)
+
+    async def delete(self, row: tables.Checkpoint) -> None:
+        await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
+        await asyncio.to_thread(self._files.delete, row.uri)

@@ -1,0 +1,34 @@
+"""What a failed job tells its client: the sentence of an error meant for people, or an id to look up in the log."""
+
+import logging
+import uuid
+
+from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.messages import Failure
+
+log = logging.getLogger("twinkle.engine")
+
+
+def to_failure(error: Exception, doing: str) -> Failure:
+    """The outcome that stands for `error`.
+
+    Args:
+        doing: the job, in words, for the log.
+    """
+    if isinstance(error, TwinkleError):
+        return Failure(error=error.message, category=error.category)
+    # By name, since this layer imports no torch; CUDA's and the allocator's errors are both called so.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        log.warning("%s ran out of memory: %s", doing, error)
+        return Failure(
+            error="the request did not fit into the server's memory, and nothing was changed; send fewer or shorter "
+            "sequences in one request",
+            category="user",
+        )
+    error_id = uuid.uuid4().hex[:12]
+    log.error("%s failed, error id %s", doing, error_id, exc_info=error)
+    return Failure(
+        error=f"the server failed on this request, and nothing was changed; its log has the cause under error id "
+        f"{error_id}",
+        category="server",
+    )

@@ -1,0 +1,74 @@
+"""Which adapters are resident in the sampler: brought in when asked for, the least recently used ones go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.engine.worker import WorkerPort
+
+
+@dataclass(eq=False)
+class _Resident:
+    users: int = 0
+    loaded: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class SamplerAdapters:
+    """A cache in front of the sampler. Single-threaded: called on one event loop.
+
+    An adapter in use is never evicted, so for a moment there may be more than `capacity`.
+    """
+
+    def __init__(self, worker: WorkerPort, capacity: int) -> None:
+        self._worker = worker
+        self._capacity = capacity
+        self._adapters: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+
+    @asynccontextmanager
+    async def use(self, key: str, read: Callable[[], Awaitable[AdapterState]]) -> AsyncGenerator[str]:
+        """The adapter `key`, resident while the block runs; `read` fetches it if it isn't yet."""
+        adapter = self._pin(key)
+        try:
+            async with adapter.lock:
+                if not adapter.loaded:
+                    await self._worker.add_sampler_adapter(key, await read())
+                    adapter.loaded = True
+            yield key
+        finally:
+            await self._unpin(key, adapter)
+
+    async def publish(self, run_id: str, key: str) -> None:
+        """Hand over a run's adapter in memory. It stays until `release`, and then while there's room."""
+        adapter = self._pin(key)
+        try:
+            async with adapter.lock:
+                await self._worker.publish(run_id, key)
+                adapter.loaded = True
+        except BaseException:
+            await self._unpin(key, adapter)
+            raise
+
+    async def release(self, key: str) -> None:
+        """The published adapter can be read from elsewhere now: it may be evicted."""
+        await self._unpin(key, self._adapters[key])
+
+    def _pin(self, key: str) -> _Resident:
+        adapter = self._adapters.setdefault(key, _Resident())
+        self._adapters.move_to_end(key)
+        adapter.users += 1
+        return adapter
+
+    async def _unpin(self, key: str, adapter: _Resident) -> None:
+        adapter.users -= 1
+        if adapter.users == 0 and not adapter.loaded:
+            self._adapters.pop(key, None)
+        for old, candidate in list(self._adapters.items())[: max(0, len(self._adapters) - self._capacity)]:
+            if candidate.users == 0:
+                del self._adapters[old]
+                await self._worker.remove_sampler_adapter(old)

@@ -1,0 +1,27 @@
+"""Proves that a worker works before anyone is told that it is ready."""
+
+import numpy as np
+
+from twinkle.protocol.types import AdamParams, SamplingParams
+from twinkle.server.backends.protocol import AdamStep, AdapterSpec, Row
+from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.samplers.protocol import GenerateRequest
+
+
+async def warm_up(worker: WorkerPort) -> None:
+    """One training pass, one optimizer step and one sampled token, on an adapter that is then gone.
+
+    Raises:
+        Exception: whatever went wrong.
+    """
+    tokens = np.array([0, 1], np.int64)
+    row = Row("warm-up", tokens, "cross_entropy", {"target_tokens": tokens, "weights": np.ones(2, np.float32)})
+    await worker.add_adapter("warm-up", AdapterSpec(rank=1))
+    try:
+        await worker.forward_backward([[row]])
+        await worker.optim_step([AdamStep("warm-up", AdamParams())])
+        await worker.publish("warm-up", "warm-up")
+        await worker.generate(GenerateRequest("warm-up", "warm-up", tokens, SamplingParams(max_tokens=1)))
+        await worker.remove_sampler_adapter("warm-up")
+    finally:
+        await worker.remove_adapter("warm-up")

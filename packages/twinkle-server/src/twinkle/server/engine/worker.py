@@ -1,0 +1,119 @@
+"""The two halves of a base model in one process: training backend and sampling engine, and what passes between them.
+
+`WorkerPort` is how the engine speaks to them; `LocalWorker` runs them in threads of this process. (Across processes
+`serve.ranks` does the same over Ray.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, Protocol, TypeVar
+
+from twinkle.protocol.types import SampleResponse
+from twinkle.server.backends.protocol import (
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    Row,
+    RowResult,
+    TrainingBackend,
+)
+from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class WorkerPort(Protocol):
+    """A base model's process, or group of processes, as the engine sees it. Raises what the backend raised."""
+
+    @property
+    def info(self) -> BaseModelInfo: ...
+
+    @property
+    def loss_fns(self) -> frozenset[str]: ...
+
+    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None: ...
+
+    async def remove_adapter(self, adapter_id: str) -> None: ...
+
+    async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]: ...
+
+    async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]: ...
+
+    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState: ...
+
+    async def import_adapter(self, adapter_id: str, state: AdapterState) -> None: ...
+
+    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
+        """Hand the trained adapter to the sampler, in memory, as an immutable copy under another id."""
+        ...
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None: ...
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None: ...
+
+    async def generate(self, request: GenerateRequest) -> SampleResponse: ...
+
+    async def close(self) -> None: ...
+
+
+class LocalWorker:
+    """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread."""
+
+    def __init__(self, backend: TrainingBackend, sampler: SamplingEngine) -> None:
+        self._backend = backend
+        self._sampler = sampler
+        self._training_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training")
+
+    @property
+    def info(self) -> BaseModelInfo:
+        return self._backend.info
+
+    @property
+    def loss_fns(self) -> frozenset[str]:
+        return self._backend.loss_fns
+
+    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        await self._train(self._backend.add_adapter, adapter_id, spec)
+
+    async def remove_adapter(self, adapter_id: str) -> None:
+        await self._train(self._backend.remove_adapter, adapter_id)
+
+    async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        return await self._train(self._backend.forward_backward, micro_batches)
+
+    async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+        return await self._train(self._backend.optim_step, steps)
+
+    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
+        return await self._train(self._backend.export_adapter, adapter_id, with_optimizer)
+
+    async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        await self._train(self._backend.import_adapter, adapter_id, state)
+
+    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
+        state = await self.export_adapter(adapter_id, with_optimizer=False)
+        await self.add_sampler_adapter(sampler_adapter_id, state)
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        await asyncio.to_thread(self._sampler.add_adapter, sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        await asyncio.to_thread(self._sampler.remove_adapter, sampler_adapter_id)
+
+    async def generate(self, request: GenerateRequest) -> SampleResponse:
+        return await asyncio.wrap_future(self._sampler.generate(request))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._sampler.close)
+        await self._train(self._backend.close)
+        self._training_thread.shutdown()
+
+    async def _train(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        call = partial(method, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._training_thread, call)

@@ -1,0 +1,46 @@
+"""Errors to replies: `{"error": sentence, "category": who can do something about it}`."""
+
+import logging
+import uuid
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from twinkle.protocol.errors import LimitReached, TwinkleError
+
+log = logging.getLogger("twinkle.gateway")
+
+
+def install(app: FastAPI) -> None:
+    """Make the app answer every error in the one form."""
+    app.add_exception_handler(TwinkleError, _twinkle_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _twinkle_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, TwinkleError)
+    headers = {"Retry-After": f"{error.retry_after:g}"} if isinstance(error, LimitReached) else None
+    return _reply(error.status, error.message, error.category, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code in (404, 405):
+        message = f"{request.method} {request.url.path[:200]} is not offered by this server"
+    return _reply(error.status_code, message, "user", error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    error_id = uuid.uuid4().hex[:12]
+    log.error("%s %s failed, error id %s", request.method, request.url.path, error_id, exc_info=error)
+    return _reply(500, f"the server failed on this request; its log has the cause under error id {error_id}", "server")
+
+
+def _reply(status: int, message: str, category: str, headers: object = None) -> Response:
+    return JSONResponse(
+        {"error": message, "category": category}, status, dict(headers) if headers else None  # pyright: ignore
+    )

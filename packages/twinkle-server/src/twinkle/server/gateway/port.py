@@ -1,0 +1,17 @@
+"""What the gateway calls: the service, in this process or in another."""
+
+from typing import Protocol
+
+from twinkle.protocol import messages as m
+
+
+class ServicePort(Protocol):
+    """All of them raise `TwinkleError`s as the service raised them."""
+
+    async def submit(self, tenant: str, request: m.Operation) -> m.Promise: ...
+
+    async def retrieve(
+        self, tenant: str, request_id: str, timeout: float
+    ) -> m.Result | m.Failure | m.Pending: ...
+
+    async def ask(self, tenant: str, query: m.Query) -> m.Reply: ...

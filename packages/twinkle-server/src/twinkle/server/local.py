@@ -1,0 +1,124 @@
+"""Local mode: the same verbs in this process. No Ray, no HTTP, no server to start.
+
+    from twinkle import ServiceClient
+    training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Qwen3.5-4B", rank=16)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
+from twinkle.server.app import build_service, build_worker, make_plan
+from twinkle.server.config import ModelSection, ServerConfig, load_config
+from twinkle.server.service.service import Service
+from twinkle.server.service.validation import normal_model_id
+from twinkle.verbs.service import ServiceClientBase
+
+R = TypeVar("R")
+
+TENANT = "local"
+
+
+class ServiceClient(ServiceClientBase):
+    """The service in this process; the base model is loaded when it is first named."""
+
+    def __init__(
+        self,
+        config: ServerConfig | str | os.PathLike[str] | None = None,
+        user_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: a server's configuration, or its file; if None, defaults and the base model that is first asked
+                for. (`server` and `ray` don't matter here.)
+        """
+        loaded = config if config is None or isinstance(config, ServerConfig) else load_config(config)
+        super().__init__(LocalChannel(loaded), user_metadata)
+
+
+class LocalChannel:
+    """A `Channel` to a service on a thread of this process."""
+
+    def __init__(self, config: ServerConfig | None) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._service: Service | None = None
+
+    def prepare(self, base_model: str | None) -> None:
+        """Load the base model, once.
+
+        Raises:
+            InvalidRequest: if no model is named and none is loaded.
+            NotFound: if the model can't be found.
+        """
+        with self._lock:
+            if self._service is not None:
+                return
+            config = self._config
+            if config is None:
+                if base_model is None:
+                    raise InvalidRequest("base_model: missing; local mode loads the model that is first named")
+                config = ServerConfig(model=ModelSection(model_id=base_model))
+            elif base_model is not None and normal_model_id(base_model) != normal_model_id(config.model.model_id):
+                raise InvalidRequest(
+                    f"base_model: {base_model!r} is not the configured model, {config.model.model_id!r}"
+                )
+            plan = make_plan(config)
+            worker = build_worker(plan.model, plan.backend, plan.sampler)
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-local", daemon=True)
+            self._thread.start()
+            self._service = asyncio.run_coroutine_threadsafe(_start(plan.config, worker), self._loop).result()
+
+    def submit(self, request: m.Operation) -> Future[m.Result]:
+        return self._run(self._operate(request))
+
+    def ask(self, query: m.Query) -> Future[m.Reply]:
+        return self._run(self._opened().ask(TENANT, query))
+
+    def close(self) -> None:
+        with self._lock:
+            loop, thread, service = self._loop, self._thread, self._service
+            self._loop = self._thread = self._service = None
+        if loop is None or thread is None or service is None:
+            return
+        asyncio.run_coroutine_threadsafe(service.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    async def _operate(self, request: m.Operation) -> m.Result:
+        service = self._opened()
+        promise = await service.submit(TENANT, request)
+        while True:
+            outcome = await service.retrieve(TENANT, promise.request_id, timeout=3600.0)
+            if isinstance(outcome, m.Failure):
+                raise RequestFailed(outcome.error, outcome.category, promise.request_id)
+            if not isinstance(outcome, m.Pending):
+                return outcome
+
+    def _opened(self) -> Service:
+        if self._service is None:
+            raise InvalidRequest("no base model is loaded yet: create a training client or a sampling client first")
+        return self._service
+
+    def _run(self, work: Coroutine[Any, Any, R]) -> Future[R]:
+        if self._loop is None:
+            work.close()
+            raise TwinkleError("this ServiceClient is closed, or has loaded no model yet")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+async def _start(config: ServerConfig, worker: Any) -> Service:
+    service = build_service(config, worker)
+    await service.start()
+    return service

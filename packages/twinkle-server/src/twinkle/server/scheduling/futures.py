@@ -1,0 +1,87 @@
+"""Results, from the moment a request is accepted until they have been fetched and a while after."""
+
+import asyncio
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import NotFound
+
+Outcome: TypeAlias = m.Result | m.Failure
+
+
+@dataclass(eq=False)
+class _Entry:
+    tenant: str
+    outcome: Outcome | None = None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class FutureTable:
+    """Futures by request id. Single-threaded: called on one event loop.
+
+    A finished result is kept for `keep_seconds` after it was last fetched (a reply can be lost), or for
+    `unfetched_seconds` if nobody has come for it.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], keep_seconds: float = 600.0, unfetched_seconds: float = 86_400.0
+    ) -> None:
+        self._clock = clock
+        self._keep_seconds = keep_seconds
+        self._unfetched_seconds = unfetched_seconds
+        self._entries: dict[str, _Entry] = {}
+        # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
+        self._unfetched: OrderedDict[str, float] = OrderedDict()
+        self._fetched: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def create(self, tenant: str) -> str:
+        """A new future's request id."""
+        request_id = uuid.uuid4().hex
+        self._entries[request_id] = _Entry(tenant)
+        return request_id
+
+    def complete(self, request_id: str, outcome: Outcome) -> None:
+        """Set the outcome and wake whoever waits; a second outcome is passed over."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.outcome is not None:
+            return
+        entry.outcome = outcome
+        entry.done.set()
+        self._unfetched[request_id] = self._clock() + self._unfetched_seconds
+        self._drop_old()
+
+    async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
+        """The outcome, or None if there is none after `timeout` seconds.
+
+        Raises:
+            NotFound: no such future, or another tenant's.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None or entry.tenant != tenant:
+            raise NotFound(
+                f"request_id: {request_id[:80]!r} is not known here; results are kept for "
+                f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and not across a restart of the server"
+            )
+        if entry.outcome is None:
+            try:
+                await asyncio.wait_for(entry.done.wait(), timeout)
+            except TimeoutError:
+                return None
+        self._unfetched.pop(request_id, None)
+        self._fetched[request_id] = self._clock() + self._keep_seconds
+        self._fetched.move_to_end(request_id)
+        return entry.outcome
+
+    def _drop_old(self) -> None:
+        now = self._clock()
+        for deadlines in (self._unfetched, self._fetched):
+            while deadlines and next(iter(deadlines.values())) <= now:
+                request_id, _ = deadlines.popitem(last=False)
+                self._entries.pop(request_id, None)

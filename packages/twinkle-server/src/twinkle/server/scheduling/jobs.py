@@ -1,0 +1,40 @@
+"""What is queued: typed data, never a callable, so that it can be printed, fused, journaled and replayed."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from twinkle.protocol import messages as m
+
+RunRequest: TypeAlias = m.Ordered | m.CreateModelRequest | m.UnloadModelRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One accepted request on a run.
+
+    Attributes:
+        request_id: of the future that its result completes.
+        seq_id: its place in the run's order; creation is 0.
+        tokens: what it costs in fairness: tokens of a training pass, 0 for the rest.
+    """
+
+    request_id: str
+    tenant: str
+    run_id: str
+    seq_id: int
+    request: RunRequest
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What runs together, in this order: all passes in shared micro-batches, then all optimizer steps, then the rest
+    one by one. A run is in it with any number of passes followed by at most one other job."""
+
+    passes: list[Job]
+    optim_steps: list[Job]
+    others: list[Job]
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.passes, *self.optim_steps, *self.others]

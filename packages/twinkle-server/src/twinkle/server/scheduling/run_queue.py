@@ -1,0 +1,81 @@
+"""One run's jobs, in the order of `seq_id` whatever order they arrive in."""
+
+from collections import OrderedDict
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.scheduling.jobs import Job
+
+# How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
+MAX_REMEMBERED = 1024
+MAX_AHEAD = 4096
+
+
+class RunQueue:
+    """Jobs of one run. Chunks may arrive out of order; a rejected id counts as consumed; an id seen before is
+    answered from the first request that carried it."""
+
+    def __init__(self, first_seq_id: int = 0) -> None:
+        self._next = first_seq_id
+        self._waiting: dict[int, Job | None] = {}  # None: rejected
+        self._seen: OrderedDict[int, str] = OrderedDict()
+
+    def duplicate_of(self, seq_id: int) -> str | None:
+        """The request id under which `seq_id` was accepted before, if it was."""
+        return self._seen.get(seq_id)
+
+    def check(self, seq_id: int) -> None:
+        """
+        Raises:
+            InvalidRequest: if `seq_id` was consumed long ago, was rejected, or is absurdly far ahead.
+        """
+        if seq_id < self._next or seq_id in self._waiting:
+            raise InvalidRequest(f"seq_id: {seq_id} was used before on this run; the next free one is {self.next_free}")
+        if seq_id >= self._next + MAX_AHEAD:
+            raise InvalidRequest(
+                f"seq_id: {seq_id} is too far ahead: this run waits for {self._next}; send that one first"
+            )
+
+    @property
+    def next_free(self) -> int:
+        return max(self._waiting, default=self._next - 1) + 1
+
+    def offer(self, job: Job) -> None:
+        """Queue a job whose id `check` has passed."""
+        self._waiting[job.seq_id] = job
+        self._seen[job.seq_id] = job.request_id
+        while len(self._seen) > MAX_REMEMBERED:
+            self._seen.popitem(last=False)
+
+    def reject(self, seq_id: int) -> None:
+        """Count an id as consumed: its request was refused, and the client goes on to the next."""
+        if self._next <= seq_id < self._next + MAX_AHEAD:
+            self._waiting.setdefault(seq_id, None)
+            self._skip_rejected()
+
+    def close_gaps(self) -> None:
+        """Count every id that is missing before the last one as consumed."""
+        for seq_id in range(self._next, self.next_free):
+            self._waiting.setdefault(seq_id, None)
+        self._skip_rejected()
+
+    def head(self) -> Job | None:
+        """The next job, if all before it are done with."""
+        return self._waiting.get(self._next)
+
+    def pop(self) -> Job:
+        job = self._waiting.pop(self._next)
+        assert job is not None, "head() is checked before pop()"
+        self._next += 1
+        self._skip_rejected()
+        return job
+
+    def drain(self) -> list[Job]:
+        """All jobs, taken out: the run is gone."""
+        jobs = [job for _, job in sorted(self._waiting.items()) if job is not None]
+        self._waiting.clear()
+        return jobs
+
+    def _skip_rejected(self) -> None:
+        while self._next in self._waiting and self._waiting[self._next] is None:
+            del self._waiting[self._next]
+            self._next += 1

@@ -1,0 +1,98 @@
+"""The two Serve deployments: gateways (as many as wanted, stateless) in front of one engine per base model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_current_placement_group
+
+from twinkle.protocol import messages as m
+from twinkle.server.app import Plan, build_service
+from twinkle.server.gateway.app import create_app
+from twinkle.server.serve.ranks import RankGroup
+
+APP_NAME = "twinkle"
+
+# Long polls wait in the engine: each holds one of these, so they must never be what runs out.
+_MAX_ONGOING = 1_000_000
+
+
+class EngineDeployment:
+    """The service of one base model: queues, scheduler, engine loop, store. It computes nothing itself."""
+
+    async def __init__(self, plan: Plan) -> None:  # Serve awaits it
+        group = get_current_placement_group()
+        assert group is not None, "the deployment's placement group holds a bundle for each rank"
+        self._ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
+        self._service = build_service(plan.config, self._ranks)
+        await self._service.start()
+
+    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
+        return await self._service.submit(tenant, request)
+
+    async def retrieve(self, tenant: str, request_id: str, timeout: float) -> m.Result | m.Failure | m.Pending:
+        return await self._service.retrieve(tenant, request_id, timeout)
+
+    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+        return await self._service.ask(tenant, query)
+
+    async def check_health(self) -> None:
+        self._service.check()
+        await self._ranks.check()
+
+
+class HandleService:
+    """A `ServicePort` over a deployment handle."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = cast(Any, engine)
+
+    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
+        return await self._call(self._engine.submit.remote(tenant, request))
+
+    async def retrieve(self, tenant: str, request_id: str, timeout: float) -> m.Result | m.Failure | m.Pending:
+        return await self._call(self._engine.retrieve.remote(tenant, request_id, timeout))
+
+    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+        return await self._call(self._engine.ask.remote(tenant, query))
+
+    @staticmethod
+    async def _call(response: Any) -> Any:
+        try:
+            return await response
+        except RayTaskError as error:
+            raise error.cause from None  # pyright: ignore
+
+
+def build_gateway(max_request_bytes: int) -> FastAPI:
+    """The ASGI application of a gateway replica, made in its process."""
+    return create_app(HandleService(serve.get_deployment_handle("engine", APP_NAME)), max_request_bytes)
+
+
+def build_application(plan: Plan) -> serve.Application:
+    """Both deployments, wired."""
+    engine = serve.deployment(
+        EngineDeployment,  # pyright: ignore
+        name="engine",
+        num_replicas=1,
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=5,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        ray_actor_options={"num_cpus": plan.bundles[0]["CPU"]},
+        placement_group_bundles=plan.bundles,
+        placement_group_strategy="PACK",
+    ).bind(plan)
+    gateway = serve.deployment(
+        serve.ingress(partial(build_gateway, plan.config.limits.max_request_bytes))(),  # pyright: ignore
+        name="gateway",
+        num_replicas=plan.config.server.num_replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return gateway.bind(engine)

@@ -1,0 +1,137 @@
+"""Starts Ray and Serve for one server, waits, and ends both."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import ray
+from ray import serve
+
+from twinkle.protocol.errors import InvalidRequest, ServerFault
+from twinkle.server.app import Plan, make_plan
+from twinkle.server.config import ServerConfig, load_config
+from twinkle.server.serve.deployments import APP_NAME, build_application
+
+
+class TwinkleServer:
+    """The server: `TwinkleServer.from_config('server_config.yaml').run()`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str]) -> TwinkleServer:
+        """
+        Raises:
+            InvalidRequest: naming what is wrong in the file.
+        """
+        return cls(load_config(path))
+
+    def run(self) -> None:
+        """Start, say when it is ready and where it listens, and serve until Ctrl-C or SIGTERM.
+
+        Raises:
+            InvalidRequest, NotFound: if it can't start as configured (port taken, model not found, ...).
+            ServerFault: if the model could not be loaded or its first step failed. Nothing is left running.
+        """
+        server = self.config.server
+        _check_port(server.host, server.port)
+        plan = make_plan(self.config)
+        stop = threading.Event()
+        handlers = {number: signal.signal(number, _setter(stop)) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            _start(plan)
+            _say(_ready_lines(plan))
+            stop.wait()
+            _say("Stopping.")
+        finally:
+            _stop()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _setter(stop: threading.Event) -> Callable[[int, FrameType | None], None]:
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    return handle
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InvalidRequest(
+                f"server.port: can't listen on {host}:{port} ({error.strerror}); "
+                "choose another port, or end the program that has it"
+            ) from error
+
+
+def _start(plan: Plan) -> None:
+    model = plan.model
+    where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else "the CPU"
+    if not plan.gpus_per_rank and plan.config.ray.num_gpus:
+        _say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but no GPU was found: computing on the CPU.")
+    _say(
+        f"Loading {plan.config.model.model_id} from {model.path} in {model.torch_dtype} on {where} "
+        f"({plan.backend} backend, {plan.sampler} sampler)."
+    )
+    began = time.monotonic()
+    # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, plan.num_ranks + 1),
+        num_gpus=plan.num_ranks * plan.gpus_per_rank,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=bool(os.environ.get("TWINKLE_RAY_LOGS")),
+        configure_logging=True,
+    )
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": plan.config.server.host, "port": plan.config.server.port},
+    )
+    try:
+        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
+    except RuntimeError as error:
+        raise ServerFault(f"the server could not start: {_cause()}") from error
+    _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
+
+
+def _cause() -> str:
+    """What Serve says of the deployments that failed."""
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
+        return "Serve knows of no application"
+    messages = [status.message for status in application.deployments.values() if status.message]
+    return "\n".join(messages) or application.message
+
+
+def _ready_lines(plan: Plan) -> str:
+    server = plan.config.server
+    shown = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
+    return (
+        f"Open mode: any API key is accepted, and each sees only its own.\n"
+        f"Twinkle listens on {server.host}:{server.port}; clients use http://{shown}:{server.port}"
+    )
+
+
+def _stop() -> None:
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What outlives the process: rows in a database, checkpoint files in a directory."""

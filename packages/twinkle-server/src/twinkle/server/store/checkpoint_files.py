@@ -1,0 +1,110 @@
+"""Checkpoints as directories in PEFT layout, with optimizer state and a manifest beside it.
+
+    ROOT/RUN/KIND/NAME/adapter_config.json, adapter_model.safetensors    what PEFT loads
+                       optimizer.safetensors                             AdamW's moments, if they were saved
+                       manifest.json                                     sha256 and size of each file
+
+A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.backends import peft_format
+from twinkle.server.backends.protocol import AdapterState
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointFiles:
+    """The directory that checkpoints are in. Names have been checked by `uris`: none of them is a path."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, uri: CheckpointUri) -> Path:
+        assert uri.run_id is not None and uri.kind is not None, "bare names are looked up in the database first"
+        return self._root / uri.run_id / uri.kind / uri.name
+
+    def write(self, uri: CheckpointUri, state: AdapterState, base_model: str) -> int:
+        """Write a checkpoint, in place of one of the same name.
+
+        Returns:
+            Its size in bytes.
+        """
+        target = self.path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{uri.name}.{uuid.uuid4().hex}.partial"
+        try:
+            partial.mkdir()
+            peft_format.write(partial, state, base_model)
+            size = _write_manifest(partial)
+            _replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return size
+
+    def read(self, uri: CheckpointUri, with_optimizer: bool) -> AdapterState:
+        """Read a checkpoint, after comparing its files with the manifest.
+
+        Raises:
+            ServerFault: if a file is missing or has changed.
+            InvalidRequest: if the optimizer's state is asked for but was not saved.
+        """
+        directory = self.path(uri)
+        _check_manifest(directory, uri)
+        return peft_format.read(directory, with_optimizer)
+
+    def delete(self, uri: CheckpointUri) -> None:
+        shutil.rmtree(self.path(uri), ignore_errors=True)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    old = partial.with_suffix(".old")  # a directory can't be renamed over another
+    os.rename(target, old)
+    os.rename(partial, target)
+    shutil.rmtree(old)
+
+
+def _write_manifest(directory: Path) -> int:
+    files = {path.name: path for path in sorted(directory.iterdir())}
+    entries = {
+        name: {"sha256": _sha256(path), "size_bytes": path.stat().st_size} for name, path in files.items()
+    }
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=2), encoding="utf-8")
+    for path in (*files.values(), manifest):
+        _fsync(path)
+    return sum(path.stat().st_size for path in (*files.values(), manifest))
+
+
+def _check_manifest(directory: Path, uri: CheckpointUri) -> None:
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        damaged = [name for name, entry in files.items() if _sha256(directory / name) != entry["sha256"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise ServerFault(f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again") from error
+    if damaged:
+        raise ServerFault(f"checkpoint {uri}: {', '.join(damaged)} differs from its checksum; restore it or save again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

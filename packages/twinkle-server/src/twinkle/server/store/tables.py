@@ -1,0 +1,87 @@
+"""The tables. Times are UTC seconds since 1970."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from twinkle.protocol.uris import CheckpointKind, CheckpointUri
+
+
+# Unnamed sampler snapshots are checkpoints too, so that they can leave the sampler and come back; no list shows them.
+UNNAMED_PREFIX = "unnamed-"
+
+
+class Base(DeclarativeBase):
+    """Base of all rows."""
+
+    type_annotation_map = {dict[str, Any]: JSON}
+
+
+class Session(Base):
+    """A client's connection, from create_session to its finish."""
+
+    __tablename__ = "sessions"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    created_at: Mapped[float] = mapped_column(Float)
+    user_metadata: Mapped[dict[str, Any] | None]
+    display_name: Mapped[str | None] = mapped_column(String(256))
+
+
+class Run(Base):
+    """A training run: one adapter and its history."""
+
+    __tablename__ = "runs"
+    __table_args__ = (Index("runs_by_tenant", "tenant", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
+    base_model: Mapped[str] = mapped_column(String(512))
+    created_at: Mapped[float] = mapped_column(Float)
+    last_request_at: Mapped[float] = mapped_column(Float)
+    rank: Mapped[int] = mapped_column(Integer)
+    user_metadata: Mapped[dict[str, Any] | None]
+
+
+class Checkpoint(Base):
+    """A saved adapter. The row is written after its files are complete."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("checkpoints_by_name", "tenant", "name", "created_at"),)
+
+    run_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    base_model: Mapped[str] = mapped_column(String(512))
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    rank: Mapped[int] = mapped_column(Integer)
+    train_attn: Mapped[bool] = mapped_column(Boolean)
+    train_mlp: Mapped[bool] = mapped_column(Boolean)
+    train_unembed: Mapped[bool] = mapped_column(Boolean)
+    user_metadata: Mapped[dict[str, Any] | None]
+
+    @property
+    def uri(self) -> CheckpointUri:
+        return CheckpointUri(self.name, self.run_id, cast(CheckpointKind, self.kind))
+
+
+class Sampler(Base):
+    """A sampling session: a base model, or a checkpoint on it (that of `checkpoint_time`, should it be overwritten)."""
+
+    __tablename__ = "samplers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
+    base_model: Mapped[str] = mapped_column(String(512))
+    model_path: Mapped[str | None] = mapped_column(String(512))
+    checkpoint_time: Mapped[float | None] = mapped_column(Float)
+    created_at: Mapped[float] = mapped_column(Float)

@@ -1,0 +1,6 @@
+"""Programs written for the Tinker SDK, run against a Twinkle server."""
+
+from twinkle_tinker_patch._version import __version__
+from twinkle_tinker_patch.patch import init_tinker_client, unpatch
+
+__all__ = ["__version__", "init_tinker_client", "unpatch"]
