@@ -215,7 +215,9 @@ def _error_body(response: httpx.Response) -> str | None:
         values = response.json()
     except ValueError:
         return None
-    return str(values["error"]) if isinstance(values, dict) and "error" in values else None
+    if not isinstance(values, dict) or "error" not in values:
+        return None
+    return str(cast(dict[str, object], values)["error"])
 
 
 def _error_of(response: httpx.Response) -> TwinkleError | None:

@@ -1,5 +1,6 @@
-"""Batches of a dataset's rows, shuffled and resumable. What a row is, and what is done with a batch, is not
-known here.
+"""Batches of a dataset's rows, shuffled and resumable.
+
+What a row is, and what is done with a batch, is not known here.
 """
 
 from twinkle.dataloader.loader import DataLoader, DataLoaderState

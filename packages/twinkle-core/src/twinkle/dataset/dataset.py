@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, NoReturn, Self, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -145,8 +145,7 @@ class Dataset:
     def encode(self, add_generation_prompt: bool = False) -> Self:
         """Exchange each row's `messages` and `tools` for the `InputFeature` the template makes of them.
 
-        Other columns stay with the row. With the template's strategy "delete", rows that are too long are
-        left out.
+        Other columns stay with the row. With the template's strategy "delete", rows that are too long are left out.
 
         Args:
             add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
@@ -178,18 +177,10 @@ class Dataset:
         before = len(self)
         self._change(apply, "Encoding", None)
         if len(self) < before:
-            logger.warning(
-                "%d of %d rows left out: longer than %s tokens",
-                before - len(self),
-                before,
-                template.max_length,
-            )
+            left_out = before - len(self)
+            logger.warning("%d of %d rows left out: over %s tokens", left_out, before, template.max_length)
         if untrained and not add_generation_prompt:
-            logger.warning(
-                "%d of %d rows have no token to train on (no assistant's turn, or it was cut off)",
-                untrained,
-                len(self),
-            )
+            logger.warning("%d of %d rows have no token to train on", untrained, len(self))
         return self
 
     def __len__(self) -> int:
@@ -213,26 +204,26 @@ class Dataset:
             raise InvalidRequest(
                 f"dataset_meta: {meta} is none of the sources (which are one after mix_dataset)"
             )
-        chosen = [source for source in self._sources if meta is None or source.meta == meta]
-        changed: dict[int, list[_Item]] = {}
-        with tqdm(
-            total=sum(len(source.items) for source in chosen),
-            desc=title,
-            unit="row",
-            delay=_PROGRESS_DELAY_SECONDS,
-        ) as bar:
-            for source in chosen:
-                changed[id(source)] = items = []
-                for item in source.items:
-                    row = _apply_to(apply, item)
-                    if row is not None:
-                        items.append(item._replace(row=row))
-                    bar.update()
-        self._sources = [
-            source._replace(items=changed[id(source)]) if id(source) in changed else source
-            for source in self._sources
-        ]
+        chosen = [meta is None or source.meta == meta for source in self._sources]
+        total = sum(
+            len(source.items) for source, is_chosen in zip(self._sources, chosen, strict=True) if is_chosen
+        )
+        with tqdm(total=total, desc=title, unit="row", delay=_PROGRESS_DELAY_SECONDS) as bar:
+            self._sources = [
+                source._replace(items=_changed(apply, source.items, bar)) if is_chosen else source
+                for source, is_chosen in zip(self._sources, chosen, strict=True)
+            ]
         return self
+
+
+def _changed(apply: Callable[[_Item], Row | None], items: list[_Item], bar: "tqdm[NoReturn]") -> list[_Item]:
+    changed: list[_Item] = []
+    for item in items:
+        row = _apply_to(apply, item)
+        if row is not None:
+            changed.append(item._replace(row=row))
+        bar.update()
+    return changed
 
 
 def _apply_to(apply: Callable[[_Item], Row | None], item: _Item) -> Row | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -101,8 +101,8 @@ class TensorData:
 
 def _to_tokens(values: object) -> Int32Array:
     if isinstance(values, np.ndarray) and values.dtype == np.int32 and values.ndim == 1:
-        return values
-    array = np.asarray(values) if not isinstance(values, list) or values else np.zeros(0, np.int64)
+        return cast(Int32Array, values)
+    array: Array = np.asarray(values) if not isinstance(values, list) or values else np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError("tokens must be a flat list of integers")
     if array.size and (array.min() < 0 or array.max() > MAX_TOKEN_ID):

@@ -1,9 +1,8 @@
-"""From conversations to tokens and back, by the model's own tokenizer and chat template; no Transformers
-needed.
+"""From conversations to tokens and back, by the model's own tokenizer and chat template, without Transformers.
 
-`files` reads a model's folder, `rendering` turns a conversation into text, `labels` finds the assistant's
-turns in that text, `template` puts the three together. Token ids equal
-`apply_chat_template(tokenize=True)`'s.
+`files` reads a model's folder, `conversation` a trajectory, `rendering` turns it into text, `labels` finds the
+assistant's turns in that text, `template` puts the four together. Token ids equal those of Transformers'
+`apply_chat_template(tokenize=True)`.
 """
 
 from twinkle.template.registry import get_template_class, register_template

@@ -32,8 +32,8 @@ class Conversation:
 def read_conversation(trajectory: Mapping[str, Any]) -> Conversation:
     """A trajectory's messages and tools, copied.
 
-    A key of a message that holds None is left out, except for `content`: columnar files fill each absent key with
-    None, and templates ask whether a key is there.
+    A key of a message that holds None is left out, as Transformers does: columnar files and some APIs give None for
+    what is not there, and templates ask whether a key is there.
 
     Raises:
         InvalidRequest: if there are no messages, or something is not what a chat template can read.
@@ -64,7 +64,7 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     role = plain.get("role")
     if not isinstance(role, str):
         raise InvalidRequest(f"{where}.role: expected text such as 'user', got {_describe(role)}")
-    kept = {key: value for key, value in plain.items() if value is not None or key == "content"}
+    kept = {key: value for key, value in plain.items() if value is not None}
     reasoning = next((kept[key] for key in REASONING_KEYS if key in kept), None)
     if reasoning is None:
         return kept

@@ -25,14 +25,15 @@ class Pending(Generic[T]):
     directly (which waits too): `sampling_client.sample(...).sequences[0].tokens`.
     """
 
-    def __init__(self, future: Future[T], doing: str) -> None:
+    def __init__(self, future: Future[T], doing: str, seen: threading.Event | None = None) -> None:
         """
         Args:
             doing: what is waited for, in words, for the progress bar.
+            seen: whether somebody has looked at the outcome; views of one operation share it.
         """
         self._future = future
         self._doing = doing
-        self._seen = False
+        self._seen = seen or threading.Event()
 
     def result(self, timeout: float | None = None) -> T:
         """The result; waits for it.
@@ -44,9 +45,11 @@ class Pending(Generic[T]):
             TwinkleError: if the operation failed.
             TimeoutError: if it is not done in time; it goes on.
         """
-        value = wait(self._future, self._doing, timeout)
-        self._seen = True
-        return value
+        try:
+            return wait(self._future, self._doing, timeout)
+        finally:
+            if self._future.done():
+                self._seen.set()
 
     def done(self) -> bool:
         """Whether the operation has ended."""
@@ -54,9 +57,9 @@ class Pending(Generic[T]):
 
     def unseen_failure(self) -> BaseException | None:
         """What went wrong, if something did and nobody has looked yet; asking counts as looking."""
-        if self._seen or not self._future.done():
+        if self._seen.is_set() or not self._future.done():
             return None
-        self._seen = True
+        self._seen.set()
         return self._future.exception()
 
     def wait_done(self) -> None:
@@ -68,10 +71,10 @@ class Pending(Generic[T]):
 
     def then(self, change: Callable[[T], U]) -> Pending[U]:
         """A view of the result through `change`."""
-        return Pending(chain([self._future], lambda results: change(results[0])), self._doing)
+        return Pending(chain([self._future], lambda results: change(results[0])), self._doing, self._seen)
 
     def __await__(self) -> Generator[Any, None, T]:
-        self._seen = True
+        self._seen.set()
         return asyncio.wrap_future(self._future).__await__()
 
     def __getattr__(self, name: str) -> Any:

@@ -94,7 +94,7 @@ def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
-    return LocalWorker(training, sampler_class(model, training))
+    return LocalWorker(training, sampler_class.create(model, training))
 
 
 def build_service(config: ServerConfig, worker: WorkerPort) -> Service:

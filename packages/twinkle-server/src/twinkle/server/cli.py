@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 import yaml
+from pydantic import BaseModel
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server._version import __version__
@@ -49,15 +50,13 @@ def version() -> None:
 def describe(config: ServerConfig) -> str:
     """The configuration as YAML, each key with its meaning as a comment."""
     lines: list[str] = []
-    for name, field in ServerConfig.model_fields.items():
-        section = getattr(config, name)
-        meaning = (type(section).__doc__ or field.description or "").strip()
-        lines.append(f"{name}:  # {meaning}")
-        for key, info in type(section).model_fields.items():
-            value = yaml.safe_dump(section.model_dump(mode="json")[key], default_flow_style=True)
-            shown = value.removesuffix("...\n").strip()
-            comment = " ".join((info.description or "").split())
-            lines.append(f"  {key}: {shown}  # {comment}")
+    values: dict[str, dict[str, object]] = config.model_dump(mode="json")
+    for name in ServerConfig.model_fields:
+        section: type[BaseModel] = type(getattr(config, name))
+        lines.append(f"{name}:  # {(section.__doc__ or '').strip()}")
+        for key, field in section.model_fields.items():
+            shown = yaml.safe_dump(values[name][key], default_flow_style=True).removesuffix("...\n").strip()
+            lines.append(f"  {key}: {shown}  # {' '.join((field.description or '').split())}")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,9 @@ from twinkle.server.backends.protocol import AdapterSpec
 
 ModuleGroup: TypeAlias = Literal["attn", "mlp", "unembed"]
 
-_ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention", "linear_attn", "linear_attention"})
+_ATTENTION = frozenset(
+    {"self_attn", "attn", "attention", "self_attention", "linear_attn", "linear_attention"}
+)
 _FEED_FORWARD = frozenset({"mlp", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})

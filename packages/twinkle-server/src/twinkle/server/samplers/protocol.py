@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from twinkle.protocol.types import Int64Array, SampleResponse, SamplingParams
-from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,11 @@ class GenerateRequest:
 
 class SamplingEngine(Protocol):
     """One base model, many resident adapters, one running batch."""
+
+    @classmethod
+    def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
+        """An engine for the base model of `config`, sharing its weights with `backend` where the two can."""
+        ...
 
     def add_adapter(self, adapter_id: str, state: AdapterState) -> None:
         """Make an adapter resident: an immutable copy of `state.weights`. Adding the same id again changes nothing."""

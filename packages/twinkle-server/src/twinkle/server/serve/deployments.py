@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -41,6 +40,9 @@ class EngineDeployment:
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         return await self._service.ask(tenant, query)
 
+    async def close(self) -> None:
+        await self._service.close()
+
     async def check_health(self) -> None:
         self._service.check()
         await self._ranks.check()
@@ -49,7 +51,7 @@ class EngineDeployment:
 class HandleService:
     """A `ServicePort` over a deployment handle."""
 
-    def __init__(self, engine: DeploymentHandle) -> None:
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._engine = cast(Any, engine)
 
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
@@ -71,13 +73,22 @@ class HandleService:
 
 def build_gateway(max_request_bytes: int) -> FastAPI:
     """The ASGI application of a gateway replica, made in its process."""
-    return create_app(HandleService(serve.get_deployment_handle("engine", APP_NAME)), max_request_bytes)
+    engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
+    return create_app(HandleService(engine), max_request_bytes)
 
 
 def build_application(plan: Plan) -> serve.Application:
     """Both deployments, wired."""
-    engine = serve.deployment(
-        EngineDeployment,  # pyright: ignore
+    # Serve's own annotations know neither async constructors nor deployments made of ingress classes.
+    deployment = cast(Any, serve.deployment)
+    max_request_bytes = plan.config.limits.max_request_bytes
+
+    def build() -> FastAPI:  # Serve takes a builder for what it is only if it is a plain function
+        return build_gateway(max_request_bytes)
+
+    gateway_class = cast(Any, serve.ingress)(build)()
+    engine = deployment(
+        EngineDeployment,
         name="engine",
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
@@ -88,8 +99,8 @@ def build_application(plan: Plan) -> serve.Application:
         placement_group_bundles=plan.bundles,
         placement_group_strategy="PACK",
     ).bind(plan)
-    gateway = serve.deployment(
-        serve.ingress(partial(build_gateway, plan.config.limits.max_request_bytes))(),  # pyright: ignore
+    gateway = deployment(
+        gateway_class,
         name="gateway",
         num_replicas=plan.config.server.num_replicas,
         max_ongoing_requests=_MAX_ONGOING,

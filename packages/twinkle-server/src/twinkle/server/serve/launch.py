@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -19,6 +20,9 @@ from twinkle.protocol.errors import InvalidRequest, ServerFault
 from twinkle.server.app import Plan, make_plan
 from twinkle.server.config import ServerConfig, load_config
 from twinkle.server.serve.deployments import APP_NAME, build_application
+
+
+log = logging.getLogger("twinkle.server")
 
 
 class TwinkleServer:
@@ -90,11 +94,14 @@ def _start(plan: Plan) -> None:
     began = time.monotonic()
     # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray and Serve report each of their own steps; what users want to know is said here.
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, plan.num_ranks + 1),
         num_gpus=plan.num_ranks * plan.gpus_per_rank,
         include_dashboard=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         log_to_driver=bool(os.environ.get("TWINKLE_RAY_LOGS")),
         configure_logging=True,
     )
@@ -128,9 +135,15 @@ def _ready_lines(plan: Plan) -> str:
 
 
 def _stop() -> None:
-    if ray.is_initialized():
-        serve.shutdown()
-        ray.shutdown()
+    """End the cluster; before that, let the engine write what it is writing."""
+    if not ray.is_initialized():
+        return
+    try:
+        engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
+        engine.close.remote().result(timeout_s=30)
+    except Exception as error:  # it may never have started; the cluster ends all the same
+        log.info("the engine could not be closed: %s", error)
+    ray.shutdown()
 
 
 def _say(line: str) -> None:

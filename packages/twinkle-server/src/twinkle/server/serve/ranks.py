@@ -35,7 +35,6 @@ R = TypeVar("R")
 _MAX_SAMPLES = 100_000
 
 
-@ray.remote(concurrency_groups={"sampling": _MAX_SAMPLES})
 class Rank:
     """A `LocalWorker` in a process of its own."""
 
@@ -97,14 +96,13 @@ class RankGroup:
         cls, group: PlacementGroup, config: ModelConfig, backend: str, sampler: str, gpus_per_rank: float
     ) -> RankGroup:
         """Start one actor on each bundle of `group` after the first (which is the caller's own)."""
+        actor_class = cast(Any, ray.remote)(concurrency_groups={"sampling": _MAX_SAMPLES})(Rank)
         ranks = [
-            cast(Any, Rank)
-            .options(
+            actor_class.options(
                 num_cpus=1,
                 num_gpus=gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-            )
-            .remote(config, backend, sampler)
+            ).remote(config, backend, sampler)
             for i in range(1, group.bundle_count)
         ]
         info, loss_fns = await _unwrap(ranks[0].describe.remote())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, create_engine, delete, event, func, or_, select
+from sqlalchemy import Engine, create_engine, event, func, or_, select
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
@@ -32,7 +32,7 @@ class Database:
         return self._engine
 
     @contextmanager
-    def _transaction(self) -> Iterator[OrmSession]:
+    def _transaction(self) -> Generator[OrmSession]:
         with self._sessions.begin() as session:
             yield session
 
@@ -111,15 +111,11 @@ class Database:
     def delete_checkpoint(self, tenant: str, uri: CheckpointUri) -> bool:
         """Whether there was one."""
         with self._transaction() as session:
-            result = session.execute(
-                delete(Checkpoint).where(
-                    Checkpoint.tenant == tenant,
-                    Checkpoint.run_id == uri.run_id,
-                    Checkpoint.kind == uri.kind,
-                    Checkpoint.name == uri.name,
-                )
-            )
-            return result.rowcount > 0
+            row = session.get(Checkpoint, (uri.run_id, uri.kind, uri.name))
+            if row is None or row.tenant != tenant:
+                return False
+            session.delete(row)
+            return True
 
     def close(self) -> None:
         self._engine.dispose()

@@ -1,0 +1,270 @@
+"""Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
+
+    base_model    loads the model            lora_linear    a linear layer with many adapters' terms
+    banks         where adapters live        passes         micro-batches to results and gradients
+    logprobs, losses, adamw                  the arithmetic
+
+Not here: the routed experts of mixtures of experts get no low-rank term, and activations are not recomputed in the
+backward pass (only logits are).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import AdamParams
+from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
+from twinkle.server.backends.protocol import (
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    ModelConfig,
+    OptimizerState,
+    Row,
+    RowResult,
+)
+from twinkle.server.backends.transformers.adamw import plan_steps
+from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape, initial_row
+from twinkle.server.backends.transformers.base_model import (
+    LoadedModel,
+    copy_sharing_weights,
+    decoder,
+    finish_logits,
+    load_base_model,
+)
+from twinkle.server.backends.transformers.lora_linear import Route, wrap_linears
+from twinkle.server.backends.transformers.losses import LOSSES, TARGETS
+from twinkle.server.backends.transformers.passes import Adapter, Network, run_pass
+
+
+class TransformersBackend:
+    """See `twinkle.server.backends.protocol.TrainingBackend`.
+
+    An unknown adapter id is a `KeyError`, one that is taken a `ValueError`: both are mistakes of the caller's code.
+    """
+
+    def __init__(self, config: ModelConfig, loaded: LoadedModel | None = None) -> None:
+        """
+        Args:
+            loaded: a model that is there already, to share its weights; else it is loaded from `config.path`.
+
+        Raises:
+            InvalidRequest: if the model can't be loaded as `config` says.
+        """
+        self._loaded = loaded if loaded is not None else load_base_model(config)
+        self._max_rank = config.max_lora_rank
+        self._network = _network(self._loaded)
+        self._adapters: dict[str, Adapter] = {}
+        self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, config: ModelConfig) -> TransformersBackend:
+        """A backend on a model that something else in this process uses too; the weights are shared."""
+        return cls(config, loaded)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The base model, without adapters: for whatever is to share its weights."""
+        return self._loaded
+
+    @property
+    def info(self) -> BaseModelInfo:
+        return replace(self._loaded.info, max_lora_rank=self._max_rank)
+
+    @property
+    def loss_fns(self) -> frozenset[str]:
+        return frozenset(LOSSES)
+
+    # ------------------------------------------------------------ adapters
+
+    def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        """Make an adapter as PEFT would: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments.
+
+        Raises:
+            InvalidRequest: if the rank is out of bounds, or the flags leave nothing to train.
+        """
+        if adapter_id in self._adapters:
+            raise ValueError(f"there is an adapter {adapter_id!r} already")
+        if not 1 <= spec.rank <= self._max_rank:
+            raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._max_rank}")
+        bank = self._bank(spec)
+        slot = bank.take()
+        bank.params[slot] = initial_row(bank.layout, spec.seed).to(bank.params.device)
+        self._adapters[adapter_id] = Adapter(spec, bank, slot)
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        adapter = self._adapters.pop(adapter_id)
+        adapter.bank.free(adapter.slot)
+        if adapter.bank.is_empty:
+            del self._banks[adapter.spec.rank, wanted_groups(adapter.spec)]
+
+    def _bank(self, spec: AdapterSpec) -> Bank:
+        groups = wanted_groups(spec)
+        key = spec.rank, groups
+        if key not in self._banks:
+            model = self._loaded.model
+            layers = [
+                _shape(name, model.get_submodule(name))
+                for name, group in self._loaded.targets.items()
+                if group in groups
+            ]
+            if not layers:
+                raise InvalidRequest(
+                    "train_attn, train_mlp, train_unembed: no linear layer is left to train; set one"
+                )
+            self._banks[key] = Bank(Layout.of(layers, spec.rank), self._loaded.device)
+        return self._banks[key]
+
+    # ------------------------------------------------------------ training
+
+    def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        """Run the micro-batches; add gradients of the rows' losses to their adapters'.
+
+        All or nothing: if it raises, no adapter's gradient has changed.
+
+        Raises:
+            InvalidRequest: if a row's loss, inputs or tokens are not possible.
+            torch.OutOfMemoryError, MemoryError: the pass's memory has been given back; another pass can be run.
+        """
+        for rows in micro_batches:
+            for row in rows:
+                self._check_row(row)
+        try:
+            return run_pass(self._network, self._adapters, micro_batches)
+        except torch.OutOfMemoryError as error:
+            out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # the only sign that the CPU's allocator gives
+                raise
+            out_of_memory = MemoryError(str(error))
+        self._release_memory()
+        raise out_of_memory
+
+    def _release_memory(self) -> None:
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_row(self, row: Row) -> None:
+        if row.adapter_id not in self._adapters:
+            raise KeyError(f"there is no adapter {row.adapter_id!r}")
+        if row.loss_fn not in LOSSES:
+            raise InvalidRequest(
+                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(LOSSES))}"
+            )
+        for name in (TARGETS, *LOSSES[row.loss_fn].inputs):
+            if name not in row.loss_inputs:
+                raise InvalidRequest(
+                    f"loss_fn_inputs: {name} is missing; {row.loss_fn} needs one value a token"
+                )
+            if row.loss_inputs[name].shape != row.tokens.shape:
+                raise InvalidRequest(
+                    f"loss_fn_inputs.{name}: shape {list(row.loss_inputs[name].shape)}, but there are "
+                    f"{len(row.tokens)} tokens; send one value a token"
+                )
+        # On a GPU an index out of bounds would end the process.
+        for name, tokens in (("model_input", row.tokens), (TARGETS, row.loss_inputs[TARGETS])):
+            if len(tokens) == 0 or np.min(tokens) < 0 or np.max(tokens) >= self.info.vocab_size:
+                raise InvalidRequest(
+                    f"{name}: token ids must be between 0 and {self.info.vocab_size - 1}, at least one of them"
+                )
+
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+        """Apply the steps, each to its own adapter, and zero those adapters' gradients.
+
+        All or nothing. Metrics: `grad_norm:mean`, the L2 norm of the adapter's whole gradient before clipping.
+        """
+        if len({step.adapter_id for step in steps}) < len(steps):
+            raise ValueError("an adapter can take one step a call")
+        by_bank: dict[Bank, dict[int, AdamParams]] = {}
+        for step in steps:
+            adapter = self._adapters[step.adapter_id]
+            by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
+        planned = {bank: plan_steps(bank, params) for bank, params in by_bank.items()}
+        norms = {bank: plan.grad_norms() for bank, plan in planned.items()}
+        for plan in planned.values():
+            plan.apply()
+        stepped = [self._adapters[step.adapter_id] for step in steps]
+        return [{"grad_norm:mean": norms[adapter.bank][adapter.slot]} for adapter in stepped]
+
+    # ------------------------------------------------------------ state
+
+    def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
+        """A copy of the adapter, on the host."""
+        adapter = self._adapters[adapter_id]
+        bank, slot = adapter.bank, adapter.slot
+        split = bank.layout.split
+        optimizer = None
+        if with_optimizer:
+            optimizer = OptimizerState(
+                step=bank.steps[slot],
+                exp_avg=split(_host_copy(bank.exp_avg[slot])),
+                exp_avg_sq=split(_host_copy(bank.exp_avg_sq[slot])),
+            )
+        return AdapterState(
+            spec=adapter.spec,
+            target_modules=bank.layout.modules,
+            weights=split(_host_copy(bank.params[slot])),
+            optimizer=optimizer,
+            gradients=split(_host_copy(bank.grads[slot])) if with_gradients else None,
+        )
+
+    def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
+
+        The adapter takes over the state's alpha, so that it computes what the saved one did.
+
+        Raises:
+            InvalidRequest: if rank, target modules, names or shapes differ; then nothing has changed.
+        """
+        adapter = self._adapters[adapter_id]
+        bank, slot, layout = adapter.bank, adapter.slot, adapter.bank.layout
+        shapes = {name: (place.rows, place.columns) for name, place in layout.places().items()}
+        check_fits(state, adapter.spec, layout.modules, shapes)
+        bank.wipe(slot)
+        bank.params[slot] = layout.join(state.weights).to(bank.params.device)
+        if state.optimizer is not None:
+            bank.exp_avg[slot] = layout.join(state.optimizer.exp_avg).to(bank.params.device)
+            bank.exp_avg_sq[slot] = layout.join(state.optimizer.exp_avg_sq).to(bank.params.device)
+            bank.steps[slot] = state.optimizer.step
+        if state.gradients is not None:
+            bank.grads[slot] = layout.join(state.gradients).to(bank.params.device)
+        adapter.spec = replace(adapter.spec, alpha=state.spec.alpha)
+
+    def close(self) -> None:
+        """Forget all adapters. The base model goes with whoever holds it last."""
+        self._adapters.clear()
+        self._banks.clear()
+        self._release_memory()
+
+
+def _network(loaded: LoadedModel) -> Network:
+    model = copy_sharing_weights(loaded.model)
+    route = Route()
+    wrap_linears(model, list(loaded.targets), route)
+    output = cast("nn.Module", model.get_output_embeddings())
+
+    def head(hidden: Tensor) -> Tensor:
+        return finish_logits(output(hidden), model.config)
+
+    weight = cast("Tensor", output.weight)
+    return Network(decoder(model), head, weight.shape[0], route, loaded.device)
+
+
+def _shape(name: str, layer: nn.Module) -> LinearShape:
+    assert isinstance(layer, nn.Linear)
+    return LinearShape(name, layer.in_features, layer.out_features)
+
+
+def _host_copy(row: Tensor) -> Tensor:
+    return row.detach().to("cpu", copy=True)

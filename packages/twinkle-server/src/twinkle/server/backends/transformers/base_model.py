@@ -130,7 +130,9 @@ def _check(config: ModelConfig) -> None:
             "give a directory with config.json and safetensors"
         )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidRequest(f"model: device {config.device!r} was asked for, but torch sees no GPU; use 'cpu'")
+        raise InvalidRequest(
+            f"model: device {config.device!r} was asked for, but torch sees no GPU; use 'cpu'"
+        )
 
 
 def _load(config: ModelConfig) -> PreTrainedModel:

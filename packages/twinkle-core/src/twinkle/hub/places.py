@@ -2,8 +2,7 @@
 
     ms://org/name       ModelScope
     hf://org/name       Hugging Face (hf://name too, for its oldest repositories)
-    org/name            a folder of that name below the working directory if there is one; else Hugging Face,
-    then
+    org/name            a folder of that name below the working directory if there is one; else Hugging Face, then
                         ModelScope; the other way round with TWINKLE_HUB=ms
     file:///dir, /dir, ./dir, ~/dir
                         that folder, or file

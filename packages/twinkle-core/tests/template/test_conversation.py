@@ -1,0 +1,69 @@
+"""What is let through to a chat template."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.template.conversation import read_conversation
+
+
+class Text(str):
+    """A string with a method that no template should reach."""
+
+    def delete_everything(self) -> None: ...
+
+
+def test_messages_are_copied_into_plain_data() -> None:
+    arguments = {"n": np.int64(3), "x": (1, np.float32(0.5)), "s": Text("t")}
+    message = {
+        "role": Text("assistant"),
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": arguments}],
+    }
+    [plain] = read_conversation({"messages": [message]}).messages
+    assert plain["tool_calls"] == [{"name": "f", "arguments": {"n": 3, "x": [1, 0.5], "s": "t"}}]
+    assert type(plain["role"]) is str and type(plain["tool_calls"][0]["arguments"]["n"]) is int
+    plain["tool_calls"][0]["arguments"]["n"] = 4
+    assert arguments["n"] == 3
+
+
+def test_lists_from_columnar_files_are_arrays() -> None:
+    messages = np.array([{"role": "user", "content": "a"}], dtype=object)
+    assert read_conversation({"messages": messages}).messages == ({"role": "user", "content": "a"},)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_read_under_all_its_names(key: str) -> None:
+    [message] = read_conversation({"messages": [{"role": "assistant", "content": "b", key: "r"}]}).messages
+    assert message["reasoning_content"] == message["thinking"] == "r"
+
+
+def test_tools_may_be_json_text() -> None:
+    rows = {"messages": [{"role": "user", "content": "a"}]}
+    assert read_conversation({**rows, "tools": '[{"type": "function"}]'}).tools == [{"type": "function"}]
+    assert read_conversation({**rows, "tools": " "}).tools is None
+    assert read_conversation({**rows, "tools": None}).tools is None
+
+
+ONE = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("trajectory", "message"),
+    [
+        ({"query": "a", "response": "b"}, "messages: .* got nothing; the columns are query, response"),
+        ({"messages": []}, "messages: expected a list of messages, got an empty list"),
+        ({"messages": "hi"}, "messages: expected a list of messages, got str"),
+        ({"messages": ["hi"]}, r"messages\[0\]: expected an object with role and content, got str"),
+        ({"messages": [*ONE, {"content": "a"}]}, r"messages\[1\].role: expected text"),
+        ({"messages": [{"role": "user", "content": object()}]}, r"messages\[0\].content: object; allowed"),
+        ({"messages": ONE, "tools": "{"}, "tools: not JSON"),
+        ({"messages": ONE, "tools": '{"a": 1}'}, "tools: expected a list of JSON schemas"),
+        ({"messages": ONE, "tools": [print]}, "tools: expected a list of JSON schemas"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_its_place(trajectory: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read_conversation(trajectory)

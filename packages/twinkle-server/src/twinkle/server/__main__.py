@@ -1,0 +1,5 @@
+"""`python -m twinkle.server` is `twinkle-server`."""
+
+from twinkle.server.cli import main
+
+main()

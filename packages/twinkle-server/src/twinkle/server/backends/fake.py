@@ -1,0 +1,242 @@
+"""A training backend in a few lines of numpy, for tests of everything around it: milliseconds, no torch, no files.
+
+It is a real model with exact gradients, only a very small one. With phi(x) a fixed vector [8] for a token x, and
+M + (alpha / rank) B A in place of each of three matrices M (attention, feed-forward, output head),
+
+    z = (M3 + ..)(M2 + ..)(M1 + ..) phi(x),      log p(y | x) = log_softmax(z)[y mod 16] - log(vocab_size / 16)
+
+so that every token has a probability and all of them sum to one; tokens do not see their neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import AdamParams, Float32Array
+from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.module_groups import module_group, wanted_groups
+from twinkle.server.backends.protocol import (
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    ModelConfig,
+    OptimizerState,
+    Row,
+    RowResult,
+)
+
+VOCAB_SIZE = 2**18
+CONTEXT_LENGTH = 1024
+EOS_TOKEN_ID = 1
+
+_HIDDEN = 8
+_CLASSES = 16
+# The layers from first to last, with their output sizes.
+_LAYERS = {
+    "model.layers.0.self_attn.o_proj": _HIDDEN,
+    "model.layers.0.mlp.down_proj": _HIDDEN,
+    "lm_head": _CLASSES,
+}
+
+_Floats: TypeAlias = npt.NDArray[np.float64]
+_Matrices: TypeAlias = dict[str, Float32Array]
+
+
+def _base_matrices() -> dict[str, _Floats]:
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(size=(rows, _HIDDEN)) / math.sqrt(_HIDDEN) for name, rows in _LAYERS.items()}
+
+
+@dataclass
+class _Adapter:
+    """Matrices by PEFT name."""
+
+    spec: AdapterSpec
+    modules: list[str]
+    weights: _Matrices
+    grads: _Matrices = field(init=False)
+    exp_avg: _Matrices = field(init=False)
+    exp_avg_sq: _Matrices = field(init=False)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.grads, self.exp_avg, self.exp_avg_sq = (
+            _zeros(self.weights),
+            _zeros(self.weights),
+            _zeros(self.weights),
+        )
+
+
+class FakeBackend:
+    """See `twinkle.server.backends.protocol.TrainingBackend`. `config.path` is not looked at.
+
+    An unknown adapter id is a `KeyError`, one that is taken a `ValueError`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._info = BaseModelInfo(
+            vocab_size=VOCAB_SIZE,
+            max_context_length=config.max_context_length or CONTEXT_LENGTH,
+            max_lora_rank=config.max_lora_rank,
+            max_batch_tokens=4096,
+            eos_token_ids=(EOS_TOKEN_ID,),
+            architecture="FakeForCausalLM",
+        )
+        self._base = _base_matrices()
+        self._adapters: dict[str, _Adapter] = {}
+
+    @property
+    def info(self) -> BaseModelInfo:
+        return self._info
+
+    @property
+    def loss_fns(self) -> frozenset[str]:
+        return frozenset({"cross_entropy"})
+
+    def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        if adapter_id in self._adapters:
+            raise ValueError(f"there is an adapter {adapter_id!r} already")
+        if not 1 <= spec.rank <= self._info.max_lora_rank:
+            raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._info.max_lora_rank}")
+        groups = wanted_groups(spec)
+        modules = [name for name in _LAYERS if module_group(name) in groups]
+        if not modules:
+            raise InvalidRequest(
+                "train_attn, train_mlp, train_unembed: no linear layer is left to train; set one"
+            )
+        draw = np.random.default_rng(spec.seed % 2**63)
+        bound = 1 / math.sqrt(_HIDDEN)
+        weights: _Matrices = {}
+        for module in modules:
+            weights[_name(module, "A")] = draw.uniform(-bound, bound, (spec.rank, _HIDDEN)).astype(np.float32)
+            weights[_name(module, "B")] = np.zeros((_LAYERS[module], spec.rank), np.float32)
+        self._adapters[adapter_id] = _Adapter(spec, modules, weights)
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        del self._adapters[adapter_id]
+
+    def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        pending = {
+            row.adapter_id: _zeros(self._adapters[row.adapter_id].weights) for row in _flat(micro_batches)
+        }
+        results = [[self._run(row, pending[row.adapter_id]) for row in rows] for rows in micro_batches]
+        for adapter_id, grads in pending.items():
+            for name, grad in grads.items():
+                self._adapters[adapter_id].grads[name] += grad
+        return results
+
+    def _run(self, row: Row, grads: _Matrices) -> RowResult:
+        if row.loss_fn != "cross_entropy":
+            raise InvalidRequest(f"loss_fn: {row.loss_fn!r} is not known here; use cross_entropy")
+        adapter = self._adapters[row.adapter_id]
+        targets = row.loss_inputs["target_tokens"] % _CLASSES
+        weights = row.loss_inputs["weights"].astype(np.float64)
+        inputs: list[_Floats] = []
+        x = np.cos(np.outer(row.tokens + 1.0, np.arange(1.0, _HIDDEN + 1)))  # phi
+        for module in _LAYERS:
+            inputs.append(x)
+            x = x @ self._effective(adapter, module).T
+        log_softmax = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+        positions = np.arange(len(targets))
+        logprobs = log_softmax[positions, targets] - math.log(VOCAB_SIZE / _CLASSES)
+        if not row.forward_only:
+            grad = np.exp(log_softmax)  # of -logprob with respect to z: softmax - one-hot
+            grad[positions, targets] -= 1
+            self._backward(adapter, inputs, grad * weights[:, None], grads)
+        return RowResult(logprobs.astype(np.float32), float(-(weights * logprobs).sum()))
+
+    def _effective(self, adapter: _Adapter, module: str) -> _Floats:
+        if module not in adapter.modules:
+            return self._base[module]
+        scale = adapter.spec.alpha / adapter.spec.rank
+        return self._base[module] + scale * _double(adapter, module, "B") @ _double(adapter, module, "A")
+
+    def _backward(self, adapter: _Adapter, inputs: list[_Floats], grad: _Floats, grads: _Matrices) -> None:
+        """Add to `grads`; `grad` [T, classes] is with respect to the last layer's output."""
+        scale = adapter.spec.alpha / adapter.spec.rank
+        for module, x in reversed(list(zip(_LAYERS, inputs, strict=True))):
+            if module in adapter.modules:
+                grad_matrix = scale * grad.T @ x  # of B A
+                a, b = _double(adapter, module, "A"), _double(adapter, module, "B")
+                grads[_name(module, "A")] += (b.T @ grad_matrix).astype(np.float32)
+                grads[_name(module, "B")] += (grad_matrix @ a.T).astype(np.float32)
+            grad = grad @ self._effective(adapter, module)
+
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+        if len({step.adapter_id for step in steps}) < len(steps):
+            raise ValueError("an adapter can take one step a call")
+        adapters = [self._adapters[step.adapter_id] for step in steps]
+        return [_adamw(adapter, step.params) for adapter, step in zip(adapters, steps, strict=True)]
+
+    def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
+        adapter = self._adapters[adapter_id]
+        optimizer = OptimizerState(adapter.step, _copy(adapter.exp_avg), _copy(adapter.exp_avg_sq))
+        return AdapterState(
+            spec=adapter.spec,
+            target_modules=list(adapter.modules),
+            weights=_copy(adapter.weights),
+            optimizer=optimizer if with_optimizer else None,
+            gradients=_copy(adapter.grads) if with_gradients else None,
+        )
+
+    def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        old = self._adapters[adapter_id]
+        shapes = {name: matrix.shape for name, matrix in old.weights.items()}
+        check_fits(state, old.spec, old.modules, shapes)
+        new = _Adapter(replace(old.spec, alpha=state.spec.alpha), old.modules, _copy(state.weights))
+        if state.optimizer is not None:
+            new.step = state.optimizer.step
+            new.exp_avg, new.exp_avg_sq = _copy(state.optimizer.exp_avg), _copy(state.optimizer.exp_avg_sq)
+        if state.gradients is not None:
+            new.grads = _copy(state.gradients)
+        self._adapters[adapter_id] = new
+
+    def close(self) -> None:
+        self._adapters.clear()
+
+
+def _adamw(adapter: _Adapter, params: AdamParams) -> dict[str, float]:
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; then the gradient is zero."""
+    norm = math.sqrt(sum(float((grad.astype(np.float64) ** 2).sum()) for grad in adapter.grads.values()))
+    clip = min(1.0, params.grad_clip_norm / (norm + 1e-6)) if params.grad_clip_norm else 1.0
+    adapter.step += 1
+    correction1, correction2 = 1 - params.beta1**adapter.step, 1 - params.beta2**adapter.step
+    for name, p in adapter.weights.items():
+        g, m, v = adapter.grads[name] * clip, adapter.exp_avg[name], adapter.exp_avg_sq[name]
+        m += (1 - params.beta1) * (g - m)
+        v += (1 - params.beta2) * (g * g - v)
+        denominator = np.maximum(np.sqrt(v / correction2) + params.eps, np.finfo(np.float32).tiny)
+        p *= 1 - params.learning_rate * params.weight_decay
+        p -= params.learning_rate * (m / correction1) / denominator
+        adapter.grads[name][:] = 0
+    return {"grad_norm:mean": norm}
+
+
+def _name(module: str, matrix: str) -> str:
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
+def _double(adapter: _Adapter, module: str, matrix: str) -> _Floats:
+    return adapter.weights[_name(module, matrix)].astype(np.float64)
+
+
+def _zeros(like: _Matrices) -> _Matrices:
+    return {name: np.zeros_like(matrix) for name, matrix in like.items()}
+
+
+def _copy(matrices: _Matrices) -> _Matrices:
+    return {name: matrix.copy() for name, matrix in matrices.items()}
+
+
+def _flat(micro_batches: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for rows in micro_batches for row in rows]

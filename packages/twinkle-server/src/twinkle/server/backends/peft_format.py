@@ -1,0 +1,212 @@
+"""An adapter as files, the way PEFT has them, with the optimizer's state beside.
+
+    adapter_config.json           rank, alpha, target modules
+    adapter_model.safetensors     A and B by PEFT name, float32
+    optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
+
+`PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
+format; where files are, and that they are whole, is the store's business. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors_numpy
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import Array, Float32Array
+from twinkle.server.backends.adapter_state import check_arrays
+from twinkle.server.backends.module_groups import module_group
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+# Settings of PEFT that change what an adapter computes, each with the values that mean "not used".
+_UNUSED: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "use_rslora": (None, False),
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
+
+
+def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
+    """What `adapter_config.json` says of an adapter."""
+    alpha = state.spec.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": state.spec.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": state.target_modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def write(directory: Path, state: AdapterState, base_model: str) -> None:
+    """Write an adapter into an existing directory.
+
+    Args:
+        base_model: what PEFT is to note as the base model.
+    """
+    config = json.dumps(peft_config(state, base_model), indent=2)
+    (directory / CONFIG).write_text(config, encoding="utf-8")
+    # The metadata is what Transformers and PEFT mark files of PyTorch's layout with.
+    safetensors_numpy.save_file(_contiguous(state.weights), directory / WEIGHTS, metadata={"format": "pt"})
+    if state.optimizer is not None:
+        moments = {f"exp_avg.{name}": array for name, array in state.optimizer.exp_avg.items()}
+        moments |= {f"exp_avg_sq.{name}": array for name, array in state.optimizer.exp_avg_sq.items()}
+        metadata = {"format": "pt", "step": str(state.optimizer.step)}
+        safetensors_numpy.save_file(_contiguous(moments), directory / OPTIMIZER, metadata=metadata)
+
+
+def read(directory: Path, with_optimizer: bool) -> AdapterState:
+    """Read what `write` or PEFT wrote.
+
+    Args:
+        with_optimizer: whether the optimizer's state is wanted; else it is left out.
+
+    Raises:
+        InvalidRequest: if a file is missing or is not what it should be, or the optimizer's state was not saved.
+    """
+    config = _read_config(directory / CONFIG)
+    weights, _ = _read_tensors(directory / WEIGHTS)
+    rank, alpha = _rank_and_alpha(config)
+    modules = _check_matrices(weights, rank)
+    groups = {module_group(module) for module in modules}
+    spec = AdapterSpec(
+        rank=rank,
+        alpha=alpha,
+        train_attn="attn" in groups,
+        train_mlp="mlp" in groups,
+        train_unembed="unembed" in groups,
+    )
+    optimizer = _read_optimizer(directory / OPTIMIZER, weights) if with_optimizer else None
+    return AdapterState(spec, modules, weights, optimizer)
+
+
+def _contiguous(arrays: Mapping[str, Float32Array]) -> dict[str, Array]:
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"{CONFIG}: can't be read ({error}); an adapter in PEFT's layout has it"
+        ) from error
+    if not isinstance(config, dict):
+        raise InvalidRequest(f"{CONFIG}: must be a JSON object")
+    config = cast("dict[str, Any]", config)
+    for name, unused in _UNUSED.items():
+        if config.get(name, unused[0]) not in unused:
+            raise InvalidRequest(
+                f"{CONFIG}: {name} = {config[name]!r} is not supported here; only plain LoRA adapters can be loaded"
+            )
+    return config
+
+
+def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise InvalidRequest(f"{CONFIG}: r = {rank!r}; it must be a whole number above 0")
+    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise InvalidRequest(f"{CONFIG}: lora_alpha = {alpha!r}; it must be a number above 0")
+    return rank, float(alpha)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
+    """All tensors of a file, and its metadata."""
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            file = cast("Any", opened)
+            names = cast("list[str]", list(file.keys()))
+            arrays = {name: cast("Array", file.get_tensor(name)) for name in names}
+            metadata = cast("dict[str, str]", file.metadata() or {})
+    except (OSError, SafetensorError, TypeError) as error:
+        # A TypeError is a type that numpy lacks, such as bfloat16.
+        raise InvalidRequest(
+            f"{path.name}: can't be read ({error}); it must be safetensors of float32"
+        ) from error
+    return {name: _as_float32(name, array, path.name) for name, array in arrays.items()}, metadata
+
+
+def _as_float32(name: str, array: Array, file: str) -> Float32Array:
+    if array.dtype.name not in ("float32", "float16"):
+        raise InvalidRequest(f"{file}: {name} is {array.dtype}; save the adapter as float32")
+    return array.astype(np.float32, copy=False)
+
+
+def _check_matrices(weights: Mapping[str, Array], rank: int) -> list[str]:
+    """The modules that an adapter acts on, in the order of the file's names.
+
+    Raises:
+        InvalidRequest: if there is anything but an A [rank, in] and a B [out, rank] for each module.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, array in weights.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InvalidRequest(f"{WEIGHTS}: {name} is neither lora_A nor lora_B of a linear layer")
+        shapes.setdefault(match["module"], {})[match["matrix"]] = array.shape
+    if not shapes:
+        raise InvalidRequest(f"{WEIGHTS}: it holds no matrices")
+    for module, found in shapes.items():
+        if set(found) != {"A", "B"} or len(found["A"]) != 2 or len(found["B"]) != 2:
+            raise InvalidRequest(f"{WEIGHTS}: {module} must have one matrix lora_A and one lora_B")
+        if found["A"][0] != rank or found["B"][1] != rank:
+            raise InvalidRequest(
+                f"{WEIGHTS}: {module} has A {list(found['A'])} and B {list(found['B'])}, but {CONFIG} says rank {rank}"
+            )
+    return list(shapes)
+
+
+def _read_optimizer(path: Path, weights: Mapping[str, Float32Array]) -> OptimizerState:
+    if not path.is_file():
+        raise InvalidRequest(
+            "this checkpoint has no optimizer state: it was saved for sampling, or by PEFT; "
+            "load it without the optimizer"
+        )
+    arrays, metadata = _read_tensors(path)
+    step = metadata.get("step", "")
+    if not step.isdecimal():
+        raise InvalidRequest(f"{OPTIMIZER}: its metadata must have a step, a whole number; found {step!r}")
+    moments = {
+        kind: {
+            name.removeprefix(f"{kind}."): array
+            for name, array in arrays.items()
+            if name.startswith(f"{kind}.")
+        }
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    shapes = {name: array.shape for name, array in weights.items()}
+    for kind, matrices in moments.items():
+        check_arrays(f"{OPTIMIZER}: {kind}", matrices, shapes)
+    return OptimizerState(int(step), moments["exp_avg"], moments["exp_avg_sq"])

@@ -1,0 +1,66 @@
+import asyncio
+
+import pytest
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import NotFound
+from twinkle.server.scheduling.futures import FutureTable
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_result_wakes_its_waiter():
+    futures = FutureTable(Clock())
+    request_id = futures.create("t")
+    waiting = asyncio.create_task(futures.wait("t", request_id, timeout=60))
+    await asyncio.sleep(0)
+    futures.complete(request_id, m.UnloadModelResponse(model_id="x"))
+    assert await waiting == m.UnloadModelResponse(model_id="x")
+
+
+async def test_no_result_in_time_is_none_and_the_future_goes_on():
+    futures = FutureTable(Clock())
+    request_id = futures.create("t")
+    assert await futures.wait("t", request_id, timeout=0.01) is None
+    futures.complete(request_id, m.Failure(error="no", category="user"))
+    assert await futures.wait("t", request_id, timeout=0) == m.Failure(error="no", category="user")
+
+
+async def test_another_tenants_future_does_not_exist():
+    futures = FutureTable(Clock())
+    request_id = futures.create("t")
+    with pytest.raises(NotFound):
+        await futures.wait("other", request_id, timeout=0)
+
+
+async def test_a_fetched_result_stays_a_while_and_an_unfetched_one_longer():
+    clock = Clock()
+    futures = FutureTable(clock, keep_seconds=10, unfetched_seconds=100)
+    fetched, unfetched = futures.create("t"), futures.create("t")
+    for request_id in (fetched, unfetched):
+        futures.complete(request_id, m.UnloadModelResponse(model_id="x"))
+    await futures.wait("t", fetched, 0)
+
+    clock.now = 9
+    await futures.wait("t", fetched, 0)  # a lost reply is asked for again, which keeps it
+    clock.now = 25
+    futures.complete(futures.create("t"), m.UnloadModelResponse(model_id="y"))
+    with pytest.raises(NotFound):
+        await futures.wait("t", fetched, 0)
+    assert await futures.wait("t", unfetched, 0) is not None
+
+
+async def test_the_table_stays_small_when_results_are_fetched():
+    clock = Clock()
+    futures = FutureTable(clock, keep_seconds=10)
+    for _ in range(1000):
+        clock.now += 1
+        request_id = futures.create("t")
+        futures.complete(request_id, m.UnloadModelResponse(model_id="x"))
+        await futures.wait("t", request_id, 0)
+    assert len(futures) <= 12

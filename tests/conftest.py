@@ -1,0 +1,57 @@
+"""A hub root with a tiny model under the mission's names, and one real server for all tests that need one."""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
+
+import running_server  # noqa: E402
+
+MODEL = "Qwen/Qwen3.5-4B"
+# The mission's scripts say http://localhost:8000.
+PORT = 8000
+
+
+@pytest.fixture(scope="session")
+def hub_root(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Laid out as TWINKLE_HUB_ROOT wants it: the mission's model id is a tiny model, its data set is the repository's."""
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(tiny_model_dir, root / MODEL)
+    shutil.copytree(REPOSITORY / "cookbook" / "data" / "swift", root / "swift")
+    return root
+
+
+@pytest.fixture(scope="session")
+def live_server(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
+    """A server on port 8000."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            pytest.fail(f"port {PORT} of this machine is in use; the mission's scripts need it: free it and run again")
+    directory = tmp_path_factory.mktemp("server")
+    server = running_server.start(running_server.write_config(directory, PORT), hub_root, PORT)
+    server.storage = directory / "storage"
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _hub_root_for_clients(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients in the test's own process find model and data in the same place as the server."""
+    if "hub_root" in request.fixturenames:
+        monkeypatch.setenv("TWINKLE_HUB_ROOT", str(request.getfixturevalue("hub_root")))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

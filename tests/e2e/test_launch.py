@@ -1,0 +1,104 @@
+"""Starting and ending a server as a user does, the wrong ways included."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import running_server
+from twinkle_client import ServiceClient
+
+pytestmark = pytest.mark.serve
+
+
+def ray_processes_of(session_parent: int) -> list[str]:
+    """Command lines of live Ray processes whose ancestry (or recorded session) is the given process."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if "ray" in line and f"_{session_parent}/" in line]
+
+
+def test_ctrl_c_ends_a_server_and_every_process_of_it(hub_root: Path, tmp_path: Path, unused_port: int):
+    server = running_server.start(running_server.write_config(tmp_path, unused_port), hub_root, unused_port)
+    pid = server.process.pid
+    assert httpx.get(f"{server.base_url}/api/v1/healthz").json() == {"status": "ok"}
+    assert ray_processes_of(pid), "Ray names its session after the process that started it"
+    said = "".join(server.lines)
+    assert "on the CPU" in said
+    assert "Open mode" in said
+    assert server.stop(signal.SIGINT) == 0
+    assert ray_processes_of(pid) == []
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.base_url}/api/v1/healthz")
+
+
+def run_launch(config: Path, hub_root: Path) -> tuple[int, str]:
+    process = running_server.launch(config, hub_root)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def test_a_busy_port_is_said_at_once(hub_root: Path, tmp_path: Path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, said = run_launch(running_server.write_config(tmp_path, port), hub_root)
+    assert code == 1
+    assert f"server.port: can't listen on 127.0.0.1:{port}" in said
+    assert "Traceback" not in said
+
+
+def test_a_model_that_cannot_be_found_is_said_with_the_places_looked_in(hub_root: Path, tmp_path: Path, unused_port: int):
+    config = running_server.write_config(tmp_path, unused_port, model_id="file:///nowhere/at-all")
+    code, said = run_launch(config, hub_root)
+    assert code == 1
+    assert "/nowhere/at-all" in said
+    assert "Traceback" not in said
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_one(hub_root: Path, tmp_path: Path, unused_port: int):
+    config = running_server.write_config(tmp_path, unused_port)
+    config.write_text(config.read_text().replace("torch_dtype", "torch_dtpye"))
+    code, said = run_launch(config, hub_root)
+    assert code == 1
+    assert "model.torch_dtpye: there is no such key; did you mean 'torch_dtype'?" in said
+
+
+def test_check_config_shows_the_missions_yaml_with_every_default(tmp_path: Path):
+    config = tmp_path / "server_config.yaml"
+    config.write_text(
+        "model:\n  model_id: Qwen/Qwen3.5-4B\n  use_megatron: false\n  torch_dtype: bfloat16\n"
+        "server:\n  host: 0.0.0.0\n  port: 8000\n  num_replicas: 1\nray:\n  num_gpus: 4\n"
+    )
+    command = [sys.executable, "-m", "twinkle.server", "check-config", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "num_gpus: 4" in done.stdout
+    assert "max_lora_rank: 128" in done.stdout
+
+
+def test_health_is_answered_while_a_long_pass_runs(live_server):
+    from peft_reference import MODEL, random_batch
+
+    with ServiceClient(live_server.base_url, api_key="long") as service:
+        client = service.create_lora_training_client(MODEL, rank=8)
+        long_pass = client.forward_backward(random_batch(1, (255,) * 300))
+        answers = 0
+        while not long_pass.done():
+            assert httpx.get(f"{live_server.base_url}/api/v1/healthz").status_code == 200
+            answers += 1
+        assert answers >= 3
+        assert len(long_pass.loss_fn_outputs) == 300
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+assert os.name == "posix", "processes are listed with ps"

@@ -1,0 +1,78 @@
+"""Starts a real server as a user would, as a program of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_SECONDS = 180
+STOP_SECONDS = 60
+
+
+@dataclass
+class RunningServer:
+    """A server that has said that it is ready.
+
+    Attributes:
+        lines: what it has written to stderr so far.
+    """
+
+    base_url: str
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    storage: Path = Path()
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Ctrl-C; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS)
+
+
+def launch(config: Path, hub_root: Path) -> subprocess.Popen[str]:
+    """`twinkle-server launch`, without waiting."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "twinkle.server", "launch", "--config", str(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TWINKLE_HUB_ROOT": str(hub_root)},
+    )
+
+
+def start(config: Path, hub_root: Path, port: int) -> RunningServer:
+    """Launch and wait until it says that it listens."""
+    server = RunningServer(f"http://127.0.0.1:{port}", launch(config, hub_root))
+    ready = threading.Event()
+    threading.Thread(target=_read, args=(server, ready), daemon=True).start()
+    ready.wait(START_SECONDS)
+    if not any(line.startswith("Twinkle listens") for line in server.lines):
+        server.process.kill()
+        raise AssertionError("the server did not start:\n" + "".join(server.lines))
+    return server
+
+
+def _read(server: RunningServer, ready: threading.Event) -> None:
+    assert server.process.stderr is not None
+    for line in server.process.stderr:
+        server.lines.append(line)
+        if line.startswith("Twinkle listens"):
+            ready.set()
+    ready.set()
+
+
+def write_config(directory: Path, port: int, model_id: str = "Qwen/Qwen3.5-4B", extra: str = "") -> Path:
+    """The mission's flat configuration, on loopback and in a directory of the test's own."""
+    path = directory / "server_config.yaml"
+    path.write_text(
+        f"model:\n  model_id: {model_id}\n  use_megatron: false\n  torch_dtype: float32\n"
+        f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: 1\n"
+        f"ray:\n  num_gpus: 0\n"
+        f"storage:\n  root: {directory / 'storage'}\n{extra}",
+        encoding="utf-8",
+    )
+    return path
