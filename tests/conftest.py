@@ -3,16 +3,13 @@
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import running_server
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
-
-import running_server  # noqa: E402
 
 MODEL = "Qwen/Qwen3.5-4B"
 # The mission's scripts say http://localhost:8000.

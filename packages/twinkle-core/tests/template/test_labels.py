@@ -43,6 +43,14 @@ CALLS = (
 CALLS_SHORTENED = CALLS.replace(
     "{% for m in messages %}[{{ m.role }}]", "({{ messages | length }}){% for m in messages %}[{{ m.role }}]"
 )
+# Like Mistral's: no generation prompt, a note that moves along to the last question, and calls without their content.
+NOTE_MOVES = (
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[NOTE]' if m == users[-1] else '' }}[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+    "{% elif m.tool_calls %}[CALLS] [{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]</s>"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
 # The next speaker's name is what ends a turn, so the last turn has no end.
 NO_END = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -85,6 +93,7 @@ TWO = [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")]
         (THINKING_GIVEN, ["b<|im_end|>", "\n</think>\n\nd<|im_end|>"]),
         (CALLS, ["b<|eot|>", "d<|eot|>"]),
         (CALLS_SHORTENED, ["b<|eot|>", "d<|eot|>"]),
+        (NOTE_MOVES.replace("m == users[-1]", "loop.last"), ["b</s>", "d</s>"]),
         (NO_END, ["b", "d"]),
     ],
 )
@@ -143,6 +152,21 @@ def test_calls_are_part_of_the_turn_and_so_is_its_own_end_token(source: str) -> 
         assistant("d"),
     ]
     assert turns(source, messages) == ['f:{"x": 1};f:{"y": "ü"};<|eom|>', "f:{};<|eom|>", "d<|eot|>"]
+
+
+def test_the_opening_of_a_call_belongs_to_the_turn() -> None:
+    messages = [
+        user("a"),
+        assistant("", tool_calls=[called(x=1)]),
+        {"role": "tool", "content": "r"},
+        assistant("b"),
+        user("c"),
+        assistant("", tool_calls=[called(x=1)]),
+        {"role": "tool", "content": "r"},
+        assistant("d"),
+    ]
+    call = '[CALLS] [{"name": "f", "arguments": {"x": 1}}]</s>'
+    assert turns(NOTE_MOVES, messages) == [call, "b</s>", call, "d</s>"]
 
 
 def test_arguments_as_json_text_are_found_too() -> None:

@@ -15,6 +15,8 @@ Kind: TypeAlias = Literal["model", "dataset"]
 
 NAMES: Final[Mapping[str, str]] = {"hf": "Hugging Face", "ms": "ModelScope"}
 
+_PROBE_SECONDS: Final = 5.0
+
 
 class Unavailable(Exception):
     """The hub does not have it, or can't be reached and has not been asked for it before; the text says which."""
@@ -70,28 +72,50 @@ def _from_huggingface(repository: str, kind: Kind, patterns: list[str] | None, r
 
 
 def _from_modelscope(repository: str, kind: Kind, patterns: list[str] | None, revision: str | None) -> Path:
-    import modelscope_hub
-    from modelscope_hub import CacheNotFound, HubError, NetworkError, NotExistError
+    from modelscope_hub import (
+        CacheNotFound,
+        HubApi,
+        HubError,
+        NetworkError,
+        NotExistError,
+        get_default_config,
+    )
 
     if "/" not in repository:
         raise Unavailable("ids are org/name there")
-    api = modelscope_hub.HubApi()
-    try:
-        if not _offline():
+    api = HubApi()
+    reason = "offline (HF_HUB_OFFLINE)" if _offline() else _unreachable(get_default_config().endpoint)
+    if reason is None:
+        try:
             return api.download_repo(repository, kind, revision=revision, allow_patterns=patterns)
-        reason = "offline (HF_HUB_OFFLINE)"
-    except NetworkError as error:
-        reason = f"can't be reached ({_first_line(error)})"
-    except NotExistError as error:
-        raise Unavailable(
-            "no such repository or revision, or a private one and you are not logged in"
-        ) from error
-    except (HubError, OSError) as error:
-        raise Unavailable(_first_line(error)) from error
+        except NetworkError as error:
+            reason = f"can't be reached ({_first_line(error)})"
+        except NotExistError as error:
+            private = "no such repository or revision, or a private one and you are not logged in"
+            raise Unavailable(private) from error
+        except (HubError, OSError) as error:
+            raise Unavailable(_first_line(error)) from error
     try:
         return api.download_repo(repository, kind, revision=revision, local_files_only=True)
     except CacheNotFound as error:
         raise Unavailable(f"{reason}, and it has not been downloaded before") from error
+
+
+def _unreachable(url: str | None) -> str | None:
+    """Why nothing answers at `url`, or None if something does.
+
+    ModelScope's client tries for many seconds before it gives up, however plain it is that there is no network.
+    """
+    import httpx
+
+    try:
+        # Only whether there is an answer counts, not whose: certificates are checked by the client itself.
+        httpx.head(url or "", timeout=_PROBE_SECONDS, verify=False)
+    except (httpx.NetworkError, httpx.TimeoutException) as error:
+        return f"can't be reached ({_first_line(error)})"
+    except (ImportError, ValueError):  # a kind of proxy that httpx does not speak, and the client may
+        return None
+    return None
 
 
 def _offline() -> bool:

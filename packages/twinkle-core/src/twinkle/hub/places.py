@@ -55,7 +55,7 @@ def resolve(
     places: list[Path] = []
     if _REPOSITORY.fullmatch(repository):
         places.extend(_in_hub_root(repository))
-    if scheme == "any":
+    if scheme == "any" and repository:
         places.append(Path(repository).absolute())
     for place in places:
         if place.exists():

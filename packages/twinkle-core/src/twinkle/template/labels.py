@@ -7,9 +7,9 @@ Templates say nothing about this, so it is found by rendering again:
 
 1. Render the messages before the turn with a generation prompt, and the messages up to and including it. If the
    whole text begins with both, the turn is what the second has more than the first.
-2. Some templates write a turn differently once more turns follow (Qwen3's leaves out the thinking of earlier turns),
-   so that neither is a beginning of the whole. Then render the whole conversation with that one message exchanged for
-   a mark: what is the same before and after it is not the turn.
+2. Some templates write a turn, or what comes before it, differently once more turns follow (Qwen3's leaves out the
+   thinking of earlier turns). Then render the whole conversation with that one message exchanged for a mark: what is
+   the same before and after it is not the turn.
 
 Either way the spans are of the text as it is really rendered for the whole conversation.
 """
@@ -35,10 +35,13 @@ def assistant_spans(
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
-        span = _by_prefix(template, conversation, index, text)
-        if span is None:
+        newest = _as_newest(template, conversation, index)
+        if newest is not None and text.startswith(newest.before + newest.turn):
+            span = Span(len(newest.before), len(newest.before) + len(newest.turn))
+        else:
             exchanged = _exchange(template, conversation, index, text, add_generation_prompt)
-            span = _by_exchange(text, exchanged, _generation_prompt(template, conversation), after=position)
+            opening = _generation_prompt(template, conversation)
+            span = _by_exchange(text, exchanged, newest.turn if newest else None, opening, after=position)
         if not position <= span.start <= span.end:
             raise _not_found(index, "it overlaps the turn before it")
         spans.append(span)
@@ -46,16 +49,27 @@ def assistant_spans(
     return spans
 
 
-def _by_prefix(template: ChatTemplate, conversation: Conversation, index: int, text: str) -> Span | None:
-    """The turn by what comes before it and what it ends with, or None if the template writes these differently."""
+@dataclass(frozen=True)
+class _Newest:
+    """A turn as the template writes it while nothing follows.
+
+    Attributes:
+        before: what the model is given.
+        turn: what it has to say.
+    """
+
+    before: str
+    turn: str
+
+
+def _as_newest(template: ChatTemplate, conversation: Conversation, index: int) -> _Newest | None:
+    """None if the template refuses the beginning of the conversation, or writes it differently once it goes on."""
     try:
         before = template.render(conversation.first(index), add_generation_prompt=True)
         through = template.render(conversation.first(index + 1))
-    except RenderingFailed:  # many templates refuse an unfinished conversation, such as a system prompt alone
+    except RenderingFailed:
         return None
-    if len(before) > len(through) or not (text.startswith(before) and text.startswith(through)):
-        return None
-    return Span(len(before), max(len(before), len(through.rstrip())))
+    return _Newest(before, through[len(before) :].rstrip()) if through.startswith(before) else None
 
 
 @dataclass(frozen=True)
@@ -89,17 +103,20 @@ def _exchange(
     return _Exchanged(whole, body_end + len(closing) if closes else body_end)
 
 
-def _by_exchange(text: str, exchanged: _Exchanged, opening: str, after: int) -> Span:
+def _by_exchange(text: str, exchanged: _Exchanged, newest: str | None, opening: str, after: int) -> Span:
     """The turn by what differs between the text and its copy with the mark.
 
-    What is the same at the beginning may reach into the turn, as both may open with the same empty thinking; so the
-    last `opening` in it, if there is one behind `after`, is where the turn begins.
+    That tells the end, but the beginning only roughly: what is the same may reach into the turn (both copies may open
+    with the same empty thinking), or up to it. So it is, if one fits: where the turn begins as it was written while it
+    was the `newest`; behind the last `opening`; else where the difference begins.
     """
     same_before = _common_length(text, exchanged.text)
     same_after = _common_length(text[::-1], exchanged.text[::-1])
+    end = len(text) - min(len(exchanged.text) - exchanged.turn_end, same_after)
+    if newest is not None and text.endswith(newest, after, end) and end - len(newest) <= same_before:
+        return Span(end - len(newest), end)
     at_opening = text.rfind(opening, after, same_before) if opening else -1
-    start = at_opening + len(opening) if at_opening >= 0 else same_before
-    return Span(start, len(text) - min(len(exchanged.text) - exchanged.turn_end, same_after))
+    return Span(at_opening + len(opening) if at_opening >= 0 else same_before, end)
 
 
 def _common_length(first: str, second: str) -> int:

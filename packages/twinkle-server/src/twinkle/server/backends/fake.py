@@ -136,6 +136,9 @@ class FakeBackend:
     def _run(self, row: Row, grads: _Matrices) -> RowResult:
         if row.loss_fn != "cross_entropy":
             raise InvalidRequest(f"loss_fn: {row.loss_fn!r} is not known here; use cross_entropy")
+        for tokens in (row.tokens, row.loss_inputs["target_tokens"]):
+            if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
+                raise InvalidRequest(f"token ids must be between 0 and {VOCAB_SIZE - 1}")
         adapter = self._adapters[row.adapter_id]
         targets = row.loss_inputs["target_tokens"] % _CLASSES
         weights = row.loss_inputs["weights"].astype(np.float64)

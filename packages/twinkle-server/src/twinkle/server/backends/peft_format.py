@@ -145,8 +145,7 @@ def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
 def _read_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
     """All tensors of a file, and its metadata."""
     try:
-        with safe_open(path, framework="numpy") as opened:
-            file = cast("Any", opened)
+        with cast("Any", safe_open)(path, framework="numpy") as file:
             names = cast("list[str]", list(file.keys()))
             arrays = {name: cast("Array", file.get_tensor(name)) for name in names}
             metadata = cast("dict[str, str]", file.metadata() or {})

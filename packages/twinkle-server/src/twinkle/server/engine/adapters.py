@@ -152,9 +152,11 @@ class AdapterKeeper:
         async def after_previous() -> None:
             if previous is not None:
                 await asyncio.wait({previous})
-            await work
-            if self._writes.get(str(uri)) is asyncio.current_task():
-                del self._writes[str(uri)]
+            try:
+                await work
+            finally:
+                if self._writes.get(str(uri)) is asyncio.current_task():
+                    del self._writes[str(uri)]
 
         self._writes[str(uri)] = asyncio.create_task(after_previous())
 

@@ -66,9 +66,18 @@ class SamplerAdapters:
 
     async def _unpin(self, key: str, adapter: _Resident) -> None:
         adapter.users -= 1
-        if adapter.users == 0 and not adapter.loaded:
-            self._adapters.pop(key, None)
-        for old, candidate in list(self._adapters.items())[: max(0, len(self._adapters) - self._capacity)]:
-            if candidate.users == 0:
-                del self._adapters[old]
-                await self._worker.remove_sampler_adapter(old)
+        self._forget_if_gone(key, adapter)
+        surplus = len(self._adapters) - self._capacity
+        for old, candidate in list(self._adapters.items())[: max(0, surplus)]:
+            await self._evict(old, candidate)
+
+    async def _evict(self, key: str, adapter: _Resident) -> None:
+        async with adapter.lock:  # who asks for it meanwhile waits, and then brings it back
+            if adapter.users == 0 and adapter.loaded:
+                adapter.loaded = False
+                await self._worker.remove_sampler_adapter(key)
+        self._forget_if_gone(key, adapter)
+
+    def _forget_if_gone(self, key: str, adapter: _Resident) -> None:
+        if adapter.users == 0 and not adapter.loaded and self._adapters.get(key) is adapter:
+            del self._adapters[key]

@@ -1,0 +1,156 @@
+"""Low-rank terms in inference: resident adapters, and the route that tells each layer which rows get whose term.
+
+Rows come in any order. Those of all adapters of one shape are brought together, padded to equally many rows an adapter,
+so that one batched matrix product each for A and B serves them all, and their terms are added where they belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from twinkle.server.backends.protocol import AdapterState
+
+# What can share a batched matrix product: the rank, and the layers acted on.
+Shape: TypeAlias = tuple[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """A copy of an adapter's weights.
+
+    Attributes:
+        a: by layer, [rank, in_features].
+        b: by layer, [out_features, rank], times alpha / rank.
+    """
+
+    shape: Shape
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, state: AdapterState, dtype: torch.dtype, device: torch.device) -> ResidentAdapter:
+        scale = state.spec.alpha / state.spec.rank
+        a: dict[str, Tensor] = {}
+        b: dict[str, Tensor] = {}
+        for module in state.target_modules:
+            prefix = f"base_model.model.{module}"
+            # torch.tensor copies: whatever becomes of the state, this stays.
+            a[module] = torch.tensor(state.weights[f"{prefix}.lora_A.weight"], dtype=dtype, device=device)
+            b_float = torch.tensor(state.weights[f"{prefix}.lora_B.weight"], device=device)
+            b[module] = (b_float * scale).to(dtype)
+        return cls((state.spec.rank, tuple(state.target_modules)), a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class RouteGroup:
+    """The rows of a batch whose adapters have one shape.
+
+    Attributes:
+        a, b: by layer, stacked: [adapters, rank, in_features], [adapters, out_features, rank].
+        rows: int64 [adapters, most rows of one adapter]: which rows; short ones repeat their first.
+        kept: int64: which entries of `rows`, flattened, are not repetitions.
+        targets: int64: `rows` flattened, at `kept`.
+    """
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    rows: Tensor
+    kept: Tensor
+    targets: Tensor
+
+    def add_term(self, layer: str, x: Tensor, out: Tensor) -> None:
+        """Add the low-rank term to `out` [rows, n, out_features], in place; `x` is [rows, n, in_features]."""
+        if layer not in self.a:
+            return
+        adapters, most = self.rows.shape
+        gathered = x[self.rows.flatten()].reshape(adapters, most * x.shape[1], x.shape[2])
+        low = torch.bmm(gathered, self.a[layer].transpose(1, 2))
+        term = torch.bmm(low, self.b[layer].transpose(1, 2)).reshape(adapters * most, *out.shape[1:])
+        out.index_add_(0, self.targets, term[self.kept])
+
+
+class Route:
+    """Which rows get whose term; shared by the layers of a module tree, set by the one thread that computes."""
+
+    def __init__(self) -> None:
+        self.groups: list[RouteGroup] = []
+
+
+class RouteMaker:
+    """Makes routes, and keeps the stacked weights for as long as the same adapters are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stacks: dict[tuple[ResidentAdapter, ...], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def make(self, adapters: Sequence[ResidentAdapter | None]) -> list[RouteGroup]:
+        """
+        Args:
+            adapters: each row's; None is the base model alone.
+        """
+        by_shape: dict[Shape, dict[ResidentAdapter, list[int]]] = {}
+        for row, adapter in enumerate(adapters):
+            if adapter is not None:
+                by_shape.setdefault(adapter.shape, {}).setdefault(adapter, []).append(row)
+        # Those of adapters that are no longer in use go.
+        self._stacks = {tuple(rows): self._stack(tuple(rows)) for rows in by_shape.values()}
+        return [self._group(rows, *self._stacks[tuple(rows)]) for rows in by_shape.values()]
+
+    def _stack(self, adapters: tuple[ResidentAdapter, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if adapters in self._stacks:
+            return self._stacks[adapters]
+        if len(adapters) == 1:
+            [only] = adapters
+            return ({m: t.unsqueeze(0) for m, t in only.a.items()}, {m: t.unsqueeze(0) for m, t in only.b.items()})
+        a = {module: torch.stack([adapter.a[module] for adapter in adapters]) for module in adapters[0].a}
+        b = {module: torch.stack([adapter.b[module] for adapter in adapters]) for module in adapters[0].b}
+        return a, b
+
+    def _group(self, rows: dict[ResidentAdapter, list[int]], a: dict[str, Tensor], b: dict[str, Tensor]) -> RouteGroup:
+        most = max(len(own) for own in rows.values())
+        padded = [[*own, *([own[0]] * (most - len(own)))] for own in rows.values()]
+        kept = [i * most + j for i, own in enumerate(rows.values()) for j in range(len(own))]
+        row_tensor = torch.tensor(padded, device=self._device)
+        kept_tensor = torch.tensor(kept, device=self._device)
+        return RouteGroup(a, b, row_tensor, kept_tensor, row_tensor.flatten()[kept_tensor])
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear layer and, for the rows that the route names, low-rank terms."""
+
+    def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
+        super().__init__()
+        self.base = base
+        self._name = name
+        self._route = route
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at its type."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is [rows, n, in_features]."""
+        out: Tensor = self.base(x)
+        for group in self._route.groups:
+            group.add_term(self._name, x, out)
+        return out
+
+
+def route_linears(model: nn.Module, names: Sequence[str], route: Route) -> None:
+    """Put a `RoutedLinear` in place of each linear layer named."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = getattr(parent, child)
+        assert isinstance(base, nn.Linear)
+        setattr(parent, child, RoutedLinear(base, name, route))

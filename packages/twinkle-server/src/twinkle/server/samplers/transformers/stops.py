@@ -1,0 +1,57 @@
+"""When a sequence ends: stop tokens, stop strings, length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import SamplingParams
+
+# A token gives at least one byte of text; a few more are looked at, since characters may straddle tokens.
+_MARGIN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """What ends a text: any of these tokens, or any of these strings in the text generated so far."""
+
+    tokens: frozenset[int]
+    strings: tuple[str, ...] = ()
+
+
+def stop_rule(params: SamplingParams, eos_token_ids: tuple[int, ...], has_tokenizer: bool) -> StopRule:
+    """The rule of a request: no `stop` is the model's end-of-text tokens; what is given takes their place.
+
+    Raises:
+        InvalidRequest: if strings are given, but the model came without a tokenizer.
+    """
+    stop = params.stop
+    if stop is None:
+        return StopRule(frozenset(eos_token_ids))
+    given = [stop] if isinstance(stop, str) else list(stop)
+    strings = tuple(item for item in given if isinstance(item, str))
+    if strings and not has_tokenizer:
+        raise InvalidRequest(
+            "sampling_params.stop: this model has no tokenizer.json, so the server can't look for strings; "
+            "give token ids"
+        )
+    return StopRule(frozenset(item for item in given if isinstance(item, int)), strings)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    path = directory / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
+
+
+def is_stopped(rule: StopRule, tokens: list[int], tokenizer: Tokenizer | None) -> bool:
+    """Whether the newest token completes a stop."""
+    if tokens[-1] in rule.tokens:
+        return True
+    if not rule.strings or tokenizer is None:
+        return False
+    window = max(len(string.encode()) for string in rule.strings) + _MARGIN_TOKENS
+    text = tokenizer.decode(tokens[-window:], skip_special_tokens=False)
+    return any(string in text for string in rule.strings)

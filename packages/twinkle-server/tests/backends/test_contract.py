@@ -1,0 +1,43 @@
+"""Every backend that is shipped keeps the contract."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from twinkle.server.backends import contract
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.transformers import TransformersBackend
+from twinkle.server.backends.transformers.base_model import LoadedModel, load_base_model
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir: Path) -> LoadedModel:
+    return load_base_model(ModelConfig(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def loaded_tied(tiny_tied_model_dir: Path) -> LoadedModel:
+    return load_base_model(ModelConfig(tiny_tied_model_dir))
+
+
+def name_of(check: Callable[..., None]) -> str:
+    return check.__name__
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
+def test_fake(check: contract.Check) -> None:
+    check(lambda: FakeBackend(ModelConfig(Path("fake"))))
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
+def test_transformers(check: contract.Check, loaded: LoadedModel, tiny_model_dir: Path) -> None:
+    check(lambda: TransformersBackend.from_loaded(loaded, ModelConfig(tiny_model_dir)))
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
+def test_transformers_with_tied_embeddings(
+    check: contract.Check, loaded_tied: LoadedModel, tiny_tied_model_dir: Path
+) -> None:
+    check(lambda: TransformersBackend.from_loaded(loaded_tied, ModelConfig(tiny_tied_model_dir)))

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from twinkle.protocol.types import AdamParams
+from twinkle.server.backends.transformers import adamw
+from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape
+
+SETTINGS = {
+    0: AdamParams(learning_rate=0.1),
+    1: AdamParams(learning_rate=0.01, beta1=0.5, beta2=0.999, eps=1e-3, weight_decay=0.3),
+    2: AdamParams(learning_rate=0.02, grad_clip_norm=0.5),
+    4: AdamParams(learning_rate=0.0, weight_decay=0.3),
+    5: AdamParams(learning_rate=0.03, grad_clip_norm=1e6),
+}
+
+
+def filled_bank() -> Bank:
+    bank = Bank(Layout.of([LinearShape("layer", 7, 9)], rank=3), torch.device("cpu"))
+    torch.manual_seed(0)
+    for _ in range(7):
+        slot = bank.take()
+        bank.params[slot].normal_()
+    return bank
+
+
+@pytest.mark.parametrize("max_run", [2**24, 100, 1])
+def test_steps_equal_torch(max_run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "_MAX_RUN", max_run)
+    bank = filled_bank()
+    parameters = {slot: torch.nn.Parameter(bank.params[slot].clone()) for slot in SETTINGS}
+    optimizers = {
+        slot: torch.optim.AdamW(
+            [parameters[slot]],
+            lr=s.learning_rate,
+            betas=(s.beta1, s.beta2),
+            eps=s.eps,
+            weight_decay=s.weight_decay,
+        )
+        for slot, s in SETTINGS.items()
+    }
+    idle = bank.params[[3, 6]].clone()
+    for step in range(4):
+        gradients = torch.randn(7, bank.layout.size) * (step != 2)
+        norms: dict[int, float] = {}
+        for slot, s in SETTINGS.items():
+            parameters[slot].grad = gradients[slot].clone()
+            limit = s.grad_clip_norm or float("inf")
+            norms[slot] = torch.nn.utils.clip_grad_norm_([parameters[slot]], limit).item()
+            optimizers[slot].step()
+        bank.grads[:7] = gradients
+        plan = adamw.plan_steps(bank, SETTINGS)
+        assert torch.equal(bank.grads[:7], gradients), "a plan changes nothing"
+        assert plan.grad_norms() == pytest.approx(norms, rel=1e-6)
+        plan.apply()
+        for slot in SETTINGS:
+            torch.testing.assert_close(bank.params[slot], parameters[slot].data, rtol=1e-5, atol=1e-6)
+            assert not bank.grads[slot].any()
+        assert torch.equal(bank.grads[[3, 6]], gradients[[3, 6]])
+    assert bank.steps[:7] == [4, 4, 4, 0, 4, 4, 0]
+    assert torch.equal(bank.params[[3, 6]], idle)
+    assert not bank.exp_avg[[3, 6]].any() and not bank.exp_avg_sq[[3, 6]].any()
+
+
+def test_a_learning_rate_of_zero_leaves_every_bit() -> None:
+    bank = filled_bank()
+    before = bank.params.clone()
+    bank.grads[:7].normal_()
+    adamw.plan_steps(bank, {0: AdamParams(learning_rate=0.0, weight_decay=0.5)}).apply()
+    assert torch.equal(bank.params, before)
+    assert bank.exp_avg[0].all()
+
+
+def test_eps_of_zero_is_safe_where_there_never_was_a_gradient() -> None:
+    bank = filled_bank()
+    before = bank.params[0].clone()
+    bank.grads[0, ::2] = 1
+    adamw.plan_steps(bank, {0: AdamParams(learning_rate=0.5, eps=0.0)}).apply()
+    assert torch.equal(bank.params[0, 1::2], before[1::2])
+    torch.testing.assert_close(bank.params[0, ::2], before[::2] - 0.5)

@@ -1,0 +1,224 @@
+"""Order, idempotency, isolation and failure, through the service's own face, on the fake backend."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fake_service import MODEL, Tenant, make_service
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import ModelConfig
+
+
+
+
+def a_pass(run: str, seq_id: int, tokens=(1, 2, 3), loss_fn: str = "cross_entropy", **more) -> m.ForwardBackwardRequest:
+    datum = Datum(ModelInput.from_ints(list(tokens)), {"target_tokens": list(tokens), "weights": [1.0] * len(tokens)})
+    return m.ForwardBackwardRequest(run, seq_id, [datum], loss_fn, **more)
+
+
+def a_step(run: str, seq_id: int, lr: float = 0.1) -> m.OptimStepRequest:
+    return m.OptimStepRequest(model_id=run, seq_id=seq_id, adam_params=AdamParams(learning_rate=lr))
+
+
+async def test_chunks_that_arrive_out_of_order_are_applied_in_order(alice: Tenant):
+    run = await alice.run()
+    later = [await alice.service.submit("alice", r) for r in (a_pass(run, 2), a_pass(run, 3), a_step(run, 4))]
+    await asyncio.sleep(0.02)
+    assert await alice.service.retrieve("alice", later[0].request_id, timeout=0) == m.Pending(
+        request_id=later[0].request_id
+    )
+    first = await alice.do(a_pass(run, 1))
+    norm = (await alice.outcome(later[2])).metrics["grad_norm:mean"]
+    assert isinstance(first, ForwardBackwardOutput)
+    other = await alice.run()
+    for seq_id in (1, 2, 3):
+        await alice.do(a_pass(other, seq_id))
+    assert (await alice.do(a_step(other, 4))).metrics["grad_norm:mean"] == pytest.approx(norm)
+
+
+async def test_a_rejected_request_consumes_its_id_and_the_next_one_runs(alice: Tenant):
+    run = await alice.run()
+    with pytest.raises(InvalidRequest, match="loss_fn"):
+        await alice.service.submit("alice", a_pass(run, 1, loss_fn="nonsense"))
+    assert isinstance(await alice.do(a_pass(run, 2)), ForwardBackwardOutput)
+
+
+async def test_a_retry_is_answered_from_the_first_and_applied_once(alice: Tenant):
+    run = await alice.run()
+    first = await alice.service.submit("alice", a_pass(run, 1))
+    again = await alice.service.submit("alice", a_pass(run, 1, tokens=(9, 9, 9, 9)))
+    assert again.request_id == first.request_id
+    norm = (await alice.do(a_step(run, 2))).metrics["grad_norm:mean"]
+    other = await alice.run()
+    await alice.do(a_pass(other, 1))
+    assert (await alice.do(a_step(other, 2))).metrics["grad_norm:mean"] == pytest.approx(norm)
+
+
+async def test_creating_a_run_twice_makes_one(alice: Tenant):
+    session = await alice.session()
+    request = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=f"ms://{MODEL}")
+    first, again = [await alice.service.submit("alice", request) for _ in range(2)]
+    assert first.request_id == again.request_id
+    assert (await alice.outcome(first)).model_id == f"{session}:train:0"
+
+
+async def test_a_job_that_fails_in_company_fails_alone(tmp_path: Path):
+    class Explosive(FakeBackend):
+        def forward_backward(self, micro_batches):
+            if any(666 in row.tokens for rows in micro_batches for row in rows):
+                raise MemoryError("too much")
+            return super().forward_backward(micro_batches)
+
+    service = make_service(tmp_path, Explosive(ModelConfig(Path("fake"))))
+    await service.start()
+    tenants = [Tenant(service, name) for name in ("a", "b", "c")]
+    runs = [await tenant.run() for tenant in tenants]
+    tokens = [(1, 2), (666, 2), (1, 2)]
+    promises = [
+        await service.submit(tenant.name, a_pass(run, 1, tokens=some))
+        for tenant, run, some in zip(tenants, runs, tokens, strict=True)
+    ]
+    good, bad, also_good = [await t.outcome(p) for t, p in zip(tenants, promises, strict=True)]
+    assert isinstance(good, ForwardBackwardOutput) and isinstance(also_good, ForwardBackwardOutput)
+    assert isinstance(bad, m.Failure)
+    assert "did not fit" in bad.error
+    norms = [(await t.do(a_step(r, 2))).metrics["grad_norm:mean"] for t, r in zip(tenants, runs, strict=True)]
+    assert norms[0] == pytest.approx(norms[2]) and norms[0] > 0 and norms[1] == 0
+    await service.close()
+
+
+async def test_an_unexpected_error_reaches_the_client_as_an_id_and_no_traceback(tmp_path: Path):
+    class Broken(FakeBackend):
+        broken = False
+
+        def optim_step(self, steps):
+            if self.broken:
+                raise RuntimeError("secret detail")
+            return super().optim_step(steps)
+
+    backend = Broken(ModelConfig(Path("fake")))
+    service = make_service(tmp_path, backend)
+    await service.start()
+    alice = Tenant(service, "alice")
+    run = await alice.run()
+    backend.broken = True
+    failure = await alice.do(a_step(run, 1))
+    assert isinstance(failure, m.Failure) and failure.category == "server"
+    assert "error id" in failure.error and "secret" not in failure.error
+    backend.broken = False
+    assert isinstance(await alice.do(a_step(run, 2)), m.OptimStepResponse)
+    await service.close()
+
+
+async def test_everything_of_another_tenant_is_not_there(alice: Tenant, bob: Tenant):
+    run = await alice.run()
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="mine"))
+    session = await bob.session()
+    for operation in (
+        a_pass(run, 2),
+        a_step(run, 2),
+        m.SaveWeightsRequest(model_id=run, seq_id=2, path="x"),
+        m.UnloadModelRequest(model_id=run),
+        m.LoadWeightsRequest(path=f"tinker://{run}/weights/mine", session_id=session, model_seq_id=0),
+        m.LoadWeightsRequest(path="twinkle://mine", session_id=session, model_seq_id=0),
+        m.CreateModelRequest(session_id=run.split(":")[0], model_seq_id=1, base_model=MODEL),
+    ):
+        with pytest.raises(NotFound):
+            await bob.service.submit("bob", operation)
+    for query in (
+        m.GetInfoRequest(model_id=run),
+        m.GetTrainingRun(run_id=run),
+        m.ListCheckpoints(run_id=run),
+        m.WeightsInfoRequest(tinker_path=f"twinkle://{run}/weights/mine"),
+        m.DeleteCheckpoint(run_id=run, kind="weights", name="mine"),
+        m.SessionHeartbeatRequest(session_id=run.split(":")[0]),
+        m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, model_path="twinkle://mine"),
+    ):
+        with pytest.raises(NotFound):
+            await bob.service.ask("bob", query)
+    assert (await bob.service.ask("bob", m.ListTrainingRuns())).training_runs == []
+    assert isinstance(await alice.do(a_pass(run, 2)), ForwardBackwardOutput)
+
+
+async def test_a_save_and_a_load_that_follows_at_once_keep_their_order(alice: Tenant):
+    run = await alice.run()
+    await alice.do(a_pass(run, 1))
+    promises = [
+        await alice.service.submit("alice", request)
+        for request in (
+            a_step(run, 2),
+            m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"),
+            a_pass(run, 4),
+            a_step(run, 5),
+            m.LoadWeightsRequest(model_id=run, seq_id=6, path="twinkle://here", optimizer=True),
+            a_pass(run, 7, forward_only=True),
+        )
+    ]
+    outcomes = [await alice.outcome(promise) for promise in promises]
+    assert not [o for o in outcomes if isinstance(o, m.Failure)]
+    saved = await alice.do(
+        m.LoadWeightsRequest(path="twinkle://here", session_id=await alice.session(), model_seq_id=0, optimizer=True)
+    )
+    loss = (await alice.do(a_pass(saved.model_id, 1, forward_only=True))).metrics["loss:sum"]
+    assert outcomes[-1].metrics["loss:sum"] == pytest.approx(loss)
+
+
+async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):
+    run = await alice.run()
+    samplers = []
+    for i in range(10):
+        reply = await alice.do(
+            m.SaveWeightsForSamplerRequest(model_id=run, seq_id=i + 1, sampling_session_seq_id=i)
+        )
+        samplers.append(reply.sampling_session_id)
+    for seq_id, sampler in enumerate(samplers):
+        request = m.SampleRequest(sampling_session_id=sampler, seq_id=seq_id, prompt=ModelInput.from_ints([1]))
+        promise = await alice.service.submit("alice", request)
+        assert len(promise.sample_sequence_ids or []) == 1
+        outcome = await alice.outcome(promise)
+        assert not isinstance(outcome, m.Failure), outcome
+    listed = await alice.service.ask("alice", m.ListCheckpoints(run_id=run))
+    assert listed.checkpoints == []  # unnamed snapshots are nobody's business
+
+
+async def test_finishing_a_session_ends_its_runs_and_deletes_its_unnamed_snapshots(alice: Tenant, tmp_path: Path):
+    run = await alice.run()
+    await alice.do(m.SaveWeightsForSamplerRequest(model_id=run, seq_id=1, sampling_session_seq_id=0))
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=2, path="kept"))
+    await alice.service.submit("alice", a_step(run, 9))  # its predecessors never come
+    await alice.service.ask("alice", m.FinishSessionRequest(session_id=run.split(":")[0]))
+    with pytest.raises(NotFound):
+        await alice.service.submit("alice", a_pass(run, 3))
+    kinds = [path.name for path in (tmp_path / "checkpoints" / run).iterdir() if any(path.iterdir())]
+    assert kinds == ["weights"]
+
+
+async def test_a_checkpoint_expires(alice: Tenant, monkeypatch: pytest.MonkeyPatch):
+    import time
+
+    run = await alice.run()
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="brief", ttl_seconds=60))
+    assert await alice.service.ask("alice", m.WeightsInfoRequest(tinker_path="twinkle://brief"))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    with pytest.raises(NotFound):
+        await alice.service.ask("alice", m.WeightsInfoRequest(tinker_path="twinkle://brief"))
+
+
+async def test_an_overwritten_checkpoint_is_not_mistaken_for_the_old_one(alice: Tenant):
+    run = await alice.run()
+    session = await alice.session()
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="again"))
+    old = await alice.service.ask(
+        "alice",
+        m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, model_path="twinkle://again"),
+    )
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=2, path="again", overwrite=True))
+    sample = m.SampleRequest(
+        sampling_session_id=old.sampling_session_id, seq_id=0, prompt=ModelInput.from_ints([1])
+    )
+    failure = await alice.do(sample)
+    assert isinstance(failure, m.Failure) and "was overwritten" in failure.error

@@ -1,0 +1,50 @@
+"""A whole service on the fake backend, in milliseconds, and clients of it without a channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twinkle.protocol import messages as m
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.engine.worker import LocalWorker
+from twinkle.server.samplers.fake import FakeEngine
+from twinkle.server.service.service import Service
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.database import Database
+
+MODEL = "fake/model"
+
+
+def make_service(directory: Path, backend: FakeBackend | None = None, capacity: int = 4) -> Service:
+    worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
+    database = Database(f"sqlite:///{directory / 'test.sqlite'}")
+    return Service(MODEL, worker, database, CheckpointFiles(directory / "checkpoints"), capacity)
+
+
+class Tenant:
+    """A client of the service, without a channel."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self.service = service
+        self.name = name
+
+    async def session(self) -> str:
+        reply = await self.service.ask(self.name, m.CreateSessionRequest())
+        assert isinstance(reply, m.CreateSessionResponse)
+        return reply.session_id
+
+    async def run(self, **lora) -> str:
+        """A new run's id."""
+        config = m.LoraConfig(**{"rank": 2, "seed": 0, **lora})
+        request = m.CreateModelRequest(
+            session_id=await self.session(), model_seq_id=0, base_model=MODEL, lora_config=config
+        )
+        return (await self.do(request)).model_id
+
+    async def do(self, request: m.Operation):
+        """Submit and wait."""
+        return await self.outcome(await self.service.submit(self.name, request))
+
+    async def outcome(self, promise: m.Promise):
+        return await self.service.retrieve(self.name, promise.request_id, timeout=20)
