@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made on the fly, for all tests of the server."""
+"""Tiny models with random weights, made on the fly, for the tests of every package."""
 
 import os
 
