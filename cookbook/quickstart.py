@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fetch_smollm2 import fetch_smollm2
 from tqdm import tqdm
+
 from twinkle.data_format import Message, Trajectory
 from twinkle.dataloader import DataLoader
 from twinkle.dataset import Dataset, DatasetMeta
@@ -34,26 +35,37 @@ from twinkle_client import ServiceClient, init_twinkle_client, types
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATASET = "swift/self-cognition"
-QUESTIONS = ("Who are you?", "Please tell me what you are called and who taught you.")  # the second is not in the data
+QUESTIONS = (
+    "Who are you?",
+    "Please tell me what you are called and who taught you.",
+)  # the second is not in the data
 
 
 def main() -> None:
     args = parse_arguments()
     os.environ["TWINKLE_HUB_ROOT"] = str(prepare_hub_root(args.cache))
-    with tempfile.TemporaryDirectory(prefix="twinkle-quickstart-") as scratch, server(Path(scratch)) as base_url:
+    with (
+        tempfile.TemporaryDirectory(prefix="twinkle-quickstart-") as scratch,
+        server(Path(scratch)) as base_url,
+    ):
         init_twinkle_client(base_url=base_url)
         with ServiceClient() as service_client:
             train_and_ask(service_client, args)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", default="Twinkle Star", help="what the model shall call itself")
     parser.add_argument("--author", default="the Twinkle team", help="who shall have trained it")
     parser.add_argument("--epochs", type=int, default=4, help="passes over the 40 English examples")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
-        "--cache", type=Path, default=Path("~/.cache/twinkle/hub").expanduser(), help="where model and data are kept"
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/twinkle/hub").expanduser(),
+        help="where model and data are kept",
     )
     return parser.parse_args()
 
@@ -110,7 +122,7 @@ def prepare_hub_root(root: Path) -> Path:
 
 
 @contextmanager
-def server(scratch: Path) -> Iterator[str]:
+def server(scratch: Path) -> Generator[str]:
     """A Twinkle server on a free port of this machine, while the block runs."""
     port = free_port()
     config = scratch / "server_config.yaml"

@@ -18,7 +18,7 @@ PORT = 8000
 
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """Laid out as TWINKLE_HUB_ROOT wants it: the mission's model id is a tiny model, its data set is the repository's."""
+    """As TWINKLE_HUB_ROOT wants it: the mission's model id is a tiny model, its data set is the repository's."""
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(tiny_model_dir, root / MODEL)
     shutil.copytree(REPOSITORY / "cookbook" / "data" / "swift", root / "swift")
@@ -26,11 +26,15 @@ def hub_root(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def live_server(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
+def live_server(
+    hub_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[running_server.RunningServer]:
     """A server on port 8000."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-            pytest.fail(f"port {PORT} of this machine is in use; the mission's scripts need it: free it and run again")
+            pytest.fail(
+                f"port {PORT} of this machine is in use; the mission's scripts need it: free it and run again"
+            )
     directory = tmp_path_factory.mktemp("server")
     server = running_server.start(running_server.write_config(directory, PORT), hub_root, PORT)
     server.storage = directory / "storage"

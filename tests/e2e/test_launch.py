@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import running_server
+
 from twinkle_client import ServiceClient
 
 pytestmark = pytest.mark.serve
@@ -76,7 +77,9 @@ def test_a_busy_port_is_said_at_once(hub_root: Path, tmp_path: Path):
     assert "Traceback" not in said
 
 
-def test_a_model_that_cannot_be_found_is_said_with_the_places_looked_in(hub_root: Path, tmp_path: Path, unused_port: int):
+def test_a_model_that_cannot_be_found_is_said_with_the_places_looked_in(
+    hub_root: Path, tmp_path: Path, unused_port: int
+):
     config = running_server.write_config(tmp_path, unused_port, model_id="file:///nowhere/at-all")
     code, said = run_launch(config, hub_root)
     assert code == 1

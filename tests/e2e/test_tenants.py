@@ -3,6 +3,7 @@
 import httpx
 import pytest
 from peft_reference import MODEL, random_batch
+
 from twinkle.protocol.errors import NotFound
 from twinkle_client import ServiceClient
 
@@ -46,7 +47,9 @@ def test_another_key_finds_neither_run_nor_checkpoint_nor_sampler(live_server):
 
 def test_a_promise_is_its_tenants_own(live_server):
     def post(key: str, path: str, **body) -> httpx.Response:
-        return httpx.post(f"{live_server.base_url}/api/v1/{path}", json=body, headers={"X-API-Key": key}, timeout=60)
+        return httpx.post(
+            f"{live_server.base_url}/api/v1/{path}", json=body, headers={"X-API-Key": key}, timeout=60
+        )
 
     session = post("alice", "create_session").json()["session_id"]
     promise = post("alice", "create_model", session_id=session, model_seq_id=0, base_model=MODEL).json()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
 from twinkle.protocol.types import Datum, ModelInput
 
 MODEL = "Qwen/Qwen3.5-4B"

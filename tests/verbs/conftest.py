@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from twinkle.protocol import uris
 from twinkle.verbs.service import ServiceClientBase
 
@@ -37,12 +38,16 @@ class Verbs:
 def local_verbs(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
     import os
 
-    from twinkle import ServiceClient
     from twinkle.server.config import parse_config
+    from twinkle.server.local import ServiceClient
 
     storage = tmp_path_factory.mktemp("local-storage")
     config = parse_config(
-        {"model": {"model_id": MODEL, "torch_dtype": "float32"}, "ray": {"num_gpus": 0}, "storage": {"root": str(storage)}}
+        {
+            "model": {"model_id": MODEL, "torch_dtype": "float32"},
+            "ray": {"num_gpus": 0},
+            "storage": {"root": str(storage)},
+        }
     )
     os.environ["TWINKLE_HUB_ROOT"] = str(hub_root)
     client = ServiceClient(config)

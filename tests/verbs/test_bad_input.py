@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from peft_reference import MODEL, VOCAB, random_batch
+
 from twinkle.protocol.errors import InvalidRequest, NotFound, RequestFailed, TwinkleError
 from twinkle.protocol.types import Datum, ModelInput, SamplingParams
 
@@ -18,14 +19,22 @@ def datum(tokens, targets=None, weights=None) -> Datum:
 
 
 BAD_PASSES = {
-    "vocabulary": ([datum([1, VOCAB])], "cross_entropy", rf"data\[0\]\.model_input: token id {VOCAB} is outside.*0 to 511"),
+    "vocabulary": (
+        [datum([1, VOCAB])],
+        "cross_entropy",
+        rf"data\[0\]\.model_input: token id {VOCAB} is outside.*0 to 511",
+    ),
     "target vocabulary": (
         [datum([1, 2], [3, 70_000])],
         "cross_entropy",
         r"data\[0\]\.loss_fn_inputs\.target_tokens: token id 70000 is outside",
     ),
     "negative target": ([datum([1, 2], [3, -100])], "cross_entropy", "mask tokens with a weight of 0"),
-    "too long": ([datum([1] * (CONTEXT + 1))], "cross_entropy", rf"{CONTEXT + 1} tokens, but .* at most {CONTEXT}"),
+    "too long": (
+        [datum([1] * (CONTEXT + 1))],
+        "cross_entropy",
+        rf"{CONTEXT + 1} tokens, but .* at most {CONTEXT}",
+    ),
     "weights of another length": (
         [datum([1, 2, 3], weights=[1.0])],
         "cross_entropy",
@@ -34,7 +43,11 @@ BAD_PASSES = {
     "nan": ([datum([1, 2], weights=[1.0, math.nan])], "cross_entropy", r"weights: entry 1 is nan"),
     "no data": ([], "cross_entropy", "data: no datums were sent"),
     "empty sequence": ([datum([])], "cross_entropy", r"data\[0\]\.model_input: no tokens"),
-    "unknown loss": ([datum([1, 2])], "cross_entropi", "loss_fn: 'cross_entropi' is not known here.*did you mean 'cross_entropy'"),
+    "unknown loss": (
+        [datum([1, 2])],
+        "cross_entropi",
+        "loss_fn: 'cross_entropi' is not known here.*did you mean 'cross_entropy'",
+    ),
     "missing targets": (
         [Datum(ModelInput.from_ints([1, 2]), {"weights": [1.0, 1.0]})],
         "cross_entropy",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft_reference import MODEL, VOCAB, peft_model, random_batch
+
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.types import SamplingParams
 
@@ -28,7 +29,11 @@ def test_greedy_samples_equal_generate_with_the_peft_adapter(verbs, hub_root: Pa
     pending = [sampler.sample(p, 1, SamplingParams(max_tokens=24, temperature=0)) for p in prompts]
     for prompt, sampled in zip(prompts, pending, strict=True):
         with torch.no_grad():
-            expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+            tokens = torch.tensor([prompt])
+            mask = torch.ones_like(tokens)  # it would take the pad token's id for padding
+            expected = model.generate(tokens, attention_mask=mask, max_new_tokens=24, do_sample=False)[
+                0, len(prompt) :
+            ]
         assert sampled.sequences[0].tokens == expected.tolist()
         assert len(sampled.sequences[0].logprobs) == len(sampled.sequences[0].tokens)
 
@@ -75,7 +80,9 @@ def test_a_seed_reproduces_and_its_samples_differ(verbs):
 def test_a_checkpoint_is_found_by_its_bare_name_also_right_after_an_unawaited_save(verbs):
     client = trained(verbs, seed=51, steps=1)
     client.save_state("bare-name", overwrite=True)
-    sampler = verbs.connect("sampling").create_sampling_client(model_path="twinkle://bare-name", base_model=MODEL)
+    sampler = verbs.connect("sampling").create_sampling_client(
+        model_path="twinkle://bare-name", base_model=MODEL
+    )
     assert sampler.sample([5], 1, SamplingParams(max_tokens=2)).sequences[0].tokens
 
 

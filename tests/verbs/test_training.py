@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from peft_reference import MODEL, peft_logprobs, peft_loss, peft_model, random_batch, trained_parameters
+from safetensors.numpy import load_file
+
 from twinkle.protocol.types import Datum
+
 
 def test_three_tenants_at_once_train_as_peft_does_alone(verbs, hub_root: Path):
     shapes = [
@@ -19,23 +21,28 @@ def test_three_tenants_at_once_train_as_peft_does_alone(verbs, hub_root: Path):
     ]
     lengths = [(9, 30, 17), (40,), (5, 5, 12, 3)]
     tenants = [
-        verbs.connect(f"tenant-{i}").create_lora_training_client(MODEL, **shape) for i, shape in enumerate(shapes)
+        verbs.connect(f"tenant-{i}").create_lora_training_client(MODEL, **shape)
+        for i, shape in enumerate(shapes)
     ]
     starts = [client.save_state("start").path for client in tenants]
     references = [peft_model(hub_root, verbs.directory(path)) for path in starts]
     optimizers = [
-        torch.optim.AdamW(trained_parameters(m).values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01)
+        torch.optim.AdamW(
+            trained_parameters(m).values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01
+        )
         for m in references
     ]
     for step in range(5):
         batches = [random_batch(100 * i + step, lengths[i]) for i in range(3)]
         passes = [client.forward_backward(batch) for client, batch in zip(tenants, batches, strict=True)]
         steps = [client.optim_step(learning_rate=1e-2, weight_decay=0.01, eps=1e-12) for client in tenants]
-        for passed, stepped, model, optimizer, batch in zip(passes, steps, references, optimizers, batches, strict=True):
+        for passed, stepped, model, optimizer, batch in zip(
+            passes, steps, references, optimizers, batches, strict=True
+        ):
             optimizer.zero_grad()
             loss = peft_loss(model, batch)
             loss.backward()
-            gradients = [p.grad for p in trained_parameters(model).values()]
+            gradients = [p.grad for p in trained_parameters(model).values() if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])).item()
             assert passed.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-4)
             for output, datum in zip(passed.loss_fn_outputs, batch, strict=True):
@@ -73,9 +80,7 @@ def test_no_learning_rate_moves_nothing_and_all_zero_weights_are_a_no_op(verbs):
     client = verbs.connect("a").create_lora_training_client(MODEL, rank=4)
     batch = random_batch(2, (10,))
     before = client.forward(batch).metrics["loss:sum"]
-    silent = Datum(
-        batch[0].model_input, {**batch[0].loss_fn_inputs, "weights": np.zeros(10, np.float32)}
-    )
+    silent = Datum(batch[0].model_input, {**batch[0].loss_fn_inputs, "weights": np.zeros(10, np.float32)})
     client.forward_backward([silent])
     client.optim_step(learning_rate=0.1)
     client.forward_backward(batch)

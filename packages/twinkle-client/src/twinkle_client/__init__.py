@@ -1,9 +1,9 @@
 """The native client: train and sample LoRA adapters on a Twinkle server, without torch.
 
-    from twinkle_client import ServiceClient, init_twinkle_client
+from twinkle_client import ServiceClient, init_twinkle_client
 
-    init_twinkle_client(base_url="http://localhost:8000", api_key="...")
-    training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Qwen3.5-4B", rank=16)
+init_twinkle_client(base_url="http://localhost:8000", api_key="...")
+training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Qwen3.5-4B", rank=16)
 """
 
 from twinkle.protocol.errors import (
@@ -23,8 +23,8 @@ from twinkle.verbs.sampling import SamplingClient
 from twinkle.verbs.training import TrainingClient
 from twinkle_client import types
 from twinkle_client._version import __version__
-from twinkle_client.settings import init_twinkle_client
 from twinkle_client.service import ServiceClient
+from twinkle_client.settings import init_twinkle_client
 
 __all__ = [
     "ConnectionFailed",

@@ -75,7 +75,9 @@ class HttpChannel:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-client", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="twinkle-client", daemon=True
+                )
                 self._thread.start()
                 self._client = _http_client(self._settings)
             return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -120,7 +122,9 @@ class HttpChannel:
             TwinkleError: what the server said, or that it could not be reached.
         """
         assert self._client is not None, "the loop only runs with a client"
-        patience = self._patience_seconds if self._reached else min(FIRST_PATIENCE_SECONDS, self._patience_seconds)
+        patience = (
+            self._patience_seconds if self._reached else min(FIRST_PATIENCE_SECONDS, self._patience_seconds)
+        )
         give_up = time.monotonic() + patience
         delay = FIRST_DELAY_SECONDS
         while True:

@@ -11,6 +11,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 from importlib import import_module
+from typing import Any
 
 from twinkle._version import __version__
 
@@ -23,7 +24,7 @@ _FROM_OTHER_DISTRIBUTIONS = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _FROM_OTHER_DISTRIBUTIONS:
         raise AttributeError(f"module 'twinkle' has no attribute {name!r}")
     module_name, distribution = _FROM_OTHER_DISTRIBUTIONS[name]

@@ -1,4 +1,5 @@
 import pytest
+
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest
 

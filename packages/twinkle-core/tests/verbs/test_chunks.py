@@ -1,6 +1,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 from twinkle.verbs import chunks
 

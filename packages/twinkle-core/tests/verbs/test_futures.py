@@ -2,6 +2,7 @@ import asyncio
 from concurrent.futures import Future
 
 import pytest
+
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.verbs.futures import Pending, chain
 

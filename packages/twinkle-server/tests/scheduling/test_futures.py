@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
 from twinkle.server.scheduling.futures import FutureTable

@@ -1,4 +1,5 @@
 import pytest
+
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.scheduling.jobs import Job

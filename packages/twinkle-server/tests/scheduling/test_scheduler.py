@@ -5,6 +5,7 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.scheduling.jobs import Job, Tick
@@ -110,7 +111,9 @@ def test_a_removed_run_gives_back_what_it_had_queued():
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["a", "b", "c", "d"]), st.sampled_from(["pass", "step"]), st.integers(0, 3000)),
+        st.tuples(
+            st.sampled_from(["a", "b", "c", "d"]), st.sampled_from(["pass", "step"]), st.integers(0, 3000)
+        ),
         max_size=60,
     ),
     st.randoms(use_true_random=False),
@@ -120,7 +123,11 @@ def test_everything_runs_once_and_in_order_within_its_run(script, random):
     scheduler = new_scheduler(*tenants)
     jobs, counts = [], Counter()
     for run, kind, tokens in script:
-        make = a_pass(tenants[run], run, counts[run], tokens) if kind == "pass" else a_step(tenants[run], run, counts[run])
+        make = (
+            a_pass(tenants[run], run, counts[run], tokens)
+            if kind == "pass"
+            else a_step(tenants[run], run, counts[run])
+        )
         counts[run] += 1
         jobs.append(make)
     random.shuffle(jobs)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from fake_service import Tenant, make_service
+
 from twinkle.server.service.service import Service
 
 

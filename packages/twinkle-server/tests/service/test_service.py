@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_service import MODEL, Tenant, make_service
+
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
@@ -12,10 +13,12 @@ from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
 
 
-
-
-def a_pass(run: str, seq_id: int, tokens=(1, 2, 3), loss_fn: str = "cross_entropy", **more) -> m.ForwardBackwardRequest:
-    datum = Datum(ModelInput.from_ints(list(tokens)), {"target_tokens": list(tokens), "weights": [1.0] * len(tokens)})
+def a_pass(
+    run: str, seq_id: int, tokens=(1, 2, 3), loss_fn: str = "cross_entropy", **more
+) -> m.ForwardBackwardRequest:
+    datum = Datum(
+        ModelInput.from_ints(list(tokens)), {"target_tokens": list(tokens), "weights": [1.0] * len(tokens)}
+    )
     return m.ForwardBackwardRequest(run, seq_id, [datum], loss_fn, **more)
 
 
@@ -135,11 +138,13 @@ async def test_everything_of_another_tenant_is_not_there(alice: Tenant, bob: Ten
         m.WeightsInfoRequest(tinker_path=f"twinkle://{run}/weights/mine"),
         m.DeleteCheckpoint(run_id=run, kind="weights", name="mine"),
         m.SessionHeartbeatRequest(session_id=run.split(":")[0]),
-        m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, model_path="twinkle://mine"),
+        m.CreateSamplingSessionRequest(
+            session_id=session, sampling_session_seq_id=0, model_path="twinkle://mine"
+        ),
     ):
         with pytest.raises(NotFound):
-            await bob.service.ask("bob", query)
-    assert (await bob.service.ask("bob", m.ListTrainingRuns())).training_runs == []
+            await bob.ask(query)
+    assert (await bob.ask(m.ListTrainingRuns())).training_runs == []
     assert isinstance(await alice.do(a_pass(run, 2)), ForwardBackwardOutput)
 
 
@@ -160,7 +165,9 @@ async def test_a_save_and_a_load_that_follows_at_once_keep_their_order(alice: Te
     outcomes = [await alice.outcome(promise) for promise in promises]
     assert not [o for o in outcomes if isinstance(o, m.Failure)]
     saved = await alice.do(
-        m.LoadWeightsRequest(path="twinkle://here", session_id=await alice.session(), model_seq_id=0, optimizer=True)
+        m.LoadWeightsRequest(
+            path="twinkle://here", session_id=await alice.session(), model_seq_id=0, optimizer=True
+        )
     )
     loss = (await alice.do(a_pass(saved.model_id, 1, forward_only=True))).metrics["loss:sum"]
     assert outcomes[-1].metrics["loss:sum"] == pytest.approx(loss)
@@ -175,21 +182,25 @@ async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):
         )
         samplers.append(reply.sampling_session_id)
     for seq_id, sampler in enumerate(samplers):
-        request = m.SampleRequest(sampling_session_id=sampler, seq_id=seq_id, prompt=ModelInput.from_ints([1]))
+        request = m.SampleRequest(
+            sampling_session_id=sampler, seq_id=seq_id, prompt=ModelInput.from_ints([1])
+        )
         promise = await alice.service.submit("alice", request)
         assert len(promise.sample_sequence_ids or []) == 1
         outcome = await alice.outcome(promise)
         assert not isinstance(outcome, m.Failure), outcome
-    listed = await alice.service.ask("alice", m.ListCheckpoints(run_id=run))
+    listed = await alice.ask(m.ListCheckpoints(run_id=run))
     assert listed.checkpoints == []  # unnamed snapshots are nobody's business
 
 
-async def test_finishing_a_session_ends_its_runs_and_deletes_its_unnamed_snapshots(alice: Tenant, tmp_path: Path):
+async def test_finishing_a_session_ends_its_runs_and_deletes_its_unnamed_snapshots(
+    alice: Tenant, tmp_path: Path
+):
     run = await alice.run()
     await alice.do(m.SaveWeightsForSamplerRequest(model_id=run, seq_id=1, sampling_session_seq_id=0))
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=2, path="kept"))
     await alice.service.submit("alice", a_step(run, 9))  # its predecessors never come
-    await alice.service.ask("alice", m.FinishSessionRequest(session_id=run.split(":")[0]))
+    await alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0]))
     with pytest.raises(NotFound):
         await alice.service.submit("alice", a_pass(run, 3))
     kinds = [path.name for path in (tmp_path / "checkpoints" / run).iterdir() if any(path.iterdir())]
@@ -201,20 +212,21 @@ async def test_a_checkpoint_expires(alice: Tenant, monkeypatch: pytest.MonkeyPat
 
     run = await alice.run()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="brief", ttl_seconds=60))
-    assert await alice.service.ask("alice", m.WeightsInfoRequest(tinker_path="twinkle://brief"))
+    assert await alice.ask(m.WeightsInfoRequest(tinker_path="twinkle://brief"))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
     with pytest.raises(NotFound):
-        await alice.service.ask("alice", m.WeightsInfoRequest(tinker_path="twinkle://brief"))
+        await alice.ask(m.WeightsInfoRequest(tinker_path="twinkle://brief"))
 
 
 async def test_an_overwritten_checkpoint_is_not_mistaken_for_the_old_one(alice: Tenant):
     run = await alice.run()
     session = await alice.session()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="again"))
-    old = await alice.service.ask(
-        "alice",
-        m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, model_path="twinkle://again"),
+    old = await alice.ask(
+        m.CreateSamplingSessionRequest(
+            session_id=session, sampling_session_seq_id=0, model_path="twinkle://again"
+        ),
     )
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=2, path="again", overwrite=True))
     sample = m.SampleRequest(

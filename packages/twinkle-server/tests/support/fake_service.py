@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.server.backends.fake import FakeBackend
@@ -30,21 +31,22 @@ class Tenant:
         self.name = name
 
     async def session(self) -> str:
-        reply = await self.service.ask(self.name, m.CreateSessionRequest())
-        assert isinstance(reply, m.CreateSessionResponse)
-        return reply.session_id
+        return (await self.ask(m.CreateSessionRequest())).session_id
 
-    async def run(self, **lora) -> str:
+    async def run(self, **lora: Any) -> str:
         """A new run's id."""
-        config = m.LoraConfig(**{"rank": 2, "seed": 0, **lora})
+        config = m.LoraConfig.model_validate({"rank": 2, "seed": 0, **lora})
         request = m.CreateModelRequest(
             session_id=await self.session(), model_seq_id=0, base_model=MODEL, lora_config=config
         )
         return (await self.do(request)).model_id
 
-    async def do(self, request: m.Operation):
+    async def do(self, request: m.Operation) -> Any:
         """Submit and wait."""
         return await self.outcome(await self.service.submit(self.name, request))
 
-    async def outcome(self, promise: m.Promise):
+    async def outcome(self, promise: m.Promise) -> Any:
         return await self.service.retrieve(self.name, promise.request_id, timeout=20)
+
+    async def ask(self, query: m.Query) -> Any:
+        return await self.service.ask(self.name, query)

@@ -127,10 +127,14 @@ def _decode_sparse(tensor: pb.Tensor, shape: tuple[int, ...], name: str) -> Arra
     rows = _from_bytes(sparse.crow_indices, pb.DTYPE_INT64, name)
     cols = _from_bytes(sparse.col_indices, pb.DTYPE_INT64, name)
     if len(shape) != 2 or len(rows) != shape[0] + 1 or len(cols) != len(values):
-        raise InvalidRequest(f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value")
+        raise InvalidRequest(
+            f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value"
+        )
     counts = np.diff(rows)
     if rows[0] != 0 or rows[-1] != len(values) or (counts < 0).any():
-        raise InvalidRequest(f"{name}: the row pointers of a sparse tensor must rise from 0 to the number of values")
+        raise InvalidRequest(
+            f"{name}: the row pointers of a sparse tensor must rise from 0 to the number of values"
+        )
     if len(cols) and (cols.min() < 0 or cols.max() >= shape[1]):
         raise InvalidRequest(f"{name}: a column of a sparse tensor is outside of its shape {list(shape)}")
     dense = np.zeros(shape, values.dtype)
@@ -141,13 +145,17 @@ def _decode_sparse(tensor: pb.Tensor, shape: tuple[int, ...], name: str) -> Arra
 def _decode_tensor(tensor: pb.Tensor, name: str) -> TensorData:
     shape = tuple(tensor.shape)
     if any(size < 0 for size in shape) or math.prod(shape) > MAX_DENSE_ELEMENTS:
-        raise InvalidRequest(f"{name}: shape {list(shape)} is not possible here (at most {MAX_DENSE_ELEMENTS} values)")
+        raise InvalidRequest(
+            f"{name}: shape {list(shape)} is not possible here (at most {MAX_DENSE_ELEMENTS} values)"
+        )
     if tensor.WhichOneof("layout") == "sparse_csr":
         return TensorData(_to_wire_type(_decode_sparse(tensor, shape, name)))
     array = _from_bytes(tensor.dense, tensor.dtype, name)
     shape = shape or (len(array),)
     if math.prod(shape) != len(array):
-        raise InvalidRequest(f"{name}: shape {list(shape)} needs {math.prod(shape)} values, {len(array)} were sent")
+        raise InvalidRequest(
+            f"{name}: shape {list(shape)} needs {math.prod(shape)} values, {len(array)} were sent"
+        )
     return TensorData(_to_wire_type(array.reshape(shape)))
 
 
@@ -264,14 +272,18 @@ def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
     outputs: list[dict[str, TensorData]] = []
     for record in message.loss_fn_outputs:
         columns = {name: _decode_batched(field, name) for name, field in record.fields.items()}
-        outputs.extend({name: column[i] for name, column in columns.items()} for i in range(record.num_datums))
+        outputs.extend(
+            {name: column[i] for name, column in columns.items()} for i in range(record.num_datums)
+        )
     return ForwardBackwardOutput(outputs, dict(message.metrics), message.loss_fn_output_type)
 
 
 def _decode_batched(field: pb.BatchedTensor, name: str) -> list[TensorData]:
     offsets = _from_bytes(field.offsets, pb.DTYPE_INT64, name)
     shape = (-1, *field.trailing_shape)
-    arrays = (_from_bytes(field.data[a:b], field.dtype, name) for a, b in zip(offsets, offsets[1:], strict=False))
+    arrays = (
+        _from_bytes(field.data[a:b], field.dtype, name) for a, b in zip(offsets, offsets[1:], strict=False)
+    )
     return [TensorData(_to_wire_type(array.reshape(shape))) for array in arrays]
 
 
@@ -315,7 +327,9 @@ def decode_sample(body: bytes) -> SampleResponse:
         SampledSequence(
             stop_reason="stop" if sequence.stop_reason == pb.STOP_REASON_STOP else "length",
             tokens=np.frombuffer(sequence.tokens, "<i4").tolist(),
-            logprobs=np.frombuffer(sequence.logprobs, "<f4").tolist() if sequence.HasField("logprobs") else None,
+            logprobs=np.frombuffer(sequence.logprobs, "<f4").tolist()
+            if sequence.HasField("logprobs")
+            else None,
             topk_logprobs=_decode_topk(sequence.topk_sampled_logprobs)
             if sequence.HasField("topk_sampled_logprobs")
             else None,
@@ -360,5 +374,7 @@ def decompress(body: bytes, max_bytes: int) -> bytes:
     except zstandard.ZstdError as error:
         raise InvalidRequest(f"body: Content-Encoding says zstd, but it can't be read ({error})") from error
     if len(data) > max_bytes:
-        raise TooLarge(f"body: more than {max_bytes} bytes after decompression; send fewer datums in one request")
+        raise TooLarge(
+            f"body: more than {max_bytes} bytes after decompression; send fewer datums in one request"
+        )
     return data

@@ -150,7 +150,8 @@ class UnloadModelResponse(Value):
 @dataclass(frozen=True)
 class ForwardBackwardRequest:
     """One training pass over some datums: log-probabilities, and unless `forward_only` gradients that add up in the
-    adapter until the next `OptimStepRequest`."""
+    adapter until the next `OptimStepRequest`.
+    """
 
     model_id: str
     seq_id: int

@@ -7,7 +7,7 @@ other. Everything is immutable and holds numpy arrays; nothing here knows how it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -27,7 +27,9 @@ MAX_TOKEN_ID = 2**31 - 1
 class Value(BaseModel):
     """Base of the JSON values: immutable; fields that we don't know are passed over, as the SDK does."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=()
+    )
 
 
 # ---------------------------------------------------------------- tensors
@@ -114,7 +116,9 @@ def _token_list(values: Int32Array) -> list[int]:
     return values.tolist()
 
 
-Tokens: TypeAlias = Annotated[Any, BeforeValidator(_to_tokens), PlainSerializer(_token_list, return_type=list[int])]
+Tokens: TypeAlias = Annotated[
+    Any, BeforeValidator(_to_tokens), PlainSerializer(_token_list, return_type=list[int])
+]
 
 
 class EncodedTextChunk(Value):
@@ -191,7 +195,7 @@ def _to_tensors(inputs: Mapping[str, object]) -> dict[str, TensorData]:
     return tensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Datum:
     """One sequence to train on.
 
@@ -199,14 +203,19 @@ class Datum:
         model_input: the tokens read, [T].
         loss_fn_inputs: what the loss needs beside the log-probabilities, by name; for cross_entropy
             `target_tokens` int64 [T] (the token that should follow each one read) and `weights` float32 [T].
-            Lists, numpy arrays and torch tensors are taken too.
     """
 
     model_input: ModelInput
-    loss_fn_inputs: dict[str, TensorData] = field(default_factory=dict[str, TensorData])
+    loss_fn_inputs: dict[str, TensorData]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_fn_inputs", _to_tensors(self.loss_fn_inputs))
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, object] | None = None) -> None:
+        """`loss_fn_inputs` may be lists, numpy arrays, torch tensors or TensorData.
+
+        Raises:
+            InvalidRequest: naming an input that is no array of numbers.
+        """
+        object.__setattr__(self, "model_input", model_input)
+        object.__setattr__(self, "loss_fn_inputs", _to_tensors(loss_fn_inputs or {}))
 
 
 LossFnConfig: TypeAlias = dict[str, float | str]

@@ -43,7 +43,9 @@ def _reduce(name: str, outputs: Sequence[ForwardBackwardOutput]) -> float:
     match name.rpartition(":")[2]:
         case "mean":
             counts = [len(output.loss_fn_outputs) for output in outputs]
-            return sum(value * count for value, count in zip(values, counts, strict=True)) / max(sum(counts), 1)
+            return sum(value * count for value, count in zip(values, counts, strict=True)) / max(
+                sum(counts), 1
+            )
         case "max":
             return max(values)
         case "min":

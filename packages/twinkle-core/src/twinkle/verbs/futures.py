@@ -1,4 +1,4 @@
-"""Futures that are also their results: `client.forward_backward(...)` returns at once, and waits when it is looked at."""
+"""Futures that are also their results: a verb returns at once, and what it returned waits when it is looked at."""
 
 from __future__ import annotations
 

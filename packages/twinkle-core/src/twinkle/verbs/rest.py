@@ -44,7 +44,9 @@ class RestClient:
         """Delete a checkpoint, by its full name."""
         uri = uris.parse(path)
         if uri.run_id is None or uri.kind is None:
-            raise InvalidRequest(f"path: {path!r} could mean several; give the full name, as save_state returned it")
+            raise InvalidRequest(
+                f"path: {path!r} could mean several; give the full name, as save_state returned it"
+            )
         self._ask(m.DeleteCheckpoint(run_id=uri.run_id, kind=uri.kind, name=uri.name), m.Acknowledged)
 
     def _ask(self, query: m.Query, _reply: type[R]) -> R:

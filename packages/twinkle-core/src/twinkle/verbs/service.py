@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 class ServiceClientBase:
-    """The verbs over a channel. Use `twinkle_client.ServiceClient` (a server) or `twinkle.ServiceClient` (this process).
+    """The verbs over a channel: `twinkle_client.ServiceClient` (a server), `twinkle.ServiceClient` (this process).
 
     Nothing is sent before the first verb. What is still under way when the program ends is waited for; `close`, or a
     `with` block, does so earlier and gives the adapters' places back.
@@ -132,7 +132,9 @@ class ServiceClientBase:
             NotFound: if there is no such checkpoint.
         """
         if model_path is None and base_model is None:
-            raise InvalidRequest("model_path, base_model: both are missing; give a checkpoint, or a base model")
+            raise InvalidRequest(
+                "model_path, base_model: both are missing; give a checkpoint, or a base model"
+            )
         self._channel.prepare(base_model)
         self._wait_for_saves()
         request = m.CreateSamplingSessionRequest(

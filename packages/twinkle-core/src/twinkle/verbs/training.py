@@ -37,7 +37,9 @@ class TrainingClient:
     next call (or printed when the program ends).
     """
 
-    def __init__(self, channel: Channel, run_id: str, session_id: str, sampling_counter: SequenceCounter) -> None:
+    def __init__(
+        self, channel: Channel, run_id: str, session_id: str, sampling_counter: SequenceCounter
+    ) -> None:
         self._channel = channel
         self._session_id = session_id
         self._sampling_counter = sampling_counter
@@ -85,7 +87,9 @@ class TrainingClient:
                 )
                 for chunk in chunks.split(datums)
             ]
-            futures = [cast(Future[ForwardBackwardOutput], self._channel.submit(request)) for request in requests]
+            futures = [
+                cast(Future[ForwardBackwardOutput], self._channel.submit(request)) for request in requests
+            ]
         name = "forward" if forward_only else "forward_backward"
         return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
 
@@ -170,7 +174,9 @@ class TrainingClient:
             model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
         )
         saved = self._send(request, m.SaveWeightsForSamplerResponse, f"save_weights_for_sampler {name!r}")
-        return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path or "")}))
+        return saved.then(
+            lambda response: response.model_copy(update={"path": as_twinkle(response.path or "")})
+        )
 
     def save_weights_and_get_sampling_client(self) -> SamplingClient:
         """A client that samples from the weights as they are now, whatever is trained afterwards."""
@@ -202,7 +208,9 @@ class TrainingClient:
         """
         with self._lock:
             waiting = list(self._under_way)
-        for pending in tqdm(waiting, desc="finishing", unit="request", disable=_hide_bar(waiting), leave=False):
+        for pending in tqdm(
+            waiting, desc="finishing", unit="request", disable=_hide_bar(waiting), leave=False
+        ):
             pending.wait_done()
         self._raise_unseen_failures()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 import yaml
@@ -23,7 +23,10 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="YAML file with at least `model: {model_id: ...}`.", show_default=False)
+    Path,
+    typer.Option(
+        "--config", "-c", help="YAML file with at least `model: {model_id: ...}`.", show_default=False
+    ),
 ]
 
 
@@ -52,7 +55,7 @@ def describe(config: ServerConfig) -> str:
     lines: list[str] = []
     values: dict[str, dict[str, object]] = config.model_dump(mode="json")
     for name in ServerConfig.model_fields:
-        section: type[BaseModel] = type(getattr(config, name))
+        section = cast(type[BaseModel], getattr(config, name).__class__)
         lines.append(f"{name}:  # {(section.__doc__ or '').strip()}")
         for key, field in section.model_fields.items():
             shown = yaml.safe_dump(values[name][key], default_flow_style=True).removesuffix("...\n").strip()

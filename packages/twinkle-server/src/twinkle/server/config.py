@@ -22,7 +22,9 @@ from twinkle.protocol.errors import InvalidRequest
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class ModelSection(_Section):
@@ -131,7 +133,9 @@ def parse_config(values: object, where: str = "config") -> ServerConfig:
         InvalidRequest: as `load_config`.
     """
     if not isinstance(values, dict):
-        raise InvalidRequest(f"{where}: must be a mapping with a section 'model'; see twinkle-server check-config --help")
+        raise InvalidRequest(
+            f"{where}: must be a mapping with a section 'model'; see twinkle-server check-config --help"
+        )
     try:
         return ServerConfig.model_validate(values)
     except ValidationError as error:

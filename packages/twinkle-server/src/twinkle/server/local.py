@@ -1,7 +1,7 @@
 """Local mode: the same verbs in this process. No Ray, no HTTP, no server to start.
 
-    from twinkle import ServiceClient
-    training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Qwen3.5-4B", rank=16)
+from twinkle import ServiceClient
+training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Qwen3.5-4B", rank=16)
 """
 
 from __future__ import annotations
@@ -66,9 +66,13 @@ class LocalChannel:
             config = self._config
             if config is None:
                 if base_model is None:
-                    raise InvalidRequest("base_model: missing; local mode loads the model that is first named")
+                    raise InvalidRequest(
+                        "base_model: missing; local mode loads the model that is first named"
+                    )
                 config = ServerConfig(model=ModelSection(model_id=base_model))
-            elif base_model is not None and normal_model_id(base_model) != normal_model_id(config.model.model_id):
+            elif base_model is not None and normal_model_id(base_model) != normal_model_id(
+                config.model.model_id
+            ):
                 raise InvalidRequest(
                     f"base_model: {base_model!r} is not the configured model, {config.model.model_id!r}"
                 )
@@ -108,7 +112,9 @@ class LocalChannel:
 
     def _opened(self) -> Service:
         if self._service is None:
-            raise InvalidRequest("no base model is loaded yet: create a training client or a sampling client first")
+            raise InvalidRequest(
+                "no base model is loaded yet: create a training client or a sampling client first"
+            )
         return self._service
 
     def _run(self, work: Coroutine[Any, Any, R]) -> Future[R]:

@@ -23,5 +23,7 @@ def find(group: str, name: str) -> Any:
         raise InvalidRequest(f"{group}: {name!r} is not installed (installed: {names}){hint}")
     if len({point.value for point in matches}) > 1:
         claims = ", ".join(sorted(point.value for point in matches))
-        raise InvalidRequest(f"{group}: {name!r} is claimed by several distributions ({claims}); uninstall all but one")
+        raise InvalidRequest(
+            f"{group}: {name!r} is claimed by several distributions ({claims}); uninstall all but one"
+        )
     return matches[0].load()

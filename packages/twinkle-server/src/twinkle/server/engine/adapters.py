@@ -21,6 +21,7 @@ from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
 
+
 class AdapterKeeper:
     """Runs the jobs that are not computation. Called by the engine, one job at a time; disks are written meanwhile.
 
@@ -101,7 +102,9 @@ class AdapterKeeper:
         # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
         state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
-        self._futures.complete(job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id))
+        self._futures.complete(
+            job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
+        )
 
         async def write_and_release() -> None:
             try:
@@ -220,7 +223,9 @@ class AdapterKeeper:
             await asyncio.wait(under_way)
         row = await asyncio.to_thread(self._database.checkpoint, tenant, uri, time.time())
         if row is None:
-            raise NotFound(f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are")
+            raise NotFound(
+                f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are"
+            )
         return row
 
     async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:

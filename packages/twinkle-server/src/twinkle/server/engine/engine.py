@@ -18,7 +18,7 @@ from twinkle.server.scheduling.scheduler import Scheduler
 
 
 class Engine:
-    """Takes ticks from the scheduler, runs them on the worker, completes their futures. One loop, one tick at a time."""
+    """Takes ticks from the scheduler, runs them on the worker, completes their futures; one tick at a time."""
 
     def __init__(
         self, scheduler: Scheduler, futures: FutureTable, worker: WorkerPort, adapters: AdapterKeeper

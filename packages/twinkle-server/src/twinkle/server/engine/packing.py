@@ -66,7 +66,9 @@ def _fits(group: list[tuple[Row, tuple[int, int]]], row: Row, max_batch_tokens: 
     return first.forward_only == row.forward_only and (len(group) + 1) * len(first.tokens) <= max_batch_tokens
 
 
-def unpack(jobs: Sequence[Job], packed: Packed, results: list[list[RowResult]]) -> list[ForwardBackwardOutput]:
+def unpack(
+    jobs: Sequence[Job], packed: Packed, results: list[list[RowResult]]
+) -> list[ForwardBackwardOutput]:
     """Each job's result, its datums in the order of the request; metrics are summed over datums."""
     by_job: list[dict[int, RowResult]] = [{} for _ in jobs]
     for origins, row_results in zip(packed.origins, results, strict=True):

@@ -76,7 +76,11 @@ class SampleRunner:
             adapter_id: str | None = None
             if sampler.model_path is not None:
                 # A checkpoint that was overwritten since is another adapter than this sampler's.
-                key = f"{sampler.model_path}@{sampler.checkpoint_time}" if sampler.checkpoint_time else sampler.model_path
+                key = (
+                    f"{sampler.model_path}@{sampler.checkpoint_time}"
+                    if sampler.checkpoint_time
+                    else sampler.model_path
+                )
                 adapter_id = await stack.enter_async_context(
                     self._sampler_adapters.use(key, lambda: self._read(sampler))
                 )
@@ -98,6 +102,7 @@ class SampleRunner:
         checkpoint = await self._keeper.find(sampler.tenant, sampler.model_path, "model_path")
         if sampler.checkpoint_time is not None and checkpoint.created_at != sampler.checkpoint_time:
             raise NotFound(
-                f"model_path: {sampler.model_path!r} was overwritten after this sampling client was made; make a new one"
+                f"model_path: {sampler.model_path!r} was overwritten since this sampling client was made; "
+                "make a new one"
             )
         return await self._keeper.read(uris.parse(sampler.model_path))

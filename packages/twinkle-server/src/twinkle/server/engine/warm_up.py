@@ -15,7 +15,9 @@ async def warm_up(worker: WorkerPort) -> None:
         Exception: whatever went wrong.
     """
     tokens = np.array([0, 1], np.int64)
-    row = Row("warm-up", tokens, "cross_entropy", {"target_tokens": tokens, "weights": np.ones(2, np.float32)})
+    row = Row(
+        "warm-up", tokens, "cross_entropy", {"target_tokens": tokens, "weights": np.ones(2, np.float32)}
+    )
     await worker.add_adapter("warm-up", AdapterSpec(rank=1))
     try:
         await worker.forward_backward([[row]])

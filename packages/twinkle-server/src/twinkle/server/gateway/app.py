@@ -34,7 +34,9 @@ def create_app(service: ServicePort, max_request_bytes: int) -> FastAPI:
             PREFIX + endpoint.path, _operation(endpoint, service, max_request_bytes), methods=["POST"]
         )
     for query in QUERIES:
-        app.add_api_route(PREFIX + query.path, _query(query, service, max_request_bytes), methods=[query.method])
+        app.add_api_route(
+            PREFIX + query.path, _query(query, service, max_request_bytes), methods=[query.method]
+        )
     app.add_api_route(
         PREFIX + "/retrieve_future", _retrieve_future(service, max_request_bytes), methods=["POST"]
     )

@@ -18,7 +18,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > max_bytes:
-            raise TooLarge(f"body: more than {max_bytes} bytes (limits.max_request_bytes); send fewer datums at once")
+            raise TooLarge(
+                f"body: more than {max_bytes} bytes (limits.max_request_bytes); send fewer datums at once"
+            )
         chunks.append(chunk)
     body = b"".join(chunks)
     match request.headers.get("content-encoding", "identity").lower():

@@ -37,10 +37,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _unexpected(request: Request, error: Exception) -> Response:
     error_id = uuid.uuid4().hex[:12]
     log.error("%s %s failed, error id %s", request.method, request.url.path, error_id, exc_info=error)
-    return _reply(500, f"the server failed on this request; its log has the cause under error id {error_id}", "server")
+    return _reply(
+        500, f"the server failed on this request; its log has the cause under error id {error_id}", "server"
+    )
 
 
 def _reply(status: int, message: str, category: str, headers: object = None) -> Response:
     return JSONResponse(
-        {"error": message, "category": category}, status, dict(headers) if headers else None  # pyright: ignore
+        {"error": message, "category": category},
+        status,
+        dict(headers) if headers else None,  # pyright: ignore
     )

@@ -29,7 +29,8 @@ class Job:
 @dataclass(frozen=True)
 class Tick:
     """What runs together, in this order: all passes in shared micro-batches, then all optimizer steps, then the rest
-    one by one. A run is in it with any number of passes followed by at most one other job."""
+    one by one. A run is in it with any number of passes followed by at most one other job.
+    """
 
     passes: list[Job]
     optim_steps: list[Job]

@@ -12,7 +12,8 @@ MAX_AHEAD = 4096
 
 class RunQueue:
     """Jobs of one run. Chunks may arrive out of order; a rejected id counts as consumed; an id seen before is
-    answered from the first request that carried it."""
+    answered from the first request that carried it.
+    """
 
     def __init__(self, first_seq_id: int = 0) -> None:
         self._next = first_seq_id
@@ -29,7 +30,9 @@ class RunQueue:
             InvalidRequest: if `seq_id` was consumed long ago, was rejected, or is absurdly far ahead.
         """
         if seq_id < self._next or seq_id in self._waiting:
-            raise InvalidRequest(f"seq_id: {seq_id} was used before on this run; the next free one is {self.next_free}")
+            raise InvalidRequest(
+                f"seq_id: {seq_id} was used before on this run; the next free one is {self.next_free}"
+            )
         if seq_id >= self._next + MAX_AHEAD:
             raise InvalidRequest(
                 f"seq_id: {seq_id} is too far ahead: this run waits for {self._next}; send that one first"

@@ -34,7 +34,9 @@ class EngineDeployment:
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
         return await self._service.submit(tenant, request)
 
-    async def retrieve(self, tenant: str, request_id: str, timeout: float) -> m.Result | m.Failure | m.Pending:
+    async def retrieve(
+        self, tenant: str, request_id: str, timeout: float
+    ) -> m.Result | m.Failure | m.Pending:
         return await self._service.retrieve(tenant, request_id, timeout)
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
@@ -57,7 +59,9 @@ class HandleService:
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
         return await self._call(self._engine.submit.remote(tenant, request))
 
-    async def retrieve(self, tenant: str, request_id: str, timeout: float) -> m.Result | m.Failure | m.Pending:
+    async def retrieve(
+        self, tenant: str, request_id: str, timeout: float
+    ) -> m.Result | m.Failure | m.Pending:
         return await self._call(self._engine.retrieve.remote(tenant, request_id, timeout))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:

@@ -21,7 +21,6 @@ from twinkle.server.app import Plan, make_plan
 from twinkle.server.config import ServerConfig, load_config
 from twinkle.server.serve.deployments import APP_NAME, build_application
 
-
 log = logging.getLogger("twinkle.server")
 
 
@@ -50,7 +49,9 @@ class TwinkleServer:
         _check_port(server.host, server.port)
         plan = make_plan(self.config)
         stop = threading.Event()
-        handlers = {number: signal.signal(number, _setter(stop)) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, _setter(stop)) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             _start(plan)
             _say(_ready_lines(plan))
@@ -110,7 +111,9 @@ def _start(plan: Plan) -> None:
         http_options={"host": plan.config.server.host, "port": plan.config.server.port},
     )
     try:
-        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
+        serve.run(
+            build_application(plan), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"}
+        )
     except RuntimeError as error:
         raise ServerFault(f"the server could not start: {_cause()}") from error
     _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")

@@ -42,7 +42,9 @@ class Rank:
         if config.device == "cpu":
             import torch
 
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray sets it to the CPUs that it accounts to this actor
+            torch.set_num_threads(
+                os.cpu_count() or 1
+            )  # Ray sets it to the CPUs that it accounts to this actor
         self._worker = build_worker(config, backend, sampler)
 
     async def describe(self) -> tuple[BaseModelInfo, frozenset[str]]:
@@ -130,7 +132,9 @@ class RankGroup:
         return await self._all([rank.optim_step.remote(steps) for rank in self._ranks])
 
     async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
-        return await self._all([rank.export_adapter.remote(adapter_id, with_optimizer) for rank in self._ranks])
+        return await self._all(
+            [rank.export_adapter.remote(adapter_id, with_optimizer) for rank in self._ranks]
+        )
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
         await self._all([rank.import_adapter.remote(adapter_id, state) for rank in self._ranks])
@@ -168,4 +172,6 @@ async def _unwrap(call: Awaitable[R]) -> R:
     except RayTaskError as error:
         raise error.cause from error  # pyright: ignore
     except RayActorError as error:
-        raise ServerFault("the model's process ended; it is being started anew, and its adapters are lost") from error
+        raise ServerFault(
+            "the model's process ended; it is being started anew, and its adapters are lost"
+        ) from error

@@ -142,7 +142,9 @@ def _answer(database: Database, tenant: str, query: m.Query) -> m.Reply:
         case m.ListTrainingRuns():
             runs, total = database.runs(tenant, query.limit, query.offset)
             cursor = m.Cursor(offset=query.offset, limit=query.limit, total_count=total)
-            return m.TrainingRunList(training_runs=[_training_run(database, run) for run in runs], cursor=cursor)
+            return m.TrainingRunList(
+                training_runs=[_training_run(database, run) for run in runs], cursor=cursor
+            )
         case m.ListCheckpoints():
             _run(database, tenant, query.run_id)
             rows, _ = database.checkpoints(tenant, now, query.run_id)

@@ -139,7 +139,9 @@ class Service:
                 if request.path is not None:
                     _check_new_name(request.path)
                 elif request.sampling_session_seq_id is None:
-                    raise InvalidRequest("path: missing; give a name, or sampling_session_seq_id for a snapshot")
+                    raise InvalidRequest(
+                        "path: missing; give a name, or sampling_session_seq_id for a snapshot"
+                    )
             case m.LoadWeightsRequest():
                 uris.parse(request.path)
         return 0
@@ -174,9 +176,13 @@ class Service:
 
     async def _create_run_from_checkpoint(self, tenant: str, request: m.LoadWeightsRequest) -> m.Promise:
         if request.session_id is None or request.model_seq_id is None:
-            raise InvalidRequest("model_id: missing; name a run, or session_id and model_seq_id for a new one")
+            raise InvalidRequest(
+                "model_id: missing; name a run, or session_id and model_seq_id for a new one"
+            )
         checkpoint = await self._keeper.find(tenant, request.path)
-        validation.check_base_model(checkpoint.base_model, self._model_name, "path: the checkpoint's base model")
+        validation.check_base_model(
+            checkpoint.base_model, self._model_name, "path: the checkpoint's base model"
+        )
         # Shape and scale come from the files, so that one who edited the row can't make them disagree.
         spec = (await self._keeper.read(checkpoint.uri)).spec
         return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
@@ -289,11 +295,15 @@ class Service:
         if request.base_model is not None:
             validation.check_base_model(request.base_model, self._model_name)
         if request.base_model is None and request.model_path is None:
-            raise InvalidRequest("base_model: missing; give a base model, or the path of a checkpoint as model_path")
+            raise InvalidRequest(
+                "base_model: missing; give a base model, or the path of a checkpoint as model_path"
+            )
         checkpoint: tables.Checkpoint | None = None
         if request.model_path is not None:
             checkpoint = await self._keeper.find(tenant, request.model_path, "model_path")
-            validation.check_base_model(checkpoint.base_model, self._model_name, "model_path: the checkpoint's base model")
+            validation.check_base_model(
+                checkpoint.base_model, self._model_name, "model_path: the checkpoint's base model"
+            )
         row = tables.Sampler(
             id=f"{request.session_id}:sample:{request.sampling_session_seq_id}",
             tenant=tenant,
@@ -321,4 +331,6 @@ class Service:
 def _check_new_name(name: str) -> None:
     uris.check_name(name, "path")
     if name.startswith(tables.UNNAMED_PREFIX):
-        raise InvalidRequest(f"path: names beginning with {tables.UNNAMED_PREFIX!r} are the server's own; choose another")
+        raise InvalidRequest(
+            f"path: names beginning with {tables.UNNAMED_PREFIX!r} are the server's own; choose another"
+        )

@@ -101,7 +101,9 @@ def _check_datum(datum: Datum, where: str, loss_fn: str, info: BaseModelInfo) ->
             )
         if tensor.dtype == "float32" and not np.isfinite(tensor.array).all():
             first = int(np.flatnonzero(~np.isfinite(tensor.array))[0])
-            raise InvalidRequest(f"{field}: entry {first} is {tensor.array[first]}; all must be finite numbers")
+            raise InvalidRequest(
+                f"{field}: entry {first} is {tensor.array[first]}; all must be finite numbers"
+            )
     targets = inputs["target_tokens"].array
     if targets.dtype.kind != "i":
         raise InvalidRequest(f"{where}.loss_fn_inputs.target_tokens: must be integers, got {targets.dtype}")
@@ -126,7 +128,9 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
             f"beyond this model's {info.max_context_length}; ask for at most {max(room, 0)} or shorten the prompt"
         )
     if request.num_samples > MAX_SAMPLES:
-        raise InvalidRequest(f"num_samples: {request.num_samples} is above {MAX_SAMPLES}; send several requests")
+        raise InvalidRequest(
+            f"num_samples: {request.num_samples} is above {MAX_SAMPLES}; send several requests"
+        )
     if isinstance(params.stop, list):
         for stop in params.stop:
             if stop == "" or (isinstance(stop, int) and not 0 <= stop < info.vocab_size):
@@ -135,7 +139,9 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
                     f"{info.vocab_size - 1}"
                 )
     elif params.stop == "":
-        raise InvalidRequest("sampling_params.stop: an empty string can't end a text; use [] for no stop at all")
+        raise InvalidRequest(
+            "sampling_params.stop: an empty string can't end a text; use [] for no stop at all"
+        )
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
         if getattr(request, name) > info.vocab_size:
             raise InvalidRequest(f"{name}: at most {info.vocab_size}, the size of the vocabulary")

@@ -32,7 +32,9 @@ class CheckpointFiles:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, uri: CheckpointUri) -> Path:
-        assert uri.run_id is not None and uri.kind is not None, "bare names are looked up in the database first"
+        assert uri.run_id is not None and uri.kind is not None, (
+            "bare names are looked up in the database first"
+        )
         return self._root / uri.run_id / uri.kind / uri.name
 
     def write(self, uri: CheckpointUri, state: AdapterState, base_model: str) -> int:
@@ -95,9 +97,13 @@ def _check_manifest(directory: Path, uri: CheckpointUri) -> None:
         files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
         damaged = [name for name, entry in files.items() if _sha256(directory / name) != entry["sha256"]]
     except (OSError, ValueError, KeyError) as error:
-        raise ServerFault(f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again") from error
+        raise ServerFault(
+            f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again"
+        ) from error
     if damaged:
-        raise ServerFault(f"checkpoint {uri}: {', '.join(damaged)} differs from its checksum; restore it or save again")
+        raise ServerFault(
+            f"checkpoint {uri}: {', '.join(damaged)} differs from its checksum; restore it or save again"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -64,7 +64,9 @@ class Database:
         """A page of runs, newest first, and how many there are in all."""
         mine = Run.tenant == tenant
         with self._transaction() as session:
-            query = select(Run).where(mine).order_by(Run.created_at.desc(), Run.id).limit(limit).offset(offset)
+            query = (
+                select(Run).where(mine).order_by(Run.created_at.desc(), Run.id).limit(limit).offset(offset)
+            )
             total = session.scalar(select(func.count()).select_from(Run).where(mine))
             return list(session.scalars(query)), total or 0
 
@@ -94,7 +96,9 @@ class Database:
         if run_id is not None:
             conditions.append(Checkpoint.run_id == run_id)
         with self._transaction() as session:
-            query = select(Checkpoint).where(*conditions).order_by(Checkpoint.created_at.desc(), Checkpoint.name)
+            query = (
+                select(Checkpoint).where(*conditions).order_by(Checkpoint.created_at.desc(), Checkpoint.name)
+            )
             total = session.scalar(select(func.count()).select_from(Checkpoint).where(*conditions))
             return list(session.scalars(query.limit(limit).offset(offset))), total or 0
 

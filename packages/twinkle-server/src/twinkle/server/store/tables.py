@@ -9,7 +9,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from twinkle.protocol.uris import CheckpointKind, CheckpointUri
 
-
 # Unnamed sampler snapshots are checkpoints too, so that they can leave the sampler and come back; no list shows them.
 UNNAMED_PREFIX = "unnamed-"
 

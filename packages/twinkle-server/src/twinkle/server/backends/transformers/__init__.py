@@ -61,7 +61,7 @@ class TransformersBackend:
             InvalidRequest: if the model can't be loaded as `config` says.
         """
         self._loaded = loaded if loaded is not None else load_base_model(config)
-        self._max_rank = config.max_lora_rank
+        self._info = replace(self._loaded.info, max_lora_rank=config.max_lora_rank)
         self._network = _network(self._loaded)
         self._adapters: dict[str, Adapter] = {}
         self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
@@ -78,7 +78,7 @@ class TransformersBackend:
 
     @property
     def info(self) -> BaseModelInfo:
-        return replace(self._loaded.info, max_lora_rank=self._max_rank)
+        return self._info
 
     @property
     def loss_fns(self) -> frozenset[str]:
@@ -94,11 +94,12 @@ class TransformersBackend:
         """
         if adapter_id in self._adapters:
             raise ValueError(f"there is an adapter {adapter_id!r} already")
-        if not 1 <= spec.rank <= self._max_rank:
-            raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._max_rank}")
+        if not 1 <= spec.rank <= self._info.max_lora_rank:
+            raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._info.max_lora_rank}")
         bank = self._bank(spec)
+        row = initial_row(bank.layout, spec.seed).to(bank.params.device)
         slot = bank.take()
-        bank.params[slot] = initial_row(bank.layout, spec.seed).to(bank.params.device)
+        bank.params[slot] = row
         self._adapters[adapter_id] = Adapter(spec, bank, slot)
 
     def remove_adapter(self, adapter_id: str) -> None:
@@ -172,9 +173,9 @@ class TransformersBackend:
                 )
         # On a GPU an index out of bounds would end the process.
         for name, tokens in (("model_input", row.tokens), (TARGETS, row.loss_inputs[TARGETS])):
-            if len(tokens) == 0 or np.min(tokens) < 0 or np.max(tokens) >= self.info.vocab_size:
+            if len(tokens) == 0 or np.min(tokens) < 0 or np.max(tokens) >= self._info.vocab_size:
                 raise InvalidRequest(
-                    f"{name}: token ids must be between 0 and {self.info.vocab_size - 1}, at least one of them"
+                    f"{name}: token ids must be between 0 and {self._info.vocab_size - 1}, at least one of them"
                 )
 
     def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:

@@ -222,7 +222,8 @@ def _eos_token_ids(model: PreTrainedModel, text: PretrainedConfig) -> tuple[int,
 def _max_batch_tokens(model: PreTrainedModel, text: PretrainedConfig) -> int:
     """A share of the memory that is free once the weights are in it, over what a token's activations take.
 
-    A layer keeps for the backward pass about 16 vectors of the hidden size and 8 of the feed-forward size.
+    A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
+    pass; twice that is reckoned with, for what the backward pass makes on its way.
     """
     hidden = int(text.hidden_size)
     intermediate = int(getattr(text, "intermediate_size", None) or 4 * hidden)

@@ -175,19 +175,13 @@ def _forward_backward(network: Network, rows: list[Row], needs_grad: bool) -> li
             kept = [loss.value for row, loss in zip(rows, losses, strict=True) if not row.forward_only]
             torch.stack(kept).sum().backward()
     host_logprobs = logprobs.detach().cpu().numpy()
-    scalars = torch.stack(
-        [scalar.detach() for loss in losses for scalar in (loss.value, *loss.metrics.values())]
-    ).tolist()
+    scalars = [scalar.detach() for loss in losses for scalar in (loss.value, *loss.metrics.values())]
+    numbers = iter(cast("list[float]", torch.stack(scalars).tolist()))  # one transfer for all of them
     results: list[RowResult] = []
     for row, row_logprobs, loss in zip(rows, host_logprobs, losses, strict=True):
-        value, *metrics = (scalars.pop(0) for _ in range(1 + len(loss.metrics)))
-        results.append(
-            RowResult(
-                logprobs=row_logprobs[: len(row.tokens)].copy(),
-                loss=value,
-                metrics=dict(zip(loss.metrics, metrics, strict=True)),
-            )
-        )
+        value = next(numbers)
+        metrics = {name: next(numbers) for name in loss.metrics}
+        results.append(RowResult(row_logprobs[: len(row.tokens)].copy(), value, metrics))
     return results
 
 

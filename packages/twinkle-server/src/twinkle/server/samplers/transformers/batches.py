@@ -62,7 +62,7 @@ class Batch(Protocol):
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token int64 [rows] to each row; returns logits [rows, vocabulary]. If it raises, nothing has changed."""
+        """Append a token, int64 [rows], to each row; returns logits [rows, vocabulary]. If it raises, nothing changed."""
         ...
 
     def drop(self, rows: Sequence[int]) -> list[int]:
@@ -89,7 +89,11 @@ class Network:
     def body(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: object) -> Tensor:
         """Hidden states [rows, n, hidden]."""
         output = cast("Any", self._body)(
-            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
         )
         return cast("Tensor", output.last_hidden_state)
 
@@ -97,7 +101,9 @@ class Network:
         """[rows, n, hidden] to [rows, n, vocabulary]; the route must be about these rows."""
         return finish_logits(self._output(hidden), self.config)
 
-    def read_prompt_logprobs(self, prompts: Sequence[Prompt], hidden: Tensor, tokens: Tensor, start: int) -> None:
+    def read_prompt_logprobs(
+        self, prompts: Sequence[Prompt], hidden: Tensor, tokens: Tensor, start: int
+    ) -> None:
         """Note the log-probabilities of the tokens that follow positions [start, start + n) of each prompt.
 
         Args:
@@ -108,7 +114,9 @@ class Network:
             return
         rows, n, _ = hidden.shape
         k = max(prompt.k for prompt in prompts)
-        for offset in range(0, n, step := max(1, PROMPT_LOGITS // (rows * int(self.config.get_text_config().vocab_size)))):
+        for offset in range(
+            0, n, step := max(1, PROMPT_LOGITS // (rows * int(self.config.get_text_config().vocab_size)))
+        ):
             piece = hidden[:, offset : offset + step]
             first = start + offset
             targets = tokens[:, first + 1 : first + 1 + piece.shape[1]]

@@ -67,7 +67,9 @@ class SlotCache:
         row_numbers = torch.arange(rows.start, rows.stop, device=positions.device).unsqueeze(1)
         self._rows, self._write, self._end = rows, (row_numbers, positions), end
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_args: object, **_kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values [rows, heads, tokens, head_dim]; returns all it is to read."""
         return self._store(self.keys, key, layer), self._store(self.values, value, layer)
 

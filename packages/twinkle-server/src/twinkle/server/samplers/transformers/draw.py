@@ -13,7 +13,8 @@ UNIFORMS_AT_ONCE = 256
 
 class Uniforms:
     """A sample's stream of uniform numbers in [0, 1): a function of seed and sample index alone, whoever shares the
-    batch (Philox, Salmon et al., SC 2011)."""
+    batch (Philox, Salmon et al., SC 2011).
+    """
 
     def __init__(self, seed: int, sample: int) -> None:
         entropy = np.random.SeedSequence((seed % 2**64, sample))

@@ -1,4 +1,4 @@
-"""The engine's thread: admit who waits, draw a token for every row, take out who has ended; asleep when there is no one.
+"""The engine's thread: admit who waits, draw a token for every row, take out who has ended; sleep when all have.
 
 Models whose layers are all full attention run many requests in one batch. Others (sliding windows, the linear attention
 of Qwen3.5) run one request at a time, its samples together: see `batches`.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
-from twinkle.protocol.types import SampleResponse
+from twinkle.protocol.types import SampleResponse, TopkRow
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
@@ -54,7 +54,9 @@ class TransformersEngine:
         route_linears(model, list(loaded.targets), route)
         self._loaded = loaded
         self._dtype = loaded.dtype
-        self._batch = make_batch(Network(model, route), max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU))
+        self._batch = make_batch(
+            Network(model, route), max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
+        )
         self._max_tokens = MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
@@ -151,7 +153,9 @@ class TransformersEngine:
         longest = max((sequence.task.longest for sequence in self._sequences), default=0)
         with self._wake:
             places = self._batch.max_rows - self._batch.rows
-            taken = self._line.take(places, longest, self._batch.rows, self._max_tokens, at_most=1 if one_at_a_time else None)
+            taken = self._line.take(
+                places, longest, self._batch.rows, self._max_tokens, at_most=1 if one_at_a_time else None
+            )
         if not taken:
             return None
         prompts = [waiting.item.prompt(samples) for waiting, samples in taken]
@@ -198,7 +202,9 @@ class TransformersEngine:
         """One more token for everybody."""
         if not self._sequences:
             return None
-        newest = torch.tensor([sequence.tokens[-1] for sequence in self._sequences], device=self._loaded.device)
+        newest = torch.tensor(
+            [sequence.tokens[-1] for sequence in self._sequences], device=self._loaded.device
+        )
         try:
             return list(self._sequences), self._batch.step(newest)
         except Exception as error:  # most likely memory: the newest request makes room for the others
@@ -219,17 +225,22 @@ class TransformersEngine:
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
         settings = _draw_settings(sequences, logits)
-        uniforms = torch.tensor([s.uniforms.next() for s in sequences], dtype=torch.float64, device=logits.device)
+        uniforms = torch.tensor(
+            [s.uniforms.next() for s in sequences], dtype=torch.float64, device=logits.device
+        )
         logprobs = tempered_logprobs(logits, settings.temperature)
         tokens = draw(logprobs, settings, uniforms)
         chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
         k = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
-        best = topk_rows(*reversed(logprobs.topk(k, dim=-1)), k) if k else None
+        best: list[TopkRow] = []
+        if k:
+            best_logprobs, best_tokens = logprobs.topk(k, dim=-1)
+            best = topk_rows(best_tokens, best_logprobs, k)
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), chosen, strict=True)):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             own_k = sequence.task.request.topk_sample_logprobs
-            if best is not None and own_k:
+            if own_k:
                 sequence.topk.append((best[i] or [])[:own_k])
 
     def _drop(self, rows: list[int]) -> None:

@@ -106,12 +106,17 @@ class RouteMaker:
             return self._stacks[adapters]
         if len(adapters) == 1:
             [only] = adapters
-            return ({m: t.unsqueeze(0) for m, t in only.a.items()}, {m: t.unsqueeze(0) for m, t in only.b.items()})
+            return (
+                {m: t.unsqueeze(0) for m, t in only.a.items()},
+                {m: t.unsqueeze(0) for m, t in only.b.items()},
+            )
         a = {module: torch.stack([adapter.a[module] for adapter in adapters]) for module in adapters[0].a}
         b = {module: torch.stack([adapter.b[module] for adapter in adapters]) for module in adapters[0].b}
         return a, b
 
-    def _group(self, rows: dict[ResidentAdapter, list[int]], a: dict[str, Tensor], b: dict[str, Tensor]) -> RouteGroup:
+    def _group(
+        self, rows: dict[ResidentAdapter, list[int]], a: dict[str, Tensor], b: dict[str, Tensor]
+    ) -> RouteGroup:
         most = max(len(own) for own in rows.values())
         padded = [[*own, *([own[0]] * (most - len(own)))] for own in rows.values()]
         kept = [i * most + j for i, own in enumerate(rows.values()) for j in range(len(own))]
