@@ -48,10 +48,15 @@ BAD_PASSES = {
         "cross_entropi",
         "loss_fn: 'cross_entropi' is not known here.*did you mean 'cross_entropy'",
     ),
+    "missing weights": (
+        [Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [1, 1]})],
+        "cross_entropy",
+        r"data\[0\]\.loss_fn_inputs: weights missing",
+    ),
     "missing targets": (
         [Datum(ModelInput.from_ints([1, 2]), {"weights": [1.0, 1.0]})],
         "cross_entropy",
-        "target_tokens is missing",
+        "target_tokens missing",
     ),
 }
 

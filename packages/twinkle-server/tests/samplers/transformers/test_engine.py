@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def references(
     return models
 
 
-def ask(engine: TransformersEngine, prompt, adapter: str | None = None, tenant: str = "t", **more):
+def ask(engine: TransformersEngine, prompt, adapter: str | None = None, tenant: str = "t", **more) -> Any:
     params = SamplingParams(
         **{key: more.pop(key) for key in list(more) if key in SamplingParams.model_fields}
     )
@@ -90,7 +91,7 @@ def plain_logprobs(model: torch.nn.Module, tokens, temperature: float = 1.0) -> 
     return torch.log_softmax(logits / temperature, -1)
 
 
-def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
     """What `generate` says. (Left alone it takes the pad token's id for padding, which random prompts may hold.)"""
     tokens = torch.tensor([prompt])
     with torch.no_grad():

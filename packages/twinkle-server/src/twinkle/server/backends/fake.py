@@ -27,6 +27,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
+    LossInputs,
     ModelConfig,
     OptimizerState,
     Row,
@@ -98,8 +99,8 @@ class FakeBackend:
         return self._info
 
     @property
-    def loss_fns(self) -> frozenset[str]:
-        return frozenset({"cross_entropy"})
+    def loss_fns(self) -> LossInputs:
+        return {"cross_entropy": ("weights",)}
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
         if adapter_id in self._adapters:

@@ -8,14 +8,16 @@ contract suite in `twinkle.server.backends.contract`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array, LossFnConfig
 
 DEFAULT_ALPHA = 32.0
+
+LossInputs: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class TrainingBackend(Protocol):
     def info(self) -> BaseModelInfo: ...
 
     @property
-    def loss_fns(self) -> frozenset[str]:
-        """Names of the losses it computes."""
+    def loss_fns(self) -> LossInputs:
+        """The losses it computes, and what each reads besides `target_tokens`, one float32 value a token."""
         ...
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
@@ -185,7 +187,9 @@ class TrainingBackend(Protocol):
         """
         ...
 
-    def export_adapter(self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False) -> AdapterState:
+    def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
         """A copy of the adapter."""
         ...
 

@@ -18,6 +18,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
+    LossInputs,
     Row,
     RowResult,
     TrainingBackend,
@@ -35,7 +36,7 @@ class WorkerPort(Protocol):
     def info(self) -> BaseModelInfo: ...
 
     @property
-    def loss_fns(self) -> frozenset[str]: ...
+    def loss_fns(self) -> LossInputs: ...
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None: ...
 
@@ -75,7 +76,7 @@ class LocalWorker:
         return self._backend.info
 
     @property
-    def loss_fns(self) -> frozenset[str]:
+    def loss_fns(self) -> LossInputs:
         return self._backend.loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:

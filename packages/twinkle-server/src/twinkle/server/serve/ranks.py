@@ -23,6 +23,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
+    LossInputs,
     ModelConfig,
     Row,
     RowResult,
@@ -47,7 +48,7 @@ class Rank:
             )  # Ray sets it to the CPUs that it accounts to this actor
         self._worker = build_worker(config, backend, sampler)
 
-    async def describe(self) -> tuple[BaseModelInfo, frozenset[str]]:
+    async def describe(self) -> tuple[BaseModelInfo, LossInputs]:
         return self._worker.info, self._worker.loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
@@ -88,7 +89,7 @@ class Rank:
 class RankGroup:
     """A `WorkerPort` over Ray actors."""
 
-    def __init__(self, ranks: list[Any], info: BaseModelInfo, loss_fns: frozenset[str]) -> None:
+    def __init__(self, ranks: list[Any], info: BaseModelInfo, loss_fns: LossInputs) -> None:
         self._ranks = ranks
         self._info = info
         self._loss_fns = loss_fns
@@ -115,7 +116,7 @@ class RankGroup:
         return self._info
 
     @property
-    def loss_fns(self) -> frozenset[str]:
+    def loss_fns(self) -> LossInputs:
         return self._loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:

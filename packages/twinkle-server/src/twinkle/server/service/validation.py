@@ -8,9 +8,10 @@ import numpy as np
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum, Int32Array, LoraConfig
-from twinkle.server.backends.protocol import BaseModelInfo
+from twinkle.server.backends.protocol import BaseModelInfo, LossInputs
 
 MAX_SAMPLES = 1024
+TARGETS = "target_tokens"
 
 
 def check_base_model(name: str, served: str, field: str = "base_model") -> None:
@@ -49,7 +50,7 @@ def check_optimizer(config: dict[str, object], field: str) -> None:
 # ---------------------------------------------------------------- training passes
 
 
-def check_pass(request: m.ForwardBackwardRequest, info: BaseModelInfo, loss_fns: frozenset[str]) -> int:
+def check_pass(request: m.ForwardBackwardRequest, info: BaseModelInfo, loss_fns: LossInputs) -> int:
     """
     Returns:
         How many tokens the pass costs.
@@ -62,7 +63,7 @@ def check_pass(request: m.ForwardBackwardRequest, info: BaseModelInfo, loss_fns:
     if not request.data:
         raise InvalidRequest("data: no datums were sent; send at least one")
     for i, datum in enumerate(request.data):
-        _check_datum(datum, f"data[{i}]", request.loss_fn, info)
+        _check_datum(datum, f"data[{i}]", (TARGETS, *loss_fns[request.loss_fn]), info)
     return sum(datum.model_input.length for datum in request.data)
 
 
@@ -87,12 +88,13 @@ def check_tokens(tokens: Int32Array, field: str, info: BaseModelInfo) -> None:
         )
 
 
-def _check_datum(datum: Datum, where: str, loss_fn: str, info: BaseModelInfo) -> None:
+def _check_datum(datum: Datum, where: str, needed: tuple[str, ...], info: BaseModelInfo) -> None:
     tokens = datum.model_input.tokens()
     check_tokens(tokens, f"{where}.model_input", info)
     inputs = datum.loss_fn_inputs
-    if "target_tokens" not in inputs:
-        raise InvalidRequest(f"{where}.loss_fn_inputs: target_tokens is missing; {loss_fn} needs one a token")
+    missing = [name for name in needed if name not in inputs]
+    if missing:
+        raise InvalidRequest(f"{where}.loss_fn_inputs: {', '.join(missing)} missing; send one value a token")
     for name, tensor in inputs.items():
         field = f"{where}.loss_fn_inputs.{name}"
         if tensor.array.shape != (len(tokens),):
@@ -104,7 +106,7 @@ def _check_datum(datum: Datum, where: str, loss_fn: str, info: BaseModelInfo) ->
             raise InvalidRequest(
                 f"{field}: entry {first} is {tensor.array[first]}; all must be finite numbers"
             )
-    targets = inputs["target_tokens"].array
+    targets = inputs[TARGETS].array
     if targets.dtype.kind != "i":
         raise InvalidRequest(f"{where}.loss_fn_inputs.target_tokens: must be integers, got {targets.dtype}")
     if targets.min() < 0 or targets.max() >= info.vocab_size:

@@ -27,6 +27,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
+    LossInputs,
     ModelConfig,
     OptimizerState,
     Row,
@@ -81,8 +82,8 @@ class TransformersBackend:
         return self._info
 
     @property
-    def loss_fns(self) -> frozenset[str]:
-        return frozenset(LOSSES)
+    def loss_fns(self) -> LossInputs:
+        return {name: kind.inputs for name, kind in LOSSES.items()}
 
     # ------------------------------------------------------------ adapters
 

@@ -62,7 +62,7 @@ class Batch(Protocol):
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token, int64 [rows], to each row; returns logits [rows, vocabulary]. If it raises, nothing changed."""
+        """Append a token, int64 [rows], to each row; returns logits [rows, vocabulary]. All or nothing."""
         ...
 
     def drop(self, rows: Sequence[int]) -> list[int]:

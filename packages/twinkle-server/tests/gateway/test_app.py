@@ -1,0 +1,140 @@
+"""HTTP in, HTTP out, on a whole service with the fake backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_service import MODEL, make_service
+
+from twinkle.protocol import codec
+from twinkle.protocol import messages as m
+from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.protocol.types import Datum, ModelInput
+from twinkle.server.gateway.app import create_app
+
+MAX_BYTES = 100_000
+
+
+@pytest.fixture
+async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    service = make_service(tmp_path)
+    await service.start()
+    transport = httpx.ASGITransport(create_app(service, MAX_BYTES), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
+        yield client
+    await service.close()
+
+
+async def new_run(http: httpx.AsyncClient, **headers: str) -> str:
+    session = (await http.post("/create_session", json={}, headers=headers)).json()["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 2}}
+    promise = (await http.post("/create_model", json=body, headers=headers)).json()
+    assert isinstance(promise["request_id"], str)
+    result = await http.post("/retrieve_future", json={"request_id": promise["request_id"]}, headers=headers)
+    return result.json()["model_id"]
+
+
+def a_pass(run: str, seq_id: int = 1) -> bytes:
+    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "weights": [1.0, 1.0]})
+    return codec.encode_forward_backward(m.ForwardBackwardRequest(run, seq_id, [datum], "cross_entropy"))
+
+
+async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.AsyncClient, tmp_path: Path):
+    app = create_app(make_service(tmp_path), MAX_BYTES)
+    routes = {
+        (method, path)
+        for route in app.routes
+        if (path := getattr(route, "path", "")).startswith(PREFIX)
+        for method in getattr(route, "methods", None) or ()
+    }
+    expected = {("POST", PREFIX + endpoint.path) for endpoint in OPERATIONS}
+    expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
+    expected |= {("GET", f"{PREFIX}/healthz")}
+    expected |= {
+        ("POST", f"{PREFIX}/{path}")
+        for path in ("retrieve_future", "client/config", "client/dynamic_config", "telemetry")
+    }
+    assert routes == expected
+
+
+async def test_a_compressed_pass_is_answered_in_protobuf(http: httpx.AsyncClient):
+    run = await new_run(http)
+    response = await http.post(
+        "/forward_backward",
+        content=codec.compress(a_pass(run)),
+        headers={"Content-Type": PROTOBUF, "Content-Encoding": "zstd"},
+    )
+    assert response.status_code == 200, response.text
+    result = await http.post("/retrieve_future", json={"request_id": response.json()["request_id"]})
+    assert result.headers["content-type"] == PROTOBUF
+    output = codec.decode_forward_backward_output(result.content)
+    assert output.loss_fn_outputs[0]["logprobs"].shape == [2]
+
+
+async def test_bodies_over_the_limit_are_refused_compressed_or_not(http: httpx.AsyncClient):
+    for body, headers in (
+        (b"x" * (MAX_BYTES + 1), {}),
+        (codec.compress(b"x" * (MAX_BYTES + 1)), {"Content-Encoding": "zstd"}),
+    ):
+        response = await http.post("/forward_backward", content=body, headers=headers)
+        assert response.status_code == 413
+        assert "send fewer datums" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/create_model", b"{", "body"),
+        ("/create_model", b"{}", "session_id: Field required"),
+        ("/optim_step", b'{"model_id": "x", "seq_id": "one"}', "seq_id: "),
+        (
+            "/asample",
+            b'{"sampling_session_id":"s","seq_id":0,"prompt":{"chunks":[{"type":"image"}]}}',
+            "read text only",
+        ),
+        ("/forward_backward", b"\xff\xff\xff", "body: not a protobuf"),
+        ("/create_session", b"[]", "JSON object"),
+    ],
+)
+async def test_what_cannot_be_read_is_said_with_its_field(
+    http: httpx.AsyncClient, path: str, body: bytes, message: str
+):
+    response = await http.post(path, content=body)
+    assert response.status_code in (400, 404), response.text
+    if response.status_code == 400:
+        assert message in response.json()["error"]
+        assert response.json()["category"] == "user"
+
+
+async def test_an_unknown_path_is_named(http: httpx.AsyncClient):
+    response = await http.post("/no_such_thing")
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": "POST /api/v1/no_such_thing is not offered by this server",
+        "category": "user",
+    }
+
+
+async def test_keys_are_tenants_in_either_header(http: httpx.AsyncClient):
+    run = await new_run(http, **{"X-API-Key": "alice"})
+    mine = await http.post("/get_info", json={"model_id": run}, headers={"Authorization": "Bearer alice"})
+    assert mine.json()["model_data"]["model_name"] == MODEL
+    for headers in ({}, {"X-API-Key": "bob"}, {"Authorization": "Bearer bob"}):
+        assert (await http.post("/get_info", json={"model_id": run}, headers=headers)).status_code == 404
+
+
+async def test_a_key_is_nowhere_in_the_store(http: httpx.AsyncClient, tmp_path: Path):
+    await new_run(http, **{"X-API-Key": "very-secret-key"})
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("test.sqlite*"))
+    assert b"t-" in written and b"very-secret-key" not in written
+
+
+async def test_lists_are_paged(http: httpx.AsyncClient):
+    runs = [await new_run(http) for _ in range(3)]
+    page = (await http.get("/training_runs", params={"limit": 2, "offset": 1})).json()
+    assert page["cursor"] == {"offset": 1, "limit": 2, "total_count": 3}
+    assert [run["training_run_id"] for run in page["training_runs"]] == [runs[1], runs[0]]
+    assert (await http.get("/training_runs", params={"limit": -1})).status_code == 400

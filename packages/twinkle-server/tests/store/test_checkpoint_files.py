@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twinkle.protocol.errors import InvalidRequest, ServerFault
+from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+
+URI = CheckpointUri("name", "run:train:0", "weights")
+
+
+def a_state(seed: int = 0, with_optimizer: bool = True) -> AdapterState:
+    backend = FakeBackend(ModelConfig(Path("fake")))
+    backend.add_adapter("a", AdapterSpec(rank=3, seed=seed, alpha=6))
+    return backend.export_adapter("a", with_optimizer)
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    files = CheckpointFiles(tmp_path)
+    state = a_state()
+    size = files.write(URI, state, "org/model")
+    assert size == sum(path.stat().st_size for path in files.path(URI).iterdir())
+    back = files.read(URI, with_optimizer=True)
+    assert (back.spec.rank, back.spec.alpha) == (3, 6)
+    for name, matrix in state.weights.items():
+        np.testing.assert_array_equal(back.weights[name], matrix)
+    assert back.optimizer is not None and back.optimizer.step == 0
+
+
+def test_a_second_write_takes_the_place_of_the_first(tmp_path: Path):
+    files = CheckpointFiles(tmp_path)
+    for seed in (1, 2):
+        files.write(URI, a_state(seed), "org/model")
+    back = files.read(URI, with_optimizer=False)
+    for name, matrix in a_state(2).weights.items():
+        np.testing.assert_array_equal(back.weights[name], matrix)
+    assert [path.name for path in files.path(URI).parent.iterdir()] == ["name"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"]
+)
+def test_a_changed_or_missing_file_is_noticed(tmp_path: Path, name: str):
+    files = CheckpointFiles(tmp_path)
+    files.write(URI, a_state(), "org/model")
+    path = files.path(URI) / name
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ServerFault, match=name):
+        files.read(URI, with_optimizer=False)
+    path.unlink()
+    with pytest.raises(ServerFault, match="incomplete"):
+        files.read(URI, with_optimizer=False)
+
+
+def test_an_optimizer_that_was_not_saved_is_said_to_be_missing(tmp_path: Path):
+    files = CheckpointFiles(tmp_path)
+    files.write(URI, a_state(with_optimizer=False), "org/model")
+    with pytest.raises(InvalidRequest, match="no optimizer state"):
+        files.read(URI, with_optimizer=True)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from twinkle.server.store import checkpoint_files
+
+    files = CheckpointFiles(tmp_path)
+
+    def full_disk(*_args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files, "_write_manifest", full_disk)
+    with pytest.raises(OSError):
+        files.write(URI, a_state(), "org/model")
+    assert list(files.path(URI).parent.iterdir()) == []

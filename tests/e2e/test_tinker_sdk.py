@@ -1,0 +1,58 @@
+"""The unmodified Tinker SDK against a real server: the verbs that there are."""
+
+from __future__ import annotations
+
+import pytest
+import tinker
+from peft_reference import MODEL
+from tinker import types
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture
+def service(live_server, monkeypatch: pytest.MonkeyPatch) -> tinker.ServiceClient:
+    monkeypatch.setenv("TINKER_BASE_URL", live_server.base_url)
+    monkeypatch.setenv("TINKER_API_KEY", "tml-some-key")
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    return tinker.ServiceClient()
+
+
+def a_datum() -> types.Datum:
+    return types.Datum(
+        model_input=types.ModelInput.from_ints([1, 2, 3, 4]),
+        loss_fn_inputs={"target_tokens": [2, 3, 4, 5], "weights": [1.0, 1.0, 0.0, 0.5]},
+    )
+
+
+def test_a_tinker_loop_trains_saves_and_samples(service: tinker.ServiceClient):
+    client = service.create_lora_training_client(MODEL, rank=4, seed=1).result()
+    losses = []
+    for _ in range(5):
+        passed = client.forward_backward([a_datum()] * 3, "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=0.02))
+        losses.append(passed.result().metrics["loss:sum"])
+    assert losses[-1] < 0.7 * losses[0]
+    [output] = client.forward([a_datum()], "cross_entropy").result().loss_fn_outputs
+    trained = output["logprobs"].tolist()
+
+    sampler = client.save_weights_and_get_sampling_client().result()
+    prompt = types.ModelInput.from_ints([1, 2, 3, 4, 5])
+    assert sampler.compute_logprobs(prompt).result()[1:] == pytest.approx(trained, abs=1e-4)
+    greedy = types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
+    samples = sampler.sample(types.ModelInput.from_ints([1]), 2, greedy).result().sequences
+    assert [len(sequence.tokens) for sequence in samples] == [3, 3]
+
+    path = client.save_state("from-the-sdk").result().path
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    [again] = resumed.forward([a_datum()], "cross_entropy").result().loss_fn_outputs
+    assert again["logprobs"].tolist() == pytest.approx(trained, abs=1e-5)
+
+
+def test_the_server_says_what_was_wrong_and_the_run_goes_on(service: tinker.ServiceClient):
+    client = service.create_lora_training_client(MODEL, rank=2).result()
+    with pytest.raises(
+        tinker.BadRequestError, match="'nonsense' is not known here; use one of cross_entropy"
+    ):
+        client.forward_backward([a_datum()], "nonsense").result()  # pyright: ignore[reportArgumentType]
+    assert client.forward_backward([a_datum()], "cross_entropy").result().metrics["loss:sum"] > 0
