@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def run_engine(
 
 
 def run_generate(path: Path, requests: int, tokens: int) -> float:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     batch = torch.randint(0, VOCAB, (IN_FLIGHT, 28))
     began = time.perf_counter()
     for _ in range(requests // IN_FLIGHT):

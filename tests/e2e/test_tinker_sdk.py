@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tinker
 from peft_reference import MODEL
@@ -21,7 +22,10 @@ def service(live_server, monkeypatch: pytest.MonkeyPatch) -> tinker.ServiceClien
 def a_datum() -> types.Datum:
     return types.Datum(
         model_input=types.ModelInput.from_ints([1, 2, 3, 4]),
-        loss_fn_inputs={"target_tokens": [2, 3, 4, 5], "weights": [1.0, 1.0, 0.0, 0.5]},
+        loss_fn_inputs={
+            "target_tokens": np.array([2, 3, 4, 5]),
+            "weights": np.array([1.0, 1.0, 0.0, 0.5], np.float32),
+        },
     )
 
 
