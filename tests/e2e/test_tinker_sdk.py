@@ -23,8 +23,8 @@ def a_datum() -> types.Datum:
     return types.Datum(
         model_input=types.ModelInput.from_ints([1, 2, 3, 4]),
         loss_fn_inputs={
-            "target_tokens": np.array([2, 3, 4, 5]),
-            "weights": np.array([1.0, 1.0, 0.0, 0.5], np.float32),
+            "target_tokens": types.TensorData.from_numpy(np.array([2, 3, 4, 5])),
+            "weights": types.TensorData.from_numpy(np.array([1.0, 1.0, 0.0, 0.5], np.float32)),
         },
     )
 

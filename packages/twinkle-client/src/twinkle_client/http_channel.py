@@ -68,6 +68,8 @@ class HttpChannel:
         asyncio.run_coroutine_threadsafe(_cancel_all_and_close(client), loop).result(5.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5.0)
+        if not thread.is_alive():
+            loop.close()
 
     # ------------------------------------------------------------ the thread
 

@@ -234,3 +234,25 @@ async def test_an_overwritten_checkpoint_is_not_mistaken_for_the_old_one(alice: 
     )
     failure = await alice.do(sample)
     assert isinstance(failure, m.Failure) and "was overwritten" in failure.error
+
+
+async def test_a_service_whose_first_step_fails_is_never_ready(tmp_path: Path):
+    class Broken(FakeBackend):
+        def optim_step(self, steps):
+            raise RuntimeError("no such kernel")
+
+    service = make_service(tmp_path, Broken(ModelConfig(Path("fake"))))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        await service.start()
+    with pytest.raises(RuntimeError):
+        service.check()
+
+
+async def test_the_warm_up_leaves_nothing_behind(tmp_path: Path):
+    backend = FakeBackend(ModelConfig(Path("fake")))
+    service = make_service(tmp_path, backend)
+    await service.start()
+    service.check()
+    with pytest.raises(KeyError):
+        backend.export_adapter("warm-up", with_optimizer=False)
+    await service.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import sys
 import threading
@@ -84,6 +85,10 @@ class ServiceClientBase:
         created = cast(Future[m.CreateModelResponse], self._channel.submit(request))
         return self._training_client(wait(created, "create_lora_training_client").model_id)
 
+    async def create_lora_training_client_async(self, base_model: str, **config: Any) -> TrainingClient:
+        """`create_lora_training_client` for event loops: same arguments."""
+        return await asyncio.to_thread(self.create_lora_training_client, base_model, **config)
+
     def create_training_client_from_state(
         self, path: str, base_model: str | None = None, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
@@ -95,6 +100,15 @@ class ServiceClientBase:
     ) -> TrainingClient:
         """Begin a run that goes on where a checkpoint was saved."""
         return self._from_state(path, base_model, user_metadata, optimizer=True)
+
+    async def create_training_client_from_state_async(
+        self, path: str, *, with_optimizer: bool = False, **more: Any
+    ) -> TrainingClient:
+        """`create_training_client_from_state` (or `..._with_optimizer`) for event loops."""
+        create = self.create_training_client_from_state
+        if with_optimizer:
+            create = self.create_training_client_from_state_with_optimizer
+        return await asyncio.to_thread(create, path, **more)
 
     def _from_state(
         self, path: str, base_model: str | None, user_metadata: dict[str, Any] | None, optimizer: bool
@@ -145,6 +159,12 @@ class ServiceClientBase:
         )
         reply = self._ask(request, m.CreateSamplingSessionResponse, "create_sampling_client")
         return SamplingClient(self._channel, reply.sampling_session_id)
+
+    async def create_sampling_client_async(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """`create_sampling_client` for event loops."""
+        return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
 
     def create_rest_client(self) -> RestClient:
         """A client for lists of runs and checkpoints."""

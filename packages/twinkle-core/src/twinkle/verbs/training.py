@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar, cast
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import describe_validation
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
 from twinkle.protocol.uris import as_twinkle
@@ -188,6 +191,10 @@ class TrainingClient:
             raise TwinkleError("the server made no sampling session for the snapshot")
         return SamplingClient(self._channel, saved.sampling_session_id)
 
+    async def save_weights_and_get_sampling_client_async(self) -> SamplingClient:
+        """`save_weights_and_get_sampling_client` for event loops."""
+        return await asyncio.to_thread(self.save_weights_and_get_sampling_client)
+
     # ------------------------------------------------------------ facts and end
 
     def get_info(self) -> m.GetInfoResponse:
@@ -264,10 +271,6 @@ def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
 
 
 def _adam_params(values: dict[str, Any]) -> AdamParams:
-    from pydantic import ValidationError
-
-    from twinkle.protocol.codec import describe_validation
-
     try:
         return AdamParams.model_validate(values)
     except ValidationError as error:

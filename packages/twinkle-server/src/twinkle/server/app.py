@@ -17,6 +17,10 @@ from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
 
 
+# What is needed of a model's repository; many hold the same weights in other formats too.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A configuration together with what was found on this machine: everything that is decided before start-up.
@@ -60,7 +64,7 @@ def make_plan(config: ServerConfig) -> Plan:
         )
     plugins.find(plugins.TRAINING_BACKENDS, backend)
     plugins.find(plugins.SAMPLING_ENGINES, config.sampler.engine)
-    path = resolve(config.model.model_id, kind="model")
+    path = resolve(config.model.model_id, kind="model", allow_patterns=MODEL_FILES)
     has_gpu = num_gpus(config) >= num_ranks
     device = "cuda" if has_gpu else "cpu"
     model = ModelConfig(
