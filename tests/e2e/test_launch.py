@@ -1,6 +1,7 @@
 """Starting and ending a server as a user does, the wrong ways included."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,6 +85,18 @@ def test_a_model_that_cannot_be_found_is_said_with_the_places_looked_in(
     code, said = run_launch(config, hub_root)
     assert code == 1
     assert "/nowhere/at-all" in said
+    assert "Traceback" not in said
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_sentence(
+    hub_root: Path, tmp_path: Path, unused_port: int
+):
+    model = tmp_path / "no-weights"
+    model.mkdir()
+    shutil.copy(hub_root / "Qwen/Qwen3.5-4B/config.json", model)
+    code, said = run_launch(running_server.write_config(tmp_path, unused_port, model_id=str(model)), hub_root)
+    assert code == 1
+    assert "can't be loaded as a causal language model" in said
     assert "Traceback" not in said
 
 

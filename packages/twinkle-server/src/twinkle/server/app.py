@@ -16,7 +16,6 @@ from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
 
-
 # What is needed of a model's repository; many hold the same weights in other formats too.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 

@@ -97,6 +97,8 @@ def build_application(plan: Plan) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=5,
+        # What fails at start-up (a model that can't be loaded) fails again; after that Serve retries by itself.
+        max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": plan.bundles[0]["CPU"]},

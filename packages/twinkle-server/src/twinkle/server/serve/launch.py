@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,8 +58,9 @@ class TwinkleServer:
             _say(_ready_lines(plan))
             stop.wait()
             _say("Stopping.")
+            _close_engine()
         finally:
-            _stop()
+            ray.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -125,7 +127,10 @@ def _cause() -> str:
     if application is None:
         return "Serve knows of no application"
     messages = [status.message for status in application.deployments.values() if status.message]
-    return "\n".join(messages) or application.message
+    text = "\n".join(messages) or application.message
+    # Serve passes on what a constructor raised as text, traceback and all: what is meant for people stands in it.
+    ours = re.findall(r"^twinkle\.protocol\.errors\.\w+: (.+)$", text, re.MULTILINE)
+    return ours[-1] if ours else text
 
 
 def _ready_lines(plan: Plan) -> str:
@@ -137,16 +142,13 @@ def _ready_lines(plan: Plan) -> str:
     )
 
 
-def _stop() -> None:
-    """End the cluster; before that, let the engine write what it is writing."""
-    if not ray.is_initialized():
-        return
+def _close_engine() -> None:
+    """Let the engine write what it is writing; the cluster ends all the same."""
+    engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
     try:
-        engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
         engine.close.remote().result(timeout_s=30)
-    except Exception as error:  # it may never have started; the cluster ends all the same
-        log.info("the engine could not be closed: %s", error)
-    ray.shutdown()
+    except Exception as error:
+        log.warning("the engine could not be closed in order: %s", error)
 
 
 def _say(line: str) -> None:

@@ -28,6 +28,7 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
+from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.protocol import GenerateRequest
 
 R = TypeVar("R")
@@ -39,17 +40,23 @@ _MAX_SAMPLES = 100_000
 class Rank:
     """A `LocalWorker` in a process of its own."""
 
-    def __init__(self, config: ModelConfig, backend: str, sampler: str) -> None:
+    _worker: LocalWorker
+
+    async def start(
+        self, config: ModelConfig, backend: str, sampler: str
+    ) -> tuple[BaseModelInfo, LossInputs]:
+        """Load the model. (Not in the constructor: an error there would reach nobody as what it is.)"""
         if config.device == "cpu":
             import torch
 
             torch.set_num_threads(
                 os.cpu_count() or 1
             )  # Ray sets it to the CPUs that it accounts to this actor
-        self._worker = build_worker(config, backend, sampler)
-
-    async def describe(self) -> tuple[BaseModelInfo, LossInputs]:
+        self._worker = await asyncio.to_thread(build_worker, config, backend, sampler)
         return self._worker.info, self._worker.loss_fns
+
+    async def ping(self) -> None:
+        """Answered as long as the process lives."""
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
         await self._worker.add_adapter(adapter_id, spec)
@@ -105,10 +112,11 @@ class RankGroup:
                 num_cpus=1,
                 num_gpus=gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-            ).remote(config, backend, sampler)
+            ).remote()
             for i in range(1, group.bundle_count)
         ]
-        info, loss_fns = await _unwrap(ranks[0].describe.remote())
+        started = [_unwrap(rank.start.remote(config, backend, sampler)) for rank in ranks]
+        info, loss_fns = (await asyncio.gather(*started))[0]
         return cls(ranks, info, loss_fns)
 
     @property
@@ -160,7 +168,7 @@ class RankGroup:
         Raises:
             ServerFault: if a rank's process is gone.
         """
-        await self._all([rank.describe.remote() for rank in self._ranks])
+        await self._all([rank.ping.remote() for rank in self._ranks])
 
     async def _all(self, calls: list[Awaitable[R]]) -> R:
         return (await asyncio.gather(*(_unwrap(call) for call in calls)))[0]
