@@ -41,13 +41,15 @@ def alive(pids: set[int]) -> set[int]:
 
 def test_ctrl_c_ends_a_server_and_every_process_of_it(hub_root: Path, tmp_path: Path, unused_port: int):
     server = running_server.start(running_server.write_config(tmp_path, unused_port), hub_root, unused_port)
-    assert httpx.get(f"{server.base_url}/api/v1/healthz").json() == {"status": "ok"}
-    started = descendants(server.process.pid)
-    assert len(started) >= 5, "a raylet, its helpers, and the actors"
-    said = "".join(server.lines)
-    assert "on the CPU" in said
-    assert "Open mode" in said
-    assert server.stop(signal.SIGINT) == 0
+    try:
+        assert httpx.get(f"{server.base_url}/api/v1/healthz").json() == {"status": "ok"}
+        started = descendants(server.process.pid)
+        assert len(started) >= 5, "a raylet, its helpers, and the actors"
+        said = "".join(server.lines)
+        assert "on the CPU" in said and "Open mode" in said
+    finally:
+        code = server.stop(signal.SIGINT)
+    assert code == 0
     assert wait_until_gone(started) == set()
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.base_url}/api/v1/healthz")
