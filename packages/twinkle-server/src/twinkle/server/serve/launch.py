@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 
@@ -23,6 +22,8 @@ from twinkle.server.config import ServerConfig, load_config
 from twinkle.server.serve.deployments import APP_NAME, build_application
 
 log = logging.getLogger("twinkle.server")
+
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class TwinkleServer:
@@ -49,27 +50,27 @@ class TwinkleServer:
         server = self.config.server
         _check_port(server.host, server.port)
         plan = make_plan(self.config)
-        stop = threading.Event()
-        handlers = {
-            number: signal.signal(number, _setter(stop)) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        ready, stop = threading.Event(), threading.Event()
+
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
+            stop.set()
+            if not ready.is_set():
+                raise KeyboardInterrupt  # out of whatever is being waited for
+
+        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             _start(plan)
+            ready.set()
             _say(_ready_lines(plan))
             stop.wait()
             _say("Stopping.")
             _close_engine()
+        except KeyboardInterrupt:
+            _say("Stopped before it was ready.")
         finally:
             ray.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def _setter(stop: threading.Event) -> Callable[[int, FrameType | None], None]:
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    return handle
 
 
 def _check_port(host: str, port: int) -> None:
@@ -105,17 +106,15 @@ def _start(plan: Plan) -> None:
         num_gpus=plan.num_ranks * plan.gpus_per_rank,
         include_dashboard=False,
         logging_level=logging.ERROR,
-        log_to_driver=bool(os.environ.get("TWINKLE_RAY_LOGS")),
-        configure_logging=True,
+        log_to_driver=True,
     )
     serve.start(
         proxy_location="HeadOnly",
+        logging_config=_LOGGING,
         http_options={"host": plan.config.server.host, "port": plan.config.server.port},
     )
     try:
-        serve.run(
-            build_application(plan), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"}
-        )
+        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
     except RuntimeError as error:
         raise ServerFault(f"the server could not start: {_cause()}") from error
     _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
