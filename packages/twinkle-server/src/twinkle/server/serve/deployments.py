@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Awaitable
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_current_placement_group
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.errors import TwinkleError
 from twinkle.server.app import Plan, build_service
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.ranks import RankGroup
+
+T = TypeVar("T")
 
 APP_NAME = "twinkle"
 
@@ -31,16 +34,16 @@ class EngineDeployment:
         self._service = build_service(plan.config, self._ranks)
         await self._service.start()
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
-        return await self._service.submit(tenant, request)
+    async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
+        return await _or_error(self._service.submit(tenant, request))
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        return await self._service.retrieve(tenant, request_id, timeout)
+    ) -> m.Result | m.Failure | m.Pending | TwinkleError:
+        return await _or_error(self._service.retrieve(tenant, request_id, timeout))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
-        return await self._service.ask(tenant, query)
+    async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
+        return await _or_error(self._service.ask(tenant, query))
 
     async def close(self) -> None:
         await self._service.close()
@@ -69,10 +72,18 @@ class HandleService:
 
     @staticmethod
     async def _call(response: Any) -> Any:
-        try:
-            return await response
-        except RayTaskError as error:
-            raise error.cause from None  # pyright: ignore
+        value = await response
+        if isinstance(value, TwinkleError):
+            raise value
+        return value
+
+
+async def _or_error(answer: Awaitable[T]) -> T | TwinkleError:
+    """Errors meant for people travel as values: Serve logs what is raised, traceback and all, as a fault of ours."""
+    try:
+        return await answer
+    except TwinkleError as error:
+        return error
 
 
 def build_gateway(max_request_bytes: int) -> FastAPI:
