@@ -1,5 +1,6 @@
 import pytest
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle_client import init_twinkle_client
 from twinkle_client.settings import resolve
 
@@ -11,6 +12,11 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
     init_twinkle_client()
     yield
     init_twinkle_client()
+
+
+def test_an_address_without_a_scheme_is_said_to_lack_it():
+    with pytest.raises(InvalidRequest, match="'gpu-host:8000' must begin with http"):
+        resolve("gpu-host:8000", None)
 
 
 def test_arguments_then_init_then_environment_then_localhost(monkeypatch: pytest.MonkeyPatch):

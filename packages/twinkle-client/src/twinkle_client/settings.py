@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from twinkle.protocol.errors import InvalidRequest
+
 DEFAULT_BASE_URL = "http://localhost:8000"
 
 
@@ -34,7 +36,15 @@ def init_twinkle_client(base_url: str | None = None, api_key: str | None = None)
 
 
 def resolve(base_url: str | None, api_key: str | None) -> Settings:
-    """The settings of a new client."""
+    """The settings of a new client.
+
+    Raises:
+        InvalidRequest: if the address is no URL.
+    """
     url = base_url or _initialised.base_url or os.environ.get("TWINKLE_BASE_URL") or DEFAULT_BASE_URL
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequest(
+            f"base_url: {url!r} must begin with http:// or https://, as in {DEFAULT_BASE_URL}"
+        )
     key = api_key or _initialised.api_key or os.environ.get("TWINKLE_API_KEY") or None
     return Settings(base_url=url.rstrip("/"), api_key=key)

@@ -22,6 +22,9 @@ def failed() -> Future:
 def test_a_pending_is_its_result_once_it_is_looked_at():
     assert Pending(done("abc"), "x").upper() == "ABC"
     assert Pending(done("abc"), "x").result() == "abc"
+    assert list(Pending(done([None, -1.0]), "x")) == [None, -1.0]
+    assert (len(Pending(done([3, 4]), "x")), Pending(done([3, 4]), "x")[1]) == (2, 4)
+    assert Pending(Future(), "x")  # asking for its truth does not wait
 
 
 async def test_it_can_be_awaited():

@@ -256,3 +256,39 @@ async def test_the_warm_up_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(KeyError):
         backend.export_adapter("warm-up", with_optimizer=False)
     await service.close()
+
+
+async def test_a_checkpoint_of_another_base_model_is_refused_though_its_shapes_fit(tmp_path: Path):
+    first = make_service(tmp_path, model="org/base")
+    await first.start()
+    writer = Tenant(first, "alice")
+    session = await writer.session()
+    config = m.LoraConfig(rank=2)
+    created = m.CreateModelRequest(
+        session_id=session, model_seq_id=0, base_model="org/base", lora_config=config
+    )
+    run = (await writer.do(created)).model_id
+    await writer.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="of-the-base"))
+    await first.close()
+
+    second = make_service(tmp_path)
+    await second.start()
+    alice = Tenant(second, "alice")
+    other = await alice.run()
+    failure = await alice.do(m.LoadWeightsRequest(model_id=other, seq_id=1, path="twinkle://of-the-base"))
+    assert isinstance(failure, m.Failure) and "trained on 'org/base'" in failure.error
+    with pytest.raises(InvalidRequest, match="org/base"):
+        await alice.do(
+            m.LoadWeightsRequest(
+                path="twinkle://of-the-base", session_id=await alice.session(), model_seq_id=0
+            )
+        )
+    with pytest.raises(InvalidRequest, match="org/base"):
+        await alice.ask(
+            m.CreateSamplingSessionRequest(
+                session_id=await alice.session(),
+                sampling_session_seq_id=0,
+                model_path="twinkle://of-the-base",
+            )
+        )
+    await second.close()

@@ -17,10 +17,12 @@ from twinkle.server.store.database import Database
 MODEL = "fake/model"
 
 
-def make_service(directory: Path, backend: FakeBackend | None = None, capacity: int = 4) -> Service:
+def make_service(
+    directory: Path, backend: FakeBackend | None = None, capacity: int = 4, model: str = MODEL
+) -> Service:
     worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
     database = Database(f"sqlite:///{directory / 'test.sqlite'}")
-    return Service(MODEL, worker, database, CheckpointFiles(directory / "checkpoints"), capacity)
+    return Service(model, worker, database, CheckpointFiles(directory / "checkpoints"), capacity)
 
 
 class Tenant:

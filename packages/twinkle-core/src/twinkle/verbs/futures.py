@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ class Pending(Generic[T]):
     """The result of an operation that may still be under way.
 
     `.result()` waits for it, `await` waits without blocking, and any attribute of the result can be read from here
-    directly (which waits too): `sampling_client.sample(...).sequences[0].tokens`.
+    directly (which waits too): `sampling_client.sample(...).sequences[0].tokens`. A list can be read as one.
     """
 
     def __init__(self, future: Future[T], doing: str, seen: threading.Event | None = None) -> None:
@@ -81,6 +81,18 @@ class Pending(Generic[T]):
         if name.startswith("__"):  # copy, pickle and the like probe for these
             raise AttributeError(name)
         return getattr(self.result(), name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(cast(Any, self.result()))
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.result()))
+
+    def __getitem__(self, key: Any) -> Any:
+        return cast(Any, self.result())[key]
+
+    def __bool__(self) -> bool:  # or `if pending:` would wait, and ask a result for its length
+        return True
 
     def __repr__(self) -> str:
         if not self._future.done():

@@ -247,6 +247,20 @@ def test_an_error_in_one_prompt_leaves_the_others(engine, monkeypatch: pytest.Mo
             assert [len(s.tokens) for s in future.result(60).sequences] == [4, 4]
 
 
+def test_an_error_in_a_draw_does_not_end_the_engine(engine, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("twinkle.server.samplers.transformers.engine.draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ask(engine, [1, 2], max_tokens=3, stop=[]).result(60)
+    assert len(ask(engine, [1, 2], max_tokens=3, stop=[]).result(60).sequences[0].tokens) == 3
+
+
+def test_a_result_nobody_waits_for_any_more_does_no_harm(engine):
+    abandoned = ask(engine, [1, 2], max_tokens=30, stop=[])
+    assert not abandoned.cancel()
+    assert len(ask(engine, [1, 2], max_tokens=3, stop=[]).result(60).sequences[0].tokens) == 3
+
+
 def test_an_adapter_is_a_copy_and_may_go_while_it_is_used(engine, states, references):
     prompt = [10, 20, 30]
     future = ask(engine, prompt, "small", temperature=0, max_tokens=100, stop=[])

@@ -199,7 +199,9 @@ class AdapterKeeper:
     async def load(self, job: Job, request: m.LoadWeightsRequest) -> None:
         is_new_run = request.model_id is None
         try:
-            uri = (await self.find(job.tenant, request.path)).uri
+            checkpoint = await self.find(job.tenant, request.path)
+            self._check_base_model(checkpoint, job.run_id)
+            uri = checkpoint.uri
             state = await self.read(uri, with_optimizer=request.optimizer)
             if is_new_run:
                 await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
@@ -209,6 +211,15 @@ class AdapterKeeper:
                 self._forget_run(job.run_id)
             raise
         self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
+
+    def _check_base_model(self, checkpoint: tables.Checkpoint, run_id: str) -> None:
+        """Another base model may have layers of the same shapes: only its name tells."""
+        ours = self._runs[run_id].base_model
+        if checkpoint.base_model != ours:
+            raise InvalidRequest(
+                f"path: the checkpoint was trained on {checkpoint.base_model!r}, and can't be loaded into a run on "
+                f"{ours!r}"
+            )
 
     async def find(self, tenant: str, path: str, field: str = "path") -> tables.Checkpoint:
         """The checkpoint that a tenant means by `path`; one that is being written is waited for.

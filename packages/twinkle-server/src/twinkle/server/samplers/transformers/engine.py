@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Self, TypeAlias
 
 import torch
@@ -93,6 +93,7 @@ class TransformersEngine:
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         future: Future[SampleResponse] = Future()
+        future.set_running_or_notify_cancel()  # only the engine ends it from here on
         try:
             with self._wake:
                 if self._closed:
@@ -136,8 +137,13 @@ class TransformersEngine:
     def _run(self) -> None:
         while self._wait_for_work():
             drawable = self._admit() or self._step()
-            if drawable is not None:
+            if drawable is None:
+                continue
+            try:
                 self._advance(*drawable)
+            except Exception as error:
+                for task in {sequence.task for sequence in drawable[0]}:
+                    self._fail(task, error)
         self._abandon()
 
     def _wait_for_work(self) -> bool:
@@ -264,7 +270,7 @@ class TransformersEngine:
         with self._wake:
             tasks = [waiting.item for waiting in self._line.remove_all()]
         for task in {*tasks, *(sequence.task for sequence in self._sequences)}:
-            task.future.cancel()
+            task.fail(CancelledError())
         self._drop(list(range(len(self._sequences))))
         self._adapters.clear()
 
