@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI
@@ -15,10 +16,15 @@ from twinkle.protocol.errors import TwinkleError
 from twinkle.server.app import Plan, build_service
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.ranks import RankGroup
+from twinkle.server.service.service import Service
 
 T = TypeVar("T")
 
 APP_NAME = "twinkle"
+
+# An engine that could not start counts as healthy for so long, for the one who starts the server to ask why; an engine
+# that took another's place is then replaced in turn.
+_FAILURE_SHOWN_SECONDS = 30.0
 
 # Long polls wait in the engine: each holds one of these, so they must never be what runs out.
 _MAX_ONGOING = 1_000_000
@@ -28,28 +34,49 @@ class EngineDeployment:
     """The service of one base model: queues, scheduler, engine loop, store. It computes nothing itself."""
 
     async def __init__(self, plan: Plan) -> None:  # Serve awaits it
+        self._start_failure: TwinkleError | None = None
+        try:
+            await self._start(plan)
+        except (
+            TwinkleError
+        ) as error:  # raised here, it would reach the one who starts the server as a traceback
+            self._start_failure = error
+            self._failed_at = time.monotonic()
+
+    async def _start(self, plan: Plan) -> None:
         group = get_current_placement_group()
         assert group is not None, "the deployment's placement group holds a bundle for each rank"
         self._ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
         self._service = build_service(plan.config, self._ranks)
         await self._service.start()
 
+    async def start_failure(self) -> TwinkleError | None:
+        """Why the service could not start, if it couldn't."""
+        return self._start_failure
+
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
-        return await _or_error(self._service.submit(tenant, request))
+        return await _or_error(lambda: self._running().submit(tenant, request))
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.Pending | TwinkleError:
-        return await _or_error(self._service.retrieve(tenant, request_id, timeout))
+        return await _or_error(lambda: self._running().retrieve(tenant, request_id, timeout))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
-        return await _or_error(self._service.ask(tenant, query))
+        return await _or_error(lambda: self._running().ask(tenant, query))
+
+    def _running(self) -> Service:
+        if self._start_failure is not None:
+            raise self._start_failure
+        return self._service
 
     async def close(self) -> None:
-        await self._service.close()
+        await self._running().close()
 
     async def check_health(self) -> None:
-        self._service.check()
+        if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
+            return
+        self._running().check()
         await self._ranks.check()
 
 
@@ -78,10 +105,10 @@ class HandleService:
         return value
 
 
-async def _or_error(answer: Awaitable[T]) -> T | TwinkleError:
+async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
     """Errors meant for people travel as values: Serve logs what is raised, traceback and all, as a fault of ours."""
     try:
-        return await answer
+        return await answer()
     except TwinkleError as error:
         return error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ from twinkle.server.serve.deployments import APP_NAME, build_application
 
 log = logging.getLogger("twinkle.server")
 
-_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
 
 class TwinkleServer:
@@ -117,6 +116,9 @@ def _start(plan: Plan) -> None:
         serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
     except RuntimeError as error:
         raise ServerFault(f"the server could not start: {_cause()}") from error
+    failure = _engine().start_failure.remote().result(timeout_s=60)
+    if failure is not None:
+        raise ServerFault(f"the server could not start: {failure.message}")
     _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
 
 
@@ -126,10 +128,7 @@ def _cause() -> str:
     if application is None:
         return "Serve knows of no application"
     messages = [status.message for status in application.deployments.values() if status.message]
-    text = "\n".join(messages) or application.message
-    # Serve passes on what a constructor raised as text, traceback and all: what is meant for people stands in it.
-    ours = re.findall(r"^twinkle\.protocol\.errors\.\w+: (.+)$", text, re.MULTILINE)
-    return ours[-1] if ours else text
+    return "\n".join(messages) or application.message
 
 
 def _ready_lines(plan: Plan) -> str:
@@ -143,11 +142,14 @@ def _ready_lines(plan: Plan) -> str:
 
 def _close_engine() -> None:
     """Let the engine write what it is writing; the cluster ends all the same."""
-    engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
     try:
-        engine.close.remote().result(timeout_s=30)
+        _engine().close.remote().result(timeout_s=30)
     except Exception as error:
         log.warning("the engine could not be closed in order: %s", error)
+
+
+def _engine() -> Any:
+    return cast(Any, serve.get_deployment_handle("engine", APP_NAME))
 
 
 def _say(line: str) -> None:
