@@ -7,8 +7,8 @@ from twinkle.server.backends.transformers.lora_linear import (
     Route,
     Segment,
     spans_of,
-    wrap_linears,
 )
+from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:
 def test_only_the_layers_named_are_wrapped() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     weight = model.get_submodule("1.0").weight
-    wrap_linears(model, ["1.0"], Route())
+    wrap_linears(model, ["1.0"], lambda base, name: LoraLinear(base, name, Route()))
     kinds = [type(model.get_submodule(name)).__name__ for name in ("0", "1.0", "1.1")]
     assert kinds == ["Linear", "LoraLinear", "Linear"]
     assert model.get_submodule("1.0").weight is weight

@@ -42,9 +42,10 @@ from twinkle.server.backends.transformers.base_model import (
     finish_logits,
     load_base_model,
 )
-from twinkle.server.backends.transformers.lora_linear import Route, wrap_linears
+from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
 from twinkle.server.backends.transformers.losses import LOSSES, TARGETS
 from twinkle.server.backends.transformers.passes import Adapter, Network, run_pass
+from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
 
 class TransformersBackend:
@@ -253,7 +254,7 @@ class TransformersBackend:
 def _network(loaded: LoadedModel) -> Network:
     model = copy_sharing_weights(loaded.model)
     route = Route()
-    wrap_linears(model, list(loaded.targets), route)
+    wrap_linears(model, loaded.targets, lambda base, name: LoraLinear(base, name, route))
     output = cast("nn.Module", model.get_output_embeddings())
 
     def head(hidden: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
+from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -78,23 +80,13 @@ class Route:
         self.segments: list[Segment] = []
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(WrappedLinear):
     """A frozen linear layer and, where the route says so, low-rank terms."""
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self._name = name
         self._route = route
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight; some models look at its type."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -118,13 +110,3 @@ class LoraLinear(nn.Module):
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
     return x.reshape(rows, -1, x.shape[-1])
-
-
-def wrap_linears(model: nn.Module, names: list[str], route: Route) -> None:
-    """Put a `LoraLinear` in place of each linear layer named."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, child)
-        assert isinstance(base, nn.Linear)
-        setattr(parent, child, LoraLinear(base, name, route))

@@ -19,10 +19,11 @@ from twinkle.protocol.types import SampleResponse, TopkRow
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
+from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import Network, Prompt, SingleBatch, make_batch, topk_rows
 from twinkle.server.samplers.transformers.draw import DrawSettings, Uniforms, draw, tempered_logprobs
-from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, route_linears
+from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.sequences import Sequence, Task
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
 from twinkle.server.samplers.waiting import Waiting, WaitingLine
@@ -51,7 +52,7 @@ class TransformersEngine:
         on_gpu = loaded.device.type == "cuda"
         model = copy_sharing_weights(loaded.model)
         route = Route()
-        route_linears(model, list(loaded.targets), route)
+        wrap_linears(model, loaded.targets, lambda base, name: RoutedLinear(base, name, route))
         self._loaded = loaded
         self._dtype = loaded.dtype
         self._batch = make_batch(

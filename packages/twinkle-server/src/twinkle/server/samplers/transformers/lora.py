@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
 
 # What can share a batched matrix product: the rank, and the layers acted on.
 Shape: TypeAlias = tuple[int, tuple[str, ...]]
@@ -125,23 +126,13 @@ class RouteMaker:
         return RouteGroup(a, b, row_tensor, kept_tensor, row_tensor.flatten()[kept_tensor])
 
 
-class RoutedLinear(nn.Module):
+class RoutedLinear(WrappedLinear):
     """A frozen linear layer and, for the rows that the route names, low-rank terms."""
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self._name = name
         self._route = route
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight; some models look at its type."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is [rows, n, in_features]."""
@@ -149,13 +140,3 @@ class RoutedLinear(nn.Module):
         for group in self._route.groups:
             group.add_term(self._name, x, out)
         return out
-
-
-def route_linears(model: nn.Module, names: Sequence[str], route: Route) -> None:
-    """Put a `RoutedLinear` in place of each linear layer named."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, child)
-        assert isinstance(base, nn.Linear)
-        setattr(parent, child, RoutedLinear(base, name, route))
