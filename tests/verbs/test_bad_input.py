@@ -142,3 +142,17 @@ def test_nothing_can_be_loaded_from_a_checkpoint_of_another_shape(verbs):
     with pytest.raises(NotFound, match="there is no checkpoint"):
         service.create_training_client_from_state("twinkle://nowhere")
     assert np.isfinite(before)
+
+
+def test_text_where_tokens_are_wanted_is_said_to_be_text(verbs):
+    sampler = verbs.connect("bad").create_sampling_client(base_model=MODEL)
+    with pytest.raises(InvalidRequest, match="'Who are you.'; encode text with a Template"):
+        sampler.sample("Who are you?")
+    client = verbs.connect("bad").create_lora_training_client(MODEL, rank=2)
+    with pytest.raises(InvalidRequest, match=r"data\[0\]: str is neither a Datum nor a feature"):
+        client.forward_backward(["Who are you?"])
+    with pytest.raises(InvalidRequest, match=r"encode"):
+        client.forward_backward([{"messages": [{"role": "user", "content": "Hi"}]}])
+    with pytest.raises(InvalidRequest, match="learning_rate: Input should be greater than or equal to 0"):
+        client.optim_step(learning_rate=-1.0)
+    assert client.forward_backward(random_batch(1, (5,))).metrics["loss:sum"] != 0

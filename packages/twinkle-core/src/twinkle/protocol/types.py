@@ -148,8 +148,18 @@ class ModelInput(Value):
 
     @classmethod
     def from_ints(cls, tokens: object) -> ModelInput:
-        """From token ids: a list, or an integer array [T]."""
-        return cls(chunks=[EncodedTextChunk(tokens=tokens)])
+        """From token ids: a list, or an integer array [T].
+
+        Raises:
+            InvalidRequest: if they are none; text is encoded by a Template first.
+        """
+        try:
+            ids = _to_tokens(tokens)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"tokens: {error}, got {str(tokens)[:60]!r}; encode text with a Template"
+            ) from error
+        return cls(chunks=[EncodedTextChunk(tokens=ids)])
 
     @classmethod
     def empty(cls) -> ModelInput:

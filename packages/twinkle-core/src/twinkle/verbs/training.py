@@ -82,7 +82,7 @@ class TrainingClient:
         self, data: Batch, loss_fn: str, config: LossFnConfig | None, forward_only: bool
     ) -> Pending[ForwardBackwardOutput]:
         self._raise_unseen_failures()
-        datums = [item if isinstance(item, Datum) else to_datum(item) for item in data]
+        datums = [_as_datum(item, i) for i, item in enumerate(data)]
         with self._lock:
             requests = [
                 m.ForwardBackwardRequest(
@@ -268,6 +268,17 @@ class SequenceCounter:
 def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
     """Nothing to show for what is done already; else tqdm decides (it is silent where there is no terminal)."""
     return True if all(pending.done() for pending in waiting) else None
+
+
+def _as_datum(item: object, i: int) -> Datum:
+    if isinstance(item, Datum):
+        return item
+    if isinstance(item, Mapping):
+        return to_datum(cast(Mapping[str, Any], item))
+    raise InvalidRequest(
+        f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch of a "
+        "DataLoader over an encoded dataset"
+    )
 
 
 def _adam_params(values: dict[str, Any]) -> AdamParams:
