@@ -38,7 +38,7 @@ BAD_PASSES = {
     "weights of another length": (
         [datum([1, 2, 3], weights=[1.0])],
         "cross_entropy",
-        r"data\[0\]\.loss_fn_inputs\.weights: shape \[1\], but model_input has 3 tokens",
+        r"data\[0\]\.loss_fn_inputs\.weights: shape \[1\], but target_tokens has \[3\]",
     ),
     "nan": ([datum([1, 2], weights=[1.0, math.nan])], "cross_entropy", r"weights: entry 1 is nan"),
     "no data": ([], "cross_entropy", "data: no datums were sent"),

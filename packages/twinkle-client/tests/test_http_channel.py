@@ -134,12 +134,12 @@ def test_fields_go_into_path_query_and_body(channel: HttpChannel, script: Script
         (200, {"training_runs": [], "cursor": {"offset": 5, "limit": 2, "total_count": 0}}),
     ]
     channel.ask(m.ListCheckpoints(run_id="s:train:0")).result(10)
-    channel.ask(m.FinishSessionRequest(session_id="s", reason={"type": "success"})).result(10)
+    channel.ask(m.FinishSessionRequest(session_id="s")).result(10)
     channel.ask(m.ListTrainingRuns(limit=2, offset=5)).result(10)
     assert script.paths() == [
         "/training_runs/s:train:0/checkpoints",
         "/sessions/s/finish",
-        "/training_runs?limit=2&offset=5",
+        "/training_runs?limit=2&offset=5&access_scope=owned",
     ]
     assert script.seen[1][2]["reason"] == {"type": "success"}
 

@@ -1,97 +1,37 @@
-"""The real SDK, against a server in this process that answers what it asks on its way to a sampling client."""
+"""The real SDK, against a server in this process (see conftest) that keeps what it was asked."""
 
-import json
+from __future__ import annotations
+
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
-from threading import Thread
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tinker
 from tinker.types import ParsedCheckpointTinkerPath
 
-from twinkle_tinker_patch import init_tinker_client, unpatch
+from twinkle.protocol.errors import InvalidRequest
+from twinkle_tinker_patch import TESTED_VERSIONS, init_tinker_client, patch, unpatch
 
+if TYPE_CHECKING:
+    from conftest import RecordingServer
 
-@dataclass(frozen=True)
-class Seen:
-    """One request: its path below /api/v1, the key it carried, its body."""
-
-    path: str
-    api_key: str | None
-    body: dict[str, Any]
-
-
-@dataclass
-class RecordingServer:
-    base_url: str
-    seen: list[Seen] = field(default_factory=list[Seen])
-
-    def only(self, path: str) -> Seen:
-        (found,) = [request for request in self.seen if request.path == path]
-        return found
-
-
-REPLIES: dict[str, dict[str, Any]] = {
-    "/create_session": {"session_id": "session-1"},
-    "/create_sampling_session": {"sampling_session_id": "sampler-1"},
+SAVED = {
+    "path": "twinkle://session-1:train:0/weights/step-3",
+    "run": "session-1:train:0",
 }
-
-
-@pytest.fixture
-def server() -> Iterator[RecordingServer]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer()
-
-        def do_POST(self) -> None:
-            self._answer()
-
-        def _answer(self) -> None:
-            length = int(self.headers.get("content-length") or 0)
-            body = json.loads(self.rfile.read(length) or b"{}")
-            path = self.path.removeprefix("/api/v1")
-            recording.seen.append(Seen(path, self.headers.get("X-API-Key"), body))
-            reply = json.dumps(REPLIES.get(path, {})).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    recording = RecordingServer(f"http://127.0.0.1:{http.server_address[1]}")
-    thread = Thread(target=http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield recording
-    http.shutdown()
-    http.server_close()
-    thread.join()
-
-
-@pytest.fixture(autouse=True)
-def sdk_as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test begins and ends with the SDK unpatched, and without the developer's own keys."""
-    for name in ("TINKER_BASE_URL", "TINKER_API_KEY", "TINKER_CREDENTIAL_CMD"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    yield
-    unpatch()
 
 
 def open_sampling_session(
     service: tinker.ServiceClient, model_path: str = "tinker://run/sampler_weights/last"
 ) -> None:
-    service.create_sampling_client(model_path=model_path, base_model="Qwen/Qwen3.5-4B").result(timeout=60)
-    service.close("success").result(timeout=60)
+    client = service.create_sampling_client(model_path=model_path, base_model="Qwen/Qwen3.5-4B")
+    if hasattr(client, "result"):  # since 0.38
+        client.result(timeout=60)
 
 
 def test_a_program_reaches_the_server_with_a_key_of_any_form(server: RecordingServer) -> None:
@@ -134,6 +74,88 @@ def test_sampling_takes_both_schemes(server: RecordingServer, given: str, sent: 
     assert server.only("/create_sampling_session").body["model_path"] == sent
 
 
+def test_no_client_goes_to_tinkers_own_service_by_default() -> None:
+    init_tinker_client()
+    assert os.environ["TINKER_BASE_URL"] == "http://localhost:8000"
+
+
+def test_the_address_is_the_one_given_then_the_sdks_variable_then_ours(
+    server: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_BASE_URL", server.base_url + "/")
+    init_tinker_client()
+    open_sampling_session(tinker.ServiceClient())
+    assert server.seen
+    unpatch()
+    monkeypatch.setenv("TINKER_BASE_URL", "http://for-the-sdk:1")
+    init_tinker_client()
+    assert os.environ["TINKER_BASE_URL"] == "http://for-the-sdk:1"
+    init_tinker_client(base_url="http://given:2")
+    assert os.environ["TINKER_BASE_URL"] == "http://given:2"
+
+
+def test_an_address_without_a_scheme_is_refused_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINKLE_BASE_URL", "gpu-host:8000")
+    before = attributes()
+    with pytest.raises(InvalidRequest, match="'gpu-host:8000' must begin with http://"):
+        init_tinker_client(api_key="any")
+    assert attributes() == before
+    assert "TINKER_API_KEY" not in os.environ
+
+
+def test_twinkles_own_key_is_taken_where_the_sdk_has_none(
+    server: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_API_KEY", "sk-twinkle")
+    init_tinker_client(base_url=server.base_url)
+    open_sampling_session(tinker.ServiceClient())
+    assert {request.api_key for request in server.seen} == {"sk-twinkle"}
+
+
+def test_a_credential_command_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_CREDENTIAL_CMD", "echo a-key")
+    monkeypatch.setenv("TWINKLE_API_KEY", "sk-twinkle")
+    init_tinker_client()
+    assert "TINKER_API_KEY" not in os.environ
+
+
+@pytest.mark.filterwarnings("ignore:.*create_rest_client:FutureWarning")
+def test_rest_methods_take_both_schemes(server: RecordingServer) -> None:
+    init_tinker_client(base_url=server.base_url, api_key="any")
+    service = tinker.ServiceClient()
+    rest = service.create_rest_client()  # pyright: ignore[reportDeprecated]  # 0.30 has no other way
+    rest.delete_checkpoint_from_tinker_path(SAVED["path"]).result(timeout=60)
+    rest.publish_checkpoint_from_tinker_path(SAVED["path"]).result(timeout=60)
+    checkpoint = f"/training_runs/{SAVED['run']}/checkpoints/weights/step-3"
+    assert server.only(checkpoint).api_key == "any"
+    assert server.only(checkpoint + "/publish").api_key == "any"
+
+
+@pytest.mark.skipif(
+    not hasattr(tinker.types.SaveWeightsResponse, "get_console_url"),
+    reason="this SDK has no console addresses",
+)
+def test_a_saved_path_of_our_scheme_has_a_console_url() -> None:
+    init_tinker_client()
+    saved = tinker.types.SaveWeightsResponse(path=SAVED["path"])
+    assert (
+        saved.get_console_url()
+        == tinker.types.SaveWeightsResponse(path=SAVED["path"].replace("twinkle", "tinker")).get_console_url()
+    )
+
+
+def test_the_command_line_takes_both_schemes(
+    server: RecordingServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init_tinker_client(base_url=server.base_url, api_key="any")
+    command_line = import_module("tinker.cli.__main__").main_cli
+    command_line(["checkpoint", "publish", SAVED["path"]], standalone_mode=False)
+    assert server.only(f"/training_runs/{SAVED['run']}/checkpoints/weights/step-3/publish").api_key == "any"
+    unpatch()
+    with pytest.raises(Exception, match="Invalid checkpoint path: twinkle://"):
+        command_line(["checkpoint", "publish", SAVED["path"]], standalone_mode=False)
+
+
 def test_checkpoint_paths_of_both_schemes_parse_to_what_was_given() -> None:
     init_tinker_client()
     parsed = ParsedCheckpointTinkerPath.from_tinker_path("twinkle://run/weights/step-3")
@@ -147,15 +169,23 @@ def test_checkpoint_paths_of_both_schemes_parse_to_what_was_given() -> None:
         ParsedCheckpointTinkerPath.from_tinker_path("https://run/weights/step-3")
 
 
-def test_unpatch_puts_sdk_and_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def attributes() -> list[object]:
+    """All that the patch changes, as it is now; what a class inherits, as a name."""
+    changes = patch._changes(tinker)
+    return [vars(change.owner).get(change.name, "inherited") for change in changes]
+
+
+def test_unpatch_puts_every_attribute_and_the_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_BASE_URL", "http://before")
-    auth = import_module("tinker.lib._auth_token_provider").ApiKeyAuthProvider
-    before: object = vars(auth)["__init__"]
+    before = attributes()
     init_tinker_client(base_url="http://first", api_key="first")
+    once = attributes()
     init_tinker_client(base_url="http://second")
     assert (os.environ["TINKER_BASE_URL"], os.environ["TINKER_API_KEY"]) == ("http://second", "first")
+    assert all(now is then for now, then in zip(attributes(), once, strict=True))
+    assert not any(now is then for now, then in zip(once, before, strict=True))
     unpatch()
-    assert vars(auth)["__init__"] is before
+    assert all(now is then for now, then in zip(attributes(), before, strict=True))
     assert os.environ["TINKER_BASE_URL"] == "http://before"
     assert "TINKER_API_KEY" not in os.environ
     with pytest.raises(ValueError, match="Invalid tinker path"):
@@ -181,6 +211,36 @@ def test_an_sdk_of_another_make_is_refused_and_left_as_it_is(monkeypatch: pytest
     assert vars(auth)["__init__"] is before
 
 
-def test_importing_the_package_leaves_the_sdk_alone() -> None:
-    code = "import sys, twinkle_tinker_patch; sys.exit('tinker' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("version", ["0.39.0", "1.0.0rc1", "0.16.1", "0+unknown"])
+def test_a_version_out_of_range_that_has_everything_is_opened_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(tinker, "__version__", version)
+    with pytest.warns(UserWarning, match=f"doesn't know version {re.escape(version)}"):
+        init_tinker_client()
+    assert (
+        ParsedCheckpointTinkerPath.from_tinker_path("twinkle://run/weights/step-3").training_run_id == "run"
+    )
+    init_tinker_client()  # not again: a warning is an error in these tests
+
+
+def test_the_installed_version_is_one_that_was_tested() -> None:
+    assert tinker.__version__ in TESTED_VERSIONS
+
+
+def test_the_readme_has_the_versions_of_the_code() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for version, what in TESTED_VERSIONS.items():
+        assert f"| {version} | {what} |" in readme
+
+
+def test_core_hands_the_function_on() -> None:
+    assert import_module("twinkle").init_tinker_client is init_tinker_client
+
+
+def test_importing_the_package_takes_in_nothing_heavy() -> None:
+    code = (
+        "import sys, twinkle_tinker_patch, twinkle_tinker_patch.hook\n"
+        "print(*sys.modules.keys() & {'tinker', 'torch', 'transformers', 'httpx', 'pydantic', 'numpy'})"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""

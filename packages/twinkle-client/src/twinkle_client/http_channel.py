@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -92,7 +93,12 @@ class HttpChannel:
         body, headers = _encode(endpoint, request)
         response = await self._send("POST", endpoint.path, body, headers)
         promise = codec.decode_json(m.Promise, response.content)
-        return await self._poll(endpoint, promise.request_id)
+        try:
+            return await self._poll(endpoint, promise.request_id)
+        except asyncio.CancelledError:
+            if isinstance(request, m.SampleRequest) and self._client is not None:
+                await self._query(m.CancelFutureRequest(request_id=promise.request_id))
+            raise
 
     async def _poll(self, endpoint: Endpoint, request_id: str) -> m.Result:
         body = codec.encode_json(m.RetrieveFutureRequest(request_id=request_id))
@@ -105,7 +111,10 @@ class HttpChannel:
     async def _query(self, query: m.Query) -> m.Reply:
         endpoint = QUERY[type(query)]
         path, body, params = _encode_query(endpoint, query)
-        response = await self._send(endpoint.method, path, body, {"Content-Type": JSON}, params)
+        headers = {"Content-Type": JSON}
+        if (key := getattr(query, "idempotency_key", None)) is not None:
+            headers["X-Idempotency-Key"] = key
+        response = await self._send(endpoint.method, path, body, headers, params)
         return cast(m.Reply, codec.decode_json(endpoint.reply, response.content))  # pyright: ignore
 
     # ------------------------------------------------------------ one request, retried
@@ -186,11 +195,11 @@ def _encode(endpoint: Endpoint, request: m.Operation) -> tuple[bytes, dict[str, 
 
 def _encode_query(endpoint: QueryEndpoint, query: m.Query) -> tuple[str, bytes | None, dict[str, Any] | None]:
     """Path, JSON body and query string of a query."""
-    fields = query.model_dump(exclude_none=True)
+    fields = query.model_dump(mode="json", exclude_none=True, exclude={"idempotency_key"})
     in_path = {name for name in fields if f"{{{name}}}" in endpoint.path}
     path = endpoint.path.format(**{name: fields[name] for name in in_path})
-    if endpoint.method == "POST":
-        return path, codec.encode_json(query), None
+    if endpoint.method in ("POST", "PUT"):
+        return path, json.dumps(fields).encode(), None
     return path, None, {name: value for name, value in fields.items() if name not in in_path} or None
 
 

@@ -1,16 +1,22 @@
 """The values that loops are written with: `from twinkle_client import types`."""
 
 from twinkle.protocol.messages import (
+    AuditLog,
     Checkpoint,
     CheckpointList,
     GetInfoResponse,
     LoadWeightsResponse,
     OptimStepResponse,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     ServerCapabilities,
+    SessionInfo,
+    SessionSummary,
+    StorageUsage,
     TrainingRun,
     TrainingRunList,
+    Usage,
     WeightsInfo,
 )
 from twinkle.protocol.types import (
@@ -20,14 +26,17 @@ from twinkle.protocol.types import (
     ForwardBackwardOutput,
     LoraConfig,
     ModelInput,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     SamplingParams,
+    SparseTensor,
     TensorData,
 )
 
 __all__ = [
     "AdamParams",
+    "AuditLog",
     "Checkpoint",
     "CheckpointList",
     "Datum",
@@ -38,14 +47,21 @@ __all__ = [
     "LoraConfig",
     "ModelInput",
     "OptimStepResponse",
+    "PromptAltTokens",
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",
+    "SaveWeightsExternalResponse",
     "SaveWeightsForSamplerResponse",
     "SaveWeightsResponse",
     "ServerCapabilities",
+    "SessionInfo",
+    "SessionSummary",
+    "SparseTensor",
+    "StorageUsage",
     "TensorData",
     "TrainingRun",
     "TrainingRunList",
+    "Usage",
     "WeightsInfo",
 ]

@@ -11,9 +11,10 @@ from fake_service import MODEL, make_service
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, PROTOBUF, QUERIES
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.gateway.app import create_app
+from twinkle.server.tokens import Signer
 
 MAX_BYTES = 100_000
 
@@ -22,7 +23,9 @@ MAX_BYTES = 100_000
 async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     service = make_service(tmp_path)
     await service.start()
-    transport = httpx.ASGITransport(create_app(service, MAX_BYTES), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        create_app(service, MAX_BYTES, Signer("secret")), raise_app_exceptions=False
+    )
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
         yield client
     await service.close()
@@ -43,7 +46,7 @@ def a_pass(run: str, seq_id: int = 1) -> bytes:
 
 
 async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.AsyncClient, tmp_path: Path):
-    app = create_app(make_service(tmp_path), MAX_BYTES)
+    app = create_app(make_service(tmp_path), MAX_BYTES, Signer("secret"))
     routes = {
         (method, path)
         for route in app.routes
@@ -52,10 +55,12 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     }
     expected = {("POST", PREFIX + endpoint.path) for endpoint in OPERATIONS}
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
-    expected |= {("GET", f"{PREFIX}/healthz")}
+    expected |= {
+        ("GET", PREFIX + path) for path in ("/healthz", CHECKPOINT + "/archive", "/download/{token}/{name}")
+    }
     expected |= {
         ("POST", f"{PREFIX}/{path}")
-        for path in ("retrieve_future", "client/config", "client/dynamic_config", "telemetry")
+        for path in ("retrieve_future", "client/config", "client/dynamic_config", "auth/token", "telemetry")
     }
     assert routes == expected
 

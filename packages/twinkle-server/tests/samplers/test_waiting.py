@@ -65,10 +65,10 @@ def test_one_that_is_over_the_budget_alone_runs_alone_and_is_not_overtaken_for_e
     assert {"huge": 1} in rounds
 
 
-def test_a_removed_request_is_gone():
+def test_removed_requests_are_gone():
     line: WaitingLine[str] = WaitingLine()
-    add(line, "t", "a")
-    add(line, "t", "b")
-    line.remove("a")
+    for tenant, name in (("t", "a"), ("t", "b"), ("u", "c")):
+        add(line, tenant, name)
+    line.remove({"a", "c", "unknown"})
     assert take(line, 5) == [("b", 1)]
     assert not line

@@ -1,25 +1,36 @@
-"""What keeps the Tinker SDK to Tinker's own service, and how it is opened: three functions are wrapped, none rewritten.
+"""What keeps the Tinker SDK to Tinker's own service, and how it is opened: a few functions are wrapped, none rewritten.
 
 A program needs no patch at all if its key begins with `tml-` and its paths with `tinker://`: TINKER_BASE_URL and
-TINKER_API_KEY do. The patch adds keys of any form (or none) and `twinkle://` paths.
+TINKER_API_KEY do. The patch adds keys of any form (or none), `twinkle://` paths, and tokenizers from the server.
 
 It holds for this process: call `init_tinker_client` before the first Tinker client is made, and again in every process
-that unpickles one. The `tinker` command line is a process of its own and stays as it is.
+that unpickles one; `python -m twinkle_tinker_patch` does so in all processes of a program. Where the address and key
+come from is in `settings`, which SDKs are known in `versions`, how tokenizers are found in `tokenizers`.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Coroutine
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
-KEY_PREFIX = "tml-"
+from twinkle_tinker_patch.settings import KEY_PREFIX, NO_KEY, resolve_api_key, resolve_base_url
+from twinkle_tinker_patch.versions import cannot_open, doubt_about
 
-# Stands for "no key" in TINKER_API_KEY, since the SDK makes no client without one; it is never sent.
-NO_KEY = KEY_PREFIX + "none"
 
-_replaced: list[tuple[type, str, object]] = []
+class _Change(NamedTuple):
+    owner: type
+    name: str
+    value: object
+
+
+# In place of an original: the class itself has no such attribute, it inherits one.
+_INHERITED = object()
+
+_originals: list[_Change] = []
 _environment_before: dict[str, str | None] = {}
 
 
@@ -27,33 +38,46 @@ def init_tinker_client(base_url: str | None = None, api_key: str | None = None) 
     """Open the installed Tinker SDK to Twinkle servers; calling it again changes only what is given.
 
     Args:
-        base_url: where clients that name no address connect, for example 'http://localhost:8000'; kept in
-            TINKER_BASE_URL.
-        api_key: what clients that name no key send, of any form; kept in TINKER_API_KEY. Without one, there or by
-            TINKER_CREDENTIAL_CMD, no key is sent, and never the one that `tinker auth login` stored for Tinker's own
-            service: a server in open mode takes that.
+        base_url: where clients that name no address connect, for example 'http://localhost:8000', which is also what
+            it is where neither this nor TINKER_BASE_URL nor TWINKLE_BASE_URL says; kept in TINKER_BASE_URL.
+        api_key: what clients that name no key send, of any form; kept in TINKER_API_KEY. Without one, there, by
+            TINKER_CREDENTIAL_CMD or in TWINKLE_API_KEY, no key is sent, and never the one that `tinker auth login`
+            stored for Tinker's own service: a server in open mode takes that.
 
     Raises:
-        ImportError: if the Tinker SDK is not installed, or is of a version that this package can't open. Then nothing
-            has changed.
+        ImportError: if the Tinker SDK is not installed, or lacks what this package changes. Then nothing has changed.
+        InvalidRequest: if the address is no URL. Then nothing has changed.
+
+    Warns:
+        UserWarning: if the SDK is of a version that this package doesn't know, but has all that it changes.
     """
-    if not _replaced:
-        _replace(_wrappers())
-    if (
-        api_key is None
-        and not os.environ.get("TINKER_API_KEY")
-        and not os.environ.get("TINKER_CREDENTIAL_CMD")
-    ):
-        api_key = NO_KEY
-    _set_environment("TINKER_BASE_URL", base_url)
-    _set_environment("TINKER_API_KEY", api_key)
+    environment = {
+        "TINKER_BASE_URL": resolve_base_url(base_url),
+        "TINKER_API_KEY": resolve_api_key(api_key),
+    }
+    # First of all: where the import hook is on, this import calls `init_tinker_client` itself.
+    sdk = _import_sdk()
+    if not _originals:
+        for change in _changes(sdk):
+            _originals.append(change._replace(value=vars(change.owner).get(change.name, _INHERITED)))
+            setattr(change.owner, change.name, change.value)
+        doubt = doubt_about(sdk.__version__)
+        if doubt is not None:
+            warnings.warn(doubt, stacklevel=2)
+    for name, value in environment.items():
+        if value is not None:
+            _environment_before.setdefault(name, os.environ.get(name))
+            os.environ[name] = value
 
 
 def unpatch() -> None:
     """Put back what `init_tinker_client` changed: the SDK, TINKER_BASE_URL and TINKER_API_KEY."""
-    while _replaced:
-        owner, name, original = _replaced.pop()
-        setattr(owner, name, original)
+    while _originals:
+        owner, name, original = _originals.pop()
+        if original is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
     while _environment_before:
         name, value = _environment_before.popitem()
         if value is None:
@@ -62,32 +86,61 @@ def unpatch() -> None:
             os.environ[name] = value
 
 
-def _wrappers() -> list[tuple[type, str, object]]:
-    """Class, attribute and its wrapped form, for all three places."""
+def _import_sdk() -> ModuleType:
     try:
-        import_module("tinker")
-        auth = import_module("tinker.lib._auth_token_provider").ApiKeyAuthProvider
-        holder = import_module("tinker.lib.internal_client_holder").InternalClientHolder
-        parsed_path = import_module("tinker.types.checkpoint").ParsedCheckpointTinkerPath
-        return [
-            (auth, "__init__", _accept_any_key(auth.__init__)),
-            (holder, "_create_sampling_session", _accept_both_schemes(holder._create_sampling_session)),
-            (parsed_path, "from_tinker_path", _parse_both_schemes(parsed_path.from_tinker_path)),
-        ]
+        return import_module("tinker")
     except ModuleNotFoundError as error:
         if error.name != "tinker":
-            raise ImportError(_UNKNOWN_VERSION.format(missing=error)) from error
+            raise
         raise ImportError(
             "init_tinker_client needs the Tinker SDK: pip install 'twinkle-tinker-patch[sdk]'", name="tinker"
         ) from error
-    except AttributeError as error:
-        raise ImportError(_UNKNOWN_VERSION.format(missing=error)) from error
 
 
-_UNKNOWN_VERSION = (
-    "init_tinker_client can't open the installed Tinker SDK ({missing}); it is made for versions 0.22 to 0.38: "
-    "pip install 'tinker==0.38.0'. Without it, set TINKER_BASE_URL and a TINKER_API_KEY that begins with 'tml-'."
-)
+def _changes(sdk: ModuleType) -> list[_Change]:
+    """Everything that is changed in the SDK, in its new form."""
+    try:
+        auth = import_module("tinker.lib._auth_token_provider").ApiKeyAuthProvider
+        holder = import_module("tinker.lib.internal_client_holder").InternalClientHolder
+        parsed_path = import_module("tinker.types.checkpoint").ParsedCheckpointTinkerPath
+        command_line = import_module("tinker.cli.lazy_group").LazyGroup
+        return [
+            _Change(auth, "__init__", _accept_any_key(auth.__init__)),
+            _Change(auth, "async_auth_flow", _send_no_empty_key(auth.async_auth_flow)),
+            _Change(
+                holder, "_create_sampling_session", _sample_from_both_schemes(holder._create_sampling_session)
+            ),
+            _Change(parsed_path, "from_tinker_path", _parse_both_schemes(parsed_path.from_tinker_path)),
+            _Change(command_line, "parse_args", _read_both_schemes(command_line.parse_args)),
+            *_tokenizer_changes(),
+        ]
+    except (ModuleNotFoundError, AttributeError) as error:
+        version = getattr(sdk, "__version__", "of no version")
+        raise ImportError(cannot_open(version, missing=error)) from error
+
+
+def _tokenizer_changes() -> list[_Change]:
+    # Imported here: it needs httpx, and processes that never import the SDK should start without.
+    from twinkle_tinker_patch.tokenizers import from_hub_root_or_server
+
+    sampling_client = import_module("tinker.lib.public_interfaces.sampling_client")
+    training = import_module("tinker.lib.public_interfaces.training_client").TrainingClient
+    sampling = sampling_client.SamplingClient
+    load = sampling_client._load_tokenizer_from_model_info
+
+    def model_trained(client: Any) -> str:
+        return client.get_info().model_data.model_name
+
+    return [
+        _Change(
+            training, "get_tokenizer", from_hub_root_or_server(training.get_tokenizer, model_trained, load)
+        ),
+        _Change(
+            sampling,
+            "get_tokenizer",
+            from_hub_root_or_server(sampling.get_tokenizer, sampling.get_base_model, load),
+        ),
+    ]
 
 
 def _accept_any_key(original: Callable[[Any, str], None]) -> Callable[[Any, str | None], None]:
@@ -100,7 +153,18 @@ def _accept_any_key(original: Callable[[Any, str], None]) -> Callable[[Any, str 
     return __init__
 
 
-def _accept_both_schemes(
+def _send_no_empty_key(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Older SDKs write TINKER_API_KEY into every request first, and the provider's key over it if there is one."""
+
+    def async_auth_flow(self: Any, request: Any) -> Any:
+        if not self._token:
+            request.headers.pop("X-API-Key", None)
+        return original(self, request)
+
+    return async_auth_flow
+
+
+def _sample_from_both_schemes(
     original: Callable[[Any, str | None, str | None], Coroutine[Any, Any, str]],
 ) -> Callable[[Any, str | None, str | None], Coroutine[Any, Any, str]]:
     def _create_sampling_session(
@@ -118,18 +182,14 @@ def _parse_both_schemes(original: Callable[[str], Any]) -> staticmethod[[str], A
     return staticmethod(from_tinker_path)
 
 
+def _read_both_schemes(original: Callable[[Any, Any, list[str]], list[str]]) -> Callable[..., list[str]]:
+    """Of the `tinker` command line, which compares paths literally: it gets to see the scheme that it knows."""
+
+    def parse_args(self: Any, ctx: Any, args: list[str]) -> list[str]:
+        return original(self, ctx, [_as_tinker(argument) for argument in args])
+
+    return parse_args
+
+
 def _as_tinker(path: str) -> str:
     return "tinker://" + path.removeprefix("twinkle://") if path.startswith("twinkle://") else path
-
-
-def _replace(wrappers: list[tuple[type, str, object]]) -> None:
-    for owner, name, wrapper in wrappers:
-        _replaced.append((owner, name, vars(owner)[name]))
-        setattr(owner, name, wrapper)
-
-
-def _set_environment(name: str, value: str | None) -> None:
-    if value is None:
-        return
-    _environment_before.setdefault(name, os.environ.get(name))
-    os.environ[name] = value

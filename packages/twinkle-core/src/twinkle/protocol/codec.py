@@ -6,7 +6,6 @@ read with `InvalidRequest`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
@@ -15,6 +14,7 @@ import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
@@ -24,11 +24,14 @@ from twinkle.protocol.types import (
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
+    JsonTensor,
     LossFnConfig,
     ModelInput,
     OtherChunk,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
+    SparseTensor,
     TensorData,
     TopkRow,
 )
@@ -44,7 +47,24 @@ _DTYPES: dict[int, np.dtype] = {
 # An empty cell of a top-k table on the wire.
 _EMPTY_LOGPROB = -99999.0
 
-MAX_DENSE_ELEMENTS = 2**28
+# A sparse tensor of a few bytes may stand for a large dense one: at most so many values in a request, 256 MiB as int64.
+MAX_DENSE_ELEMENTS = 2**25
+_MAX_DIMENSIONS = 8
+
+# Windows that decoders should allow at least (RFC 8878, 3.1.1.1.2). A few bytes can ask for as much memory as they like.
+_MAX_WINDOW_BYTES = 8 * 2**20
+
+# How many problems of a JSON body are told, and how much of a field's name.
+_MAX_PROBLEMS = 8
+_MAX_NAME = 80
+
+
+class RunPlace(BaseModel):
+    """Which place in a run's order a request takes."""
+
+    model_id: str
+    seq_id: int
+
 
 # ---------------------------------------------------------------- JSON
 
@@ -68,7 +88,7 @@ def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> 
         InvalidRequest: naming each field that is wrong.
     """
     try:
-        values = json.loads(body or b"{}")
+        values = from_json(body or b"{}", allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"body: not JSON ({error})") from error
     if not isinstance(values, dict):
@@ -82,10 +102,12 @@ def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> 
 def describe_validation(error: ValidationError) -> str:
     """What pydantic found, as one sentence a field."""
     problems: list[str] = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "body"
+    for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
+        where = ".".join(str(part)[:_MAX_NAME] for part in problem["loc"]) or "body"
         given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
         problems.append(f"{where}: {problem['msg']}{given}")
+    if error.error_count() > _MAX_PROBLEMS:
+        problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
     return "; ".join(problems)
 
 
@@ -101,6 +123,59 @@ def _encode_tensor(tensor: TensorData) -> pb.Tensor:
     array = np.ascontiguousarray(tensor.array, "<i8" if is_int else "<f4")
     dtype = pb.DTYPE_INT64 if is_int else pb.DTYPE_FLOAT32
     return pb.Tensor(dense=array.tobytes(), dtype=dtype, shape=array.shape)
+
+
+def _encode_sparse(matrix: SparseTensor) -> pb.Tensor:
+    is_int = matrix.values.dtype.kind == "i"
+    sparse = pb.SparseCsr(
+        values=np.ascontiguousarray(matrix.values, "<i8" if is_int else "<f4").tobytes(),
+        crow_indices=np.ascontiguousarray(matrix.crow_indices, "<i8").tobytes(),
+        col_indices=np.ascontiguousarray(matrix.col_indices, "<i8").tobytes(),
+    )
+    dtype = pb.DTYPE_INT64 if is_int else pb.DTYPE_FLOAT32
+    return pb.Tensor(sparse_csr=sparse, dtype=dtype, shape=matrix.shape)
+
+
+def tensor_of_json(tensor: JsonTensor, name: str) -> TensorData | SparseTensor:
+    """A tensor of a JSON body, checked.
+
+    Raises:
+        InvalidRequest: if the values don't fit the shape.
+    """
+    dtype = np.int64 if tensor.dtype == "int64" else np.float32
+    try:
+        values = np.asarray(tensor.data, dtype)
+        rows, cols = (
+            None if indices is None else np.asarray(indices, np.int64)
+            for indices in (tensor.sparse_crow_indices, tensor.sparse_col_indices)
+        )
+    except (OverflowError, ValueError) as error:
+        raise InvalidRequest(f"{name}: values that are no {tensor.dtype} ({error})") from error
+    shape = tuple(tensor.shape) if tensor.shape is not None else (len(values),)
+    _check_shape(shape, name)
+    if rows is None or cols is None:
+        if math.prod(shape) != len(values) or rows is not cols:
+            raise InvalidRequest(
+                f"{name}: shape {list(shape)} needs {math.prod(shape)} values, {len(values)} were sent (a sparse "
+                "tensor names both its rows and its columns)"
+            )
+        return TensorData(values.reshape(shape))
+    if len(shape) != 2:
+        raise InvalidRequest(f"{name}: a sparse tensor needs shape [rows, cols], got {list(shape)}")
+    matrix = SparseTensor(values, rows, cols, (shape[0], shape[1]))
+    matrix.check(name)
+    return matrix
+
+
+def _check_shape(shape: Sequence[int], name: str) -> None:
+    # In this order: a product of many large sizes is a number of megabytes, and takes hours.
+    possible = len(shape) <= _MAX_DIMENSIONS and all(0 <= size <= MAX_DENSE_ELEMENTS for size in shape)
+    if not possible or math.prod(shape) > MAX_DENSE_ELEMENTS:
+        shown = ", ".join(str(size)[:20] for size in shape[:_MAX_DIMENSIONS])
+        raise InvalidRequest(
+            f"{name}: shape [{shown}{', ...' if len(shape) > _MAX_DIMENSIONS else ''}] is not possible here (at most "
+            f"{MAX_DENSE_ELEMENTS} values in {_MAX_DIMENSIONS} dimensions)"
+        )
 
 
 def _from_bytes(data: bytes, dtype: int, name: str) -> Array:
@@ -121,35 +196,25 @@ def _to_wire_type(array: Array) -> Array:
     return array.astype(np.float32 if array.dtype.kind == "f" else np.int64, copy=False)
 
 
-def _decode_sparse(tensor: pb.Tensor, shape: tuple[int, ...], name: str) -> Array:
+def _decode_sparse(tensor: pb.Tensor, shape: tuple[int, ...], name: str) -> SparseTensor:
     sparse = tensor.sparse_csr
-    values = _from_bytes(sparse.values, tensor.dtype, name)
-    rows = _from_bytes(sparse.crow_indices, pb.DTYPE_INT64, name)
-    cols = _from_bytes(sparse.col_indices, pb.DTYPE_INT64, name)
-    if len(shape) != 2 or len(rows) != shape[0] + 1 or len(cols) != len(values):
-        raise InvalidRequest(
-            f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value"
-        )
-    counts = np.diff(rows)
-    if rows[0] != 0 or rows[-1] != len(values) or (counts < 0).any():
-        raise InvalidRequest(
-            f"{name}: the row pointers of a sparse tensor must rise from 0 to the number of values"
-        )
-    if len(cols) and (cols.min() < 0 or cols.max() >= shape[1]):
-        raise InvalidRequest(f"{name}: a column of a sparse tensor is outside of its shape {list(shape)}")
-    dense = np.zeros(shape, values.dtype)
-    dense[np.repeat(np.arange(shape[0]), counts), cols] = values
-    return dense
+    if len(shape) != 2:
+        raise InvalidRequest(f"{name}: a sparse tensor needs shape [rows, cols], got {list(shape)}")
+    matrix = SparseTensor(
+        values=_to_wire_type(_from_bytes(sparse.values, tensor.dtype, name)),
+        crow_indices=_from_bytes(sparse.crow_indices, pb.DTYPE_INT64, name),
+        col_indices=_from_bytes(sparse.col_indices, pb.DTYPE_INT64, name),
+        shape=(shape[0], shape[1]),
+    )
+    matrix.check(name)
+    return matrix
 
 
 def _decode_tensor(tensor: pb.Tensor, name: str) -> TensorData:
     shape = tuple(tensor.shape)
-    if any(size < 0 for size in shape) or math.prod(shape) > MAX_DENSE_ELEMENTS:
-        raise InvalidRequest(
-            f"{name}: shape {list(shape)} is not possible here (at most {MAX_DENSE_ELEMENTS} values)"
-        )
+    _check_shape(shape, name)
     if tensor.WhichOneof("layout") == "sparse_csr":
-        return TensorData(_to_wire_type(_decode_sparse(tensor, shape, name)))
+        return TensorData(_decode_sparse(tensor, shape, name).to_numpy())
     array = _from_bytes(tensor.dense, tensor.dtype, name)
     shape = shape or (len(array),)
     if math.prod(shape) != len(array):
@@ -198,6 +263,7 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
         raise InvalidRequest(f"body: not a protobuf ForwardBackwardRequest ({error})") from error
+    _check_sparse_size(message)
     config: LossFnConfig = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         config[name] = value.text if value.WhichOneof("kind") == "text" else value.number
@@ -209,6 +275,37 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
         loss_fn_config=config,
         forward_only=message.forward_only,
     )
+
+
+def place_of_forward_backward(body: bytes) -> RunPlace | None:
+    """The place of a training pass that may be wrong elsewhere; None if it is no such message at all."""
+    try:
+        message = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        return None
+    return RunPlace(model_id=message.model_id, seq_id=message.seq_id)
+
+
+def place_of_json(body: bytes) -> RunPlace | None:
+    """The place of a JSON request on a run that may be wrong elsewhere; None if it can't be read."""
+    try:
+        return RunPlace.model_validate_json(body)
+    except ValidationError:
+        return None
+
+
+def _check_sparse_size(message: pb.ForwardBackwardRequest) -> None:
+    elements = 0
+    for i, datum in enumerate(message.data):
+        for name, tensor in datum.loss_fn_inputs.items():
+            if tensor.WhichOneof("layout") == "sparse_csr":
+                _check_shape(tensor.shape, f"data[{i}].loss_fn_inputs.{name[:_MAX_NAME]}")
+                elements += math.prod(tensor.shape)
+    if elements > MAX_DENSE_ELEMENTS:
+        raise TooLarge(
+            f"data: the sparse tensors of this request stand for {elements} values, more than {MAX_DENSE_ELEMENTS}; "
+            "send fewer datums at once"
+        )
 
 
 def _decode_datum(message: pb.Datum, where: str) -> Datum:
@@ -223,7 +320,7 @@ def _decode_datum(message: pb.Datum, where: str) -> Datum:
         else:
             chunks.append(OtherChunk.model_construct(type=kind or "image"))
     inputs = {
-        name: _decode_tensor(tensor, f"{where}.loss_fn_inputs.{name}")
+        name: _decode_tensor(tensor, f"{where}.loss_fn_inputs.{name[:_MAX_NAME]}")
         for name, tensor in message.loss_fn_inputs.items()
     }
     return Datum(ModelInput.model_construct(chunks=chunks), inputs)
@@ -307,6 +404,13 @@ def encode_sample(response: SampleResponse) -> bytes:
         message.prompt_logprobs = np.asarray(values, "<f4").tobytes()
     if response.topk_prompt_logprobs is not None:
         message.topk_prompt_logprobs.CopyFrom(_encode_topk(response.topk_prompt_logprobs))
+    targets = response.target_prompt_logprobs
+    if targets is not None:
+        encoded = _encode_sparse(targets) if isinstance(targets, SparseTensor) else _encode_tensor(targets)
+        message.target_prompt_logprobs.CopyFrom(encoded)
+    if response.prompt_alt_tokens is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(_encode_tensor(response.prompt_alt_tokens.tokens))
+        message.prompt_alt_tokens.logprobs.CopyFrom(_encode_tensor(response.prompt_alt_tokens.logprobs))
     return message.SerializeToString()
 
 
@@ -341,7 +445,33 @@ def decode_sample(body: bytes) -> SampleResponse:
         values = np.frombuffer(message.prompt_logprobs, "<f4")
         prompt_logprobs = [None if math.isnan(value) else value for value in values.tolist()]
     topk = _decode_topk(message.topk_prompt_logprobs) if message.HasField("topk_prompt_logprobs") else None
-    return SampleResponse(sequences, prompt_logprobs, topk, message.prompt_cache_hit_tokens)
+    return SampleResponse(
+        sequences,
+        prompt_logprobs,
+        topk,
+        message.prompt_cache_hit_tokens,
+        _decode_target_logprobs(message),
+        _decode_alt_tokens(message),
+    )
+
+
+def _decode_target_logprobs(message: pb.SampleResponse) -> TensorData | SparseTensor | None:
+    if not message.HasField("target_prompt_logprobs"):
+        return None
+    tensor = message.target_prompt_logprobs
+    if tensor.WhichOneof("layout") == "sparse_csr":
+        return _decode_sparse(tensor, tuple(tensor.shape), "target_prompt_logprobs")
+    return _decode_tensor(tensor, "target_prompt_logprobs")
+
+
+def _decode_alt_tokens(message: pb.SampleResponse) -> PromptAltTokens | None:
+    if not message.HasField("prompt_alt_tokens"):
+        return None
+    alternatives = message.prompt_alt_tokens
+    return PromptAltTokens(
+        _decode_tensor(alternatives.tokens, "prompt_alt_tokens.tokens"),
+        _decode_tensor(alternatives.logprobs, "prompt_alt_tokens.logprobs"),
+    )
 
 
 def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
@@ -366,15 +496,29 @@ def decompress(body: bytes, max_bytes: int) -> bytes:
 
     Raises:
         TooLarge: if it would be larger.
-        InvalidRequest: if it is not zstd.
+        InvalidRequest: if it is not zstd, or not the whole of it.
     """
     try:
-        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
-            data = reader.read(max_bytes + 1)
+        too_large = zstandard.frame_content_size(body) > max_bytes  # -1 where the frame doesn't say
+        if not too_large:
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+            return decompressor.decompress(body, max_output_size=max_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise InvalidRequest(f"body: Content-Encoding says zstd, but it can't be read ({error})") from error
-    if len(data) > max_bytes:
-        raise TooLarge(
-            f"body: more than {max_bytes} bytes after decompression; send fewer datums in one request"
-        )
-    return data
+        if not _holds_more_than(body, max_bytes):
+            raise InvalidRequest(
+                f"body: Content-Encoding says zstd, but it can't be read ({error}); send one whole frame, with a "
+                f"window of at most {_MAX_WINDOW_BYTES} bytes"
+            ) from error
+    raise TooLarge(f"body: more than {max_bytes} bytes after decompression; send fewer datums in one request")
+
+
+def _holds_more_than(body: bytes, max_bytes: int) -> bool:
+    """Whether a zstd body that can't be read to its end is longer than `max_bytes`, as far as it can be read."""
+    size = 0
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(body) as reader:
+            while size <= max_bytes and (part := reader.read(2**20)):
+                size += len(part)
+    except zstandard.ZstdError:
+        pass  # what was read counts
+    return size > max_bytes

@@ -5,6 +5,7 @@
     │   └── TokenError, ...        (subclasses live beside what raises them)
     ├── Unauthorized          401  no or unknown API key
     ├── NotFound              404  no such thing, or it belongs to another tenant: the two are never told apart
+    ├── Gone                  410  it was there, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
     ├── LimitReached          429  a limit that waiting helps with; carries `retry_after` seconds
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
@@ -57,6 +58,13 @@ class NotFound(TwinkleError):
     category: Category = "user"
 
 
+class Gone(TwinkleError):
+    """It was there, and has ended for good."""
+
+    status = 410
+    category: Category = "user"
+
+
 class TooLarge(TwinkleError):
     """A body over a limit of the server."""
 
@@ -103,7 +111,7 @@ class RequestFailed(TwinkleError):
 
 
 _BY_STATUS: dict[int, type[TwinkleError]] = {
-    error.status: error for error in (InvalidRequest, Unauthorized, NotFound, TooLarge, ServerFault)
+    error.status: error for error in (InvalidRequest, Unauthorized, NotFound, Gone, TooLarge, ServerFault)
 }
 
 

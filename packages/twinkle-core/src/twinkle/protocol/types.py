@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainSerializer, WithJsonSchema
 
 from twinkle.protocol.errors import InvalidRequest
 
@@ -28,7 +28,11 @@ class Value(BaseModel):
     """Base of the JSON values: immutable; fields that we don't know are passed over, as the SDK does."""
 
     model_config = ConfigDict(
-        frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=()
+        frozen=True,
+        arbitrary_types_allowed=True,
+        extra="ignore",
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",  # a loss may become infinite, and the SDK reads what Python writes
     )
 
 
@@ -55,7 +59,7 @@ def _as_wire_array(values: object, name: str) -> Array:
 
 
 # Lists of these names are floats even where all their entries are whole numbers.
-_FLOAT_INPUTS = frozenset({"weights", "advantages", "logprobs"})
+_FLOAT_INPUTS = frozenset({"weights", "advantages", "logprobs", "sequence_ratio_mask"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +102,100 @@ class TensorData:
         return len(self.array)
 
 
+@dataclass(frozen=True, eq=False)
+class SparseTensor:
+    """A matrix in compressed rows (CSR).
+
+    Attributes:
+        values: float32 or int64 [n].
+        crow_indices: int64 [rows + 1], where each row begins in `values`.
+        col_indices: int64 [n], the column of each value.
+        shape: (rows, columns).
+    """
+
+    values: Array
+    crow_indices: Int64Array
+    col_indices: Int64Array
+    shape: tuple[int, int]
+
+    def to_numpy(self, pad_value: float = 0) -> Array:
+        """The dense matrix, `pad_value` wherever nothing is listed.
+
+        Raises:
+            InvalidRequest: if rows and columns don't describe such a matrix.
+        """
+        self.check("tensor")
+        dense = np.full(self.shape, pad_value, self.values.dtype)
+        dense[self.row_indices(), self.col_indices] = self.values
+        return dense
+
+    def row_indices(self) -> Int64Array:
+        """The row of each value, int64 [n]."""
+        return np.repeat(np.arange(self.shape[0]), np.diff(self.crow_indices))
+
+    def check(self, name: str) -> None:
+        """
+        Raises:
+            InvalidRequest: if rows and columns don't describe such a matrix; `name` is the field's.
+        """
+        rows, cols = self.crow_indices, self.col_indices
+        if len(rows) != self.shape[0] + 1 or len(cols) != len(self.values):
+            raise InvalidRequest(
+                f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value"
+            )
+        # Within these bounds differences can't wrap around, and row counts add up to the number of values.
+        in_bounds = rows.min() >= 0 and rows.max() <= len(cols)
+        if not in_bounds or rows[0] != 0 or rows[-1] != len(cols) or (np.diff(rows) < 0).any():
+            raise InvalidRequest(
+                f"{name}: the row pointers of a sparse tensor must rise from 0 to the number of values"
+            )
+        if len(cols) and (cols.min() < 0 or cols.max() >= self.shape[1]):
+            raise InvalidRequest(
+                f"{name}: a column of a sparse tensor is outside of its shape {list(self.shape)}"
+            )
+
+
+class _FirstErrorEnds(FailFast):
+    """A list is read up to its first wrong entry: to describe each takes a thousand times the room of the list."""
+
+    def __hash__(self) -> int:  # members of a union must have one in Python 3.11
+        return hash(self.fail_fast)
+
+
+Integers: TypeAlias = Annotated[list[int], _FirstErrorEnds()]
+Floats: TypeAlias = Annotated[list[float], _FirstErrorEnds()]
+Texts: TypeAlias = Annotated[list[str], _FirstErrorEnds()]
+
+
+class JsonTensor(Value):
+    """A tensor inside a JSON body: dense, or sparse in compressed rows (CSR).
+
+    Attributes:
+        data: the values in row-major order; of a sparse tensor only those that are listed.
+        shape: None is one-dimensional.
+        sparse_crow_indices: where each row begins in `data`, [rows + 1]; None is dense.
+        sparse_col_indices: the column of each value.
+    """
+
+    data: Integers | Floats
+    dtype: Literal["float32", "int64"]
+    shape: Integers | None = None
+    sparse_crow_indices: Integers | None = None
+    sparse_col_indices: Integers | None = None
+
+
 # ---------------------------------------------------------------- model input
+
+
+_NO_TOKENS: frozenset[type] = frozenset({str, bytes, list, tuple, dict, type(None)})
 
 
 def _to_tokens(values: object) -> Int32Array:
     if isinstance(values, np.ndarray) and values.dtype == np.int32 and values.ndim == 1:
         return cast(Int32Array, values)
+    # As an array, texts would all take as much room as the longest.
+    if isinstance(values, list) and not _NO_TOKENS.isdisjoint(map(type, cast(list[object], values))):
+        raise ValueError("tokens must be a flat list of integers")
     array: Array = np.asarray(values) if not isinstance(values, list) or values else np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError("tokens must be a flat list of integers")
@@ -117,7 +209,12 @@ def _token_list(values: Int32Array) -> list[int]:
 
 
 Tokens: TypeAlias = Annotated[
-    Any, BeforeValidator(_to_tokens), PlainSerializer(_token_list, return_type=list[int])
+    Any,
+    BeforeValidator(_to_tokens),
+    PlainSerializer(_token_list, return_type=list[int]),
+    WithJsonSchema(
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}}, "validation"
+    ),
 ]
 
 
@@ -144,7 +241,7 @@ Chunk: TypeAlias = Annotated[EncodedTextChunk | OtherChunk, Field(discriminator=
 class ModelInput(Value):
     """What a model reads: chunks, one after the other."""
 
-    chunks: list[Chunk] = Field(default_factory=list[Chunk])
+    chunks: Annotated[list[Chunk], FailFast()] = Field(default_factory=list[Chunk])
 
     @classmethod
     def from_ints(cls, tokens: object) -> ModelInput:
@@ -212,7 +309,8 @@ class Datum:
     Attributes:
         model_input: the tokens read, [T].
         loss_fn_inputs: what the loss needs beside the log-probabilities, by name; for cross_entropy
-            `target_tokens` int64 [T] (the token that should follow each one read) and `weights` float32 [T].
+            `target_tokens` int64 [T] (the token that should follow each one read) and `weights` float32 [T]; both may
+            be [T, K], for K candidates at each position.
     """
 
     model_input: ModelInput
@@ -236,7 +334,8 @@ class ForwardBackwardOutput:
     """Result of a training pass.
 
     Attributes:
-        loss_fn_outputs: one mapping a datum, in the order of the request; `logprobs` is float32 [T].
+        loss_fn_outputs: one mapping a datum, in the order of the request; `logprobs` is float32, of the shape of
+            `target_tokens`.
         metrics: `name:reduction` -> value over the whole request; `loss:sum` is always there.
         loss_fn_output_type: free text, the name of what `loss_fn_outputs` holds.
     """
@@ -297,9 +396,9 @@ class SamplingParams(Value):
 
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | Texts | Integers | None = None
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    top_k: int = Field(default=-1, ge=-1)
+    top_k: int = Field(default=-1, ge=-1, le=2**31 - 1)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -326,6 +425,20 @@ class SampledSequence:
 
 
 @dataclass(frozen=True, eq=False)
+class PromptAltTokens:
+    """Draws from the model's next-token distribution at every position of a prompt after the first.
+
+    Attributes:
+        tokens: int64 [len(prompt) - 1, k]; row i holds alternatives to prompt token i + 1, drawn independently at the
+            request's temperature.
+        logprobs: float32 [len(prompt) - 1, k], of those tokens under the untempered distribution.
+    """
+
+    tokens: TensorData
+    logprobs: TensorData
+
+
+@dataclass(frozen=True, eq=False)
 class SampleResponse:
     """Result of `sample`.
 
@@ -334,9 +447,14 @@ class SampleResponse:
         prompt_logprobs: one a prompt token, None for the first (nothing comes before it); None if not asked for.
         topk_prompt_logprobs: for each prompt token the k likeliest, None for the first.
         prompt_cache_hit_tokens: prompt tokens whose keys and values were already there.
+        target_prompt_logprobs: log-probabilities of the token ids that were asked for at each position, float32
+            [len(prompt) - 1, K], 0 where none was; sparse if the request was.
+        prompt_alt_tokens: alternatives to the prompt's tokens, if asked for.
     """
 
     sequences: Sequence[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[TopkRow] | None = None
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: TensorData | SparseTensor | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None

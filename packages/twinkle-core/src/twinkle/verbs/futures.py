@@ -51,6 +51,15 @@ class Pending(Generic[T]):
             if self._future.done():
                 self._seen.set()
 
+    def cancel(self) -> bool:
+        """Give up on the operation. A sample stops soon; what trains or saves is carried through all the same.
+
+        Returns:
+            False if it has ended already.
+        """
+        self._seen.set()
+        return self._future.cancel()
+
     def done(self) -> bool:
         """Whether the operation has ended."""
         return self._future.done()

@@ -1,32 +1,57 @@
-"""Lists of what a tenant has: runs and checkpoints."""
+"""What there is and what can be done to it: runs, checkpoints, sessions, usage."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import TypeVar, cast
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import httpx
+from tqdm import tqdm
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import ConnectionFailed, InvalidRequest
+from twinkle.protocol.uris import CheckpointKind, as_twinkle
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.futures import wait
 
 R = TypeVar("R")
 
+_DOWNLOAD_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+
 
 class RestClient:
-    """Made by `ServiceClient.create_rest_client`."""
+    """Made by `ServiceClient.create_rest_client`. Every method waits for its answer.
+
+    Paths are full names, `twinkle://RUN/KIND/NAME`, as saving returned them.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def list_training_runs(self, limit: int = 20, offset: int = 0) -> m.TrainingRunList:
-        """A page of one's runs, newest first."""
-        return self._ask(m.ListTrainingRuns(limit=limit, offset=offset), m.TrainingRunList)
+    # ------------------------------------------------------------ runs
 
-    def get_training_run(self, run_id: str) -> m.TrainingRun:
+    def list_training_runs(
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        access_scope: m.AccessScope = "owned",
+        project_id: str | None = None,
+    ) -> m.TrainingRunList:
+        """A page of runs, newest first; "accessible" ones are also those of others with a published checkpoint."""
+        query = m.ListTrainingRuns(
+            limit=limit, offset=offset, access_scope=access_scope, project_id=project_id
+        )
+        return self._ask(query, m.TrainingRunList)
+
+    def get_training_run(self, run_id: str, access_scope: m.AccessScope = "owned") -> m.TrainingRun:
         """One run."""
-        return self._ask(m.GetTrainingRun(run_id=run_id), m.TrainingRun)
+        return self._ask(m.GetTrainingRun(run_id=run_id, access_scope=access_scope), m.TrainingRun)
+
+    # ------------------------------------------------------------ checkpoints
 
     def list_checkpoints(self, run_id: str) -> m.CheckpointList:
         """A run's checkpoints, newest first."""
@@ -41,13 +66,135 @@ class RestClient:
         return self._ask(m.WeightsInfoRequest(tinker_path=path), m.WeightsInfo)
 
     def delete_checkpoint(self, path: str) -> None:
-        """Delete a checkpoint, by its full name."""
-        uri = uris.parse(path)
-        if uri.run_id is None or uri.kind is None:
-            raise InvalidRequest(
-                f"path: {path!r} could mean several; give the full name, as save_state returned it"
-            )
-        self._ask(m.DeleteCheckpoint(run_id=uri.run_id, kind=uri.kind, name=uri.name), m.Acknowledged)
+        """Delete a checkpoint of one's own."""
+        self._ask(m.DeleteCheckpoint(**_parts(path)), m.Acknowledged)
+
+    def publish_checkpoint(self, path: str) -> None:
+        """Let everybody who has its full name read a checkpoint."""
+        self._ask(m.PublishCheckpoint(**_parts(path)), m.Acknowledged)
+
+    def unpublish_checkpoint(self, path: str) -> None:
+        """Keep a checkpoint to oneself again."""
+        self._ask(m.UnpublishCheckpoint(**_parts(path)), m.Acknowledged)
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> None:
+        """Have a checkpoint deleted after so many seconds; None keeps it."""
+        self._ask(m.SetCheckpointTtl(**_parts(path), ttl_seconds=ttl_seconds), m.Acknowledged)
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> str:
+        """A copy of a checkpoint under a run of its own, which outlives the original.
+
+        Args:
+            path: one's own checkpoint, or a published one.
+            weights_access_token: the API key of another tenant, whose checkpoint it is.
+
+        Returns:
+            The copy's path.
+        """
+        request = m.CopyWeightsRequest(
+            source_path=path,
+            destination_project_id=destination_project_id,
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+        return as_twinkle(self._ask(request, m.CopyWeightsResponse).tinker_path)
+
+    def download_checkpoint(self, path: str, directory: str | Path) -> Path:
+        """Download a checkpoint's files (PEFT layout) into `directory`, which is made if it isn't there.
+
+        Returns:
+            The directory.
+
+        Raises:
+            NotFound: if there is no such checkpoint.
+            ConnectionFailed: if a file can't be fetched; those before it are there.
+        """
+        reply = self._ask(m.GetCheckpointUrls(**_parts(path)), m.ExternalWeightsUrls)
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, url in tqdm(reply.urls.items(), desc=f"downloading {path}", unit="file", disable=None):
+            _fetch(url, target / Path(name).name)
+        return target
+
+    # ------------------------------------------------------------ sessions and samplers
+
+    def list_sessions(self, limit: int = 20, offset: int = 0) -> list[str]:
+        """A page of session ids, newest first."""
+        return self._ask(m.ListSessions(limit=limit, offset=offset), m.SessionList).sessions
+
+    def get_session(self, session_id: str) -> m.SessionInfo:
+        """A session's runs and samplers."""
+        return self._ask(m.GetSession(session_id=session_id), m.SessionInfo)
+
+    def search_sessions(self, **conditions: Any) -> Iterator[m.SessionSummary]:
+        """All sessions that fulfil the conditions (those of `SearchSessions`), newest first, page by page."""
+        query = m.SearchSessions.model_validate(conditions)
+        while True:
+            page = self._ask(query, m.SearchSessionsResponse)
+            yield from page.sessions
+            if page.next_cursor is None:
+                return
+            query = query.model_copy(update={"cursor": page.next_cursor})
+
+    def assign_session_project(self, session_id: str, project_id: str) -> None:
+        """Count a session to a project."""
+        self._ask(m.AssignSessionProject(session_id=session_id, project_id=project_id), m.Acknowledged)
+
+    def get_sampler(self, sampler_id: str) -> m.SamplerInfo:
+        """What a sampling session samples from."""
+        return self._ask(m.GetSampler(sampler_id=sampler_id), m.SamplerInfo)
+
+    # ------------------------------------------------------------ accounts
+
+    def get_usage(self, starting_on: datetime, ending_before: datetime) -> m.Usage:
+        """Tokens and checkpoints by hour and session; both ends on the hour, at most 14 days apart."""
+        return self._ask(m.GetUsage(starting_on=starting_on, ending_before=ending_before), m.Usage)
+
+    def get_storage_usage(self, project_id: str | None = None) -> m.StorageUsage:
+        """Number and bytes of one's checkpoints, by project."""
+        return self._ask(m.GetStorageUsage(project_id=project_id), m.StorageUsage)
+
+    def get_audit_log(self, day: date | None = None) -> m.AuditLog:
+        """What was done to one's checkpoints and projects on a day (UTC; today if None)."""
+        return self._ask(m.GetAuditLog(day=day), m.AuditLog)
 
     def _ask(self, query: m.Query, _reply: type[R]) -> R:
         return wait(cast(Future[R], self._channel.ask(query)), type(query).__name__)
+
+
+def _parts(path: str) -> dict[str, Any]:
+    """Run, kind and name of a checkpoint's full name.
+
+    Raises:
+        InvalidRequest: if it is none.
+    """
+    uri = uris.parse(path)
+    if uri.run_id is None or uri.kind is None:
+        raise InvalidRequest(
+            f"path: {path!r} could mean several; give the full name, as save_state returned it"
+        )
+    kind: CheckpointKind = uri.kind
+    return {"run_id": uri.run_id, "kind": kind, "name": uri.name}
+
+
+def _fetch(url: str, target: Path) -> None:
+    """A file from a signed address, or from this machine's own disk."""
+    if url.startswith("file://"):
+        target.write_bytes(Path(httpx.URL(url).path).read_bytes())
+        return
+    partial = target.with_suffix(target.suffix + ".partial")
+    try:
+        with httpx.stream("GET", url, timeout=_DOWNLOAD_TIMEOUT) as response:
+            response.raise_for_status()
+            with partial.open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+    except httpx.HTTPError as error:
+        raise ConnectionFailed(f"{target.name} could not be downloaded ({error}); try again") from error
+    partial.replace(target)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import cast
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.types import ModelInput, SampleResponse, SamplingParams
+from twinkle.protocol.types import JsonTensor, ModelInput, SampleResponse, SamplingParams, TensorData
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.futures import Pending, wait
 
@@ -34,6 +34,9 @@ class SamplingClient:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: object = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> Pending[SampleResponse]:
         """Continue `prompt`.
 
@@ -43,6 +46,10 @@ class SamplingClient:
             sampling_params: temperature, top_k, top_p, seed, stop, max_tokens.
             include_prompt_logprobs: also say how likely each token of the prompt was (None for the first).
             topk_prompt_logprobs, topk_sample_logprobs: list so many likeliest tokens at each position.
+            target_prompt_logprobs: token ids to score, an integer array [len(prompt) - 1, K]; row i is scored at prompt
+                position i + 1, and -1 asks for nothing.
+            prompt_alt_tokens_k: draw so many alternatives to each prompt token after the first.
+            prompt_logprobs_last_n: score only the last so many tokens of the prompt.
 
         Returns:
             `sequences`, `num_samples` of them, each with `tokens`, `logprobs` and `stop_reason`.
@@ -56,6 +63,9 @@ class SamplingClient:
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=_json_tensor(target_prompt_logprobs),
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         return Pending(cast(Future[SampleResponse], self._channel.submit(request)), "sample")
 
@@ -68,3 +78,10 @@ class SamplingClient:
         """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
         return wait(cast(Future[m.SamplerInfo], reply), "get_base_model").base_model
+
+
+def _json_tensor(values: object) -> JsonTensor | None:
+    if values is None:
+        return None
+    tensor = values if isinstance(values, TensorData) else TensorData.from_numpy(values)
+    return JsonTensor(data=tensor.data, dtype=tensor.dtype, shape=tensor.shape)

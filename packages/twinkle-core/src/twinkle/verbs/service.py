@@ -6,6 +6,8 @@ import asyncio
 import atexit
 import sys
 import threading
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -14,7 +16,9 @@ from twinkle._version import __version__
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import LoraConfig
+from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
+from twinkle.verbs.custom_loss import LossHandle, Rank
 from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
@@ -37,6 +41,7 @@ class ServiceClientBase:
         self._session_lock = threading.Lock()
         self._run_counter = SequenceCounter()
         self._sampling_counter = SequenceCounter()
+        self._loss_counter = SequenceCounter()
         self._training_clients: list[TrainingClient] = []
         self._closed = False
         atexit.register(self._close_at_exit)
@@ -90,16 +95,28 @@ class ServiceClientBase:
         return await asyncio.to_thread(self.create_lora_training_client, base_model, **config)
 
     def create_training_client_from_state(
-        self, path: str, base_model: str | None = None, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
     ) -> TrainingClient:
-        """Begin a run with a checkpoint's weights and a new optimizer."""
-        return self._from_state(path, base_model, user_metadata, optimizer=False)
+        """Begin a run with a checkpoint's weights and a new optimizer.
+
+        Args:
+            weights_access_token: the API key of another tenant, whose checkpoint it is.
+        """
+        return self._from_state(path, base_model, user_metadata, weights_access_token, optimizer=False)
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, base_model: str | None = None, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
     ) -> TrainingClient:
         """Begin a run that goes on where a checkpoint was saved."""
-        return self._from_state(path, base_model, user_metadata, optimizer=True)
+        return self._from_state(path, base_model, user_metadata, weights_access_token, optimizer=True)
 
     async def create_training_client_from_state_async(
         self, path: str, *, with_optimizer: bool = False, **more: Any
@@ -111,7 +128,12 @@ class ServiceClientBase:
         return await asyncio.to_thread(create, path, **more)
 
     def _from_state(
-        self, path: str, base_model: str | None, user_metadata: dict[str, Any] | None, optimizer: bool
+        self,
+        path: str,
+        base_model: str | None,
+        user_metadata: dict[str, Any] | None,
+        weights_access_token: str | None,
+        optimizer: bool,
     ) -> TrainingClient:
         self._channel.prepare(base_model)
         self._wait_for_saves()
@@ -122,6 +144,7 @@ class ServiceClientBase:
             model_seq_id=self._run_counter.next(),
             base_model=base_model,
             user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
         )
         loaded = cast(Future[m.LoadWeightsResponse], self._channel.submit(request))
         return self._training_client(wait(loaded, f"loading {path!r}").model_id)
@@ -166,8 +189,31 @@ class ServiceClientBase:
         """`create_sampling_client` for event loops."""
         return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
 
+    def create_custom_loss(self, loss_fn: Callable[..., Any], input_ranks: Mapping[str, Rank]) -> LossHandle:
+        """Upload a loss, to be run by the server: `forward_backward_custom(data, handle)`.
+
+        Args:
+            loss_fn: `(logprobs, *others) -> (loss, metrics)` on one datum's torch tensors; the others are named as the
+                `loss_fn_inputs` that they are, metrics as custom/NAME:sum or :mean. It is traced by torch.fx:
+                it must not branch on values of tensors, and may call torch and math alone.
+            input_ranks: for each parameter its rank: 1 is [T], 2 is [T, K], 0 a scalar.
+
+        Raises:
+            InvalidRequest: if it can't be traced, or calls what the server doesn't allow.
+        """
+        inputs, graph = custom_loss.trace(loss_fn, input_ranks)
+        request = m.CreateCustomLossRequest(
+            session_id=self._session_id(),
+            custom_loss_seq_id=self._loss_counter.next(),
+            name=getattr(loss_fn, "__name__", type(loss_fn).__name__),
+            inputs=inputs,
+            graph=graph,
+        )
+        made = cast(Future[m.CreateCustomLossResponse], self._channel.submit(request))
+        return LossHandle(request.name, wait(made, "create_custom_loss").loss_id)
+
     def create_rest_client(self) -> RestClient:
-        """A client for lists of runs and checkpoints."""
+        """A client for runs, checkpoints, sessions and usage."""
         return RestClient(self._channel)
 
     def get_server_capabilities(self) -> m.ServerCapabilities:
@@ -198,7 +244,7 @@ class ServiceClientBase:
         try:
             self.flush()
             if self._session is not None:
-                request = m.FinishSessionRequest(session_id=self._session, reason={"type": "success"})
+                request = m.FinishSessionRequest(session_id=self._session)
                 self._ask(request, m.Acknowledged, "closing")
         finally:
             self._channel.close()
@@ -223,7 +269,9 @@ class ServiceClientBase:
         with self._session_lock:
             if self._session is None:
                 request = m.CreateSessionRequest(
-                    sdk_version=f"twinkle-{__version__}", user_metadata=self._user_metadata
+                    sdk_version=f"twinkle-{__version__}",
+                    user_metadata=self._user_metadata,
+                    idempotency_key=uuid.uuid4().hex,
                 )
                 self._session = self._ask(request, m.CreateSessionResponse, "create_session").session_id
             return self._session

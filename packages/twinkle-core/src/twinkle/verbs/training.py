@@ -18,8 +18,9 @@ from twinkle.protocol.codec import describe_validation
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
 from twinkle.protocol.uris import as_twinkle
-from twinkle.verbs import chunks
+from twinkle.verbs import chunks, custom_loss
 from twinkle.verbs.channel import Channel
+from twinkle.verbs.custom_loss import ClientLoss, LossHandle
 from twinkle.verbs.futures import Pending, chain, wait
 from twinkle.verbs.sampling import SamplingClient
 
@@ -27,6 +28,8 @@ R = TypeVar("R")
 
 Batch: TypeAlias = Sequence[Datum | Mapping[str, Any]]
 """What a training pass takes: Datums, or the features (`input_ids`, `labels`) that a DataLoader yields."""
+
+CUSTOM_LOSS = "custom"
 
 # Calls return before their work is done; beyond so many under way they wait for the oldest.
 MAX_UNDER_WAY = 32
@@ -61,8 +64,8 @@ class TrainingClient:
 
         Args:
             data: Datums, or features with `input_ids` and `labels`.
-            loss_fn: name of the loss; the sum over all tokens is minimised.
-            loss_fn_config: the loss's parameters.
+            loss_fn: cross_entropy, importance_sampling, ppo, cispo, dro or gspo; the sum over all tokens is minimised.
+            loss_fn_config: the loss's parameters, such as `clip_low_threshold` and `clip_high_threshold`.
 
         Returns:
             `loss_fn_outputs[i]["logprobs"]` float32 [T_i], and `metrics["loss:sum"]`.
@@ -95,6 +98,32 @@ class TrainingClient:
             ]
         name = "forward" if forward_only else "forward_backward"
         return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
+
+    def forward_backward_custom(
+        self, data: Batch, loss_fn: ClientLoss | LossHandle
+    ) -> Pending[ForwardBackwardOutput]:
+        """`forward_backward` with a loss of one's own.
+
+        A function runs here, on log-probabilities from a forward pass that is waited for; its gradient then goes to the
+        server as the weights of a second pass. A `LossHandle` is run by the server in a single pass.
+
+        Args:
+            loss_fn: `(data, logprobs) -> (loss, metrics)`; `logprobs` are torch tensors, one a datum, of the shape of
+                its `target_tokens`; `loss` is a scalar tensor.
+
+        Returns:
+            As `forward_backward`, with the function's metrics, and its loss as `loss:sum`.
+
+        Raises:
+            InvalidRequest: if torch is not installed, or the function returns no such loss.
+        """
+        if isinstance(loss_fn, LossHandle):
+            return self.forward_backward(data, CUSTOM_LOSS, {"loss_id": loss_fn.loss_id})
+        datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        forward = self.forward(custom_loss.without_gradient(datums)).result()
+        surrogate = custom_loss.differentiate(loss_fn, datums, forward)
+        passed = self.forward_backward(surrogate.data)
+        return passed.then(lambda output: custom_loss.with_custom_metrics(output, surrogate))
 
     def optim_step(
         self,
@@ -180,6 +209,16 @@ class TrainingClient:
         return saved.then(
             lambda response: response.model_copy(update={"path": as_twinkle(response.path or "")})
         )
+
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None
+    ) -> Pending[m.SaveWeightsExternalResponse]:
+        """Save the weights as files to download, in PEFT's layout: see `RestClient.download_checkpoint`."""
+        request = m.SaveWeightsExternalRequest(
+            model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds
+        )
+        saved = self._send(request, m.SaveWeightsExternalResponse, f"save_weights_external {name!r}")
+        return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path)}))
 
     def save_weights_and_get_sampling_client(self) -> SamplingClient:
         """A client that samples from the weights as they are now, whatever is trained afterwards."""

@@ -15,6 +15,7 @@ from twinkle.server.samplers.protocol import SamplingEngine
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.tokens import Signer, read_secret
 
 # What is needed of a model's repository; many hold the same weights in other formats too.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -100,8 +101,21 @@ def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
     return LocalWorker(training, sampler_class.create(model, training))
 
 
-def build_service(config: ServerConfig, worker: WorkerPort) -> Service:
-    """The service in front of a worker, with its store."""
+def build_signer(config: ServerConfig) -> Signer:
+    """What signs this server's tokens, with the secret that is kept beside its checkpoints."""
+    config.storage.directory.mkdir(parents=True, exist_ok=True)
+    return Signer(read_secret(config.storage.directory / "secret"))
+
+
+def build_service(
+    config: ServerConfig, worker: WorkerPort, model_path: Path | None = None, signer: Signer | None = None
+) -> Service:
+    """The service in front of a worker, with its store.
+
+    Args:
+        model_path: where the base model's files are.
+        signer: makes addresses for downloads; without one they are files of this machine.
+    """
     config.storage.directory.mkdir(parents=True, exist_ok=True)
     return Service(
         config.model.model_id,
@@ -109,4 +123,6 @@ def build_service(config: ServerConfig, worker: WorkerPort) -> Service:
         Database(config.storage.url),
         CheckpointFiles(config.storage.directory / "checkpoints"),
         config.sampler.max_resident_adapters,
+        model_path,
+        signer,
     )

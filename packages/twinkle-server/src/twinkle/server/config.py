@@ -56,6 +56,9 @@ class ServerSection(_Section):
     """TCP port."""
     num_replicas: int = Field(default=1, ge=1)
     """Gateway processes that read and write HTTP."""
+    public_url: str | None = None
+    """Address that downloads are offered under, as clients reach it (behind a proxy); where they sent their request
+    if not said."""
 
 
 class RaySection(_Section):

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
-from twinkle.server.app import build_service, build_worker, make_plan
+from twinkle.server.app import Plan, build_service, build_worker, make_plan
 from twinkle.server.config import ModelSection, ServerConfig, load_config
+from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.service.service import Service
 from twinkle.server.service.validation import normal_model_id
 from twinkle.verbs.service import ServiceClientBase
@@ -81,7 +82,7 @@ class LocalChannel:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-local", daemon=True)
             self._thread.start()
-            self._service = asyncio.run_coroutine_threadsafe(_start(plan.config, worker), self._loop).result()
+            self._service = asyncio.run_coroutine_threadsafe(_start(plan, worker), self._loop).result()
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
         return self._run(self._operate(request))
@@ -103,6 +104,14 @@ class LocalChannel:
     async def _operate(self, request: m.Operation) -> m.Result:
         service = self._opened()
         promise = await service.submit(TENANT, request)
+        try:
+            return await self._result(service, promise)
+        except asyncio.CancelledError:
+            await service.ask(TENANT, m.CancelFutureRequest(request_id=promise.request_id))
+            raise
+
+    @staticmethod
+    async def _result(service: Service, promise: m.Promise) -> m.Result:
         while True:
             outcome = await service.retrieve(TENANT, promise.request_id, timeout=3600.0)
             if isinstance(outcome, m.Failure):
@@ -124,7 +133,7 @@ class LocalChannel:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
-async def _start(config: ServerConfig, worker: Any) -> Service:
-    service = build_service(config, worker)
+async def _start(plan: Plan, worker: WorkerPort) -> Service:
+    service = build_service(plan.config, worker, plan.model.path)
     await service.start()
     return service

@@ -200,9 +200,13 @@ def test_bad_rows_are_named(tiny_model_dir: Path, random_row: Any) -> None:
     row: Row = random_row("ada", 5, 0)
     targets, weights = row.loss_inputs["target_tokens"], row.loss_inputs["weights"]
     for loss_fn, inputs, message in (
-        ("ppo", row.loss_inputs, "'ppo' is not known here; use one of cross_entropy"),
-        ("cross_entropy", {"target_tokens": targets}, "weights is missing"),
-        ("cross_entropy", {"target_tokens": targets, "weights": weights[:4]}, r"weights: shape \[4\]"),
+        ("nonsense", row.loss_inputs, "'nonsense' is not known here; use one of cispo, cross_entropy"),
+        ("cross_entropy", {"target_tokens": targets}, "weights: cross_entropy needs it"),
+        (
+            "cross_entropy",
+            {"target_tokens": targets, "weights": weights[:4]},
+            r"in the shape of target_tokens, \[5\]",
+        ),
         ("cross_entropy", {"target_tokens": targets - 600, "weights": weights}, "between 0 and 511"),
     ):
         with pytest.raises(InvalidRequest, match=message):

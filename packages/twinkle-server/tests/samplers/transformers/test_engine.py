@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -10,72 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import SampleResponse, SamplingParams
-from twinkle.server.backends import peft_format
-from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
+from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine
 
 VOCAB = 512
-SPECS = {
-    "small": AdapterSpec(rank=4, seed=1),
-    "other": AdapterSpec(rank=4, seed=2),
-    "large": AdapterSpec(rank=16, seed=3, alpha=8, train_unembed=False),
-}
-
-
-def random_state(backend: TransformersBackend, spec: AdapterSpec) -> AdapterState:
-    """An adapter whose B is not zero."""
-    backend.add_adapter("temporary", spec)
-    state = backend.export_adapter("temporary", with_optimizer=False)
-    backend.remove_adapter("temporary")
-    draw = np.random.default_rng(spec.seed)
-    for name, matrix in state.weights.items():
-        if "lora_B" in name:
-            matrix[:] = draw.normal(size=matrix.shape) * 0.05
-    return state
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_model_dir: Path) -> TransformersBackend:
-    torch.set_num_threads(1)
-    return TransformersBackend(ModelConfig(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def states(backend: TransformersBackend) -> dict[str, AdapterState]:
-    return {name: random_state(backend, spec) for name, spec in SPECS.items()}
-
-
-@pytest.fixture
-def engine(backend: TransformersBackend, tiny_model_dir: Path, states) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(backend.loaded, ModelConfig(tiny_model_dir), max_rows=8)
-    for name, state in states.items():
-        engine.add_adapter(name, state)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def references(
-    tiny_model_dir: Path, states, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str | None, torch.nn.Module]:
-    """Plain models, one an adapter, by PEFT."""
-
-    def base() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-
-    models: dict[str | None, torch.nn.Module] = {None: base()}
-    for name, state in states.items():
-        directory = tmp_path_factory.mktemp(name)
-        peft_format.write(directory, state, str(tiny_model_dir))
-        models[name] = PeftModel.from_pretrained(base(), directory).eval()
-    return models
 
 
 def ask(engine: TransformersEngine, prompt, adapter: str | None = None, tenant: str = "t", **more) -> Any:
@@ -124,7 +68,15 @@ def test_sampled_logprobs_are_of_the_tempered_distribution_and_prompt_logprobs_o
 ):
     [prompt] = prompts(1, seed=5)
     response = ask(
-        engine, prompt, "large", temperature=0.7, top_k=20, max_tokens=12, stop=[], prompt_logprobs=True
+        engine,
+        prompt,
+        "large",
+        temperature=0.7,
+        top_k=20,
+        top_p=0.9,
+        max_tokens=12,
+        stop=[],
+        prompt_logprobs=True,
     ).result(60)
     [sequence] = response.sequences
     whole = prompt + sequence.tokens
@@ -204,6 +156,8 @@ def test_a_stop_string_is_found_across_tokens(engine, tiny_model_dir: Path):
                 text = tokenizer.decode(stopped.tokens, skip_special_tokens=False)
                 assert stopped.stop_reason == "stop" and text.endswith(pair) and text.count(pair) == 1
                 assert len(stopped.tokens) >= 2
+                listed = ask(engine, [65], seed=seed, max_tokens=60, stop=["\0\0\0", pair]).result(60)
+                assert listed.sequences[0].tokens == stopped.tokens
                 return
     raise AssertionError("no two letters in 200 samples")
 
@@ -278,6 +232,129 @@ def test_the_context_is_a_limit_and_a_full_prompt_has_logprobs(engine):
     assert len(full.prompt_logprobs) == 256
 
 
+class Gate:
+    """Holds the engine before each of its steps until it is let through."""
+
+    def __init__(self, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []  # of each step so far
+        self._arrived, self._opened = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_open = False
+        step = engine._batch.step
+
+        def gated(tokens: torch.Tensor) -> torch.Tensor:
+            self._arrived.release()
+            if not self._is_open:
+                assert self._opened.acquire(timeout=60)
+            self.rows.append(len(tokens))
+            return step(tokens)
+
+        monkeypatch.setattr(engine._batch, "step", gated)
+
+    def wait_for_step(self) -> None:
+        """Until the engine stands before a step that nobody waited for yet."""
+        assert self._arrived.acquire(timeout=60)
+
+    def let_one_through(self) -> None:
+        self._opened.release()
+
+    def open(self) -> None:
+        self._is_open = True
+        self._opened.release()
+
+
+def test_cancelling_one_that_runs_frees_its_rows_and_leaves_the_others_as_they_are(
+    engine, monkeypatch: pytest.MonkeyPatch
+):
+    def long() -> Any:
+        return ask(engine, [1, 2, 3], "small", seed=42, num_samples=2, max_tokens=40, stop=[])
+
+    alone = long().result(60).sequences
+    gate = Gate(engine, monkeypatch)
+    doomed = ask(engine, [4] * 9, "other", max_tokens=200, num_samples=3, stop=[], request_id="doomed")
+    gate.wait_for_step()
+    going_on = long()
+    gate.let_one_through()
+    gate.wait_for_step()
+    engine.cancel("doomed")
+    gate.open()
+    with pytest.raises(CancelledError):
+        doomed.result(60)
+    for sequence, expected in zip(going_on.result(60).sequences, alone, strict=True):
+        assert sequence.tokens == expected.tokens
+        np.testing.assert_allclose(sequence.logprobs, expected.logprobs, atol=1e-4)
+    # The step that was under way was the last with its rows.
+    assert gate.rows[:2] == [3, 5] and set(gate.rows[2:]) == {2}
+    assert not engine._under_way and not engine._unwanted
+
+
+def test_cancelling_one_that_waits_takes_it_out_of_the_line(
+    backend, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine = TransformersEngine(backend.loaded, ModelConfig(tiny_model_dir), max_rows=1)
+    try:
+        gate = Gate(engine, monkeypatch)
+        running = ask(engine, [1, 2], max_tokens=10, stop=[], request_id="running")
+        gate.wait_for_step()
+        waiting = ask(engine, [3, 4], max_tokens=10, stop=[], request_id="waiting")
+        behind = ask(engine, [5, 6], max_tokens=10, stop=[], request_id="behind")
+        engine.cancel("waiting")
+        gate.open()
+        with pytest.raises(CancelledError):
+            waiting.result(60)
+        assert len(running.result(60).sequences[0].tokens) == 10
+        assert len(behind.result(60).sequences[0].tokens) == 10
+        assert gate.rows == [1] * 18  # two requests, each of whose first tokens came without a step
+    finally:
+        engine.close()
+
+
+def test_a_request_that_has_begun_in_part_is_cancelled_whole(engine, monkeypatch: pytest.MonkeyPatch):
+    gate = Gate(engine, monkeypatch)
+    many = ask(engine, [1], max_tokens=50, num_samples=30, stop=[], request_id="many")
+    gate.wait_for_step()
+    engine.cancel("many")
+    gate.open()
+    with pytest.raises(CancelledError):
+        many.result(60)
+    assert len(ask(engine, [1], max_tokens=3, num_samples=8, stop=[]).result(60).sequences) == 8
+    assert gate.rows == [8, 8, 8]  # one with the cancelled samples, two without
+    assert not engine._line
+
+
+def test_ids_that_are_unknown_empty_or_done_cancel_nothing(engine, monkeypatch: pytest.MonkeyPatch):
+    gate = Gate(engine, monkeypatch)
+    engine.cancel("later")
+    done = ask(engine, [1], max_tokens=1, stop=[], request_id="done").result(60)
+    pending = [ask(engine, [2], max_tokens=5, stop=[], request_id=name) for name in ("", "later", "")]
+    gate.wait_for_step()
+    for request_id in ("", "done", "unknown"):
+        engine.cancel(request_id)
+    gate.open()
+    assert [len(future.result(60).sequences[0].tokens) for future in pending] == [5, 5, 5]
+    assert len(done.sequences[0].tokens) == 1
+
+
+def test_cancelling_from_many_threads_ends_each_request_one_way_or_the_other(engine):
+    names = [f"r{i}" for i in range(40)]
+    expected = ask(engine, [8, 9], "small", temperature=0, max_tokens=60, stop=[]).result(60).sequences[0]
+    pending = [
+        ask(engine, [8, 9], "small", temperature=0, max_tokens=60, stop=[], request_id=name) for name in names
+    ]
+    threads = [
+        threading.Thread(target=lambda part=part: [engine.cancel(name) for name in names[part::8]])
+        for part in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, future in enumerate(pending):
+        if i % 8 < 4 and isinstance(future.exception(60), CancelledError):
+            continue
+        assert future.result(60).sequences[0].tokens == expected.tokens
+    assert not engine._under_way
+
+
 def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path):
     engine = TransformersEngine(backend.loaded, ModelConfig(tiny_model_dir), max_rows=2)
     pending = [ask(engine, [1], max_tokens=200, stop=[]) for _ in range(20)]
@@ -287,30 +364,11 @@ def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path):
             assert isinstance(future.result(10), SampleResponse)
 
 
-def test_a_model_with_linear_attention_takes_the_plain_way(tmp_path: Path):
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        max_position_embeddings=64,
-        eos_token_id=1,
-    )
-    Qwen3_5ForCausalLM(config).eval().save_pretrained(tmp_path)
-    model_config = ModelConfig(tmp_path)
+def test_a_model_with_linear_attention_takes_the_plain_way(linear_model_dir: Path):
+    model_config = ModelConfig(linear_model_dir)
     backend = TransformersBackend(model_config)
     engine = TransformersEngine.create(model_config, backend)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(linear_model_dir, dtype=torch.float32).eval()
     cases = [[5, 6, 7], [9] * 12, [3]]
     pending = [
         ask(engine, p, temperature=0, max_tokens=8, num_samples=2, stop=[], prompt_logprobs=True)
@@ -325,3 +383,23 @@ def test_a_model_with_linear_attention_takes_the_plain_way(tmp_path: Path):
             response.prompt_logprobs[1:], [plain[i, t].item() for i, t in enumerate(prompt[1:])], atol=1e-4
         )
     engine.close()
+
+
+def test_cancelling_works_for_a_model_with_linear_attention(
+    linear_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = ModelConfig(linear_model_dir)
+    engine = TransformersEngine.create(config, TransformersBackend(config))
+    try:
+        gate = Gate(engine, monkeypatch)
+        doomed = ask(engine, [5, 6], max_tokens=50, num_samples=2, stop=[], request_id="doomed")
+        gate.wait_for_step()
+        behind = ask(engine, [7], max_tokens=4, stop=[])
+        engine.cancel("doomed")
+        gate.open()
+        with pytest.raises(CancelledError):
+            doomed.result(60)
+        assert len(behind.result(60).sequences[0].tokens) == 4
+        assert gate.rows == [2, 1, 1, 1]
+    finally:
+        engine.close()

@@ -20,7 +20,15 @@ import numpy as np
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Array, Float32Array
-from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, Row, TrainingBackend
+from twinkle.server.backends.loss_formulas import FORMULAS
+from twinkle.server.backends.protocol import (
+    CUSTOM_LOSS,
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    Row,
+    TrainingBackend,
+)
 
 Factory: TypeAlias = Callable[[], TrainingBackend]
 Check: TypeAlias = Callable[[Factory], None]
@@ -184,6 +192,84 @@ def the_loss_is_the_weighted_sum(make: Factory) -> None:
         assert (result.logprobs <= 0).all()
         expected = -float((weights.astype(np.float64) * result.logprobs).sum())
         assert math.isclose(result.loss, expected, rel_tol=1e-5), (result.loss, expected)
+
+
+def every_loss_is_its_formula(make: Factory) -> None:
+    """Value and log-probabilities, and the gradient: that of cross_entropy with weights -d loss / d logprobs."""
+    with _backend(make) as backend:
+        backend.add_adapter("a", SPEC)
+        _train(backend, "a")
+        plain = _row("a", seed=5, length=8)
+        [[reference]] = backend.forward_backward([[replace(plain, forward_only=True)]])
+        for name, spec in backend.loss_fns.items():
+            if name == CUSTOM_LOSS:
+                continue
+            row = replace(
+                plain, loss_fn=name, loss_inputs={**plain.loss_inputs, **_sampled(reference.logprobs)}
+            )
+            backend.import_adapter(
+                "a", backend.export_adapter("a", with_optimizer=True)
+            )  # no gradient is left
+            [[result]] = backend.forward_backward([[row]])
+            found = _gradients(backend, "a")
+            loss, gradient = FORMULAS[name](
+                reference.logprobs.astype(np.float64), row.loss_inputs, spec.config
+            )
+            assert math.isclose(result.loss, loss, rel_tol=1e-4, abs_tol=1e-4), (name, result.loss, loss)
+            surrogate = {**plain.loss_inputs, "weights": -gradient.astype(np.float32)}
+            backend.import_adapter("a", backend.export_adapter("a", with_optimizer=True))
+            backend.forward_backward([[replace(plain, loss_inputs=surrogate)]])
+            _close(found, _gradients(backend, "a"), 1e-3)
+
+
+def a_loss_takes_its_parameters(make: Factory) -> None:
+    """Thresholds that leave nothing unclipped stop the gradient of every token that they clip."""
+    with _backend(make) as backend:
+        if "ppo" not in backend.loss_fns:
+            return
+        backend.add_adapter("a", SPEC)
+        _train(backend, "a")
+        plain = _row("a", seed=5, length=8)
+        [[reference]] = backend.forward_backward([[replace(plain, forward_only=True)]])
+        inputs: dict[str, Array] = {
+            "target_tokens": plain.loss_inputs["target_tokens"],
+            "logprobs": reference.logprobs - np.float32(1.0),  # every ratio is e
+            "advantages": np.ones(8, np.float32),
+        }
+        for high, expected in ((2.0, 2.0 * 8), (4.0, math.e * 8)):
+            row = Row(
+                "a", plain.tokens, "ppo", inputs, {"clip_low_threshold": 0.5, "clip_high_threshold": high}
+            )
+            [[result]] = backend.forward_backward([[row]])
+            assert math.isclose(result.loss, -expected, rel_tol=1e-4)
+            [metrics] = backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.0))])
+            assert (metrics["grad_norm:mean"] > 0) == (high > math.e)
+
+
+def several_candidates_are_as_many_rows(make: Factory) -> None:
+    """Targets [T, K] with weights [T, K]: what K rows of one candidate each give together."""
+    draw = np.random.default_rng(3)
+    tokens, targets = draw.integers(0, 100, 5), draw.integers(0, 100, (5, 3))
+    weights = draw.normal(size=(5, 3)).astype(np.float32)
+    with _backend(make) as backend:
+        backend.add_adapter("a", SPEC)
+        _train(backend, "a")
+        wide = Row("a", tokens, "cross_entropy", {"target_tokens": targets, "weights": weights})
+        [[together], [other]] = backend.forward_backward(
+            [[wide], [replace(_row("a", seed=8), forward_only=True)]]
+        )
+        assert other.logprobs.shape == (6,)
+        gradients = _gradients(backend, "a")
+        backend.import_adapter("a", backend.export_adapter("a", with_optimizer=True))
+        rows = [
+            Row("a", tokens, "cross_entropy", {"target_tokens": targets[:, k], "weights": weights[:, k]})
+            for k in range(3)
+        ]
+        [alone] = backend.forward_backward([rows])
+        assert together.logprobs.shape == (5, 3) and together.logprobs.dtype == np.float32
+        _equal(together.logprobs, np.stack([result.logprobs for result in alone], axis=1), 10 * TOLERANCE)
+        assert math.isclose(together.loss, sum(result.loss for result in alone), rel_tol=1e-4)
+        _close(gradients, _gradients(backend, "a"), 1e-4)
 
 
 def gradients_are_those_of_the_loss(make: Factory) -> None:
@@ -505,6 +591,9 @@ CHECKS: tuple[Check, ...] = (
     many_adapters_keep_their_values,
     results_come_in_the_order_of_the_rows,
     the_loss_is_the_weighted_sum,
+    every_loss_is_its_formula,
+    a_loss_takes_its_parameters,
+    several_candidates_are_as_many_rows,
     gradients_are_those_of_the_loss,
     two_calls_add_up_to_one,
     weights_of_zero_are_no_op,
@@ -544,6 +633,17 @@ def _row(adapter_id: str, seed: int = 0, length: int = 6, weights: Float32Array 
         "weights": drawn if weights is None else weights,
     }
     return Row(adapter_id, draw.integers(0, 100, length), "cross_entropy", inputs)
+
+
+def _sampled(logprobs: Float32Array) -> dict[str, Array]:
+    """What a sampler whose policy is a little off would have left, with advantages of both signs and none."""
+    draw = np.random.default_rng(11)
+    length = len(logprobs)
+    return {
+        "logprobs": logprobs + 0.3 * draw.normal(size=length).astype(np.float32),
+        "advantages": np.resize(np.array([1.5, -0.5, 0.0], np.float32), length),
+        "sequence_ratio_mask": (np.arange(length) >= 2).astype(np.float32),
+    }
 
 
 def _train(backend: TrainingBackend, adapter_id: str, seed: int = 100) -> None:

@@ -21,13 +21,14 @@ import numpy.typing as npt
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Float32Array
 from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.loss_formulas import FORMULAS, LOSS_SPECS
 from twinkle.server.backends.module_groups import module_group, wanted_groups
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
-    LossInputs,
+    LossSpecs,
     ModelConfig,
     OptimizerState,
     Row,
@@ -99,8 +100,8 @@ class FakeBackend:
         return self._info
 
     @property
-    def loss_fns(self) -> LossInputs:
-        return {"cross_entropy": ("weights",)}
+    def loss_fns(self) -> LossSpecs:
+        return LOSS_SPECS
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
         if adapter_id in self._adapters:
@@ -135,27 +136,33 @@ class FakeBackend:
         return results
 
     def _run(self, row: Row, grads: _Matrices) -> RowResult:
-        if row.loss_fn != "cross_entropy":
-            raise InvalidRequest(f"loss_fn: {row.loss_fn!r} is not known here; use cross_entropy")
+        if row.loss_fn not in FORMULAS:
+            raise InvalidRequest(
+                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(FORMULAS))}"
+            )
         for tokens in (row.tokens, row.loss_inputs["target_tokens"]):
             if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
                 raise InvalidRequest(f"token ids must be between 0 and {VOCAB_SIZE - 1}")
         adapter = self._adapters[row.adapter_id]
         targets = row.loss_inputs["target_tokens"] % _CLASSES
-        weights = row.loss_inputs["weights"].astype(np.float64)
         inputs: list[_Floats] = []
         x = np.cos(np.outer(row.tokens + 1.0, np.arange(1.0, _HIDDEN + 1)))  # phi
         for module in _LAYERS:
             inputs.append(x)
             x = x @ self._effective(adapter, module).T
         log_softmax = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-        positions = np.arange(len(targets))
-        logprobs = log_softmax[positions, targets] - math.log(VOCAB_SIZE / _CLASSES)
+        flat = targets.reshape(len(targets), -1)  # [T, K]
+        positions = np.arange(len(targets))[:, None]
+        logprobs = (log_softmax[positions, flat] - math.log(VOCAB_SIZE / _CLASSES)).reshape(targets.shape)
+        config = {**LOSS_SPECS[row.loss_fn].config, **row.loss_config}
+        loss, loss_grad = FORMULAS[row.loss_fn](logprobs, row.loss_inputs, config)
         if not row.forward_only:
-            grad = np.exp(log_softmax)  # of -logprob with respect to z: softmax - one-hot
-            grad[positions, targets] -= 1
-            self._backward(adapter, inputs, grad * weights[:, None], grads)
-        return RowResult(logprobs.astype(np.float32), float(-(weights * logprobs).sum()))
+            # Of a log-probability with respect to z: one-hot - softmax, summed over candidates.
+            per_target = loss_grad.reshape(flat.shape)
+            grad = -np.exp(log_softmax) * per_target.sum(axis=1, keepdims=True)
+            np.add.at(grad, (positions, flat), per_target)
+            self._backward(adapter, inputs, grad, grads)
+        return RowResult(logprobs.astype(np.float32), loss)
 
     def _effective(self, adapter: _Adapter, module: str) -> _Floats:
         if module not in adapter.modules:

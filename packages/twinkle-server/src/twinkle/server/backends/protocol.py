@@ -13,11 +13,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array, LossFnConfig
+from twinkle.protocol.messages import CustomLossGraph, CustomLossInput
+from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array
 
 DEFAULT_ALPHA = 32.0
 
-LossInputs: TypeAlias = Mapping[str, tuple[str, ...]]
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a loss reads, so that a request can be checked before it is queued.
+
+    Attributes:
+        inputs: what it needs besides `target_tokens`, float32 of the same shape.
+        max_rank: 1 takes targets [T]; 2 also [T, K], with K candidates at each position.
+        config: its parameters, with their defaults.
+    """
+
+    inputs: tuple[str, ...]
+    max_rank: int = 1
+    config: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+LossSpecs: TypeAlias = Mapping[str, LossSpec]
+
+TARGETS = "target_tokens"
+"""The input that every loss has: the tokens whose log-probabilities it is a function of."""
+
+CUSTOM_LOSS = "custom"
+"""The loss that a client has traced and uploaded; see `CustomLoss`."""
+
+
+@dataclass(frozen=True, eq=False)
+class CustomLoss:
+    """A loss made by a client, as data; `custom_loss.check` has passed it.
+
+    Attributes:
+        inputs: what the graph's placeholders take, in order; `logprobs` first.
+    """
+
+    loss_id: str
+    name: str
+    inputs: tuple[CustomLossInput, ...]
+    graph: CustomLossGraph
 
 
 @dataclass(frozen=True)
@@ -84,17 +121,20 @@ class Row:
         adapter_id: whose term is added, and whose gradient grows.
         tokens: int64 [T], T >= 1.
         loss_fn: name of the loss; the engine has checked that the backend knows it.
-        loss_inputs: arrays by name, float32 or int64 of leading dimension T; the engine has checked them.
-        loss_config: the loss's parameters.
+        loss_inputs: arrays by name, float32 or int64: `target_tokens` [T] or [T, K], and what the loss needs besides;
+            the engine has checked them.
+        loss_config: the loss's parameters, numbers by name; what is left out has its default.
         forward_only: no gradient is kept.
+        custom_loss: the loss itself, if `loss_fn` is "custom".
     """
 
     adapter_id: str
     tokens: Int64Array
     loss_fn: str
     loss_inputs: dict[str, Array]
-    loss_config: LossFnConfig = field(default_factory=dict[str, float | str])
+    loss_config: Mapping[str, float] = field(default_factory=dict[str, float])
     forward_only: bool = False
+    custom_loss: CustomLoss | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +142,7 @@ class RowResult:
     """What came of a row.
 
     Attributes:
-        logprobs: float32 [T], log-probability of each target token under the untempered distribution.
+        logprobs: float32 of the targets' shape, log-probability of each target token under the untempered distribution.
         loss: the row's loss, a sum over its tokens.
         metrics: further `name:reduction` values of this row.
     """
@@ -160,8 +200,8 @@ class TrainingBackend(Protocol):
     def info(self) -> BaseModelInfo: ...
 
     @property
-    def loss_fns(self) -> LossInputs:
-        """The losses it computes, and what each reads besides `target_tokens`, one float32 value a token."""
+    def loss_fns(self) -> LossSpecs:
+        """The losses it computes; `CUSTOM_LOSS` among them if it runs clients' own."""
         ...
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
@@ -20,6 +21,11 @@ from twinkle.server.scheduling.jobs import Job
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.ledger import Ledger
+
+Save: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
+
+_SWEEP_AT_ONCE = 100
 
 
 class AdapterKeeper:
@@ -38,11 +44,14 @@ class AdapterKeeper:
         files: CheckpointFiles,
         database: Database,
         forget_run: Callable[[str], None],
+        ledger: Ledger,
+        tenant_of_key: Callable[[str], str],
     ) -> None:
         """
         Args:
             runs: the live runs; who owns them adds and removes.
             forget_run: takes a run out of the live runs and the scheduler.
+            tenant_of_key: who gave an access token away.
         """
         self._runs = runs
         self._futures = futures
@@ -51,6 +60,8 @@ class AdapterKeeper:
         self._files = files
         self._database = database
         self._forget_run = forget_run
+        self._ledger = ledger
+        self._tenant_of_key = tenant_of_key
         self._writes: dict[str, asyncio.Task[None]] = {}
 
     # ------------------------------------------------------------ begin and end
@@ -75,7 +86,7 @@ class AdapterKeeper:
         await self._check_free(job, uri, request.overwrite)
         state = await self._worker.export_adapter(job.run_id, with_optimizer=True)
         result = m.SaveWeightsResponse(path=str(uri))
-        self._complete_when_written(job, uri, state, request, result)
+        self._complete_when_written(job, uri, state, request, lambda _size: result)
 
     async def save_for_sampler(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
         if request.path is None:
@@ -84,7 +95,20 @@ class AdapterKeeper:
         uri = CheckpointUri(request.path, job.run_id, "sampler_weights")
         await self._check_free(job, uri, overwrite=False)
         state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
-        self._complete_when_written(job, uri, state, request, m.SaveWeightsForSamplerResponse(path=str(uri)))
+        result = m.SaveWeightsForSamplerResponse(path=str(uri))
+        self._complete_when_written(job, uri, state, request, lambda _size: result)
+
+    async def save_external(self, job: Job, request: m.SaveWeightsExternalRequest) -> None:
+        uri = CheckpointUri(request.path, job.run_id, "external_weights")
+        await self._check_free(job, uri, overwrite=False)
+        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        self._complete_when_written(
+            job,
+            uri,
+            state,
+            request,
+            lambda size: m.SaveWeightsExternalResponse(path=str(uri), size_bytes=size),
+        )
 
     async def _save_unnamed(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
         run = self._runs[job.run_id]
@@ -133,23 +157,24 @@ class AdapterKeeper:
         job: Job,
         uri: CheckpointUri,
         state: AdapterState,
-        request: m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest,
-        result: m.Result,
+        request: Save,
+        result: Callable[[int], m.Result],
     ) -> None:
+        """Write behind; `result` is told the size in bytes."""
         run = self._runs[job.run_id]
 
         async def write_and_complete() -> None:
             try:
-                await self._write(uri, state, run, request)
+                size = await self._write(uri, state, run, request)
             except Exception as error:
                 self._futures.complete(job.request_id, to_failure(error, f"saving {uri}"))
             else:
-                self._futures.complete(job.request_id, result)
+                self._futures.complete(job.request_id, result(size))
 
         self._write_behind(uri, write_and_complete())
 
-    def _write_behind(self, uri: CheckpointUri, work: Coroutine[None, None, None]) -> None:
-        """Start `work`, which writes `uri`, after any earlier write of the same checkpoint."""
+    def _write_behind(self, uri: CheckpointUri, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Start `work`, which writes or deletes `uri`, after any earlier work on the same checkpoint."""
         previous = self._writes.get(str(uri))
 
         async def after_previous() -> None:
@@ -161,15 +186,11 @@ class AdapterKeeper:
                 if self._writes.get(str(uri)) is asyncio.current_task():
                     del self._writes[str(uri)]
 
-        self._writes[str(uri)] = asyncio.create_task(after_previous())
+        task = self._writes[str(uri)] = asyncio.create_task(after_previous())
+        return task
 
-    async def _write(
-        self,
-        uri: CheckpointUri,
-        state: AdapterState,
-        run: LiveRun,
-        request: m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest,
-    ) -> None:
+    async def _write(self, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save) -> int:
+        """Files first, then the row; returns the size in bytes."""
         size = await asyncio.to_thread(self._files.write, uri, state, run.base_model)
         now = time.time()
         row = tables.Checkpoint(
@@ -185,9 +206,16 @@ class AdapterKeeper:
             train_attn=run.spec.train_attn,
             train_mlp=run.spec.train_mlp,
             train_unembed=run.spec.train_unembed,
-            user_metadata=request.user_metadata,
+            public=False,
+            user_metadata=None
+            if isinstance(request, m.SaveWeightsExternalRequest)
+            else request.user_metadata,
         )
         await asyncio.to_thread(self._database.put, row)
+        if not uri.name.startswith(tables.UNNAMED_PREFIX):
+            self._ledger.record(run.tenant, run.session_id, "checkpoint", 1)
+            await self.audit(run.tenant, "checkpoint_create", uri)
+        return size
 
     async def settle(self) -> None:
         """Wait until everything that is being written is written."""
@@ -199,7 +227,7 @@ class AdapterKeeper:
     async def load(self, job: Job, request: m.LoadWeightsRequest) -> None:
         is_new_run = request.model_id is None
         try:
-            checkpoint = await self.find(job.tenant, request.path)
+            checkpoint = await self.find(job.tenant, request.path, token=request.weights_access_token)
             self._check_base_model(checkpoint, job.run_id)
             uri = checkpoint.uri
             state = await self.read(uri, with_optimizer=request.optimizer)
@@ -221,8 +249,14 @@ class AdapterKeeper:
                 f"{ours!r}"
             )
 
-    async def find(self, tenant: str, path: str, field: str = "path") -> tables.Checkpoint:
-        """The checkpoint that a tenant means by `path`; one that is being written is waited for.
+    async def find(
+        self, tenant: str, path: str, field: str = "path", token: str | None = None
+    ) -> tables.Checkpoint:
+        """The checkpoint that a tenant means by `path`, its own or a published one; one that is being written is
+        waited for.
+
+        Args:
+            token: another tenant's key, in whose name to look.
 
         Raises:
             InvalidRequest: if `path` names no checkpoint.
@@ -232,7 +266,8 @@ class AdapterKeeper:
         under_way = {task for name, task in self._writes.items() if uri.name == uris.parse(name).name}
         if under_way:
             await asyncio.wait(under_way)
-        row = await asyncio.to_thread(self._database.checkpoint, tenant, uri, time.time())
+        reader = tenant if token is None else self._tenant_of_key(token)
+        row = await asyncio.to_thread(self._database.checkpoint, reader, uri, time.time(), or_public=True)
         if row is None:
             raise NotFound(
                 f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are"
@@ -242,6 +277,31 @@ class AdapterKeeper:
     async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:
         return await asyncio.to_thread(self._files.read, uri, with_optimizer)
 
+    # ------------------------------------------------------------ look after what is saved
+
+    async def find_own(self, tenant: str, uri: CheckpointUri) -> tables.Checkpoint:
+        """The checkpoint, if it is the tenant's own.
+
+        Raises:
+            NotFound: if there is none of that name, or it is another tenant's.
+        """
+        row = await self.find(tenant, str(uri))
+        if row.tenant != tenant:
+            raise NotFound(f"{uri} is another tenant's: it can be read, and not changed")
+        return row
+
+    async def copy(
+        self, source: tables.Checkpoint, run: tables.Run, expires_at: float | None
+    ) -> tables.Checkpoint:
+        """A copy of a checkpoint under another run, which belongs to nobody live."""
+        uri = CheckpointUri(source.name, run.id, source.uri.kind)
+        await asyncio.to_thread(self._files.copy, source.uri, uri)
+        columns = {column.key: getattr(source, column.key) for column in tables.Checkpoint.__table__.columns}
+        changed = {"run_id": run.id, "tenant": run.tenant, "created_at": time.time(), "public": False}
+        row = tables.Checkpoint(**{**columns, **changed, "expires_at": expires_at})
+        await asyncio.to_thread(self._database.put, row)
+        return row
+
     async def drop_unnamed(self, run_id: str, tenant: str) -> None:
         """Delete a run's unnamed snapshots: no one is left to sample them."""
         await self.settle()
@@ -250,5 +310,25 @@ class AdapterKeeper:
             await self.delete(row)
 
     async def delete(self, row: tables.Checkpoint) -> None:
-        await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
-        await asyncio.to_thread(self._files.delete, row.uri)
+        """Delete a checkpoint, unless it has been written anew since `row` was read."""
+
+        async def delete_row_and_files() -> None:
+            now = await asyncio.to_thread(self._database.checkpoint_row, row.uri)
+            if now is None or now.created_at != row.created_at:
+                return
+            await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
+            await asyncio.to_thread(self._files.delete, row.uri)
+
+        await self._write_behind(row.uri, delete_row_and_files())
+
+    async def sweep(self) -> None:
+        """Delete checkpoints whose time is over."""
+        rows = await asyncio.to_thread(self._database.expired_checkpoints, time.time(), _SWEEP_AT_ONCE)
+        for row in rows:
+            await self.delete(row)
+
+    async def audit(self, tenant: str, event: str, uri: CheckpointUri, **more: object) -> None:
+        """Note what was done to a checkpoint."""
+        details = {"tinker_path": str(uri), "model_id": uri.run_id, **more}
+        entry = tables.Audit(tenant=tenant, time=time.time(), event=event, details=details)
+        await asyncio.to_thread(self._database.put, entry)

@@ -21,12 +21,22 @@ class Engine:
     """Takes ticks from the scheduler, runs them on the worker, completes their futures; one tick at a time."""
 
     def __init__(
-        self, scheduler: Scheduler, futures: FutureTable, worker: WorkerPort, adapters: AdapterKeeper
+        self,
+        scheduler: Scheduler,
+        futures: FutureTable,
+        worker: WorkerPort,
+        adapters: AdapterKeeper,
+        record_pass: Callable[[Job], None],
     ) -> None:
+        """
+        Args:
+            record_pass: told of each training pass that has been computed.
+        """
         self._scheduler = scheduler
         self._futures = futures
         self._worker = worker
         self._adapters = adapters
+        self._record_pass = record_pass
 
     async def run(self) -> None:
         """Step for ever; cancelled from outside."""
@@ -59,6 +69,7 @@ class Engine:
         results = await self._worker.forward_backward(packed.micro_batches)
         for job, output in zip(jobs, unpack(jobs, packed, results), strict=True):
             self._futures.complete(job.request_id, output)
+            self._record_pass(job)
 
     async def _run_optim_steps(self, jobs: list[Job]) -> None:
         requests = [cast(m.OptimStepRequest, job.request) for job in jobs]
@@ -80,6 +91,8 @@ class Engine:
                 await self._adapters.save(job, job.request)
             case m.SaveWeightsForSamplerRequest():
                 await self._adapters.save_for_sampler(job, job.request)
+            case m.SaveWeightsExternalRequest():
+                await self._adapters.save_external(job, job.request)
             case m.LoadWeightsRequest():
                 await self._adapters.load(job, job.request)
             case m.ForwardBackwardRequest() | m.OptimStepRequest():

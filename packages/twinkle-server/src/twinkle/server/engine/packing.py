@@ -7,7 +7,7 @@ import numpy as np
 
 from twinkle.protocol.messages import ForwardBackwardRequest
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, TensorData
-from twinkle.server.backends.protocol import Row, RowResult
+from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
 from twinkle.server.scheduling.jobs import Job
 
 
@@ -23,31 +23,40 @@ class Packed:
     origins: list[list[tuple[int, int]]]
 
 
-def to_row(run_id: str, request: ForwardBackwardRequest, datum: Datum) -> Row:
+def to_row(
+    run_id: str, request: ForwardBackwardRequest, datum: Datum, custom_loss: CustomLoss | None = None
+) -> Row:
     """One datum as the backend takes it."""
     return Row(
         adapter_id=run_id,
         tokens=datum.model_input.tokens().astype(np.int64),
         loss_fn=request.loss_fn,
         loss_inputs={name: tensor.array for name, tensor in datum.loss_fn_inputs.items()},
-        loss_config=request.loss_fn_config,
+        loss_config={k: v for k, v in request.loss_fn_config.items() if not isinstance(v, str)},
         forward_only=request.forward_only,
+        custom_loss=custom_loss,
     )
+
+
+def _width(row: Row) -> int:
+    """Candidates at each position: 1 for targets [T], K for [T, K]."""
+    targets = row.loss_inputs[TARGETS]
+    return 1 if targets.ndim == 1 else targets.shape[1]
 
 
 def pack(jobs: Sequence[Job], max_batch_tokens: int) -> Packed:
     """Rows of all jobs, sorted by length and cut so that rows x longest row stays within `max_batch_tokens`.
 
-    Forward-only rows get micro-batches of their own, which keep nothing for a backward pass. Within a micro-batch
-    rows of one adapter stand together.
+    Forward-only rows get micro-batches of their own, which keep nothing for a backward pass; so do rows with several
+    candidates at each position, by their number. Within a micro-batch rows of one adapter stand together.
     """
     rows = [
-        (to_row(job.run_id, job.request, datum), (i, j))
+        (to_row(job.run_id, job.request, datum, job.custom_loss), (i, j))
         for i, job in enumerate(jobs)
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)
     ]
-    rows.sort(key=lambda item: (item[0].forward_only, -len(item[0].tokens)))
+    rows.sort(key=lambda item: (item[0].forward_only, _width(item[0]), -len(item[0].tokens)))
     groups: list[list[tuple[Row, tuple[int, int]]]] = []
     for item in rows:
         if not groups or not _fits(groups[-1], item[0], max_batch_tokens):
@@ -63,7 +72,8 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int) -> Packed:
 
 def _fits(group: list[tuple[Row, tuple[int, int]]], row: Row, max_batch_tokens: int) -> bool:
     first = group[0][0]  # the longest, since rows come in falling length
-    return first.forward_only == row.forward_only and (len(group) + 1) * len(first.tokens) <= max_batch_tokens
+    alike = first.forward_only == row.forward_only and _width(first) == _width(row)
+    return alike and (len(group) + 1) * len(first.tokens) <= max_batch_tokens
 
 
 def unpack(

@@ -8,24 +8,31 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.types import SampleResponse
+from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.store import tables
+from twinkle.server.store.ledger import Ledger
 
 # How many accepted samples are remembered for retries of the same (sampling session, seq_id).
 MAX_REMEMBERED = 65_536
+
+# The sequence ids of the n-th client that joined a sampling session begin at n times this.
+IDS_OF_A_CLIENT = 1_000_000_000
 
 
 class SampleRunner:
@@ -37,41 +44,98 @@ class SampleRunner:
         worker: WorkerPort,
         sampler_adapters: SamplerAdapters,
         keeper: AdapterKeeper,
+        completions: CompletionLog,
+        ledger: Ledger,
     ) -> None:
         self._futures = futures
         self._worker = worker
         self._sampler_adapters = sampler_adapters
         self._keeper = keeper
+        self._completions = completions
+        self._ledger = ledger
         self._accepted: OrderedDict[tuple[str, int], str] = OrderedDict()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[str, tuple[str, asyncio.Task[None]]] = {}  # request id -> tenant, its task
+        self._cancelling: set[asyncio.Task[None]] = set()
 
-    def submit(self, sampler: tables.Sampler, request: m.SampleRequest) -> m.Promise:
-        """Begin a sample, or answer with the promise of the first that had its (sampling session, seq_id)."""
+    def submit(
+        self,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        targets: TensorData | SparseTensor | None = None,
+    ) -> m.Promise:
+        """Begin a sample, or answer with the promise of the first that had its (sampling session, seq_id).
+
+        Args:
+            targets: the request's `target_prompt_logprobs`, decoded and checked.
+        """
         key = (request.sampling_session_id, request.seq_id)
         request_id = self._accepted.get(key)
         if request_id is None:
             request_id = self._accepted[key] = self._futures.create(sampler.tenant)
             if len(self._accepted) > MAX_REMEMBERED:
                 self._accepted.popitem(last=False)
-            task = asyncio.create_task(self._run(request_id, sampler, request))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            task = asyncio.create_task(self._run(request_id, sampler, request, targets))
+            self._under_way[request_id] = (sampler.tenant, task)
+            task.add_done_callback(lambda _task: self._under_way.pop(request_id, None))
         sequence_ids = [f"{request_id}:{i}" for i in range(request.num_samples)]
         return m.Promise(request_id=request_id, sample_sequence_ids=sequence_ids)
 
+    def cancel(self, tenant: str, request_id: str) -> None:
+        """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
+        owner, task = self._under_way.get(request_id, ("", None))
+        if task is None or owner != tenant:
+            return
+        failure = m.Failure(error="the sample was cancelled by its client", category="user")
+        self._futures.complete(request_id, failure)
+        task.cancel()
+        cancelling = asyncio.create_task(self._worker.cancel(request_id))
+        self._cancelling.add(cancelling)
+        cancelling.add_done_callback(self._cancelling.discard)
+
     async def close(self) -> None:
         """Cancel what is under way."""
-        for task in self._under_way:
+        tasks = [task for _, task in self._under_way.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._cancelling, return_exceptions=True)
 
-    async def _run(self, request_id: str, sampler: tables.Sampler, request: m.SampleRequest) -> None:
+    async def _run(
+        self,
+        request_id: str,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        targets: TensorData | SparseTensor | None,
+    ) -> None:
+        state: Literal["finished", "failed"] = "failed"
         try:
-            self._futures.complete(request_id, await self._generate(sampler, request))
+            response = await self._generate(request_id, sampler, request, targets)
+            self._futures.complete(request_id, response)
+            self._record(sampler, request, response)
+            state = "finished"
+        except asyncio.CancelledError:
+            stopped = m.Failure(
+                error="the sampling engine stopped before the sample was done", category="server"
+            )
+            self._futures.complete(request_id, stopped)
+            raise
         except Exception as error:
             self._futures.complete(request_id, to_failure(error, f"sample {request.seq_id} of {sampler.id}"))
+        finally:
+            target = (sampler.id, request.seq_id // IDS_OF_A_CLIENT)
+            self._completions.add(target, m.Completion(state=state, request_id=request_id))
 
-    async def _generate(self, sampler: tables.Sampler, request: m.SampleRequest) -> SampleResponse:
+    def _record(self, sampler: tables.Sampler, request: m.SampleRequest, response: SampleResponse) -> None:
+        tokens = sum(len(sequence.tokens) for sequence in response.sequences)
+        self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
+        self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
+
+    async def _generate(
+        self,
+        request_id: str,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        targets: TensorData | SparseTensor | None,
+    ) -> SampleResponse:
         async with AsyncExitStack() as stack:
             adapter_id: str | None = None
             if sampler.model_path is not None:
@@ -84,7 +148,7 @@ class SampleRunner:
                 adapter_id = await stack.enter_async_context(
                     self._sampler_adapters.use(key, lambda: self._read(sampler))
                 )
-            return await self._worker.generate(
+            response = await self._worker.generate(
                 GenerateRequest(
                     tenant=sampler.tenant,
                     adapter_id=adapter_id,
@@ -94,8 +158,13 @@ class SampleRunner:
                     prompt_logprobs=request.prompt_logprobs,
                     topk_prompt_logprobs=request.topk_prompt_logprobs,
                     topk_sample_logprobs=request.topk_sample_logprobs,
+                    prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+                    target_tokens=None if targets is None else _dense(targets),
+                    prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+                    request_id=request_id,
                 )
             )
+        return _in_layout_of(targets, response) if isinstance(targets, SparseTensor) else response
 
     async def _read(self, sampler: tables.Sampler) -> AdapterState:
         assert sampler.model_path is not None, "a base model's sampler has nothing to read"
@@ -106,3 +175,15 @@ class SampleRunner:
                 "make a new one"
             )
         return await self._keeper.read(uris.parse(sampler.model_path))
+
+
+def _dense(targets: TensorData | SparseTensor) -> Int64Array:
+    array = targets.to_numpy(pad_value=-1) if isinstance(targets, SparseTensor) else targets.array
+    return array.astype(np.int64, copy=False)
+
+
+def _in_layout_of(targets: SparseTensor, response: SampleResponse) -> SampleResponse:
+    """The log-probabilities of the listed tokens alone, in the order of the list."""
+    assert isinstance(response.target_prompt_logprobs, TensorData), "engines answer with dense tensors"
+    values = response.target_prompt_logprobs.array[targets.row_indices(), targets.col_indices]
+    return replace(response, target_prompt_logprobs=replace(targets, values=values))

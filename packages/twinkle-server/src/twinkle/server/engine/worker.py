@@ -18,7 +18,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
-    LossInputs,
+    LossSpecs,
     Row,
     RowResult,
     TrainingBackend,
@@ -36,7 +36,7 @@ class WorkerPort(Protocol):
     def info(self) -> BaseModelInfo: ...
 
     @property
-    def loss_fns(self) -> LossInputs: ...
+    def loss_fns(self) -> LossSpecs: ...
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None: ...
 
@@ -60,6 +60,10 @@ class WorkerPort(Protocol):
 
     async def generate(self, request: GenerateRequest) -> SampleResponse: ...
 
+    async def cancel(self, request_id: str) -> None:
+        """Nobody waits for that sample any more."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -76,7 +80,7 @@ class LocalWorker:
         return self._backend.info
 
     @property
-    def loss_fns(self) -> LossInputs:
+    def loss_fns(self) -> LossSpecs:
         return self._backend.loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
@@ -109,6 +113,9 @@ class LocalWorker:
 
     async def generate(self, request: GenerateRequest) -> SampleResponse:
         return await asyncio.wrap_future(self._sampler.generate(request))
+
+    async def cancel(self, request_id: str) -> None:
+        self._sampler.cancel(request_id)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._sampler.close)

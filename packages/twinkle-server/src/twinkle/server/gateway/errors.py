@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import LimitReached, TwinkleError
+from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized
 
 log = logging.getLogger("twinkle.gateway")
 
@@ -22,7 +22,11 @@ def install(app: FastAPI) -> None:
 
 async def _twinkle_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, TwinkleError)
-    headers = {"Retry-After": f"{error.retry_after:g}"} if isinstance(error, LimitReached) else None
+    headers: dict[str, str] | None = None
+    if isinstance(error, LimitReached):
+        headers = {"Retry-After": f"{error.retry_after:g}"}
+    elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
+        headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)
 
 

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
+from twinkle.server.tokens import Download
 
 
 class ServicePort(Protocol):
@@ -15,3 +16,7 @@ class ServicePort(Protocol):
     ) -> m.Result | m.Failure | m.Pending: ...
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply: ...
+
+    async def download_sizes(self, download: Download) -> dict[str, int]: ...
+
+    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes: ...

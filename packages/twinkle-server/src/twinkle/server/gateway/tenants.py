@@ -1,18 +1,40 @@
-"""Who is asking: the tenant behind an API key.
+"""Who is asking: the tenant behind a request's key, or behind a token that was given for one."""
 
-The server is in open mode: it takes any key, and none. The key still decides what one may see: its hash is the
-tenant, and a key itself is never kept.
-"""
-
-import hashlib
+from __future__ import annotations
 
 from starlette.requests import Request
 
+from twinkle.server.tokens import JWT_PREFIX, Signer, tenant_of_key
 
-def tenant_of(request: Request) -> str:
-    """The tenant of the key in `X-API-Key` or `Authorization: Bearer`; all who send no key are one tenant."""
+
+class Doorkeeper:
+    """Reads `X-API-Key` or `Authorization: Bearer`. Open mode: any key will do, and so will none."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+
+    def tenant_of(self, request: Request) -> str:
+        """
+        Raises:
+            Unauthorized: for a token that is not valid (any more).
+        """
+        credential = _credential(request)
+        if credential.startswith(JWT_PREFIX):
+            return self._signer.tenant_of_token(credential)
+        return tenant_of_key(credential)
+
+    def exchange(self, request: Request) -> str:
+        """A token that stands for the request's key for a while.
+
+        Raises:
+            Unauthorized: as `tenant_of`.
+        """
+        return self._signer.key_token(self.tenant_of(request))
+
+
+def _credential(request: Request) -> str:
     key = request.headers.get("x-api-key")
     if not key:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         key = token if scheme.lower() == "bearer" else ""
-    return "t-" + hashlib.sha256(b"twinkle-tenant\0" + key.strip().encode()).hexdigest()[:32]
+    return key.strip()

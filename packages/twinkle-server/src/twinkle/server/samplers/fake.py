@@ -1,7 +1,8 @@
 """A sampling engine in a few lines, for tests of everything around it: instantaneous, deterministic, no torch.
 
 Token i after a prompt is (sum of the prompt + seed + sample index + i) mod 256, and every log-probability is that of a
-fair draw among 256. An adapter's weights change nothing.
+fair draw among 256, the likeliest of which are 0, 1, 2, ... The j-th alternative to prompt token i + 1 is (sum of the
+prompt + seed + i + j) mod 256, and 0 at temperature 0. An adapter's weights change nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import threading
 from concurrent.futures import Future
 from typing import Self
 
+import numpy as np
+
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.types import SampledSequence, SampleResponse
+from twinkle.protocol.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, TopkRow
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 
@@ -54,6 +57,9 @@ class FakeEngine:
             future.set_exception(NotFound(f"adapter_id: {request.adapter_id!r} is not resident"))
         return future
 
+    def cancel(self, request_id: str) -> None:
+        """Nothing: whatever came has been answered."""
+
     def close(self) -> None:
         with self._lock:
             self._adapters.clear()
@@ -63,10 +69,40 @@ def _sample(request: GenerateRequest) -> SampleResponse:
     length = request.params.max_tokens or DEFAULT_MAX_TOKENS
     start = int(request.prompt.sum()) + (request.params.seed or 0)
     sequences = [
-        SampledSequence("length", [(start + sample + i) % VOCAB for i in range(length)], [LOGPROB] * length)
+        SampledSequence(
+            stop_reason="length",
+            tokens=[(start + sample + i) % VOCAB for i in range(length)],
+            logprobs=[LOGPROB] * length,
+            topk_logprobs=_topk_rows(length, request.topk_sample_logprobs),
+        )
         for sample in range(request.num_samples)
     ]
-    prompt_logprobs: list[float | None] | None = None
-    if request.prompt_logprobs:
-        prompt_logprobs = [None, *([LOGPROB] * (len(request.prompt) - 1))]
-    return SampleResponse(sequences, prompt_logprobs)
+    rows = len(request.prompt) - 1
+    last_n = request.prompt_logprobs_last_n
+    listed = rows if last_n is None else min(last_n, rows)
+    unlisted = [None] * (rows + 1 - listed)
+    topk = _topk_rows(listed, request.topk_prompt_logprobs)
+    return SampleResponse(
+        sequences,
+        prompt_logprobs=[*unlisted, *([LOGPROB] * listed)] if request.prompt_logprobs else None,
+        topk_prompt_logprobs=None if topk is None else [*unlisted, *topk],
+        target_prompt_logprobs=_target_logprobs(request),
+        prompt_alt_tokens=_alternatives(request, start) if request.prompt_alt_tokens_k else None,
+    )
+
+
+def _topk_rows(rows: int, k: int) -> list[TopkRow] | None:
+    return [[(token, LOGPROB) for token in range(k)] for _ in range(rows)] if k else None
+
+
+def _target_logprobs(request: GenerateRequest) -> TensorData | None:
+    if request.target_tokens is None:
+        return None
+    return TensorData(np.where(request.target_tokens < 0, 0.0, LOGPROB).astype(np.float32))
+
+
+def _alternatives(request: GenerateRequest, start: int) -> PromptAltTokens:
+    shape = (len(request.prompt) - 1, request.prompt_alt_tokens_k)
+    drawn = (start + np.arange(shape[0])[:, None] + np.arange(shape[1])) % VOCAB
+    tokens = np.zeros(shape, np.int64) if request.params.temperature == 0 else drawn
+    return PromptAltTokens(TensorData(tokens), TensorData(np.full(shape, LOGPROB, np.float32)))

@@ -25,6 +25,14 @@ class GenerateRequest:
         prompt_logprobs: whether log-probabilities of the prompt's tokens are wanted too; they are of the plain
             distribution (temperature 1), first entry None.
         topk_prompt_logprobs, topk_sample_logprobs: how many likeliest tokens to list at each position.
+        prompt_logprobs_last_n: score only the last so many prompt tokens (and list their likeliest); None is all. The
+            entries before them are None.
+        target_tokens: int64 [T - 1, K]; row i is scored at prompt position i + 1, under the plain distribution, and -1
+            asks for nothing: the response's `target_prompt_logprobs` is dense float32 [T - 1, K], 0 there.
+        prompt_alt_tokens_k: so many tokens are drawn at each prompt position after the first, independently, at the
+            request's temperature (0: all are the likeliest) and from its seed; neither top_k nor top_p applies. Their
+            log-probabilities are of the plain distribution.
+        request_id: for `cancel`.
     """
 
     tenant: str
@@ -35,6 +43,10 @@ class GenerateRequest:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    target_tokens: Int64Array | None = None
+    prompt_alt_tokens_k: int = 0
+    request_id: str = ""
 
 
 class SamplingEngine(Protocol):
@@ -55,6 +67,12 @@ class SamplingEngine(Protocol):
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         """Queue a request. The future fails alone if the request does (unknown adapter, out of memory)."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody waits for that request any more: its future is cancelled and its place given back, soon. An id that is
+        not known (any more) changes nothing.
+        """
         ...
 
     def close(self) -> None:

@@ -1,12 +1,14 @@
 """Who is admitted next: samples that wait for a place in the running batch, fair between tenants. No torch."""
 
 from collections import deque
+from collections.abc import Hashable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from twinkle.server.scheduling.fairness import DeficitRoundRobin
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 # Tokens a tenant earns each round.
 QUANTUM = 1024
@@ -74,10 +76,10 @@ class WaitingLine(Generic[T]):
             rows, longest, places = rows + count, longest_then, places - count
         return admitted
 
-    def remove(self, item: T) -> None:
-        """Forget a request, wherever it stands."""
+    def remove(self, items: AbstractSet[T]) -> None:
+        """Forget requests, wherever they stand."""
         for tenant, line in list(self._lines.items()):
-            self._lines[tenant] = deque(waiting for waiting in line if waiting.item is not item)
+            self._lines[tenant] = deque(waiting for waiting in line if waiting.item not in items)
             if not self._lines[tenant]:
                 del self._lines[tenant]
                 self._turns.deactivate(tenant)

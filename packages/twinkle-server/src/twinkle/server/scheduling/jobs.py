@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
+from twinkle.server.backends.protocol import CustomLoss
 
 RunRequest: TypeAlias = m.Ordered | m.CreateModelRequest | m.UnloadModelRequest
 
@@ -16,6 +17,7 @@ class Job:
         request_id: of the future that its result completes.
         seq_id: its place in the run's order; creation is 0.
         tokens: what it costs in fairness: tokens of a training pass, 0 for the rest.
+        custom_loss: what a pass with the loss "custom" names by its id.
     """
 
     request_id: str
@@ -24,6 +26,7 @@ class Job:
     seq_id: int
     request: RunRequest
     tokens: int = 0
+    custom_loss: CustomLoss | None = None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from ray.util import get_current_placement_group
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
-from twinkle.server.app import Plan, build_service
+from twinkle.server.app import Plan, build_service, build_signer
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.service.service import Service
+from twinkle.server.tokens import Download, Signer
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class EngineDeployment:
         group = get_current_placement_group()
         assert group is not None, "the deployment's placement group holds a bundle for each rank"
         self._ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
-        self._service = build_service(plan.config, self._ranks)
+        self._service = build_service(plan.config, self._ranks, plan.model.path, build_signer(plan.config))
         await self._service.start()
 
     async def start_failure(self) -> TwinkleError | None:
@@ -64,6 +65,14 @@ class EngineDeployment:
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
+
+    async def download_sizes(self, download: Download) -> dict[str, int] | TwinkleError:
+        return await _or_error(lambda: self._running().download_sizes(download))
+
+    async def download_part(
+        self, download: Download, name: str, offset: int, size: int
+    ) -> bytes | TwinkleError:
+        return await _or_error(lambda: self._running().download_part(download, name, offset, size))
 
     def _running(self) -> Service:
         if self._start_failure is not None:
@@ -97,6 +106,12 @@ class HandleService:
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         return await self._call(self._engine.ask.remote(tenant, query))
 
+    async def download_sizes(self, download: Download) -> dict[str, int]:
+        return await self._call(self._engine.download_sizes.remote(download))
+
+    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
+        return await self._call(self._engine.download_part.remote(download, name, offset, size))
+
     @staticmethod
     async def _call(response: Any) -> Any:
         value = await response
@@ -113,10 +128,10 @@ async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
         return error
 
 
-def build_gateway(max_request_bytes: int) -> FastAPI:
+def build_gateway(max_request_bytes: int, signer: Signer, public_url: str | None) -> FastAPI:
     """The ASGI application of a gateway replica, made in its process."""
     engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
-    return create_app(HandleService(engine), max_request_bytes)
+    return create_app(HandleService(engine), max_request_bytes, signer, public_url)
 
 
 def build_application(plan: Plan) -> serve.Application:
@@ -124,9 +139,11 @@ def build_application(plan: Plan) -> serve.Application:
     # Serve's own annotations know neither async constructors nor deployments made of ingress classes.
     deployment = cast(Any, serve.deployment)
     max_request_bytes = plan.config.limits.max_request_bytes
+    signer = build_signer(plan.config)
+    public_url = plan.config.server.public_url
 
     def build() -> FastAPI:  # Serve takes a builder for what it is only if it is a plain function
-        return build_gateway(max_request_bytes)
+        return build_gateway(max_request_bytes, signer, public_url)
 
     gateway_class = cast(Any, serve.ingress)(build)()
     engine = deployment(

@@ -23,7 +23,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
-    LossInputs,
+    LossSpecs,
     ModelConfig,
     Row,
     RowResult,
@@ -42,9 +42,7 @@ class Rank:
 
     _worker: LocalWorker
 
-    async def start(
-        self, config: ModelConfig, backend: str, sampler: str
-    ) -> tuple[BaseModelInfo, LossInputs]:
+    async def start(self, config: ModelConfig, backend: str, sampler: str) -> tuple[BaseModelInfo, LossSpecs]:
         """Load the model. (Not in the constructor: an error there would reach nobody as what it is.)"""
         if config.device == "cpu":
             import torch
@@ -79,6 +77,10 @@ class Rank:
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
         await self._worker.publish(adapter_id, sampler_adapter_id)
 
+    @ray.method(concurrency_group="sampling")
+    async def cancel(self, request_id: str) -> None:
+        await self._worker.cancel(request_id)
+
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
         await self._worker.add_sampler_adapter(sampler_adapter_id, state)
 
@@ -87,7 +89,10 @@ class Rank:
 
     @ray.method(concurrency_group="sampling")
     async def generate(self, request: GenerateRequest) -> SampleResponse:
-        return await self._worker.generate(request)
+        try:
+            return await self._worker.generate(request)
+        except asyncio.CancelledError as error:  # as such it would end this call in Ray's own way, and loudly
+            raise ServerFault("the sample was cancelled") from error
 
     async def close(self) -> None:
         await self._worker.close()
@@ -96,7 +101,7 @@ class Rank:
 class RankGroup:
     """A `WorkerPort` over Ray actors."""
 
-    def __init__(self, ranks: list[Any], info: BaseModelInfo, loss_fns: LossInputs) -> None:
+    def __init__(self, ranks: list[Any], info: BaseModelInfo, loss_fns: LossSpecs) -> None:
         self._ranks = ranks
         self._info = info
         self._loss_fns = loss_fns
@@ -124,7 +129,7 @@ class RankGroup:
         return self._info
 
     @property
-    def loss_fns(self) -> LossInputs:
+    def loss_fns(self) -> LossSpecs:
         return self._loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
@@ -159,6 +164,9 @@ class RankGroup:
 
     async def generate(self, request: GenerateRequest) -> SampleResponse:
         return await _unwrap(self._ranks[0].generate.remote(request))
+
+    async def cancel(self, request_id: str) -> None:
+        await _unwrap(self._ranks[0].cancel.remote(request_id))
 
     async def close(self) -> None:
         await self._all([rank.close.remote() for rank in self._ranks])

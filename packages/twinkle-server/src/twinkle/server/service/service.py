@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
+from pathlib import Path
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import LoraConfig
-from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec
+from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
@@ -22,12 +25,22 @@ from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.scheduler import Scheduler
-from twinkle.server.service import queries, validation
+from twinkle.server.service import accounts, queries, sessions, validation
+from twinkle.server.service.checkpoints import CheckpointDesk
+from twinkle.server.service.downloads import Downloads
+from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.samplers import Samplers
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.ledger import Ledger
+from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
+
+log = logging.getLogger("twinkle.server")
 
 DEFAULT_RANK = 32
+
+_SWEEP_SECONDS = 60.0
 
 
 class Service:
@@ -43,25 +56,47 @@ class Service:
         database: Database,
         files: CheckpointFiles,
         max_resident_sampler_adapters: int = 64,
+        model_path: Path | None = None,
+        signer: Signer | None = None,
     ) -> None:
         """
         Args:
             model_name: the id under which clients ask for the base model.
+            model_path: where its files are, for those who want its tokenizer.
+            signer: makes addresses for downloads; without one they are files of this machine.
         """
         self._model_name = model_name
         self._worker = worker
         self._database = database
+        self._signer = signer
+        self._downloads = Downloads(files, model_path, signer)
+        self._ledger = Ledger(database, model_name)
+        self._last_seen: dict[str, float] = {}  # session -> its last heartbeat
         self._runs: dict[str, LiveRun] = {}
-        self._samplers: dict[str, tables.Sampler] = {}  # rows that were looked up; they never change
         self._futures = FutureTable(time.monotonic)
         self._scheduler = Scheduler(tick_tokens=8 * worker.info.max_batch_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._keeper = AdapterKeeper(
-            self._runs, self._futures, worker, sampler_adapters, files, database, self._forget_run
+            self._runs,
+            self._futures,
+            worker,
+            sampler_adapters,
+            files,
+            database,
+            self._forget_run,
+            self._ledger,
+            self._tenant_of_token,
         )
-        self._samples = SampleRunner(self._futures, worker, sampler_adapters, self._keeper)
-        self._engine = Engine(self._scheduler, self._futures, worker, self._keeper)
+        completions = CompletionLog()
+        self._samples = SampleRunner(
+            self._futures, worker, sampler_adapters, self._keeper, completions, self._ledger
+        )
+        self._samplers = Samplers(model_name, database, self._keeper, completions)
+        self._losses = CustomLosses(database)
+        self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads)
+        self._engine = Engine(self._scheduler, self._futures, worker, self._keeper, self._record_pass)
         self._loop_task: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------ life
 
@@ -69,17 +104,28 @@ class Service:
         """Begin to work, and return when a training step and a sample have succeeded."""
         await warm_up(self._worker)
         self._loop_task = asyncio.create_task(self._engine.run())
+        self._chores = [asyncio.create_task(self._ledger.run()), asyncio.create_task(self._sweep())]
 
     async def close(self) -> None:
         """Stop working; what is being written is written."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
+        for task in [*self._chores, *([self._loop_task] if self._loop_task else [])]:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._loop_task
+                await task
         await self._samples.close()
         await self._keeper.settle()
+        await self._ledger.flush()
         await self._worker.close()
         self._database.close()
+
+    async def _sweep(self) -> None:
+        """Delete what has expired, for ever."""
+        while True:
+            try:
+                await self._keeper.sweep()
+            except Exception:  # the next time is soon
+                log.exception("expired checkpoints could not be deleted")
+            await asyncio.sleep(_SWEEP_SECONDS)
 
     def check(self) -> None:
         """
@@ -106,11 +152,17 @@ class Service:
                 return self._unload(tenant, request)
             case m.SampleRequest():
                 return await self._sample(tenant, request)
+            case m.CreateCustomLossRequest():
+                return await self._create_custom_loss(tenant, request)
+            case m.ForwardBackwardRequest():
+                await self._losses.load(tenant, request)
+                return self._submit_ordered(tenant, request)
             case _:
                 return self._submit_ordered(tenant, request)
 
     def _submit_ordered(self, tenant: str, request: m.Ordered) -> m.Promise:
         run = self._live_run(tenant, request.model_id)
+        self._ledger.touch(run.run_id)
         seq_id = request.seq_id
         if seq_id is None:
             raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
@@ -119,17 +171,18 @@ class Service:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(seq_id)
         try:
-            tokens = self._check_ordered(request)
+            loss = self._losses.of(run, request)
+            tokens = self._check_ordered(request, loss)
         except InvalidRequest:
             self._scheduler.reject(run.run_id, tenant, seq_id)
             raise
-        return self._enqueue(run, seq_id, request, tokens)
+        return self._enqueue(run, seq_id, request, tokens, loss)
 
-    def _check_ordered(self, request: m.Ordered) -> int:
+    def _check_ordered(self, request: m.Ordered, loss: CustomLoss | None) -> int:
         """Validate a request on a run; returns its cost in tokens."""
         match request:
             case m.ForwardBackwardRequest():
-                return validation.check_pass(request, self._worker.info, self._worker.loss_fns)
+                return validation.check_pass(request, self._worker.info, self._worker.loss_fns, loss)
             case m.OptimStepRequest():
                 if request.optimizer_params is not None:
                     validation.check_optimizer(request.optimizer_params, "optimizer_params.type")
@@ -142,13 +195,24 @@ class Service:
                     raise InvalidRequest(
                         "path: missing; give a name, or sampling_session_seq_id for a snapshot"
                     )
+            case m.SaveWeightsExternalRequest():
+                _check_new_name(request.path)
+                validation.check_not_encrypted(request)
             case m.LoadWeightsRequest():
                 uris.parse(request.path)
         return 0
 
-    def _enqueue(self, run: LiveRun, seq_id: int, request: RunRequest, tokens: int = 0) -> m.Promise:
+    def _enqueue(
+        self,
+        run: LiveRun,
+        seq_id: int,
+        request: RunRequest,
+        tokens: int = 0,
+        loss: CustomLoss | None = None,
+    ) -> m.Promise:
         request_id = self._futures.create(run.tenant)
-        self._scheduler.submit(Job(request_id, run.tenant, run.run_id, seq_id, request, tokens))
+        job = Job(request_id, run.tenant, run.run_id, seq_id, request, tokens, loss)
+        self._scheduler.submit(job)
         return m.Promise(request_id=request_id, model_id=run.run_id)
 
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
@@ -179,7 +243,9 @@ class Service:
             raise InvalidRequest(
                 "model_id: missing; name a run, or session_id and model_seq_id for a new one"
             )
-        checkpoint = await self._keeper.find(tenant, request.path)
+        validation.check_optimizer(request.optimizer_config, "optimizer_config.type")
+        checkpoint = await self._keeper.find(tenant, request.path, token=request.weights_access_token)
+        await self._keeper.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
         validation.check_base_model(
             checkpoint.base_model, self._model_name, "path: the checkpoint's base model"
         )
@@ -195,7 +261,7 @@ class Service:
         spec: AdapterSpec,
         request: m.CreateModelRequest | m.LoadWeightsRequest,
     ) -> m.Promise:
-        await self._check_session(tenant, session_id)
+        await sessions.find_open(self._database, tenant, session_id)
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         if run.run_id in self._runs:
             first = self._scheduler.queue(run.run_id).duplicate_of(0)
@@ -236,19 +302,29 @@ class Service:
             )
         return run
 
-    async def _check_session(self, tenant: str, session_id: str) -> None:
-        if await asyncio.to_thread(self._database.session, tenant, session_id) is None:
-            raise NotFound(f"session_id: no session {session_id[:80]!r}; begin one with create_session")
+    def _record_pass(self, job: Job) -> None:
+        if (run := self._runs.get(job.run_id)) is not None:
+            self._ledger.record(job.tenant, run.session_id, "training", job.tokens)
 
-    # ------------------------------------------------------------ sampling
+    def _tenant_of_token(self, token: str) -> str:
+        if self._signer is not None and token.startswith(JWT_PREFIX):
+            return self._signer.tenant_of_token(token)
+        return tenant_of_key(token)
+
+    # ------------------------------------------------------------ samples and losses
 
     async def _sample(self, tenant: str, request: m.SampleRequest) -> m.Promise:
-        sampler = self._samplers.get(request.sampling_session_id)
-        if sampler is None or sampler.tenant != tenant:
-            sampler = await queries.find_sampler(self._database, tenant, request.sampling_session_id)
-            self._samplers[sampler.id] = sampler
+        sampler = await self._samplers.find(tenant, request.sampling_session_id)
         validation.check_sample(request, self._worker.info)
-        return self._samples.submit(sampler, request)
+        targets = validation.target_tokens(request, self._worker.info)
+        return self._samples.submit(sampler, request, targets)
+
+    async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
+        await sessions.find_open(self._database, tenant, request.session_id)
+        loss_id = await self._losses.create(tenant, request, self._worker.loss_fns)
+        request_id = self._futures.create(tenant)
+        self._futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
+        return m.Promise(request_id=request_id)
 
     # ------------------------------------------------------------ results and queries
 
@@ -271,60 +347,119 @@ class Service:
             case m.GetInfoRequest():
                 run = self._live_run(tenant, query.model_id)
                 return queries.run_info(run, self._worker.info)
+            case m.CreateSamplingSessionRequest():
+                return await self._samplers.create(tenant, query)
+            case m.JoinSamplingSessionRequest():
+                return await self._samplers.join(tenant, query)
+            case m.RetrieveFuturesRequest():
+                return await self._samplers.ended_samples(tenant, query)
+            case m.CancelFutureRequest():
+                self._samples.cancel(tenant, query.request_id)
+                return m.Acknowledged()
+            case m.GetTokenizerUrls():
+                validation.check_base_model(query.base_model, self._model_name)
+                return await asyncio.to_thread(self._downloads.tokenizer, tenant)
+            case m.GetApiKey() | m.DeleteApiKey() | m.GetAuditLog() | m.GetUsage() | m.GetStorageUsage():
+                await self._ledger.flush()
+                return await accounts.answer(self._database, tenant, query)
+            case (
+                m.CreateSessionRequest()
+                | m.SessionHeartbeatRequest()
+                | m.FinishSessionRequest()
+                | m.ListSessions()
+                | m.GetSession()
+                | m.SearchSessions()
+                | m.AssignSessionProject()
+                | m.ExportTrace()
+            ):
+                return await self._ask_of_sessions(tenant, query)
+            case (
+                m.WeightsInfoRequest()
+                | m.CopyWeightsRequest()
+                | m.DeleteCheckpoint()
+                | m.PublishCheckpoint()
+                | m.UnpublishCheckpoint()
+                | m.SetCheckpointTtl()
+                | m.GetCheckpointUrls()
+                | m.GetCheckpointArchive()
+            ):
+                return await self._checkpoints.answer(tenant, query)
+            case _:
+                await self._ledger.flush()
+                return await queries.answer(self._database, tenant, query)
+
+    async def _ask_of_sessions(
+        self,
+        tenant: str,
+        query: m.CreateSessionRequest
+        | m.SessionHeartbeatRequest
+        | m.FinishSessionRequest
+        | m.ListSessions
+        | m.GetSession
+        | m.SearchSessions
+        | m.AssignSessionProject
+        | m.ExportTrace,
+    ) -> m.Reply:
+        match query:
             case m.CreateSessionRequest():
-                return await queries.create_session(self._database, tenant, query)
+                return await sessions.create(self._database, tenant, query)
             case m.SessionHeartbeatRequest():
-                await self._check_session(tenant, query.session_id)
+                row = await sessions.find_open(self._database, tenant, query.session_id)
+                self._last_seen[row.id] = time.time()
                 return m.SessionHeartbeatResponse()
             case m.FinishSessionRequest():
                 return await self._finish_session(tenant, query)
-            case m.CreateSamplingSessionRequest():
-                return await self._create_sampling_session(tenant, query)
-            case m.DeleteCheckpoint():
-                await self._keeper.delete(await self._keeper.find(tenant, queries.uri_of(query)))
+            case m.ListSessions():
+                return await sessions.listed(self._database, tenant, query)
+            case m.GetSession():
+                return await sessions.info(self._database, tenant, query)
+            case m.SearchSessions():
+                return await sessions.search(self._database, tenant, query, self._last_seen)
+            case m.AssignSessionProject():
+                row = await sessions.find(self._database, tenant, query.session_id)
+                await asyncio.to_thread(self._database.set_project, tenant, row.id, query.project_id)
+                details = {"session_id": row.id, "project_id": query.project_id}
+                entry = tables.Audit(
+                    tenant=tenant, time=time.time(), event="project_session_assign", details=details
+                )
+                await asyncio.to_thread(self._database.put, entry)
                 return m.Acknowledged()
-            case m.WeightsInfoRequest():
-                return queries.weights_info(await self._keeper.find(tenant, query.tinker_path, "tinker_path"))
-            case _:
-                return await queries.answer(self._database, tenant, query)
+            case m.ExportTrace():
+                await sessions.find(self._database, tenant, query.session_id)
+                return m.TraceExport(status="failed", error="this server records no traces of sessions")
 
-    async def _create_sampling_session(
-        self, tenant: str, request: m.CreateSamplingSessionRequest
-    ) -> m.CreateSamplingSessionResponse:
-        await self._check_session(tenant, request.session_id)
-        if request.base_model is not None:
-            validation.check_base_model(request.base_model, self._model_name)
-        if request.base_model is None and request.model_path is None:
-            raise InvalidRequest(
-                "base_model: missing; give a base model, or the path of a checkpoint as model_path"
-            )
-        checkpoint: tables.Checkpoint | None = None
-        if request.model_path is not None:
-            checkpoint = await self._keeper.find(tenant, request.model_path, "model_path")
-            validation.check_base_model(
-                checkpoint.base_model, self._model_name, "model_path: the checkpoint's base model"
-            )
-        row = tables.Sampler(
-            id=f"{request.session_id}:sample:{request.sampling_session_seq_id}",
-            tenant=tenant,
-            session_id=request.session_id,
-            base_model=self._model_name,
-            model_path=str(checkpoint.uri) if checkpoint else None,
-            checkpoint_time=checkpoint.created_at if checkpoint else None,
-            created_at=time.time(),
-        )
-        await asyncio.to_thread(self._database.put, row)
-        return m.CreateSamplingSessionResponse(sampling_session_id=row.id)
+    # ------------------------------------------------------------ downloads
+
+    async def download_sizes(self, download: Download) -> dict[str, int]:
+        """The files that a download gives, with their sizes in bytes.
+
+        Raises:
+            NotFound: if they are not there (any more).
+        """
+        return await asyncio.to_thread(self._downloads.sizes, download)
+
+    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes of one of those files."""
+        return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
 
     async def _finish_session(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
-        await self._check_session(tenant, request.session_id)
+        session = await sessions.find(self._database, tenant, request.session_id)
+        await asyncio.to_thread(
+            self._database.finish_session,
+            tenant,
+            session.id,
+            time.time(),
+            request.reason.type,
+            request.detail,
+        )
+        self._last_seen.pop(session.id, None)
         for run in [run for run in self._runs.values() if run.session_id == request.session_id]:
             promise = self._unload(tenant, m.UnloadModelRequest(model_id=run.run_id))
             while await self._futures.wait(tenant, promise.request_id, 60.0) is None:
                 pass
             await self._keeper.drop_unnamed(run.run_id, tenant)
-        for sampler_id in [s.id for s in self._samplers.values() if s.session_id == request.session_id]:
-            del self._samplers[sampler_id]
+        self._samplers.forget(session.id)
+        self._losses.forget(session.id)
         return m.Acknowledged()
 
 

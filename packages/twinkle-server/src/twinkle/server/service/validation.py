@@ -1,17 +1,22 @@
 """What a request must fulfil before it is queued. Each message names the field, what is allowed, and what to do."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import tensor_of_json
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import Datum, Int32Array, LoraConfig
-from twinkle.server.backends.protocol import BaseModelInfo, LossInputs
+from twinkle.protocol.types import Array, Datum, Int32Array, LoraConfig, SparseTensor, TensorData
+from twinkle.server.backends.protocol import TARGETS, BaseModelInfo, CustomLoss, LossSpec, LossSpecs
 
 MAX_SAMPLES = 1024
-TARGETS = "target_tokens"
+# Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
+MAX_PROMPT_CELLS = 2**22
+# The same for the tokens that it generates.
+MAX_SAMPLE_CELLS = 2**24
 
 
 def check_base_model(name: str, served: str, field: str = "base_model") -> None:
@@ -47,28 +52,75 @@ def check_optimizer(config: dict[str, object], field: str) -> None:
         raise InvalidRequest(f"{field}: optimizer {kind!r} is not available on this server; use 'adamw'")
 
 
+def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
+    if request.age_encryption_recipients:
+        raise InvalidRequest(
+            "age_encryption_recipients: this server does not encrypt exports; leave it out, and encrypt what you "
+            "download"
+        )
+
+
 # ---------------------------------------------------------------- training passes
 
 
-def check_pass(request: m.ForwardBackwardRequest, info: BaseModelInfo, loss_fns: LossInputs) -> int:
+def check_pass(
+    request: m.ForwardBackwardRequest,
+    info: BaseModelInfo,
+    loss_fns: LossSpecs,
+    custom_loss: CustomLoss | None = None,
+) -> int:
     """
+    Args:
+        custom_loss: what the request names, if its loss is "custom".
+
     Returns:
         How many tokens the pass costs.
 
     Raises:
         InvalidRequest: naming the first thing that is wrong.
     """
-    if request.loss_fn not in loss_fns:
-        raise InvalidRequest(_unknown("loss_fn", request.loss_fn, loss_fns))
+    spec = loss_fns.get(request.loss_fn)
+    if spec is None:
+        raise InvalidRequest(_unknown_loss(request.loss_fn, loss_fns))
+    if custom_loss is None:
+        _check_loss_config(request, spec)
     if not request.data:
         raise InvalidRequest("data: no datums were sent; send at least one")
     for i, datum in enumerate(request.data):
-        _check_datum(datum, f"data[{i}]", (TARGETS, *loss_fns[request.loss_fn]), info)
+        _check_datum(datum, f"data[{i}]", info, spec)
+        if custom_loss is not None:
+            _check_custom_inputs(datum, f"data[{i}]", custom_loss)
     return sum(datum.model_input.length for datum in request.data)
 
 
+def _unknown_loss(given: str, known: LossSpecs) -> str:
+    if given == "stable_reinforce":
+        return (
+            "loss_fn: 'stable_reinforce' needs what a sampler records about each sequence's stability, and this "
+            "server records none; use importance_sampling, ppo, cispo or gspo"
+        )
+    return _unknown("loss_fn", given, known)
+
+
+def _check_loss_config(request: m.ForwardBackwardRequest, spec: LossSpec) -> None:
+    for name, value in request.loss_fn_config.items():
+        if name not in spec.config:
+            takes = f"takes {', '.join(sorted(spec.config))}" if spec.config else "takes no parameters"
+            raise InvalidRequest(
+                f"loss_fn_config.{name[:80]}: {request.loss_fn} has no such parameter; it {takes}"
+            )
+        if isinstance(value, str) or not math.isfinite(value):
+            raise InvalidRequest(f"loss_fn_config.{name}: {value!r} is not a finite number")
+    config = {**spec.config, **request.loss_fn_config}
+    low, high = config.get("clip_low_threshold", 0.0), config.get("clip_high_threshold", 0.0)
+    if not isinstance(low, str) and not isinstance(high, str) and low > high:
+        raise InvalidRequest(
+            f"loss_fn_config: clip_low_threshold {low} is above clip_high_threshold {high}; both are ratios, around 1"
+        )
+
+
 def _unknown(field: str, given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
+    near = difflib.get_close_matches(given[:80], list(known), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{field}: {given[:80]!r} is not known here; use one of {', '.join(sorted(known))}{hint}"
 
@@ -88,33 +140,59 @@ def check_tokens(tokens: Int32Array, field: str, info: BaseModelInfo) -> None:
         )
 
 
-def _check_datum(datum: Datum, where: str, needed: tuple[str, ...], info: BaseModelInfo) -> None:
+def _check_datum(datum: Datum, where: str, info: BaseModelInfo, spec: LossSpec) -> None:
+    """What the loss reads, all of it; inputs that it doesn't read are left to their senders."""
     tokens = datum.model_input.tokens()
     check_tokens(tokens, f"{where}.model_input", info)
     inputs = datum.loss_fn_inputs
-    missing = [name for name in needed if name not in inputs]
+    missing = [name for name in (TARGETS, *spec.inputs) if name not in inputs]
     if missing:
         raise InvalidRequest(f"{where}.loss_fn_inputs: {', '.join(missing)} missing; send one value a token")
-    for name, tensor in inputs.items():
+    _check_targets(inputs[TARGETS].array, len(tokens), f"{where}.loss_fn_inputs.{TARGETS}", info, spec)
+    for name in spec.inputs:
         field = f"{where}.loss_fn_inputs.{name}"
-        if tensor.array.shape != (len(tokens),):
+        if inputs[name].shape != inputs[TARGETS].shape:
             raise InvalidRequest(
-                f"{field}: shape {tensor.shape}, but model_input has {len(tokens)} tokens; send one value a token"
+                f"{field}: shape {inputs[name].shape}, but {TARGETS} has {inputs[TARGETS].shape}; send one value "
+                "for each target"
             )
-        if tensor.dtype == "float32" and not np.isfinite(tensor.array).all():
-            first = int(np.flatnonzero(~np.isfinite(tensor.array))[0])
-            raise InvalidRequest(
-                f"{field}: entry {first} is {tensor.array[first]}; all must be finite numbers"
-            )
-    targets = inputs[TARGETS].array
+        check_finite(inputs[name].array, field)
+
+
+def _check_targets(targets: Array, length: int, field: str, info: BaseModelInfo, spec: LossSpec) -> None:
+    if not 1 <= targets.ndim <= spec.max_rank or len(targets) != length or targets.size == 0:
+        wide = f" or [{length}, K]" if spec.max_rank == 2 else ""
+        raise InvalidRequest(
+            f"{field}: shape {list(targets.shape)}, but model_input has {length} tokens; send [{length}]{wide}"
+        )
     if targets.dtype.kind != "i":
-        raise InvalidRequest(f"{where}.loss_fn_inputs.target_tokens: must be integers, got {targets.dtype}")
+        raise InvalidRequest(f"{field}: must be integers, got {targets.dtype}")
     if targets.min() < 0 or targets.max() >= info.vocab_size:
         wrong = int(targets.min()) if targets.min() < 0 else int(targets.max())
         raise InvalidRequest(
-            f"{where}.loss_fn_inputs.target_tokens: token id {wrong} is outside of the vocabulary "
-            f"(0 to {info.vocab_size - 1}); mask tokens with a weight of 0, not with an id"
+            f"{field}: token id {wrong} is outside of the vocabulary (0 to {info.vocab_size - 1}); mask tokens with a "
+            "weight of 0, not with an id"
         )
+
+
+def check_finite(array: Array, field: str) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise InvalidRequest(f"{field}: entry {first} is {array.ravel()[first]}; all must be finite numbers")
+
+
+def _check_custom_inputs(datum: Datum, where: str, loss: CustomLoss) -> None:
+    logprobs, *others = loss.inputs
+    for wanted, name in [(logprobs, TARGETS), *((other, other.name) for other in others)]:
+        field = f"{where}.loss_fn_inputs.{name}"
+        if name not in datum.loss_fn_inputs:
+            raise InvalidRequest(f"{field}: missing; the loss {loss.name!r} reads it")
+        array = datum.loss_fn_inputs[name].array
+        if array.ndim != wanted.rank:
+            raise InvalidRequest(
+                f"{field}: has {array.ndim} dimensions, but the loss {loss.name!r} was made for {wanted.rank}"
+            )
+        check_finite(array, field)
 
 
 # ---------------------------------------------------------------- samples
@@ -147,3 +225,61 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
         if getattr(request, name) > info.vocab_size:
             raise InvalidRequest(f"{name}: at most {info.vocab_size}, the size of the vocabulary")
+    tokens = request.num_samples * (params.max_tokens or room)
+    if request.topk_sample_logprobs * tokens > MAX_SAMPLE_CELLS:
+        raise InvalidRequest(
+            f"topk_sample_logprobs: {request.topk_sample_logprobs} at each of up to {tokens} tokens is more than "
+            f"{MAX_SAMPLE_CELLS} values; ask for at most {MAX_SAMPLE_CELLS // tokens}, or set max_tokens"
+        )
+    _check_prompt_extras(request, info)
+
+
+def _check_prompt_extras(request: m.SampleRequest, info: BaseModelInfo) -> None:
+    length = request.prompt.length
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not (request.prompt_logprobs and last_n < length):
+        raise InvalidRequest(
+            f"prompt_logprobs_last_n: {last_n} needs prompt_logprobs, and to be between 1 and {length - 1}, one less "
+            "than the prompt's tokens"
+        )
+    for name, width in (
+        ("topk_prompt_logprobs", request.topk_prompt_logprobs),
+        ("prompt_alt_tokens_k", request.prompt_alt_tokens_k),
+    ):
+        if width * length > MAX_PROMPT_CELLS:
+            raise InvalidRequest(
+                f"{name}: {width} at each of {length} prompt tokens is more than {MAX_PROMPT_CELLS} values; ask for "
+                f"at most {MAX_PROMPT_CELLS // length}"
+            )
+
+
+def target_tokens(request: m.SampleRequest, info: BaseModelInfo) -> TensorData | SparseTensor | None:
+    """The tokens whose log-probabilities are asked for at the prompt's positions, checked.
+
+    Raises:
+        InvalidRequest: if they are no int64 [len(prompt) - 1, K] of token ids, -1 for none.
+    """
+    if request.target_prompt_logprobs is None:
+        return None
+    field = "target_prompt_logprobs"
+    tensor = tensor_of_json(request.target_prompt_logprobs, field)
+    is_sparse = isinstance(tensor, SparseTensor)
+    shape = tensor.shape
+    if len(shape) != 2 or shape[0] != request.prompt.length - 1 or shape[0] * shape[1] > MAX_PROMPT_CELLS:
+        raise InvalidRequest(
+            f"{field}: shape {list(shape)}; it must be [{request.prompt.length - 1}, K], a row for each prompt token "
+            f"after the first, and at most {MAX_PROMPT_CELLS} values"
+        )
+    ids = tensor.values if is_sparse else tensor.array
+    if (
+        ids.dtype.kind != "i"
+        or not ids.size
+        or ids.min() < -1
+        or ids.max() >= info.vocab_size
+        or ids.max() < 0
+    ):
+        raise InvalidRequest(
+            f"{field}: must be int64 token ids from 0 to {info.vocab_size - 1} (at least one), or -1 where nothing is "
+            "asked for"
+        )
+    return tensor

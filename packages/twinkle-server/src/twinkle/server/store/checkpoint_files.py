@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.uris import CheckpointUri
@@ -66,6 +67,30 @@ class CheckpointFiles:
         _check_manifest(directory, uri)
         return peft_format.read(directory, with_optimizer)
 
+    def copy(self, source: CheckpointUri, target: CheckpointUri) -> None:
+        """A second checkpoint of the same content.
+
+        Raises:
+            ServerFault: if a file of the source is missing or has changed.
+        """
+        _check_manifest(self.path(source), source)
+        place = self.path(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+        try:
+            shutil.copytree(self.path(source), partial)
+            _replace(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def sizes(self, uri: CheckpointUri) -> dict[str, int]:
+        """The checkpoint's files by name, and their sizes in bytes.
+
+        Raises:
+            ServerFault: if the manifest is missing or unreadable.
+        """
+        return {name: entry["size_bytes"] for name, entry in _read_manifest(self.path(uri), uri).items()}
+
     def delete(self, uri: CheckpointUri) -> None:
         shutil.rmtree(self.path(uri), ignore_errors=True)
 
@@ -92,14 +117,23 @@ def _write_manifest(directory: Path) -> int:
     return sum(path.stat().st_size for path in (*files.values(), manifest))
 
 
-def _check_manifest(directory: Path, uri: CheckpointUri) -> None:
+def _read_manifest(directory: Path, uri: CheckpointUri) -> dict[str, Any]:
     try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        damaged = [name for name, entry in files.items() if _sha256(directory / name) != entry["sha256"]]
+        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise ServerFault(
-            f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again"
-        ) from error
+        raise _incomplete(uri, error) from error
+
+
+def _incomplete(uri: CheckpointUri, error: Exception) -> ServerFault:
+    return ServerFault(f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again")
+
+
+def _check_manifest(directory: Path, uri: CheckpointUri) -> None:
+    files = _read_manifest(directory, uri)
+    try:
+        damaged = [name for name, entry in files.items() if _sha256(directory / name) != entry["sha256"]]
+    except (OSError, KeyError) as error:
+        raise _incomplete(uri, error) from error
     if damaged:
         raise ServerFault(
             f"checkpoint {uri}: {', '.join(damaged)} differs from its checksum; restore it or save again"

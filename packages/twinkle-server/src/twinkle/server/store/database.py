@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from sqlalchemy import Engine, create_engine, event, func, or_, select
+from sqlalchemy import ColumnElement, Engine, create_engine, event, func, inspect, or_, select, tuple_, update
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.store.tables import UNNAMED_PREFIX, Base, Checkpoint, Run, Sampler, Session
+from twinkle.server.store.tables import (
+    UNNAMED_PREFIX,
+    Audit,
+    Base,
+    Checkpoint,
+    CustomLoss,
+    Run,
+    Sampler,
+    Session,
+    Usage,
+)
+
+
+@dataclass(frozen=True)
+class StorageTotal:
+    """The checkpoints of one project."""
+
+    project_id: str | None
+    count: int
+    size_bytes: int
 
 
 class Database:
-    """Rows of sessions, runs, checkpoints and samplers. Every look-up names the tenant: others' rows don't exist."""
+    """Rows of sessions, runs, checkpoints and samplers. Every look-up names the tenant: others' rows don't exist,
+    unless a method says that it also finds what they have published.
+    """
 
     def __init__(self, url: str) -> None:
         """
         Args:
             url: any SQLAlchemy URL; tables that are missing are made.
+
+        Raises:
+            InvalidRequest: if its tables are those of another version.
         """
         self._engine = create_engine(url)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _tune_sqlite)
+        _check_tables(self._engine)
         Base.metadata.create_all(self._engine)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
 
@@ -36,63 +63,173 @@ class Database:
         with self._sessions.begin() as session:
             yield session
 
-    def put(self, row: Session | Run | Sampler | Checkpoint) -> None:
+    def put(self, row: Session | Run | Sampler | Checkpoint | CustomLoss | Audit) -> None:
         """Write a row, in place of one with the same key."""
         with self._transaction() as session:
             session.merge(row)
 
-    # ------------------------------------------------------------ sessions and samplers
+    # ------------------------------------------------------------ sessions
 
     def session(self, tenant: str, session_id: str) -> Session | None:
         with self._transaction() as session:
             row = session.get(Session, session_id)
             return row if row is not None and row.tenant == tenant else None
 
+    def sessions(
+        self,
+        tenant: str,
+        limit: int,
+        offset: int = 0,
+        project_id: str | None = None,
+        before: tuple[float, str] | None = None,
+    ) -> list[Session]:
+        """A page of sessions, newest first.
+
+        Args:
+            before: only those older than (time of creation, id).
+        """
+        query = select(Session).where(Session.tenant == tenant)
+        if project_id is not None:
+            query = query.where(Session.project_id == project_id)
+        if before is not None:
+            query = query.where(tuple_(Session.created_at, Session.id) < before)
+        query = query.order_by(Session.created_at.desc(), Session.id.desc()).limit(limit).offset(offset)
+        with self._transaction() as session:
+            return list(session.scalars(query))
+
+    def session_metadata(self, tenant: str, session_ids: Sequence[str]) -> dict[str, Session]:
+        query = select(Session).where(Session.tenant == tenant, Session.id.in_(session_ids))
+        with self._transaction() as session:
+            return {row.id: row for row in session.scalars(query)}
+
+    def finish_session(
+        self, tenant: str, session_id: str, now: float, reason: str, detail: str | None
+    ) -> None:
+        """Note how a session ended; the first time counts."""
+        change = (
+            update(Session)
+            .where(Session.tenant == tenant, Session.id == session_id, Session.finished_at.is_(None))
+            .values(finished_at=now, finish_reason=reason, finish_detail=detail)
+        )
+        with self._transaction() as session:
+            session.execute(change)
+
+    def set_project(self, tenant: str, session_id: str, project_id: str) -> None:
+        change = update(Session).where(Session.tenant == tenant, Session.id == session_id)
+        with self._transaction() as session:
+            session.execute(change.values(project_id=project_id))
+
+    def run_ids(self, session_id: str) -> list[str]:
+        query = select(Run.id).where(Run.session_id == session_id).order_by(Run.created_at, Run.id)
+        with self._transaction() as session:
+            return list(session.scalars(query))
+
+    def sampler_ids(self, session_id: str) -> list[str]:
+        query = select(Sampler.id).where(Sampler.session_id == session_id)
+        with self._transaction() as session:
+            return list(session.scalars(query.order_by(Sampler.created_at, Sampler.id)))
+
+    def checkpoint_totals(self, session_ids: Sequence[str], now: float) -> dict[str, tuple[int, int]]:
+        """Number and bytes of the checkpoints made in each session."""
+        query = (
+            select(Run.session_id, func.count(), func.sum(Checkpoint.size_bytes))
+            .join(Checkpoint, Checkpoint.run_id == Run.id)
+            .where(Run.session_id.in_(session_ids), *_listed(now))
+            .group_by(Run.session_id)
+        )
+        with self._transaction() as session:
+            return {row[0]: (row[1], int(row[2] or 0)) for row in session.execute(query)}
+
+    # ------------------------------------------------------------ samplers and losses
+
     def sampler(self, tenant: str, sampler_id: str) -> Sampler | None:
         with self._transaction() as session:
             row = session.get(Sampler, sampler_id)
             return row if row is not None and row.tenant == tenant else None
 
-    # ------------------------------------------------------------ runs
-
-    def run(self, tenant: str, run_id: str) -> Run | None:
+    def join_sampler(self, tenant: str, sampler_id: str) -> int | None:
+        """The number of one more client of a sampler, from 1; None if there is no such sampler."""
+        mine = (Sampler.tenant == tenant, Sampler.id == sampler_id)
         with self._transaction() as session:
-            row = session.get(Run, run_id)
+            session.execute(update(Sampler).where(*mine).values(clients=Sampler.clients + 1))
+            return session.scalar(select(Sampler.clients).where(*mine))
+
+    def custom_loss(self, tenant: str, loss_id: str) -> CustomLoss | None:
+        with self._transaction() as session:
+            row = session.get(CustomLoss, loss_id)
             return row if row is not None and row.tenant == tenant else None
 
-    def runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Run], int]:
-        """A page of runs, newest first, and how many there are in all."""
-        mine = Run.tenant == tenant
+    # ------------------------------------------------------------ runs
+
+    def run(self, tenant: str, run_id: str, now: float, accessible: bool = False) -> Run | None:
+        """A run; with `accessible` also another tenant's that has a published checkpoint."""
         with self._transaction() as session:
-            query = (
-                select(Run).where(mine).order_by(Run.created_at.desc(), Run.id).limit(limit).offset(offset)
+            row = session.get(Run, run_id)
+            if row is None or row.tenant == tenant:
+                return row
+            published = select(Checkpoint.run_id).where(
+                Checkpoint.run_id == run_id, Checkpoint.public, _not_expired(now)
             )
-            total = session.scalar(select(func.count()).select_from(Run).where(mine))
-            return list(session.scalars(query)), total or 0
+            return row if accessible and session.scalar(published.limit(1)) else None
+
+    def runs(
+        self, tenant: str, now: float, limit: int, offset: int, accessible: bool, project_id: str | None
+    ) -> tuple[list[Run], int]:
+        """A page of runs, newest first, and how many there are in all; with `accessible` also others' runs that have
+        a published checkpoint.
+        """
+        wanted = Run.tenant == tenant
+        if accessible:
+            published = select(Checkpoint.run_id).where(Checkpoint.public, _not_expired(now))
+            wanted = or_(wanted, Run.id.in_(published))
+        conditions: list[ColumnElement[bool]] = [wanted]
+        if project_id is not None:
+            conditions.append(Run.session_id.in_(select(Session.id).where(Session.project_id == project_id)))
+        with self._transaction() as session:
+            query = select(Run).where(*conditions).order_by(Run.created_at.desc(), Run.id)
+            total = session.scalar(select(func.count()).select_from(Run).where(*conditions))
+            return list(session.scalars(query.limit(limit).offset(offset))), total or 0
 
     # ------------------------------------------------------------ checkpoints
 
-    def checkpoint(self, tenant: str, uri: CheckpointUri, now: float) -> Checkpoint | None:
-        """The checkpoint of that name that is not expired; in the bare form the tenant's newest."""
-        query = select(Checkpoint).where(
-            Checkpoint.tenant == tenant,
-            Checkpoint.name == uri.name,
-            or_(Checkpoint.expires_at.is_(None), Checkpoint.expires_at > now),
-        )
+    def checkpoint(
+        self, tenant: str, uri: CheckpointUri, now: float, or_public: bool = False
+    ) -> Checkpoint | None:
+        """The checkpoint of that name that is not expired; in the bare form the tenant's newest.
+
+        Args:
+            or_public: a full name also finds what another tenant has published.
+        """
+        mine: ColumnElement[bool] = Checkpoint.tenant == tenant
+        if or_public and uri.run_id is not None:
+            mine = or_(mine, Checkpoint.public)
+        query = select(Checkpoint).where(mine, Checkpoint.name == uri.name, _not_expired(now))
         if uri.run_id is not None:
             query = query.where(Checkpoint.run_id == uri.run_id, Checkpoint.kind == uri.kind)
         with self._transaction() as session:
             return session.scalars(query.order_by(Checkpoint.created_at.desc()).limit(1)).first()
 
+    def checkpoint_row(self, uri: CheckpointUri) -> Checkpoint | None:
+        """The row of a full name, whoever's it is and however old."""
+        with self._transaction() as session:
+            return session.get(Checkpoint, (uri.run_id, uri.kind, uri.name))
+
     def checkpoints(
-        self, tenant: str, now: float, run_id: str | None = None, limit: int = 1000, offset: int = 0
+        self,
+        tenant: str,
+        now: float,
+        run_id: str | None = None,
+        limit: int = 1000,
+        offset: int = 0,
+        or_public: bool = False,
     ) -> tuple[list[Checkpoint], int]:
-        """A page of checkpoints, newest first, and how many there are in all."""
-        conditions = [
-            Checkpoint.tenant == tenant,
-            ~Checkpoint.name.startswith(UNNAMED_PREFIX, autoescape=True),
-            or_(Checkpoint.expires_at.is_(None), Checkpoint.expires_at > now),
-        ]
+        """A page of checkpoints, newest first, and how many there are in all.
+
+        Args:
+            or_public: also those that another tenant has published.
+        """
+        mine: ColumnElement[bool] = Checkpoint.tenant == tenant
+        conditions = [or_(mine, Checkpoint.public) if or_public else mine, *_listed(now)]
         if run_id is not None:
             conditions.append(Checkpoint.run_id == run_id)
         with self._transaction() as session:
@@ -101,6 +238,18 @@ class Database:
             )
             total = session.scalar(select(func.count()).select_from(Checkpoint).where(*conditions))
             return list(session.scalars(query.limit(limit).offset(offset))), total or 0
+
+    def newest_checkpoints(self, tenant: str, run_ids: Sequence[str], now: float) -> list[Checkpoint]:
+        """The newest checkpoint of each run and kind that the tenant may see."""
+        seen = [or_(Checkpoint.tenant == tenant, Checkpoint.public), *_listed(now)]
+        newest = (
+            select(Checkpoint.run_id, Checkpoint.kind, func.max(Checkpoint.created_at))
+            .where(Checkpoint.run_id.in_(run_ids), *seen)
+            .group_by(Checkpoint.run_id, Checkpoint.kind)
+        )
+        key = tuple_(Checkpoint.run_id, Checkpoint.kind, Checkpoint.created_at)
+        with self._transaction() as session:
+            return list(session.scalars(select(Checkpoint).where(key.in_(newest), *seen)))
 
     def unnamed_checkpoints(self, tenant: str, run_id: str) -> list[Checkpoint]:
         """A run's unnamed sampler snapshots."""
@@ -112,6 +261,20 @@ class Database:
             )
             return list(session.scalars(query))
 
+    def expired_checkpoints(self, now: float, limit: int) -> list[Checkpoint]:
+        """Checkpoints, of all tenants, whose time is over."""
+        with self._transaction() as session:
+            query = select(Checkpoint).where(Checkpoint.expires_at <= now).order_by(Checkpoint.expires_at)
+            return list(session.scalars(query.limit(limit)))
+
+    def set_public(self, tenant: str, uri: CheckpointUri, public: bool) -> None:
+        with self._transaction() as session:
+            session.execute(update(Checkpoint).where(*_own(tenant, uri)).values(public=public))
+
+    def set_expiry(self, tenant: str, uri: CheckpointUri, expires_at: float | None) -> None:
+        with self._transaction() as session:
+            session.execute(update(Checkpoint).where(*_own(tenant, uri)).values(expires_at=expires_at))
+
     def delete_checkpoint(self, tenant: str, uri: CheckpointUri) -> bool:
         """Whether there was one."""
         with self._transaction() as session:
@@ -121,8 +284,89 @@ class Database:
             session.delete(row)
             return True
 
+    # ------------------------------------------------------------ accounts
+
+    def write_ledger(self, usage: Sequence[Usage], run_times: dict[str, float]) -> None:
+        """Add to what was used before, and note when each run was last asked for something."""
+        with self._transaction() as session:
+            for row in usage:
+                key = (row.tenant, row.hour, row.session_id, row.kind)
+                known = session.get(Usage, key, with_for_update=True)
+                if known is None:
+                    session.add(row)
+                else:
+                    known.count += row.count
+            for run_id, time in run_times.items():
+                session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
+
+    def usage(self, tenant: str, first_hour: int, end_hour: int) -> list[Usage]:
+        """By hour, then what there is most of."""
+        query = select(Usage).where(Usage.tenant == tenant, Usage.hour >= first_hour, Usage.hour < end_hour)
+        with self._transaction() as session:
+            return list(session.scalars(query.order_by(Usage.hour, Usage.count.desc(), Usage.kind)))
+
+    def storage(self, tenant: str, now: float, project_id: str | None) -> list[StorageTotal]:
+        """The checkpoints that there are now, by project."""
+        query = (
+            select(Session.project_id, func.count(), func.sum(Checkpoint.size_bytes))
+            .join(Run, Run.session_id == Session.id)
+            .join(Checkpoint, Checkpoint.run_id == Run.id)
+            .where(Checkpoint.tenant == tenant, *_listed(now))
+            .group_by(Session.project_id)
+        )
+        if project_id is not None:
+            query = query.where(Session.project_id == project_id)
+        with self._transaction() as session:
+            return [StorageTotal(row[0], row[1], int(row[2] or 0)) for row in session.execute(query)]
+
+    def audit(self, tenant: str, start: float, end: float, resource: str | None) -> list[Audit]:
+        """Entries of a span of time, oldest first; `resource` is what the event's name begins with."""
+        query = select(Audit).where(Audit.tenant == tenant, Audit.time >= start, Audit.time < end)
+        if resource is not None:
+            query = query.where(Audit.event.startswith(resource, autoescape=True))
+        with self._transaction() as session:
+            return list(session.scalars(query.order_by(Audit.time, Audit.id)))
+
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _not_expired(now: float) -> ColumnElement[bool]:
+    return or_(Checkpoint.expires_at.is_(None), Checkpoint.expires_at > now)
+
+
+def _listed(now: float) -> list[ColumnElement[bool]]:
+    """Checkpoints that lists show."""
+    return [~Checkpoint.name.startswith(UNNAMED_PREFIX, autoescape=True), _not_expired(now)]
+
+
+def _own(tenant: str, uri: CheckpointUri) -> list[ColumnElement[bool]]:
+    return [
+        Checkpoint.tenant == tenant,
+        Checkpoint.run_id == uri.run_id,
+        Checkpoint.kind == uri.kind,
+        Checkpoint.name == uri.name,
+    ]
+
+
+def _check_tables(engine: Engine) -> None:
+    """
+    Raises:
+        InvalidRequest: if a table lacks a column that is needed.
+    """
+    inspector = inspect(engine)
+    for table in Base.metadata.sorted_tables:
+        if not inspector.has_table(table.name):
+            continue
+        missing = {column.name for column in table.columns} - {
+            column["name"] for column in inspector.get_columns(table.name)
+        }
+        if missing:
+            raise InvalidRequest(
+                f"storage: the database at {engine.url.render_as_string()} was made by another version of "
+                f"twinkle-server (its table {table.name!r} has no {', '.join(sorted(missing))}); use another "
+                "storage.root or database_url, or that version"
+            )
 
 
 def _tune_sqlite(connection: object, _record: object) -> None:

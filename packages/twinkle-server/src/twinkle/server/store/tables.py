@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from twinkle.protocol.uris import CheckpointKind, CheckpointUri
@@ -23,12 +23,17 @@ class Session(Base):
     """A client's connection, from create_session to its finish."""
 
     __tablename__ = "sessions"
+    __table_args__ = (Index("sessions_by_tenant", "tenant", "created_at"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    tenant: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(Float)
     user_metadata: Mapped[dict[str, Any] | None]
     display_name: Mapped[str | None] = mapped_column(String(256))
+    project_id: Mapped[str | None] = mapped_column(String(128))
+    finished_at: Mapped[float | None] = mapped_column(Float)
+    finish_reason: Mapped[str | None] = mapped_column(String(16))
+    finish_detail: Mapped[str | None] = mapped_column(String)
 
 
 class Run(Base):
@@ -39,7 +44,7 @@ class Run(Base):
 
     id: Mapped[str] = mapped_column(String(128), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64))
-    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"), index=True)
     base_model: Mapped[str] = mapped_column(String(512))
     created_at: Mapped[float] = mapped_column(Float)
     last_request_at: Mapped[float] = mapped_column(Float)
@@ -51,7 +56,10 @@ class Checkpoint(Base):
     """A saved adapter. The row is written after its files are complete."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (Index("checkpoints_by_name", "tenant", "name", "created_at"),)
+    __table_args__ = (
+        Index("checkpoints_by_name", "tenant", "name", "created_at"),
+        Index("checkpoints_by_expiry", "expires_at"),
+    )
 
     run_id: Mapped[str] = mapped_column(String(128), primary_key=True)
     kind: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -65,6 +73,7 @@ class Checkpoint(Base):
     train_attn: Mapped[bool] = mapped_column(Boolean)
     train_mlp: Mapped[bool] = mapped_column(Boolean)
     train_unembed: Mapped[bool] = mapped_column(Boolean)
+    public: Mapped[bool] = mapped_column(Boolean, default=False)
     user_metadata: Mapped[dict[str, Any] | None]
 
     @property
@@ -79,8 +88,46 @@ class Sampler(Base):
 
     id: Mapped[str] = mapped_column(String(128), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64))
-    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"), index=True)
     base_model: Mapped[str] = mapped_column(String(512))
     model_path: Mapped[str | None] = mapped_column(String(512))
     checkpoint_time: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float)
+    clients: Mapped[int] = mapped_column(Integer, default=0)  # how many have joined the one that made it
+
+
+class CustomLoss(Base):
+    """A loss that a client has traced and uploaded, as JSON."""
+
+    __tablename__ = "custom_losses"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
+    body: Mapped[str] = mapped_column(Text)
+
+
+class Usage(Base):
+    """What a session used in an hour: tokens, or checkpoints."""
+
+    __tablename__ = "usage"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    hour: Mapped[int] = mapped_column(Integer, primary_key=True)  # hours since 1970
+    session_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+    base_model: Mapped[str] = mapped_column(String(512))
+    count: Mapped[int] = mapped_column(BigInteger)
+
+
+class Audit(Base):
+    """Something done to a checkpoint or project, by whom, when."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("audit_by_time", "tenant", "time"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    time: Mapped[float] = mapped_column(Float)
+    event: Mapped[str] = mapped_column(String(64))
+    details: Mapped[dict[str, Any]]

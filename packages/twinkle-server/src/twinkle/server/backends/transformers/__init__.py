@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.loss_formulas import LOSS_SPECS
 from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
 from twinkle.server.backends.protocol import (
+    CUSTOM_LOSS,
+    TARGETS,
     AdamStep,
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
-    LossInputs,
+    LossSpec,
+    LossSpecs,
     ModelConfig,
     OptimizerState,
     Row,
@@ -43,7 +47,6 @@ from twinkle.server.backends.transformers.base_model import (
     load_base_model,
 )
 from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
-from twinkle.server.backends.transformers.losses import LOSSES, TARGETS
 from twinkle.server.backends.transformers.passes import Adapter, Network, run_pass
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
@@ -83,8 +86,8 @@ class TransformersBackend:
         return self._info
 
     @property
-    def loss_fns(self) -> LossInputs:
-        return {name: kind.inputs for name, kind in LOSSES.items()}
+    def loss_fns(self) -> LossSpecs:
+        return {**LOSS_SPECS, CUSTOM_LOSS: LossSpec((), max_rank=2)}
 
     # ------------------------------------------------------------ adapters
 
@@ -159,23 +162,28 @@ class TransformersBackend:
     def _check_row(self, row: Row) -> None:
         if row.adapter_id not in self._adapters:
             raise KeyError(f"there is no adapter {row.adapter_id!r}")
-        if row.loss_fn not in LOSSES:
+        if row.custom_loss is not None:
+            needed: tuple[str, ...] = ()
+        elif row.loss_fn in LOSS_SPECS:
+            needed = LOSS_SPECS[row.loss_fn].inputs
+        else:
             raise InvalidRequest(
-                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(LOSSES))}"
+                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(LOSS_SPECS))}"
             )
-        for name in (TARGETS, *LOSSES[row.loss_fn].inputs):
-            if name not in row.loss_inputs:
+        targets = row.loss_inputs.get(TARGETS)
+        if targets is None or targets.ndim not in (1, 2) or len(targets) != len(row.tokens):
+            raise InvalidRequest(
+                f"loss_fn_inputs.{TARGETS}: must be there, [T] or [T, K] for the {len(row.tokens)} tokens"
+            )
+        for name in needed:
+            if name not in row.loss_inputs or row.loss_inputs[name].shape != targets.shape:
                 raise InvalidRequest(
-                    f"loss_fn_inputs: {name} is missing; {row.loss_fn} needs one value a token"
-                )
-            if row.loss_inputs[name].shape != row.tokens.shape:
-                raise InvalidRequest(
-                    f"loss_fn_inputs.{name}: shape {list(row.loss_inputs[name].shape)}, but there are "
-                    f"{len(row.tokens)} tokens; send one value a token"
+                    f"loss_fn_inputs.{name}: {row.loss_fn} needs it in the shape of {TARGETS}, "
+                    f"{list(targets.shape)}"
                 )
         # On a GPU an index out of bounds would end the process.
-        for name, tokens in (("model_input", row.tokens), (TARGETS, row.loss_inputs[TARGETS])):
-            if len(tokens) == 0 or np.min(tokens) < 0 or np.max(tokens) >= self._info.vocab_size:
+        for name, tokens in (("model_input", row.tokens), (TARGETS, targets)):
+            if tokens.size == 0 or np.min(tokens) < 0 or np.max(tokens) >= self._info.vocab_size:
                 raise InvalidRequest(
                     f"{name}: token ids must be between 0 and {self._info.vocab_size - 1}, at least one of them"
                 )

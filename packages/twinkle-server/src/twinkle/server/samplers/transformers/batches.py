@@ -8,41 +8,38 @@ slower, since requests follow each other, but the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from twinkle.protocol.types import Int64Array, TopkRow
+from twinkle.protocol.types import Int64Array
 from twinkle.server.backends.transformers.base_model import decoder, finish_logits
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
+from twinkle.server.samplers.transformers.prompt_scores import PromptScores
 
 # Tokens of prompts in one forward pass; longer ones are read piece by piece.
 PREFILL_TOKENS = 2048
-# Logits of prompt tokens that are held at once (when their log-probabilities are asked for).
+# Logits of prompt tokens that are held at once, when anything is asked about these: tokens times the vocabulary.
 PROMPT_LOGITS = 2**24
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt to read, and what is learnt on the way.
+    """A prompt to read.
 
     Attributes:
         rows: how many samples begin with it.
-        logprobs: of its tokens from the second on, if wanted.
-        topk: the k likeliest at each of those positions, if `k`.
+        scores: takes what is asked about its tokens; None if nothing is.
     """
 
     tokens: Int64Array
     adapter: ResidentAdapter | None
     rows: int
-    wants_logprobs: bool = False
-    k: int = 0
-    logprobs: list[float] = field(default_factory=list[float])
-    topk: list[TopkRow] = field(default_factory=list[TopkRow])
+    scores: PromptScores | None = None
 
 
 class Batch(Protocol):
@@ -101,45 +98,31 @@ class Network:
         """[rows, n, hidden] to [rows, n, vocabulary]; the route must be about these rows."""
         return finish_logits(self._output(hidden), self.config)
 
-    def read_prompt_logprobs(
-        self, prompts: Sequence[Prompt], hidden: Tensor, tokens: Tensor, start: int
-    ) -> None:
-        """Note the log-probabilities of the tokens that follow positions [start, start + n) of each prompt.
+    def read_scores(self, prompts: Sequence[Prompt], hidden: Tensor, start: int) -> None:
+        """Answer what the prompts ask about the tokens that follow positions [start, start + n).
+
+        Each prompt's logits are worked out by themselves: nothing is spent on those that ask nothing.
 
         Args:
-            hidden: [prompts, n, hidden].
-            tokens: int64 [prompts, longest], padded at the right.
+            hidden: [prompts, n, hidden]; positions beyond a prompt's end are passed over.
         """
-        if not any(prompt.wants_logprobs or prompt.k for prompt in prompts):
+        whole_route = self.route.groups
+        try:
+            for prompt, states in zip(prompts, hidden, strict=True):
+                if prompt.scores is not None:
+                    self._read_scores_of_one(prompt, prompt.scores, states, start)
+        finally:
+            self.route.groups = whole_route
+
+    def _read_scores_of_one(self, prompt: Prompt, scores: PromptScores, states: Tensor, start: int) -> None:
+        first, end = max(scores.first_row, start), min(scores.rows, start + len(states))
+        if first >= end:
             return
-        rows, n, _ = hidden.shape
-        k = max(prompt.k for prompt in prompts)
-        for offset in range(
-            0, n, step := max(1, PROMPT_LOGITS // (rows * int(self.config.get_text_config().vocab_size)))
-        ):
-            piece = hidden[:, offset : offset + step]
-            first = start + offset
-            targets = tokens[:, first + 1 : first + 1 + piece.shape[1]]
-            piece = piece[:, : targets.shape[1]]
-            if piece.shape[1] == 0:
-                return
-            logprobs = torch.log_softmax(self.logits(piece).float(), dim=-1)
-            chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).cpu()
-            best = cast("tuple[Tensor, Tensor]", logprobs.topk(k, dim=-1)) if k else None
-            for i, prompt in enumerate(prompts):
-                own = max(0, min(piece.shape[1], len(prompt.tokens) - 1 - first))
-                if prompt.wants_logprobs:
-                    prompt.logprobs += chosen[i, :own].tolist()
-                if prompt.k and best is not None:
-                    prompt.topk += topk_rows(best[1][i, :own], best[0][i, :own], prompt.k)
-
-
-def topk_rows(tokens: Tensor, logprobs: Tensor, k: int) -> list[TopkRow]:
-    """[n, >= k] each to n lists of k (token id, log-probability)."""
-    return [
-        list(zip(ids, values, strict=True))
-        for ids, values in zip(tokens[:, :k].tolist(), logprobs[:, :k].tolist(), strict=True)
-    ]
+        self.route.groups = self.routes.make_one(prompt.adapter)
+        step = max(1, PROMPT_LOGITS // int(self.config.get_text_config().vocab_size))
+        for row in range(first, end, step):
+            piece = states[row - start : min(row + step, end) - start]
+            scores.read(row, self.logits(piece.unsqueeze(0)).squeeze(0))
 
 
 class SlotBatch:
@@ -183,7 +166,7 @@ class SlotBatch:
         for start in range(0, longest, step):
             piece = tokens[:, start : start + step]
             hidden = self._forward(piece, torch.full((len(prompts),), start, device=network.device), rows)
-            network.read_prompt_logprobs(prompts, hidden, tokens, start)
+            network.read_scores(prompts, hidden, start)
             for i, prompt in enumerate(prompts):
                 if start <= len(prompt.tokens) - 1 < start + piece.shape[1]:
                     last[i] = hidden[i, len(prompt.tokens) - 1 - start]
@@ -269,9 +252,7 @@ class SingleBatch:
         positions = torch.arange(tokens.shape[1], device=network.device).unsqueeze(0)
         hidden = network.body(tokens, positions, None, cache)
         logits = network.logits(hidden[:, -1:]).squeeze(1)
-        network.route.groups = network.routes.make([prompt.adapter])
-        network.read_prompt_logprobs([prompt], hidden[:1], tokens[:1], 0)
-        network.route.groups = network.routes.make([prompt.adapter] * prompt.rows)
+        network.read_scores([prompt], hidden[:1], 0)
         self._cache, self._length, self._width = cache, tokens.shape[1], prompt.rows
         self._live = list(range(prompt.rows))
         return logits

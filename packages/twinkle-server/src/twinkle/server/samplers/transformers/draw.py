@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twinkle.protocol.types import TopkRow
+
 UNIFORMS_AT_ONCE = 256
+
+# A temperature below this is taken for this, which is as good as greedy: dividing by less overflows float32.
+_MIN_TEMPERATURE = 1e-30
+
+# Rows times vocabulary, in double precision, that alternatives are drawn from at once.
+_PROBABILITIES_AT_ONCE = 2**21
+
+# Sets the stream of a prompt's alternatives apart from those of samples.
+_ALTERNATIVES = 1
 
 
 class Uniforms:
@@ -25,6 +36,12 @@ class Uniforms:
         if not self._block:
             self._block = self._generator.random(UNIFORMS_AT_ONCE).tolist()[::-1]
         return self._block.pop()
+
+
+def alternatives_generator(seed: int) -> np.random.Generator:
+    """Uniform numbers for a prompt's alternatives, a function of the seed alone; no sample's stream."""
+    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(_ALTERNATIVES,))
+    return np.random.Generator(np.random.Philox(entropy))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +63,7 @@ class DrawSettings:
 
 def tempered_logprobs(logits: Tensor, temperature: Tensor) -> Tensor:
     """Log-softmax of logits / temperature, float32 [rows, vocabulary]; where temperature is 0, of the logits."""
-    divisor = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
+    divisor = torch.where(temperature == 0, 1.0, temperature.clamp(min=_MIN_TEMPERATURE))
     return torch.log_softmax(logits.float() / divisor.unsqueeze(1), dim=-1)
 
 
@@ -58,8 +75,38 @@ def draw(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
     if settings.filtered:
         drawn = _draw_filtered(logprobs, settings, uniforms)
     else:
-        drawn = _invert(logprobs.double().exp(), uniforms)
+        drawn = _invert(logprobs.double().exp(), uniforms.unsqueeze(1)).squeeze(1)
     return torch.where(settings.temperature == 0, logprobs.argmax(dim=-1), drawn)
+
+
+def draw_alternatives(logprobs: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """Several tokens a row, with replacement; neither top_k nor top_p applies.
+
+    Args:
+        logprobs: float32 [rows, vocabulary], of the plain distribution.
+        temperature: of the draws; 0 gives the likeliest token each time.
+        uniforms: float64 [rows, k] in [0, 1).
+
+    Returns:
+        int64 [rows, k].
+    """
+    if temperature == 0:
+        return logprobs.argmax(dim=-1, keepdim=True).repeat(1, uniforms.shape[1])
+    rows_at_once = max(1, _PROBABILITIES_AT_ONCE // logprobs.shape[-1])
+    drawn: list[Tensor] = []
+    for some, their_uniforms in zip(logprobs.split(rows_at_once), uniforms.split(rows_at_once), strict=True):
+        # Log-probabilities are logits up to a constant, which the softmax takes out again.
+        tempered = torch.log_softmax(some / max(temperature, _MIN_TEMPERATURE), dim=-1)
+        drawn.append(_invert(tempered.double().exp(), their_uniforms))
+    return torch.cat(drawn)
+
+
+def topk_rows(logprobs: Tensor, tokens: Tensor) -> list[TopkRow]:
+    """[n, k] each to n lists of k (token id, log-probability)."""
+    return [
+        list(zip(ids, values, strict=True))
+        for ids, values in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    ]
 
 
 def _draw_filtered(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
@@ -70,15 +117,23 @@ def _draw_filtered(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     before = probabilities.cumsum(dim=-1) - probabilities
     beyond = (before >= settings.top_p.double().unsqueeze(1)) & (ranks > 0)
-    chosen = _invert(probabilities.masked_fill(beyond, 0.0), uniforms)
-    return tokens.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    chosen = _invert(probabilities.masked_fill(beyond, 0.0), uniforms.unsqueeze(1))
+    return tokens.gather(1, chosen).squeeze(1)
 
 
 def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index whose cumulative probability is above uniform x total."""
+    """The first index whose cumulative probability is above uniform x total.
+
+    Args:
+        probabilities: float64 [rows, vocabulary], not all 0 in any row.
+        uniforms: float64 [rows, k].
+
+    Returns:
+        int64 [rows, k].
+    """
     cumulative = probabilities.cumsum(dim=-1)
-    wanted = uniforms.unsqueeze(1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+    wanted = uniforms * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, wanted, right=True)
     # Rounding can lead beyond the last token that has any probability.
-    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1)
+    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
     return torch.minimum(index, last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Self, TypeAlias
 
@@ -21,8 +22,14 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import Network, Prompt, SingleBatch, make_batch, topk_rows
-from twinkle.server.samplers.transformers.draw import DrawSettings, Uniforms, draw, tempered_logprobs
+from twinkle.server.samplers.transformers.batches import Network, Prompt, SingleBatch, make_batch
+from twinkle.server.samplers.transformers.draw import (
+    DrawSettings,
+    Uniforms,
+    draw,
+    tempered_logprobs,
+    topk_rows,
+)
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.sequences import Sequence, Task
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
@@ -63,7 +70,9 @@ class TransformersEngine:
         self._adapters: dict[str, ResidentAdapter] = {}
         self._sequences: list[Sequence] = []  # row i of the batch is the i-th
         self._line: WaitingLine[Task] = WaitingLine()
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # held wherever the line or one of the two below is touched
+        self._under_way: dict[str, set[Task]] = {}  # by request id, those that can be cancelled
+        self._unwanted: set[Task] = set()  # cancelled, not taken out yet
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
         self._thread.start()
@@ -101,6 +110,8 @@ class TransformersEngine:
                     raise ServerFault("the sampling engine has been closed")
                 task = self._accept(request, future)
                 self._line.add(Waiting(request.tenant, task, task.longest, request.num_samples))
+                if request.request_id:
+                    self._under_way.setdefault(request.request_id, set()).add(task)
                 self._wake.notify()
         except (InvalidRequest, NotFound, ServerFault) as error:
             future.set_exception(error)
@@ -113,6 +124,7 @@ class TransformersEngine:
         length, limit = len(request.prompt), info.max_context_length
         if not 1 <= length <= limit:
             raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
+        _check_targets(request, info.vocab_size)
         # One token can be drawn after a prompt that fills the context: it is never read.
         room = max(1, limit - length)
         task = Task(
@@ -126,6 +138,12 @@ class TransformersEngine:
             task.seed = request.params.seed
         return task
 
+    def cancel(self, request_id: str) -> None:
+        """The request ends with `CancelledError` before the next step."""
+        with self._wake:
+            self._unwanted |= self._under_way.get(request_id, set())
+            self._wake.notify()
+
     def close(self) -> None:
         with self._wake:
             self._closed = True
@@ -137,6 +155,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _run(self) -> None:
         while self._wait_for_work():
+            self._drop_unwanted()
             drawable = self._admit() or self._step()
             if drawable is None:
                 continue
@@ -149,8 +168,14 @@ class TransformersEngine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._line or self._sequences)
+            self._wake.wait_for(lambda: self._closed or self._line or self._sequences or self._unwanted)
             return not self._closed
+
+    def _drop_unwanted(self) -> None:
+        with self._wake:
+            tasks, self._unwanted = self._unwanted, set()
+        if tasks:
+            self._end({task: CancelledError() for task in tasks})
 
     def _admit(self) -> Drawable | None:
         """Read the prompts of who waits and may come in; returns the sequences that begin, with their logits."""
@@ -226,8 +251,11 @@ class TransformersEngine:
         for sequence in sequences:
             stopped = is_stopped(sequence.task.stop, sequence.tokens, self._tokenizer)
             if stopped or len(sequence.tokens) >= sequence.task.max_tokens:
-                sequence.task.finish(sequence.index, sequence.result(stopped))
+                sequence.task.finished[sequence.index] = sequence.result(stopped)
                 ended.add(sequence)
+                if sequence.task.is_complete:
+                    self._forget(sequence.task)
+                    sequence.task.succeed()
         self._drop([row for row, sequence in enumerate(self._sequences) if sequence in ended])
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
@@ -241,8 +269,7 @@ class TransformersEngine:
         k = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
         best: list[TopkRow] = []
         if k:
-            best_logprobs, best_tokens = logprobs.topk(k, dim=-1)
-            best = topk_rows(best_tokens, best_logprobs, k)
+            best = topk_rows(*logprobs.topk(k, dim=-1))
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), chosen, strict=True)):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
@@ -255,12 +282,27 @@ class TransformersEngine:
             self._sequences = [self._sequences[old] for old in self._batch.drop(rows)]
 
     def _fail(self, task: Task, error: Exception) -> None:
-        """A task that failed leaves the batch and the line; the others go on."""
         log.warning("a sample failed: %s", error)
-        task.fail(error.with_traceback(None))  # without the frames that hold its tensors
-        self._drop([row for row, sequence in enumerate(self._sequences) if sequence.task is task])
+        self._end({task: error.with_traceback(None)})  # without the frames that hold its tensors
+
+    def _end(self, errors: Mapping[Task, BaseException]) -> None:
+        """Tasks leave batch and line with an error each; the others go on."""
+        for task, error in errors.items():
+            self._forget(task)
+            task.fail(error)
+        self._drop([row for row, sequence in enumerate(self._sequences) if sequence.task in errors])
         with self._wake:
-            self._line.remove(task)
+            self._line.remove(errors.keys())
+
+    def _forget(self, task: Task) -> None:
+        """It can't be cancelled any more."""
+        with self._wake:
+            request_id = task.request.request_id
+            others = self._under_way.get(request_id, set()) - {task}
+            if others:
+                self._under_way[request_id] = others
+            else:
+                self._under_way.pop(request_id, None)
 
     def _free_memory(self) -> None:
         if self._loaded.device.type == "cuda":
@@ -269,11 +311,30 @@ class TransformersEngine:
     def _abandon(self) -> None:
         """The engine was closed: whatever is not done is cancelled."""
         with self._wake:
-            tasks = [waiting.item for waiting in self._line.remove_all()]
-        for task in {*tasks, *(sequence.task for sequence in self._sequences)}:
-            task.fail(CancelledError())
-        self._drop(list(range(len(self._sequences))))
+            tasks = {waiting.item for waiting in self._line.remove_all()}
+        tasks |= {sequence.task for sequence in self._sequences}
+        self._end({task: CancelledError() for task in tasks})
         self._adapters.clear()
+
+
+def _check_targets(request: GenerateRequest, vocab_size: int) -> None:
+    """
+    Raises:
+        InvalidRequest: if the targets don't fit prompt and vocabulary: on a GPU that would end the process.
+    """
+    targets = request.target_tokens
+    if targets is None:
+        return
+    rows = len(request.prompt) - 1
+    if targets.ndim != 2 or len(targets) != rows:
+        raise InvalidRequest(
+            f"target_prompt_logprobs: shape {list(targets.shape)}; it must be [{rows}, K], a row for each prompt token "
+            "after the first"
+        )
+    if targets.size and not -1 <= targets.min() <= targets.max() < vocab_size:
+        raise InvalidRequest(
+            f"target_prompt_logprobs: must be token ids from 0 to {vocab_size - 1}, or -1 where nothing is asked for"
+        )
 
 
 def _draw_settings(sequences: list[Sequence], logits: Tensor) -> DrawSettings:

@@ -102,6 +102,10 @@ class RouteMaker:
         self._stacks = {tuple(rows): self._stack(tuple(rows)) for rows in by_shape.values()}
         return [self._group(rows, *self._stacks[tuple(rows)]) for rows in by_shape.values()]
 
+    def make_one(self, adapter: ResidentAdapter | None) -> list[RouteGroup]:
+        """The route of a single row; what is stacked for the batch is kept."""
+        return [] if adapter is None else [self._group({adapter: [0]}, *self._stack((adapter,)))]
+
     def _stack(self, adapters: tuple[ResidentAdapter, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if adapters in self._stacks:
             return self._stacks[adapters]

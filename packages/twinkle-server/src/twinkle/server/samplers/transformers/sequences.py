@@ -11,6 +11,11 @@ from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import Prompt
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
+from twinkle.server.samplers.transformers.prompt_scores import (
+    PromptAnswers,
+    PromptScores,
+    asks_about_prompt,
+)
 from twinkle.server.samplers.transformers.stops import StopRule
 
 
@@ -33,8 +38,7 @@ class Task:
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     admitted: int = 0
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
-    prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: list[TopkRow] | None = None
+    prompt_answers: PromptAnswers = field(default_factory=PromptAnswers)
 
     @property
     def longest(self) -> int:
@@ -42,30 +46,33 @@ class Task:
         return len(self.request.prompt) + self.max_tokens
 
     def prompt(self, samples: int) -> Prompt:
-        """The prompt for `samples` more samples; its log-probabilities are worked out for the first ones only."""
-        first = self.admitted == 0
-        return Prompt(
-            tokens=self.request.prompt,
-            adapter=self.adapter,
-            rows=samples,
-            wants_logprobs=first and self.request.prompt_logprobs,
-            k=self.request.topk_prompt_logprobs if first else 0,
-        )
+        """The prompt for `samples` more samples; what is asked about it is answered with the first ones only."""
+        asks = self.admitted == 0 and asks_about_prompt(self.request)
+        scores = PromptScores(self.request, self.seed) if asks else None
+        return Prompt(self.request.prompt, self.adapter, samples, scores)
 
     def note_prompt(self, prompt: Prompt) -> None:
-        """Take over what was learnt of the prompt. Nothing comes before its first token."""
-        if prompt.wants_logprobs:
-            self.prompt_logprobs = [None, *prompt.logprobs]
-        if prompt.k:
-            self.topk_prompt_logprobs = [None, *prompt.topk]
+        """Take over what was learnt of the prompt."""
+        if prompt.scores is not None:
+            self.prompt_answers = prompt.scores.answers()
 
-    def finish(self, index: int, sequence: SampledSequence) -> None:
-        """A sample has ended; with the last one the future is done."""
-        self.finished[index] = sequence
-        if len(self.finished) == self.request.num_samples:
-            sequences = [self.finished[i] for i in range(self.request.num_samples)]
-            response = SampleResponse(sequences, self.prompt_logprobs, self.topk_prompt_logprobs)
-            self.future.set_result(response)
+    @property
+    def is_complete(self) -> bool:
+        return len(self.finished) == self.request.num_samples
+
+    def succeed(self) -> None:
+        """All samples have ended."""
+        self.future.set_result(self._response())
+
+    def _response(self) -> SampleResponse:
+        answers = self.prompt_answers
+        return SampleResponse(
+            sequences=[self.finished[i] for i in range(self.request.num_samples)],
+            prompt_logprobs=answers.prompt_logprobs,
+            topk_prompt_logprobs=answers.topk_prompt_logprobs,
+            target_prompt_logprobs=answers.target_prompt_logprobs,
+            prompt_alt_tokens=answers.prompt_alt_tokens,
+        )
 
     def fail(self, error: BaseException) -> None:
         if not self.future.done():

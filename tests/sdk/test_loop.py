@@ -1,22 +1,12 @@
-"""The unmodified Tinker SDK against a real server: the verbs that there are."""
+"""The main loop: train, sample, save, resume, as the SDK's users write it."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import tinker
-from peft_reference import MODEL
 from tinker import types
-
-pytestmark = pytest.mark.serve
-
-
-@pytest.fixture
-def service(live_server, monkeypatch: pytest.MonkeyPatch) -> tinker.ServiceClient:
-    monkeypatch.setenv("TINKER_BASE_URL", live_server.base_url)
-    monkeypatch.setenv("TINKER_API_KEY", "tml-some-key")
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    return tinker.ServiceClient()
+from tinker_sdk import MODEL, now
 
 
 def a_datum() -> types.Datum:
@@ -30,7 +20,7 @@ def a_datum() -> types.Datum:
 
 
 def test_a_tinker_loop_trains_saves_and_samples(service: tinker.ServiceClient):
-    client = service.create_lora_training_client(MODEL, rank=4, seed=1).result()
+    client = now(service.create_lora_training_client(MODEL, rank=4, seed=1))
     losses = []
     for _ in range(5):
         passed = client.forward_backward([a_datum()] * 3, "cross_entropy")
@@ -40,7 +30,7 @@ def test_a_tinker_loop_trains_saves_and_samples(service: tinker.ServiceClient):
     [output] = client.forward([a_datum()], "cross_entropy").result().loss_fn_outputs
     trained = output["logprobs"].tolist()
 
-    sampler = client.save_weights_and_get_sampling_client().result()
+    sampler = now(client.save_weights_and_get_sampling_client())
     prompt = types.ModelInput.from_ints([1, 2, 3, 4, 5])
     assert sampler.compute_logprobs(prompt).result()[1:] == pytest.approx(trained, abs=1e-4)
     greedy = types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
@@ -48,15 +38,15 @@ def test_a_tinker_loop_trains_saves_and_samples(service: tinker.ServiceClient):
     assert [len(sequence.tokens) for sequence in samples] == [3, 3]
 
     path = client.save_state("from-the-sdk").result().path
-    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    resumed = now(service.create_training_client_from_state_with_optimizer(path))
     [again] = resumed.forward([a_datum()], "cross_entropy").result().loss_fn_outputs
     assert again["logprobs"].tolist() == pytest.approx(trained, abs=1e-5)
 
 
 def test_the_server_says_what_was_wrong_and_the_run_goes_on(service: tinker.ServiceClient):
-    client = service.create_lora_training_client(MODEL, rank=2).result()
+    client = now(service.create_lora_training_client(MODEL, rank=2))
     with pytest.raises(
-        tinker.BadRequestError, match="'nonsense' is not known here; use one of cross_entropy"
+        tinker.BadRequestError, match="'nonsense' is not known here; use one of cispo, cross_entropy"
     ):
         client.forward_backward([a_datum()], "nonsense").result()  # pyright: ignore[reportArgumentType]
     assert client.forward_backward([a_datum()], "cross_entropy").result().metrics["loss:sum"] > 0

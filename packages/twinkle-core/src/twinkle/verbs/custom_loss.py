@@ -1,0 +1,183 @@
+"""Losses of one's own: run here on log-probabilities that the server computes, or traced and run by the server.
+
+Both need torch, on this machine, and find it when they are called: the client itself goes without.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
+from twinkle.protocol.types import Datum, ForwardBackwardOutput
+
+ClientLoss: TypeAlias = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
+"""Datums and the log-probabilities of each (torch tensors of the targets' shape) to a scalar tensor and metrics."""
+
+Rank: TypeAlias = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True)
+class LossHandle:
+    """A loss that the server runs. Made by `ServiceClient.create_custom_loss`, for clients of the same session.
+
+    Attributes:
+        name: the function's.
+        loss_id: the server's name for it.
+    """
+
+    name: str
+    loss_id: str
+
+
+def torch_of(purpose: str) -> Any:
+    """The torch module.
+
+    Raises:
+        InvalidRequest: if it is not installed.
+    """
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise InvalidRequest(f"{purpose} needs torch on this machine: pip install torch") from error
+
+
+# ---------------------------------------------------------------- run here
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What stands for a custom loss on the server: cross_entropy with weights that give the same gradient.
+
+    Attributes:
+        data: the datums with those weights, -d loss / d logprobs.
+        loss: the custom loss itself.
+        metrics: the function's, as given.
+    """
+
+    data: list[Datum]
+    loss: float
+    metrics: dict[str, float]
+
+
+def without_gradient(data: Sequence[Datum]) -> list[Datum]:
+    """The datums with weights of zero: for the pass that only asks for log-probabilities."""
+    return [
+        Datum(
+            datum.model_input,
+            {
+                "target_tokens": _targets(datum, i),
+                "weights": 0.0 * datum.loss_fn_inputs["target_tokens"].array,
+            },
+        )
+        for i, datum in enumerate(data)
+    ]
+
+
+def differentiate(loss_fn: ClientLoss, data: Sequence[Datum], forward: ForwardBackwardOutput) -> Surrogate:
+    """Run the function on log-probabilities from the server, and take its gradient.
+
+    Raises:
+        InvalidRequest: if what it returns is no scalar that depends on every datum's log-probabilities.
+    """
+    torch = torch_of("forward_backward_custom")
+    logprobs = [
+        torch.tensor(output["logprobs"].array, requires_grad=True) for output in forward.loss_fn_outputs
+    ]
+    loss, metrics = loss_fn(data, logprobs)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise InvalidRequest(
+            "loss_fn: must return (loss, metrics), where loss is a scalar tensor computed from the log-probabilities"
+        )
+    loss.backward()
+    weighted: list[Datum] = []
+    for i, (datum, tensor) in enumerate(zip(data, logprobs, strict=True)):
+        if tensor.grad is None:
+            raise InvalidRequest(f"loss_fn: its value does not depend on the log-probabilities of data[{i}]")
+        inputs = {"target_tokens": _targets(datum, i), "weights": -tensor.grad}
+        weighted.append(Datum(datum.model_input, inputs))
+    return Surrogate(weighted, float(loss.detach()), {name: float(value) for name, value in metrics.items()})
+
+
+def with_custom_metrics(output: ForwardBackwardOutput, surrogate: Surrogate) -> ForwardBackwardOutput:
+    """The surrogate's result with the custom loss's own value and metrics."""
+    metrics = {**output.metrics, **surrogate.metrics, "loss:sum": surrogate.loss}
+    return ForwardBackwardOutput(output.loss_fn_outputs, metrics, output.loss_fn_output_type)
+
+
+def _targets(datum: Datum, i: int) -> object:
+    if "target_tokens" not in datum.loss_fn_inputs:
+        raise InvalidRequest(f"data[{i}].loss_fn_inputs: target_tokens missing; a loss needs them")
+    return datum.loss_fn_inputs["target_tokens"]
+
+
+# ---------------------------------------------------------------- run by the server
+
+
+def trace(
+    loss_fn: Callable[..., Any], input_ranks: Mapping[str, Rank]
+) -> tuple[list[CustomLossInput], CustomLossGraph]:
+    """A function of one datum's `logprobs` (and of its `loss_fn_inputs`, by name) as data.
+
+    Raises:
+        InvalidRequest: if torch.fx can't trace it: it must not branch on values of tensors.
+    """
+    torch_of("create_custom_loss")
+    fx = importlib.import_module("torch.fx")
+    try:
+        graph = fx.symbolic_trace(loss_fn).graph
+    except Exception as error:  # whatever the function or the tracer raises
+        raise InvalidRequest(f"loss_fn: torch.fx can't trace it ({error})") from error
+    names = [node.target for node in graph.nodes if node.op == "placeholder"]
+    if names[:1] != ["logprobs"] or set(names) != set(input_ranks):
+        raise InvalidRequest(
+            f"input_ranks: must give a rank for each parameter, `logprobs` first; the function takes {names}, ranks "
+            f"are given for {sorted(input_ranks)}"
+        )
+    inputs = [CustomLossInput(name=name, rank=input_ranks[name]) for name in names]
+    return inputs, CustomLossGraph(nodes=[_encode_node(node) for node in graph.nodes])
+
+
+def _encode_node(node: Any) -> CustomLossNode:
+    target = str(node.target)
+    if node.op == "call_function":
+        qualified = importlib.import_module("torch.fx.node")._get_qualified_name  # pyright: ignore
+        target = str(qualified(node.target))
+        if target.startswith("_operator."):
+            target = target.removeprefix("_")
+    return CustomLossNode(
+        op=node.op,
+        name=node.name,
+        target=target,
+        args=[_encode(value) for value in node.args],
+        kwargs={name: _encode(value) for name, value in node.kwargs.items()},
+    )
+
+
+def _encode(value: Any) -> Any:
+    """An argument as JSON; see `CustomLossNode`."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, list):
+        return [_encode(item) for item in cast("list[Any]", value)]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in cast("tuple[Any, ...]", value)]}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encode(v) for k, v in cast("dict[Any, Any]", value).items()}}
+    if isinstance(value, slice):
+        parts: list[Any] = [value.start, value.stop, value.step]
+        return {"slice": [_encode(part) for part in parts]}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    kind = type(value).__name__
+    if kind == "Node":
+        return {"ref": value.name}
+    if kind in ("dtype", "device", "layout", "memory_format"):
+        return {kind: str(value).removeprefix("torch.")}
+    raise InvalidRequest(f"loss_fn: passes a {kind}, which can't be sent to the server")

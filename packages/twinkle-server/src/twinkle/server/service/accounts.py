@@ -1,0 +1,150 @@
+"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. Nothing is made up: there
+are no prices, names or addresses here, since the server knows none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TypeAlias
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.service.metadata import iso, texts
+from twinkle.server.store import tables
+from twinkle.server.store.database import Database
+from twinkle.server.store.ledger import UsageKind
+
+MAX_USAGE_DAYS = 14
+
+# How the names of a resource's events begin.
+_RESOURCES = {
+    "all": None,
+    "checkpoints": "checkpoint_",
+    "projects": "project_",
+    "teams": "team_",
+    "organizations": "organization_",
+}
+
+
+AccountQuery: TypeAlias = m.GetApiKey | m.DeleteApiKey | m.GetAuditLog | m.GetUsage | m.GetStorageUsage
+
+
+async def answer(database: Database, tenant: str, query: AccountQuery) -> m.Reply:
+    """
+    Raises:
+        InvalidRequest: if there is nothing such here.
+    """
+    match query:
+        case m.GetApiKey():
+            return _api_key(tenant)
+        case m.DeleteApiKey():
+            raise InvalidRequest(
+                "this server accepts any key (open mode) and keeps none, so there is none to revoke; forget it where "
+                "it is stored"
+            )
+        case m.GetAuditLog():
+            return await _audit_log(database, tenant, query)
+        case m.GetUsage():
+            return await _usage(database, tenant, query)
+        case m.GetStorageUsage():
+            return await _storage(database, tenant, query)
+
+
+def _api_key(tenant: str) -> m.ApiKeyInfo:
+    """In open mode any key will do; it is told apart from others by its tenant."""
+    return m.ApiKeyInfo(
+        key_id=int(tenant.removeprefix("t-")[:12] or "0", 16),
+        name=tenant,
+        note="this server accepts any key (open mode), and keeps none",
+        details=m.KeyDetails(
+            org_details=m.OrgDetails(name="twinkle"), user_details=m.UserDetails(email=tenant)
+        ),
+    )
+
+
+async def _audit_log(database: Database, tenant: str, query: m.GetAuditLog) -> m.AuditLog:
+    """One day, midnight to midnight UTC."""
+    day = query.day or datetime.now(UTC).date()
+    start = datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
+    rows = await asyncio.to_thread(
+        database.audit, tenant, start, start + 86_400, _RESOURCES[query.event_type]
+    )
+    return m.AuditLog(entries=[_entry(row) for row in rows])
+
+
+def _entry(row: tables.Audit) -> m.AuditEntry:
+    return m.AuditEntry(
+        timestamp=iso(row.time),
+        event=row.event,
+        event_details=row.details,
+        model_id=row.details.get("model_id"),
+        tinker_path=row.details.get("tinker_path"),
+        purpose=row.details.get("purpose"),
+    )
+
+
+async def _usage(database: Database, tenant: str, query: m.GetUsage) -> m.Usage:
+    """Tokens and checkpoints by hour.
+
+    Raises:
+        InvalidRequest: if the span is not one of whole hours, of at most 14 days.
+    """
+    start, end = query.starting_on, query.ending_before
+    for field, moment in (("starting_on", start), ("ending_before", end)):
+        if moment.timestamp() % 3600:
+            raise InvalidRequest(f"{field}: {moment.isoformat()} is not on the hour (UTC)")
+    if not timedelta(0) < end - start <= timedelta(days=MAX_USAGE_DAYS):
+        raise InvalidRequest(
+            f"ending_before: must be after starting_on, by at most {MAX_USAGE_DAYS} days; ask for several spans"
+        )
+    if start.timestamp() > time.time():
+        raise InvalidRequest(f"starting_on: {start.isoformat()} is in the future")
+    hours = int(start.timestamp()) // 3600, int(end.timestamp()) // 3600
+    rows = await asyncio.to_thread(database.usage, tenant, *hours)
+    sessions = await asyncio.to_thread(
+        database.session_metadata, tenant, sorted({row.session_id for row in rows})
+    )
+    return m.Usage(
+        data=[_event(row, sessions.get(row.session_id)) for row in rows],
+        sessions={
+            session_id: m.UsageSession(user_metadata=texts(row.user_metadata))
+            for session_id, row in sessions.items()
+        },
+    )
+
+
+def _event(row: tables.Usage, session: tables.Session | None) -> m.UsageEvent:
+    return m.UsageEvent(
+        bucket_start=iso(row.hour * 3600),
+        bucket_end=iso((row.hour + 1) * 3600),
+        base_model=row.base_model,
+        user_id=row.tenant,
+        session_id=row.session_id,
+        project_id=session.project_id if session else None,
+        event_info=_info(row),
+    )
+
+
+def _info(row: tables.Usage) -> m.UsageInfo:
+    kind: UsageKind = row.kind  # pyright: ignore[reportAssignmentType]
+    if kind == "checkpoint":
+        return m.UsageInfo(type=kind, count=row.count)
+    return m.UsageInfo(type=kind, token_count=row.count, cached=False if kind == "sampling_prefill" else None)
+
+
+async def _storage(database: Database, tenant: str, query: m.GetStorageUsage) -> m.StorageUsage:
+    totals = await asyncio.to_thread(database.storage, tenant, time.time(), query.project_id)
+    return m.StorageUsage(
+        data=[
+            m.StorageUsageItem(
+                project_id=total.project_id,
+                org_user_urn=tenant,
+                checkpoint_count=total.count,
+                size_bytes=total.size_bytes,
+                size_gigabytes=total.size_bytes / 1e9,
+            )
+            for total in totals
+        ]
+    )

@@ -1,0 +1,157 @@
+"""Files that can be downloaded: those of a checkpoint, and the base model's tokenizer."""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from pathlib import Path
+
+from twinkle.protocol import messages as m
+from twinkle.protocol import uris
+from twinkle.protocol.errors import NotFound
+from twinkle.server.service.metadata import iso
+from twinkle.server.store import tables
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.tokens import ARCHIVE, DOWNLOAD_SECONDS, TOKENIZER, Download, Signer
+
+# What a tokenizer is loaded from, by Transformers or by `tokenizers`.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
+
+
+class Downloads:
+    """Addresses of files, and what is behind them. Without a signer (local mode) addresses are file:// ones."""
+
+    def __init__(self, files: CheckpointFiles, model_path: Path | None, signer: Signer | None) -> None:
+        """
+        Args:
+            model_path: where the base model's tokenizer is, if it has one.
+        """
+        self._files = files
+        self._model_path = model_path
+        self._signer = signer
+
+    # ------------------------------------------------------------ addresses
+
+    def checkpoint(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
+        """An address for each of the checkpoint's files."""
+        return self._urls(tenant, str(row.uri), list(self._files.sizes(row.uri)))
+
+    def archive(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
+        """One address, of a tar of all files."""
+        return self._urls(tenant, str(row.uri), [ARCHIVE])
+
+    def tokenizer(self, tenant: str) -> m.ExternalWeightsUrls:
+        """
+        Raises:
+            NotFound: if the model came without a tokenizer.
+        """
+        return self._urls(tenant, TOKENIZER, list(self._tokenizer_files()))
+
+    def _urls(self, tenant: str, place: str, files: list[str]) -> m.ExternalWeightsUrls:
+        urls = {name: self._url(Download(tenant, place, name)) for name in files}
+        return m.ExternalWeightsUrls(urls=urls, expires=iso(time.time() + DOWNLOAD_SECONDS))
+
+    def _url(self, download: Download) -> str:
+        """Below the gateway's own address, which the gateway puts before it."""
+        if self._signer is None:
+            return self._path(download).resolve().as_uri()
+        return f"/download/{self._signer.download_token(download)}/{shown_name(download)}"
+
+    # ------------------------------------------------------------ what is behind them
+
+    def sizes(self, download: Download) -> dict[str, int]:
+        """The files that a download gives, with their sizes in bytes: one, or all that are in an archive.
+
+        Raises:
+            NotFound: if they are not there (any more).
+        """
+        if download.place == TOKENIZER:
+            files = {name: path.stat().st_size for name, path in self._tokenizer_files().items()}
+        else:
+            uri = uris.parse(download.place)
+            if not self._files.path(uri).is_dir():
+                raise NotFound(f"{download.place} is not there any more; it was deleted")
+            files = self._files.sizes(uri)
+        if download.file == ARCHIVE:
+            return files
+        if download.file not in files:
+            raise NotFound(f"{download.place} has no file {download.file!r}")
+        return {download.file: files[download.file]}
+
+    def read(self, download: Download, name: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes of one of the files that `sizes` names.
+
+        Raises:
+            NotFound: if it is not there (any more).
+        """
+        if name not in self.sizes(download):
+            raise NotFound(f"{download.place} has no file {name!r}")
+        try:
+            with self._path(Download(download.tenant, download.place, name)).open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise NotFound(f"{download.place}: {name} can't be read any more; it was deleted") from error
+
+    def _path(self, download: Download) -> Path:
+        if download.place == TOKENIZER:
+            return self._tokenizer_files()[download.file]
+        return self._files.path(uris.parse(download.place)) / download.file
+
+    def _tokenizer_files(self) -> dict[str, Path]:
+        found = {
+            name: self._model_path / name
+            for name in TOKENIZER_FILES
+            if self._model_path is not None and (self._model_path / name).is_file()
+        }
+        if not found:
+            raise NotFound("base_model: this server's model came without tokenizer files")
+        return found
+
+
+def shown_name(download: Download) -> str:
+    """What a browser would call the file."""
+    if download.file != ARCHIVE:
+        return download.file
+    return uris.parse(download.place).name + ARCHIVE if download.place != TOKENIZER else TOKENIZER + ARCHIVE
+
+
+# ---------------------------------------------------------------- archives
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+def archive_header(name: str, size: int) -> bytes:
+    """What stands before a file in a tar."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def archive_padding(size: int) -> bytes:
+    """What stands after it."""
+    return bytes(-size % _BLOCK)
+
+
+def archive_end() -> bytes:
+    return bytes(2 * _BLOCK)
+
+
+def archive_size(sizes: dict[str, int]) -> int:
+    """Bytes of the whole tar."""
+    files = sum(
+        len(archive_header(name, size)) + size + len(archive_padding(size)) for name, size in sizes.items()
+    )
+    return files + len(archive_end())

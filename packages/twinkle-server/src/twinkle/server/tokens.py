@@ -1,0 +1,118 @@
+"""Who a key belongs to, and signed tokens (JWT, RFC 7519) that stand for a key or a download for a while.
+
+The server is in open mode: it takes any key, and none. The key still decides what one may see: its hash is the tenant,
+and a key itself is never kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jwt
+
+from twinkle.protocol.errors import NotFound, Unauthorized
+
+KEY_SECONDS = 3600
+DOWNLOAD_SECONDS = 3600
+
+# Every JWT begins so: it is how `{"` looks in base64.
+JWT_PREFIX = "eyJ"
+
+_ALGORITHM = "HS256"
+_ISSUER = "twinkle"
+
+
+def tenant_of_key(key: str) -> str:
+    """The tenant behind an API key; all who send none are one tenant."""
+    return "t-" + hashlib.sha256(b"twinkle-tenant\0" + key.strip().encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file that whoever holds the token may read.
+
+    Attributes:
+        tenant: in whose name.
+        place: a checkpoint, by its full name, or `TOKENIZER`.
+        file: its name there, or `ARCHIVE` for all of them in one tar.
+    """
+
+    tenant: str
+    place: str
+    file: str
+
+
+TOKENIZER = "tokenizer"
+ARCHIVE = ".tar"
+
+
+def read_secret(path: Path) -> str:
+    """The server's secret, made at the first start; only its owner may read the file."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text(encoding="ascii").strip()
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+    return path.read_text(encoding="ascii").strip()
+
+
+class Signer:
+    """Makes and reads tokens. What another server has signed is not accepted."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def key_token(self, tenant: str) -> str:
+        """A token that is taken in place of the tenant's key for an hour. The SDK shows `org_id` and `email`."""
+        return self._sign("key", KEY_SECONDS, {"sub": tenant, "org_id": _ISSUER})
+
+    def tenant_of_token(self, token: str) -> str:
+        """
+        Raises:
+            Unauthorized: if the token is not ours, or its time is over.
+        """
+        try:
+            return str(self._read("key", token)["sub"])
+        except jwt.InvalidTokenError as error:
+            raise Unauthorized(
+                f"X-API-Key: this token is not valid (any more) here ({error}); get a new one from /api/v1/auth/token"
+            ) from error
+
+    def download_token(self, download: Download) -> str:
+        claims = {"sub": download.tenant, "place": download.place, "file": download.file}
+        return self._sign("download", DOWNLOAD_SECONDS, claims)
+
+    def read_download(self, token: str) -> Download:
+        """
+        Raises:
+            NotFound: if the token is not ours, or its time is over.
+        """
+        try:
+            claims = self._read("download", token)
+        except jwt.InvalidTokenError as error:
+            raise NotFound(
+                f"this download address is not valid (any more): {error}; ask for a new one"
+            ) from error
+        return Download(str(claims["sub"]), str(claims["place"]), str(claims["file"]))
+
+    def _sign(self, audience: str, seconds: int, claims: dict[str, str]) -> str:
+        now = int(time.time())
+        times = {"iat": now, "exp": now + seconds}
+        return jwt.encode({**claims, **times, "iss": _ISSUER, "aud": audience}, self._secret, _ALGORITHM)
+
+    def _read(self, audience: str, token: str) -> dict[str, Any]:
+        return jwt.decode(
+            token,
+            self._secret,
+            [_ALGORITHM],
+            audience=audience,
+            issuer=_ISSUER,
+            options={"require": ["exp", "sub"]},
+        )

@@ -1,0 +1,87 @@
+"""The `tinker` command line, a program of its own: it needs two environment variables and no patch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from tinker_sdk import MODEL, SDK_VERSION, Sdk
+
+
+@pytest.fixture(params=["unpatched"])
+def sdk(
+    request, base_url, monkeypatch
+):  # the SDK in this process only prepares what the command line looks at
+    monkeypatch.setenv("TINKER_BASE_URL", base_url)
+    monkeypatch.setenv("TINKER_API_KEY", "tml-command-line")
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    return Sdk(False, base_url)
+
+
+def tinker_cli(*arguments: str, check: bool = True, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tinker.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert (done.returncode == 0) == check, done.stdout + done.stderr
+    return done.stdout + (done.stderr if not check else "")
+
+
+def as_json(*arguments: str) -> dict:
+    return json.loads(tinker_cli("-f", "json", *arguments))
+
+
+def test_runs_models_and_accounts(train):
+    client = train()
+    client.save_state("seen").result()
+    assert "0." in tinker_cli("version")
+    if SDK_VERSION >= (0, 36):
+        assert MODEL in tinker_cli("model", "list")
+        assert "Tinker accessible: yes" in tinker_cli("auth", "status")
+        assert as_json("billing", "checkpoint-storage")["data"]
+    assert "t-" in tinker_cli("auth", "whoami")
+    assert client.model_id in tinker_cli("-f", "json", "run", "list")
+    assert client.model_id in tinker_cli("-f", "json", "run", "info", client.model_id)
+    assert "Error" in tinker_cli("run", "info", "no-such-run:train:0", check=False)
+
+
+def test_checkpoints(train, tmp_path: Path):
+    client = train(rank=2)
+    path = client.save_state("from-cli").result().path
+    assert path in tinker_cli("-f", "json", "checkpoint", "list", "--run-id", client.model_id)
+    assert path in tinker_cli("-f", "json", "checkpoint", "list")
+    assert path in tinker_cli("-f", "json", "checkpoint", "info", path)
+    tinker_cli("checkpoint", "publish", path)
+    assert '"public": true' in tinker_cli("-f", "json", "checkpoint", "info", path)
+    tinker_cli("checkpoint", "unpublish", path)
+    tinker_cli("checkpoint", "set-ttl", path, "--ttl", "7200")
+    assert '"public": false' in tinker_cli("-f", "json", "checkpoint", "info", path)
+    tinker_cli("checkpoint", "set-ttl", path, "--remove")
+    tinker_cli("checkpoint", "download", path, "--output", str(tmp_path / "out"))
+    assert list((tmp_path / "out").rglob("adapter_model.safetensors"))
+    assert list((tmp_path / "out").rglob("adapter_config.json"))
+    tinker_cli("checkpoint", "delete", path, "--yes")
+    assert "Error" in tinker_cli("checkpoint", "info", path, check=False)
+
+
+def test_what_is_missing_is_said(train):
+    session_id = train().model_id.split(":")[0]
+    assert "records no traces" in tinker_cli("session", "export-trace", session_id, check=False)
+
+
+@pytest.mark.since(0, 36)
+def test_usage_is_shown(train):
+    session_id = train().save_state("billed").result().path.split("/")[2].split(":")[0]
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    tomorrow = today + timedelta(days=1)
+    shown = as_json("billing", "usage", today.isoformat(), tomorrow.isoformat())
+    assert session_id in json.dumps(shown)

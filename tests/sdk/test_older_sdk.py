@@ -1,0 +1,41 @@
+"""The same suite under an older SDK, in a process of its own, against the same server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tinker_sdk import SDK_VERSION
+
+OLDER = "0.30.0"
+
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.skipif(SDK_VERSION < (0, 38), reason="this is the process that runs under the older SDK"),
+]
+
+
+@pytest.mark.timeout(900)
+def test_the_whole_suite_passes_under_an_older_sdk(base_url: str, model_dir: Path, tmp_path: Path):
+    # Ahead of this environment's own on the path; what it needs besides is here already.
+    older = tmp_path / "older-sdk"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(older)]
+    subprocess.run([*command, f"tinker=={OLDER}"], check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(older),
+            "TWINKLE_TEST_BASE_URL": base_url,
+            "TWINKLE_TEST_MODEL": str(model_dir),
+        },
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "failed" not in done.stdout.splitlines()[-1]
+    assert " passed" in done.stdout.splitlines()[-1]
