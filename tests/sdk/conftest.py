@@ -39,15 +39,17 @@ def sdk(request: pytest.FixtureRequest, base_url: str, monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     if request.param == "unpatched":
         monkeypatch.setenv("TINKER_BASE_URL", base_url)
-        monkeypatch.setenv("TINKER_API_KEY", "tml-conformance")
-        yield Sdk(False, base_url)
+        sdk = Sdk(False, base_url)
+        monkeypatch.setenv("TINKER_API_KEY", sdk.api_key)
+        yield sdk
         return
     import twinkle_tinker_patch
 
     for name in ("TINKER_BASE_URL", "TINKER_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    twinkle_tinker_patch.init_tinker_client(base_url, api_key="a key of any form")
-    yield Sdk(True, base_url)
+    sdk = Sdk(True, base_url)
+    twinkle_tinker_patch.init_tinker_client(base_url, sdk.api_key)
+    yield sdk
     twinkle_tinker_patch.unpatch()
 
 

@@ -48,7 +48,7 @@ def test_runs_models_and_accounts(train):
         assert MODEL in tinker_cli("model", "list")
         assert "Tinker accessible: yes" in tinker_cli("auth", "status")
         assert as_json("billing", "checkpoint-storage")["data"]
-    assert "t-" in tinker_cli("auth", "whoami")
+        assert "t-" in tinker_cli("auth", "whoami")
     assert client.model_id in tinker_cli("-f", "json", "run", "list")
     assert client.model_id in tinker_cli("-f", "json", "run", "info", client.model_id)
     assert "Error" in tinker_cli("run", "info", "no-such-run:train:0", check=False)

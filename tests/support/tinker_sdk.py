@@ -26,6 +26,10 @@ class Sdk:
     def scheme(self) -> str:
         return "twinkle" if self.patched else "tinker"
 
+    @property
+    def api_key(self) -> str:
+        return "a key of any form" if self.patched else "tml-conformance"
+
     def path(self, path: str) -> str:
         """A path that the server returned, as a program of this kind would write it."""
         return path.replace("tinker://", f"{self.scheme}://")

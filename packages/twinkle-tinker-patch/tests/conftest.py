@@ -32,7 +32,7 @@ class RecordingServer:
     base_url: str
     replies: dict[str, dict[str, Any]]
     files: dict[str, bytes] = field(default_factory=dict[str, bytes])
-    statuses: dict[str, int] = field(default_factory=dict[str, int])
+    statuses: dict[str, int] = field(default_factory=lambda: {"/session_heartbeat": 410})
     seen: list[Seen] = field(default_factory=list[Seen])
 
     def asked(self, path: str) -> list[Seen]:
@@ -94,10 +94,8 @@ def server() -> Iterator[RecordingServer]:
     recording = RecordingServer(f"http://127.0.0.1:{http.server_address[1]}", _replies())
     thread = Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
+    # It stays up: clients of tests that have ended still send heartbeats, and 410 tells them to stop.
     yield recording
-    http.shutdown()
-    http.server_close()
-    thread.join()
 
 
 @pytest.fixture(autouse=True)

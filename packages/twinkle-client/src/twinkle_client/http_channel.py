@@ -195,7 +195,8 @@ def _encode(endpoint: Endpoint, request: m.Operation) -> tuple[bytes, dict[str, 
 
 def _encode_query(endpoint: QueryEndpoint, query: m.Query) -> tuple[str, bytes | None, dict[str, Any] | None]:
     """Path, JSON body and query string of a query."""
-    fields = query.model_dump(mode="json", exclude_none=True, exclude={"idempotency_key"})
+    # What a PUT sets may be set to nothing.
+    fields = query.model_dump(mode="json", exclude_none=endpoint.method != "PUT", exclude={"idempotency_key"})
     in_path = {name for name in fields if f"{{{name}}}" in endpoint.path}
     path = endpoint.path.format(**{name: fields[name] for name in in_path})
     if endpoint.method in ("POST", "PUT"):

@@ -2,7 +2,8 @@
 
 A client traces its loss with torch.fx and sends the graph as data. It is never turned into code: a backend goes through
 the nodes and calls what the names below stand for, nothing else. Not among them is what writes in place, draws random
-numbers, touches files, leaves torch, or makes a tensor from a size alone.
+numbers, touches files, leaves torch, or makes a tensor from a size alone. How much a graph may compute, and which values
+of an allowed function's arguments are safe, is the business of the backend that runs it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLo
 MAX_NODES = 2000
 MAX_INPUTS = 16
 _MAX_DEPTH = 8
+_MAX_ITEMS = 256
 _MAX_NODE_BYTES = 16_384
 
 _INPUT_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -37,40 +39,53 @@ _BOTH = (
     "squeeze std sub subtract sum t tan tanh topk transpose tril triu true_divide trunc unbind unflatten unsqueeze "
     "var where xlogy"
 )
-_TORCH_ALONE = "cat concat full_like ones_like rsub stack std_mean var_mean zeros_like"
+_TORCH_ALONE = (
+    "cat concat cosine_similarity full_like hstack ones_like rsub stack std_mean var_mean vstack zeros_like"
+)
 _METHODS_ALONE = (
     "bfloat16 bool contiguous dim double expand expand_as float half int long permute size to type_as view "
     "view_as"
 )
 _FUNCTIONAL = (
-    "binary_cross_entropy binary_cross_entropy_with_logits cosine_similarity elu huber_loss kl_div l1_loss leaky_relu "
-    "log_softmax logsigmoid margin_ranking_loss mse_loss normalize relu selu sigmoid silu smooth_l1_loss softmax "
-    "softmin softplus softsign tanh"
+    "binary_cross_entropy binary_cross_entropy_with_logits cosine_similarity elu gaussian_nll_loss hardtanh huber_loss "
+    "kl_div l1_loss leaky_relu log_softmax logsigmoid margin_ranking_loss mse_loss normalize pad relu selu sigmoid silu "
+    "smooth_l1_loss soft_margin_loss softmax softmin softplus softsign tanh"
 )
-# How torch.fx writes functions of torch.nn.functional and torch.special that are built in.
-_BUILT_IN = (
-    "torch._C._nn.softplus torch._C._nn.log_sigmoid torch._C._nn.gelu torch._C._special.special_expit "
-    "torch._C._special.special_logit torch._C._special.special_xlogy torch._C._special.special_log1p "
-    "torch._C._special.special_entr"
+# How torch.fx writes what it finds elsewhere than where it is documented: functions that are built in, among others.
+_ELSEWHERE = (
+    "torch.functional.norm torch.functional.split torch._C._nn.softplus torch._C._nn.log_sigmoid torch._C._nn.gelu "
+    "torch._C._linalg.linalg_vector_norm "
 )
+_SPECIAL = "entr erf erfc exp2 expit expm1 log1p log_softmax logit logsumexp softmax xlog1py xlogy"
+_MATH = "ceil cos exp expm1 fabs floor log log10 log1p log2 pow sin sqrt tanh"
 
 FUNCTIONS = frozenset(
     {
         "getattr",
         "abs",
         *(f"operator.{name}" for name in _OPERATORS.split()),
-        *(f"math.{name}" for name in ["exp", "log", "sqrt", "floor", "ceil"]),
+        *(f"math.{name}" for name in _MATH.split()),
         *(f"torch.{name}" for name in (*_BOTH.split(), *_TORCH_ALONE.split())),
         *(f"torch.nn.functional.{name}" for name in _FUNCTIONAL.split()),
-        *_BUILT_IN.split(),
+        *(f"torch._C._special.special_{name}" for name in _SPECIAL.split()),
+        *_ELSEWHERE.split(),
     }
 )
 METHODS = frozenset({*_BOTH.split(), *_METHODS_ALONE.split()})
-ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT"})
+# The last two are those of what `max(dim)`, `sort` and the like return.
+ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT", "values", "indices"})
 DTYPES = frozenset(
     {"float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 )
-_KEYWORDS_REFUSED = frozenset({"out", "generator", "requires_grad", "pin_memory"})
+DEVICE = re.compile(r"(cpu|cuda|mps)(:[0-9]{1,3})?")
+"""A device, wherever the client had its tensors; it stands for the one on which the loss is computed."""
+
+# What a text may be: a way of reducing, rounding, interpolating or padding, or a norm.
+_TEXTS = frozenset(
+    "none mean sum batchmean floor trunc linear lower higher midpoint nearest constant replicate tanh fro".split()
+)
+# torch.fx writes them down even where they have their default; anything but that is refused.
+_KEYWORDS_REFUSED = frozenset({"out", "inplace", "generator", "requires_grad", "pin_memory", "sparse_grad"})
 
 
 def check(inputs: Sequence[CustomLossInput], graph: CustomLossGraph) -> None:
@@ -132,17 +147,19 @@ def _check_node(node: CustomLossNode, seen: set[str], where: str) -> None:
                 f"{where}: {node.op[:40]!r} is not allowed; a custom loss reads its inputs and calls functions and "
                 "methods"
             )
-    refused = _KEYWORDS_REFUSED & set(node.kwargs)
-    if refused:
-        raise InvalidRequest(f"{where}: the keyword {sorted(refused)[0]!r} is not allowed in a custom loss")
-    for value in (*node.args, *node.kwargs.values()):
+    for name in sorted(_KEYWORDS_REFUSED & set(node.kwargs)):
+        if node.kwargs[name] is not None and node.kwargs[name] is not False:
+            raise InvalidRequest(f"{where}: the keyword {name!r} is not allowed in a custom loss")
+    is_getattr = node.op == "call_function" and node.target == "getattr"
+    for value in (*(node.args[:1] if is_getattr else node.args), *node.kwargs.values()):
         _check_value(value, seen, where, depth=0)
     if len(json.dumps([node.args, node.kwargs])) > _MAX_NODE_BYTES:
         raise InvalidRequest(f"{where}: its arguments are too long")
 
 
 def _check_getattr(node: CustomLossNode, where: str) -> None:
-    if len(node.args) != 2 or node.kwargs or str(node.args[1]) not in ATTRIBUTES:
+    name = node.args[1] if len(node.args) == 2 else None
+    if not isinstance(name, str) or name not in ATTRIBUTES or node.kwargs:
         raise InvalidRequest(
             f"{where}: of a tensor's attributes a custom loss may read {', '.join(sorted(ATTRIBUTES))}"
         )
@@ -158,10 +175,15 @@ def _check_value(value: Any, seen: set[str], where: str, depth: int) -> None:
             raise InvalidRequest(f"{where}: an integer is too large")
         return
     if isinstance(value, str):
-        if len(value) > 64:
-            raise InvalidRequest(f"{where}: a text is too long")
+        if value not in _TEXTS and not DEVICE.fullmatch(value):
+            raise InvalidRequest(
+                f"{where}: the text {value[:60]!r} is not allowed; it may be a device or one of "
+                f"{', '.join(sorted(_TEXTS))}"
+            )
         return
     if isinstance(value, list):
+        if len(cast(list[Any], value)) > _MAX_ITEMS:
+            raise InvalidRequest(f"{where}: a list is too long; at most {_MAX_ITEMS} items are allowed")
         for item in cast(list[Any], value):
             _check_value(item, seen, where, depth + 1)
         return
@@ -188,7 +210,7 @@ def _check_object(kind: str, content: Any, seen: set[str], where: str, depth: in
             pass
         case "dtype", str() if content in DTYPES:
             pass
-        case "device", str() if content.partition(":")[0] in ("cpu", "cuda", "mps"):
+        case "device", str() if DEVICE.fullmatch(content):
             pass
         case "layout", "strided":
             pass

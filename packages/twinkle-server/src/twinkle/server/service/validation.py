@@ -16,7 +16,7 @@ MAX_SAMPLES = 1024
 # Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
 MAX_PROMPT_CELLS = 2**22
 # The same for the tokens that it generates.
-MAX_SAMPLE_CELLS = 2**24
+MAX_SAMPLE_CELLS = 2**25
 
 
 def check_base_model(name: str, served: str, field: str = "base_model") -> None:
@@ -188,7 +188,8 @@ def _check_custom_inputs(datum: Datum, where: str, loss: CustomLoss) -> None:
         if name not in datum.loss_fn_inputs:
             raise InvalidRequest(f"{field}: missing; the loss {loss.name!r} reads it")
         array = datum.loss_fn_inputs[name].array
-        if array.ndim != wanted.rank:
+        is_scalar = wanted.rank == 0 and array.size == 1  # on the wire a scalar looks like a vector of one
+        if array.ndim != wanted.rank and not is_scalar:
             raise InvalidRequest(
                 f"{field}: has {array.ndim} dimensions, but the loss {loss.name!r} was made for {wanted.rank}"
             )

@@ -210,10 +210,12 @@ def _losses(rows: list[Row], logprobs: Tensor) -> list[Loss]:
 
 
 def _custom_loss(row: Row, loss: CustomLoss, logprobs: Tensor) -> Loss:
-    inputs = {
-        wanted.name: torch.tensor(row.loss_inputs[wanted.name], device=logprobs.device)
-        for wanted in loss.inputs[1:]
-    }
+    inputs: dict[str, Tensor] = {}
+    for wanted in loss.inputs[1:]:
+        array = row.loss_inputs[wanted.name]
+        inputs[wanted.name] = torch.tensor(
+            array.reshape(()) if wanted.rank == 0 else array, device=logprobs.device
+        )
     return Loss(*custom_loss.run(loss, logprobs, inputs))
 
 
