@@ -186,6 +186,13 @@ def test_base_model_and_unknown_checkpoints(service, sdk, sampler):
         now(service.create_sampling_client(base_model="another/model"))
 
 
+@pytest.mark.since(0, 36)
+def test_what_stable_reinforce_would_need_is_refused_at_once(service):
+    recording = now(service.create_sampling_client(base_model=MODEL, record_stability_info=True))
+    with pytest.raises(tinker.BadRequestError, match="no stable_reinforce here"):
+        recording.sample(prompt(), 1, params()).result()
+
+
 def test_bad_samples_are_refused_and_the_next_one_works(sampler):
     for bad, settings, message in (
         ([1, 10**6], {}, "outside of the vocabulary"),

@@ -51,7 +51,11 @@ _EMPTY_LOGPROB = -99999.0
 MAX_DENSE_ELEMENTS = 2**25
 _MAX_DIMENSIONS = 8
 
-# Windows that decoders should allow at least (RFC 8878, 3.1.1.1.2). A few bytes can ask for as much memory as they like.
+# Two bytes of a body can be a datum or a chunk, which become objects of a thousand: at most so many in a request.
+MAX_DATUMS = 2**14
+_MAX_PARTS = 2**17
+
+# The window that decoders should allow at least (RFC 8878, 3.1.1.1.2): a few bytes can ask for gigabytes.
 _MAX_WINDOW_BYTES = 8 * 2**20
 
 # How many problems of a JSON body are told, and how much of a field's name.
@@ -263,6 +267,7 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
         raise InvalidRequest(f"body: not a protobuf ForwardBackwardRequest ({error})") from error
+    _check_counts(message)
     _check_sparse_size(message)
     config: LossFnConfig = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
@@ -292,6 +297,17 @@ def place_of_json(body: bytes) -> RunPlace | None:
         return RunPlace.model_validate_json(body)
     except ValidationError:
         return None
+
+
+def _check_counts(message: pb.ForwardBackwardRequest) -> None:
+    if len(message.data) > MAX_DATUMS:
+        raise TooLarge(f"data: {len(message.data)} datums, more than {MAX_DATUMS}; send fewer at once")
+    parts = len(message.loss_fn_config) + len(message.loss_fn_config_v2)
+    parts += sum(len(datum.model_input) + len(datum.loss_fn_inputs) for datum in message.data)
+    if parts > _MAX_PARTS:
+        raise TooLarge(
+            f"data: {parts} chunks and inputs in all, more than {_MAX_PARTS}; send fewer datums at once"
+        )
 
 
 def _check_sparse_size(message: pb.ForwardBackwardRequest) -> None:

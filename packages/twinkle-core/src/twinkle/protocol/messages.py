@@ -367,6 +367,7 @@ class SampleRequest(Value):
             i + 1, and -1 asks for nothing.
         prompt_alt_tokens_k: how many alternatives to draw at each prompt position after the first.
         prompt_logprobs_last_n: score only the last so many tokens of the prompt.
+        record_stability_info: for stable_reinforce, which no server of ours has: refused if true.
     """
 
     sampling_session_id: str
@@ -380,6 +381,7 @@ class SampleRequest(Value):
     target_prompt_logprobs: JsonTensor | None = None
     prompt_alt_tokens_k: int = Field(default=0, ge=0)
     prompt_logprobs_last_n: int | None = Field(default=None, ge=1)
+    record_stability_info: bool = False
 
 
 class GetSampler(Value):

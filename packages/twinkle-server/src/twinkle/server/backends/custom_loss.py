@@ -2,8 +2,8 @@
 
 A client traces its loss with torch.fx and sends the graph as data. It is never turned into code: a backend goes through
 the nodes and calls what the names below stand for, nothing else. Not among them is what writes in place, draws random
-numbers, touches files, leaves torch, or makes a tensor from a size alone. How much a graph may compute, and which values
-of an allowed function's arguments are safe, is the business of the backend that runs it.
+numbers, touches files, leaves torch, or makes a tensor from a size alone. How much a graph may compute, and which
+arguments of an allowed function are safe, is the business of the backend that runs it.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _METHODS_ALONE = (
     "view_as"
 )
 _FUNCTIONAL = (
-    "binary_cross_entropy binary_cross_entropy_with_logits cosine_similarity elu gaussian_nll_loss hardtanh huber_loss "
-    "kl_div l1_loss leaky_relu log_softmax logsigmoid margin_ranking_loss mse_loss normalize pad relu selu sigmoid silu "
-    "smooth_l1_loss soft_margin_loss softmax softmin softplus softsign tanh"
+    "binary_cross_entropy binary_cross_entropy_with_logits cosine_similarity elu hardtanh huber_loss "
+    "kl_div l1_loss leaky_relu log_softmax logsigmoid margin_ranking_loss mse_loss normalize pad relu selu sigmoid "
+    "silu smooth_l1_loss soft_margin_loss softmax softmin softplus softsign tanh"
 )
 # How torch.fx writes what it finds elsewhere than where it is documented: functions that are built in, among others.
 _ELSEWHERE = (
@@ -81,9 +81,10 @@ DEVICE = re.compile(r"(cpu|cuda|mps)(:[0-9]{1,3})?")
 """A device, wherever the client had its tensors; it stands for the one on which the loss is computed."""
 
 # What a text may be: a way of reducing, rounding, interpolating or padding, or a norm.
-_TEXTS = frozenset(
-    "none mean sum batchmean floor trunc linear lower higher midpoint nearest constant replicate tanh fro".split()
+_REDUCTIONS = (
+    "none mean sum batchmean floor trunc linear lower higher midpoint nearest constant replicate tanh fro"
 )
+_TEXTS = frozenset(_REDUCTIONS.split())
 # torch.fx writes them down even where they have their default; anything but that is refused.
 _KEYWORDS_REFUSED = frozenset({"out", "inplace", "generator", "requires_grad", "pin_memory", "sparse_grad"})
 
@@ -147,6 +148,10 @@ def _check_node(node: CustomLossNode, seen: set[str], where: str) -> None:
                 f"{where}: {node.op[:40]!r} is not allowed; a custom loss reads its inputs and calls functions and "
                 "methods"
             )
+    _check_arguments(node, seen, where)
+
+
+def _check_arguments(node: CustomLossNode, seen: set[str], where: str) -> None:
     for name in sorted(_KEYWORDS_REFUSED & set(node.kwargs)):
         if node.kwargs[name] is not None and node.kwargs[name] is not False:
             raise InvalidRequest(f"{where}: the keyword {name!r} is not allowed in a custom loss")

@@ -108,7 +108,8 @@ async def _take_place(endpoint: Endpoint, service: ServicePort, tenant: str, bod
     is_pass = endpoint.request is m.ForwardBackwardRequest
     place = codec.place_of_forward_backward(body) if is_pass else codec.place_of_json(body)
     if place is not None:
-        with contextlib.suppress(TwinkleError):  # a pass without datums is always refused, and its id consumed
+        # A pass without datums is always refused, and its id consumed.
+        with contextlib.suppress(TwinkleError):
             await service.submit(tenant, m.ForwardBackwardRequest(place.model_id, place.seq_id, [], ""))
 
 

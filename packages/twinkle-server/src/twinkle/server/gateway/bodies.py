@@ -5,7 +5,6 @@ from starlette.requests import Request
 from twinkle.protocol import codec
 from twinkle.protocol.errors import InvalidRequest, TooLarge
 
-
 # The most that a request without tokens or tensors needs: what Python makes of JSON can be twenty times as large.
 MAX_PLAIN_BYTES = 2**20
 

@@ -47,7 +47,7 @@ def document() -> Json:
     defs = _all_schemas()
     paths: dict[str, Json] = {}
     for endpoint in OPERATIONS:
-        paths.setdefault(PREFIX + endpoint.path, {})["post"] = _operation(endpoint, defs)
+        paths.setdefault(PREFIX + endpoint.path, {})["post"] = _operation(endpoint)
     for query in QUERIES:
         paths.setdefault(PREFIX + query.path, {})[query.method.lower()] = _query(query, defs)
     for path, method, description in _beside_the_tables():
@@ -95,7 +95,7 @@ def _ref(model: type[BaseModel]) -> Json:
 # ---------------------------------------------------------------- operations and queries
 
 
-def _operation(endpoint: Endpoint, defs: Defs) -> Json:
+def _operation(endpoint: Endpoint) -> Json:
     request = endpoint.request
     content: Json = {PROTOBUF: _BINARY}
     if endpoint.body == "json":
@@ -140,7 +140,9 @@ def _parameter(name: str, place: str, schema: Json, *, required: bool) -> Json:
     # Where there is nothing between the words there is no null: a parameter is there or not.
     choices = [choice for choice in schema.get("anyOf", []) if choice != {"type": "null"}]
     if choices:
-        schema = {"title": schema.get("title", name), **choices[0]} if len(choices) == 1 else {"anyOf": choices}
+        schema = (
+            {"title": schema.get("title", name), **choices[0]} if len(choices) == 1 else {"anyOf": choices}
+        )
     return {
         "name": name,
         "in": place,

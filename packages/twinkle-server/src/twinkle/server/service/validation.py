@@ -232,6 +232,11 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
             f"topk_sample_logprobs: {request.topk_sample_logprobs} at each of up to {tokens} tokens is more than "
             f"{MAX_SAMPLE_CELLS} values; ask for at most {MAX_SAMPLE_CELLS // tokens}, or set max_tokens"
         )
+    if request.record_stability_info:
+        raise InvalidRequest(
+            "record_stability_info: this server records nothing about a sequence's stability, so there is no "
+            "stable_reinforce here; leave it out, and train with importance_sampling, ppo, cispo or gspo"
+        )
     _check_prompt_extras(request, info)
 
 

@@ -1,8 +1,9 @@
 """Runs custom losses: goes through a graph's nodes and calls what their names stand for.
 
-Before a graph runs on tensors of some shapes for the first time it is rehearsed on tensors without memory (torch's "meta"
-device) of the same shapes: one that would take much memory or work, or doesn't fit together, is refused before it does
-harm. Where a mask picks values, only running it tells how many: such a graph is rehearsed node by node, as it runs.
+Before a graph runs on tensors of some shapes for the first time it is rehearsed on tensors without memory (torch's
+"meta" device) of the same shapes: one that would take much memory or work, or doesn't fit together, is refused before
+it does harm. Where a mask picks values, only running it tells how many: such a graph is rehearsed node by node, as it
+runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _TENSOR_VALUES = 256
 _MAX_DIMENSIONS = 16
 _MAX_PIECES = 1024
 _MAX_DIFFERENCES = 8
+_MAX_SHIFTS = 2
 _MAX_REMEMBERED = 4096
 
 Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -179,6 +181,9 @@ class _Refused(Exception):
     """Why a node is not computed."""
 
 
+# torch 2.6 and 2.7 raise the second as a plain RuntimeError.
+_SERVERS_TROUBLE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
 # What torch and Python say to a call that makes no sense; nothing else may come of a client's graph.
 _AT_FAULT = (
     _Refused,
@@ -225,8 +230,8 @@ def _evaluate(loss: CustomLoss, inputs: Inputs, step: Callable[[_Call], Any]) ->
 
 
 def _refusal(loss: CustomLoss, what: str, error: Exception) -> InvalidRequest:
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
-        raise error  # the server's trouble
+    if isinstance(error, _SERVERS_TROUBLE):
+        raise error
     first_line = str(error).partition("\n")[0][:300]
     return InvalidRequest(f"custom loss {loss.name!r}: {what} can't be computed: {first_line}")
 
@@ -342,9 +347,9 @@ def _getitem(container: Any, index: Any) -> Any:
     wide = [item.ndim if _is_mask(item) else int(item is not None and item is not ...) for item in items]
     plain: list[Any] = []
     dim = 0
-    for item, width in zip(items, wide, strict=True):
+    for i, (item, width) in enumerate(zip(items, wide, strict=True)):
         if item is ...:
-            dim = container.ndim - sum(wide[len(plain) + 1 :])
+            dim = container.ndim - sum(wide[i + 1 :])
             plain.append(item)
             continue
         plain += _plain_index(item, container.shape[dim : dim + width], container.device)
@@ -438,8 +443,8 @@ def _quantile(input: Tensor, q: float, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
-    if isinstance(shifts, tuple | list) and len(cast("list[Any]", shifts)) > _MAX_DIMENSIONS:
-        raise _Refused(f"there can be at most {_MAX_DIMENSIONS} shifts")
+    if isinstance(shifts, tuple | list) and len(cast("list[Any]", shifts)) > _MAX_SHIFTS:
+        raise _Refused(f"there can be at most {_MAX_SHIFTS} shifts")
     return torch.roll(input, shifts, () if dims is None else dims)
 
 
@@ -455,7 +460,7 @@ def _unbind(input: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
 
 def _split(tensor: Tensor, split_size: Any, dim: int = 0) -> tuple[Tensor, ...]:
     if isinstance(split_size, int):
-        _check_pieces(input_size // split_size if (input_size := tensor.shape[dim]) and split_size else 0)
+        _check_pieces(tensor.shape[dim] // max(split_size, 1))
     return torch.split(tensor, split_size, dim)
 
 
