@@ -16,7 +16,7 @@ from typing import Any, cast
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
 
-MAX_NODES = 2000
+MAX_NODES = 1000
 MAX_INPUTS = 16
 _MAX_DEPTH = 8
 _MAX_ITEMS = 256

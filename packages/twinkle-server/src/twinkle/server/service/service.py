@@ -303,8 +303,10 @@ class Service:
         return run
 
     def _record_pass(self, job: Job) -> None:
-        if (run := self._runs.get(job.run_id)) is not None:
-            self._ledger.record(job.tenant, run.session_id, "training", job.tokens)
+        run = self._runs.get(job.run_id)
+        if run is not None and isinstance(job.request, m.ForwardBackwardRequest):
+            tokens = sum(datum.model_input.length for datum in job.request.data)
+            self._ledger.record(job.tenant, run.session_id, "training", tokens)
 
     def _tenant_of_token(self, token: str) -> str:
         if self._signer is not None and token.startswith(JWT_PREFIX):

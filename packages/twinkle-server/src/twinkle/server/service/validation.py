@@ -74,7 +74,7 @@ def check_pass(
         custom_loss: what the request names, if its loss is "custom".
 
     Returns:
-        How many tokens the pass costs.
+        How many tokens the pass costs; each operation of a custom loss counts as one.
 
     Raises:
         InvalidRequest: naming the first thing that is wrong.
@@ -90,7 +90,8 @@ def check_pass(
         _check_datum(datum, f"data[{i}]", info, spec)
         if custom_loss is not None:
             _check_custom_inputs(datum, f"data[{i}]", custom_loss)
-    return sum(datum.model_input.length for datum in request.data)
+    nodes = len(custom_loss.graph.nodes) if custom_loss is not None else 0
+    return sum(datum.model_input.length + nodes for datum in request.data)
 
 
 def _unknown_loss(given: str, known: LossSpecs) -> str:
