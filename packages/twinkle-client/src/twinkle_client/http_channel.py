@@ -107,6 +107,8 @@ class HttpChannel:
             response = await self._send("POST", "/retrieve_future", body, headers)
             if response.status_code != 408:
                 return _decode_result(endpoint, response, request_id)
+            pending = codec.decode_json(m.Pending, response.content)
+            log.info("%s: not done yet: %s", endpoint.path, pending.queue_state_reason or "it is under way")
 
     async def _query(self, query: m.Query) -> m.Reply:
         endpoint = QUERY[type(query)]

@@ -63,3 +63,16 @@ def test_closing_gaps_lets_what_waits_behind_them_through():
     queue.close_gaps()
     assert drain(queue) == [3, 6]
     assert queue.next_free == 7
+
+
+def test_a_queue_says_what_a_request_waits_for():
+    queue = RunQueue(first_seq_id=1)
+    queue.offer(job(3))
+    queue.offer(job(4))
+    assert queue.why_waiting("request-4") == "it has seq_id 4, and seq_id 1 of this run has not arrived yet"
+    queue.offer(job(1))
+    queue.reject(2)
+    assert queue.why_waiting("request-4") == "2 requests of this run go before it"
+    queue.pop()
+    assert queue.why_waiting("request-1") == "it is being computed"
+    assert queue.why_waiting("request-3") == "0 requests of this run go before it"

@@ -16,6 +16,7 @@ Outcome: TypeAlias = m.Result | m.Failure
 @dataclass(eq=False)
 class _Entry:
     tenant: str
+    run_id: str | None = None
     outcome: Outcome | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -41,11 +42,16 @@ class FutureTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def create(self, tenant: str) -> str:
-        """A new future's request id."""
+    def create(self, tenant: str, run_id: str | None = None) -> str:
+        """A new future's request id; `run_id` is the run that it belongs to, if it does."""
         request_id = uuid.uuid4().hex
-        self._entries[request_id] = _Entry(tenant)
+        self._entries[request_id] = _Entry(tenant, run_id)
         return request_id
+
+    def run_of(self, request_id: str) -> str | None:
+        """The run that a future belongs to."""
+        entry = self._entries.get(request_id)
+        return entry.run_id if entry is not None else None
 
     def complete(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome and wake whoever waits; a second outcome is passed over."""

@@ -72,6 +72,16 @@ class RunQueue:
         self._skip_rejected()
         return job
 
+    def why_waiting(self, request_id: str) -> str:
+        """Why a request of this run has no result yet, in words."""
+        places = [seq_id for seq_id, job in self._waiting.items() if job and job.request_id == request_id]
+        if not places:
+            return "it is being computed"
+        before = sum(job is not None and seq_id < places[0] for seq_id, job in self._waiting.items())
+        if self._next not in self._waiting:
+            return f"it has seq_id {places[0]}, and seq_id {self._next} of this run has not arrived yet"
+        return f"{before} requests of this run go before it"
+
     def drain(self) -> list[Job]:
         """All jobs, taken out: the run is gone."""
         jobs = [job for _, job in sorted(self._waiting.items()) if job is not None]

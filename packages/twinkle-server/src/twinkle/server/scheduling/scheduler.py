@@ -56,6 +56,13 @@ class Scheduler:
         if queue.head() is not None:
             self._set_ready(run_id, tenant, ready=True)
 
+    def why_waiting(self, run_id: str, request_id: str) -> str | None:
+        """Why a request has no result yet, in words; None if its run is gone."""
+        queue = self._queues.get(run_id)
+        if queue is None:
+            return None
+        return f"{queue.why_waiting(request_id)}; {len(self._ready)} tenants have requests ready"
+
     # ------------------------------------------------------------ ticks
 
     async def next_tick(self) -> Tick:

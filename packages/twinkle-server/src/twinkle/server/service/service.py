@@ -210,7 +210,7 @@ class Service:
         tokens: int = 0,
         loss: CustomLoss | None = None,
     ) -> m.Promise:
-        request_id = self._futures.create(run.tenant)
+        request_id = self._futures.create(run.tenant, run.run_id)
         job = Job(request_id, run.tenant, run.run_id, seq_id, request, tokens, loss)
         self._scheduler.submit(job)
         return m.Promise(request_id=request_id, model_id=run.run_id)
@@ -335,7 +335,11 @@ class Service:
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
         outcome = await self._futures.wait(tenant, request_id, timeout)
-        return m.Pending(request_id=request_id) if outcome is None else outcome
+        if outcome is not None:
+            return outcome
+        run_id = self._futures.run_of(request_id)
+        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
+        return m.Pending(request_id=request_id, queue_state_reason=reason)
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         """Answer a query.
