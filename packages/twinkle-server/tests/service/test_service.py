@@ -30,10 +30,9 @@ async def test_chunks_that_arrive_out_of_order_are_applied_in_order(alice: Tenan
     run = await alice.run()
     later = [await alice.service.submit("alice", r) for r in (a_pass(run, 2), a_pass(run, 3), a_step(run, 4))]
     await asyncio.sleep(0.02)
-    assert await alice.service.retrieve("alice", later[0].request_id, timeout=0) == m.Pending(
-        request_id=later[0].request_id,
-        queue_state_reason="it has seq_id 2, and seq_id 1 of this run has not arrived yet; 0 tenants have requests ready",
-    )
+    waiting = await alice.service.retrieve("alice", later[0].request_id, timeout=0)
+    why = "it has seq_id 2, and seq_id 1 of this run has not arrived yet; 0 tenants have requests ready"
+    assert waiting == m.Pending(request_id=later[0].request_id, queue_state_reason=why)
     first = await alice.do(a_pass(run, 1))
     norm = (await alice.outcome(later[2])).metrics["grad_norm:mean"]
     assert isinstance(first, ForwardBackwardOutput)
