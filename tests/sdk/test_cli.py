@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -32,7 +33,9 @@ def tinker_cli(*arguments: str, check: bool = True, cwd: Path | None = None) -> 
         cwd=cwd,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert (done.returncode == 0) == check, done.stdout + done.stderr
+    # The command line of SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
+    ended_well = done.returncode == 0 or (SDK_VERSION < (0, 36) and done.returncode == -signal.SIGABRT)
+    assert ended_well == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout + (done.stderr if not check else "")
 
 
