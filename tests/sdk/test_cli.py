@@ -33,7 +33,7 @@ def tinker_cli(*arguments: str, check: bool = True, cwd: Path | None = None) -> 
         cwd=cwd,
         env={**os.environ, "COLUMNS": "200"},
     )
-    # The command line of SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
+    # SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
     ended_well = done.returncode == 0 or (SDK_VERSION < (0, 36) and done.returncode == -signal.SIGABRT)
     assert ended_well == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout + (done.stderr if not check else "")
