@@ -70,7 +70,7 @@ class Signer:
         self._secret = secret
 
     def key_token(self, tenant: str) -> str:
-        """A token that is taken in place of the tenant's key for an hour. The SDK shows `org_id` and `email`."""
+        """A token that is taken in place of the tenant's key for an hour. The SDK insists on an `org_id` to show."""
         return self._sign("key", KEY_SECONDS, {"sub": tenant, "org_id": _ISSUER})
 
     def tenant_of_token(self, token: str) -> str:

@@ -1,5 +1,5 @@
-"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. Nothing is made up: there
-are no prices, names or addresses here, since the server knows none.
+"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. Nothing is made up: the
+server knows no prices, and no people. Where the SDK insists on a name or address, the tenant's id stands for it.
 """
 
 from __future__ import annotations

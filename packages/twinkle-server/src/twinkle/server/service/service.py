@@ -434,20 +434,6 @@ class Service:
                 await sessions.find(self._database, tenant, query.session_id)
                 return m.TraceExport(status="failed", error="this server records no traces of sessions")
 
-    # ------------------------------------------------------------ downloads
-
-    async def download_sizes(self, download: Download) -> dict[str, int]:
-        """The files that a download gives, with their sizes in bytes.
-
-        Raises:
-            NotFound: if they are not there (any more).
-        """
-        return await asyncio.to_thread(self._downloads.sizes, download)
-
-    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes of one of those files."""
-        return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
-
     async def _finish_session(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
         session = await sessions.find(self._database, tenant, request.session_id)
         await asyncio.to_thread(
@@ -467,6 +453,20 @@ class Service:
         self._samplers.forget(session.id)
         self._losses.forget(session.id)
         return m.Acknowledged()
+
+    # ------------------------------------------------------------ downloads
+
+    async def download_sizes(self, download: Download) -> dict[str, int]:
+        """The files that a download gives, with their sizes in bytes.
+
+        Raises:
+            NotFound: if they are not there (any more).
+        """
+        return await asyncio.to_thread(self._downloads.sizes, download)
+
+    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes of one of those files."""
+        return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
 
 
 def _check_new_name(name: str) -> None:
