@@ -2,13 +2,16 @@
 
 `files` reads a model's folder, `conversation` a trajectory, `rendering` turns it into text, `labels` finds the
 assistant's turns in that text, `template` puts the four together. Token ids equal those of Transformers'
-`apply_chat_template(tokenize=True)`.
+`apply_chat_template(tokenize=True)`. On the way back, `turn_learning` finds out how the model writes a turn
+(`turn_forms`), `parsing` reads what was sampled, and `continuation` goes on behind it.
 """
 
+from twinkle.template.parsing import ParsedTurn
 from twinkle.template.registry import get_template_class, register_template
 from twinkle.template.template import SequenceTooLong, Template, TrainOn, TruncationStrategy
 
 __all__ = [
+    "ParsedTurn",
     "SequenceTooLong",
     "Template",
     "TrainOn",

@@ -1,6 +1,7 @@
 """The template that datasets and sampling scripts use: trajectories in, tokens with labels out, and text back."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,10 +13,14 @@ from tokenizers import Tokenizer
 from twinkle import hub
 from twinkle.data_format import NOT_TRAINED, InputFeature, Trajectory
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
 from twinkle.template.files import TEMPLATE_FILES, read_chat_templates, read_special_tokens, read_tokenizer
 from twinkle.template.labels import assistant_spans
+from twinkle.template.parsing import ParsedTurn, parse_turn
 from twinkle.template.rendering import ChatTemplate, Span
+from twinkle.template.turn_forms import TurnForm
+from twinkle.template.turn_learning import learn_turn_form
 
 TrainOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
 TruncationStrategy: TypeAlias = Literal["raise", "left", "right", "delete"]
@@ -71,8 +76,10 @@ class Template:
         id = model_id if isinstance(model_id, str) else str(Path(model_id).absolute())
         folder = hub.resolve(id, "model", TEMPLATE_FILES, revision)
         sources = {"default": chat_template} if chat_template is not None else read_chat_templates(folder)
-        variables = {**read_special_tokens(folder), **(chat_template_kwargs or {})}
+        special_tokens = read_special_tokens(folder)
+        variables = {**special_tokens, **(chat_template_kwargs or {})}
         self.tokenizer: Tokenizer = read_tokenizer(folder)
+        self._eos_token = special_tokens.get("eos_token", "")
         self._chat_template = ChatTemplate(sources, variables, owner=self.model_id)
 
     def render(self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False) -> str:
@@ -127,6 +134,70 @@ class Template:
         return self.tokenizer.decode(
             [int(token) for token in tokens], skip_special_tokens=skip_special_tokens
         )
+
+    def parse(
+        self,
+        tokens_or_text: str | Sequence[int] | npt.NDArray[np.integer[Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> ParsedTurn:
+        """What the assistant said in one turn, as a message.
+
+        How reasoning and calls are written is learnt from the model's chat template. What it knows nothing of is
+        content.
+
+        Args:
+            tokens_or_text: what was sampled after a generation prompt: token ids, a list or an integer array [T], or
+                their text, special tokens included.
+            tools: JSON schemas of the functions, for calls whose arguments stand there as text: the schema says which
+                of them are text. Calls are read with or without.
+
+        Returns:
+            The message, and what was wrong with calls that could not be read; these stay in the content. Whatever the
+            text, this is no error.
+        """
+        text = tokens_or_text if isinstance(tokens_or_text, str) else self.decode(tokens_or_text)
+        return parse_turn(text, self._turn_form, tools)
+
+    def continuation(
+        self,
+        trajectory: Trajectory | Mapping[str, Any],
+        turn_index: int,
+        sampled: Sequence[int] | npt.NDArray[np.integer[Any]],
+    ) -> npt.NDArray[np.int64]:
+        """The tokens to append after a sampled turn, for the model to read what came next and to take its next turn.
+
+        What was sampled stays as it is, rather than be tokenised again: where the turn is what the chat template would
+        have written, prompt, `sampled` and these tokens are together `encode(trajectory, add_generation_prompt=True)`;
+        where the template would write it differently (Qwen3's leaves the thinking out once there is another question),
+        the sampled tokens are kept. The end of the turn comes first unless `sampled` ends with it. `max_length` does
+        not matter here.
+
+        Args:
+            trajectory: the conversation with the turn as a message (`parse(sampled).message`), and with the results of
+                tools, or other messages, that follow it.
+            turn_index: which message the turn is.
+            sampled: the turn's token ids, a list or an integer array [T].
+
+        Returns:
+            Token ids, int64 [N].
+
+        Raises:
+            InvalidRequest: if message `turn_index` is not the assistant's, or the chat template refuses the
+                conversation.
+        """
+        conversation = read_conversation(trajectory)
+        tokens = [int(token) for token in sampled]
+        ids = continuation_ids(
+            self._chat_template, self.tokenizer, self._turn_form, conversation, turn_index, tokens
+        )
+        return np.array(ids, dtype=np.int64)
+
+    @cached_property
+    def _turn_form(self) -> TurnForm:
+        """How the model writes a turn; learnt when it is first asked for."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        return learn_turn_form(self._chat_template, [*special, self._eos_token])
 
     def _trained_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
         """The stretches of the rendered text that are trained on: what the chat template marks, or the turns found."""

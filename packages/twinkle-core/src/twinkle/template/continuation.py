@@ -1,0 +1,106 @@
+"""What follows a sampled turn, as tokens to put behind those that were sampled.
+
+A conversation that goes on is not tokenised anew: what a model sampled may be other tokens than those its text is
+tokenised to, and chat templates write earlier turns differently (Qwen3's leaves their thinking out). Training needs the
+tokens that were really sampled, so only what comes after them is rendered.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.template.conversation import Conversation
+from twinkle.template.labels import assistant_spans
+from twinkle.template.rendering import ChatTemplate
+from twinkle.template.turn_forms import TurnForm
+
+
+def continuation_ids(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    form: TurnForm,
+    conversation: Conversation,
+    turn_index: int,
+    sampled: Sequence[int],
+) -> list[int]:
+    """The tokens from the end of a sampled turn up to, and with, the opening of the assistant's next.
+
+    Args:
+        form: how the model writes a turn.
+        conversation: with the turn as message `turn_index`, and what was said after it.
+        sampled: the turn's tokens.
+
+    Raises:
+        InvalidRequest: if that message is not the assistant's, or the template refuses the conversation.
+    """
+    messages = conversation.messages
+    if not 0 <= turn_index < len(messages) or messages[turn_index]["role"] != "assistant":
+        turns = [str(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
+        raise InvalidRequest(
+            f"turn_index: {turn_index} is no message of the assistant; these are: {', '.join(turns) or 'none'}"
+        )
+    if form.calls is not None and form.calls.arguments_as_text:
+        conversation = _with_text_arguments(conversation)
+    text = template.render(conversation, add_generation_prompt=True)
+    earlier = sum(message["role"] == "assistant" for message in messages[:turn_index])
+    span = assistant_spans(template, conversation, add_generation_prompt=True)[earlier]
+    end = _end_of(text[span.start : span.end], form, has_calls=bool(messages[turn_index].get("tool_calls")))
+    return _ids_after(tokenizer, sampled, end, text[span.end :])
+
+
+def _end_of(turn: str, form: TurnForm, has_calls: bool) -> str:
+    """What the template ended this turn with; empty if nothing."""
+    ends = (form.calls_end, form.content_end) if has_calls else (form.content_end, form.calls_end)
+    return next((end for end in ends if end and turn.endswith(end)), "")
+
+
+def _ids_after(tokenizer: Tokenizer, sampled: Sequence[int], end: str, rest: str) -> list[int]:
+    """The tokens of `rest`, and before them those of the turn's `end` unless it was sampled."""
+    end_ids = _encode(tokenizer, end)
+    if end_ids and list(sampled[-len(end_ids) :]) == end_ids:
+        # Tokenised behind the end, not alone: some tokenizers treat the beginning of a text in a way of its own.
+        ids = _encode(tokenizer, end + rest)
+        return ids[len(end_ids) :] if ids[: len(end_ids)] == end_ids else _encode(tokenizer, rest)
+    # An end that is ordinary text may have been sampled as other tokens.
+    if end and not _special(tokenizer, end_ids) and tokenizer.decode(list(sampled)).endswith(end):
+        return _encode(tokenizer, rest)
+    return _encode(tokenizer, end + rest)
+
+
+def _special(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    added = tokenizer.get_added_tokens_decoder()
+    return any(id in added for id in ids)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _with_text_arguments(conversation: Conversation) -> Conversation:
+    """The same with the arguments of calls as JSON text, for templates that want them so."""
+
+    def converted(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": converted(call["function"])}
+        arguments = call.get("arguments")
+        return (
+            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            if _is_object(arguments)
+            else call
+        )
+
+    messages = tuple(
+        {**message, "tool_calls": [converted(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in conversation.messages
+    )
+    return replace(conversation, messages=messages)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)

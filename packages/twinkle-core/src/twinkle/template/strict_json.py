@@ -1,0 +1,27 @@
+"""JSON as its standard has it: NaN, infinities and half characters, which Python's reader lets pass, are errors."""
+
+import json
+import math
+from typing import Final, NoReturn
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+DECODER: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
+
+
+def decoded(text: str) -> object:
+    """JSON text's value; None if it is not JSON."""
+    try:
+        value: object = DECODER.decode(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return value
