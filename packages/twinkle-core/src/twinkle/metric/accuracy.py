@@ -1,0 +1,71 @@
+"""How often a model is right."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from twinkle.arrays import as_mask
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import TopkRow
+
+
+def token_accuracy(topk_rows: Sequence[TopkRow], tokens: Sequence[int], mask: object = None) -> float:
+    """The share of tokens that the model itself finds the likeliest.
+
+    Args:
+        topk_rows: for each token the likeliest (token id, log-probability), the likeliest first, as
+            `SampleResponse.topk_prompt_logprobs`; None (as for the first token) does not count.
+        tokens: token ids, [T].
+        mask: which tokens count, bool [T]; None is all.
+
+    Raises:
+        InvalidRequest: if lengths differ, or no token counts.
+    """
+    if len(topk_rows) != len(tokens):
+        raise InvalidRequest(
+            f"topk_rows: {len(topk_rows)} rows for {len(tokens)} tokens; give all topk_prompt_logprobs of one prompt"
+        )
+    keep = np.ones(len(tokens), np.bool_) if mask is None else as_mask("mask", mask, "[T]")
+    if len(keep) != len(tokens):
+        raise InvalidRequest(
+            f"mask: {len(keep)} entries for {len(tokens)} tokens; there must be one for each"
+        )
+    hits = [
+        row[0][0] == token for row, token, kept in zip(topk_rows, tokens, keep, strict=True) if kept and row
+    ]
+    if not hits:
+        raise InvalidRequest(
+            "topk_rows: no token counts; at least one must have a row and be left in by the mask"
+        )
+    return float(np.mean(hits))
+
+
+def answer_accuracy(rewards: object, threshold: float = 0.5) -> tuple[float, float]:
+    """The share of rewards that reach the threshold, and its standard error.
+
+    The error is the binomial sqrt(a * (1 - a) / N), for answers that are independent of each other: several samples of
+    one prompt are less so, and their true error is larger.
+
+    Args:
+        rewards: one an answer, of any shape.
+        threshold: from which on an answer is right.
+
+    Returns:
+        (accuracy, standard error), both 0 to 1.
+
+    Raises:
+        InvalidRequest: if there is no reward, or one is NaN.
+    """
+    try:
+        values = np.asarray(rewards, np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"rewards: not a rectangular array of numbers ({error})") from error
+    if not values.size:
+        raise InvalidRequest("rewards: none; accuracy needs at least one answer")
+    if np.isnan(values).any():
+        raise InvalidRequest(
+            f"rewards: entry {int(np.argmax(np.isnan(values)))} is NaN; every answer needs a reward"
+        )
+    accuracy = float((values >= threshold).mean())
+    return accuracy, math.sqrt(accuracy * (1 - accuracy) / values.size)

@@ -1,0 +1,116 @@
+"""How likely a model finds tokens: negative log-likelihood, perplexity, entropy, divergence. All in nats a token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from twinkle.metric.inputs import TrainingDatum, TrainingOutput, logprobs_and_weights, selected
+from twinkle.protocol.errors import InvalidRequest
+
+Estimator: TypeAlias = Literal["k1", "k2", "k3"]
+
+
+def nll(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]]) -> float:
+    """The mean negative log-likelihood of the trained tokens.
+
+        -sum of w[i, t] * log p[i, t] / sum of w[i, t]
+
+    Args:
+        output: what `forward` or `forward_backward` with `cross_entropy` returned.
+        data: what was given to it: Datums with `weights`, or features with `input_ids` and `labels`.
+
+    Returns:
+        Nats a token; infinite if a token with a weight has probability 0.
+
+    Raises:
+        InvalidRequest: if the weights add up to zero (nothing was trained), or output and data don't belong together.
+    """
+    logprobs, weights = logprobs_and_weights(output, data)
+    total = weights.sum()
+    if total == 0:
+        raise InvalidRequest(
+            "data: all weights together are 0, so no token is trained; check the labels, or leave such data out"
+        )
+    trained = weights != 0  # what has no weight may be -inf
+    return float(-(weights[trained] * logprobs[trained]).sum() / total)
+
+
+def perplexity(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]]) -> float:
+    """The exponential of `nll`: among how many equally likely tokens the model would be as unsure.
+
+    Raises:
+        InvalidRequest: as `nll`.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll(output, data)))
+
+
+def entropy(logprobs: Sequence[object], mask: Sequence[object] | None = None) -> float:
+    """A Monte-Carlo estimate of the sampling distribution's entropy: the mean of -log p over the tokens drawn.
+
+    It estimates the entropy of the distribution that tokens were drawn from if `logprobs` are that distribution's: at
+    temperature 1 without top_k and top_p, the model's.
+
+    Args:
+        logprobs: for each sequence those of its sampled tokens, [T_i].
+        mask: for each sequence the tokens that count, bool [T_i]; None is all.
+
+    Returns:
+        Nats a token.
+
+    Raises:
+        InvalidRequest: naming a sequence that is None, not finite or of another length than its mask; or if no token
+            is left.
+    """
+    values, _ = selected("logprobs", logprobs, mask)
+    return float(-values.mean())
+
+
+def kl_divergence(
+    sampler_logprobs: Sequence[object],
+    trainer_logprobs: Sequence[object],
+    mask: Sequence[object] | None = None,
+    estimator: Estimator = "k3",
+) -> float:
+    """An estimate of KL(sampler || trainer) from tokens that the sampler drew, in nats a token.
+
+    With d = log p_trainer - log p_sampler of each token it is the mean of
+
+        k1: -d                  unbiased, of high variance; may come out negative
+        k2: d^2 / 2             biased, of low variance
+        k3: exp(d) - 1 - d      unbiased, of low variance; never negative
+
+    Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. A sampler and a trainer with
+    the same weights should agree up to rounding: a value that grows tells of samples from old weights, or of a fault.
+
+    Args:
+        sampler_logprobs: for each sequence those under which its tokens were drawn, [T_i].
+        trainer_logprobs: for each sequence those of the same tokens from a training pass, [T_i].
+        mask: for each sequence the tokens that count, bool [T_i]; None is all.
+        estimator: "k1", "k2" or "k3".
+
+    Raises:
+        InvalidRequest: naming a sequence that is None, not finite or of another length; or if no token is left.
+    """
+    if estimator not in ("k1", "k2", "k3"):
+        raise InvalidRequest(f"estimator: {estimator!r}; allowed are 'k1', 'k2' and 'k3'")
+    if len(sampler_logprobs) != len(trainer_logprobs):
+        raise InvalidRequest(
+            f"trainer_logprobs: {len(trainer_logprobs)} sequences for {len(sampler_logprobs)} of the sampler; there "
+            "must be one for each"
+        )
+    sampler, sampler_lengths = selected("sampler_logprobs", sampler_logprobs, mask)
+    trainer, trainer_lengths = selected("trainer_logprobs", trainer_logprobs, mask)
+    for i, (length, expected) in enumerate(zip(trainer_lengths, sampler_lengths, strict=True)):
+        if length != expected:
+            raise InvalidRequest(
+                f"trainer_logprobs[{i}]: {length} entries for {expected} of the sampler; both are of the same tokens"
+            )
+    difference = trainer - sampler
+    if estimator == "k1":
+        return float(-difference.mean())
+    if estimator == "k2":
+        return float((difference**2).mean() / 2)
+    with np.errstate(over="ignore"):
+        return float((np.expm1(difference) - difference).mean())
