@@ -36,8 +36,6 @@ class Verbs:
 
 @pytest.fixture(scope="session")
 def local_verbs(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    import os
-
     from twinkle.server.config import parse_config
     from twinkle.server.local import ServiceClient
 
@@ -49,14 +47,12 @@ def local_verbs(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "storage": {"root": str(storage)},
         }
     )
-    os.environ["TWINKLE_HUB_ROOT"] = str(hub_root)
     client = ServiceClient(config)
-    try:
-        client.create_sampling_client(base_model=MODEL)
-        yield Verbs(lambda _key: client, storage, has_tenants=False)
-    finally:
-        client.close()
-        del os.environ["TWINKLE_HUB_ROOT"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TWINKLE_HUB_ROOT", str(hub_root))
+        client.create_sampling_client(base_model=MODEL)  # loads the model
+    yield Verbs(lambda _key: client, storage, has_tenants=False)
+    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Losses of one's own: run here on log-probabilities that the server computes, or traced and run by the server.
 
-Both need torch, on this machine, and find it when they are called: the client itself goes without.
+A function of torch tensors is differentiated, or traced, by torch: both find it when they are called, since the client
+itself goes without. A `ClosedFormLoss` brings its gradient along and needs numpy alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
@@ -19,6 +23,52 @@ ClientLoss: TypeAlias = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mappin
 """Datums and the log-probabilities of each (torch tensors of the targets' shape) to a scalar tensor and metrics."""
 
 Rank: TypeAlias = Literal[0, 1, 2]
+
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LossValue:
+    """A loss at one point.
+
+    Attributes:
+        loss: its value.
+        gradients: its derivative with respect to each datum's log-probabilities, float64 of their shapes.
+        metrics: `name:reduction` -> value.
+    """
+
+    loss: float
+    gradients: list[Float64Array]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClosedFormLoss:
+    """A loss of log-probabilities that knows its own gradient: `forward_backward_custom` runs it without torch.
+
+    Called as a function it is a `ClientLoss` of torch tensors, which is what Tinker's SDK wants; value and gradient are
+    the same.
+
+    Attributes:
+        name: for messages.
+        evaluate: datums and their log-probabilities (float64 [T_i] each) to value, gradients and metrics.
+    """
+
+    name: str
+    evaluate: Callable[[Sequence[Datum], list[Float64Array]], LossValue]
+
+    def __call__(self, data: Sequence[Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+        """The same for torch tensors: (scalar tensor, metrics)."""
+        torch = torch_of(f"calling {self.name} with tensors")
+        value = self.evaluate(data, [tensor.detach().double().cpu().numpy() for tensor in logprobs])
+        gradients = [
+            torch.as_tensor(gradient).to(tensor)
+            for gradient, tensor in zip(value.gradients, logprobs, strict=True)
+        ]
+        # Linear in the log-probabilities with the right slope, and moved to the right value.
+        terms = [(gradient * tensor).sum() for gradient, tensor in zip(gradients, logprobs, strict=True)]
+        linear = torch.stack(terms).sum()
+        return linear - linear.detach() + value.loss, value.metrics
 
 
 @dataclass(frozen=True)
@@ -78,12 +128,26 @@ def without_gradient(data: Sequence[Datum]) -> list[Datum]:
     ]
 
 
-def differentiate(loss_fn: ClientLoss, data: Sequence[Datum], forward: ForwardBackwardOutput) -> Surrogate:
-    """Run the function on log-probabilities from the server, and take its gradient.
+def differentiate(
+    loss_fn: ClientLoss | ClosedFormLoss, data: Sequence[Datum], forward: ForwardBackwardOutput
+) -> Surrogate:
+    """Run the loss on log-probabilities from the server, and take its gradient.
 
     Raises:
-        InvalidRequest: if what it returns is no scalar that depends on every datum's log-probabilities.
+        InvalidRequest: if what a function returns is no scalar that depends on every datum's log-probabilities.
     """
+    if isinstance(loss_fn, ClosedFormLoss):
+        arrays = [output["logprobs"].to_numpy().astype(np.float64) for output in forward.loss_fn_outputs]
+        value = loss_fn.evaluate(data, arrays)
+        return Surrogate(
+            _weighted(data, [-gradient for gradient in value.gradients]), value.loss, value.metrics
+        )
+    return _differentiate_by_torch(loss_fn, data, forward)
+
+
+def _differentiate_by_torch(
+    loss_fn: ClientLoss, data: Sequence[Datum], forward: ForwardBackwardOutput
+) -> Surrogate:
     torch = torch_of("forward_backward_custom")
     logprobs = [
         torch.tensor(output["logprobs"].array, requires_grad=True) for output in forward.loss_fn_outputs
@@ -94,13 +158,18 @@ def differentiate(loss_fn: ClientLoss, data: Sequence[Datum], forward: ForwardBa
             "loss_fn: must return (loss, metrics), where loss is a scalar tensor computed from the log-probabilities"
         )
     loss.backward()
-    weighted: list[Datum] = []
-    for i, (datum, tensor) in enumerate(zip(data, logprobs, strict=True)):
+    for i, tensor in enumerate(logprobs):
         if tensor.grad is None:
             raise InvalidRequest(f"loss_fn: its value does not depend on the log-probabilities of data[{i}]")
-        inputs = {"target_tokens": _targets(datum, i), "weights": -tensor.grad}
-        weighted.append(Datum(datum.model_input, inputs))
+    weighted = _weighted(data, [-tensor.grad for tensor in logprobs])
     return Surrogate(weighted, float(loss.detach()), {name: float(value) for name, value in metrics.items()})
+
+
+def _weighted(data: Sequence[Datum], weights: Sequence[object]) -> list[Datum]:
+    return [
+        Datum(datum.model_input, {"target_tokens": _targets(datum, i), "weights": each})
+        for i, (datum, each) in enumerate(zip(data, weights, strict=True))
+    ]
 
 
 def with_custom_metrics(output: ForwardBackwardOutput, surrogate: Surrogate) -> ForwardBackwardOutput:

@@ -20,7 +20,7 @@ from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, Los
 from twinkle.protocol.uris import as_twinkle
 from twinkle.verbs import chunks, custom_loss
 from twinkle.verbs.channel import Channel
-from twinkle.verbs.custom_loss import ClientLoss, LossHandle
+from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
 from twinkle.verbs.futures import Pending, chain, wait
 from twinkle.verbs.sampling import SamplingClient
 
@@ -100,7 +100,7 @@ class TrainingClient:
         return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
 
     def forward_backward_custom(
-        self, data: Batch, loss_fn: ClientLoss | LossHandle
+        self, data: Batch, loss_fn: ClientLoss | ClosedFormLoss | LossHandle
     ) -> Pending[ForwardBackwardOutput]:
         """`forward_backward` with a loss of one's own.
 
@@ -108,14 +108,15 @@ class TrainingClient:
         server as the weights of a second pass. A `LossHandle` is run by the server in a single pass.
 
         Args:
-            loss_fn: `(data, logprobs) -> (loss, metrics)`; `logprobs` are torch tensors, one a datum, of the shape of
-                its `target_tokens`; `loss` is a scalar tensor.
+            loss_fn: a loss of `twinkle.loss`, which needs no torch; or `(data, logprobs) -> (loss, metrics)`, where
+                `logprobs` are torch tensors, one a datum, of the shape of its `target_tokens`, and `loss` is a scalar
+                tensor.
 
         Returns:
             As `forward_backward`, with the function's metrics, and its loss as `loss:sum`.
 
         Raises:
-            InvalidRequest: if torch is not installed, or the function returns no such loss.
+            InvalidRequest: if a function is given and torch is not installed, or it returns no such loss.
         """
         if isinstance(loss_fn, LossHandle):
             return self.forward_backward(data, CUSTOM_LOSS, {"loss_id": loss_fn.loss_id})
