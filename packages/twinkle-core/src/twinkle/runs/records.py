@@ -1,0 +1,110 @@
+"""The files of a run's folder.
+
+metrics.jsonl   one object a step: `step`, `time` (seconds since 1970), and the metrics that were logged
+config.json     the hyperparameters, as they were given
+state.json      where to go on: there while the run is not finished and has been saved at least once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+from twinkle.protocol.errors import InvalidRequest, NotFound
+
+METRICS: Final = "metrics.jsonl"
+CONFIG: Final = "config.json"
+STATE: Final = "state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run can go on.
+
+    Attributes:
+        step: steps that are in the checkpoint.
+        checkpoint: `twinkle://` path of weights and optimizer.
+        dataloader: its `state_dict()` behind the last of those steps.
+    """
+
+    step: int
+    checkpoint: str
+    dataloader: dict[str, Any]
+
+
+def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What a run has logged, a dict a step, first to last.
+
+    A last line that was not finished, as after a crash, is left out.
+
+    Args:
+        directory: the run's folder, or its metrics.jsonl.
+
+    Raises:
+        NotFound: if there are no metrics.
+        InvalidRequest: naming the line that is no JSON object with a step.
+    """
+    path = Path(directory)
+    path = path / METRICS if path.is_dir() else path
+    if not path.is_file():
+        raise NotFound(f"{path}: no such file; give the folder of a run, such as runs/NAME")
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(cast(dict[str, Any], row).get("step"), int):
+            raise InvalidRequest(f"{path}:{number}: expected an object with a whole number `step`")
+        rows.append(cast(dict[str, Any], row))
+    return rows
+
+
+def keep_metrics_through(directory: Path, step: int) -> None:
+    """Forget what was logged for later steps: they are done again."""
+    if (directory / METRICS).is_file():
+        rows = [row for row in read_metrics(directory) if row["step"] <= step]
+        write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_state(directory: Path) -> RunState:
+    """
+    Raises:
+        NotFound: if the run has no state to go on from.
+        InvalidRequest: if it can't be read.
+    """
+    path = directory / STATE
+    if not path.is_file():
+        reason = "it is finished, or was never saved" if (directory / CONFIG).is_file() else "there is no run"
+        raise NotFound(f"{directory}: nothing to resume from ({reason}); begin a new run")
+    try:
+        return RunState(**json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{path}: not the state of a run ({error}); begin a new run") from error
+
+
+def write_state(directory: Path, state: RunState) -> None:
+    """Exchange the state for a newer one, wholly or not at all."""
+    write_whole(directory / STATE, json.dumps(asdict(state), indent=1) + "\n")
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Keep the hyperparameters; what JSON has no form for is kept as text."""
+    write_whole(directory / CONFIG, json.dumps(dict(config), indent=1, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name and rename it, so that nobody ever sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
