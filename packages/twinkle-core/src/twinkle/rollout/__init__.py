@@ -1,0 +1,22 @@
+"""What a model samples, on its way back into training: groups of answers, turns with tools, scores of sequences.
+
+Works over the sampling clients of both SDKs: with Tinker's, pass its `types` (`from tinker import types`).
+"""
+
+from twinkle.rollout.multi_turn import Respond, sample_turns
+from twinkle.rollout.rollouts import Rollout, to_training_data
+from twinkle.rollout.sampling import sample_groups, score
+from twinkle.rollout.tools import Tool, call_tools
+from twinkle.rollout.types import Types
+
+__all__ = [
+    "Respond",
+    "Rollout",
+    "Tool",
+    "Types",
+    "call_tools",
+    "sample_groups",
+    "sample_turns",
+    "score",
+    "to_training_data",
+]

@@ -1,0 +1,185 @@
+"""Conversations of several turns in which the model calls tools, or somebody else answers it.
+
+What the model sampled is never tokenised again: the tokens of what others say are put behind it, so that each sampled
+token keeps the log-probability it was drawn with. All conversations that are still going on take their next turn
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from twinkle.data_format import Message, Trajectory
+from twinkle.protocol import types as core_types
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.rollout.rollouts import Rollout
+from twinkle.rollout.sampling import PROGRESS_DELAY_SECONDS, encode_prompt, sampled_arrays
+from twinkle.rollout.tools import Tool, as_tools, call_tools
+from twinkle.rollout.types import Result, Sampler, Types
+from twinkle.template import Template
+
+
+class Respond(Protocol):
+    """Who answers the model: a user simulator, an environment, a game."""
+
+    def __call__(self, rollout: Rollout, conversation: Mapping[str, Any]) -> Sequence[Message]:
+        """The messages that follow the model's last turn; none ends the conversation.
+
+        Args:
+            rollout: all so far; `rollout.messages[-1]` is the model's last turn.
+            conversation: the row that it began with.
+        """
+        ...
+
+
+def sample_turns(
+    sampling_client: Sampler,
+    template: Template,
+    conversations: Sequence[Trajectory | Mapping[str, Any]],
+    group_size: int,
+    *,
+    tools: Sequence[Tool | Callable[..., Any]] = (),
+    respond: Respond | None = None,
+    max_turns: int = 4,
+    max_tokens: int,
+    max_length: int | None = None,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    types: Types = core_types,
+    **sampling_params: Any,
+) -> list[list[Rollout]]:
+    """`group_size` whole conversations from each beginning.
+
+    A conversation ends when the model neither calls a tool nor gets a response, when a turn is cut off at `max_tokens`,
+    after `max_turns` turns of the model, or before it would grow beyond `max_length`.
+
+    Args:
+        conversations: rows with `messages` that end where the assistant is to speak; `tools` are added to each.
+        tools: functions that the model may call (see `Tool.from_function`), or Tools.
+        respond: who else answers; asked for turns that call no tool.
+        max_tokens: of one turn.
+        max_length: of a whole conversation, in tokens; None lets the server say when the context is full.
+        seed, temperature, types, sampling_params: as in `sample_groups`.
+
+    Returns:
+        A list for each conversation.
+
+    Raises:
+        InvalidRequest: if a conversation can't be rendered, or a number is out of its range.
+    """
+    for name, value in (("group_size", group_size), ("max_turns", max_turns)):
+        if value < 1:
+            raise InvalidRequest(f"{name}: {value}; allowed are whole numbers from 1")
+    by_name = as_tools(tools)
+    schemas = [tool.schema for tool in by_name.values()]
+    groups = [_beginnings(template, row, schemas, i, group_size) for i, row in enumerate(conversations)]
+    params = {"max_tokens": max_tokens, "temperature": temperature, **sampling_params}
+    turns = tqdm(range(max_turns), desc="sampling", unit="turn", delay=PROGRESS_DELAY_SECONDS, leave=False)
+    going_on = [state for group in groups for state in group]
+    count = len(going_on)
+    for turn in turns:
+        if turn:
+            going_on = [state for state in going_on if state.is_answered(template, by_name, respond)]
+        going_on = [state for state in going_on if _has_room(state.rollout, max_tokens, max_length)]
+        seeds = [None if seed is None else seed + turn * count + i for i in range(len(going_on))]
+        pending = [
+            state.ask(sampling_client, types, {**params, "seed": each})
+            for state, each in zip(going_on, seeds, strict=True)
+        ]
+        for state, each in zip(going_on, pending, strict=True):
+            [sequence] = each.result().sequences
+            state.take_turn(template, sequence)
+    return [[state.rollout for state in group] for group in groups]
+
+
+@dataclass
+class _State:
+    """A conversation that grows.
+
+    Attributes:
+        conversation: the row it began with, tools included.
+        rollout: all so far.
+        sampled: the tokens of the model's last turn.
+        problems: what could not be read of it.
+    """
+
+    conversation: dict[str, Any]
+    rollout: Rollout
+    sampled: Sequence[int] = ()
+    problems: Sequence[str] = ()
+
+    def ask(self, sampling_client: Sampler, types: Types, params: Mapping[str, Any]) -> Result:
+        """Have the model take its next turn."""
+        prompt = types.ModelInput.from_ints(self.rollout.tokens.tolist())
+        return sampling_client.sample(
+            prompt=prompt, num_samples=1, sampling_params=types.SamplingParams(**params)
+        )
+
+    def take_turn(self, template: Template, sequence: Any) -> None:
+        """Put what the model sampled behind the rest."""
+        before = self.rollout
+        tokens, is_sampled, logprobs = sampled_arrays(before.tokens, sequence)
+        known = len(before.tokens)
+        is_sampled[:known], logprobs[:known] = before.is_sampled, before.logprobs
+        parsed = template.parse(sequence.tokens, self.conversation.get("tools"))
+        self.sampled, self.problems = sequence.tokens, parsed.problems
+        self.rollout = Rollout(
+            tokens,
+            is_sampled,
+            logprobs,
+            [*before.messages, parsed.message],
+            template.decode(sequence.tokens, skip_special_tokens=True).strip(),
+            sequence.stop_reason,
+            before.num_turns + 1,
+            (*before.problems, *parsed.problems),
+        )
+
+    def is_answered(self, template: Template, tools: Mapping[str, Tool], respond: Respond | None) -> bool:
+        """Put the answers to the model's last turn behind it; False if there are none, and all is said."""
+        rollout = self.rollout
+        if rollout.stop_reason != "stop":
+            return False
+        answers = call_tools(tools, rollout.messages[-1], self.problems) if tools else []
+        if not answers and respond is not None:
+            answers = list(respond(rollout, self.conversation))
+        if not answers:
+            return False
+        index = len(rollout.messages) - 1
+        messages = [*rollout.messages, *answers]
+        more = template.continuation({**self.conversation, "messages": messages}, index, self.sampled)
+        others = np.zeros(len(more))
+        self.rollout = replace(
+            rollout,
+            tokens=np.concatenate([rollout.tokens, more]),
+            is_sampled=np.concatenate([rollout.is_sampled, others.astype(np.bool_)]),
+            logprobs=np.concatenate([rollout.logprobs, others.astype(np.float32)]),
+            messages=messages,
+        )
+        return True
+
+
+def _beginnings(
+    template: Template, row: Trajectory | Mapping[str, Any], schemas: list[dict[str, Any]], i: int, count: int
+) -> list[_State]:
+    """The same conversation `count` times over."""
+    conversation = {**row, "tools": schemas} if schemas else {**row}
+    prompt = encode_prompt(template, conversation, i)
+    rollout = Rollout(
+        prompt,
+        np.zeros(len(prompt), np.bool_),
+        np.zeros(len(prompt), np.float32),
+        list(cast(Sequence[Message], row["messages"])),
+        completion="",
+        stop_reason="length",
+        num_turns=0,
+    )
+    return [_State(conversation, rollout) for _ in range(count)]
+
+
+def _has_room(rollout: Rollout, max_tokens: int, max_length: int | None) -> bool:
+    return max_length is None or len(rollout.tokens) + max_tokens <= max_length
