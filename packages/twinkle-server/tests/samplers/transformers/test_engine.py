@@ -174,6 +174,27 @@ def test_the_end_of_text_token_stops_unless_stops_are_given(backend, tiny_model_
     raise AssertionError("no end of text in 400 samples")
 
 
+def test_a_sequence_that_just_fills_the_cache_may_change_places(engine, references):
+    # The cache grows by 64 positions; the longer one stands in the last row, with 64 of them, when the first one ends.
+    short, long = list(range(10)), list(range(60))
+    futures = [ask(engine, p, temperature=0, max_tokens=n, stop=[]) for p, n in ((short, 5), (long, 12))]
+    for (prompt, count), future in zip(((short, 5), (long, 12)), futures, strict=True):
+        assert future.result(60).sequences[0].tokens == greedy(references[None], prompt, count)
+
+
+def test_the_engine_goes_on_after_a_failure_that_nobody_foresaw(engine, references, monkeypatch):
+    def broken(rows):
+        raise RuntimeError("the batch is in pieces")
+
+    monkeypatch.setattr(engine._batch, "drop", broken)
+    done, running = [ask(engine, [1, 2, 3], max_tokens=n, stop=[]) for n in (2, 200)]
+    assert len(done.result(60).sequences[0].tokens) == 2  # it was complete before
+    with pytest.raises(RuntimeError, match="in pieces"):
+        running.result(60)
+    after = ask(engine, [1, 2, 3], temperature=0, max_tokens=5, stop=[]).result(60)
+    assert after.sequences[0].tokens == greedy(references[None], [1, 2, 3], 5)
+
+
 def test_what_cannot_be_fails_alone(engine):
     good = ask(engine, [1, 2], max_tokens=20, stop=[])
     with pytest.raises(NotFound, match="'nobody'"):

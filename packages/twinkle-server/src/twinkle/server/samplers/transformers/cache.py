@@ -55,7 +55,9 @@ class SlotCache:
     def copy_row(self, source: int, targets: list[int], length: int) -> None:
         for tensor in (*self.keys, *self.values):
             assert tensor is not None
-            tensor[targets, :, :length] = tensor[source, :, :length]
+            # A copy of its own: torch refuses to write into the memory that it reads from, and notices that it does
+            # where the rows are read to their full length.
+            tensor[targets, :, :length] = tensor[source, :, :length].clone()
 
     def begin(self, rows: slice, positions: Tensor, end: int) -> None:
         """

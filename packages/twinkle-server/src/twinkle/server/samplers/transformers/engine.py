@@ -62,9 +62,9 @@ class TransformersEngine:
         wrap_linears(model, loaded.targets, lambda base, name: RoutedLinear(base, name, route))
         self._loaded = loaded
         self._dtype = loaded.dtype
-        self._batch = make_batch(
-            Network(model, route), max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
-        )
+        self._network = Network(model, route)
+        self._max_rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
+        self._batch = make_batch(self._network, self._max_rows)
         self._max_tokens = MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
@@ -155,16 +155,32 @@ class TransformersEngine:
     @torch.inference_mode()
     def _run(self) -> None:
         while self._wait_for_work():
-            self._drop_unwanted()
-            drawable = self._admit() or self._step()
-            if drawable is None:
-                continue
             try:
-                self._advance(*drawable)
-            except Exception as error:
-                for task in {sequence.task for sequence in drawable[0]}:
-                    self._fail(task, error)
+                self._turn()
+            except Exception as error:  # not one sample's fault: without this thread all would wait for ever
+                log.exception("the sampling engine starts over: %s", error)
+                self._start_over(error)
         self._abandon()
+
+    def _turn(self) -> None:
+        """Admit who waits, or a step for everybody; then draw the next token of those concerned."""
+        self._drop_unwanted()
+        drawable = self._admit() or self._step()
+        if drawable is None:
+            return
+        try:
+            self._advance(*drawable)
+        except Exception as error:
+            for task in {sequence.task for sequence in drawable[0]}:
+                self._fail(task, error)
+
+    def _start_over(self, error: Exception) -> None:
+        """Nobody knows what state the batch is in: who is in it fails, and a new one is begun. Who waits may come."""
+        tasks = {sequence.task for sequence in self._sequences}
+        self._sequences = []
+        self._batch = make_batch(self._network, self._max_rows)
+        self._free_memory()
+        self._end({task: error.with_traceback(None) for task in tasks})
 
     def _wait_for_work(self) -> bool:
         with self._wake:
