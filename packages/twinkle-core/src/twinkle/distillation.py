@@ -23,8 +23,8 @@ def teacher_log_ratios(
 ) -> list[npt.NDArray[np.float32]]:
     """On-policy distillation: log p_teacher - log p_student of each token that the student sampled.
 
-    Their mean is an estimate of -KL(student || teacher), in nats a token. As advantages, less that mean (a baseline that
-    changes no gradient's expectation and much of its variance), they take the divergence down (Gu et al. 2023,
+    Their mean is an estimate of -KL(student || teacher), in nats a token. As advantages, less that mean (a baseline
+    that changes no gradient's expectation and much of its variance), they take the divergence down (Gu et al. 2023,
     arXiv:2306.08543, equation 2; Agarwal et al. 2023, arXiv:2306.13649).
 
     Args:

@@ -1,4 +1,4 @@
-"""Batches of a dataset's rows, shuffled and resumable.
+"""Batches of a dataset's or a stream's rows, shuffled and resumable.
 
 What a row is, and what is done with a batch, is not known here.
 """

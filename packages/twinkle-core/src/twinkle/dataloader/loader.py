@@ -1,7 +1,8 @@
 """The order in which rows are seen, epoch after epoch, as a function of seed, epoch and position alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Protocol, TypedDict, TypeVar, cast
+from itertools import islice
+from typing import Any, Generic, Protocol, TypedDict, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -18,13 +19,21 @@ class Rows(Protocol[Item_co]):
     def __getitem__(self, index: int, /) -> Item_co: ...
 
 
+@runtime_checkable
+class Stream(Protocol[Item_co]):
+    """Anything that gives items out epoch by epoch, without a length: an `IterableDataset`."""
+
+    def epoch(self, number: int, /) -> Iterator[Item_co]: ...
+
+
 class DataLoaderState(TypedDict):
     """Where a loader is, in numbers that JSON can hold.
 
     Keys:
         epoch: from 0.
         position: batches of that epoch that were handed out.
-        seed, shuffle, batch_size, drop_last, rows: what the order depends on; must be the same on resuming.
+        seed, shuffle, batch_size, drop_last, rows: what the order depends on; must be the same on resuming. `rows` is
+            None for a stream.
     """
 
     epoch: int
@@ -33,7 +42,7 @@ class DataLoaderState(TypedDict):
     shuffle: bool
     batch_size: int
     drop_last: bool
-    rows: int
+    rows: int | None
 
 
 class DataLoader(Generic[Item_co]):
@@ -42,35 +51,50 @@ class DataLoader(Generic[Item_co]):
     The order differs from epoch to epoch and is the same in every run with the same seed. A loop that is left
     early ends its epoch; after `load_state_dict` the next loop goes on where the state was taken.
 
+    A stream (`IterableDataset`) gives its batches in its own order, which its `shuffle(buffer_size)` makes another in
+    each epoch. It is read one batch ahead, to know the last one. Resuming reads, and encodes again, what was used of
+    the epoch before the state was taken, and passes over it: the batches that follow are exactly the same, but it takes
+    as long as reading takes.
+
     Args:
         dataset: what to take from; an encoded `Dataset` gives lists of `InputFeature`.
         batch_size: items a batch; the last of an epoch may have fewer.
-        shuffle: whether to take the items in a random order.
+        shuffle: whether to take the items in a random order; None is True, except for a stream.
         seed: of that order, from 0.
         drop_last: leave a last, smaller batch out.
 
     Raises:
-        InvalidRequest: if a number is out of its range.
+        InvalidRequest: if a number is out of its range, or a stream is to be shuffled here.
     """
 
     def __init__(
         self,
-        dataset: Rows[Item_co],
+        dataset: Rows[Item_co] | Stream[Item_co],
         batch_size: int = 8,
-        shuffle: bool = True,
+        shuffle: bool | None = None,
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
         for field, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
                 raise InvalidRequest(f"{field}: {value}; allowed are whole numbers from {least}")
-        self._dataset = dataset
+        # What has both is taken by its numbers.
+        is_stream = isinstance(dataset, Stream) and not hasattr(dataset, "__len__")
+        if is_stream and shuffle:
+            raise InvalidRequest(
+                "shuffle: a stream can't be taken in any order; call dataset.shuffle(buffer_size) before, and leave "
+                "shuffle out here"
+            )
+        self._rows = None if is_stream else cast(Rows[Item_co], dataset)
+        self._stream = cast(Stream[Item_co], dataset) if is_stream else None
         self._batch_size = batch_size
-        self._shuffle = shuffle
+        self._shuffle = not is_stream if shuffle is None else shuffle
         self._seed = seed
         self._drop_last = drop_last
         self._epoch = 0
         self._position = 0
+        # Of a stream: whether the batch at the position before was its last.
+        self._ended = False
         self._resuming = False
 
     @property
@@ -79,35 +103,64 @@ class DataLoader(Generic[Item_co]):
         return self.state_dict()["epoch"]
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        rows = len(self._dataset)
+        """Batches in a whole epoch.
+
+        Raises:
+            TypeError: for a stream.
+        """
+        rows = len(self._require_rows())
         return rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
 
     def __iter__(self) -> Iterator[list[Item_co]]:
         """The batches of an epoch, or of the rest of one after `load_state_dict`.
 
         Raises:
-            InvalidRequest: if there is not one batch, which would make a training that does nothing.
+            InvalidRequest: if there is not one batch, which would make a training that does nothing; or, of a stream,
+                if it is shorter than it was when the state was taken.
         """
-        if len(self) == 0:
-            rows = f"{len(self._dataset)} rows"
-            raise InvalidRequest(
-                f"dataset: {rows} make no batch of {self._batch_size} with drop_last={self._drop_last}"
-            )
+        if self._stream is None and len(self) == 0:
+            raise self._no_batch(len(self._require_rows()))
         if self._position and not self._resuming:
             self._move(self._epoch + 1, 0)
         self._resuming = False
-        epoch, order = self._epoch, self._order(self._epoch)
+        yield from self._numbered() if self._stream is None else self._streamed(self._stream)
+
+    def _numbered(self) -> Iterator[list[Item_co]]:
+        rows, epoch, order = self._require_rows(), self._epoch, self._order(self._epoch)
         for position in range(self._position, len(self)):
             begin = position * self._batch_size
-            batch = [self._dataset[int(index)] for index in order[begin : begin + self._batch_size]]
+            batch = [rows[int(index)] for index in order[begin : begin + self._batch_size]]
             # Counted before it is handed out: whoever saves the state has it.
             self._move(epoch, position + 1)
             yield batch
 
+    def _streamed(self, stream: Stream[Item_co]) -> Iterator[list[Item_co]]:
+        epoch, skipped = self._epoch, self._position
+        items = stream.epoch(epoch)
+        passed = sum(1 for _ in islice(items, skipped * self._batch_size))
+        batch = list(islice(items, self._batch_size))
+        if not self._is_whole(batch) and skipped == 0:
+            raise self._no_batch(len(batch))
+        if not self._is_whole(batch):
+            raise InvalidRequest(
+                f"state: it was taken after {skipped} batches, and the stream ends after {passed + len(batch)} rows; "
+                "resume with the same data"
+            )
+        position = skipped
+        while self._is_whole(batch):
+            following = list(islice(items, self._batch_size))
+            position += 1
+            self._move(epoch, position, ended=not self._is_whole(following))
+            yield batch
+            batch = following
+
+    def _is_whole(self, batch: list[Item_co]) -> bool:
+        """Whether what was taken of a stream is a batch to hand out."""
+        return len(batch) >= (self._batch_size if self._drop_last else 1)
+
     def state_dict(self) -> DataLoaderState:
         """Where the loader is. Batches handed out count as used."""
-        done = self._position > 0 and self._position >= len(self)
+        done = self._ended if self._rows is None else self._position > 0 and self._position >= len(self)
         return DataLoaderState(
             epoch=self._epoch + 1 if done else self._epoch,
             position=0 if done else self._position,
@@ -115,7 +168,7 @@ class DataLoader(Generic[Item_co]):
             shuffle=self._shuffle,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
-            rows=len(self._dataset),
+            rows=None if self._rows is None else len(self._rows),
         )
 
     def load_state_dict(self, state: DataLoaderState | Mapping[str, Any]) -> None:
@@ -134,20 +187,33 @@ class DataLoader(Generic[Item_co]):
                     f"state: it was taken with {key}={state[key]}, and this loader has {key}={own[key]}; make them the "
                     "same to resume"
                 )
-        if state["epoch"] < 0 or not 0 <= state["position"] < max(1, len(self)):
-            raise InvalidRequest(
-                f"state: epoch {state['epoch']}, position {state['position']} of {len(self)} batches"
-            )
+        position_is_known = self._rows is None or state["position"] < max(1, len(self))
+        if state["epoch"] < 0 or state["position"] < 0 or not position_is_known:
+            of = "" if self._rows is None else f" of {len(self)} batches"
+            raise InvalidRequest(f"state: epoch {state['epoch']}, position {state['position']}{of}")
         self._move(state["epoch"], state["position"])
         self._resuming = True
 
-    def _move(self, epoch: int, position: int) -> None:
+    def _move(self, epoch: int, position: int, ended: bool = False) -> None:
         self._epoch = epoch
         self._position = position
+        self._ended = ended
+
+    def _require_rows(self) -> Rows[Item_co]:
+        if self._rows is None:
+            raise TypeError(
+                "a DataLoader over a stream has no length: how many rows there are shows at their end"
+            )
+        return self._rows
+
+    def _no_batch(self, rows: int) -> InvalidRequest:
+        return InvalidRequest(
+            f"dataset: {rows} rows make no batch of {self._batch_size} with drop_last={self._drop_last}"
+        )
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The items' numbers in the order of an epoch, int64 [rows]."""
-        rows = len(self._dataset)
+        rows = len(self._require_rows())
         if not self._shuffle:
             return np.arange(rows)
         # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).

@@ -1,44 +1,40 @@
-"""Rows in memory, and what is done to them on their way to a model: mapping, filtering, mixing, encoding."""
+"""A dataset whose rows are worked on at once: mapped, filtered, mixed, encoded, packed, described."""
 
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn, Self, cast
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
-import numpy as np
-from tqdm import tqdm
-
-from twinkle import hub
-from twinkle.data_format import NOT_TRAINED
-from twinkle.dataset.files import DATA_FILES, find_files
+from twinkle.data_format import InputFeature
+from twinkle.dataset.cache import cache_folder, cache_key, load_outcomes, store_outcomes
+from twinkle.dataset.description import Description, describe
+from twinkle.dataset.encoding import (
+    Encoder,
+    Job,
+    Outcome,
+    Tally,
+    as_conversation,
+    as_pair,
+    check_left,
+    check_trained,
+    features_of,
+    sides,
+    trained_tokens,
+    with_feature,
+    with_features,
+)
 from twinkle.dataset.meta import DatasetMeta
-from twinkle.dataset.readers import Row, read_rows
+from twinkle.dataset.packing import assign_rows, join_features
+from twinkle.dataset.parallel import encode_jobs
+from twinkle.dataset.readers import Row
+from twinkle.dataset.rows import Item, Step, apply_step, require_template
+from twinkle.dataset.sources import Source, Sources, finished, progress
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.template import SequenceTooLong, Template, get_template_class
 
 logger = logging.getLogger(__name__)
 
-# Bars for what is done in a moment would only be noise.
-_PROGRESS_DELAY_SECONDS = 1.0
 
-
-class _Item(NamedTuple):
-    """A row and where it came from."""
-
-    row: Row
-    file: str
-    line: int
-
-
-class _Source(NamedTuple):
-    """The rows that came of one meta; `meta` is None once sources are mixed, and for rows made by hand."""
-
-    meta: DatasetMeta | None
-    items: list[_Item]
-
-
-class Dataset:
+class Dataset(Sources):
     """Rows from one or several sources, kept in memory in the order of their sources.
 
     Methods that change the rows do so in place and return the dataset itself.
@@ -51,225 +47,217 @@ class Dataset:
         InvalidRequest: naming file and line, if a file can't be read.
     """
 
-    def __init__(self, dataset_meta: DatasetMeta | Iterable[DatasetMeta] = ()) -> None:
-        self._sources: list[_Source] = []
-        self._template: Template | None = None
-        for meta in [dataset_meta] if isinstance(dataset_meta, DatasetMeta) else dataset_meta:
-            self.add_dataset(meta)
+    # What `encode` met with, for `describe`.
+    _tally = Tally()
 
-    @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str = "rows") -> Self:
-        """A dataset of rows that are already here; `name` stands for the file in messages."""
-        dataset = cls()
-        items = [_Item(dict(row), name, number) for number, row in enumerate(rows, start=1)]
-        dataset._sources.append(_Source(None, items))
-        return dataset
-
-    def add_dataset(self, dataset_meta: DatasetMeta) -> Self:
-        """Put another source's rows behind those that are here."""
-        self._sources.append(_Source(dataset_meta, _load(dataset_meta)))
-        return self
-
-    def mix_dataset(self, interleave: bool = True) -> Self:
-        """Make one source of all: a row of each in turn until all are used up, or one source after the other."""
-        sources = [source.items for source in self._sources]
-        if interleave:
-            items = [item for group in zip_longest(*sources) for item in group if item is not None]
-        else:
-            items = [item for source in sources for item in source]
-        self._sources = [_Source(None, items)]
-        return self
-
-    def set_template(self, template: str | Template, **options: Any) -> Self:
-        """Choose what `encode` uses: a template, or the name of one with its arguments (`model_id=...`).
-
-        Raises:
-            InvalidRequest: if the name is unknown, or the arguments don't fit.
-            NotFound: if the model can't be found.
-        """
-        if isinstance(template, Template):
-            if options:
-                raise InvalidRequest(
-                    f"set_template: {', '.join(options)}: a finished template takes no arguments"
-                )
-            self._template = template
-            return self
-        template_class = get_template_class(template)
-        try:
-            inspect.signature(template_class).bind(**options)
-        except TypeError as error:
-            raise InvalidRequest(f"set_template({template!r}): {error}") from error
-        self._template = template_class(**options)
-        return self
-
-    def map(
+    def encode(
         self,
-        processor: Callable[[Row], Mapping[str, Any] | None],
-        dataset_meta: DatasetMeta | None = None,
+        add_generation_prompt: bool = False,
+        *,
+        num_proc: int | None = 1,
+        cache_dir: str | os.PathLike[str] | bool | None = None,
     ) -> Self:
-        """Exchange each row for what `processor` makes of it; rows it returns None for are left out.
-
-        Args:
-            processor: a preprocessor, or any function of a row.
-            dataset_meta: change the rows of this source only.
-
-        Raises:
-            InvalidRequest: naming file and line, if the processor fails or returns something else.
-        """
-        _require_function("map", processor)
-
-        def apply(item: _Item) -> Row | None:
-            result = cast(object, processor(dict(item.row)))
-            if result is not None and not isinstance(result, Mapping):
-                raise InvalidRequest(
-                    f"{_name(processor)} must return a row or None, not {type(result).__name__}"
-                )
-            return None if result is None else dict(cast(Mapping[str, Any], result))
-
-        return self._change(apply, f"Mapping ({_name(processor)})", dataset_meta)
-
-    def filter(self, keep: Callable[[Row], object], dataset_meta: DatasetMeta | None = None) -> Self:
-        """Leave out the rows for which `keep` is false.
-
-        Args:
-            dataset_meta: look at the rows of this source only.
-
-        Raises:
-            InvalidRequest: naming file and line, if `keep` fails.
-        """
-        _require_function("filter", keep)
-        return self._change(
-            lambda item: item.row if keep(item.row) else None, f"Filtering ({_name(keep)})", dataset_meta
-        )
-
-    def encode(self, add_generation_prompt: bool = False) -> Self:
         """Exchange each row's `messages` and `tools` for the `InputFeature` the template makes of them.
 
-        Other columns stay with the row. With the template's strategy "delete", rows that are too long are left out.
+        Rows without `messages` are read as `ConversationProcessor` reads them. Other columns stay with the row. With
+        the template's strategy "delete", rows that are too long are left out.
 
         Args:
             add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
+            num_proc: processes to work in; None is one a core. Each takes a second or more to start, so that several
+                pay only where one would take many times as long; the result and the errors are the same.
+            cache_dir: the folder in which to keep the result, and to look for one of the same rows, template and
+                arguments; True is $TWINKLE_CACHE/encoded, or ~/.cache/twinkle/encoded. None keeps nothing. Files are
+                never removed. The code of a template class of one's own counts as part of it, but not what that calls.
 
         Raises:
-            InvalidRequest: naming file and line, if a row is no conversation; or if no template was set.
+            InvalidRequest: naming file and line, if a row is no conversation; if no template was set; if there are no
+                rows, or none is left; or if no row has a token to train on (unless `add_generation_prompt`).
         """
-        template = self._template
-        if template is None:
-            raise InvalidRequest(
-                "encode: no template; call dataset.set_template('Template', model_id=...) first"
-            )
-        untrained = 0
-
-        def apply(item: _Item) -> Row | None:
-            nonlocal untrained
-            if "input_ids" in item.row and "messages" not in item.row:
-                raise InvalidRequest("the row is encoded already; encode() is called once")
-            try:
-                feature = template.encode(item.row, add_generation_prompt)
-            except SequenceTooLong:
-                if template.truncation_strategy == "delete":
-                    return None
-                raise
-            untrained += not np.any(feature["labels"] != NOT_TRAINED)
-            others = {key: value for key, value in item.row.items() if key not in ("messages", "tools")}
-            return {**others, **feature}
-
-        before = len(self)
-        self._change(apply, "Encoding", None)
-        if len(self) < before:
-            left_out = before - len(self)
-            logger.warning("%d of %d rows left out: over %s tokens", left_out, before, template.max_length)
-        if untrained and not add_generation_prompt:
-            logger.warning("%d of %d rows have no token to train on", untrained, len(self))
-        return self
-
-    def __len__(self) -> int:
-        return sum(len(source.items) for source in self._sources)
-
-    def __getitem__(self, index: int) -> Row:
-        position = index + len(self) if index < 0 else index
-        if position >= 0:
-            for source in self._sources:
-                if position < len(source.items):
-                    return source.items[position].row
-                position -= len(source.items)
-        raise IndexError(f"row {index} of {len(self)}")
-
-    def __iter__(self) -> Iterator[Row]:
-        return (item.row for source in self._sources for item in source.items)
-
-    def _change(self, apply: Callable[[_Item], Row | None], title: str, meta: DatasetMeta | None) -> Self:
-        """Exchange the rows of one source, or of all; all or nothing where a row fails."""
-        if meta is not None and all(source.meta != meta for source in self._sources):
-            raise InvalidRequest(
-                f"dataset_meta: {meta} is none of the sources (which are one after mix_dataset)"
-            )
-        chosen = [meta is None or source.meta == meta for source in self._sources]
-        total = sum(
-            len(source.items) for source, is_chosen in zip(self._sources, chosen, strict=True) if is_chosen
+        encoder = self._encoder("encode", add_generation_prompt)
+        rows = self._recognised(as_conversation)
+        jobs = [Job(row, item.where) for row, item in zip(rows, self._items(), strict=True)]
+        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        self._finish(
+            encoder, rows, [(outcome,) for outcome in outcomes], lambda row, made: with_feature(row, *made)
         )
-        with tqdm(total=total, desc=title, unit="row", delay=_PROGRESS_DELAY_SECONDS) as bar:
-            self._sources = [
-                source._replace(items=_changed(apply, source.items, bar)) if is_chosen else source
-                for source, is_chosen in zip(self._sources, chosen, strict=True)
-            ]
         return self
 
+    def encode_pairs(
+        self,
+        *,
+        num_proc: int | None = 1,
+        cache_dir: str | os.PathLike[str] | bool | None = None,
+    ) -> Self:
+        """Exchange `chosen` and `rejected` of each row for the `InputFeature` of the whole conversation each.
 
-def _changed(apply: Callable[[_Item], Row | None], items: list[_Item], bar: "tqdm[NoReturn]") -> list[_Item]:
-    changed: list[_Item] = []
-    for item in items:
-        row = _apply_to(apply, item)
-        if row is not None:
-            changed.append(item._replace(row=row))
-        bar.update()
-    return changed
+        Rows are read as `PreferenceProcessor` reads them; `tools` holds for both conversations. Other columns stay with
+        the row. With the template's strategy "delete", a pair of which either is too long is left out.
+
+        Args:
+            num_proc, cache_dir: as in `encode`.
+
+        Raises:
+            InvalidRequest: naming file, line and side, if a row is no pair; else as in `encode`.
+        """
+        encoder = self._encoder("encode_pairs", False)
+        rows = self._recognised(as_pair)
+        jobs = [job for row, item in zip(rows, self._items(), strict=True) for job in sides(row, item.where)]
+        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        pairs = list(zip(outcomes[::2], outcomes[1::2], strict=True))
+        self._finish(encoder, rows, pairs, lambda row, made: with_features(row, *made))
+        return self
+
+    def pack(self, max_length: int) -> Self:
+        """Put several short features into each row, up to `max_length` tokens. Call it after `encode`.
+
+        A token can attend to all examples before its own in the row, not only to its own: models trained this way learn
+        to pass them over, but the loss is not that of the examples by themselves. The server already puts rows of like
+        lengths together and loses little to padding, so packing pays for very many very short rows only.
+
+        The longest go first, each into the row that it fills best; the same rows are always packed the same way. The
+        first label of every example but a row's first is -100, since what is before it is another example. All columns
+        but the feature are dropped, and the sources become one.
+
+        Args:
+            max_length: most tokens of a row. A longer feature is cut, or left out, if the template's
+                `truncation_strategy` says so.
+
+        Raises:
+            InvalidRequest: if the rows are not encoded, or are pairs, or all are left out; or naming file and line, if
+                a feature is too long and is to be neither cut nor left out.
+        """
+        if max_length < 1:
+            raise InvalidRequest(f"max_length: {max_length}; allowed are whole numbers from 1")
+        self._require_rows("pack")
+        strategy = "raise" if self._template is None else self._template.truncation_strategy
+        features: list[InputFeature] = []
+        origins: list[Item] = []
+        for item in self._items():
+            feature = _fitting(item, max_length, strategy)
+            if feature is not None:
+                features.append(feature)
+                origins.append(item)
+        if not features:
+            raise InvalidRequest(f"pack: nothing is left: all {len(self)} rows have over {max_length} tokens")
+        if len(features) < len(self):
+            left_out = len(self) - len(features)
+            logger.warning("%d of %d rows left out: over %s tokens", left_out, len(self), max_length)
+        packed: list[Item] = []
+        for numbers in assign_rows([len(feature["input_ids"]) for feature in features], max_length):
+            row: Row = {**join_features([features[number] for number in numbers])}
+            packed.append(origins[numbers[0]]._replace(row=row))
+        self._replace([Source(None, packed)], f"pack({max_length})")
+        return self
+
+    def describe(self) -> Description:
+        """The encoded rows in numbers: lengths, how many were over the template's limit, what is trained on.
+
+        Raises:
+            InvalidRequest: if there are no rows; or naming file and line, if one is not encoded.
+        """
+        self._require_rows("describe")
+        features: list[list[InputFeature]] = []
+        for item in self._items():
+            features.append(apply_step(features_of, item.row, item.where))
+            if not features[-1]:
+                raise InvalidRequest(f"{item.where}: describe: the row is not encoded; call encode() first")
+        return describe(features, self._tally)
+
+    def _change(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
+        self._apply(lambda item: finished(item, step), title, meta)
+        return self
+
+    def _encoder(self, method: str, add_generation_prompt: bool) -> Encoder:
+        template = require_template(self._template, method)
+        self._require_rows(method)
+        return Encoder(template, add_generation_prompt)
+
+    def _recognised(self, recognise: Callable[[Row], Row]) -> list[Row]:
+        """All rows as conversations, or as pairs."""
+        return [apply_step(recognise, item.row, item.where) for item in self._items()]
+
+    def _finish(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        outcomes: Sequence[tuple[Outcome, ...]],
+        join: Callable[[Row, list[InputFeature]], Row],
+    ) -> None:
+        """Put what came of each row in its place, and say what there is to say about it."""
+        made = [_features(each) for each in outcomes]
+        kept = [features for features in made if features is not None]
+        left_out = len(rows) - len(kept)
+        check_left(len(rows), left_out, encoder.template)
+        untrained = sum(min(map(trained_tokens, features)) == 0 for features in kept)
+        check_trained(untrained, len(kept), encoder)
+        cut = sum(
+            any(outcome.cut for outcome in each) for each, one in zip(outcomes, made, strict=True) if one
+        )
+        done = iter(zip(rows, made, strict=True))
+        self._sources = [
+            source._replace(items=list(_joined(source.items, done, join))) for source in self._sources
+        ]
+        self._tally = Tally(len(rows), cut, left_out)
 
 
-def _apply_to(apply: Callable[[_Item], Row | None], item: _Item) -> Row | None:
-    try:
-        return apply(item)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{item.file}:{item.line}: {error.message}") from error
-    except Exception as error:  # a user's function: whatever it raises, the row is what one has to know
-        raise InvalidRequest(f"{item.file}:{item.line}: {type(error).__name__}: {error}") from error
+def _outcomes(
+    encoder: Encoder,
+    jobs: Sequence[Job],
+    num_proc: int | None,
+    cache_dir: str | os.PathLike[str] | bool | None,
+) -> list[Outcome]:
+    """What comes of each job, from the cache if it is there."""
+    path = None
+    if cache_dir is not None and cache_dir is not False:
+        path = cache_folder(cache_dir) / f"{cache_key(encoder, jobs)}.npz"
+        stored = load_outcomes(path, len(jobs))
+        if stored is not None:
+            logger.info("encoded before: %s", path)
+            return stored
+    with progress("Encoding", len(jobs)) as bar:
+        outcomes = encode_jobs(encoder, jobs, num_proc, bar.update)
+    if path is not None:
+        store_outcomes(path, outcomes)
+    return outcomes
 
 
-def _load(meta: DatasetMeta) -> list[_Item]:
-    root = hub.resolve(meta.dataset_id, "dataset", DATA_FILES, meta.revision)
-    files = find_files(root, meta.subset, meta.split)
-    logger.info("%s: reading %s", meta.dataset_id, ", ".join(str(file) for file in files))
-    items: list[_Item] = []
-    with tqdm(desc=f"Reading {meta.dataset_id}", unit="row", delay=_PROGRESS_DELAY_SECONDS) as bar:
-        for file in files:
-            name = str(file)
-            for line, row in read_rows(file):
-                items.append(_Item(row, name, line))
-                bar.update()
-    return _sliced(items, meta.data_slice)
+def _features(outcomes: tuple[Outcome, ...]) -> list[InputFeature] | None:
+    """The features of a row; None if one of them is missing."""
+    features = [outcome.feature for outcome in outcomes if outcome.feature is not None]
+    return features if len(features) == len(outcomes) else None
 
 
-def _sliced(items: list[_Item], data_slice: slice | Sequence[int] | None) -> list[_Item]:
-    if data_slice is None:
-        return items
-    if isinstance(data_slice, slice):
-        return items[data_slice]
-    for number in data_slice:
-        if not -len(items) <= number < len(items):
-            raise InvalidRequest(
-                f"data_slice: row {number} of {len(items)}; a slice, such as slice(0, 1000), takes what there is"
-            )
-    return [items[number] for number in data_slice]
+def _joined(
+    items: Sequence[Item],
+    done: Iterator[tuple[Row, list[InputFeature] | None]],
+    join: Callable[[Row, list[InputFeature]], Row],
+) -> Iterator[Item]:
+    """The items that are kept, with their features; takes as many of `done` as there are items."""
+    # `items` first: zip takes no more from `done` once they have ended.
+    for item, (row, features) in zip(items, done, strict=False):
+        if features is not None:
+            yield item._replace(row=join(row, features))
 
 
-def _require_function(method: str, function: object) -> None:
-    if inspect.isclass(function):
+def _fitting(item: Item, max_length: int, strategy: str) -> InputFeature | None:
+    """The feature of an item, cut to `max_length` if need be; None if it is to be left out."""
+    features = apply_step(features_of, item.row, item.where)
+    if len(features) != 1:
+        problem = "a pair, of which only one could train" if features else "not encoded; call encode() first"
+        raise InvalidRequest(f"{item.where}: pack: the row is {problem}")
+    length = len(features[0]["input_ids"])
+    if length <= max_length:
+        return features[0]
+    if strategy == "delete":
+        return None
+    if strategy not in ("left", "right"):
         raise InvalidRequest(
-            f"{method}: {function.__name__} is a class; give an instance: {function.__name__}(...)"
+            f"{item.where}: pack: {length} tokens, and max_length is {max_length}; raise it, or set the template's "
+            "truncation_strategy to 'left' or 'right' to cut, or 'delete' to leave such rows out"
         )
-    if not callable(function):
-        raise InvalidRequest(f"{method}: expected a function of a row, got {type(function).__name__}")
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    kept = slice(length - max_length, None) if strategy == "left" else slice(max_length)
+    feature = InputFeature(input_ids=features[0]["input_ids"][kept], labels=features[0]["labels"][kept])
+    if "loss_weights" in features[0]:
+        feature["loss_weights"] = features[0]["loss_weights"][kept]
+    return feature

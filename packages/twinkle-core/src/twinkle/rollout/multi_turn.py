@@ -86,15 +86,33 @@ def sample_turns(
         if turn:
             going_on = [state for state in going_on if state.is_answered(template, by_name, respond)]
         going_on = [state for state in going_on if _has_room(state.rollout, max_tokens, max_length)]
-        seeds = [None if seed is None else seed + turn * count + i for i in range(len(going_on))]
-        pending = [
-            state.ask(sampling_client, types, {**params, "seed": each})
-            for state, each in zip(going_on, seeds, strict=True)
-        ]
-        for state, each in zip(going_on, pending, strict=True):
-            [sequence] = each.result().sequences
-            state.take_turn(template, sequence)
+        first = None if seed is None else seed + turn * count
+        _take_turns(sampling_client, template, going_on, types, params, first)
     return [[state.rollout for state in group] for group in groups]
+
+
+def _take_turns(
+    sampling_client: Sampler,
+    template: Template,
+    states: Sequence[_State],
+    types: Types,
+    params: Mapping[str, Any],
+    seed: int | None,
+) -> None:
+    """One more turn of the model in each conversation. Those with the same tokens so far, as all of a group have at
+    first, are one request.
+    """
+    together: dict[bytes, list[_State]] = {}
+    for state in states:
+        together.setdefault(state.rollout.tokens.tobytes(), []).append(state)
+    pending: list[Result] = []
+    for i, same in enumerate(together.values()):
+        prompt = types.ModelInput.from_ints(same[0].rollout.tokens.tolist())
+        drawn = types.SamplingParams(seed=None if seed is None else seed + i, **params)
+        pending.append(sampling_client.sample(prompt=prompt, num_samples=len(same), sampling_params=drawn))
+    for same, each in zip(together.values(), pending, strict=True):
+        for state, sequence in zip(same, each.result().sequences, strict=True):
+            state.take_turn(template, sequence)
 
 
 @dataclass
@@ -112,13 +130,6 @@ class _State:
     rollout: Rollout
     sampled: Sequence[int] = ()
     problems: Sequence[str] = ()
-
-    def ask(self, sampling_client: Sampler, types: Types, params: Mapping[str, Any]) -> Result:
-        """Have the model take its next turn."""
-        prompt = types.ModelInput.from_ints(self.rollout.tokens.tolist())
-        return sampling_client.sample(
-            prompt=prompt, num_samples=1, sampling_params=types.SamplingParams(**params)
-        )
 
     def take_turn(self, template: Template, sequence: Any) -> None:
         """Put what the model sampled behind the rest."""

@@ -54,14 +54,19 @@ class ChatTemplate:
                 f"{owner} has no chat template named 'default' (it has: {', '.join(sources) or 'none'}); pass one as "
                 "chat_template=..., or take the model's instruct version"
             )
+        self.sources = dict(sources)
+        self.variables = dict(variables)
         self._owner = owner
-        self._variables = dict(variables)
         self._templates = {name: self._compile(source, _Generation) for name, source in sources.items()}
         self._marking = {
             name: self._compile(source, _MarkedGeneration)
             for name, source in sources.items()
             if _GENERATION_TAG.search(source)
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled templates can't be pickled; a process that gets this one compiles them anew.
+        return type(self), (self.sources, self.variables, self._owner)
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as text, ending with the opening of an assistant's turn if asked for.
@@ -108,7 +113,7 @@ class ChatTemplate:
         try:
             return template.render(
                 {
-                    **self._variables,
+                    **self.variables,
                     "messages": list(conversation.messages),
                     "tools": conversation.tools,
                     "documents": None,

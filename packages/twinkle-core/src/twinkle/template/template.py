@@ -1,6 +1,9 @@
 """The template that datasets and sampling scripts use: trajectories in, tokens with labels out, and text back."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from twinkle import hub
+from twinkle._version import __version__
 from twinkle.data_format import NOT_TRAINED, InputFeature, Trajectory
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
@@ -191,6 +195,26 @@ class Template:
             self._chat_template, self.tokenizer, self._turn_form, conversation, turn_index, tokens
         )
         return np.array(ids, dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that `encode` depends on; a subclass that encodes differently must give another.
+
+        A chat template that asks for the date has another fingerprint each day.
+        """
+        sources = self._chat_template.sources
+        asks_for_date = any("strftime_now" in source for source in sources.values())
+        parts = [
+            __version__,
+            self.tokenizer.to_str(),
+            sorted(sources.items()),
+            self._chat_template.variables,
+            self.train_on,
+            self.max_length,
+            self.truncation_strategy,
+            date.today().isoformat() if asks_for_date else None,
+        ]
+        return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
 
     @cached_property
     def _turn_form(self) -> TurnForm:

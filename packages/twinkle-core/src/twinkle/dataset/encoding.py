@@ -1,0 +1,263 @@
+"""What encoding does to rows: recognised as conversations or pairs, then tokens, then a count of what came out.
+
+In how many processes that runs is `parallel`'s business, whether it has to run at all `cache`'s.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle.data_format import NOT_TRAINED, InputFeature
+from twinkle.dataset.readers import Row
+from twinkle.dataset.rows import apply_step
+from twinkle.preprocessor import ConversationProcessor, PreferenceProcessor
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.template import SequenceTooLong, Template
+
+logger = logging.getLogger(__name__)
+
+PAIR = ("chosen", "rejected")
+"""The columns of a row of preferences."""
+
+_as_conversation = ConversationProcessor()
+_as_pair = PreferenceProcessor()
+
+
+class Job(NamedTuple):
+    """A conversation to encode, and how messages name it."""
+
+    row: Row
+    where: str
+
+
+class Outcome(NamedTuple):
+    """What came of one conversation.
+
+    Attributes:
+        feature: None where it was too long and is to be left out.
+        cut: whether `max_length` took tokens off it.
+    """
+
+    feature: InputFeature | None
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What `max_length` did to the rows of a dataset.
+
+    Attributes:
+        rows: those there were.
+        cut: those that lost tokens.
+        left_out: those that were too long to stay.
+    """
+
+    rows: int = 0
+    cut: int = 0
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A template and how it is asked: all that encoding one row depends on."""
+
+    template: Template
+    add_generation_prompt: bool = False
+
+    def __call__(self, row: Row) -> Outcome:
+        """Encode a conversation.
+
+        Raises:
+            InvalidRequest: if the template refuses it.
+            SequenceTooLong: if it is longer than the template's `max_length`, and the strategy is "raise".
+        """
+        template = self.template
+        try:
+            feature = template.encode(row, self.add_generation_prompt)
+        except SequenceTooLong:
+            if template.truncation_strategy == "delete":
+                return Outcome(None, False)
+            raise
+        return Outcome(feature, self._is_cut(row, len(feature["input_ids"])))
+
+    def _is_cut(self, row: Row, length: int) -> bool:
+        """Whether a feature of `length` tokens is what was left of a longer one.
+
+        Only one that fills `max_length` can be. Then its text is turned into tokens a second time, uncut, which is
+        little beside the search for the assistant's turns that encoding is.
+        """
+        if self.template.max_length is None or length < self.template.max_length:
+            return False
+        text = self.template.render(row, self.add_generation_prompt)
+        return len(self.template.tokenizer.encode(text, add_special_tokens=False).ids) > length
+
+
+def run_jobs(encoder: Encoder, jobs: Iterable[Job], done: Callable[[int], object]) -> list[Outcome]:
+    """Encode one after the other, here; `done` is told of each.
+
+    Raises:
+        InvalidRequest: naming the place of the first that fails.
+    """
+    outcomes: list[Outcome] = []
+    for job in jobs:
+        outcomes.append(apply_step(encoder, job.row, job.where))
+        done(1)
+    return outcomes
+
+
+def as_conversation(row: Row) -> Row:
+    """The row with `messages`, made of whatever usual layout it has.
+
+    Raises:
+        InvalidRequest: if it has none, or is encoded already.
+    """
+    if "messages" in row:
+        return _as_conversation(row) if row["messages"] is None else row
+    if "input_ids" in row or _is_encoded_pair(row):
+        raise InvalidRequest("the row is encoded already; encode() is called once")
+    return _as_conversation(row)
+
+
+def as_pair(row: Row) -> Row:
+    """The row with lists of messages in `chosen` and `rejected`, made of whatever usual layout it has.
+
+    Raises:
+        InvalidRequest: if it is no row of preferences, or is encoded already.
+    """
+    if "input_ids" in row or _is_encoded_pair(row):
+        raise InvalidRequest("the row is encoded already; encode_pairs() is called once")
+    return _as_pair(row)
+
+
+def sides(row: Row, where: str) -> list[Job]:
+    """The two conversations of a row that `as_pair` made."""
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    return [Job({"messages": row[side], **tools}, f"{where}: {side}") for side in PAIR]
+
+
+class EncodedRow(NamedTuple):
+    """What came of a row that was encoded by itself.
+
+    Attributes:
+        row: None where it was too long and is to be left out.
+        trained: whether it has a token to train on; of a pair, both conversations.
+    """
+
+    row: Row | None
+    trained: bool
+
+
+def encode_row(encoder: Encoder, row: Row) -> EncodedRow:
+    """One row, whatever usual layout it has, with the feature of its conversation.
+
+    Raises:
+        InvalidRequest: if it is no conversation, or the template refuses it.
+    """
+    conversation = as_conversation(row)
+    feature = encoder(conversation).feature
+    if feature is None:
+        return EncodedRow(None, False)
+    return EncodedRow(with_feature(conversation, feature), trained_tokens(feature) > 0)
+
+
+def encode_pair(encoder: Encoder, row: Row) -> EncodedRow:
+    """One row of preferences, whatever usual layout it has, with the features of its two conversations.
+
+    Raises:
+        InvalidRequest: naming the side, if it is no pair, or the template refuses it.
+    """
+    pair = as_pair(row)
+    made: list[InputFeature] = []
+    for side, job in zip(PAIR, sides(pair, ""), strict=True):
+        feature = apply_step(encoder, job.row, side).feature
+        if feature is None:
+            return EncodedRow(None, False)
+        made.append(feature)
+    return EncodedRow(with_features(pair, *made), min(map(trained_tokens, made)) > 0)
+
+
+def with_feature(row: Row, feature: InputFeature) -> Row:
+    """The row with its feature in place of what it was made of."""
+    return {**{key: value for key, value in row.items() if key not in ("messages", "tools")}, **feature}
+
+
+def with_features(row: Row, chosen: InputFeature, rejected: InputFeature) -> Row:
+    """The row with its two features in place of what they were made of."""
+    others = {key: value for key, value in row.items() if key != "tools"}
+    return {**others, "chosen": chosen, "rejected": rejected}
+
+
+def features_of(row: Row) -> list[InputFeature]:
+    """The features of an encoded row: one, two for a pair, none where it is not encoded.
+
+    Raises:
+        InvalidRequest: if a feature has no labels, or labels of another length.
+    """
+    if "input_ids" in row:
+        return [_as_feature(row)]
+    return [_as_feature(row[side]) for side in PAIR] if _is_encoded_pair(row) else []
+
+
+def trained_tokens(feature: InputFeature) -> int:
+    """How many tokens a loss is taken of: those marked, of a weight other than 0; nothing predicts the first."""
+    marked = feature["labels"][1:] != NOT_TRAINED
+    weights = feature.get("loss_weights")
+    return int(np.count_nonzero(marked if weights is None else marked & (weights[1:] != 0)))
+
+
+def check_trained(untrained: int, rows: int, encoder: Encoder) -> None:
+    """Warn of rows that train nothing.
+
+    Raises:
+        InvalidRequest: if no row trains anything.
+    """
+    if not untrained or encoder.add_generation_prompt:
+        return
+    if untrained == rows:
+        template = encoder.template
+        raise InvalidRequest(
+            f"encode: none of {rows} rows has a token to train on. Look at three things: whether the messages hold "
+            f"turns of the assistant; what the template's train_on marks (it is {template.train_on!r}); and whether "
+            f"cutting took the answers away (max_length={template.max_length}, "
+            f"truncation_strategy={template.truncation_strategy!r}). To sample from, encode(add_generation_prompt=True)"
+        )
+    logger.warning("%d of %d rows have no token to train on", untrained, rows)
+
+
+def check_left(rows: int, left_out: int, template: Template) -> None:
+    """Warn of rows that are left out because they are too long.
+
+    Raises:
+        InvalidRequest: if no row is left.
+    """
+    if left_out == rows:
+        raise InvalidRequest(
+            f"encode: nothing is left: all {rows} rows have over {template.max_length} tokens (max_length), and "
+            "truncation_strategy='delete' leaves such rows out; raise max_length, or set 'left' or 'right' to cut"
+        )
+    if left_out:
+        logger.warning("%d of %d rows left out: over %s tokens", left_out, rows, template.max_length)
+
+
+def _as_feature(row: Row) -> InputFeature:
+    """A row's feature as arrays; rows that were encoded elsewhere may hold lists."""
+    lacking = [key for key in ("input_ids", "labels") if row.get(key) is None]
+    if lacking:
+        raise InvalidRequest(f"{', '.join(lacking)}: nothing there; an encoded row has input_ids and labels")
+    feature = InputFeature(
+        input_ids=np.asarray(row["input_ids"], np.int64), labels=np.asarray(row["labels"], np.int64)
+    )
+    if row.get("loss_weights") is not None:
+        feature["loss_weights"] = np.asarray(row["loss_weights"], np.float32)
+    for key, array in cast(dict[str, npt.NDArray[Any]], feature).items():
+        if array.shape != (len(feature["input_ids"]),):
+            raise InvalidRequest(f"{key}: {len(array)} entries for {len(feature['input_ids'])} input_ids")
+    return feature
+
+
+def _is_encoded_pair(row: Row) -> bool:
+    return all(isinstance(row.get(side), dict) and "input_ids" in row[side] for side in PAIR)

@@ -1,0 +1,268 @@
+"""A dataset that is read while it is used: never all of it in memory, and of unknown length."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+
+from twinkle.dataset.encoding import (
+    EncodedRow,
+    Encoder,
+    check_left,
+    check_trained,
+    encode_pair,
+    encode_row,
+)
+from twinkle.dataset.meta import DatasetMeta
+from twinkle.dataset.mixing import Stop, check_mixing, mix
+from twinkle.dataset.readers import Row
+from twinkle.dataset.rows import (
+    Item,
+    Step,
+    apply_step,
+    filtering,
+    find_template,
+    forward_slice,
+    made_by_hand,
+    mapping,
+    require_template,
+    source_reader,
+)
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.template import Template
+
+logger = logging.getLogger(__name__)
+
+Stream: TypeAlias = Callable[[int], Iterator[Item]]
+"""The rows of an epoch, by its number, read anew with each call."""
+
+
+class IterableDataset:
+    """Rows from one or several sources, read from their files while they are used.
+
+    What is in memory is the row at hand, and what `shuffle` holds back. (A file whose rows can't be told apart without
+    reading all of it is read as a whole: JSON that is one list.) There is no length and no index; `for` and
+    `DataLoader` go through it as often as they like. Methods add to what is done to the rows, in the order in which
+    they are called, and return the dataset itself.
+
+    Args:
+        dataset_meta: the source, or several, one after the other. `data_slice` must go forward.
+
+    Raises:
+        NotFound: if a source, or the files asked for in it, can't be found.
+        InvalidRequest: if a `data_slice` takes all rows in memory.
+    """
+
+    def __init__(self, dataset_meta: DatasetMeta | Iterable[DatasetMeta] = ()) -> None:
+        metas = [dataset_meta] if isinstance(dataset_meta, DatasetMeta) else list(dataset_meta)
+        sources = [_source(meta) for meta in metas]
+        self._stream: Stream = lambda epoch: (item for source in sources for item in source(epoch))
+        self._template: Template | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
+        name: str = "rows",
+    ) -> Self:
+        """A dataset of rows made elsewhere; `name` stands for the file in messages.
+
+        Args:
+            rows: something that can be gone through again and again, such as a list; or a function that begins anew
+                each time it is called, such as a generator function.
+
+        Raises:
+            InvalidRequest: if it can be gone through only once.
+        """
+        if not callable(rows) and iter(rows) is rows:
+            raise InvalidRequest(
+                f"rows: a {type(rows).__name__} can be read only once, and each epoch reads again; give the function "
+                "that makes it"
+            )
+        dataset = cls()
+        dataset._stream = lambda _: made_by_hand(rows() if callable(rows) else rows, name)
+        return dataset
+
+    @classmethod
+    def mix(
+        cls,
+        datasets: Sequence["IterableDataset"],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        stop: Stop = "all_exhausted",
+    ) -> Self:
+        """A dataset that takes its rows from others, in turn or drawn by weights; see `Dataset.mix_dataset`.
+
+        What is done to those afterwards does not change it. Each epoch draws in another order.
+
+        Args:
+            datasets: of rows that are alike: all encoded, or none.
+            weights: how often each is drawn from, in proportion; None goes in turn.
+            seed: of the drawing, from 0.
+            stop: "all_exhausted" goes on with those that have rows left; "first_exhausted" ends when the turn comes to
+                one that has none.
+
+        Raises:
+            InvalidRequest: if the weights are not one a dataset, not numbers from 0, or all 0; or if another argument
+                is out of its range.
+        """
+        check_mixing(weights, len(datasets), seed, stop)
+        streams = [dataset._stream for dataset in datasets]
+        dataset = cls()
+        dataset._stream = lambda epoch: mix(
+            [stream(epoch) for stream in streams], weights, [seed, epoch], stop
+        )
+        return dataset
+
+    def set_template(self, template: str | Template, **options: Any) -> Self:
+        """Choose what `encode` uses; see `Dataset.set_template`."""
+        self._template = find_template(template, options)
+        return self
+
+    def map(self, processor: Callable[[Row], Mapping[str, Any] | None]) -> Self:
+        """Exchange each row for what `processor` makes of it; rows it returns None for are left out.
+
+        Raises:
+            InvalidRequest: if it is no function of a row. While rows are read, naming file and line, if it fails.
+        """
+        return self._add(mapping(processor))
+
+    def filter(self, keep: Callable[[Row], object]) -> Self:
+        """Leave out the rows for which `keep` is false.
+
+        Raises:
+            InvalidRequest: if it is no function of a row. While rows are read, naming file and line, if it fails.
+        """
+        return self._add(filtering(keep))
+
+    def encode(self, add_generation_prompt: bool = False) -> Self:
+        """Exchange each row's conversation for the `InputFeature` the template makes of it; see `Dataset.encode`.
+
+        Args:
+            add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
+
+        Raises:
+            InvalidRequest: if no template was set. While rows are read, naming file and line, if one is no
+                conversation; at the end of them, if there were none, none was left, or none had a token to train on.
+        """
+        return self._encode("encode", encode_row, add_generation_prompt)
+
+    def encode_pairs(self) -> Self:
+        """Exchange each row's `chosen` and `rejected` for their features; see `Dataset.encode_pairs`.
+
+        Raises:
+            InvalidRequest: as in `encode`.
+        """
+        return self._encode("encode_pairs", encode_pair, False)
+
+    def shuffle(self, buffer_size: int, seed: int = 0) -> Self:
+        """Give rows out in a random order, as far as a buffer allows: each is drawn from the next `buffer_size`.
+
+        Shuffle before `encode`, so that the buffer holds text; files that are sorted by something need a large one. The
+        order is another in each epoch, and the same in every run with the same seed.
+
+        Args:
+            buffer_size: rows held in memory.
+            seed: of the order, from 0.
+
+        Raises:
+            InvalidRequest: if a number is out of its range.
+        """
+        _require_least("buffer_size", buffer_size, 1)
+        _require_least("seed", seed, 0)
+        stream = self._stream
+        self._stream = lambda epoch: _shuffled(stream(epoch), buffer_size, [seed, epoch])
+        return self
+
+    def take(self, count: int) -> Self:
+        """Stop after `count` rows."""
+        _require_least("count", count, 0)
+        stream = self._stream
+        self._stream = lambda epoch: islice(stream(epoch), count)
+        return self
+
+    def skip(self, count: int) -> Self:
+        """Leave out the first `count` rows."""
+        _require_least("count", count, 0)
+        stream = self._stream
+        self._stream = lambda epoch: islice(stream(epoch), count, None)
+        return self
+
+    def epoch(self, number: int) -> Iterator[Row]:
+        """The rows of an epoch, from 0: what is shuffled or drawn differs from one to the next."""
+        return (item.row for item in self._stream(number))
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.epoch(0)
+
+    def _add(self, step: Step) -> Self:
+        stream = self._stream
+        self._stream = lambda epoch: _stepped(stream(epoch), step)
+        return self
+
+    def _encode(
+        self, method: str, encode_one: Callable[[Encoder, Row], EncodedRow], add_generation_prompt: bool
+    ) -> Self:
+        encoder = Encoder(require_template(self._template, method), add_generation_prompt)
+        stream = self._stream
+        self._stream = lambda epoch: _encoded(stream(epoch), encoder, encode_one, method)
+        return self
+
+
+def _source(meta: DatasetMeta) -> Stream:
+    files, read = source_reader(meta)
+    logger.info("%s: streaming %s", meta.dataset_id, ", ".join(files))
+    # A slice that can't be streamed is refused now, not with the first row.
+    forward_slice(iter(()), meta)
+    return lambda _: forward_slice(read(), meta)
+
+
+def _stepped(items: Iterator[Item], step: Step) -> Iterator[Item]:
+    for item in items:
+        row = apply_step(step, item.row, item.where)
+        if row is not None:
+            yield item._replace(row=row)
+
+
+def _encoded(
+    items: Iterator[Item],
+    encoder: Encoder,
+    encode_one: Callable[[Encoder, Row], EncodedRow],
+    method: str,
+) -> Iterator[Item]:
+    """The items with their features; once they have ended, a word about all of them."""
+    read = left_out = untrained = 0
+    for item in items:
+        read += 1
+        row, trained = apply_step(lambda row: encode_one(encoder, row), item.row, item.where)
+        if row is None:
+            left_out += 1
+            continue
+        untrained += not trained
+        yield item._replace(row=row)
+    if read == 0:
+        raise InvalidRequest(
+            f"{method}: the stream is empty: its sources hold no rows, or what was called before {method} (filter, "
+            "map, take, skip) left none"
+        )
+    check_left(read, left_out, encoder.template)
+    check_trained(untrained, read - left_out, encoder)
+
+
+def _shuffled(items: Iterator[Item], buffer_size: int, seeds: Sequence[int]) -> Iterator[Item]:
+    # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
+    buffer = list(islice(items, buffer_size))
+    for item in items:
+        at = random.randint(len(buffer))
+        yield buffer[at]
+        buffer[at] = item
+    for at in random.permutation(len(buffer)):
+        yield buffer[at]
+
+
+def _require_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidRequest(f"{field}: {value}; allowed are whole numbers from {least}")

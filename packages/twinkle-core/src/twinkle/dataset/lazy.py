@@ -1,0 +1,91 @@
+"""A dataset whose rows are worked on when they are asked for."""
+
+from collections.abc import Callable
+from typing import Self
+
+from twinkle.dataset.encoding import EncodedRow, Encoder, encode_pair, encode_row
+from twinkle.dataset.meta import DatasetMeta
+from twinkle.dataset.readers import Row
+from twinkle.dataset.rows import Item, Step, apply_step, require_template
+from twinkle.dataset.sources import Sources
+from twinkle.protocol.errors import InvalidRequest
+
+
+class LazyDataset(Sources):
+    """Rows from one or several sources, kept in memory as they were read, mapped and encoded when they are asked for.
+
+    The same methods as `Dataset`'s, but `map` and `encode` return at once: what they do is done each time a row is
+    taken, and an error, which names file and line, is raised then. Good for a first look at much data, and for maps
+    that differ each time. Since the length is known all the time, only `filter` (which looks at every row at once)
+    leaves rows out: `map` must not return None, and the strategy "delete" is refused.
+
+    Args:
+        dataset_meta: the source, or several.
+
+    Raises:
+        NotFound: if a source, or the files asked for in it, can't be found.
+        InvalidRequest: naming file and line, if a file can't be read.
+    """
+
+    def encode(self, add_generation_prompt: bool = False) -> Self:
+        """Give each row out with the `InputFeature` of its conversation; see `Dataset.encode`.
+
+        Whether a row has a token to train on is not looked at.
+
+        Args:
+            add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
+
+        Raises:
+            InvalidRequest: if no template was set, or one that leaves rows out; or if there are no rows.
+        """
+        return self._encode("encode", encode_row, add_generation_prompt)
+
+    def encode_pairs(self) -> Self:
+        """Give each row out with the features of its `chosen` and `rejected`; see `Dataset.encode_pairs`.
+
+        Raises:
+            InvalidRequest: as in `encode`.
+        """
+        return self._encode("encode_pairs", encode_pair, False)
+
+    def _encode(
+        self, method: str, encode_one: Callable[[Encoder, Row], EncodedRow], add_generation_prompt: bool
+    ) -> Self:
+        template = require_template(self._template, method)
+        self._require_rows(method)
+        if template.max_length is not None and template.truncation_strategy == "delete":
+            raise InvalidRequest(
+                f"{method}: truncation_strategy='delete' leaves rows out, which a lazy dataset would only notice when "
+                "they are asked for; set 'left' or 'right' to cut, or use Dataset or IterableDataset"
+            )
+        encoder = Encoder(template, add_generation_prompt)
+        return self._change(lambda row: encode_one(encoder, row).row, "Encoding", None)
+
+    def _change(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
+        # Rows have few different lists of steps, and share them.
+        longer: dict[tuple[Step, ...], tuple[Step, ...]] = {}
+
+        def change(item: Item) -> Item:
+            return item._replace(steps=longer.setdefault(item.steps, (*item.steps, step)))
+
+        self._apply(change, title, meta)
+        return self
+
+    def _select(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
+        def change(item: Item) -> Item | None:
+            return None if apply_step(step, self._row(item), item.where) is None else item
+
+        self._apply(change, title, meta)
+        return self
+
+    def _row(self, item: Item) -> Row:
+        row = item.row
+        for step in item.steps:
+            made = apply_step(step, row, item.where)
+            if made is None:
+                raise InvalidRequest(
+                    f"{item.where}: map returned None, and a lazy dataset can't leave rows out while it is read; "
+                    "filter() them out first, or use Dataset or IterableDataset"
+                )
+            row = made
+        return row

@@ -1,0 +1,135 @@
+"""From what datasets call the turns of a conversation to messages; which columns hold them is `formats`' business."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeGuard, cast
+
+import numpy as np
+
+from twinkle.protocol.errors import InvalidRequest
+
+# Who speaks, by the names that ShareGPT and what came after it use. A call is an assistant's message without words.
+_CALLS: Final = frozenset({"function_call", "tool_call"})
+_ROLES: Final = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+
+
+def read_text(value: object, field: str) -> str:
+    """The value, which has to be text.
+
+    Raises:
+        InvalidRequest: naming the field, if it is something else.
+    """
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field}: expected text, got {describe(value)}")
+    return value
+
+
+def read_messages(value: object, field: str) -> list[dict[str, Any]]:
+    """The turns of a list of `{from, value}` or `{role, content}` as messages; their further keys are kept.
+
+    Raises:
+        InvalidRequest: naming the turn and its key, if one is not of this form.
+    """
+    if not is_list(value) or len(value) == 0:
+        raise InvalidRequest(f"{field}: expected a list of turns, got {describe(value)}")
+    return [read_message(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
+
+
+def read_message(turn: object, field: str) -> dict[str, Any]:
+    """One turn as a message; see `read_messages`."""
+    if not isinstance(turn, Mapping):
+        raise InvalidRequest(
+            f"{field}: expected an object with from and value, or role and content, got {describe(turn)}"
+        )
+    keys = cast(Mapping[str, Any], turn)
+    if keys.get("role") is not None:
+        role = read_text(keys["role"], f"{field}.role")
+        content = keys.get("content", keys.get("value"))
+        # OpenAI's content may be a list of parts, or nothing beside tool calls.
+        if not (content is None or isinstance(content, str) or is_list(content)):
+            raise InvalidRequest(f"{field}.content: expected text, got {describe(content)}")
+        others = {key: item for key, item in keys.items() if key not in ("role", "content", "value")}
+        # Templates know more roles than these, such as "developer": what is no alias stays.
+        return {"role": _ROLES.get(role, role), "content": content, **others}
+    name = read_text(keys.get("from"), f"{field}.from")
+    others = {key: item for key, item in keys.items() if key not in ("from", "value", "role", "content")}
+    value = keys.get("value", keys.get("content"))
+    if name in _CALLS:
+        return {"role": "assistant", "tool_calls": _calls(value, f"{field}.value"), **others}
+    if name not in _ROLES:
+        raise InvalidRequest(f"{field}.from: {name!r}; known are {', '.join(sorted({*_ROLES, *_CALLS}))}")
+    return {"role": _ROLES[name], "content": read_text(value, f"{field}.value"), **others}
+
+
+def read_history(value: object, field: str) -> list[dict[str, Any]]:
+    """Earlier questions and answers, a list of `[question, answer]`, as messages; none where there is nothing.
+
+    Raises:
+        InvalidRequest: naming the pair, if one is not of this form.
+    """
+    if is_blank(value):
+        return []
+    if not is_list(value):
+        raise InvalidRequest(f"{field}: expected a list of [question, answer], got {describe(value)}")
+    messages: list[dict[str, Any]] = []
+    for index, pair in enumerate(value):
+        if not is_list(pair) or len(pair) != 2:
+            raise InvalidRequest(f"{field}[{index}]: expected [question, answer], got {describe(pair)}")
+        question, answer = (
+            read_text(text, f"{field}[{index}][{position}]") for position, text in enumerate(pair)
+        )
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def is_blank(value: object) -> bool:
+    """Whether a column holds nothing: None, blank text (as CSV files have it) or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (is_list(value) and len(value) == 0)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[object]]:
+    """Whether a value is a list, as JSON, Python or a columnar file have one."""
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def describe(value: object) -> str:
+    """What a value is, for messages."""
+    if value is None:
+        return "nothing"
+    if is_list(value):
+        return "an empty list" if len(value) == 0 else f"a list of {len(value)}"
+    return type(value).__name__
+
+
+def _calls(value: object, field: str) -> list[dict[str, Any]]:
+    """The functions called, `{name, arguments}` or a list of these, as objects or as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = cast(object, json.loads(value))
+        except ValueError as error:
+            raise InvalidRequest(f"{field}: expected the call as JSON, got other text ({error})") from error
+    calls = value if is_list(value) else [value]
+    return [{"type": "function", "function": {"arguments": {}, **_function(call, field)}} for call in calls]
+
+
+def _function(call: object, field: str) -> Mapping[str, Any]:
+    if not isinstance(call, Mapping):
+        raise InvalidRequest(f"{field}: expected an object with name and arguments, got {describe(call)}")
+    function = cast(Mapping[str, Any], call)
+    read_text(function.get("name"), f"{field}.name")
+    return function
