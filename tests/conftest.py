@@ -49,10 +49,4 @@ def _hub_root_for_clients(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         monkeypatch.setenv("TWINKLE_HUB_ROOT", str(request.getfixturevalue("hub_root")))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,19 +35,20 @@ class RunningServer:
         return self.process.wait(STOP_SECONDS)
 
 
-def launch(config: Path, hub_root: Path) -> subprocess.Popen[str]:
-    """`twinkle-server launch`, without waiting."""
+def launch(config: Path, hub_root: Path, script: Path | None = None) -> subprocess.Popen[str]:
+    """`twinkle-server launch`, or a script that does the same, without waiting."""
+    program = ["-m", "twinkle.server", "launch", "--config"] if script is None else [str(script)]
     return subprocess.Popen(
-        [sys.executable, "-m", "twinkle.server", "launch", "--config", str(config)],
+        [sys.executable, *program, str(config)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TWINKLE_HUB_ROOT": str(hub_root)},
     )
 
 
-def start(config: Path, hub_root: Path, port: int) -> RunningServer:
+def start(config: Path, hub_root: Path, port: int, script: Path | None = None) -> RunningServer:
     """Launch and wait until it says that it listens."""
-    server = RunningServer(f"http://127.0.0.1:{port}", launch(config, hub_root))
+    server = RunningServer(f"http://127.0.0.1:{port}", launch(config, hub_root, script))
     ready = threading.Event()
     threading.Thread(target=_read, args=(server, ready), daemon=True).start()
     ready.wait(START_SECONDS)
@@ -63,6 +65,13 @@ def _read(server: RunningServer, ready: threading.Event) -> None:
         if line.startswith("Twinkle listens"):
             ready.set()
     ready.set()
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def write_config(directory: Path, port: int, model_id: str = "Qwen/Qwen3.5-4B", extra: str = "") -> Path:

@@ -45,25 +45,12 @@ dataset.map(SelfCognitionProcessor("My Model", "My Team"))
 dataset.encode()
 dataloader = DataLoader(dataset=dataset, batch_size=8)
 
-
-def tinker_datum(feature):
-    """Tokens and labels as the SDK's own datum."""
-    datum = to_datum(feature)
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(datum.model_input.to_ints()),
-        loss_fn_inputs={
-            name: types.TensorData.from_numpy(tensor.to_numpy())
-            for name, tensor in datum.loss_fn_inputs.items()
-        },
-    )
-
-
 training_client = service_client.create_lora_training_client(base_model=base_model, rank=16, seed=0).result()
 sent = []
 for epoch in range(args.epochs):
     for batch in dataloader:
         # Nothing is waited for here: all the steps are sent, and a far server is never idle between two of them.
-        data = [tinker_datum(feature) for feature in batch]
+        data = [to_datum(feature, types) for feature in batch]
         passed = training_client.forward_backward(data, "cross_entropy")
         training_client.optim_step(types.AdamParams(learning_rate=args.learning_rate))
         learnt = sum(datum.loss_fn_inputs["weights"].to_numpy().sum() for datum in data)

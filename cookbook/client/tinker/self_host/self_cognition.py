@@ -44,18 +44,6 @@ dataset.encode()
 dataloader = DataLoader(dataset=dataset, batch_size=8)
 
 
-def tinker_datum(feature):
-    """Tokens and labels as the SDK's own datum."""
-    datum = to_datum(feature)
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(datum.model_input.to_ints()),
-        loss_fn_inputs={
-            name: types.TensorData.from_numpy(tensor.to_numpy())
-            for name, tensor in datum.loss_fn_inputs.items()
-        },
-    )
-
-
 def ask(sampling_client):
     """The greedy answer to the question."""
     trajectory = Trajectory(messages=[Message(role="user", content=args.question)])
@@ -73,7 +61,7 @@ training_client = service_client.create_lora_training_client(
 ).result()
 for epoch in range(args.epochs):
     for batch in dataloader:
-        data = [tinker_datum(feature) for feature in batch]
+        data = [to_datum(feature, types) for feature in batch]
         passed = training_client.forward_backward(data, "cross_entropy")
         stepped = training_client.optim_step(types.AdamParams(learning_rate=args.learning_rate))
         learnt = sum(datum.loss_fn_inputs["weights"].to_numpy().sum() for datum in data)

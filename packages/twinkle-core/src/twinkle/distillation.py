@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from twinkle.data_format import Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.rollout.clients import Sampler
 from twinkle.rollout.rollouts import Rollout
-from twinkle.rollout.types import Sampler, Types, make_datum
 
 # Bars for what is done in a moment would only be noise.
 _PROGRESS_DELAY_SECONDS = 2.0
@@ -110,5 +111,4 @@ def _topk_datum(feature: Any, rows: Sequence[Any], k: int, types: Types) -> Any:
         probabilities = np.exp(np.array(logprobs, np.float64))
         targets[i, : len(tokens)] = tokens
         weights[i, : len(tokens)] = probabilities / probabilities.sum()
-    tokens = [int(token) for token in feature["input_ids"][:-1]]
-    return make_datum(types, tokens, {"target_tokens": targets, "weights": weights})
+    return make_datum(types, feature["input_ids"][:-1], {"target_tokens": targets, "weights": weights})

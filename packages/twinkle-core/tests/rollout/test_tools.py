@@ -1,7 +1,7 @@
 """Tools from functions, and what a model is shown of its calls."""
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -23,8 +23,12 @@ def look_up(names: list[str], unit: Literal["m", "km"], near: float | None = Non
     return {name: len(name) * (1.0 if unit == "m" else 0.001) for name in names}
 
 
-def call(name: str, arguments: object, **more: str):
+def call(name: str, arguments: object, **more: str) -> Any:
     return {"function": {"name": name, "arguments": arguments}, **more}
+
+
+def answers_to(functions: list[Any], message: Any, problems: list[str] | None = None) -> list[Any]:
+    return list(call_tools(as_tools(functions), message, problems or []))
 
 
 def test_a_schema_is_made_of_the_annotations_and_the_docstring():
@@ -77,17 +81,16 @@ def test_calls_are_answered_in_their_order():
             call("look_up", {"names": ["ab"], "unit": "km"}),
         ],
     }
-    first, second = call_tools(as_tools([add, look_up]), message)
+    first, second = answers_to([add, look_up], message)
     assert first == {"role": "tool", "name": "add", "content": "5", "tool_call_id": "x1"}
     assert json.loads(second["content"]) == {"ab": 0.002}
-    assert call_tools(as_tools([add]), {"role": "assistant", "content": "Done."}) == []
+    assert answers_to([add], {"role": "assistant", "content": "Done."}) == []
 
 
 def test_whatever_goes_wrong_is_told_to_the_model():
     def divide(a: int, b: int) -> float:
         return a / b
 
-    tools = as_tools([add, divide])
     calls = [
         call("subtract", {}),
         call("add", {"b": 2}),
@@ -96,7 +99,8 @@ def test_whatever_goes_wrong_is_told_to_the_model():
         call("add", "1 + 2"),
         call("add", {"a": 1, "b": "x"}),
     ]
-    answers = call_tools(tools, {"role": "assistant", "tool_calls": calls}, ["the second call is no JSON"])
+    message = {"role": "assistant", "tool_calls": calls}
+    answers = answers_to([add, divide], message, ["the second call is no JSON"])
     assert [answer["content"] for answer in answers] == [
         "Error: there is no tool 'subtract'; there are add, divide",
         "Error: add: a missing; it takes a, b",

@@ -23,7 +23,7 @@ def test_tensorboard_reads_the_same_numbers(tmp_path: Path):
     events.Reload()
     read = {
         tag: [float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
+        for tag in ("loss", "reward")
     }
     assert read == {"loss": [2.0, 1.0], "reward": [0.25]}
 

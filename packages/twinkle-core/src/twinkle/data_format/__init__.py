@@ -6,6 +6,7 @@ them, `Datum` is what the protocol sends. Reading files, rendering and batching 
 
 from twinkle.data_format.features import NOT_TRAINED, InputFeature, to_datum
 from twinkle.data_format.messages import FunctionCall, Message, TextPart, ToolCall, Trajectory
+from twinkle.data_format.sdk_types import Types, make_datum
 from twinkle.protocol.types import Datum
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "TextPart",
     "ToolCall",
     "Trajectory",
+    "Types",
+    "make_datum",
     "to_datum",
 ]

@@ -10,8 +10,9 @@ from typing import Any, Final, NotRequired, TypedDict, cast
 import numpy as np
 import numpy.typing as npt
 
+from twinkle.data_format.sdk_types import Types, make_datum
+from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import Datum, ModelInput, TensorData
 
 NOT_TRAINED: Final = -100
 """The label of a token that is read but not trained on (PyTorch's and Transformers' `ignore_index`)."""
@@ -31,11 +32,14 @@ class InputFeature(TypedDict):
     loss_weights: NotRequired[npt.NDArray[np.float32]]
 
 
-def to_datum(feature: InputFeature | Mapping[str, Any]) -> Datum:
+def to_datum(feature: InputFeature | Mapping[str, Any], types: Types = core_types) -> Any:
     """The datum for `cross_entropy` that trains what the feature's labels mark.
 
     With T tokens: model input = input_ids[:-1], target_tokens = input_ids[1:] (int64 [T-1]),
     weights = (labels[1:] != -100) * loss_weights[1:] (float32 [T-1]).
+
+    Args:
+        types: the client's; `tinker.types` makes a datum of Tinker's SDK.
 
     Raises:
         InvalidRequest: if a key is missing, not a flat list of numbers, of another length than `input_ids`,
@@ -56,13 +60,7 @@ def to_datum(feature: InputFeature | Mapping[str, Any]) -> Datum:
             raise InvalidRequest(f"loss_weights: expected numbers, got {loss_weights.dtype}")
         _require_length("loss_weights", len(loss_weights), length)
         weights = weights * loss_weights[1:].astype(np.float32)
-    return Datum(
-        model_input=ModelInput.from_ints(input_ids[:-1]),
-        loss_fn_inputs={
-            "target_tokens": TensorData.from_numpy(input_ids[1:]),
-            "weights": TensorData.from_numpy(weights),
-        },
-    )
+    return make_datum(types, input_ids[:-1], {"target_tokens": input_ids[1:], "weights": weights})
 
 
 def _integers(feature: InputFeature | Mapping[str, Any], key: str) -> npt.NDArray[np.int64]:

@@ -9,12 +9,13 @@ is the mean over the pairs. Metrics are `accuracy:mean`, the share of pairs whos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from twinkle.data_format import to_datum
+from twinkle.data_format import Types, to_datum
+from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum
 from twinkle.verbs.custom_loss import ClosedFormLoss, Float64Array, LossValue
@@ -24,20 +25,23 @@ REFERENCE = "reference_logprobs"
 
 
 def pair_data(
-    pairs: Sequence[Mapping[str, Any]], reference_logprobs: Sequence[npt.ArrayLike] | None = None
-) -> list[Datum]:
+    pairs: Sequence[Mapping[str, Any]],
+    reference_logprobs: Sequence[npt.ArrayLike] | None = None,
+    types: Types = core_types,
+) -> list[Any]:
     """The datums of pairs: chosen, rejected, chosen, rejected, ...
 
     Args:
         pairs: rows whose `chosen` and `rejected` are features, as `Dataset.encode_pairs` makes them.
         reference_logprobs: for DPO, of each feature's tokens after the first, float [T - 1], in the order of the
             result: what `twinkle.rollout.score` gives for the `input_ids` of chosen, rejected, chosen, ...
+        types: the client's; `tinker.types` with Tinker's SDK.
 
     Raises:
         InvalidRequest: naming the pair, if a side is missing, has no token to train on, or its reference has another
             length.
     """
-    data: list[Datum] = []
+    data: list[Any] = []
     for i, pair in enumerate(pairs):
         for side in ("chosen", "rejected"):
             where = f"pairs[{i}].{side}"
@@ -46,8 +50,8 @@ def pair_data(
                 raise InvalidRequest(
                     f"{where}: expected a feature with input_ids and labels; call dataset.encode_pairs() first"
                 )
-            datum = to_datum(feature)  # pyright: ignore[reportUnknownArgumentType]
-            if not datum.loss_fn_inputs["weights"].array.any():
+            datum = to_datum(cast(Mapping[str, Any], feature), types)
+            if not datum.loss_fn_inputs["weights"].to_numpy().any():
                 raise InvalidRequest(
                     f"{where}: no token of the answer is trained on; the pair teaches nothing"
                 )
@@ -59,7 +63,7 @@ def pair_data(
             f"reference_logprobs: {len(reference_logprobs)} entries for {len(pairs)} pairs; one for each side is needed"
         )
     return [
-        _with_reference(datum, reference, f"reference_logprobs[{i}]")
+        _with_reference(datum, reference, f"reference_logprobs[{i}]", types)
         for i, (datum, reference) in enumerate(zip(data, reference_logprobs, strict=True))
     ]
 
@@ -224,13 +228,14 @@ def _pair_metrics(margins: Float64Array) -> dict[str, float]:
     return {"margin:mean": float(margins.mean()), "accuracy:mean": float((margins > 0).mean())}
 
 
-def _with_reference(datum: Datum, reference: npt.ArrayLike, where: str) -> Datum:
+def _with_reference(datum: Any, reference: npt.ArrayLike, where: str, types: Types) -> Any:
     values = np.asarray(reference, dtype=np.float32)
     if values.shape != (datum.model_input.length,):
         raise InvalidRequest(
             f"{where}: shape {list(values.shape)}; the answer has {datum.model_input.length} tokens after its first"
         )
-    return Datum(datum.model_input, {**datum.loss_fn_inputs, REFERENCE: values})
+    inputs = {**datum.loss_fn_inputs, REFERENCE: types.TensorData.from_numpy(values)}
+    return types.Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
 
 
 def _sigmoid(x: Float64Array) -> Float64Array:

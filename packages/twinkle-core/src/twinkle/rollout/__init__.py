@@ -7,13 +7,11 @@ from twinkle.rollout.multi_turn import Respond, sample_turns
 from twinkle.rollout.rollouts import Rollout, to_training_data
 from twinkle.rollout.sampling import sample_groups, score
 from twinkle.rollout.tools import Tool, call_tools
-from twinkle.rollout.types import Types
 
 __all__ = [
     "Respond",
     "Rollout",
     "Tool",
-    "Types",
     "call_tools",
     "sample_groups",
     "sample_turns",

@@ -14,13 +14,13 @@ from typing import Any, Protocol, cast
 import numpy as np
 from tqdm import tqdm
 
-from twinkle.data_format import Message, Trajectory
+from twinkle.data_format import Message, Trajectory, Types
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.rollout.clients import Result, Sampler
 from twinkle.rollout.rollouts import Rollout
 from twinkle.rollout.sampling import PROGRESS_DELAY_SECONDS, encode_prompt, sampled_arrays
 from twinkle.rollout.tools import Tool, as_tools, call_tools
-from twinkle.rollout.types import Result, Sampler, Types
 from twinkle.template import Template
 
 

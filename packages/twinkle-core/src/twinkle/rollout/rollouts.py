@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twinkle.data_format import Message
+from twinkle.data_format import Message, Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.types import Types, make_datum
 
 # What each loss reads beside tokens, log-probabilities and advantages.
 _LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
@@ -101,7 +100,7 @@ def to_training_data(
         }
         if loss_fn == "gspo":
             inputs["sequence_ratio_mask"] = rollout.is_sampled[1:].astype(np.float32)
-        data.append(make_datum(types, rollout.tokens[:-1].tolist(), inputs))
+        data.append(make_datum(types, rollout.tokens[:-1], inputs))
     return data
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from twinkle.data_format import Message, Trajectory
+from twinkle.data_format import Message, Trajectory, Types
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.rollout.clients import Sampler, Scorer
 from twinkle.rollout.rollouts import Rollout
-from twinkle.rollout.types import Sampler, Scorer, Types
 from twinkle.template import Template
 
 # Bars for what is done in a moment would only be noise.

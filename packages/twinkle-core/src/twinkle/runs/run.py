@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, SupportsFloat, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -185,7 +185,7 @@ class Run:
 
     # ------------------------------------------------------------ metrics
 
-    def log(self, **metrics: float | Pending[float]) -> None:
+    def log(self, **metrics: SupportsFloat | Pending[float]) -> None:
         """Record numbers of the step that is under way, and show them beside the progress bar.
 
         A `Pending` is written when it is there, so that logging makes no loop wait. Steps are numbered from 1 in the

@@ -1,11 +1,13 @@
 """The Twinkle service. `TwinkleServer.from_config('server_config.yaml').run()` starts it."""
 
+from typing import Any
+
 from twinkle.server._version import __version__
 
 __all__ = ["TwinkleServer", "__version__"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # Ray takes a second to import: parts of this package are used without it (local mode, check-config).
     if name == "TwinkleServer":
         from twinkle.server.serve.launch import TwinkleServer

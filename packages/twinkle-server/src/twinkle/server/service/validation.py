@@ -131,7 +131,8 @@ def check_tokens(tokens: Int32Array, field: str, info: BaseModelInfo) -> None:
         raise InvalidRequest(f"{field}: no tokens; send at least one")
     if len(tokens) > info.max_context_length:
         raise InvalidRequest(
-            f"{field}: {len(tokens)} tokens, but this model takes at most {info.max_context_length}; truncate or split"
+            f"{field}: {len(tokens)} tokens, but this model takes at most {info.max_context_length}; truncate "
+            "(a Template does with max_length and truncation_strategy), or split"
         )
     highest = int(tokens.max())
     if highest >= info.vocab_size:
