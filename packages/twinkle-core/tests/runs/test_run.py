@@ -133,6 +133,46 @@ def test_ctrl_c_lets_the_step_end_saves_and_says_how_to_go_on(
     assert saver.trained == all_batches(2)
 
 
+def test_a_loop_does_not_run_far_ahead_of_what_it_logs(tmp_path: Path):
+    """Numbers come when their step is done; the loop waits for those of the step before the last two."""
+    futures: list[Future[float]] = []
+    done_when_begun: list[int] = []
+
+    def finish_oldest() -> None:
+        next(future for future in futures if not future.done()).set_result(1.0)
+
+    with Run("ahead", root=tmp_path) as run:
+        for step, _ in run.steps(loader(), Saver(), max_steps=6):
+            done_when_begun.append(sum(future.done() for future in futures))
+            futures.append(Future())
+            run.log(loss=Pending(futures[-1], "loss"))
+            if step >= 2:
+                threading.Timer(0.05, finish_oldest).start()
+            if step == 5:
+                for delay in (0.1, 0.15):
+                    threading.Timer(delay, finish_oldest).start()
+    assert done_when_begun == [0, 0, 0, 1, 2, 3]
+    assert len(read_metrics(run.directory)) == 6
+
+
+def test_ctrl_c_after_the_last_step_saves_too(tmp_path: Path):
+    saver = Saver()
+    run = Run("late", root=tmp_path)
+    last: Future[float] = Future()
+    with pytest.raises(SystemExit), run:
+        for step, batch in run.steps(loader(), saver, epochs=1):
+            saver.trained.extend(batch)
+            if step == 3:  # the last one: its loss is waited for when Ctrl-C comes
+                run.log(loss=Pending(last, "loss"))
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                threading.Timer(0.4, last.set_result, (1.0,)).start()
+    assert read_state(run.directory).step == 4
+    resumed = Run("late", resume=run.directory)
+    with resumed:
+        assert list(resumed.steps(loader(), saver, epochs=1)) == []
+    assert saver.trained == all_batches(1)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
     run = Run("impatient", root=tmp_path)
     with pytest.raises(KeyboardInterrupt), run:

@@ -30,6 +30,10 @@ T = TypeVar("T")
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
+# Steps whose numbers may still be on their way while the next one begins: enough to keep a server busy, and few enough
+# for the progress bar to tell what is done, and for Ctrl-C not to wait for long.
+MAX_STEPS_AHEAD = 2
+
 
 class Saves(Protocol):
     """The part of a training client that a run uses; Tinker's has it too."""
@@ -118,6 +122,8 @@ class Run:
     ) -> Iterator[tuple[int, list[T]]]:
         """(number, batch) of each step that is still to be done, with a progress bar.
 
+        Where a step logs something that is `Pending`, at most two steps are under way when the next one begins.
+
         Args:
             dataloader: where batches come from. On resuming it is put where it was.
             training_client: whose state is saved.
@@ -151,12 +157,15 @@ class Run:
                 self.step += 1
                 bar.update()
                 self._write_what_is_there()
+                while len(self._waiting) > MAX_STEPS_AHEAD:
+                    self._write(*self._waiting.popleft())
                 if interrupt.requested:
-                    self._save(training_client, dataloader)
-                    bar.close()
-                    self._leave()
+                    self._leave(training_client, dataloader)
                 if save_every and self.step % save_every == 0:
                     self._save(training_client, dataloader)
+            self._write_all()
+            if interrupt.requested:
+                self._leave(training_client, dataloader)
         self._bar = None
         self._is_finished = True
 
@@ -168,7 +177,10 @@ class Run:
         self.state = RunState(self.step, saved.path, dict(dataloader.state_dict()))
         records.write_state(self.directory, self.state)
 
-    def _leave(self) -> None:
+    def _leave(self, training_client: Saves, dataloader: DataLoader[Any]) -> None:
+        self._save(training_client, dataloader)
+        if self._bar is not None:
+            self._bar.close()
         self.close()
         print(f"\nInterrupted after step {self.step}; {self._how_to_go_on()}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)

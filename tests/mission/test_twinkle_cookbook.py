@@ -1,0 +1,237 @@
+"""The cookbook's scripts for the native client, each run as its user would, against the tiny model that comes with it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import running_server
+
+REPOSITORY = Path(__file__).parents[2]
+COOKBOOK = REPOSITORY / "cookbook"
+SCRIPTS = COOKBOOK / "client" / "twinkle"
+SERVER = COOKBOOK / "client" / "server" / "transformer"
+DATA = COOKBOOK / "data"
+MODEL = "twinkle/tiny-qwen3"
+VARIABLES = ("API_KEY", "TWINKLE_API_KEY", "TWINKLE_BASE_URL", "MODELSCOPE_BASE_URL", "MODELSCOPE_BASE_MODEL")
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+
+# Two outcomes of a chance of one half over n samples differ by more than this times sqrt(1 / n) in one case of 30,000.
+FOUR_SIGMA = 4 * 0.5 * 2**0.5
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
+    """The cookbook's server, started by its script with its configuration for a CPU, on a port and disk of the test's."""
+    directory = tmp_path_factory.mktemp("tiny-server")
+    config = directory / "server_config.yaml"
+    text = (SERVER / "server_config_cpu.yaml").read_text(encoding="utf-8")
+    assert "port: 8000" in text
+    port = running_server.free_port()
+    storage = f"\nstorage:\n  root: {directory / 'storage'}\n"
+    config.write_text(text.replace("port: 8000", f"port: {port}") + storage, encoding="utf-8")
+    server = running_server.start(config, DATA, port, script=SERVER / "server.py")
+    yield server
+    server.stop()
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return {**inherited, "TWINKLE_HUB_ROOT": str(DATA), "PYTHONUTF8": "1", **more}
+
+
+class Program:
+    """A script of the cookbook in a folder of its own, where its runs are kept."""
+
+    def __init__(self, folder: Path, base_url: str) -> None:
+        self.folder = folder
+        self._to_server = ("--base-url", base_url, "--base-model", MODEL)
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(SCRIPTS / script), *arguments, *self._to_server]
+
+    def run(self, script: str, *arguments: str) -> str:
+        """What it printed."""
+        return run(self.command(script, *arguments), self.folder)
+
+    def metrics(self, name: str) -> list[dict[str, float]]:
+        """What its newest run logged, step by step."""
+        newest = max((self.folder / "runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+        rows: dict[int, dict[str, float]] = {}
+        for line in (newest / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row)
+        return list(rows.values())
+
+    def curve(self, name: str, metric: str) -> list[float]:
+        return [row[metric] for row in self.metrics(name) if metric in row]
+
+
+def run(command: list[str], folder: Path, **more: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=environment(**more), capture_output=True, encoding="utf-8", timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def program(tiny_server: running_server.RunningServer, tmp_path: Path) -> Program:
+    return Program(tmp_path, tiny_server.base_url)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+TEACHER = ("--epochs", "5", "--learning-rate", "2e-3", "--save-as", "teacher")
+
+
+def test_self_cognition_trains_and_sample_asks_its_checkpoint(program: Program):
+    printed = program.run("self_host/self_cognition.py", *TEACHER)
+    losses = program.curve("self-cognition", "loss")
+    assert len(losses) == 35
+    # Guessing at random among the 832 tokens costs 6.7 nats; half of that is out of reach without learning.
+    assert mean(losses[-5:]) < 0.5 * mean(losses[:2])
+    [before] = re.findall(r"before: (.*)", printed)
+    [after] = re.findall(r"after: (.*)", printed)
+    assert "Tiny" in before and "My" not in before
+    assert "My" in after and "Tiny" not in after
+
+    base = program.run("self_host/sample.py", "--max-tokens", "16")
+    trained = program.run("self_host/sample.py", "twinkle://teacher", "--max-tokens", "16")
+    for sampled in (base, trained):
+        counts = [int(count) for count in re.findall(r"(\d+) tokens, (?:stop|length), mean logprob -\d", sampled)]
+        assert len(counts) == 4 and all(1 <= count <= 16 for count in counts)
+    assert "Tiny" in base and "Tiny" not in trained
+    assert program.run("self_host/sample.py", "--max-tokens", "16") == base  # seeded
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_the_reward_of_grpo_rises(program: Program, seed: str):
+    printed = program.run(
+        "self_host/grpo.py",
+        *("--question", "What is {a} + {b}?", "--largest", "3", "--max-tokens", "4", "--seed", seed),
+        *("--steps", "18", "--prompts", "8", "--group-size", "16", "--learning-rate", "2e-3"),
+    )
+    rewards = program.curve("grpo", "reward")
+    assert len(rewards) == 18
+    samples = 4 * 8 * 16
+    assert mean(rewards[-4:]) - mean(rewards[:4]) > FOUR_SIGMA / samples**0.5
+    # Sampler and trainer have the same weights: the divergence of the two is rounding.
+    assert max(program.curve("grpo", "kl")) < 1e-6
+    assert re.search(r"right answers: \d+% before, \d+% after", printed)
+
+
+def test_the_reward_of_a_tool_using_model_rises(program: Program):
+    printed = program.run(
+        "self_host/multi_turn.py",
+        *("--smallest", "10", "--largest", "19", "--max-tokens", "32", "--learning-rate", "1.5e-3"),
+        *("--steps", "9", "--prompts", "8", "--group-size", "12"),
+    )
+    rewards = program.curve("multi-turn", "reward")
+    assert mean(rewards[-3:]) - mean(rewards[:3]) > 0.05
+    assert re.search(r"^tool: \d+$", printed, re.MULTILINE)
+    assert "'name': 'add'" in printed
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
+def test_the_margin_of_preferences_grows(program: Program, loss: str):
+    steps = ("--epochs", "1" if loss != "dpo" else "2", "--learning-rate", "5e-4", "--max-tokens", "24")
+    program.run("self_host/dpo.py", "--loss", loss, *steps)
+    margins = program.curve(loss, "margin")
+    assert len(margins) == (10 if loss == "dpo" else 5)
+    if loss == "dpo":
+        assert margins[0] == pytest.approx(0.0, abs=1e-3)  # a new adapter is the reference
+        assert program.curve(loss, "accuracy")[-1] == 1.0
+    assert margins[-1] > margins[0] + 0.5
+    losses = program.curve(loss, "loss")
+    assert losses[-1] < losses[0]
+
+
+def test_distillation_takes_the_divergence_from_the_teacher_down(program: Program):
+    program.run("self_host/self_cognition.py", *TEACHER)
+    program.run(
+        "self_host/distill_on_policy.py",
+        "twinkle://teacher",
+        *("--epochs", "4", "--learning-rate", "4e-3", "--max-tokens", "24"),
+    )
+    on_policy = program.curve("distill-on-policy", "kl")
+    assert mean(on_policy[-3:]) < 0.8 * mean(on_policy[:3])
+
+    program.run(
+        "self_host/distill_off_policy.py", "twinkle://teacher", "--epochs", "3", "--learning-rate", "2e-3"
+    )
+    off_policy = program.curve("distill-off-policy", "kl")
+    assert min(off_policy) > 0
+    assert mean(off_policy[-3:]) < 0.5 * mean(off_policy[:3])
+
+
+def test_an_interrupted_run_goes_on_with_the_exact_batch(program: Program):
+    """Ctrl-C in the middle of a real training, then what it said; and the same without an interruption."""
+    script = ("self_host/self_cognition.py", "--epochs", "2", "--learning-rate", "1e-3")
+    program.run(*script)
+    undisturbed = program.curve("self-cognition", "loss")
+    shutil.rmtree(program.folder / "runs")
+
+    process = subprocess.Popen(
+        program.command(*script), cwd=program.folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(program.folder.glob("runs/*/metrics.jsonl")) or len(program.metrics("self-cognition")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    [command] = re.findall(r"To go on: (.*)", said)
+    interrupted = len(program.metrics("self-cognition"))
+    assert 3 <= interrupted < len(undisturbed)
+
+    run(command.split(), program.folder)
+    resumed = program.curve("self-cognition", "loss")
+    assert resumed == pytest.approx(undisturbed, rel=1e-3)
+
+
+def test_the_script_for_a_hosted_endpoint_runs_against_the_one_that_the_environment_names(
+    program: Program, tiny_server: running_server.RunningServer
+):
+    script = [sys.executable, str(SCRIPTS / "modelscope" / "self_cognition.py")]
+    endpoint = {
+        "MODELSCOPE_BASE_URL": tiny_server.base_url,
+        "MODELSCOPE_TOKEN": "a-key-of-any-form",
+        "MODELSCOPE_BASE_MODEL": MODEL,
+    }
+    printed = run([*script, "--epochs", "1", "--learning-rate", "2e-3"], program.folder, **endpoint)
+    losses = program.curve("self-cognition", "loss")
+    assert len(losses) == 7 and losses[-1] < losses[0]
+    assert re.search(r"saved twinkle://.*/weights/my-lora-checkpoint", printed)
+    with pytest.raises(AssertionError, match="Set MODELSCOPE_BASE_URL and MODELSCOPE_BASE_MODEL"):
+        run(script, program.folder)
+
+
+def test_the_programs_of_the_guide_run(program: Program, tiny_server: running_server.RunningServer):
+    guide = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    assert len(pieces) > 10
+    script = program.folder / "guide.py"
+    script.write_text("\n".join(pieces), encoding="utf-8")
+    printed = run([sys.executable, str(script)], program.folder, TWINKLE_BASE_URL=tiny_server.base_url)
+    assert "this model takes at most 512" in printed
+    assert (program.folder / "curves.png").stat().st_size > 1000
+
+
+def test_a_script_finds_the_server_by_itself_as_the_mission_has_it(live_server, hub_root: Path, tmp_path: Path):
+    """`python cookbook/client/twinkle/self_host/self_cognition.py`, and nothing else said."""
+    script = SCRIPTS / "self_host" / "self_cognition.py"
+    printed = run([sys.executable, str(script)], tmp_path, TWINKLE_HUB_ROOT=str(hub_root))
+    assert "saved twinkle://" in printed
