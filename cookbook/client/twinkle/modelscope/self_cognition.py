@@ -42,11 +42,7 @@ dataset.encode()
 dataloader = DataLoader(dataset=dataset, batch_size=8)
 
 with Run("self-cognition", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(base_model=base_model, rank=16)
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(service_client, base_model=base_model, rank=16)
 
     for _step, batch in run.steps(dataloader, training_client, epochs=args.epochs, save_every=50):
         passed = training_client.forward_backward(batch, "cross_entropy")

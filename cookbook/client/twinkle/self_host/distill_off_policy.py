@@ -44,13 +44,9 @@ dataset.encode()
 dataloader = DataLoader(dataset=dataset, batch_size=8)
 
 with Run("distill-off-policy", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=args.rank, seed=0
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(
+        service_client, base_model=args.base_model, rank=args.rank, seed=0
+    )
 
     for _step, batch in run.steps(dataloader, training_client, epochs=args.epochs, save_every=50):
         data = teacher_data(teacher, batch, args.k)

@@ -48,13 +48,9 @@ questions.map(lambda row: {"messages": [{"role": "user", "content": row["query"]
 dataloader = DataLoader(dataset=questions, batch_size=args.prompts, seed=args.seed)
 
 with Run("distill-on-policy", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=args.rank, seed=args.seed
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(
+        service_client, base_model=args.base_model, rank=args.rank, seed=args.seed
+    )
 
     for step, rows in run.steps(dataloader, training_client, epochs=args.epochs, save_every=20):
         student = training_client.save_weights_and_get_sampling_client()

@@ -57,13 +57,7 @@ dataloader = DataLoader(dataset=pairs, batch_size=8)
 loss = {"dpo": dpo_loss(beta=args.beta), "simpo": simpo_loss(), "orpo": orpo_loss()}[args.loss]
 
 with Run(args.loss, resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=16, seed=0
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(service_client, base_model=args.base_model, rank=16, seed=0)
 
     for _step, batch in run.steps(dataloader, training_client, epochs=args.epochs, save_every=50):
         sequences = [pair[side]["input_ids"] for pair in batch for side in ("chosen", "rejected")]

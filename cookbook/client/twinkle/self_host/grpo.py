@@ -19,7 +19,7 @@ import numpy as np
 from twinkle.advantage import grpo_advantages
 from twinkle.dataloader import DataLoader
 from twinkle.dataset import Dataset
-from twinkle.metric import entropy, kl_divergence
+from twinkle.metric import policy_metrics
 from twinkle.reward import MathReward, grade_groups
 from twinkle.rollout import sample_groups, to_training_data
 from twinkle.runs import Run
@@ -73,13 +73,9 @@ def accuracy(sampling_client):
 
 
 with Run("grpo", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=args.rank, seed=args.seed
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(
+        service_client, base_model=args.base_model, rank=args.rank, seed=args.seed
+    )
     before = accuracy(training_client.save_weights_and_get_sampling_client())
 
     for step, rows in run.steps(dataloader, training_client, epochs=1, save_every=10):
@@ -95,10 +91,7 @@ with Run("grpo", resume=args.resume, config=vars(args)) as run:
         if data:  # else all groups were of one mind, and there is nothing to learn
             passed = training_client.forward_backward(data, args.loss)
             training_client.optim_step(learning_rate=args.learning_rate)
-            sampled = [datum.loss_fn_inputs["logprobs"].array for datum in data]
-            trained = [output["logprobs"].array for output in passed.loss_fn_outputs]
-            masks = [datum.loss_fn_inputs["advantages"].array != 0 for datum in data]
-            run.log(kl=kl_divergence(sampled, trained, masks), entropy=entropy(sampled, masks))
+            run.log(**policy_metrics(passed.result(), data))
         run.log(reward=rewards.mean(), tokens=np.mean([r.num_sampled for group in groups for r in group]))
 
     after = accuracy(training_client.save_weights_and_get_sampling_client())

@@ -66,13 +66,9 @@ rows = [question(numbers) for _ in range(args.steps * args.prompts)]
 dataloader = DataLoader(Dataset.from_rows(rows), args.prompts, seed=args.seed)
 
 with Run("multi-turn", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=args.rank, seed=args.seed
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(
+        service_client, base_model=args.base_model, rank=args.rank, seed=args.seed
+    )
 
     for step, batch in run.steps(dataloader, training_client, epochs=1, save_every=10):
         groups = sample_turns(

@@ -61,13 +61,7 @@ def ask(sampling_client, question="Who are you?"):
 print("before:", ask(service_client.create_sampling_client(base_model=args.base_model)))
 
 with Run("self-cognition", resume=args.resume, config=vars(args)) as run:
-    if run.state is None:
-        training_client = service_client.create_lora_training_client(
-            base_model=args.base_model, rank=16, seed=0
-        )
-    else:
-        checkpoint = run.state.checkpoint
-        training_client = service_client.create_training_client_from_state_with_optimizer(checkpoint)
+    training_client = run.create_training_client(service_client, base_model=args.base_model, rank=16, seed=0)
 
     for step, batch in run.steps(dataloader, training_client, epochs=args.epochs, save_every=50):
         passed = training_client.forward_backward(batch, "cross_entropy")

@@ -55,7 +55,8 @@ class HttpChannel:
         """Nothing to do: the server holds its model."""
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
-        return self._start(self._operate(request))
+        # Encoded here, so that what can't be encoded is the caller's error, and nothing counts as sent.
+        return self._start(self._operate(request, *_encode(request)))
 
     def ask(self, query: m.Query) -> Future[m.Reply]:
         return self._start(self._query(query))
@@ -87,10 +88,9 @@ class HttpChannel:
 
     # ------------------------------------------------------------ operations
 
-    async def _operate(self, request: m.Operation) -> m.Result:
+    async def _operate(self, request: m.Operation, body: bytes, headers: dict[str, str]) -> m.Result:
         """Post, then poll until there is a result."""
         endpoint = OPERATION[type(request)]
-        body, headers = _encode(endpoint, request)
         response = await self._send("POST", endpoint.path, body, headers)
         promise = codec.decode_json(m.Promise, response.content)
         try:
@@ -185,7 +185,8 @@ def _http_client(settings: Settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
 
 
-def _encode(endpoint: Endpoint, request: m.Operation) -> tuple[bytes, dict[str, str]]:
+def _encode(request: m.Operation) -> tuple[bytes, dict[str, str]]:
+    """Body and headers."""
     if isinstance(request, m.ForwardBackwardRequest):
         body, headers = codec.encode_forward_backward(request), {"Content-Type": PROTOBUF}
     else:

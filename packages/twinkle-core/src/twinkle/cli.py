@@ -79,8 +79,9 @@ def _plot(args: argparse.Namespace) -> None:
     print(plot_runs(args.directories, args.output, metrics=metrics, smoothing=args.smoothing))
 
 
-def _numbers(row: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "time"))
+def _numbers(row: Mapping[str, float | None]) -> str:
+    shown = {name: value for name, value in row.items() if name not in ("step", "time")}
+    return "  ".join(f"{name} {'nan' if value is None else f'{value:.4g}'}" for name, value in shown.items())
 
 
 if __name__ == "__main__":

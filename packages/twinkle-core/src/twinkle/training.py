@@ -96,7 +96,13 @@ def accumulate(
     """
     if loss_fn != "cross_entropy":
         raise InvalidRequest(f"loss_fn: {loss_fn!r} has no weights to divide; use cross_entropy")
-    data = [[_datum(row, i) for i, row in enumerate(batch)] for batch in batches]
+    groups = list(batches)
+    for i, batch in enumerate(groups):
+        if isinstance(batch, Mapping | Datum):
+            raise InvalidRequest(
+                f"batches[{i}]: one row; give a list of batches: [batch], or grouped(batch, size)"
+            )
+    data = [[_datum(row, i) for i, row in enumerate(batch)] for batch in groups]
     total = sum(_total_weight(datum) for batch in data for datum in batch)
     if total <= 0:
         raise InvalidRequest("batches: no token is trained on (all labels are -100, or there is no batch)")

@@ -86,6 +86,13 @@ def test_the_weighted_loss_is_torchs_with_ignore_index(
         ({"input_ids": [[1, 2]], "labels": [1, 2]}, r"input_ids: .* got shape \[1, 2\]"),
         ({"input_ids": [[1, 2], [3]], "labels": [1, 2]}, "input_ids: expected a flat list"),
         ({"input_ids": [1.5, 2.5], "labels": [1, 2]}, "input_ids: expected whole numbers, got float64"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [-100, 6, 45]},
+            r"^labels\[2\] is 45, and input_ids\[2\] is 7; labels repeat input_ids, or are -100; .* make a Datum",
+        ),
+        # Moved by one already, as Transformers never has them.
+        ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, r"^labels\[0\] is 6, and input_ids\[0\] is 5"),
+        ({"input_ids": [1, 2], "labels": [-1, 2]}, r"^labels\[0\] is -1"),
         ({"input_ids": [1, 2], "labels": [1, 2], "loss_weights": [1.0]}, "loss_weights: 1 entries"),
         (
             {"input_ids": [1, 2], "labels": [1, 2], "loss_weights": ["a", "b"]},

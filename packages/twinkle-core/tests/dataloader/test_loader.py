@@ -129,3 +129,14 @@ def test_a_loader_without_a_single_batch_says_so(rows: int) -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
         DataLoader(range(3), **options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(n for n in range(3)), {1, 2}, {"input_ids": [1]}, "rows.jsonl", 5, None, list]
+)
+def test_what_has_no_numbered_rows_is_refused(wrong: Any) -> None:
+    with pytest.raises(
+        InvalidRequest,
+        match=f"dataset: expected a Dataset, a list .*IterableDataset, got {type(wrong).__name__};",
+    ):
+        DataLoader(wrong)

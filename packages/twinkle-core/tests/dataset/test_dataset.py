@@ -10,7 +10,7 @@ import pytest
 
 from twinkle.data_format import NOT_TRAINED, to_datum
 from twinkle.dataloader import DataLoader
-from twinkle.dataset import Dataset, DatasetMeta
+from twinkle.dataset import Dataset, DatasetMeta, IterableDataset, LazyDataset
 from twinkle.preprocessor import SelfCognitionProcessor
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.template import Template
@@ -153,7 +153,9 @@ def test_a_failing_row_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"a.jsonl:3: query: expected text.*columns are question"):
         dataset.map(SelfCognitionProcessor("A", "B"))
     assert list(dataset)[0] == COGNITION[0]
-    with pytest.raises(InvalidRequest, match=r"a.jsonl:3: KeyError: 'query'"):
+    with pytest.raises(
+        InvalidRequest, match=r"a.jsonl:3: <lambda> raised KeyError: 'query'; the columns are quest"
+    ):
         dataset.filter(lambda row: row["query"])
     with pytest.raises(InvalidRequest, match=r"a.jsonl:1: .*must return a row or None, not int"):
         dataset.map(len)  # pyright: ignore[reportArgumentType]
@@ -188,10 +190,14 @@ def test_rows_over_the_limit_are_left_out_cut_or_refused(
 
 
 def test_rows_with_nothing_to_train_on_are_counted(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [conversation("b"), {"messages": [{"role": "user", "content": "q"}]}]
-    with caplog.at_level(logging.WARNING):
-        Dataset.from_rows(rows).set_template(Template(model)).encode()
-    assert "1 of 2 rows have no token to train on" in caplog.text
+    silent = {"messages": [{"role": "user", "content": "q"}]}
+    rows = [conversation("b"), silent, silent]
+    for kind in (Dataset, IterableDataset):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            list(kind.from_rows(rows, "mine").set_template(Template(model, max_length=70)).encode())
+        assert "2 of 3 rows have no token to train on; the first is mine:2: look for" in caplog.text
+        assert "train_on ('assistant'), and whether max_length (70)" in caplog.text
 
 
 def test_encoding_twice_or_without_a_template_says_what_to_do(model: Path) -> None:
@@ -226,3 +232,102 @@ def test_what_is_no_function_of_a_row_is_refused(model: Path) -> None:
         dataset.filter(5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidRequest, match="a finished template takes no arguments"):
         dataset.set_template(Template(model), max_length=5)
+
+
+@pytest.mark.parametrize("kind", [Dataset, LazyDataset, IterableDataset])
+def test_a_string_or_a_path_stands_for_a_meta(tmp_path: Path, kind: Any) -> None:
+    x, y = numbered(tmp_path / "x.jsonl", 2, "x"), numbered(tmp_path / "y.jsonl", 1, "y")
+    assert numbers(kind(x.dataset_id)) == numbers(kind(tmp_path / "x.jsonl")) == ["x0", "x1"]
+    assert numbers(kind([x.dataset_id, tmp_path / "y.jsonl", y])) == ["x0", "x1", "y0", "y0"]
+    if kind is not IterableDataset:
+        both = kind(x).add_dataset(tmp_path / "y.jsonl")
+        assert numbers(both.filter(lambda row: row["n"], dataset_meta=x.dataset_id)) == ["x1", "y0"]
+
+
+@pytest.mark.parametrize("kind", [Dataset, LazyDataset, IterableDataset])
+def test_what_is_no_source_is_refused(kind: Any) -> None:
+    for wrong, message in (
+        (5, "dataset_meta: expected a DatasetMeta, or an id or a path, got int"),
+        (None, "dataset_meta: expected a DatasetMeta, .* got NoneType"),
+        ({"n": 1}, "dataset_meta: .* got dict; rows that are in memory go to from_rows"),
+        ([{"n": 1}], r"dataset_meta\[0\]: .* got dict; rows that are in memory go to from_rows"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            kind(wrong)
+    if kind is not IterableDataset:
+        with pytest.raises(InvalidRequest, match="dataset_meta: .* got list"):
+            kind().add_dataset([])
+
+
+def test_slices_are_lists_of_rows_over_all_sources(tmp_path: Path) -> None:
+    dataset = Dataset([numbered(tmp_path / "x.jsonl", 2, "x"), numbered(tmp_path / "y.jsonl", 3, "y")])
+    rows = list(dataset)
+    for taken in (slice(1, 3), slice(-2, None), slice(None, None, -1), slice(9, 12), slice(None)):
+        assert dataset[taken] == rows[taken]
+    assert dataset[np.int64(3)] == rows[3]
+    for wrong in ("n", 1.0):
+        with pytest.raises(TypeError, match="rows are taken by a whole number or a slice, not by"):
+            dataset[wrong]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def test_rows_that_are_no_objects_are_named_by_their_number() -> None:
+    with pytest.raises(InvalidRequest, match="rows:2: expected a row, an object with columns .*got str"):
+        Dataset.from_rows([{"n": 1}, "a"])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_split_holds_every_row_once_in_an_order_of_its_seed() -> None:
+    dataset = Dataset.from_rows([{"n": n} for n in range(10)])
+    rest, held_out = dataset.split(0.3, seed=1)
+    assert (len(rest), len(held_out), len(dataset)) == (7, 3, 10)
+    both = [row["n"] for row in [*held_out, *rest]]
+    assert sorted(both) == list(range(10)) == [row["n"] for row in dataset]
+    # Legacy seeding by hand, whose streams numpy has promised to keep.
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([1])))
+    assert both == random.permutation(10).tolist()
+    assert [row["n"] for row in dataset.split(0.3, seed=1)[1]] == both[:3]
+    assert [row["n"] for row in dataset.split(0.3, seed=2)[1]] != both[:3]
+    rest.map(lambda row: {"n": -1})
+    assert [row["n"] for row in dataset] == list(range(10))
+
+
+def test_a_split_keeps_places_and_what_is_known_of_encoding(tmp_path: Path, model: Path) -> None:
+    rows = [conversation("b" * n, n=n) for n in range(1, 11)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    before, _ = Dataset(path).set_template(Template(model)).split(0.5)
+    assert len(before.encode()[0]["input_ids"]) > 0
+    with pytest.raises(InvalidRequest, match=rf"a.jsonl:{before[0]['n']}: <lambda> raised KeyError"):
+        before.map(lambda row: row["none"], dataset_meta=path)
+    whole = Dataset(path).set_template(Template(model)).encode()
+    limit = len(whole[6]["input_ids"])
+    cut = Dataset(path).set_template(Template(model, max_length=limit, truncation_strategy="right"))
+    parts = cut.encode().split(0.4)
+    for part in parts:
+        expected = sum(row["n"] > 7 for row in part)
+        assert part.describe().cut_rows == expected
+        assert part.describe().truncated == expected / len(part)
+    assert sum(part.describe().cut_rows for part in parts) == 3
+    shorter = Dataset(path).set_template(Template(model, max_length=limit, truncation_strategy="delete"))
+    rest, held_out = (part.describe() for part in shorter.encode().split(0.4))
+    assert (rest.rows, held_out.rows) == (4, 3)
+    assert (rest.left_out_rows, rest.truncated) == (3, 3 / 7)
+    assert (held_out.left_out_rows, held_out.truncated) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "seed", "message"),
+    [
+        (4, 0, 0, "fraction: 0; allowed are numbers between 0 and 1"),
+        (4, 1.0, 0, "fraction: 1.0; allowed"),
+        (4, float("nan"), 0, "fraction: nan; allowed"),
+        (4, "0.1", 0, "fraction: '0.1'; allowed"),
+        (4, 0.5, -1, "seed: -1; allowed are whole numbers from 0"),
+        (4, 0.1, 0, "split: 0.1 of 4 rows is 0 rows to hold out, and each part needs at least one"),
+        (4, 0.9, 0, "split: 0.9 of 4 rows is 4 rows to hold out"),
+        (0, 0.5, 0, "split: the dataset is empty"),
+    ],
+)
+def test_a_split_that_leaves_a_part_empty_is_refused(
+    rows: int, fraction: Any, seed: int, message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Dataset.from_rows([{"n": n} for n in range(rows)]).split(fraction, seed)

@@ -97,6 +97,25 @@ def test_the_table_is_as_written() -> None:
     )
 
 
+def test_bars_of_a_single_length_are_written_as_one_number() -> None:
+    lines = str(described(feature(9, 1), feature(9, 1), feature(11, 1))).splitlines()
+    assert lines[-3:] == [
+        " 9  2  ########################################",
+        "10  0",
+        "11  1  ####################",
+    ]
+
+
+def test_the_table_says_what_the_sequences_of_pairs_are() -> None:
+    pair = {"chosen": feature(4, 2), "rejected": feature(6, 1)}
+    assert str(described(pair, pair)).splitlines()[0] == (
+        "rows            2 (4 sequences: chosen and rejected)"
+    )
+    assert str(described(pair, feature(4, 2))).splitlines()[0] == (
+        "rows            2 (3 sequences; a pair has two)"
+    )
+
+
 def test_a_row_that_is_not_encoded_is_named() -> None:
     with pytest.raises(InvalidRequest, match="mine:2: describe: the row is not encoded"):
         Dataset.from_rows([feature(1, 1), {"query": "q"}], "mine").describe()

@@ -91,7 +91,7 @@ def test_an_error_names_file_and_line_when_it_is_reached(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"m": 2}\n', encoding="utf-8")
     rows = iter(IterableDataset(DatasetMeta(str(tmp_path))).map(lambda row: {"n": row["n"]}))
     assert next(rows) == {"n": 1}
-    with pytest.raises(InvalidRequest, match=r"a.jsonl:2: KeyError: 'n'"):
+    with pytest.raises(InvalidRequest, match=r"a.jsonl:2: <lambda> raised KeyError: 'n'; the columns are m"):
         next(rows)
     with pytest.raises(NotFound, match="no such folder or file"):
         IterableDataset(DatasetMeta(str(tmp_path / "none")))
@@ -131,7 +131,7 @@ def test_rows_made_elsewhere_come_from_something_that_begins_anew() -> None:
     assert numbers(stream) == numbers(stream) == [0, 1, 2]
     with pytest.raises(InvalidRequest, match="rows: a generator can be read only once"):
         IterableDataset.from_rows(rows())
-    with pytest.raises(InvalidRequest, match="mine:3: ZeroDivisionError"):
+    with pytest.raises(InvalidRequest, match="mine:3: <lambda> raised ZeroDivisionError"):
         list(stream.map(lambda row: {"n": 1 // (2 - row["n"])}))
 
 
@@ -163,3 +163,10 @@ def test_numbers_out_of_range_and_what_a_stream_has_not_are_refused() -> None:
         of(1).filter(5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         len(of(1))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_row_that_is_no_object_is_named_when_it_is_reached() -> None:
+    rows = iter(IterableDataset.from_rows([{"n": 1}, "a"], "mine"))  # pyright: ignore[reportArgumentType]
+    assert next(rows) == {"n": 1}
+    with pytest.raises(InvalidRequest, match="mine:2: expected a row, .*got str"):
+        next(rows)

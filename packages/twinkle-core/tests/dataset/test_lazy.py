@@ -48,7 +48,9 @@ def test_a_failing_row_is_named_when_it_is_asked_for(tmp_path: Path, model: Path
     assert len(lazy[1]["input_ids"]) > 0
     with pytest.raises(InvalidRequest, match=r"a.jsonl:3: query: expected text, got int"):
         lazy[2]
-    with pytest.raises(InvalidRequest, match="a.jsonl:1: KeyError: 'x'"):
+    with pytest.raises(
+        InvalidRequest, match="a.jsonl:1: <lambda> raised KeyError: 'x'; the columns are query, resp"
+    ):
         LazyDataset(meta).map(lambda row: row["x"])[0]
 
 
@@ -59,7 +61,9 @@ def test_filter_looks_at_once_and_at_what_was_mapped(tmp_path: Path) -> None:
     assert len(lazy) == 8
     assert [row.get("n") for row in lazy] == [1, 3, 5, *[None] * 5]
     assert all(row["seen"] for row in lazy)
-    with pytest.raises(InvalidRequest, match="x.jsonl:1: KeyError"):
+    with pytest.raises(
+        InvalidRequest, match="x.jsonl:1: <lambda> raised KeyError: 'none'; the columns are n"
+    ):
         lazy.filter(lambda row: row["none"])
     mixed = lazy.mix_dataset()
     assert [row.get("n") for row in mixed] == [1, None, 3, None, 5, None, None, None]
@@ -81,3 +85,11 @@ def test_encoding_needs_a_template_and_rows(model: Path) -> None:
     twice = LazyDataset.from_rows(ROWS).set_template(Template(model)).encode().encode()
     with pytest.raises(InvalidRequest, match="rows:1: the row is encoded already"):
         twice[0]
+
+
+def test_a_split_is_worked_on_when_rows_are_asked_for(tmp_path: Path, model: Path) -> None:
+    lazy = LazyDataset(tmp_path / write(tmp_path / "a.jsonl", ROWS).dataset_id)
+    rest, held_out = lazy.set_template(Template(model)).encode().split(0.4)
+    assert (len(rest), len(held_out)) == (3, 2)
+    lengths = [len(row["input_ids"]) for row in [*rest[:], *held_out[:]]]
+    assert sorted(lengths) == sorted(len(row["input_ids"]) for row in lazy)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle.data_format import Datum, to_datum
-from twinkle.metric import entropy, kl_divergence, nll, perplexity
+from twinkle.metric import entropy, kl_divergence, nll, perplexity, policy_metrics
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, TensorData
 
@@ -168,3 +168,21 @@ def test_divergence_names_what_does_not_fit(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         kl_divergence(sampler, trainer, **options)
+
+
+def test_policy_metrics_count_the_tokens_with_an_advantage_alone():
+    sampled, trained = np.log([0.5, 0.5, 0.25]), np.log([0.5, 0.25, 0.3])
+    inputs = {
+        "logprobs": TensorData.from_numpy(np.array([0.0, *sampled])),
+        "advantages": TensorData.from_numpy(np.array([0.0, 1.0, -1.0, 1.0])),
+    }
+    data = [Datum(ModelInput.from_ints([1, 2, 3, 4]), inputs)]
+    output = ForwardBackwardOutput([{"logprobs": TensorData.from_numpy(np.array([-9.0, *trained]))}], {})
+    metrics = policy_metrics(output, data, clip_low_threshold=0.8, clip_high_threshold=1.1)
+    ratios = np.exp(trained - sampled)  # 1, 0.5, 1.2
+    assert metrics["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(-sampled.mean(), rel=1e-5)
+    assert metrics["clipped"] == pytest.approx(2 / 3)
+    assert set(policy_metrics(output, data)) == {"kl", "entropy"}
+    with pytest.raises(InvalidRequest, match="2 datums for 1 outputs"):
+        policy_metrics(output, data * 2)

@@ -252,6 +252,41 @@ def test_a_pending_number_that_failed_is_raised(tmp_path: Path):
         run.log(loss=Pending(failed, "loss"))
 
 
+def test_a_loop_that_is_left_has_come_to_its_end(tmp_path: Path):
+    with Run("early", root=tmp_path) as run:
+        for step, _ in run.steps(loader(), Saver(), epochs=2, save_every=1):
+            if step == 2:
+                break
+    assert not (run.directory / "state.json").exists()
+    with pytest.raises(NotFound, match="it is finished"):
+        Run("early", resume=run.directory)
+
+
+def test_other_hyperparameters_are_told_when_a_run_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = Run("config", root=tmp_path, config={"rank": 4, "path": tmp_path, "resume": None})
+    with pytest.raises(RuntimeError), run:
+        train(run, Saver(), loader(), stop_in=2, epochs=1, save_every=1)
+    capsys.readouterr()
+    Run("config", resume=run.directory, config={"rank": 8, "path": tmp_path, "resume": "x"}).close()
+    assert capsys.readouterr().err == "resumed with another rank: 4 before, 8 now\n"
+
+
+def test_a_number_that_json_has_no_word_for_is_null(tmp_path: Path):
+    with Run("nan", root=tmp_path) as run:
+        run.log(loss=float("nan"), reward=1.0)
+    assert json.loads((run.directory / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_what_is_no_dataloader_is_refused(tmp_path: Path):
+    with (
+        Run("loader", root=tmp_path) as run,
+        pytest.raises(InvalidRequest, match="list is no DataLoader, whose place"),
+    ):
+        next(run.steps([[1], [2]], Saver(), epochs=1))  # pyright: ignore[reportArgumentType]
+
+
 def test_what_is_wrong_is_said(tmp_path: Path):
     with pytest.raises(InvalidRequest, match="'a/b' can't name a folder"):
         Run("a/b", root=tmp_path)

@@ -40,6 +40,20 @@ def test_reasoning_is_read_under_all_its_names(key: str) -> None:
     assert message["reasoning_content"] == message["thinking"] == "r"
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "assistant", "content": None, "reasoning_content": "r"},
+        {"role": "moderator", "content": [{"type": "text", "text": "a"}, {"type": "image"}]},
+    ],
+)
+def test_parts_are_content_and_calls_or_reasoning_need_none(message: dict[str, Any]) -> None:
+    [plain] = read_conversation({"messages": [message]}).messages
+    assert plain.get("content") == message.get("content")
+    assert ("content" in plain) == (message.get("content") is not None)
+
+
 def test_tools_may_be_json_text() -> None:
     rows = {"messages": [{"role": "user", "content": "a"}]}
     assert read_conversation({**rows, "tools": '[{"type": "function"}]'}).tools == [{"type": "function"}]
@@ -59,6 +73,32 @@ ONE = [{"role": "user", "content": "a"}]
         ({"messages": ["hi"]}, r"messages\[0\]: expected an object with role and content, got str"),
         ({"messages": [*ONE, {"content": "a"}]}, r"messages\[1\].role: expected text"),
         ({"messages": [{"role": "user", "content": object()}]}, r"messages\[0\].content: object; allowed"),
+        (
+            {"messages": [*ONE, {"role": "assistant", "content": 5}]},
+            r"messages\[1\].content: expected text, got int",
+        ),
+        (
+            {"messages": [{"role": "user", "content": {"text": "a"}}]},
+            r"messages\[0\].content: expected text, got dict",
+        ),
+        ({"messages": [*ONE, {"role": "assistant"}]}, r"messages\[1\].content: missing; give the text"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content: missing;"),
+        (
+            {"messages": [*ONE, {"role": "assistant", "content": None, "tool_calls": []}]},
+            r"messages\[1\].content: missing;",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a", "b"]}]},
+            r"messages\[0\].content: a list of plain text; join it to one text, or give parts: .*\"type\": \"text\"",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, 5]}]},
+            r"messages\[0\].content\[1\]: expected a part with a type, .* got int",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+            r"messages\[0\].content\[0\]: expected a part with a type, .* got an object without type",
+        ),
         ({"messages": ONE, "tools": "{"}, "tools: not JSON"),
         ({"messages": ONE, "tools": '{"a": 1}'}, "tools: expected a list of JSON schemas"),
         ({"messages": ONE, "tools": [print]}, "tools: expected a list of JSON schemas"),

@@ -74,7 +74,8 @@ def test_a_template_that_refuses_is_quoted() -> None:
 
 
 def test_missing_content_is_named_as_the_likely_reason() -> None:
-    conversation = read_conversation({"messages": [{"role": "assistant", "content": None}]})
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    conversation = read_conversation({"messages": [message]})
     with pytest.raises(RenderingFailed, match="need content=''"):
         template("{{ messages[0].content + 'x' }}").render(conversation)
 

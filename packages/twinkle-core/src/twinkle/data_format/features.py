@@ -42,8 +42,9 @@ def to_datum(feature: InputFeature | Mapping[str, Any], types: Types = core_type
         types: the client's; `tinker.types` makes a datum of Tinker's SDK.
 
     Raises:
-        InvalidRequest: if a key is missing, not a flat list of numbers, of another length than `input_ids`,
-            or if there are fewer than two tokens (one to read and one to predict).
+        InvalidRequest: if a key is missing, not a flat list of numbers, of another length than `input_ids`; if a
+            label is neither -100 nor the token's own id; or if there are fewer than two tokens (one to read and one
+            to predict).
     """
     input_ids = _integers(feature, "input_ids")
     labels = _integers(feature, "labels")
@@ -53,6 +54,7 @@ def to_datum(feature: InputFeature | Mapping[str, Any], types: Types = core_type
             f"input_ids: {length} token(s); training needs at least 2, one to read and one to predict"
         )
     _require_length("labels", len(labels), length)
+    _require_own("labels", labels, input_ids)
     weights = (labels[1:] != NOT_TRAINED).astype(np.float32)
     if feature.get("loss_weights") is not None:
         loss_weights = _flat_array(feature, "loss_weights")
@@ -83,6 +85,17 @@ def _flat_array(feature: InputFeature | Mapping[str, Any], key: str) -> npt.NDAr
     if array.ndim != 1:
         raise InvalidRequest(f"{key}: expected a flat list of numbers, got shape {list(array.shape)}")
     return array
+
+
+def _require_own(key: str, labels: npt.NDArray[np.int64], input_ids: npt.NDArray[np.int64]) -> None:
+    """Other labels would be lost without a word, since the targets are read from `input_ids`."""
+    others = np.flatnonzero((labels != NOT_TRAINED) & (labels != input_ids))
+    if others.size:
+        at = int(others[0])
+        raise InvalidRequest(
+            f"{key}[{at}] is {labels[at]}, and input_ids[{at}] is {input_ids[at]}; labels repeat input_ids, or are "
+            f"{NOT_TRAINED}; for other targets make a Datum"
+        )
 
 
 def _require_length(key: str, length: int, expected: int) -> None:

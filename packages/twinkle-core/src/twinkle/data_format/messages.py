@@ -39,7 +39,7 @@ class Message(TypedDict):
 
     Keys:
         role: "system", "user", "assistant", "tool", or whatever else the model's template knows.
-        content: the text; None or absent where an assistant only calls tools and the template allows it.
+        content: the text; None or absent only beside tool_calls or reasoning, where the template allows it.
         reasoning_content: what the assistant thought before it answered ("thinking", "reasoning" are read too).
         tool_calls: the functions an assistant asks for.
         tool_call_id, name: which call, or function, a "tool" message answers.

@@ -64,7 +64,8 @@ class DataLoader(Generic[Item_co]):
         drop_last: leave a last, smaller batch out.
 
     Raises:
-        InvalidRequest: if a number is out of its range, or a stream is to be shuffled here.
+        InvalidRequest: if a number is out of its range, a stream is to be shuffled here, or `dataset` is neither rows
+            with numbers nor a stream.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class DataLoader(Generic[Item_co]):
                 raise InvalidRequest(f"{field}: {value}; allowed are whole numbers from {least}")
         # What has both is taken by its numbers.
         is_stream = isinstance(dataset, Stream) and not hasattr(dataset, "__len__")
+        if not is_stream:
+            _require_numbered(dataset)
         if is_stream and shuffle:
             raise InvalidRequest(
                 "shuffle: a stream can't be taken in any order; call dataset.shuffle(buffer_size) before, and leave "
@@ -219,3 +222,14 @@ class DataLoader(Generic[Item_co]):
         # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
         bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
         return np.random.RandomState(bits).permutation(rows).astype(np.int64)
+
+
+def _require_numbered(dataset: object) -> None:
+    kind = type(dataset).__name__
+    # Text and dictionaries have a length, but what they give out are no rows.
+    is_numbered = all(hasattr(type(dataset), method) for method in ("__len__", "__getitem__"))
+    if not is_numbered or isinstance(dataset, Mapping | str | bytes):
+        raise InvalidRequest(
+            f"dataset: expected a Dataset, a list (anything with a length and numbered items), or an IterableDataset, "
+            f"got {kind}; list(...) or IterableDataset.from_rows(...) makes one of other rows"
+        )

@@ -40,11 +40,11 @@ class Dataset(Sources):
     Methods that change the rows do so in place and return the dataset itself.
 
     Args:
-        dataset_meta: the source, or several.
+        dataset_meta: the source, or several; text or a path stands for `DatasetMeta(id)`.
 
     Raises:
         NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: naming file and line, if a file can't be read.
+        InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
     """
 
     # What `encode` met with, for `describe`.
@@ -146,9 +146,32 @@ class Dataset(Sources):
         packed: list[Item] = []
         for numbers in assign_rows([len(feature["input_ids"]) for feature in features], max_length):
             row: Row = {**join_features([features[number] for number in numbers])}
-            packed.append(origins[numbers[0]]._replace(row=row))
+            cut = any(origins[number].cut for number in numbers)
+            packed.append(origins[numbers[0]]._replace(row=row, cut=cut))
         self._replace([Source(None, packed)], f"pack({max_length})")
         return self
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
+        """Two datasets of these rows in a random order, one to train on and one held out; this one stays as it is.
+
+        Both keep the template, and their rows the file and line they came from. Several sources become one. It may be
+        called before or after `encode`; rows that `encode` left out count in what `describe` says of the first.
+
+        Args:
+            fraction: share of the rows to hold out, between 0 and 1; rounded to whole rows.
+            seed: of the order, from 0; the same split on every machine and with every numpy.
+
+        Returns:
+            What remains, and what is held out.
+
+        Raises:
+            InvalidRequest: if a number is out of its range, there are no rows, or one of the two would have none.
+        """
+        rest, held_out = super().split(fraction, seed)
+        for part, left_out in ((rest, self._tally.left_out), (held_out, 0)):
+            cut = sum(item.cut for item in part._items())
+            part._tally = Tally(len(part) + left_out, cut, left_out)
+        return rest, held_out
 
     def describe(self) -> Description:
         """The encoded rows in numbers: lengths, how many were over the template's limit, what is trained on.
@@ -189,16 +212,18 @@ class Dataset(Sources):
         kept = [features for features in made if features is not None]
         left_out = len(rows) - len(kept)
         check_left(len(rows), left_out, encoder.template)
-        untrained = sum(min(map(trained_tokens, features)) == 0 for features in kept)
-        check_trained(untrained, len(kept), encoder)
-        cut = sum(
-            any(outcome.cut for outcome in each) for each, one in zip(outcomes, made, strict=True) if one
-        )
-        done = iter(zip(rows, made, strict=True))
+        untrained = [
+            item.where
+            for item, features in zip(self._items(), made, strict=True)
+            if features is not None and min(map(trained_tokens, features)) == 0
+        ]
+        check_trained(len(untrained), len(kept), encoder, next(iter(untrained), ""))
+        cuts = [any(outcome.cut for outcome in each) for each in outcomes]
+        done = iter(zip(rows, made, cuts, strict=True))
         self._sources = [
             source._replace(items=list(_joined(source.items, done, join))) for source in self._sources
         ]
-        self._tally = Tally(len(rows), cut, left_out)
+        self._tally = Tally(len(rows), sum(item.cut for item in self._items()), left_out)
 
 
 def _outcomes(
@@ -230,14 +255,14 @@ def _features(outcomes: tuple[Outcome, ...]) -> list[InputFeature] | None:
 
 def _joined(
     items: Sequence[Item],
-    done: Iterator[tuple[Row, list[InputFeature] | None]],
+    done: Iterator[tuple[Row, list[InputFeature] | None, bool]],
     join: Callable[[Row, list[InputFeature]], Row],
 ) -> Iterator[Item]:
     """The items that are kept, with their features; takes as many of `done` as there are items."""
     # `items` first: zip takes no more from `done` once they have ended.
-    for item, (row, features) in zip(items, done, strict=False):
+    for item, (row, features, cut) in zip(items, done, strict=False):
         if features is not None:
-            yield item._replace(row=join(row, features))
+            yield item._replace(row=join(row, features), cut=cut)
 
 
 def _fitting(item: Item, max_length: int, strategy: str) -> InputFeature | None:

@@ -58,7 +58,10 @@ class Description:
             f"min {self.min_length:,}, mean {self.mean_length:,.1f}, median {self.median_length:,.1f}, "
             f"p95 {self.p95_length:,.1f}, max {self.max_length:,}"
         )
-        pairs = "" if self.sequences == self.rows else f" of {self.sequences:,} sequences"
+        pairs = ""
+        if self.sequences != self.rows:
+            sides = ": chosen and rejected" if self.sequences == 2 * self.rows else "; a pair has two"
+            pairs = f" ({self.sequences:,} sequences{sides})"
         table = [
             ("rows", f"{self.rows:,}{pairs}"),
             ("tokens", f"{self.tokens:,}"),
@@ -103,16 +106,15 @@ class Description:
 
     def _bars(self) -> list[str]:
         """The histogram, a line a bar; whatever is counted at all shows."""
-        ranges = [
-            (f"{low:,}", f"{high - 1:,}") for low, high in zip(self.edges, self.edges[1:], strict=False)
-        ]
-        width = max(len(end) for _, end in ranges)
+        width = len(f"{self.edges[-1] - 1:,}")
         most = max(self.counts)
         digits = max(len(f"{count:,}") for count in self.counts)
-        return [
-            f"{low:>{width}} - {high:>{width}}  {count:>{digits},}  {'#' * -(-count * _BAR_WIDTH // most)}".rstrip()
-            for (low, high), count in zip(ranges, self.counts, strict=True)
-        ]
+        bars: list[str] = []
+        for low, end, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
+            # All bars are of one width: where that is 1, one number says it.
+            lengths = f"{low:>{width},}" if end == low + 1 else f"{low:>{width},} - {end - 1:>{width},}"
+            bars.append(f"{lengths}  {count:>{digits},}  {'#' * -(-count * _BAR_WIDTH // most)}".rstrip())
+        return bars
 
 
 def describe(rows: Sequence[Sequence[InputFeature]], tally: Tally) -> Description:

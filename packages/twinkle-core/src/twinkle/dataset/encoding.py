@@ -209,23 +209,34 @@ def trained_tokens(feature: InputFeature) -> int:
     return int(np.count_nonzero(marked if weights is None else marked & (weights[1:] != 0)))
 
 
-def check_trained(untrained: int, rows: int, encoder: Encoder) -> None:
+def check_trained(untrained: int, rows: int, encoder: Encoder, first: str) -> None:
     """Warn of rows that train nothing.
+
+    Args:
+        first: the place of the first of them.
 
     Raises:
         InvalidRequest: if no row trains anything.
     """
     if not untrained or encoder.add_generation_prompt:
         return
+    template = encoder.template
     if untrained == rows:
-        template = encoder.template
         raise InvalidRequest(
             f"encode: none of {rows} rows has a token to train on. Look at three things: whether the messages hold "
             f"turns of the assistant; what the template's train_on marks (it is {template.train_on!r}); and whether "
             f"cutting took the answers away (max_length={template.max_length}, "
             f"truncation_strategy={template.truncation_strategy!r}). To sample from, encode(add_generation_prompt=True)"
         )
-    logger.warning("%d of %d rows have no token to train on", untrained, rows)
+    logger.warning(
+        "%d of %d rows have no token to train on; the first is %s: look for its assistant's turn, at train_on (%r), "
+        "and whether max_length (%s) cut the answer off",
+        untrained,
+        rows,
+        first,
+        template.train_on,
+        template.max_length,
+    )
 
 
 def check_left(rows: int, left_out: int, template: Template) -> None:

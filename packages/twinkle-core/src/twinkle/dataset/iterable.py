@@ -15,7 +15,7 @@ from twinkle.dataset.encoding import (
     encode_pair,
     encode_row,
 )
-from twinkle.dataset.meta import DatasetMeta
+from twinkle.dataset.meta import DatasetMeta, MetaLike, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
@@ -48,16 +48,16 @@ class IterableDataset:
     they are called, and return the dataset itself.
 
     Args:
-        dataset_meta: the source, or several, one after the other. `data_slice` must go forward.
+        dataset_meta: the source, or several, one after the other; text or a path stands for `DatasetMeta(id)`.
+            `data_slice` must go forward.
 
     Raises:
         NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: if a `data_slice` takes all rows in memory.
+        InvalidRequest: if a `data_slice` takes all rows in memory, or if it is no source.
     """
 
-    def __init__(self, dataset_meta: DatasetMeta | Iterable[DatasetMeta] = ()) -> None:
-        metas = [dataset_meta] if isinstance(dataset_meta, DatasetMeta) else list(dataset_meta)
-        sources = [_source(meta) for meta in metas]
+    def __init__(self, dataset_meta: MetaLike | Iterable[MetaLike] = ()) -> None:
+        sources = [_source(meta) for meta in as_metas(dataset_meta)]
         self._stream: Stream = lambda epoch: (item for source in sources for item in source(epoch))
         self._template: Template | None = None
 
@@ -74,7 +74,8 @@ class IterableDataset:
                 each time it is called, such as a generator function.
 
         Raises:
-            InvalidRequest: if it can be gone through only once.
+            InvalidRequest: if it can be gone through only once. While rows are read, naming the row's number, if one
+                is no object with columns.
         """
         if not callable(rows) and iter(rows) is rows:
             raise InvalidRequest(
@@ -234,13 +235,16 @@ def _encoded(
 ) -> Iterator[Item]:
     """The items with their features; once they have ended, a word about all of them."""
     read = left_out = untrained = 0
+    first_untrained = ""
     for item in items:
         read += 1
         row, trained = apply_step(lambda row: encode_one(encoder, row), item.row, item.where)
         if row is None:
             left_out += 1
             continue
-        untrained += not trained
+        if not trained:
+            untrained += 1
+            first_untrained = first_untrained or item.where
         yield item._replace(row=row)
     if read == 0:
         raise InvalidRequest(
@@ -248,7 +252,7 @@ def _encoded(
             "map, take, skip) left none"
         )
     check_left(read, left_out, encoder.template)
-    check_trained(untrained, read - left_out, encoder)
+    check_trained(untrained, read - left_out, encoder, first_untrained)
 
 
 def _shuffled(items: Iterator[Item], buffer_size: int, seeds: Sequence[int]) -> Iterator[Item]:

@@ -20,11 +20,11 @@ class LazyDataset(Sources):
     leaves rows out: `map` must not return None, and the strategy "delete" is refused.
 
     Args:
-        dataset_meta: the source, or several.
+        dataset_meta: the source, or several; text or a path stands for `DatasetMeta(id)`.
 
     Raises:
         NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: naming file and line, if a file can't be read.
+        InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
     """
 
     def encode(self, add_generation_prompt: bool = False) -> Self:

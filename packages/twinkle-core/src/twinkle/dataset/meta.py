@@ -1,7 +1,11 @@
 """Which data is wanted, as a value."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+from twinkle.protocol.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,35 @@ class DatasetMeta:
     split: str | None = None
     data_slice: slice | Sequence[int] | None = None
     revision: str | None = None
+
+
+MetaLike: TypeAlias = DatasetMeta | str | os.PathLike[str]
+"""A source of rows: in full, or by its id or path where all of it is wanted."""
+
+
+def as_meta(value: object, field: str = "dataset_meta") -> DatasetMeta:
+    """The value as a `DatasetMeta`.
+
+    Raises:
+        InvalidRequest: if it is neither one nor text nor a path.
+    """
+    if isinstance(value, DatasetMeta):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return DatasetMeta(os.fspath(cast("str | os.PathLike[str]", value)))
+    kind = type(value).__name__
+    hint = "; rows that are in memory go to from_rows()" if isinstance(value, Mapping) else ""
+    raise InvalidRequest(f"{field}: expected a DatasetMeta, or an id or a path, got {kind}{hint}")
+
+
+def as_metas(value: MetaLike | Iterable[MetaLike]) -> list[DatasetMeta]:
+    """One source, or several, as a list.
+
+    Raises:
+        InvalidRequest: naming which is none.
+    """
+    several = cast(object, value)
+    if isinstance(several, str | Mapping) or not isinstance(several, Iterable):
+        return [as_meta(cast(object, several))]
+    metas = cast(Iterable[object], several)
+    return [as_meta(each, f"dataset_meta[{index}]") for index, each in enumerate(metas)]

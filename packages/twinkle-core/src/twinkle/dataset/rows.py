@@ -23,12 +23,14 @@ class Item(NamedTuple):
 
     Attributes:
         steps: what is still to be done to it when it is asked for.
+        cut: whether encoding took tokens off it.
     """
 
     row: Row
     file: str
     line: int
     steps: tuple[Step, ...] = ()
+    cut: bool = False
 
     @property
     def where(self) -> str:
@@ -59,7 +61,7 @@ def mapping(processor: Callable[[Row], Mapping[str, Any] | None]) -> Step:
     _require_function("map", processor)
 
     def step(row: Row) -> Row | None:
-        result = cast(object, processor(dict(row)))
+        result = cast(object, _called(processor, dict(row), row))
         if result is not None and not isinstance(result, Mapping):
             raise InvalidRequest(
                 f"{name_of(processor)} must return a row or None, not {type(result).__name__}"
@@ -76,7 +78,7 @@ def filtering(keep: Callable[[Row], object]) -> Step:
         InvalidRequest: if it is no function of a row.
     """
     _require_function("filter", keep)
-    return lambda row: row if keep(row) else None
+    return lambda row: row if _called(keep, row, row) else None
 
 
 def find_template(template: str | Template, options: Mapping[str, Any]) -> Template:
@@ -110,8 +112,18 @@ def require_template(template: Template | None, method: str) -> Template:
 
 
 def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]:
-    """Items of rows that are in no file; `name` stands for it in messages."""
-    return (Item(dict(row), name, number) for number, row in enumerate(rows, start=1))
+    """Items of rows that are in no file; `name` stands for it in messages.
+
+    Raises:
+        InvalidRequest: while they are read, naming the row's number, if one is no object with columns.
+    """
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequest(
+                f"{name}:{number}: expected a row, an object with columns such as {{'messages': [...]}}, got "
+                f"{type(row).__name__}"
+            )
+        yield Item(dict(row), name, number)
 
 
 def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[Item]]]:
@@ -170,6 +182,19 @@ def _not_forward(meta: DatasetMeta) -> InvalidRequest:
         f"data_slice: {meta.data_slice}; rows that are streamed can be taken in their order only, counted from the "
         "beginning (Dataset takes them in any)"
     )
+
+
+def _called(function: Callable[[Row], Result], given: Row, row: Row) -> Result:
+    """What a user's function makes of `given`, a copy of `row` or the row itself."""
+    try:
+        return function(given)
+    except InvalidRequest:
+        raise
+    except Exception as error:  # whatever it raises, the function and the row are what one has to know
+        columns = ", ".join(map(str, row)) or "none"
+        raise InvalidRequest(
+            f"{name_of(function)} raised {type(error).__name__}: {error}; the columns are {columns}"
+        ) from error
 
 
 def _require_function(method: str, function: object) -> None:

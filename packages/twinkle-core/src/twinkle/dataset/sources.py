@@ -1,12 +1,16 @@
 """Rows of one or several sources in memory: what datasets with a length share."""
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Self
+from copy import copy
+from numbers import Real
+from typing import Any, NamedTuple, NoReturn, Self, SupportsIndex, overload
 
+import numpy as np
 from tqdm import tqdm
 
-from twinkle.dataset.meta import DatasetMeta
+from twinkle.dataset.meta import DatasetMeta, MetaLike, as_meta, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
@@ -42,24 +46,34 @@ class Sources:
     Methods that change the rows do so in place and return the dataset itself.
     """
 
-    def __init__(self, dataset_meta: DatasetMeta | Iterable[DatasetMeta] = ()) -> None:
+    def __init__(self, dataset_meta: MetaLike | Iterable[MetaLike] = ()) -> None:
         self._sources: list[Source] = []
         self._template: Template | None = None
         # What left no row where there were some, for the message of whoever needs some.
         self._emptied_by: str | None = None
-        for meta in [dataset_meta] if isinstance(dataset_meta, DatasetMeta) else dataset_meta:
+        for meta in as_metas(dataset_meta):
             self.add_dataset(meta)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str = "rows") -> Self:
-        """A dataset of rows that are already here; `name` stands for the file in messages."""
+        """A dataset of rows that are already here; `name` stands for the file in messages.
+
+        Raises:
+            InvalidRequest: naming the row's number, if one is no object with columns.
+        """
         dataset = cls()
         dataset._sources.append(Source(None, list(made_by_hand(rows, name))))
         return dataset
 
-    def add_dataset(self, dataset_meta: DatasetMeta) -> Self:
-        """Put another source's rows behind those that are here."""
-        self._sources.append(Source(dataset_meta, _load(dataset_meta)))
+    def add_dataset(self, dataset_meta: MetaLike) -> Self:
+        """Put another source's rows behind those that are here; text or a path is an id, as in `DatasetMeta(id)`.
+
+        Raises:
+            NotFound: if the source, or the files asked for in it, can't be found.
+            InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
+        """
+        meta = as_meta(dataset_meta)
+        self._sources.append(Source(meta, _load(meta)))
         return self
 
     def mix_dataset(
@@ -110,7 +124,7 @@ class Sources:
     def map(
         self,
         processor: Callable[[Row], Mapping[str, Any] | None],
-        dataset_meta: DatasetMeta | None = None,
+        dataset_meta: MetaLike | None = None,
     ) -> Self:
         """Exchange each row for what `processor` makes of it; rows it returns None for are left out.
 
@@ -121,9 +135,9 @@ class Sources:
         Raises:
             InvalidRequest: naming file and line, if the processor fails or returns something else.
         """
-        return self._change(mapping(processor), f"Mapping ({name_of(processor)})", dataset_meta)
+        return self._change(mapping(processor), f"Mapping ({name_of(processor)})", _chosen(dataset_meta))
 
-    def filter(self, keep: Callable[[Row], object], dataset_meta: DatasetMeta | None = None) -> Self:
+    def filter(self, keep: Callable[[Row], object], dataset_meta: MetaLike | None = None) -> Self:
         """Leave out the rows for which `keep` is false.
 
         Args:
@@ -133,13 +147,68 @@ class Sources:
         Raises:
             InvalidRequest: naming file and line, if `keep` fails.
         """
-        return self._select(filtering(keep), f"Filtering ({name_of(keep)})", dataset_meta)
+        return self._select(filtering(keep), f"Filtering ({name_of(keep)})", _chosen(dataset_meta))
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
+        """Two datasets of these rows in a random order, one to train on and one held out; this one stays as it is.
+
+        Both keep the template, and their rows the file and line they came from. Several sources become one. It may be
+        called before or after `encode`.
+
+        Args:
+            fraction: share of the rows to hold out, between 0 and 1; rounded to whole rows.
+            seed: of the order, from 0; the same split on every machine and with every numpy.
+
+        Returns:
+            What remains, and what is held out.
+
+        Raises:
+            InvalidRequest: if a number is out of its range, there are no rows, or one of the two would have none.
+        """
+        if not isinstance(fraction, Real) or not 0 < fraction < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequest(
+                f"fraction: {fraction!r}; allowed are numbers between 0 and 1, such as 0.1 to hold out a tenth"
+            )
+        if seed < 0:
+            raise InvalidRequest(f"seed: {seed}; allowed are whole numbers from 0")
+        self._require_rows("split")
+        items = list(self._items())
+        held_out = round(len(items) * float(fraction))
+        if held_out in (0, len(items)):
+            raise InvalidRequest(
+                f"split: {fraction} of {len(items)} rows is {held_out} rows to hold out, and each part needs at least "
+                "one; give another fraction, or more rows"
+            )
+        # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
+        order = [items[int(number)] for number in random.permutation(len(items))]
+        return self._part(order[held_out:]), self._part(order[:held_out])
 
     def __len__(self) -> int:
         return sum(len(source.items) for source in self._sources)
 
-    def __getitem__(self, index: int) -> Row:
-        position = index + len(self) if index < 0 else index
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> list[Row]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice, /) -> Row | list[Row]:
+        """A row by its number, counted from the end where that is negative; or a list of them by a slice.
+
+        Raises:
+            IndexError: if there is no such row.
+            TypeError: for anything else.
+        """
+        if isinstance(index, slice):
+            return [self._row(item) for item in list(self._items())[index]]
+        if not isinstance(index, SupportsIndex):  # pyright: ignore[reportUnnecessaryIsInstance]
+            hint = f"; a column is [row[{index!r}] for row in dataset]" if isinstance(index, str) else ""
+            raise TypeError(
+                f"rows are taken by a whole number or a slice, not by {type(index).__name__}{hint}"
+            )
+        position = operator.index(index)
+        position += len(self) if position < 0 else 0
         if position >= 0:
             for source in self._sources:
                 if position < len(source.items):
@@ -161,6 +230,12 @@ class Sources:
     def _row(self, item: Item) -> Row:
         """The row of an item, as it is given out."""
         return item.row
+
+    def _part(self, items: list[Item]) -> Self:
+        """A dataset like this one that holds only these of its items."""
+        part = copy(self)
+        part._sources = [Source(self._sources[0].meta if len(self._sources) == 1 else None, items)]
+        return part
 
     def _items(self) -> Iterator[Item]:
         return (item for source in self._sources for item in source.items)
@@ -209,6 +284,10 @@ def finished(item: Item, step: Step) -> Item | None:
     """The item with what a step makes of its row; None if that is None."""
     row = apply_step(step, item.row, item.where)
     return None if row is None else item._replace(row=row)
+
+
+def _chosen(meta: MetaLike | None) -> DatasetMeta | None:
+    return None if meta is None else as_meta(meta)
 
 
 def _changed(change: Callable[[Item], Item | None], items: list[Item], bar: "tqdm[NoReturn]") -> list[Item]:

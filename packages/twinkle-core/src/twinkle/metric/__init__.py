@@ -5,6 +5,14 @@ logged or drawn.
 """
 
 from twinkle.metric.accuracy import answer_accuracy, token_accuracy
-from twinkle.metric.likelihood import entropy, kl_divergence, nll, perplexity
+from twinkle.metric.likelihood import entropy, kl_divergence, nll, perplexity, policy_metrics
 
-__all__ = ["answer_accuracy", "entropy", "kl_divergence", "nll", "perplexity", "token_accuracy"]
+__all__ = [
+    "answer_accuracy",
+    "entropy",
+    "kl_divergence",
+    "nll",
+    "perplexity",
+    "policy_metrics",
+    "token_accuracy",
+]

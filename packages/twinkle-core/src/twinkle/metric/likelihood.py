@@ -114,3 +114,42 @@ def kl_divergence(
         return float((difference**2).mean() / 2)
     with np.errstate(over="ignore"):
         return float((np.expm1(difference) - difference).mean())
+
+
+def policy_metrics(
+    output: TrainingOutput,
+    data: Sequence[TrainingDatum],
+    clip_low_threshold: float | None = None,
+    clip_high_threshold: float | None = None,
+) -> dict[str, float]:
+    """How far the trainer is from the sampler, and how sure the sampler was, from a policy gradient's pass.
+
+    Args:
+        output: what `forward_backward` with importance_sampling, ppo, cispo, dro or gspo returned.
+        data: what was given to it, as `twinkle.rollout.to_training_data` makes it: a token counts where its advantage
+            is not 0.
+        clip_low_threshold, clip_high_threshold: the loss's, for the share of tokens whose ratio lies beyond them.
+
+    Returns:
+        `kl`, KL(sampler || trainer) (k3 of `kl_divergence`) and `entropy`, in nats a token; with thresholds also
+        `clipped`, a share.
+
+    Raises:
+        InvalidRequest: if output and data don't belong together, or no token counts.
+    """
+    if len(output.loss_fn_outputs) != len(data):
+        raise InvalidRequest(
+            f"data: {len(data)} datums for {len(output.loss_fn_outputs)} outputs; give what was passed"
+        )
+    sampled = [datum.loss_fn_inputs["logprobs"].to_numpy() for datum in data]
+    trained = [each["logprobs"].to_numpy() for each in output.loss_fn_outputs]
+    masks = [datum.loss_fn_inputs["advantages"].to_numpy() != 0 for datum in data]
+    metrics = {"kl": kl_divergence(sampled, trained, masks), "entropy": entropy(sampled, masks)}
+    if clip_low_threshold is not None or clip_high_threshold is not None:
+        low = -np.inf if clip_low_threshold is None else clip_low_threshold
+        high = np.inf if clip_high_threshold is None else clip_high_threshold
+        ratios = np.concatenate(
+            [np.exp(new - old)[mask] for new, old, mask in zip(trained, sampled, masks, strict=True)]
+        )
+        metrics["clipped"] = float(((ratios < low) | (ratios > high)).mean())
+    return metrics

@@ -64,6 +64,9 @@ def read_message(turn: object, field: str) -> dict[str, Any]:
         others = {key: item for key, item in keys.items() if key not in ("role", "content", "value")}
         # Templates know more roles than these, such as "developer": what is no alias stays.
         return {"role": _ROLES.get(role, role), "content": content, **others}
+    for key, other in (("from", "role"), ("value", "content")):
+        if key not in keys and other not in keys:
+            raise InvalidRequest(f"{field}.{key} is missing; a turn has from and value, or role and content")
     name = read_text(keys.get("from"), f"{field}.from")
     others = {key: item for key, item in keys.items() if key not in ("from", "value", "role", "content")}
     value = keys.get("value", keys.get("content"))

@@ -20,6 +20,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.errors import InvalidRequest, TooLarge
 from twinkle.protocol.types import (
+    FROM_WIRE,
     Array,
     Datum,
     EncodedTextChunk,
@@ -35,6 +36,7 @@ from twinkle.protocol.types import (
     TensorData,
     TopkRow,
 )
+from twinkle.protocol.validation import MAX_NAME, describe_validation
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -59,8 +61,6 @@ _MAX_PARTS = 2**17
 _MAX_WINDOW_BYTES = 8 * 2**20
 
 # How many problems of a JSON body are told, and how much of a field's name.
-_MAX_PROBLEMS = 8
-_MAX_NAME = 80
 
 
 class RunPlace(BaseModel):
@@ -80,7 +80,7 @@ def decode_json(model: type[Model], body: bytes) -> Model:
         InvalidRequest: naming each field that is wrong.
     """
     try:
-        return model.model_validate_json(body or b"{}")
+        return model.model_validate_json(body or b"{}", context=FROM_WIRE)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error)) from error
 
@@ -98,21 +98,9 @@ def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> 
     if not isinstance(values, dict):
         raise InvalidRequest("body: must be a JSON object")
     try:
-        return model.model_validate({**cast(dict[str, object], values), **fields})
+        return model.model_validate({**cast(dict[str, object], values), **fields}, context=FROM_WIRE)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error)) from error
-
-
-def describe_validation(error: ValidationError) -> str:
-    """What pydantic found, as one sentence a field."""
-    problems: list[str] = []
-    for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
-        where = ".".join(str(part)[:_MAX_NAME] for part in problem["loc"]) or "body"
-        given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
-        problems.append(f"{where}: {problem['msg']}{given}")
-    if error.error_count() > _MAX_PROBLEMS:
-        problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
-    return "; ".join(problems)
 
 
 def encode_json(message: BaseModel) -> bytes:
@@ -294,7 +282,7 @@ def place_of_forward_backward(body: bytes) -> RunPlace | None:
 def place_of_json(body: bytes) -> RunPlace | None:
     """The place of a JSON request on a run that may be wrong elsewhere; None if it can't be read."""
     try:
-        return RunPlace.model_validate_json(body)
+        return RunPlace.model_validate_json(body, context=FROM_WIRE)
     except ValidationError:
         return None
 
@@ -315,7 +303,7 @@ def _check_sparse_size(message: pb.ForwardBackwardRequest) -> None:
     for i, datum in enumerate(message.data):
         for name, tensor in datum.loss_fn_inputs.items():
             if tensor.WhichOneof("layout") == "sparse_csr":
-                _check_shape(tensor.shape, f"data[{i}].loss_fn_inputs.{name[:_MAX_NAME]}")
+                _check_shape(tensor.shape, f"data[{i}].loss_fn_inputs.{name[:MAX_NAME]}")
                 elements += math.prod(tensor.shape)
     if elements > MAX_DENSE_ELEMENTS:
         raise TooLarge(
@@ -336,7 +324,7 @@ def _decode_datum(message: pb.Datum, where: str) -> Datum:
         else:
             chunks.append(OtherChunk.model_construct(type=kind or "image"))
     inputs = {
-        name: _decode_tensor(tensor, f"{where}.loss_fn_inputs.{name[:_MAX_NAME]}")
+        name: _decode_tensor(tensor, f"{where}.loss_fn_inputs.{name[:MAX_NAME]}")
         for name, tensor in message.loss_fn_inputs.items()
     }
     return Datum(ModelInput.model_construct(chunks=chunks), inputs)

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.validation import describe_validation, unknown_name
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -34,6 +47,31 @@ class Value(BaseModel):
         protected_namespaces=(),
         ser_json_inf_nan="constants",  # a loss may become infinite, and the SDK reads what Python writes
     )
+
+
+FROM_WIRE: Final = "from the wire"
+"""Validation context of what was received: names that we don't know yet are passed over there."""
+
+
+class Parameters(Value):
+    """Base of the values that people write: whatever is wrong with one is an `InvalidRequest`, a misspelt name too."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_what_is_wrong(
+        cls, values: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        if info.context == FROM_WIRE or isinstance(values, cls):
+            return handler(values)
+        if isinstance(values, Mapping):
+            given = cast(Mapping[str, object], values)
+            wrong = [name for name in given if name not in cls.model_fields]
+            if wrong:
+                raise InvalidRequest(f"{cls.__name__}: {unknown_name(wrong[0], cls.model_fields)}")
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise InvalidRequest(f"{cls.__name__}: {describe_validation(error)}") from error
 
 
 # ---------------------------------------------------------------- tensors
@@ -345,7 +383,7 @@ class ForwardBackwardOutput:
     loss_fn_output_type: str = "ArrayRecord"
 
 
-class LoraConfig(Value):
+class LoraConfig(Parameters):
     """Shape of an adapter.
 
     Attributes:
@@ -363,7 +401,7 @@ class LoraConfig(Value):
     alpha: float | None = None
 
 
-class AdamParams(Value):
+class AdamParams(Parameters):
     """One AdamW step (Loshchilov & Hutter 2019, arXiv:1711.05101: decay is decoupled from the gradient).
 
     Attributes:
@@ -381,7 +419,7 @@ class AdamParams(Value):
 # ---------------------------------------------------------------- sampling
 
 
-class SamplingParams(Value):
+class SamplingParams(Parameters):
     """How to sample.
 
     Attributes:

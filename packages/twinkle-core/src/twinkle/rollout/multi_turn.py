@@ -19,7 +19,12 @@ from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.rollout.clients import Result, Sampler
 from twinkle.rollout.rollouts import Rollout
-from twinkle.rollout.sampling import PROGRESS_DELAY_SECONDS, encode_prompt, sampled_arrays
+from twinkle.rollout.sampling import (
+    PROGRESS_DELAY_SECONDS,
+    encode_prompt,
+    require_sampler,
+    sampled_arrays,
+)
 from twinkle.rollout.tools import Tool, as_tools, call_tools
 from twinkle.template import Template
 
@@ -27,8 +32,10 @@ from twinkle.template import Template
 class Respond(Protocol):
     """Who answers the model: a user simulator, an environment, a game."""
 
-    def __call__(self, rollout: Rollout, conversation: Mapping[str, Any]) -> Sequence[Message]:
-        """The messages that follow the model's last turn; none ends the conversation.
+    def __call__(self, rollout: Rollout, conversation: Mapping[str, Any], /) -> Sequence[Message] | None:
+        """The messages that follow the model's last turn; an empty list, or None, ends the conversation.
+
+        It is not asked about a turn that calls a tool, nor about one that was cut off.
 
         Args:
             rollout: all so far; `rollout.messages[-1]` is the model's last turn.
@@ -75,6 +82,7 @@ def sample_turns(
     for name, value in (("group_size", group_size), ("max_turns", max_turns)):
         if value < 1:
             raise InvalidRequest(f"{name}: {value}; allowed are whole numbers from 1")
+    require_sampler(sampling_client)
     by_name = as_tools(tools)
     schemas = [tool.schema for tool in by_name.values()]
     groups = [_beginnings(template, row, schemas, i, group_size) for i, row in enumerate(conversations)]
@@ -157,7 +165,7 @@ class _State:
             return False
         answers = call_tools(tools, rollout.messages[-1], self.problems) if tools else []
         if not answers and respond is not None:
-            answers = list(respond(rollout, self.conversation))
+            answers = _responses(respond, rollout, self.conversation)
         if not answers:
             return False
         index = len(rollout.messages) - 1
@@ -190,6 +198,26 @@ def _beginnings(
         num_turns=0,
     )
     return [_State(conversation, rollout) for _ in range(count)]
+
+
+def _responses(respond: Respond, rollout: Rollout, conversation: Mapping[str, Any]) -> list[Message]:
+    name = getattr(respond, "__name__", type(respond).__name__)
+    try:
+        answers = respond(rollout, conversation)
+    except (
+        Exception
+    ) as error:  # a user's function: whatever it raises, what it was asked about is to be known
+        raise InvalidRequest(
+            f"respond: {name} raised {type(error).__name__}: {error}; it was asked about {rollout.completion[:80]!r}, "
+            "and is called as respond(rollout, conversation)"
+        ) from error
+    if answers is None:
+        return []
+    if isinstance(answers, Mapping | str):
+        raise InvalidRequest(
+            f"respond: {name} returned one {type(answers).__name__}; return a list of messages"
+        )
+    return list(answers)
 
 
 def _has_room(rollout: Rollout, max_tokens: int, max_length: int | None) -> bool:

@@ -56,6 +56,7 @@ def sample_groups(
     """
     if group_size < 1:
         raise InvalidRequest(f"group_size: {group_size}; sample at least one answer a prompt")
+    require_sampler(sampling_client)
     prompts = [encode_prompt(template, conversation, i) for i, conversation in enumerate(conversations)]
     pending = [
         sampling_client.sample(
@@ -93,13 +94,33 @@ def score(
     Returns:
         Log-probabilities, float32 [T_i - 1] each.
     """
-    inputs = [[int(token) for token in np.asarray(sequence).ravel()] for sequence in sequences]
+    require_sampler(sampling_client)
+    inputs: list[list[int]] = []
+    for i, sequence in enumerate(sequences):
+        array = np.asarray(sequence)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InvalidRequest(
+                f"sequences[{i}]: expected token ids, a flat list of whole numbers; encode text first"
+            )
+        inputs.append(array.tolist())
     for i, tokens in enumerate(inputs):
         if len(tokens) < 2:
             raise InvalidRequest(f"sequences[{i}]: {len(tokens)} token(s); scoring needs at least 2")
     pending = [sampling_client.compute_logprobs(types.ModelInput.from_ints(tokens)) for tokens in inputs]
     bar = tqdm(pending, desc="scoring", unit="sequence", delay=PROGRESS_DELAY_SECONDS, leave=False)
     return [np.array(list(each.result())[1:], np.float32) for each in bar]
+
+
+def require_sampler(client: object) -> None:
+    """
+    Raises:
+        InvalidRequest: if it is no sampling client.
+    """
+    if not callable(getattr(client, "sample", None)):
+        raise InvalidRequest(
+            f"sampling_client: {type(client).__name__} can't sample; a training client gives one that can, by "
+            "save_weights_and_get_sampling_client()"
+        )
 
 
 def encode_prompt(

@@ -80,7 +80,7 @@ def _new_figure(panels: int) -> Any:
 
 def _draw(axes: Any, name: str, runs: Mapping[str, list[dict[str, Any]]], smoothing: float) -> None:
     for number, (run, rows) in enumerate(runs.items()):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
             continue
         steps, values = zip(*points, strict=True)

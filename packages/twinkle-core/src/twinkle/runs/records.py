@@ -1,8 +1,9 @@
 """The files of a run's folder.
 
-metrics.jsonl   one object a step: `step`, `time` (seconds since 1970), and the metrics that were logged
-config.json     the hyperparameters, as they were given
-state.json      where to go on: there while the run is not finished and has been saved at least once
+- metrics.jsonl: one object a step with `step`, `time` (seconds since 1970) and the metrics that were logged; null where
+  a number was infinite or none.
+- config.json: the hyperparameters, as they were given.
+- state.json: where to go on; there while the run is not finished and has been saved at least once.
 """
 
 from __future__ import annotations
@@ -95,9 +96,22 @@ def write_state(directory: Path, state: RunState) -> None:
     write_whole(directory / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
 
+def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as they are kept; what JSON has no form for becomes text."""
+    return json.loads(json.dumps(dict(config), default=str))
+
+
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Keep the hyperparameters; what JSON has no form for is kept as text."""
-    write_whole(directory / CONFIG, json.dumps(dict(config), indent=1, default=str) + "\n")
+    """Keep the hyperparameters."""
+    write_whole(directory / CONFIG, json.dumps(as_json(config), indent=1) + "\n")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The hyperparameters that were kept; none if there are none that can be read."""
+    try:
+        return dict(json.loads((directory / CONFIG).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -24,6 +24,8 @@ from twinkle.runs import records
 from twinkle.runs.records import RunState
 from twinkle.runs.sinks import JsonLines, Sink, TensorBoard, WandB
 from twinkle.verbs.futures import Pending
+from twinkle.verbs.service import ServiceClientBase
+from twinkle.verbs.training import TrainingClient
 
 T = TypeVar("T")
 
@@ -45,17 +47,15 @@ class Run:
     """A training run seen from the client, and its folder.
 
         with Run("my-run", resume=args.resume) as run:
-            if run.state is None:
-                client = service_client.create_lora_training_client(base_model=MODEL, rank=16)
-            else:
-                client = service_client.create_training_client_from_state_with_optimizer(run.state.checkpoint)
+            client = run.create_training_client(service_client, base_model=MODEL, rank=16)
             for step, batch in run.steps(dataloader, client, epochs=2):
                 passed = client.forward_backward(batch, "cross_entropy")
                 client.optim_step(learning_rate=1e-4)
                 run.log(loss=passed.then(lambda output: output.metrics["loss:sum"]))
 
     Ctrl-C lets the step that is under way end, saves, says how to go on, and ends the program; a second one ends it at
-    once. A resumed run goes on with the batch after the last one that was trained.
+    once. A resumed run goes on with the batch after the last one that was trained. A loop that is left by `break` has
+    come to its end.
 
     Args:
         name: of the run; its folder is `root/NAME-DATE-TIME`.
@@ -90,6 +90,8 @@ class Run:
             self.directory = Path(resume)
             self.state = records.read_state(self.directory)
             records.keep_metrics_through(self.directory, self.state.step)
+            if config is not None:
+                _tell_differences(records.read_config(self.directory), records.as_json(config), resume_option)
         else:
             self.directory = _new_folder(Path(root), name)
             records.write_config(self.directory, config or {})
@@ -110,6 +112,20 @@ class Run:
             self._sinks.append(WandB(self.directory, wandb, config or {}))
 
     # ------------------------------------------------------------ steps
+
+    def create_training_client(
+        self, service_client: ServiceClientBase, base_model: str, **lora: Any
+    ) -> TrainingClient:
+        """A new adapter; or, in a resumed run, the one that goes on from the run's checkpoint, optimizer and all.
+
+        Args:
+            lora: rank, seed and so on, as `ServiceClient.create_lora_training_client` takes them.
+        """
+        if self.state is None:
+            return service_client.create_lora_training_client(base_model, **lora)
+        return service_client.create_training_client_from_state_with_optimizer(
+            self.state.checkpoint, base_model
+        )
 
     def steps(
         self,
@@ -135,14 +151,7 @@ class Run:
         Raises:
             InvalidRequest: if neither limit is given, or the dataloader is not as it was.
         """
-        if epochs is None and max_steps is None:
-            raise InvalidRequest("epochs, max_steps: both are missing; say where the run ends")
-        if self.state is not None:
-            dataloader.load_state_dict(self.state.dataloader)
-        elif epochs is not None and dataloader.epoch >= epochs:
-            raise InvalidRequest(
-                f"dataloader: it is in epoch {dataloader.epoch} already, so {epochs} epochs are over; make a new one"
-            )
+        self._put_in_place(dataloader, epochs, max_steps)
         total = _total(dataloader, epochs, max_steps)
         limit = math.inf if max_steps is None else max_steps
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step")
@@ -152,7 +161,11 @@ class Run:
                 if self.step >= limit:
                     break
                 self._in_step = True
-                yield self.step, batch
+                try:
+                    yield self.step, batch
+                except GeneratorExit:  # the loop was left by `break`: that is its end
+                    self._is_finished = True
+                    raise
                 self._in_step = False
                 self.step += 1
                 bar.update()
@@ -168,6 +181,22 @@ class Run:
                 self._leave(training_client, dataloader)
         self._bar = None
         self._is_finished = True
+
+    def _put_in_place(self, dataloader: DataLoader[Any], epochs: int | None, max_steps: int | None) -> None:
+        """Check what the loop is to go over, and move it to where a resumed run was."""
+        if not isinstance(cast(object, dataloader), DataLoader):
+            raise InvalidRequest(
+                f"dataloader: {type(dataloader).__name__} is no DataLoader, whose place can be kept; to accumulate, "
+                "let a batch of it be a whole step and cut that: accumulate(client, grouped(batch, size))"
+            )
+        if epochs is None and max_steps is None:
+            raise InvalidRequest("epochs, max_steps: both are missing; say where the run ends")
+        if self.state is not None:
+            dataloader.load_state_dict(self.state.dataloader)
+        elif epochs is not None and dataloader.epoch >= epochs:
+            raise InvalidRequest(
+                f"dataloader: it is in epoch {dataloader.epoch} already, so {epochs} epochs are over; make a new one"
+            )
 
     def _save(self, training_client: Saves, dataloader: DataLoader[Any]) -> None:
         # Two names in turn: until state.json names the newer checkpoint, the older one is there.
@@ -289,6 +318,17 @@ def _deferred_interrupts() -> Generator[_Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], resume_option: str) -> None:
+    """Warn of hyperparameters that are not as they were, but for the option that resumes."""
+    own = resume_option.lstrip("-").replace("-", "_")
+    names = [name for name in {**before, **now} if name != own and before.get(name) != now.get(name)]
+    for name in names:
+        print(
+            f"resumed with another {name}: {before.get(name)!r} before, {now.get(name)!r} now",
+            file=sys.stderr,
+        )
 
 
 def _epochs(dataloader: DataLoader[T], epochs: int | None) -> Iterator[list[T]]:

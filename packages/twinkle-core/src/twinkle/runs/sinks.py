@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,9 @@ class JsonLines:
         self._file = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        # JSON has no word for infinite numbers, nor for those that are none.
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -66,9 +66,33 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where}.role: expected text such as 'user', got {_describe(role)}")
     kept = {key: value for key, value in plain.items() if value is not None}
     reasoning = next((kept[key] for key in REASONING_KEYS if key in kept), None)
+    if "content" in kept:
+        _check_content(kept["content"], f"{where}.content")
+    elif reasoning is None and not kept.get("tool_calls"):
+        raise InvalidRequest(
+            f"{where}.content: missing; give the text (only a message with tool_calls or reasoning goes without)"
+        )
     if reasoning is None:
         return kept
     return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _check_content(content: object, where: str) -> None:
+    """Text or a list of parts is let through; which parts there are is the template's business."""
+    if isinstance(content, str):
+        return
+    if not _is_list(content):
+        raise InvalidRequest(f"{where}: expected text, got {_describe(content)}")
+    if any(isinstance(part, str) for part in content):
+        raise InvalidRequest(
+            f'{where}: a list of plain text; join it to one text, or give parts: [{{"type": "text", "text": ...}}]'
+        )
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or not isinstance(cast(Mapping[str, object], part).get("type"), str):
+            raise InvalidRequest(
+                f'{where}[{index}]: expected a part with a type, such as {{"type": "text", "text": ...}}, got '
+                f"{'an object without type' if isinstance(part, Mapping) else _describe(part)}"
+            )
 
 
 def _parse_tools(text: str) -> object:

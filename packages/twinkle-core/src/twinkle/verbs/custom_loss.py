@@ -152,7 +152,11 @@ def _differentiate_by_torch(
     logprobs = [
         torch.tensor(output["logprobs"].array, requires_grad=True) for output in forward.loss_fn_outputs
     ]
-    loss, metrics = loss_fn(data, logprobs)
+    returned = cast(Any, loss_fn(data, logprobs))
+    if not isinstance(returned, tuple) or len(cast(Sequence[Any], returned)) != 2:
+        kind = type(cast(object, returned)).__name__
+        raise InvalidRequest(f"loss_fn: must return (loss, metrics), not {kind}")
+    loss, metrics = cast("tuple[Any, Mapping[str, float]]", returned)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise InvalidRequest(
             "loss_fn: must return (loss, metrics), where loss is a scalar tensor computed from the log-probabilities"

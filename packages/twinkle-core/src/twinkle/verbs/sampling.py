@@ -9,6 +9,7 @@ from typing import cast
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import JsonTensor, ModelInput, SampleResponse, SamplingParams, TensorData
+from twinkle.protocol.validation import make
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.futures import Pending, wait
 
@@ -54,7 +55,8 @@ class SamplingClient:
         Returns:
             `sequences`, `num_samples` of them, each with `tokens`, `logprobs` and `stop_reason`.
         """
-        request = m.SampleRequest(
+        request = make(
+            m.SampleRequest,
             sampling_session_id=self.sampling_session_id,
             seq_id=next(self._seq_ids),
             prompt=prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(prompt),

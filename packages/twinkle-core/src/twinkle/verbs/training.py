@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar, cast
 
-from pydantic import ValidationError
+import numpy as np
 from tqdm import tqdm
 
 from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import describe_validation
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
 from twinkle.protocol.uris import as_twinkle
+from twinkle.protocol.validation import make
 from twinkle.verbs import chunks, custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
@@ -86,16 +86,16 @@ class TrainingClient:
     ) -> Pending[ForwardBackwardOutput]:
         self._raise_unseen_failures()
         datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        # A number that is taken and never sent would make the server wait for it: what can be wrong is looked at first.
+        _check_loss(loss_fn, config)
         with self._lock:
-            requests = [
-                m.ForwardBackwardRequest(
-                    self.model_id, self._seq_ids.next(), chunk, loss_fn, dict(config or {}), forward_only
+            futures: list[Future[ForwardBackwardOutput]] = []
+            for chunk in chunks.split(datums):
+                request = m.ForwardBackwardRequest(
+                    self.model_id, self._seq_ids.following, chunk, loss_fn, dict(config or {}), forward_only
                 )
-                for chunk in chunks.split(datums)
-            ]
-            futures = [
-                cast(Future[ForwardBackwardOutput], self._channel.submit(request)) for request in requests
-            ]
+                futures.append(cast(Future[ForwardBackwardOutput], self._channel.submit(request)))
+                self._seq_ids.next()
         name = "forward" if forward_only else "forward_backward"
         return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
 
@@ -139,8 +139,11 @@ class TrainingClient:
     ) -> Pending[m.OptimStepResponse]:
         """One AdamW step with the accumulated gradient, which is then zero.
 
+        Without a gradient the moments still decay, and move the weights as they do.
+
         Args:
-            adam_params: all parameters at once; the others replace single ones of it.
+            adam_params: all parameters at once; the others replace single ones of it. Those that are given in neither
+                way are those of `AdamParams`: learning_rate 1e-4, beta1 0.9, beta2 0.95, no decay, no clipping.
 
         Returns:
             `metrics["grad_norm:mean"]`, the gradient's norm before clipping.
@@ -154,7 +157,7 @@ class TrainingClient:
             "grad_clip_norm": grad_clip_norm,
         }
         base = (adam_params or AdamParams()).model_dump()
-        params = _adam_params({**base, **{name: value for name, value in given.items() if value is not None}})
+        params = AdamParams(**{**base, **{name: value for name, value in given.items() if value is not None}})
         request = m.OptimStepRequest(model_id=self.model_id, seq_id=0, adam_params=params)
         return self._send(request, m.OptimStepResponse, "optim_step")
 
@@ -167,7 +170,7 @@ class TrainingClient:
         overwrite: bool = False,
         user_metadata: dict[str, Any] | None = None,
     ) -> Pending[m.SaveWeightsResponse]:
-        """Save weights and optimizer as the checkpoint `name`.
+        """Save weights and optimizer as the checkpoint `name`. A gradient that no step has used yet is not in it.
 
         Args:
             ttl_seconds: delete it after so long; None keeps it.
@@ -176,7 +179,8 @@ class TrainingClient:
         Returns:
             `path`, the checkpoint's full name, `twinkle://RUN/weights/NAME`. `twinkle://NAME` finds it too.
         """
-        request = m.SaveWeightsRequest(
+        request = make(
+            m.SaveWeightsRequest,
             model_id=self.model_id,
             path=name,
             seq_id=0,
@@ -196,15 +200,20 @@ class TrainingClient:
         return self._load(path, optimizer=True)
 
     def _load(self, path: str, optimizer: bool) -> Pending[m.LoadWeightsResponse]:
-        request = m.LoadWeightsRequest(model_id=self.model_id, path=path, seq_id=0, optimizer=optimizer)
+        request = make(m.LoadWeightsRequest, model_id=self.model_id, path=path, seq_id=0, optimizer=optimizer)
         return self._send(request, m.LoadWeightsResponse, f"load_state {path!r}")
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, Any] | None = None
     ) -> Pending[m.SaveWeightsForSamplerResponse]:
         """Save the weights alone as a checkpoint to sample from."""
-        request = m.SaveWeightsForSamplerRequest(
-            model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+        request = make(
+            m.SaveWeightsForSamplerRequest,
+            model_id=self.model_id,
+            seq_id=0,
+            path=name,
+            ttl_seconds=ttl_seconds,
+            user_metadata=user_metadata,
         )
         saved = self._send(request, m.SaveWeightsForSamplerResponse, f"save_weights_for_sampler {name!r}")
         return saved.then(
@@ -215,16 +224,19 @@ class TrainingClient:
         self, name: str, ttl_seconds: int | None = None
     ) -> Pending[m.SaveWeightsExternalResponse]:
         """Save the weights as files to download, in PEFT's layout: see `RestClient.download_checkpoint`."""
-        request = m.SaveWeightsExternalRequest(
-            model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds
+        request = make(
+            m.SaveWeightsExternalRequest, model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds
         )
         saved = self._send(request, m.SaveWeightsExternalResponse, f"save_weights_external {name!r}")
         return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path)}))
 
     def save_weights_and_get_sampling_client(self) -> SamplingClient:
         """A client that samples from the weights as they are now, whatever is trained afterwards."""
-        request = m.SaveWeightsForSamplerRequest(
-            model_id=self.model_id, seq_id=0, sampling_session_seq_id=self._sampling_counter.next()
+        request = make(
+            m.SaveWeightsForSamplerRequest,
+            model_id=self.model_id,
+            seq_id=0,
+            sampling_session_seq_id=self._sampling_counter.next(),
         )
         saved = self._send(request, m.SaveWeightsForSamplerResponse, "snapshot for the sampler").result()
         if saved.sampling_session_id is None:
@@ -268,8 +280,9 @@ class TrainingClient:
         self._raise_unseen_failures()
         with self._lock:
             assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
-            numbered = request.model_copy(update={"seq_id": self._seq_ids.next()})
+            numbered = request.model_copy(update={"seq_id": self._seq_ids.following})
             future = cast(Future[R], self._channel.submit(numbered))
+            self._seq_ids.next()
         return self._keep(Pending(future, doing))
 
     def _keep(self, pending: Pending[R]) -> Pending[R]:
@@ -298,6 +311,11 @@ class SequenceCounter:
         self._next = first
         self._lock = threading.Lock()
 
+    @property
+    def following(self) -> int:
+        """What `next` will give."""
+        return self._next
+
     def next(self) -> int:
         with self._lock:
             value = self._next
@@ -310,6 +328,23 @@ def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
     return True if all(pending.done() for pending in waiting) else None
 
 
+def _check_loss(loss_fn: object, config: object) -> None:
+    if not isinstance(loss_fn, str):
+        raise InvalidRequest(
+            f"loss_fn: {type(loss_fn).__name__} is no name of a loss; functions, and losses of twinkle.loss, go to "
+            "forward_backward_custom"
+        )
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise InvalidRequest(
+            f"loss_fn_config: expected a mapping of names to numbers, got {type(config).__name__}"
+        )
+    for name, value in cast(Mapping[object, object], config).items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | np.integer | np.floating):
+            raise InvalidRequest(f"loss_fn_config.{name}: {value!r:.80} is neither a number nor text")
+
+
 def _as_datum(item: object, i: int) -> Datum:
     if isinstance(item, Datum):
         return item
@@ -319,10 +354,3 @@ def _as_datum(item: object, i: int) -> Datum:
         f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch of a "
         "DataLoader over an encoded dataset"
     )
-
-
-def _adam_params(values: dict[str, Any]) -> AdamParams:
-    try:
-        return AdamParams.model_validate(values)
-    except ValidationError as error:
-        raise InvalidRequest(describe_validation(error)) from error

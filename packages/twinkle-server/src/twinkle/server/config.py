@@ -17,8 +17,8 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from twinkle.protocol.codec import describe_validation
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.validation import describe_validation
 
 
 class _Section(BaseModel):

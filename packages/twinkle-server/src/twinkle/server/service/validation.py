@@ -10,7 +10,14 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.codec import tensor_of_json
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Datum, Int32Array, LoraConfig, SparseTensor, TensorData
-from twinkle.server.backends.protocol import TARGETS, BaseModelInfo, CustomLoss, LossSpec, LossSpecs
+from twinkle.server.backends.protocol import (
+    CUSTOM_LOSS,
+    TARGETS,
+    BaseModelInfo,
+    CustomLoss,
+    LossSpec,
+    LossSpecs,
+)
 
 MAX_SAMPLES = 1024
 # Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
@@ -100,7 +107,8 @@ def _unknown_loss(given: str, known: LossSpecs) -> str:
             "loss_fn: 'stable_reinforce' needs what a sampler records about each sequence's stability, and this "
             "server records none; use importance_sampling, ppo, cispo or gspo"
         )
-    return _unknown("loss_fn", given, known)
+    # "custom" alone is no choice: its id comes with it, from forward_backward_custom.
+    return _unknown("loss_fn", given, [name for name in known if name != CUSTOM_LOSS])
 
 
 def _check_loss_config(request: m.ForwardBackwardRequest, spec: LossSpec) -> None:

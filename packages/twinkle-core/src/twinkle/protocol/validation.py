@@ -1,0 +1,48 @@
+"""What pydantic finds wrong with a message, in words for a person."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from twinkle.protocol.errors import InvalidRequest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_NAME: Final = 80
+"""Characters of a name that is not ours in a message."""
+
+_MAX_PROBLEMS = 8
+
+
+def describe_validation(error: ValidationError) -> str:
+    """What pydantic found, as one sentence a field."""
+    problems: list[str] = []
+    for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
+        where = ".".join(str(part)[:MAX_NAME] for part in problem["loc"]) or "body"
+        given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
+        problems.append(f"{where}: {problem['msg']}{given}")
+    if error.error_count() > _MAX_PROBLEMS:
+        problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
+    return "; ".join(problems)
+
+
+def make(model: type[Model], **fields: object) -> Model:
+    """A message of what somebody gave.
+
+    Raises:
+        InvalidRequest: naming each field that is wrong.
+    """
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """A sentence about a name that is none of those known, with the nearest of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no {name[:MAX_NAME]!r}; {hint}known are {', '.join(names)}"
