@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import ConnectionFailed, InvalidRequest, NotFound, RequestFailed
+from twinkle.protocol.errors import ConnectionFailed, InvalidRequest, NotFound, RequestFailed, TwinkleError
 from twinkle_client.http_channel import HttpChannel
 from twinkle_client.settings import Settings
 
@@ -149,3 +149,19 @@ def test_a_server_that_is_not_there_is_said_to_be_with_the_address():
     with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9 can't be reached.*TWINKLE_BASE_URL"):
         channel.ask(m.GetServerCapabilities()).result(10)
     channel.close()
+
+
+def test_a_plain_server_asked_by_https_gets_a_hint(channel: HttpChannel, script: Script):
+    script.answers.append((200, {}))
+    address = channel._settings.base_url.replace("http://", "https://")
+    other = HttpChannel(Settings(address, None), patience_seconds=0.1)
+    with pytest.raises(ConnectionFailed, match="A server without certificates is reached by http://"):
+        other.submit(STEP).result(20)
+    other.close()
+
+
+def test_a_channel_that_is_closed_stays_closed():
+    channel = HttpChannel(Settings("http://127.0.0.1:9", None))
+    channel.close()
+    with pytest.raises(TwinkleError, match="this ServiceClient is closed; make a new one"):
+        channel.submit(STEP)

@@ -46,6 +46,7 @@ class HttpChannel:
         self._settings = settings
         self._patience_seconds = patience_seconds
         self._reached = False
+        self._closed = False
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -63,6 +64,7 @@ class HttpChannel:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             loop, thread, client = self._loop, self._thread, self._client
             self._loop = self._thread = self._client = None
         if loop is None or thread is None or client is None:
@@ -77,6 +79,9 @@ class HttpChannel:
 
     def _start(self, work: Coroutine[Any, Any, R]) -> Future[R]:
         with self._lock:
+            if self._closed:
+                work.close()
+                raise TwinkleError("this ServiceClient is closed; make a new one")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
@@ -162,9 +167,12 @@ class HttpChannel:
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
 
     def _unreachable(self, failure: httpx.TransportError) -> TwinkleError:
+        hint = ""
+        if self._settings.base_url.startswith("https://") and "SSL" in str(failure):
+            hint = " A server without certificates is reached by http://."
         return ConnectionFailed(
             f"the server at {self._settings.base_url} can't be reached ({failure or type(failure).__name__}); is it "
-            "running, and is base_url (or TWINKLE_BASE_URL) right?"
+            f"running, and is base_url (or TWINKLE_BASE_URL) right?{hint}"
         )
 
 

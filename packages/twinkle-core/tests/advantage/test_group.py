@@ -119,8 +119,8 @@ def test_no_prompts_are_no_advantages() -> None:
 @pytest.mark.parametrize(
     ("rewards", "options", "message"),
     [
-        ([[1.0], [0.0]], {}, "rewards: groups of 1; .*num_samples >= 2"),
-        ([1.0, 0.0], {"group_size": 1}, "rewards: groups of 1; .*num_samples >= 2"),
+        ([[1.0], [0.0]], {}, "rewards: groups of 1; .*group_size .num_samples. >= 2"),
+        ([1.0, 0.0], {"group_size": 1}, "rewards: groups of 1; .*group_size .num_samples. >= 2"),
         ([1.0] * 5, {"group_size": 2}, "rewards: 5 rewards are no whole number of groups of 2"),
         ([1.0] * 4, {"group_size": 0}, "group_size: 0; allowed are whole numbers from 1"),
         ([1.0, 0.0], {}, r"rewards: an array of shape \[2\]; expected \[P, G\]"),

@@ -89,7 +89,7 @@ def grouped(rewards: object, group_size: int | None) -> Float64Array:
     if groups.shape[1] < 2:
         raise InvalidRequest(
             f"rewards: groups of {groups.shape[1]}; a completion is compared to others of the same prompt, so each "
-            "needs at least 2: sample with num_samples >= 2"
+            "needs at least 2: sample with group_size (num_samples) >= 2"
         )
     return groups
 

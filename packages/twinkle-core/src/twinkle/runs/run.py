@@ -106,6 +106,7 @@ class Run:
         self._waiting: deque[tuple[int, dict[str, Any]]] = deque()
         self._bar: tqdm[Any] | None = None
         self._shown: dict[str, str] = {}
+        self._shown_step = -1
         if tensorboard:
             self._sinks.append(TensorBoard(self.directory))
         if wandb is not None:
@@ -251,6 +252,8 @@ class Run:
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         for sink in self._sinks:
             sink.write(step, numbers)
+        if step != self._shown_step:  # numbers of an earlier step are not this one's
+            self._shown, self._shown_step = {}, step
         self._shown |= {name: f"{value:.4g}" for name, value in numbers.items()}
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
