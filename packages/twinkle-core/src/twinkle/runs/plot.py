@@ -92,6 +92,7 @@ def _draw(axes: Any, name: str, runs: Mapping[str, list[dict[str, Any]]], smooth
         axes.plot(steps, smoothed(values, smoothing) if smoothing else values, label=run, **style)
     axes.set_title(name)
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     if len(runs) > 1:
         axes.legend(fontsize="small")
