@@ -61,6 +61,17 @@ class Program:
         """What it printed."""
         return run(self.command(script, *arguments), self.folder)
 
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        """The same without waiting, for several at once."""
+        return subprocess.Popen(
+            self.command(script, *arguments),
+            cwd=self.folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        )
+
     def metrics(self, name: str) -> list[dict[str, float]]:
         """What its newest run logged, step by step."""
         newest = max((self.folder / "runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
@@ -95,8 +106,15 @@ def mean(values: list[float]) -> float:
 TEACHER = ("--epochs", "5", "--learning-rate", "2e-3", "--save-as", "teacher")
 
 
-def test_self_cognition_trains_and_sample_asks_its_checkpoint(program: Program):
-    printed = program.run("self_host/self_cognition.py", *TEACHER)
+@pytest.fixture(scope="session")
+def taught(tiny_server: running_server.RunningServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Program]:
+    """What self_cognition.py printed, and the folder it ran in; its checkpoint is also the teacher of distillation."""
+    program = Program(tmp_path_factory.mktemp("teacher"), tiny_server.base_url)
+    return program.run("self_host/self_cognition.py", *TEACHER), program
+
+
+def test_self_cognition_trains_and_sample_asks_its_checkpoint(taught: tuple[str, Program]):
+    printed, program = taught
     losses = program.curve("self-cognition", "loss")
     assert len(losses) == 35
     # Guessing at random among the 832 tokens costs 6.7 nats; half of that is out of reach without learning.
@@ -115,20 +133,35 @@ def test_self_cognition_trains_and_sample_asks_its_checkpoint(program: Program):
     assert program.run("self_host/sample.py", "--max-tokens", "16") == base  # seeded
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "2"])
-def test_the_reward_of_grpo_rises(program: Program, seed: str):
-    printed = program.run(
-        "self_host/grpo.py",
-        *("--question", "What is {a} + {b}?", "--largest", "3", "--max-tokens", "4", "--seed", seed),
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed."""
+    printed, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def test_the_reward_of_grpo_rises_with_three_seeds(
+    tiny_server: running_server.RunningServer, tmp_path: Path
+):
+    """Three programs at once, on one server: each is a tenant's run of its own."""
+    programs = [Program(tmp_path / seed, tiny_server.base_url) for seed in ("0", "1", "2")]
+    arguments = (
+        *("--question", "What is {a} + {b}?", "--largest", "3", "--max-tokens", "4"),
         *("--steps", "18", "--prompts", "8", "--group-size", "16", "--learning-rate", "2e-3"),
     )
-    rewards = program.curve("grpo", "reward")
-    assert len(rewards) == 18
+    processes: list[subprocess.Popen[str]] = []
+    for program in programs:
+        program.folder.mkdir()
+        processes.append(program.start("self_host/grpo.py", *arguments, "--seed", program.folder.name))
+    for process in processes:
+        assert re.search(r"right answers: \d+% before, \d+% after", finish(process))
     samples = 4 * 8 * 16
-    assert mean(rewards[-4:]) - mean(rewards[:4]) > FOUR_SIGMA / samples**0.5
-    # Sampler and trainer have the same weights: the divergence of the two is rounding.
-    assert max(program.curve("grpo", "kl")) < 1e-6
-    assert re.search(r"right answers: \d+% before, \d+% after", printed)
+    for program in programs:
+        rewards = program.curve("grpo", "reward")
+        assert len(rewards) == 18
+        assert mean(rewards[-4:]) - mean(rewards[:4]) > FOUR_SIGMA / samples**0.5
+        # Sampler and trainer have the same weights: the divergence of the two is rounding.
+        assert max(program.curve("grpo", "kl")) < 1e-6
 
 
 def test_the_reward_of_a_tool_using_model_rises(program: Program):
@@ -143,33 +176,34 @@ def test_the_reward_of_a_tool_using_model_rises(program: Program):
     assert "'name': 'add'" in printed
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
-def test_the_margin_of_preferences_grows(program: Program, loss: str):
-    steps = ("--epochs", "1" if loss != "dpo" else "2", "--learning-rate", "5e-4", "--max-tokens", "24")
-    program.run("self_host/dpo.py", "--loss", loss, *steps)
-    margins = program.curve(loss, "margin")
-    assert len(margins) == (10 if loss == "dpo" else 5)
-    if loss == "dpo":
-        assert margins[0] == pytest.approx(0.0, abs=1e-3)  # a new adapter is the reference
-        assert program.curve(loss, "accuracy")[-1] == 1.0
-    assert margins[-1] > margins[0] + 0.5
-    losses = program.curve(loss, "loss")
-    assert losses[-1] < losses[0]
+def test_the_margin_of_preferences_grows(program: Program):
+    arguments = ("--epochs", "1", "--learning-rate", "5e-4", "--max-tokens", "24")
+    processes = [
+        program.start("self_host/dpo.py", "--loss", loss, *arguments) for loss in ("dpo", "simpo", "orpo")
+    ]
+    for process in processes:
+        finish(process)
+    for loss in ("dpo", "simpo", "orpo"):
+        margins, losses = program.curve(loss, "margin"), program.curve(loss, "loss")
+        assert len(margins) == 5
+        assert margins[-1] > margins[0] + 0.5
+        assert losses[-1] < losses[0]
+    assert program.curve("dpo", "margin")[0] == pytest.approx(0.0, abs=1e-3)  # a new adapter is the reference
+    assert program.curve("dpo", "accuracy")[-1] == 1.0
 
 
-def test_distillation_takes_the_divergence_from_the_teacher_down(program: Program):
-    program.run("self_host/self_cognition.py", *TEACHER)
-    program.run(
-        "self_host/distill_on_policy.py",
-        "twinkle://teacher",
-        *("--epochs", "4", "--learning-rate", "4e-3", "--max-tokens", "24"),
-    )
+def test_distillation_takes_the_divergence_from_the_teacher_down(program: Program, taught: tuple[str, Program]):
+    processes = [
+        program.start(f"self_host/{script}.py", "twinkle://teacher", *arguments)
+        for script, *arguments in (
+            ("distill_on_policy", "--epochs", "4", "--learning-rate", "4e-3", "--max-tokens", "24"),
+            ("distill_off_policy", "--epochs", "3", "--learning-rate", "2e-3"),
+        )
+    ]
+    for process in processes:
+        finish(process)
     on_policy = program.curve("distill-on-policy", "kl")
     assert mean(on_policy[-3:]) < 0.8 * mean(on_policy[:3])
-
-    program.run(
-        "self_host/distill_off_policy.py", "twinkle://teacher", "--epochs", "3", "--learning-rate", "2e-3"
-    )
     off_policy = program.curve("distill-off-policy", "kl")
     assert min(off_policy) > 0
     assert mean(off_policy[-3:]) < 0.5 * mean(off_policy[:3])
