@@ -41,6 +41,13 @@ class ModelSection(_Section):
     """Ranks that share each layer (Megatron)."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share out the layers (Megatron)."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share out the routed experts of a mixture of experts (Megatron). They are taken from those of
+    `tensor_parallel_size`, and added where these are fewer."""
+    sequence_parallel: bool | None = None
+    """Share out along the sequence what lies between the matrix products of ranks that share a layer (Megatron): saves
+    their activations' memory. Where it is needed (a mixture of experts with `tensor_parallel_size` above 1) if not
+    said."""
     max_lora_rank: int = Field(default=128, ge=1)
     """Highest rank of an adapter."""
     max_context_length: int | None = Field(default=None, ge=2)

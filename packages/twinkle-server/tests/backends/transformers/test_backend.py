@@ -162,14 +162,14 @@ def test_out_of_memory_in_the_middle_leaves_the_backend_as_it_was(
     row: Row = random_row("ada", 5, 0)
     [[expected]] = backend.forward_backward([[row]])
     before = backend.export_adapter("ada", with_optimizer=False, with_gradients=True).gradients
-    losses, calls = passes._losses, iter(range(10))
+    losses, calls = passes.row_losses, iter(range(10))
 
     def fail_the_second_time(*args: Any) -> Any:
         if next(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return losses(*args)
 
-    monkeypatch.setattr(passes, "_losses", fail_the_second_time)
+    monkeypatch.setattr(passes, "row_losses", fail_the_second_time)
     with pytest.raises(torch.OutOfMemoryError):
         backend.forward_backward([[row], [row]])
     monkeypatch.undo()
@@ -189,7 +189,7 @@ def test_host_memory_that_runs_out_is_a_memory_error(
     def allocate_too_much(*args: Any) -> Any:
         return torch.empty(2**60)
 
-    monkeypatch.setattr(passes, "_losses", allocate_too_much)
+    monkeypatch.setattr(passes, "row_losses", allocate_too_much)
     with pytest.raises(MemoryError):
         backend.forward_backward([[random_row("ada", 5, 0)]])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -68,7 +69,13 @@ class ModelConfig:
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.
         max_context_length: longest sequence, in tokens; None is what the model's own config says.
-        tensor_parallel_size, pipeline_parallel_size: ranks to spread the model over.
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: ranks that share out the layers.
+        expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
+        sequence_parallel: whether the ranks that share a layer share out what lies between its matrix products, too,
+            along the sequence; None is where it is needed.
+        rank: this process's place in the group of ranks, below `num_ranks`.
+        rendezvous: where the ranks of the group meet, "tcp://host:port"; None where there is one rank.
     """
 
     path: Path
@@ -78,6 +85,15 @@ class ModelConfig:
     max_context_length: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    sequence_parallel: bool | None = None
+    rank: int = 0
+    rendezvous: str | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together: experts are spread over the ranks that share (or copy) a stage."""
+        return self.pipeline_parallel_size * lcm(self.tensor_parallel_size, self.expert_parallel_size)
 
 
 @dataclass(frozen=True)

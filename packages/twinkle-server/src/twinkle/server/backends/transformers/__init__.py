@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,6 @@ from twinkle.server.backends.loss_formulas import LOSS_SPECS
 from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
-    TARGETS,
     AdamStep,
     AdapterSpec,
     AdapterState,
@@ -37,6 +35,7 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
+from twinkle.server.backends.row_checks import check_row
 from twinkle.server.backends.transformers.adamw import plan_steps
 from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape, initial_row
 from twinkle.server.backends.transformers.base_model import (
@@ -143,7 +142,9 @@ class TransformersBackend:
         """
         for rows in micro_batches:
             for row in rows:
-                self._check_row(row)
+                if row.adapter_id not in self._adapters:
+                    raise KeyError(f"there is no adapter {row.adapter_id!r}")
+                check_row(row, self._info.vocab_size)
         try:
             return run_pass(self._network, self._adapters, micro_batches)
         except torch.OutOfMemoryError as error:
@@ -158,35 +159,6 @@ class TransformersBackend:
     def _release_memory(self) -> None:
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _check_row(self, row: Row) -> None:
-        if row.adapter_id not in self._adapters:
-            raise KeyError(f"there is no adapter {row.adapter_id!r}")
-        if row.custom_loss is not None:
-            needed: tuple[str, ...] = ()
-        elif row.loss_fn in LOSS_SPECS:
-            needed = LOSS_SPECS[row.loss_fn].inputs
-        else:
-            raise InvalidRequest(
-                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(LOSS_SPECS))}"
-            )
-        targets = row.loss_inputs.get(TARGETS)
-        if targets is None or targets.ndim not in (1, 2) or len(targets) != len(row.tokens):
-            raise InvalidRequest(
-                f"loss_fn_inputs.{TARGETS}: must be there, [T] or [T, K] for the {len(row.tokens)} tokens"
-            )
-        for name in needed:
-            if name not in row.loss_inputs or row.loss_inputs[name].shape != targets.shape:
-                raise InvalidRequest(
-                    f"loss_fn_inputs.{name}: {row.loss_fn} needs it in the shape of {TARGETS}, "
-                    f"{list(targets.shape)}"
-                )
-        # On a GPU an index out of bounds would end the process.
-        for name, tokens in (("model_input", row.tokens), (TARGETS, targets)):
-            if tokens.size == 0 or np.min(tokens) < 0 or np.max(tokens) >= self._info.vocab_size:
-                raise InvalidRequest(
-                    f"{name}: token ids must be between 0 and {self._info.vocab_size - 1}, at least one of them"
-                )
 
     def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.

@@ -66,9 +66,18 @@ class PlannedSteps:
             _apply(self.bank, run, self.workspace[: len(run.params)])
 
 
-def plan_steps(bank: Bank, params: dict[int, AdamParams]) -> PlannedSteps:
-    """Prepare a step for each slot in `params`; nothing changes yet."""
-    runs = [_plan(bank, start, group) for start, group in _neighbours(params, bank.layout.size)]
+def plan_steps(
+    bank: Bank, params: dict[int, AdamParams], norms: dict[int, float] | None = None
+) -> PlannedSteps:
+    """Prepare a step for each slot in `params`; nothing changes yet.
+
+    Args:
+        norms: by slot, the L2 norm of the gradient, where the bank holds only a part of it.
+    """
+    runs = [
+        _plan(bank, start, group, _row_norms(bank, start, len(group), norms))
+        for start, group in _neighbours(params, max(1, bank.layout.size))
+    ]
     longest = max(len(run.params) for run in runs)
     return PlannedSteps(bank, runs, bank.params.new_empty(longest, bank.layout.size))
 
@@ -85,14 +94,20 @@ def _neighbours(params: dict[int, AdamParams], size: int) -> list[tuple[int, lis
     return runs
 
 
-def _plan(bank: Bank, start: int, params: list[AdamParams]) -> _Run:
-    grads = bank.grads[start : start + len(params)]
+def _row_norms(bank: Bank, start: int, count: int, norms: dict[int, float] | None) -> Tensor:
+    """float32 [count, 1]."""
+    grads = bank.grads[start : start + count]
+    if norms is None:
+        return torch.linalg.vector_norm(grads, dim=1, keepdim=True)
+    return grads.new_tensor([[norms[start + i]] for i in range(count)])
+
+
+def _plan(bank: Bank, start: int, params: list[AdamParams], norms: Tensor) -> _Run:
     steps = [bank.steps[start + i] + 1 for i in range(len(params))]
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=grads.device).unsqueeze(1)
+        return torch.tensor(values, dtype=torch.float32, device=norms.device).unsqueeze(1)
 
-    norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
     limits = column([p.grad_clip_norm or float("inf") for p in params])
     return _Run(
         start=start,

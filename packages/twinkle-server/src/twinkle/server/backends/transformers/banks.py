@@ -157,7 +157,7 @@ class Bank:
 
     def _grow(self) -> None:
         before = self.capacity
-        more = max(1, min(before, _MAX_GROWTH // (4 * self.layout.size)))
+        more = max(1, min(before, _MAX_GROWTH // (4 * max(1, self.layout.size))))
         old = (self.params, self.grads, self.exp_avg, self.exp_avg_sq)
         new = [tensor.new_zeros(before + more, self.layout.size) for tensor in old]
         for source, target in zip(old, new, strict=True):

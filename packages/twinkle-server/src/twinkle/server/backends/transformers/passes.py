@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinkle.protocol.types import Array
-from twinkle.server.backends.loss_formulas import LOSS_SPECS
-from twinkle.server.backends.protocol import TARGETS, AdapterSpec, CustomLoss, Row, RowResult
-from twinkle.server.backends.transformers import custom_loss
+from twinkle.server.backends.protocol import TARGETS, AdapterSpec, Row, RowResult
 from twinkle.server.backends.transformers.banks import Bank, Place, consecutive
 from twinkle.server.backends.transformers.logprobs import chunked_logprobs
 from twinkle.server.backends.transformers.lora_linear import Route, Segment, spans_of
-from twinkle.server.backends.transformers.losses import LOSSES, Loss
+from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
 
 
 @dataclass(eq=False)
@@ -115,6 +112,11 @@ class BankScratch:
 
         leaf.requires_grad_().register_post_accumulate_grad_hook(move)
 
+    @property
+    def grads(self) -> Tensor:
+        """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
+        return self._grads
+
     def commit(self) -> None:
         """Add this pass's gradients to the adapters'."""
         self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the leaves were scaled B
@@ -168,68 +170,12 @@ def _run_micro_batch(
 
 
 def _forward_backward(network: Network, rows: list[Row], needs_grad: bool) -> list[RowResult]:
-    tokens = _padded([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
-    targets = _padded([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
+    tokens = padded([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
+    targets = padded([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
     with torch.set_grad_enabled(needs_grad):
         logprobs = network.logprobs(tokens, targets)
-        losses = _losses(rows, logprobs)
+        losses = row_losses(rows, logprobs)
         if needs_grad:
             kept = [loss.value for row, loss in zip(rows, losses, strict=True) if not row.forward_only]
             torch.stack(kept).sum().backward()
-    host_logprobs = logprobs.detach().cpu()
-    scalars = [scalar.detach() for loss in losses for scalar in (loss.value, *loss.metrics.values())]
-    numbers = iter(cast("list[float]", torch.stack(scalars).tolist()))  # one transfer for all of them
-    results: list[RowResult] = []
-    for row, row_logprobs, loss in zip(rows, host_logprobs, losses, strict=True):
-        value = next(numbers)
-        metrics = {name: next(numbers) for name in loss.metrics}
-        own = _cut(row_logprobs, row.loss_inputs[TARGETS].shape)
-        results.append(RowResult(own.numpy().copy(), value, metrics))
-    return results
-
-
-def _losses(rows: list[Row], logprobs: Tensor) -> list[Loss]:
-    """Each row's loss; `logprobs` is [rows, tokens, k]."""
-    names = {name for row in rows if row.custom_loss is None for name in LOSS_SPECS[row.loss_fn].inputs}
-    empty = np.zeros(0, np.float32)
-    padded = {
-        name: _padded([row.loss_inputs.get(name, empty) for row in rows], np.float32, logprobs.device)
-        for name in sorted(names)
-    }
-    losses: list[Loss] = []
-    for i, (row, row_logprobs) in enumerate(zip(rows, logprobs.unbind(0), strict=True)):
-        shape = row.loss_inputs[TARGETS].shape
-        own_logprobs = _cut(row_logprobs, shape)
-        if row.custom_loss is not None:
-            losses.append(_custom_loss(row, row.custom_loss, own_logprobs))
-            continue
-        spec = LOSS_SPECS[row.loss_fn]
-        inputs = {name: _cut(padded[name][i], shape) for name in spec.inputs}
-        losses.append(LOSSES[row.loss_fn](own_logprobs, inputs, {**spec.config, **row.loss_config}))
-    return losses
-
-
-def _custom_loss(row: Row, loss: CustomLoss, logprobs: Tensor) -> Loss:
-    inputs: dict[str, Tensor] = {}
-    for wanted in loss.inputs[1:]:
-        array = row.loss_inputs[wanted.name]
-        inputs[wanted.name] = torch.tensor(
-            array.reshape(()) if wanted.rank == 0 else array, device=logprobs.device
-        )
-    return Loss(*custom_loss.run(loss, logprobs, inputs))
-
-
-def _cut(padded: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A row's own part, [T] or [T, K], of [tokens, k]."""
-    own = padded[: shape[0]]
-    return own[:, 0] if len(shape) == 1 else own[:, : shape[1]]
-
-
-def _padded(arrays: list[Array], dtype: type[np.float32] | type[np.int64], device: torch.device) -> Tensor:
-    """[T_i] or [T_i, K_i] each to [rows, longest, widest], zeros at the right."""
-    matrices = [array.reshape(len(array), -1) if array.size else array.reshape(0, 1) for array in arrays]
-    shape = (len(arrays), max(len(m) for m in matrices), max(m.shape[1] for m in matrices))
-    padded = np.zeros(shape, dtype)
-    for row, matrix in zip(padded, matrices, strict=True):
-        row[: len(matrix), : matrix.shape[1]] = matrix
-    return torch.from_numpy(padded).to(device)
+    return row_results(rows, logprobs, losses)

@@ -1,0 +1,67 @@
+"""What a model's configuration and the memory of its device say of the requests that it can take."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends.protocol import ModelConfig
+
+# The share of free memory that a micro-batch may fill; the rest is for adapters, the sampler and other programs.
+_GPU_SHARE = 0.5
+_CPU_SHARE = 0.25
+_MIN_BATCH_TOKENS = 512
+_MAX_BATCH_TOKENS_CPU = 4096
+_MAX_BATCH_TOKENS_GPU = 65536
+
+
+def context_length(text: PretrainedConfig, config: ModelConfig) -> int:
+    own = getattr(text, "max_position_embeddings", None)
+    if config.max_context_length is None:
+        if own is None:
+            raise InvalidRequest(
+                f"model: {config.path} does not say how long a sequence may be (max_position_embeddings); "
+                "set max_context_length"
+            )
+        return int(own)
+    if own is not None and not 1 <= config.max_context_length <= own:
+        raise InvalidRequest(
+            f"model.max_context_length: {config.max_context_length} is not between 1 and {own}, the model's own"
+        )
+    return config.max_context_length
+
+
+def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -> tuple[int, ...]:
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = getattr(text, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(int(token) for token in found) if isinstance(found, list) else (int(found),)
+
+
+def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """A share of the memory that is free once the weights are in it, over what a token's activations take.
+
+    A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
+    pass; twice that is reckoned with, for what the backward pass makes on its way.
+    """
+    hidden = int(text.hidden_size)
+    intermediate = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    token_bytes = int(text.num_hidden_layers) * (16 * hidden + 8 * intermediate) * dtype.itemsize
+    if device.type == "cuda":
+        budget, most = _GPU_SHARE * torch.cuda.mem_get_info(device)[0], _MAX_BATCH_TOKENS_GPU
+    else:
+        budget, most = _CPU_SHARE * _free_host_memory(), _MAX_BATCH_TOKENS_CPU
+    return max(_MIN_BATCH_TOKENS, min(most, int(budget / token_bytes)))
+
+
+def _free_host_memory() -> int:
+    """Bytes of memory free for new pages; where the system doesn't tell (not POSIX), 8 GiB."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return 8 * 2**30
