@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_moe
 
 from twinkle.server.backends import contract
 from twinkle.server.backends.fake import FakeBackend
@@ -15,6 +16,11 @@ from twinkle.server.backends.transformers.base_model import LoadedModel, load_ba
 @pytest.fixture(scope="module")
 def loaded(tiny_model_dir: Path) -> LoadedModel:
     return load_base_model(ModelConfig(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def loaded_moe(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_base_model(ModelConfig(tiny_moe.save(tmp_path_factory.mktemp("tiny-moe"))))
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +47,8 @@ def test_transformers_with_tied_embeddings(
     check: contract.Check, loaded_tied: LoadedModel, tiny_tied_model_dir: Path
 ) -> None:
     check(lambda: TransformersBackend.from_loaded(loaded_tied, ModelConfig(tiny_tied_model_dir)))
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
+def test_transformers_with_routed_experts(check: contract.Check, loaded_moe: LoadedModel) -> None:
+    check(lambda: TransformersBackend.from_loaded(loaded_moe, ModelConfig(Path("tiny-moe"))))

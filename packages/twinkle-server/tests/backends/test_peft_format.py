@@ -1,6 +1,7 @@
 """Checkpoint files: PEFT loads what we write, we read it back, and what is wrong is named."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_moe
 import torch
 from peft import PeftModel
 from safetensors.numpy import save_file
@@ -114,6 +116,129 @@ def test_an_adapter_that_peft_saved_can_be_read(tiny_model_dir: Path, tmp_path: 
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.from_numpy(tokens)[None]).logits[0], -1)
     np.testing.assert_allclose(result.logprobs, logprobs.diagonal(), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moe.save(tmp_path_factory.mktemp("tiny-moe"))
+
+
+TOKENS = np.arange(20) * 5 % 128
+MOE_ROW = Row(
+    "a", TOKENS, "cross_entropy", {"target_tokens": (TOKENS + 3) % 128, "weights": np.ones(20, np.float32)}
+)
+
+
+def logprobs_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.from_numpy(TOKENS)[None]).logits[0]
+    return torch.log_softmax(logits, -1)[torch.arange(20), torch.from_numpy((TOKENS + 3) % 128)]
+
+
+@pytest.mark.parametrize("flags", FLAGS[:3], ids=["all", "attn", "mlp"])
+def test_peft_loads_an_adapter_on_routed_experts_and_computes_the_same(
+    flags: dict[str, bool], moe_dir: Path, tmp_path: Path
+) -> None:
+    backend = TransformersBackend(ModelConfig(moe_dir))
+    spec = AdapterSpec(rank=3, alpha=10.0, **flags)
+    backend.add_adapter("a", spec)
+    for _ in range(3):
+        backend.forward_backward([[MOE_ROW]])
+        backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.02))])
+    [[after]] = backend.forward_backward([[MOE_ROW]])
+    state = backend.export_adapter("a", with_optimizer=True)
+    peft_format.write(tmp_path, state, str(moe_dir))
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    experts = [f"model.layers.{i}.mlp.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")]
+    assert config["target_parameters"] == (experts if flags["train_mlp"] else None)
+    assert not set(experts) & set(config["target_modules"])
+    base = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32)
+    plain = logprobs_of(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what PEFT says of matrices that it misses
+        peft = PeftModel.from_pretrained(base, tmp_path)
+    expected = logprobs_of(peft)
+    assert (plain - expected).abs().max() > 0.1
+    np.testing.assert_allclose(after.logprobs, expected, atol=1e-5)
+
+    read = peft_format.read(tmp_path, with_optimizer=True)
+    assert read.spec == spec and set(read.target_modules) == set(state.target_modules)
+    assert read.optimizer is not None and state.optimizer is not None
+    for found, wanted in (
+        (read.weights, state.weights),
+        (read.optimizer.exp_avg, state.optimizer.exp_avg),
+        (read.optimizer.exp_avg_sq, state.optimizer.exp_avg_sq),
+    ):
+        assert set(found) == set(wanted)
+        assert all(np.array_equal(found[name], matrix) for name, matrix in wanted.items())
+    backend.add_adapter("b", spec)
+    backend.import_adapter("b", read)
+    [[again]] = backend.forward_backward([[replace(MOE_ROW, adapter_id="b")]])
+    assert np.array_equal(again.logprobs, after.logprobs)
+
+
+def peft_on_experts(moe_dir: Path, modules: list[str], parameters: list[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32)
+    settings: dict[str, Any] = {"target_modules": modules, "target_parameters": parameters}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(base, LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **settings))
+
+
+@pytest.mark.parametrize(
+    "modules", [[], ["q_proj", "k_proj", "v_proj", "o_proj"]], ids=["experts", "and attention"]
+)
+def test_an_adapter_on_routed_experts_that_peft_saved_can_be_read(
+    modules: list[str], moe_dir: Path, tmp_path: Path
+) -> None:
+    model = peft_on_experts(moe_dir, modules, ["mlp.experts.down_proj", "experts.gate_up_proj"])
+    model.save_pretrained(str(tmp_path))
+    state = peft_format.read(tmp_path, with_optimizer=False)
+    assert state.spec == AdapterSpec(rank=3, alpha=6.0, train_attn=bool(modules), train_unembed=False)
+    backend = TransformersBackend(ModelConfig(moe_dir))
+    backend.add_adapter("a", state.spec)
+    backend.import_adapter("a", state)
+    [[result]] = backend.forward_backward([[MOE_ROW]])
+    np.testing.assert_allclose(result.logprobs, logprobs_of(model), atol=1e-5)
+
+
+def test_an_adapter_that_lacks_routed_experts_is_refused_where_they_are_trained(
+    moe_dir: Path, tmp_path: Path
+) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for i, parameters in enumerate(([], ["mlp.experts.gate_up_proj"], ["mlp.experts.down_proj"])):
+        directory = tmp_path / str(i)
+        peft_on_experts(moe_dir, attention, parameters).save_pretrained(str(directory))
+        state = peft_format.read(directory, with_optimizer=False)
+        backend = TransformersBackend(ModelConfig(moe_dir))
+        backend.add_adapter("a", AdapterSpec(rank=3, train_unembed=False))
+        with pytest.raises(InvalidRequest, match=r"saved adapter lacks model\.layers\.0\.mlp\.experts"):
+            backend.import_adapter("a", state)
+        if not parameters:
+            backend.add_adapter("b", AdapterSpec(rank=3, train_mlp=False, train_unembed=False))
+            backend.import_adapter("b", state)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (None, "would be of model.layers.0.mlp.experts.gate_up_proj, which is not among"),
+        (["mlp.experts.down_proj"], "would be of model.layers.0.mlp.experts.gate_up_proj"),
+        ("mlp.experts.down_proj", "must be a list of names"),
+        ([3], "must be a list of names"),
+    ],
+)
+def test_target_parameters_that_do_not_fit_the_matrices_are_named(
+    parameters: object, message: str, moe_dir: Path, tmp_path: Path
+) -> None:
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    peft_on_experts(moe_dir, [], both).save_pretrained(str(tmp_path))
+    edit_config(target_parameters=parameters)(tmp_path)
+    with pytest.raises(InvalidRequest, match=message):
+        peft_format.read(tmp_path, with_optimizer=False)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -29,6 +29,25 @@ def test_split_and_join_are_inverse() -> None:
     assert torch.equal(LAYOUT.join(matrices), row)
 
 
+def test_experts_matrices_lie_together_and_are_split_as_peft_has_them() -> None:
+    layout = Layout.of([LinearShape("one", 3, 5), LinearShape("experts", 4, 6, experts=3)], rank=2)
+    row = torch.randn(layout.size)
+    a, b = layout.a["experts"].view(row[None])[0], layout.b["experts"].view(row[None])[0]
+    assert a.shape == (3, 2, 4) and b.shape == (3, 6, 2)
+    matrices = layout.split(row)
+    assert {name: matrix.shape for name, matrix in matrices.items()} == layout.shapes()
+    # PEFT's own way to an expert's product (ParamWrapper.get_delta_weight).
+    peft_a = torch.from_numpy(matrices["base_model.model.experts.lora_A.weight"]).reshape(3, -1, 4)
+    peft_b = torch.from_numpy(matrices["base_model.model.experts.lora_B.weight"]).reshape(6, -1, 3)
+    torch.testing.assert_close(torch.einsum("o r e, e r i -> e o i", peft_b, peft_a), b @ a)
+    assert torch.equal(layout.join(matrices), row)
+
+
+def test_a_single_expert_keeps_its_dimension() -> None:
+    layout = Layout.of([LinearShape("experts", 4, 6, experts=1)], rank=2)
+    assert layout.a["experts"].view(torch.zeros(5, layout.size)).shape == (5, 1, 2, 4)
+
+
 def test_an_initial_row_has_b_zero_and_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     row = initial_row(LAYOUT, seed=3)

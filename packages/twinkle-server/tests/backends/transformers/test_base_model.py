@@ -9,7 +9,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GptOssConfig,
     GraniteConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
@@ -51,6 +53,7 @@ OTHERS: dict[str, Any] = {
     "Qwen3 mixture of experts": Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    "Mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
 }
 
 
@@ -93,7 +96,7 @@ def test_a_copy_has_the_same_tensors_in_another_tree(tiny_tied_model_dir: Path) 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_decoders_train_with_the_numbers_of_the_plain_model(
-    name: str, tmp_path: Path, make_peft: Any, peft_loss: Any, random_row: Any
+    name: str, tmp_path: Path, make_peft: Any, peft_parameters: Any, peft_loss: Any, random_row: Any
 ) -> None:
     directory = save(OTHERS[name], tmp_path)
     backend = TransformersBackend(ModelConfig(directory))
@@ -111,11 +114,8 @@ def test_other_decoders_train_with_the_numbers_of_the_plain_model(
         state = backend.export_adapter(who, with_optimizer=False, with_gradients=True)
         model = make_peft(directory, state)
         peft_loss(model, rows[who]).backward()
-        expected = {
-            parameter_name.replace(".default.", "."): parameter.grad.numpy()
-            for parameter_name, parameter in model.named_parameters()
-            if "lora_" in parameter_name
-        }
+        parameters = peft_parameters(model).items()
+        expected = {parameter_name: parameter.grad.numpy() for parameter_name, parameter in parameters}
         assert state.gradients is not None
         contract._close(state.gradients, expected, 1e-5)
 
@@ -125,8 +125,25 @@ def test_targets_of_a_hybrid_and_of_a_mixture_of_experts(tmp_path: Path) -> None
     assert hybrid["model.layers.0.linear_attn.in_proj_qkv"] == "attn"
     assert hybrid["model.layers.0.linear_attn.out_proj"] == "attn"
     assert hybrid["model.layers.1.self_attn.q_proj"] == "attn"
-    experts = load_base_model(ModelConfig(save(OTHERS["Qwen3 mixture of experts"], tmp_path / "moe"))).targets
-    assert set(experts.values()) == {"attn", "unembed"}
+    experts = load_base_model(ModelConfig(save(OTHERS["Qwen3 mixture of experts"], tmp_path / "moe")))
+    assert [name for name, group in experts.targets.items() if group == "mlp"] == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ]
+    assert experts.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+
+
+def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
+    """Those of GPT-OSS are transposed, clamped and have biases."""
+    config = GptOssConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8, layer_types=["full_attention"] * 2
+    )
+    backend = TransformersBackend(ModelConfig(save(config, tmp_path)))
+    assert set(backend.loaded.targets.values()) == {"attn", "unembed"} and not backend.loaded.experts
+    backend.add_adapter("a", AdapterSpec(rank=2))
+    contract._train(backend, "a")
 
 
 def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -673,7 +673,7 @@ def _gradients(backend: TrainingBackend, adapter_id: str) -> Matrices:
 
 
 def _check_names(state: AdapterState) -> None:
-    """PEFT's names, and shapes of the right rank."""
+    """Names by module, and shapes of the right rank; those of routed experts have it as often as there are experts."""
     expected = [
         f"base_model.model.{module}.lora_{matrix}.weight"
         for module in state.target_modules
@@ -682,7 +682,8 @@ def _check_names(state: AdapterState) -> None:
     assert sorted(state.weights) == sorted(expected)
     for name, matrix in state.weights.items():
         assert matrix.dtype == np.float32
-        assert matrix.shape[0 if name.endswith("lora_A.weight") else 1] == state.spec.rank, name
+        ranks = matrix.shape[0 if name.endswith("lora_A.weight") else 1]
+        assert ranks % state.spec.rank == 0 if ".experts." in name else ranks == state.spec.rank, name
 
 
 def _norm(matrices: Mapping[str, Array]) -> float:

@@ -1,7 +1,8 @@
-"""Which of a decoder's linear layers belong to `train_attn`, `train_mlp` and `train_unembed`: told by their names.
+"""What of a decoder belongs to `train_attn`, `train_mlp` and `train_unembed`: told by names.
 
-Names are those of Transformers and PEFT, such as `model.layers.0.self_attn.q_proj`. Owns the rule only; a backend
-knows which layers it has.
+Names are those of Transformers: of linear layers, such as `model.layers.0.self_attn.q_proj`, and of the parameters that
+hold a matrix for each routed expert, such as `model.layers.0.mlp.experts.gate_up_proj`. Owns the rule only; a backend
+knows what it has.
 """
 
 from typing import Literal, TypeAlias
@@ -16,22 +17,36 @@ _ATTENTION = frozenset(
 _FEED_FORWARD = frozenset({"mlp", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})
+_EXPERTS = "experts"
+
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""A routed experts' module has these parameters, in this order: [experts, out, in] each."""
 
 
 def module_group(name: str) -> ModuleGroup | None:
-    """The group of a linear layer; None for layers that get no low-rank term.
+    """The group of a linear layer or a routed experts' parameter; None for what gets no low-rank term.
 
-    Attention is softmax or linear attention, projections in and out. The routed experts of a mixture of experts are
-    three-dimensional parameters, not linear layers, and are not trained; nor is the router. A shared expert is.
+    Attention is softmax or linear attention, projections in and out. Routed experts are trained as feed-forward layers
+    where they are three-dimensional parameters; a linear layer for each would see other rows than the batch's. The
+    router is never trained; a shared expert is.
     """
     *parents, layer = name.split(".")
+    if _EXPERTS in parents:
+        return "mlp" if is_expert_parameter(name) else None
     if layer in _OUTPUT_HEADS:
         return "unembed"
     if layer in _ROUTERS:
         return None
     if not _ATTENTION.isdisjoint(parents):
         return "attn"
+    if not _ROUTERS.isdisjoint(parents):
+        return None
     return None if _FEED_FORWARD.isdisjoint(parents) else "mlp"
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether this is the name of a parameter with a matrix for each routed expert."""
+    return name.endswith(tuple(f".{_EXPERTS}.{parameter}" for parameter in EXPERT_PARAMETERS))
 
 
 def wanted_groups(spec: AdapterSpec) -> frozenset[ModuleGroup]:

@@ -1,8 +1,16 @@
 """An adapter as files, the way PEFT has them, with the optimizer's state beside.
 
-    adapter_config.json           rank, alpha, target modules
+    adapter_config.json           rank, alpha, target modules, target parameters
     adapter_model.safetensors     A and B by PEFT name, float32
     optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
+
+Routed experts' parameters are PEFT's target parameters. It puts a wrapper for each around their module, the last
+parameter's outermost, and names matrices by where the wrappers are (`peft.tuners.lora.layer.ParamWrapper`); in an
+adapter's state they are named by their parameters, like all others:
+
+    in the file                                     in the state
+    ...mlp.experts.base_layer.lora_A.weight         ...mlp.experts.gate_up_proj.lora_A.weight
+    ...mlp.experts.lora_A.weight                    ...mlp.experts.down_proj.lora_A.weight
 
 `PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
 format; where files are, and that they are whole, is the store's business. No torch.
@@ -12,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +31,7 @@ from safetensors import numpy as safetensors_numpy
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
-from twinkle.server.backends.module_groups import module_group
+from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
 
 CONFIG = "adapter_config.json"
@@ -31,6 +39,7 @@ WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_WRAPPED = ".base_layer"
 # Settings of PEFT that change what an adapter computes, each with the values that mean "not used".
 _UNUSED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -43,7 +52,6 @@ _UNUSED: dict[str, tuple[object, ...]] = {
     "alpha_pattern": (None, {}),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
 }
 
@@ -58,7 +66,8 @@ def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
         "r": state.spec.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
-        "target_modules": state.target_modules,
+        "target_modules": [name for name in state.target_modules if not is_expert_parameter(name)],
+        "target_parameters": [name for name in state.target_modules if is_expert_parameter(name)] or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -78,10 +87,12 @@ def write(directory: Path, state: AdapterState, base_model: str) -> None:
     config = json.dumps(peft_config(state, base_model), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
     # The metadata is what Transformers and PEFT mark files of PyTorch's layout with.
-    safetensors_numpy.save_file(_contiguous(state.weights), directory / WEIGHTS, metadata={"format": "pt"})
+    names = _file_names(state.target_modules)
+    weights = _contiguous({names[name]: array for name, array in state.weights.items()})
+    safetensors_numpy.save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     if state.optimizer is not None:
-        moments = {f"exp_avg.{name}": array for name, array in state.optimizer.exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": array for name, array in state.optimizer.exp_avg_sq.items()}
+        moments = {f"exp_avg.{names[name]}": array for name, array in state.optimizer.exp_avg.items()}
+        moments |= {f"exp_avg_sq.{names[name]}": array for name, array in state.optimizer.exp_avg_sq.items()}
         metadata = {"format": "pt", "step": str(state.optimizer.step)}
         safetensors_numpy.save_file(_contiguous(moments), directory / OPTIMIZER, metadata=metadata)
 
@@ -96,10 +107,14 @@ def read(directory: Path, with_optimizer: bool) -> AdapterState:
         InvalidRequest: if a file is missing or is not what it should be, or the optimizer's state was not saved.
     """
     config = _read_config(directory / CONFIG)
-    weights, _ = _read_tensors(directory / WEIGHTS)
+    in_file, _ = _read_tensors(directory / WEIGHTS)
     rank, alpha = _rank_and_alpha(config)
-    modules = _check_matrices(weights, rank)
-    groups = {module_group(module) for module in modules}
+    modules, parameters = _check_matrices(in_file), _target_parameters(config)
+    targets = [_target(module, modules, parameters) for module in modules]
+    names = {file_name: name for name, file_name in _file_names(targets).items()}
+    weights = {names[name]: array for name, array in in_file.items()}
+    _check_ranks(weights, targets, rank)
+    groups = {module_group(target) for target in targets}
     spec = AdapterSpec(
         rank=rank,
         alpha=alpha,
@@ -107,8 +122,55 @@ def read(directory: Path, with_optimizer: bool) -> AdapterState:
         train_mlp="mlp" in groups,
         train_unembed="unembed" in groups,
     )
-    optimizer = _read_optimizer(directory / OPTIMIZER, weights) if with_optimizer else None
-    return AdapterState(spec, modules, weights, optimizer)
+    optimizer = _read_optimizer(directory / OPTIMIZER, weights, names) if with_optimizer else None
+    return AdapterState(spec, targets, weights, optimizer)
+
+
+def _file_names(targets: Collection[str]) -> dict[str, str]:
+    """For each matrix's name in a state, the one in PEFT's file."""
+    first, last = EXPERT_PARAMETERS
+    names: dict[str, str] = {}
+    for target in targets:
+        where = target
+        if is_expert_parameter(target):
+            where, _, parameter = target.rpartition(".")
+            if parameter == first and f"{where}.{last}" in targets:
+                where += _WRAPPED
+        for matrix in "AB":
+            names[f"base_model.model.{target}.lora_{matrix}.weight"] = (
+                f"base_model.model.{where}.lora_{matrix}.weight"
+            )
+    return names
+
+
+def _target(module: str, modules: Collection[str], parameters: Sequence[str]) -> str:
+    """What the matrices of a module in PEFT's file act on: the module itself, or an experts' parameter of it.
+
+    Args:
+        modules: all that have matrices.
+        parameters: `target_parameters`: each a parameter's full name, or how it ends.
+
+    Raises:
+        InvalidRequest: if wrappers are nested otherwise than around experts' parameters that are targets.
+    """
+    first, last = EXPERT_PARAMETERS
+    if module.endswith(_WRAPPED):
+        target = f"{module.removesuffix(_WRAPPED)}.{first}"
+    elif f"{module}{_WRAPPED}" in modules:
+        target = f"{module}.{last}"
+    else:
+        own = [f"{module}.{name}" for name in EXPERT_PARAMETERS]
+        return next((name for name in own if _ends_with_one(name, parameters)), module)
+    if not is_expert_parameter(target) or not _ends_with_one(target, parameters):
+        raise InvalidRequest(
+            f"{WEIGHTS}: the matrices of {module} would be of {target}, which is not among {CONFIG}'s "
+            "target_parameters, or is no parameter of routed experts"
+        )
+    return target
+
+
+def _ends_with_one(name: str, endings: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def _contiguous(arrays: Mapping[str, Float32Array]) -> dict[str, Array]:
@@ -142,6 +204,13 @@ def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
     return rank, float(alpha)
 
 
+def _target_parameters(config: Mapping[str, Any]) -> list[str]:
+    found = cast("object", config.get("target_parameters") or [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in cast("list[object]", found)):
+        raise InvalidRequest(f"{CONFIG}: target_parameters = {found!r}; it must be a list of names, or null")
+    return cast("list[str]", found)
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
     """All tensors of a file, and its metadata."""
     try:
@@ -163,11 +232,11 @@ def _as_float32(name: str, array: Array, file: str) -> Float32Array:
     return array.astype(np.float32, copy=False)
 
 
-def _check_matrices(weights: Mapping[str, Array], rank: int) -> list[str]:
-    """The modules that an adapter acts on, in the order of the file's names.
+def _check_matrices(weights: Mapping[str, Array]) -> list[str]:
+    """The modules that have matrices, in the order of the file's names.
 
     Raises:
-        InvalidRequest: if there is anything but an A [rank, in] and a B [out, rank] for each module.
+        InvalidRequest: if there is anything but one matrix A and one B for each module.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, array in weights.items():
@@ -180,14 +249,28 @@ def _check_matrices(weights: Mapping[str, Array], rank: int) -> list[str]:
     for module, found in shapes.items():
         if set(found) != {"A", "B"} or len(found["A"]) != 2 or len(found["B"]) != 2:
             raise InvalidRequest(f"{WEIGHTS}: {module} must have one matrix lora_A and one lora_B")
-        if found["A"][0] != rank or found["B"][1] != rank:
-            raise InvalidRequest(
-                f"{WEIGHTS}: {module} has A {list(found['A'])} and B {list(found['B'])}, but {CONFIG} says rank {rank}"
-            )
     return list(shapes)
 
 
-def _read_optimizer(path: Path, weights: Mapping[str, Float32Array]) -> OptimizerState:
+def _check_ranks(weights: Mapping[str, Array], targets: Sequence[str], rank: int) -> None:
+    """
+    Raises:
+        InvalidRequest: if a target's matrices are not A [rank, in] and B [out, rank], with as many ranks one after the
+            other as there are experts.
+    """
+    for target in targets:
+        a, b = (weights[f"base_model.model.{target}.lora_{matrix}.weight"].shape for matrix in "AB")
+        ranks = a[0] if is_expert_parameter(target) and a[0] and a[0] % rank == 0 else rank
+        if (a[0], b[1]) != (ranks, ranks):
+            raise InvalidRequest(
+                f"{WEIGHTS}: {target} has A {list(a)} and B {list(b)}, but {CONFIG} says rank {rank}"
+            )
+
+
+def _read_optimizer(
+    path: Path, weights: Mapping[str, Float32Array], names: Mapping[str, str]
+) -> OptimizerState:
+    """`weights` are named as in a state; `names` are these names by those in PEFT's file."""
     if not path.is_file():
         raise InvalidRequest(
             "this checkpoint has no optimizer state: it was saved for sampling, or by PEFT; "
@@ -199,7 +282,7 @@ def _read_optimizer(path: Path, weights: Mapping[str, Float32Array]) -> Optimize
         raise InvalidRequest(f"{OPTIMIZER}: its metadata must have a step, a whole number; found {step!r}")
     moments = {
         kind: {
-            name.removeprefix(f"{kind}."): array
+            names.get(file_name := name.removeprefix(f"{kind}."), file_name): array
             for name, array in arrays.items()
             if name.startswith(f"{kind}.")
         }

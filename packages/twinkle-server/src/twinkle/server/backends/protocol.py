@@ -191,9 +191,11 @@ class AdapterState:
 
     Attributes:
         spec: its shape.
-        target_modules: full names of the linear layers it acts on, for PEFT's `adapter_config.json`.
-        weights: by PEFT name (`base_model.model.{module}.lora_A.weight` [rank, in],
-            `...lora_B.weight` [out, rank]), float32.
+        target_modules: full names of the linear layers that it acts on, and of the parameters that hold a matrix for
+            each routed expert (`...mlp.experts.gate_up_proj`).
+        weights: by `base_model.model.{module}.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank], as PEFT
+            names those of linear layers, float32. Of E experts A is [E * rank, in], expert by expert, and B
+            [out, rank * E], where the experts of a rank stand together, as PEFT has them.
         optimizer: moments, or None.
         gradients: gradient accumulated since the last step, by PEFT name, or None.
     """

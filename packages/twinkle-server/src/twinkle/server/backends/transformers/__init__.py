@@ -1,10 +1,10 @@
 """Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
 
     base_model    loads the model            lora_linear    a linear layer with many adapters' terms
-    banks         where adapters live        passes         micro-batches to results and gradients
-    logprobs, losses, adamw                  the arithmetic
+    banks         where adapters live        expert_lora    routed experts with many adapters' terms
+    logprobs, losses, adamw   arithmetic     passes         micro-batches to results and gradients
 
-Not here: the routed experts of mixtures of experts get no low-rank term, and activations are not recomputed in the
+Not here: routed experts that are not plain gated layers get no low-rank term, and activations are not recomputed in the
 backward pass (only logits are).
 """
 
@@ -21,7 +21,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.adapter_state import check_fits
 from twinkle.server.backends.loss_formulas import LOSS_SPECS
-from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
+from twinkle.server.backends.module_groups import ModuleGroup, is_expert_parameter, wanted_groups
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,
@@ -45,6 +45,7 @@ from twinkle.server.backends.transformers.base_model import (
     finish_logits,
     load_base_model,
 )
+from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
 from twinkle.server.backends.transformers.passes import Adapter, Network, run_pass
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
@@ -117,11 +118,7 @@ class TransformersBackend:
         key = spec.rank, groups
         if key not in self._banks:
             model = self._loaded.model
-            layers = [
-                _shape(name, model.get_submodule(name))
-                for name, group in self._loaded.targets.items()
-                if group in groups
-            ]
+            layers = [_shape(name, model) for name, group in self._loaded.targets.items() if group in groups]
             if not layers:
                 raise InvalidRequest(
                     "train_attn, train_mlp, train_unembed: no linear layer is left to train; set one"
@@ -212,8 +209,7 @@ class TransformersBackend:
         """
         adapter = self._adapters[adapter_id]
         bank, slot, layout = adapter.bank, adapter.slot, adapter.bank.layout
-        shapes = {name: (place.rows, place.columns) for name, place in layout.places().items()}
-        check_fits(state, adapter.spec, layout.modules, shapes)
+        check_fits(state, adapter.spec, layout.modules, layout.shapes())
         bank.wipe(slot)
         bank.params[slot] = layout.join(state.weights).to(bank.params.device)
         if state.optimizer is not None:
@@ -234,7 +230,8 @@ class TransformersBackend:
 def _network(loaded: LoadedModel) -> Network:
     model = copy_sharing_weights(loaded.model)
     route = Route()
-    wrap_linears(model, loaded.targets, lambda base, name: LoraLinear(base, name, route))
+    wrap_linears(model, loaded.linears, lambda base, name: LoraLinear(base, name, route))
+    wrap_experts(model, loaded.experts, route)
     output = cast("nn.Module", model.get_output_embeddings())
 
     def head(hidden: Tensor) -> Tensor:
@@ -244,7 +241,11 @@ def _network(loaded: LoadedModel) -> Network:
     return Network(decoder(model), head, weight.shape[0], route, loaded.device)
 
 
-def _shape(name: str, layer: nn.Module) -> LinearShape:
+def _shape(name: str, model: nn.Module) -> LinearShape:
+    if is_expert_parameter(name):
+        experts, out_features, in_features = model.get_parameter(name).shape
+        return LinearShape(name, in_features, out_features, experts)
+    layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return LinearShape(name, layer.in_features, layer.out_features)
 

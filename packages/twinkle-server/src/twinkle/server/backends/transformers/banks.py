@@ -24,28 +24,41 @@ _MAX_GROWTH = 256 * 2**20
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer that adapters act on: its full name in the model, and its sizes."""
+    """What adapters act on: a linear layer, or a parameter with a matrix for each routed expert.
+
+    Attributes:
+        name: in the model, full.
+        in_features, out_features: of the layer, or of each expert's matrix.
+        experts: how many; None for a linear layer.
+    """
 
     name: str
     in_features: int
     out_features: int
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix in a row: elements [start, start + rows * columns), row-major."""
+    """A matrix in a row, or one for each expert, one after the other: elements [start, end), row-major."""
 
     start: int
     rows: int
     columns: int
+    experts: int | None = None
 
     @property
     def end(self) -> int:
-        return self.start + self.rows * self.columns
+        return self.start + self.rows * self.columns * (1 if self.experts is None else self.experts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[self.rows, self.columns], behind the number of experts where there is one."""
+        return (self.rows, self.columns) if self.experts is None else (self.experts, self.rows, self.columns)
 
     def view(self, rows: Tensor) -> Tensor:
-        """[n, size] -> [n, self.rows, self.columns], sharing memory."""
-        return rows[:, self.start : self.end].unflatten(1, (self.rows, self.columns))
+        """[n, size] -> [n, *self.shape], sharing memory."""
+        return rows[:, self.start : self.end].unflatten(1, self.shape)
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,8 @@ class Layout:
     """How an adapter of one rank over given layers is laid out in a row.
 
     Attributes:
-        a: by layer, where A [rank, in_features] is.
-        b: by layer, where B [out_features, rank] is; behind all A.
+        a: by layer, where A [rank, in_features] is, or of all experts [experts, rank, in_features].
+        b: by layer, where B [out_features, rank] is, or [experts, out_features, rank]; behind all A.
         b_start: where the first B begins.
         size: length of a row.
     """
@@ -71,11 +84,11 @@ class Layout:
         b: dict[str, Place] = {}
         end = 0
         for layer in layers:
-            a[layer.name] = Place(end, rank, layer.in_features)
+            a[layer.name] = Place(end, rank, layer.in_features, layer.experts)
             end = a[layer.name].end
         b_start = end
         for layer in layers:
-            b[layer.name] = Place(end, layer.out_features, rank)
+            b[layer.name] = Place(end, layer.out_features, rank, layer.experts)
             end = b[layer.name].end
         return cls(rank, a, b, b_start, end)
 
@@ -84,44 +97,79 @@ class Layout:
         return list(self.a)
 
     def places(self) -> dict[str, Place]:
-        """All matrices by their PEFT names."""
+        """All matrices by their names in an adapter's state."""
         named: dict[str, Place] = {}
         for module in self.a:
-            named[f"base_model.model.{module}.lora_A.weight"] = self.a[module]
-            named[f"base_model.model.{module}.lora_B.weight"] = self.b[module]
+            a_name, b_name = _names(module)
+            named[a_name], named[b_name] = self.a[module], self.b[module]
         return named
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the matrices that `split` gives and `join` takes."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for module, a in self.a.items():
+            a_name, b_name = _names(module)
+            count = 1 if a.experts is None else a.experts
+            shapes[a_name] = count * self.rank, a.columns
+            shapes[b_name] = self.b[module].rows, count * self.rank
+        return shapes
+
     def split(self, row: Tensor) -> dict[str, Float32Array]:
-        """A row [size] on the CPU as matrices by PEFT name; they share the row's memory."""
+        """A row [size] on the CPU as PEFT's matrices; those that need no other order share the row's memory.
+
+        Of all experts together these are A [experts * rank, in_features], expert by expert, and B [out_features,
+        rank * experts], where the experts of a rank stand together (`peft.tuners.lora.layer.ParamWrapper`).
+        """
         flat: Float32Array = row.numpy()
-        return {
-            name: flat[place.start : place.end].reshape(place.rows, place.columns)
-            for name, place in self.places().items()
-        }
+        matrices: dict[str, Float32Array] = {}
+        for module, a in self.a.items():
+            a_name, b_name = _names(module)
+            b = self.b[module]
+            matrices[a_name] = flat[a.start : a.end].reshape(-1, a.columns)
+            own = flat[b.start : b.end].reshape(b.shape)
+            matrices[b_name] = own if b.experts is None else own.transpose(1, 2, 0).reshape(b.rows, -1)
+        return matrices
 
     def join(self, matrices: dict[str, Float32Array]) -> Tensor:
         """The inverse of `split`: a new row [size] on the CPU."""
         row = torch.empty(self.size)
         flat: Float32Array = row.numpy()
-        for name, place in self.places().items():
-            flat[place.start : place.end] = matrices[name].reshape(-1)
+        for module, a in self.a.items():
+            a_name, b_name = _names(module)
+            b, given = self.b[module], matrices[b_name]
+            flat[a.start : a.end] = matrices[a_name].reshape(-1)
+            if b.experts is not None:
+                given = given.reshape(b.rows, self.rank, b.experts).transpose(2, 0, 1)
+            flat[b.start : b.end] = given.reshape(-1)
         return row
+
+
+def _names(module: str) -> tuple[str, str]:
+    """Of A and B in an adapter's state."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def initial_row(layout: Layout, seed: int) -> Tensor:
     """A new adapter's weights [size]: A uniform within 1 / sqrt(in_features) (PEFT: Kaiming, a = sqrt 5), B zero.
 
-    Drawn on the CPU, module by module, so that a seed gives the same adapter on any device.
+    Drawn on the CPU, module by module, so that a seed gives the same adapter on any device. Experts' A are drawn as one
+    matrix [experts * rank, in_features], as PEFT does.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     row = torch.zeros(layout.size)
     for place in layout.a.values():
-        nn.init.kaiming_uniform_(place.view(row.unsqueeze(0))[0], a=math.sqrt(5), generator=generator)
+        matrix = row[place.start : place.end].view(-1, place.columns)
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
     return row
 
 
 class Bank:
     """Adapters of one layout, each in a slot. Free slots hold zeros."""
+
+    params: Tensor
+    grads: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends.module_groups import ModuleGroup, module_group
+from twinkle.server.backends.module_groups import (
+    EXPERT_PARAMETERS,
+    ModuleGroup,
+    is_expert_parameter,
+    module_group,
+)
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle.server.backends.transformers.model_facts import context_length, eos_token_ids, max_batch_tokens
 
@@ -28,13 +33,21 @@ class LoadedModel:
 
     Attributes:
         model: the causal language model; none of its parameters requires a gradient.
-        targets: the linear layers that can get a low-rank term, by full name, in the order of the module tree.
+        targets: what can get a low-rank term, by full name, in the order of the module tree: linear layers, and the
+            parameters of `experts`.
         info: what requests are checked against.
+        experts: the modules of routed experts among the targets, by full name.
     """
 
     model: PreTrainedModel
     targets: dict[str, ModuleGroup]
     info: BaseModelInfo
+    experts: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> list[str]:
+        """The linear layers among the targets."""
+        return [name for name in self.targets if name.rpartition(".")[0] not in self.experts]
 
     @property
     def device(self) -> torch.device:
@@ -55,14 +68,14 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     model = _load(config)
     model.requires_grad_(False)
     model.eval()
-    targets = linear_layers(model)
+    targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
         raise InvalidRequest(
             f"model: {type(model).__name__} in {config.path} has no linear layers (torch.nn.Linear) under attention "
             "or feed-forward modules that LoRA could act on; use a decoder such as Llama, Qwen2 or Qwen3"
         )
     _check_head(model, config)
-    return LoadedModel(model, targets, _describe(model, config))
+    return LoadedModel(model, targets, _describe(model, config), experts)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -71,18 +84,47 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo=cast("dict[int, Any]", shared))
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, ModuleGroup]:
-    """The linear layers of the text decoder and the output head, with their groups."""
+def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[str, ...]]:
+    """The linear layers and routed experts' parameters of the text decoder, and the output head, with their groups.
+
+    Returns:
+        Them, and the names of the experts modules, both in the order of the module tree.
+    """
     prefix = _decoder_name(model) + "."
     head = model.get_output_embeddings()
     found: dict[str, ModuleGroup] = {}
+    experts: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        group = "unembed" if module is head else module_group(name)
-        if group == "unembed" or (group is not None and name.startswith(prefix)):
-            found[name] = group
-    return found
+        if isinstance(module, nn.Linear):
+            group = "unembed" if module is head else module_group(name)
+            if group == "unembed" or (group is not None and name.startswith(prefix)):
+                found[name] = group
+        elif name.startswith(prefix) and _is_plain_experts(module):
+            parameters = [f"{name}.{parameter}" for parameter in EXPERT_PARAMETERS]
+            if all(is_expert_parameter(parameter) for parameter in parameters):
+                experts.append(name)
+                found |= dict.fromkeys(parameters, "mlp")
+    return found, tuple(experts)
+
+
+def _is_plain_experts(module: nn.Module) -> bool:
+    """Whether this holds routed experts that compute `down(act(gate) * up)`, as Qwen's, Mixtral's and many others do.
+
+    Transformers notes with each class what it does beside (`integrations.moe.use_experts_implementation`). PEFT's names
+    depend on the order of the parameters.
+    """
+    if [name for name, _ in module.named_parameters(recurse=False)] != list(EXPERT_PARAMETERS):
+        return False
+    if not all(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        return False
+    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    gating = getattr(type(module), "_apply_gate", None)
+    return (
+        all(getattr(module, flag, None) is value for flag, value in wanted.items())
+        and not getattr(module, "has_post_expert_norm", False)
+        and getattr(gating, "__module__", None) == "transformers.integrations.moe"
+        and callable(getattr(module, "act_fn", None))
+    )
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

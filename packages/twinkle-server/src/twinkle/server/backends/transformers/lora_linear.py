@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
+from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm
 from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
 
 
@@ -27,8 +28,8 @@ class Segment:
         rows: how many rows.
         spans: how many spans; divides `rows`.
         adapter_of_span: int64 [spans], index into the adapters; None where span i is adapter i.
-        a: by layer, float32 [adapters, rank, in_features].
-        b: by layer, float32 [adapters, out_features, rank], times alpha / rank.
+        a: by layer, float32 [adapters, rank, in_features]; of routed experts' parameters [adapters, experts, rank, in].
+        b: by layer, float32 [adapters, out_features, rank], times alpha / rank; of experts likewise.
     """
 
     rows: int
@@ -52,6 +53,26 @@ class Segment:
         low = torch.bmm(x.reshape(self.spans, -1, x.shape[-1]), a.transpose(1, 2))
         summed = torch.baddbmm(out.reshape(self.spans, -1, out.shape[-1]), low, b.transpose(1, 2))
         return summed.view_as(out)
+
+    def expert_term(self, experts: str, first_row: int | None, tokens: int) -> ExpertTerm | None:
+        """The terms of a routed experts' module, if it has any.
+
+        Args:
+            experts: the module's full name.
+            first_row: where the segment begins in the micro-batch; None if it is all of it.
+            tokens: how many a row.
+        """
+        gate_up, down = f"{experts}.{GATE_UP}", f"{experts}.{DOWN}"
+        if gate_up not in self.a:
+            return None
+        device = self.a[gate_up].device
+        of_span = self.adapter_of_span
+        adapter = torch.arange(self.spans, device=device) if of_span is None else of_span
+        adapter = adapter.repeat_interleave(self.rows // self.spans * tokens)
+        rows = None
+        if first_row is not None:
+            rows = torch.arange(first_row * tokens, (first_row + self.rows) * tokens, device=device)
+        return ExpertTerm(rows, adapter, self.a[gate_up], self.b[gate_up], self.a[down], self.b[down])
 
 
 def spans_of(adapters: list[int]) -> tuple[int, list[int] | None]:
@@ -78,6 +99,18 @@ class Route:
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
+
+    def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
+        """See `twinkle.server.backends.transformers.expert_lora.ExpertRoute`."""
+        all_rows = sum(segment.rows for segment in self.segments)
+        terms: list[ExpertTerm] = []
+        first = 0
+        for segment in self.segments:
+            own_first = first if len(self.segments) > 1 else None
+            if term := segment.expert_term(experts, own_first, rows // all_rows):
+                terms.append(term)
+            first += segment.rows
+        return terms
 
 
 class LoraLinear(WrappedLinear):

@@ -20,6 +20,7 @@ from twinkle.protocol.types import SampleResponse, TopkRow
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
+from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import Network, Prompt, SingleBatch, make_batch
@@ -59,7 +60,8 @@ class TransformersEngine:
         on_gpu = loaded.device.type == "cuda"
         model = copy_sharing_weights(loaded.model)
         route = Route()
-        wrap_linears(model, loaded.targets, lambda base, name: RoutedLinear(base, name, route))
+        wrap_linears(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
+        wrap_experts(model, loaded.experts, route)
         self._loaded = loaded
         self._dtype = loaded.dtype
         self._network = Network(model, route)
