@@ -10,6 +10,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import plugins
 from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
 from twinkle.server.config import ServerConfig
+from twinkle.server.engine.snapshots import SnapshotFiles
 from twinkle.server.engine.worker import LocalWorker, WorkerPort
 from twinkle.server.samplers.protocol import SamplingEngine
 from twinkle.server.service.service import Service
@@ -38,7 +39,7 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        return self.model.tensor_parallel_size * self.model.pipeline_parallel_size
+        return self.model.num_ranks
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -56,27 +57,45 @@ def make_plan(config: ServerConfig) -> Plan:
         InvalidRequest, NotFound: if the model, the backend or the GPUs are not there.
     """
     backend = "megatron" if config.model.use_megatron else "transformers"
-    num_ranks = config.model.tensor_parallel_size * config.model.pipeline_parallel_size
-    if num_ranks > 1 and not config.model.use_megatron:
-        raise InvalidRequest(
-            "model.tensor_parallel_size, model.pipeline_parallel_size: the Transformers backend runs on one rank; "
-            "set them to 1, or use_megatron: true"
-        )
+    _check_parallelism(config)
     plugins.find(plugins.TRAINING_BACKENDS, backend)
     plugins.find(plugins.SAMPLING_ENGINES, config.sampler.engine)
     path = resolve(config.model.model_id, kind="model", allow_patterns=MODEL_FILES)
-    has_gpu = num_gpus(config) >= num_ranks
-    device = "cuda" if has_gpu else "cpu"
+    has_gpu = num_gpus(config) > 0
     model = ModelConfig(
         path=Path(path),
         torch_dtype=_dtype(config, has_gpu),
-        device=device,
+        device="cuda" if has_gpu else "cpu",
         max_lora_rank=config.model.max_lora_rank,
         max_context_length=config.model.max_context_length,
         tensor_parallel_size=config.model.tensor_parallel_size,
         pipeline_parallel_size=config.model.pipeline_parallel_size,
+        expert_parallel_size=config.model.expert_parallel_size,
+        sequence_parallel=config.model.sequence_parallel,
     )
+    if has_gpu and num_gpus(config) < model.num_ranks:
+        raise InvalidRequest(
+            f"model.tensor_parallel_size, pipeline_parallel_size, expert_parallel_size: they make {model.num_ranks} "
+            f"ranks, which take a GPU each, but {num_gpus(config)} can be used here; lower them, raise ray.num_gpus if "
+            "there are more, or set ray.num_gpus: 0 to compute on the CPU"
+        )
     return Plan(config, model, backend, config.sampler.engine, gpus_per_rank=1 if has_gpu else 0)
+
+
+def _check_parallelism(config: ServerConfig) -> None:
+    """
+    Raises:
+        InvalidRequest: if several ranks are asked for where there is but one.
+    """
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
+    asked = [f"model.{name}: {size}" for name in sizes if (size := getattr(config.model, name)) > 1]
+    if config.model.sequence_parallel:
+        asked.append("model.sequence_parallel: true")
+    if asked and not config.model.use_megatron:
+        raise InvalidRequest(
+            f"{', '.join(asked)}: the Transformers backend runs on one rank; leave that out, or set "
+            "model.use_megatron: true"
+        )
 
 
 def num_gpus(config: ServerConfig) -> int:
@@ -94,11 +113,14 @@ def _dtype(config: ServerConfig, has_gpu: bool) -> str:
 
 
 def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
-    """Backend and sampling engine of one rank, in this process; they share the base weights if they can."""
+    """Backend and sampling engine of one rank, in this process; they share the base weights if they can.
+
+    Only the first rank samples: the others would each hold the whole model once more.
+    """
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
-    return LocalWorker(training, sampler_class.create(model, training))
+    return LocalWorker(training, sampler_class.create(model, training) if model.rank == 0 else None)
 
 
 def build_signer(config: ServerConfig) -> Signer:
@@ -108,13 +130,18 @@ def build_signer(config: ServerConfig) -> Signer:
 
 
 def build_service(
-    config: ServerConfig, worker: WorkerPort, model_path: Path | None = None, signer: Signer | None = None
+    config: ServerConfig,
+    worker: WorkerPort,
+    model_path: Path | None = None,
+    signer: Signer | None = None,
+    snapshot_files: SnapshotFiles | None = None,
 ) -> Service:
     """The service in front of a worker, with its store.
 
     Args:
         model_path: where the base model's files are.
         signer: makes addresses for downloads; without one they are files of this machine.
+        snapshot_files: see `build_snapshot_files`; None where the worker can't be lost without this process.
     """
     config.storage.directory.mkdir(parents=True, exist_ok=True)
     return Service(
@@ -125,4 +152,11 @@ def build_service(
         config.sampler.max_resident_adapters,
         model_path,
         signer,
+        snapshot_files,
+        config.storage.snapshot_seconds,
     )
+
+
+def build_snapshot_files(config: ServerConfig) -> SnapshotFiles:
+    """Where snapshots of live runs go. By the port, since several servers of a machine may share a storage."""
+    return SnapshotFiles(config.storage.directory / "snapshots" / str(config.server.port))

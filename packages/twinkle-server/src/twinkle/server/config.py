@@ -91,6 +91,9 @@ class StorageSection(_Section):
     """Directory of checkpoints, and of the SQLite database."""
     database_url: str | None = None
     """Any SQLAlchemy URL; a SQLite file in `root` if not said."""
+    snapshot_seconds: float = Field(default=30.0, ge=0)
+    """A run is copied to `root` so many seconds after an optimizer step that no copy has yet, 0: after every step. If a
+    process of the model is killed, the run goes on from its copy: this is how much work that can cost."""
 
     @property
     def directory(self) -> Path:

@@ -58,7 +58,7 @@ class LocalChannel:
         """Load the base model, once.
 
         Raises:
-            InvalidRequest: if no model is named and none is loaded.
+            InvalidRequest: if no model is named and none is loaded, or it would take several processes.
             NotFound: if the model can't be found.
         """
         with self._lock:
@@ -78,6 +78,11 @@ class LocalChannel:
                     f"base_model: {base_model!r} is not the configured model, {config.model.model_id!r}"
                 )
             plan = make_plan(config)
+            if plan.num_ranks > 1:
+                raise InvalidRequest(
+                    f"model: these settings make {plan.num_ranks} ranks, each a process of its own, and local mode is "
+                    "one process; start a server (twinkle-server launch)"
+                )
             worker = build_worker(plan.model, plan.backend, plan.sampler)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-local", daemon=True)

@@ -15,7 +15,8 @@ from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.store import tables
@@ -41,6 +42,7 @@ class AdapterKeeper:
         futures: FutureTable,
         worker: WorkerPort,
         sampler_adapters: SamplerAdapters,
+        snapshots: Snapshots,
         files: CheckpointFiles,
         database: Database,
         forget_run: Callable[[str], None],
@@ -57,6 +59,7 @@ class AdapterKeeper:
         self._futures = futures
         self._worker = worker
         self._sampler_adapters = sampler_adapters
+        self._snapshots = snapshots
         self._files = files
         self._database = database
         self._forget_run = forget_run
@@ -69,9 +72,12 @@ class AdapterKeeper:
     async def create(self, job: Job) -> None:
         try:
             await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
+        except WorkerLost:
+            raise  # the engine runs the job again
         except BaseException:
             self._forget_run(job.run_id)
             raise
+        self._snapshots.begin(self._runs[job.run_id])
         self._futures.complete(job.request_id, m.CreateModelResponse(model_id=job.run_id))
 
     async def unload(self, job: Job) -> None:
@@ -234,10 +240,15 @@ class AdapterKeeper:
             if is_new_run:
                 await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
             await self._worker.import_adapter(job.run_id, state)
+        except WorkerLost:
+            raise  # the engine runs the job again
         except BaseException:
             if is_new_run:
                 self._forget_run(job.run_id)
             raise
+        if is_new_run:
+            self._snapshots.begin(self._runs[job.run_id])
+        self._snapshots.loaded(job.run_id, state)
         self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
 
     def _check_base_model(self, checkpoint: tables.Checkpoint, run_id: str) -> None:

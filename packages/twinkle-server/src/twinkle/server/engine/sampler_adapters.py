@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from twinkle.server.backends.protocol import AdapterState
-from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.engine.worker import WorkerLost, WorkerPort
 
 
 @dataclass(eq=False)
@@ -58,6 +59,12 @@ class SamplerAdapters:
         """The published adapter can be read from elsewhere now: it may be evicted."""
         await self._unpin(key, self._adapters[key])
 
+    def forget_all(self) -> None:
+        """The sampler has begun anew, without adapters: each is read when it is next used."""
+        for key, adapter in list(self._adapters.items()):
+            adapter.loaded = False
+            self._forget_if_gone(key, adapter)
+
     def _pin(self, key: str) -> _Resident:
         adapter = self._adapters.setdefault(key, _Resident())
         self._adapters.move_to_end(key)
@@ -75,7 +82,8 @@ class SamplerAdapters:
         async with adapter.lock:  # who asks for it meanwhile waits, and then brings it back
             if adapter.users == 0 and adapter.loaded:
                 adapter.loaded = False
-                await self._worker.remove_sampler_adapter(key)
+                with contextlib.suppress(WorkerLost):  # then it has gone with the sampler
+                    await self._worker.remove_sampler_adapter(key)
         self._forget_if_gone(key, adapter)
 
     def _forget_if_gone(self, key: str, adapter: _Resident) -> None:

@@ -22,7 +22,7 @@ from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.store import tables
@@ -108,7 +108,7 @@ class SampleRunner:
     ) -> None:
         state: Literal["finished", "failed"] = "failed"
         try:
-            response = await self._generate(request_id, sampler, request, targets)
+            response = await self._generate_or_again(request_id, sampler, request, targets)
             self._futures.complete(request_id, response)
             self._record(sampler, request, response)
             state = "finished"
@@ -128,6 +128,23 @@ class SampleRunner:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
+
+    async def _generate_or_again(
+        self,
+        request_id: str,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        targets: TensorData | SparseTensor | None,
+    ) -> SampleResponse:
+        """A sample changes nothing, so one that was lost with its process is drawn again, and its client never knows.
+
+        Once: it may be what ended the process.
+        """
+        try:
+            return await self._generate(request_id, sampler, request, targets)
+        except WorkerLost:
+            await self._worker.available()
+            return await self._generate(request_id, sampler, request, targets)
 
     async def _generate(
         self,

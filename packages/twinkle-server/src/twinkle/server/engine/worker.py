@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
+from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.protocol import (
     AdamStep,
@@ -29,8 +30,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class WorkerLost(ServerFault):
+    """A process that held the base model has ended, or can't go on: the adapters that were on it are gone.
+
+    Attributes:
+        reason: what happened, for the log.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the process that held the model ended")
+        self.reason = reason
+
+
 class WorkerPort(Protocol):
-    """A base model's process, or group of processes, as the engine sees it. Raises what the backend raised."""
+    """A base model's process, or group of processes, as the engine sees it.
+
+    Calls raise what the backend raised, or `WorkerLost`.
+    """
 
     @property
     def info(self) -> BaseModelInfo: ...
@@ -64,15 +80,43 @@ class WorkerPort(Protocol):
         """Nobody waits for that sample any more."""
         ...
 
+    async def lost(self) -> WorkerLost:
+        """Why the worker is lost, as soon as it is."""
+        ...
+
+    async def available(self) -> None:
+        """Returns when calls are taken (again).
+
+        Raises:
+            ServerFault: if a lost worker could not be started anew.
+        """
+        ...
+
+    async def restart(self) -> None:
+        """Start a lost worker anew; it then holds no adapters. Nothing has called it yet when this returns.
+
+        Raises:
+            WorkerLost: if it was lost again meanwhile.
+            Exception: if it can't be started.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
 class LocalWorker:
-    """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread."""
+    """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread.
 
-    def __init__(self, backend: TrainingBackend, sampler: SamplingEngine) -> None:
+    It is never lost: it lives as long as who calls it.
+    """
+
+    def __init__(self, backend: TrainingBackend, sampler: SamplingEngine | None) -> None:
+        """
+        Args:
+            sampler: None on the ranks of a group that only train.
+        """
         self._backend = backend
-        self._sampler = sampler
+        self._sampler_or_none = sampler
         self._training_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training")
 
     @property
@@ -117,10 +161,26 @@ class LocalWorker:
     async def cancel(self, request_id: str) -> None:
         self._sampler.cancel(request_id)
 
+    async def lost(self) -> WorkerLost:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def available(self) -> None:
+        """At once."""
+
+    async def restart(self) -> None:
+        raise AssertionError("a worker in this process is never lost")
+
     async def close(self) -> None:
-        await asyncio.to_thread(self._sampler.close)
+        if self._sampler_or_none is not None:
+            await asyncio.to_thread(self._sampler_or_none.close)
         await self._train(self._backend.close)
         self._training_thread.shutdown()
+
+    @property
+    def _sampler(self) -> SamplingEngine:
+        assert self._sampler_or_none is not None, "samples go to the first rank alone"
+        return self._sampler_or_none
 
     async def _train(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = partial(method, *args, **kwargs)

@@ -13,7 +13,7 @@ from ray.util import get_current_placement_group
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
-from twinkle.server.app import Plan, build_service, build_signer
+from twinkle.server.app import Plan, build_service, build_signer, build_snapshot_files
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.service.service import Service
@@ -47,8 +47,14 @@ class EngineDeployment:
     async def _start(self, plan: Plan) -> None:
         group = get_current_placement_group()
         assert group is not None, "the deployment's placement group holds a bundle for each rank"
-        self._ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
-        self._service = build_service(plan.config, self._ranks, plan.model.path, build_signer(plan.config))
+        ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
+        self._service = build_service(
+            plan.config,
+            ranks,
+            plan.model.path,
+            build_signer(plan.config),
+            build_snapshot_files(plan.config),
+        )
         await self._service.start()
 
     async def start_failure(self) -> TwinkleError | None:
@@ -83,10 +89,12 @@ class EngineDeployment:
         await self._running().close()
 
     async def check_health(self) -> None:
+        """Fails when Serve is to start another engine. A rank that ended is none of its business: the service starts it
+        anew, and only if that fails it says so here.
+        """
         if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
             return
         self._running().check()
-        await self._ranks.check()
 
 
 class HandleService:

@@ -1,23 +1,19 @@
-"""The processes that compute: one Ray actor a rank, in one placement group, behind one `WorkerPort`.
-
-Every rank gets every call, in the same order; the first rank's result is the result. With one rank that is one actor.
-"""
+"""The processes that compute, behind one `WorkerPort`: one Ray actor a rank, in one placement group."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar, cast
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.errors import ServerFault, TwinkleError
 from twinkle.protocol.types import SampleResponse
-from twinkle.server.app import build_worker
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -28,101 +24,76 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
-from twinkle.server.engine.worker import LocalWorker
+from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
-
-R = TypeVar("R")
+from twinkle.server.serve.generation import Generation
+from twinkle.server.serve.rank import Rank
 
 # More samples than a server ever has under way, so that none of them holds up a training call.
 _MAX_SAMPLES = 100_000
 
 
-class Rank:
-    """A `LocalWorker` in a process of its own."""
+@dataclass(frozen=True)
+class _Recipe:
+    """All that it takes to start the ranks, once and again."""
 
-    _worker: LocalWorker
-
-    async def start(self, config: ModelConfig, backend: str, sampler: str) -> tuple[BaseModelInfo, LossSpecs]:
-        """Load the model. (Not in the constructor: an error there would reach nobody as what it is.)"""
-        if config.device == "cpu":
-            import torch
-
-            torch.set_num_threads(
-                os.cpu_count() or 1
-            )  # Ray sets it to the CPUs that it accounts to this actor
-        self._worker = await asyncio.to_thread(build_worker, config, backend, sampler)
-        return self._worker.info, self._worker.loss_fns
-
-    async def ping(self) -> None:
-        """Answered as long as the process lives."""
-
-    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        await self._worker.add_adapter(adapter_id, spec)
-
-    async def remove_adapter(self, adapter_id: str) -> None:
-        await self._worker.remove_adapter(adapter_id)
-
-    async def forward_backward(self, micro_batches: list[list[Row]]) -> list[list[RowResult]]:
-        return await self._worker.forward_backward(micro_batches)
-
-    async def optim_step(self, steps: list[AdamStep]) -> list[dict[str, float]]:
-        return await self._worker.optim_step(steps)
-
-    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
-        return await self._worker.export_adapter(adapter_id, with_optimizer)
-
-    async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        await self._worker.import_adapter(adapter_id, state)
-
-    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        await self._worker.publish(adapter_id, sampler_adapter_id)
-
-    @ray.method(concurrency_group="sampling")
-    async def cancel(self, request_id: str) -> None:
-        await self._worker.cancel(request_id)
-
-    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
-        await self._worker.add_sampler_adapter(sampler_adapter_id, state)
-
-    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
-        await self._worker.remove_sampler_adapter(sampler_adapter_id)
-
-    @ray.method(concurrency_group="sampling")
-    async def generate(self, request: GenerateRequest) -> SampleResponse:
-        try:
-            return await self._worker.generate(request)
-        except asyncio.CancelledError as error:  # as such it would end this call in Ray's own way, and loudly
-            raise ServerFault("the sample was cancelled") from error
-
-    async def close(self) -> None:
-        await self._worker.close()
+    placement: PlacementGroup
+    config: ModelConfig
+    backend: str
+    sampler: str
+    gpus_per_rank: float
 
 
 class RankGroup:
     """A `WorkerPort` over Ray actors."""
 
-    def __init__(self, ranks: list[Any], info: BaseModelInfo, loss_fns: LossSpecs) -> None:
-        self._ranks = ranks
+    def __init__(
+        self, recipe: _Recipe, generation: Generation, info: BaseModelInfo, loss_fns: LossSpecs
+    ) -> None:
+        self._recipe = recipe
+        self._generation = generation
         self._info = info
         self._loss_fns = loss_fns
+        self._is_given_up = False
+        self._restarted = asyncio.Event()  # set and replaced by each restart, whatever came of it
 
     @classmethod
     async def start(
-        cls, group: PlacementGroup, config: ModelConfig, backend: str, sampler: str, gpus_per_rank: float
+        cls, placement: PlacementGroup, config: ModelConfig, backend: str, sampler: str, gpus_per_rank: float
     ) -> RankGroup:
-        """Start one actor on each bundle of `group` after the first (which is the caller's own)."""
-        actor_class = cast(Any, ray.remote)(concurrency_groups={"sampling": _MAX_SAMPLES})(Rank)
-        ranks = [
-            actor_class.options(
-                num_cpus=1,
-                num_gpus=gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-            ).remote()
-            for i in range(1, group.bundle_count)
-        ]
-        started = [_unwrap(rank.start.remote(config, backend, sampler)) for rank in ranks]
-        info, loss_fns = (await asyncio.gather(*started))[0]
-        return cls(ranks, info, loss_fns)
+        """Start one actor on each bundle of `placement` after the first (which is the caller's own).
+
+        Raises:
+            Exception: what the ranks raised when they loaded the model.
+            ServerFault: if one of them ended, or only some could load it.
+        """
+        recipe = _Recipe(placement, config, backend, sampler, gpus_per_rank)
+        try:
+            return cls(recipe, *await _start(recipe))
+        except WorkerLost as loss:
+            raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
+
+    async def restart(self) -> None:
+        self._generation.end()
+        try:
+            self._generation, self._info, self._loss_fns = await _start(self._recipe)
+        except WorkerLost:
+            raise  # it may be tried again
+        except BaseException:
+            self._is_given_up = True
+            raise
+        finally:
+            restarted, self._restarted = self._restarted, asyncio.Event()
+            restarted.set()
+
+    async def lost(self) -> WorkerLost:
+        return await self._generation.lost()
+
+    async def available(self) -> None:
+        while self._generation.is_lost:
+            if self._is_given_up:
+                raise ServerFault("the process that held the model ended, and could not be started anew")
+            await self._restarted.wait()
 
     @property
     def info(self) -> BaseModelInfo:
@@ -132,63 +103,85 @@ class RankGroup:
     def loss_fns(self) -> LossSpecs:
         return self._loss_fns
 
+    # ------------------------------------------------------------ training
+
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        await self._all([rank.add_adapter.remote(adapter_id, spec) for rank in self._ranks])
+        await self._generation.all_ranks("add_adapter", adapter_id, spec)
 
     async def remove_adapter(self, adapter_id: str) -> None:
-        await self._all([rank.remove_adapter.remote(adapter_id) for rank in self._ranks])
+        await self._generation.all_ranks("remove_adapter", adapter_id)
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        batches = ray.put(micro_batches)
-        return await self._all([rank.forward_backward.remote(batches) for rank in self._ranks])
+        return await self._generation.all_ranks("forward_backward", ray.put(micro_batches))
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
-        return await self._all([rank.optim_step.remote(steps) for rank in self._ranks])
+        return await self._generation.all_ranks("optim_step", steps)
 
     async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
-        return await self._all(
-            [rank.export_adapter.remote(adapter_id, with_optimizer) for rank in self._ranks]
-        )
+        return await self._generation.all_ranks("export_adapter", adapter_id, with_optimizer)
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        await self._all([rank.import_adapter.remote(adapter_id, state) for rank in self._ranks])
+        await self._generation.all_ranks("import_adapter", adapter_id, ray.put(state))
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        await self._all([rank.publish.remote(adapter_id, sampler_adapter_id) for rank in self._ranks])
-
-    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
-        await self._all([rank.add_sampler_adapter.remote(sampler_adapter_id, state) for rank in self._ranks])
-
-    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
-        await self._all([rank.remove_sampler_adapter.remote(sampler_adapter_id) for rank in self._ranks])
-
-    async def generate(self, request: GenerateRequest) -> SampleResponse:
-        return await _unwrap(self._ranks[0].generate.remote(request))
-
-    async def cancel(self, request_id: str) -> None:
-        await _unwrap(self._ranks[0].cancel.remote(request_id))
+        error = await self._generation.all_ranks("publish", adapter_id, sampler_adapter_id)
+        if error is not None:
+            raise error
 
     async def close(self) -> None:
-        await self._all([rank.close.remote() for rank in self._ranks])
+        await self._generation.close()
 
-    async def check(self) -> None:
-        """
-        Raises:
-            ServerFault: if a rank's process is gone.
-        """
-        await self._all([rank.ping.remote() for rank in self._ranks])
+    # ------------------------------------------------------------ sampling
 
-    async def _all(self, calls: list[Awaitable[R]]) -> R:
-        return (await asyncio.gather(*(_unwrap(call) for call in calls)))[0]
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        await self._generation.first_rank("add_sampler_adapter", sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        await self._generation.first_rank("remove_sampler_adapter", sampler_adapter_id)
+
+    async def generate(self, request: GenerateRequest) -> SampleResponse:
+        return await self._generation.first_rank("generate", request)
+
+    async def cancel(self, request_id: str) -> None:
+        with contextlib.suppress(WorkerLost):  # then the sample has gone with its process
+            await self._generation.first_rank("cancel", request_id)
 
 
-async def _unwrap(call: Awaitable[R]) -> R:
-    """The call's result, or what it raised as it was raised."""
+async def _start(recipe: _Recipe) -> tuple[Generation, BaseModelInfo, LossSpecs]:
+    """New actors, with the model loaded; if that fails none is left.
+
+    Raises:
+        Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
+        WorkerLost: if there is none, or a process ended.
+    """
+    groups = {"sampling": _MAX_SAMPLES, "life": 1}
+    actor_class = cast(Any, ray.remote)(concurrency_groups=groups)(Rank)
+    generation = Generation(
+        [
+            actor_class.options(
+                num_cpus=1,
+                num_gpus=recipe.gpus_per_rank,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    recipe.placement, placement_group_bundle_index=bundle
+                ),
+            ).remote()
+            for bundle in range(1, recipe.placement.bundle_count)
+        ]
+    )
     try:
-        return await call
-    except RayTaskError as error:
-        raise error.cause from error  # pyright: ignore
-    except RayActorError as error:
-        raise ServerFault(
-            "the model's process ended; it is being started anew, and its adapters are lost"
-        ) from error
+        rendezvous = None
+        if recipe.config.num_ranks > 1:
+            rendezvous = await generation.first_rank("find_rendezvous")
+        configs = [
+            replace(recipe.config, rank=rank, rendezvous=rendezvous)
+            for rank in range(recipe.config.num_ranks)
+        ]
+        started = await generation.each_rank(
+            "start", [(config, recipe.backend, recipe.sampler) for config in configs]
+        )
+    except BaseException as error:
+        generation.end()
+        if isinstance(error, WorkerLost) and isinstance(error.__cause__, TwinkleError):
+            raise error.__cause__ from error
+        raise
+    return generation, *started

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -17,9 +16,11 @@ from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomL
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
+from twinkle.server.engine.recovery import Recovery, SetBacks
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.snapshots import SnapshotFiles, Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
@@ -58,12 +59,16 @@ class Service:
         max_resident_sampler_adapters: int = 64,
         model_path: Path | None = None,
         signer: Signer | None = None,
+        snapshot_files: SnapshotFiles | None = None,
+        snapshot_seconds: float = 30.0,
     ) -> None:
         """
         Args:
             model_name: the id under which clients ask for the base model.
             model_path: where its files are, for those who want its tokenizer.
             signer: makes addresses for downloads; without one they are files of this machine.
+            snapshot_files: None where the worker can't be lost without this process.
+            snapshot_seconds: how old the work may be that is in no snapshot.
         """
         self._model_name = model_name
         self._worker = worker
@@ -76,11 +81,14 @@ class Service:
         self._futures = FutureTable(time.monotonic)
         self._scheduler = Scheduler(tick_tokens=8 * worker.info.max_batch_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
+        self._snapshots = Snapshots(worker, snapshot_files, snapshot_seconds)
+        self._set_backs = SetBacks(self._scheduler)
         self._keeper = AdapterKeeper(
             self._runs,
             self._futures,
             worker,
             sampler_adapters,
+            self._snapshots,
             files,
             database,
             self._forget_run,
@@ -94,9 +102,22 @@ class Service:
         self._samplers = Samplers(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
         self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads)
-        self._engine = Engine(self._scheduler, self._futures, worker, self._keeper, self._record_pass)
+        self._engine = self._build_engine(sampler_adapters)
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
+
+    def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
+        recovery = Recovery(self._worker, self._snapshots, sampler_adapters, self._set_backs)
+        return Engine(
+            self._scheduler,
+            self._futures,
+            self._worker,
+            self._keeper,
+            self._snapshots,
+            self._set_backs,
+            recovery,
+            self._record_pass,
+        )
 
     # ------------------------------------------------------------ life
 
@@ -108,12 +129,13 @@ class Service:
 
     async def close(self) -> None:
         """Stop working; what is being written is written."""
-        for task in [*self._chores, *([self._loop_task] if self._loop_task else [])]:
+        tasks = [*self._chores, *([self._loop_task] if self._loop_task else [])]
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._samples.close()
         await self._keeper.settle()
+        await self._snapshots.close()
         await self._ledger.flush()
         await self._worker.close()
         self._database.close()
@@ -130,10 +152,12 @@ class Service:
     def check(self) -> None:
         """
         Raises:
-            RuntimeError: if the loop has ended.
+            RuntimeError: if it can't work any more. (That a lost worker is being started anew is no such case.)
         """
         if self._loop_task is None or self._loop_task.done():
             raise RuntimeError("the engine's loop has ended")
+        if self._engine.has_failed:
+            raise RuntimeError("the model could not be started anew")
 
     # ------------------------------------------------------------ operations
 
@@ -289,6 +313,8 @@ class Service:
         run = self._runs.pop(run_id, None)
         if run is None:
             return
+        self._snapshots.forget(run_id)
+        self._set_backs.forget(run_id)
         for job in self._scheduler.remove_run(run_id, run.tenant):
             failure = m.Failure(error=f"model_id: run {run_id} has ended", category="user")
             self._futures.complete(job.request_id, failure)
@@ -335,9 +361,11 @@ class Service:
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
         outcome = await self._futures.wait(tenant, request_id, timeout)
-        if outcome is not None:
-            return outcome
         run_id = self._futures.run_of(request_id)
+        if outcome is not None:
+            if run_id is not None:
+                self._set_backs.fetched(run_id, request_id)
+            return outcome
         reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
         return m.Pending(request_id=request_id, queue_state_reason=reason)
 

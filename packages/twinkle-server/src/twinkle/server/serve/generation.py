@@ -1,0 +1,166 @@
+"""The rank actors of one start. They live and die together: each holds a part of what the others need.
+
+Every training call goes to all ranks, one call after the other, so that all of them run the same calls in the same
+order. The group is lost when one of its processes ends, and when its ranks no longer agree on what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from twinkle.protocol.errors import TwinkleError
+from twinkle.server.engine.worker import WorkerLost
+
+# What Ray says when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
+_PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+
+# When one rank has failed, the others either fail likewise or wait for it in vain.
+GRACE_SECONDS = 10.0
+
+# Errors after which a process can't compute any more, though it lives: PyTorch has them as plain RuntimeErrors.
+_BEYOND_REPAIR = ("CUDA error", "NCCL", "gloo")
+
+
+class Generation:
+    """Calls to rank actors, first to last. Single-threaded: called on one event loop."""
+
+    def __init__(self, ranks: list[Any]) -> None:
+        self._ranks = ranks
+        self._lost: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
+        self._turn = asyncio.Lock()
+        self._watches = [asyncio.create_task(self._watch(rank)) for rank in range(len(ranks))]
+
+    async def lost(self) -> WorkerLost:
+        """Why the group is lost, as soon as it is."""
+        return await asyncio.shield(self._lost)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost.done()
+
+    async def all_ranks(self, method: str, *args: Any) -> Any:
+        """The first rank's result.
+
+        Raises:
+            WorkerLost: if the group is lost.
+            Exception: what all ranks raised.
+        """
+        return await self.each_rank(method, [args] * len(self._ranks))
+
+    async def each_rank(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
+        """As `all_ranks`, with arguments for each rank."""
+        async with self._turn:
+            self._check()
+            calls = [
+                asyncio.create_task(self._call(rank, method, *args)) for rank, args in enumerate(arguments)
+            ]
+            ended = asyncio.create_task(_ended(calls))
+            await asyncio.wait({ended, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            self._check()
+            return self._agreed(method, calls)
+
+    async def first_rank(self, method: str, *args: Any) -> Any:
+        """
+        Raises:
+            WorkerLost: if the group is lost.
+            Exception: what the rank raised.
+        """
+        self._check()
+        return await self._call(0, method, *args)
+
+    def end(self) -> None:
+        """End the processes, without asking them."""
+        for watch in self._watches:
+            watch.cancel()
+        for rank in self._ranks:
+            ray.kill(rank)
+        if not self._lost.done():
+            self._lost.set_result(WorkerLost("it was ended"))
+
+    async def close(self) -> None:
+        """Let the ranks close what they hold; the processes end with the cluster."""
+        for watch in self._watches:
+            watch.cancel()
+        if not self.is_lost:
+            await self.all_ranks("close")
+
+    # ------------------------------------------------------------ calls
+
+    async def _call(self, rank: int, method: str, *args: Any) -> Any:
+        """The call's result, or what it raised as it was raised."""
+        call: Awaitable[Any] = getattr(self._ranks[rank], method).remote(*args)
+        try:
+            return await call
+        except RayTaskError as error:
+            raise error.cause from error  # pyright: ignore
+        except _PROCESS_ENDED as error:
+            raise self._lose(f"rank {rank}") from error
+
+    async def _watch(self, rank: int) -> None:
+        try:
+            await self._call(rank, "live")
+        except WorkerLost:
+            return  # those who ask hear of it
+
+    def _check(self) -> None:
+        if self._lost.done():
+            raise self._lost.result()
+
+    def _lose(self, reason: str) -> WorkerLost:
+        """The group is lost; the first reason counts."""
+        if not self._lost.done():
+            self._lost.set_result(WorkerLost(reason))
+        return self._lost.result()
+
+    # ------------------------------------------------------------ agreement
+
+    def _agreed(self, method: str, calls: list[asyncio.Task[Any]]) -> Any:
+        """What all ranks say, or the end of the group."""
+        errors = [call.exception() if call.done() else None for call in calls]
+        if all(call.done() for call in calls) and not any(errors):
+            return calls[0].result()
+        for call in calls:
+            call.add_done_callback(_look_at)  # so that asyncio doesn't report it
+        raised = [error for error in errors if error is not None]
+        first = next((error for error in raised if isinstance(error, TwinkleError)), raised[0])
+        if len({type(error) for error in errors}) == 1 and not _is_beyond_repair(first):
+            raise first
+        said = [
+            f"rank {rank} {_outcome(call, error)}"
+            for rank, (call, error) in enumerate(zip(calls, errors, strict=True))
+        ]
+        raise self._lose(f"{method}: {', '.join(said)}") from first
+
+
+async def _ended(calls: list[asyncio.Task[Any]]) -> None:
+    """Until all calls have ended, or for the time of grace after one has failed."""
+    _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    if waiting:
+        await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+
+
+def _look_at(call: asyncio.Task[Any]) -> None:
+    if not call.cancelled():
+        call.exception()
+
+
+def _is_beyond_repair(error: BaseException) -> bool:
+    return not isinstance(error, TwinkleError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
+
+
+def _outcome(call: asyncio.Task[Any], error: BaseException | None) -> str:
+    if error is not None:
+        return f"failed with {type(error).__name__}: {error}"
+    return "succeeded" if call.done() else "didn't answer"

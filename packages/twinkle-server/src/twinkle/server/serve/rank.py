@@ -1,0 +1,113 @@
+"""One process that computes: a Ray actor around a `LocalWorker`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import ray
+
+from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.types import SampleResponse
+from twinkle.server.app import build_worker
+from twinkle.server.backends.protocol import (
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    LossSpecs,
+    ModelConfig,
+    Row,
+    RowResult,
+)
+from twinkle.server.engine.worker import LocalWorker
+from twinkle.server.samplers.protocol import GenerateRequest
+
+
+class Rank:
+    """A `LocalWorker` in a process of its own. Results of training calls come from the first rank alone: the others
+    have the same ones, and answer None.
+    """
+
+    _worker: LocalWorker
+    _is_first: bool
+
+    async def find_rendezvous(self) -> str:
+        """Where the group can meet: a free port of this rank's machine."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    async def start(self, config: ModelConfig, backend: str, sampler: str) -> tuple[BaseModelInfo, LossSpecs]:
+        """Load the model. (Not in the constructor: an error there would reach nobody as what it is.)"""
+        if config.device == "cpu":
+            import torch
+
+            # Ray sets it to the CPUs that it accounts to this actor.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_ranks))
+        self._is_first = config.rank == 0
+        self._worker = await asyncio.to_thread(build_worker, config, backend, sampler)
+        return self._worker.info, self._worker.loss_fns
+
+    @ray.method(concurrency_group="life")
+    async def live(self) -> None:
+        """Never answered: the call ends, with an error, when the process does."""
+        await asyncio.Event().wait()
+
+    # ------------------------------------------------------------ training: on every rank
+
+    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        await self._worker.add_adapter(adapter_id, spec)
+
+    async def remove_adapter(self, adapter_id: str) -> None:
+        await self._worker.remove_adapter(adapter_id)
+
+    async def forward_backward(self, micro_batches: list[list[Row]]) -> list[list[RowResult]] | None:
+        results = await self._worker.forward_backward(micro_batches)
+        return results if self._is_first else None
+
+    async def optim_step(self, steps: list[AdamStep]) -> list[dict[str, float]] | None:
+        metrics = await self._worker.optim_step(steps)
+        return metrics if self._is_first else None
+
+    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState | None:
+        state = await self._worker.export_adapter(adapter_id, with_optimizer)
+        return state if self._is_first else None
+
+    async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        await self._worker.import_adapter(adapter_id, state)
+
+    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> Exception | None:
+        """Every rank takes part in the copy, the first one's sampler gets it. What goes wrong there is answered, not
+        raised: the ranks don't disagree over it.
+        """
+        state = await self._worker.export_adapter(adapter_id, with_optimizer=False)
+        if self._is_first:
+            try:
+                await self._worker.add_sampler_adapter(sampler_adapter_id, state)
+            except Exception as error:
+                return error
+        return None
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+    # ------------------------------------------------------------ sampling: on the first rank
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        await self._worker.add_sampler_adapter(sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        await self._worker.remove_sampler_adapter(sampler_adapter_id)
+
+    @ray.method(concurrency_group="sampling")
+    async def generate(self, request: GenerateRequest) -> SampleResponse:
+        try:
+            return await self._worker.generate(request)
+        except asyncio.CancelledError as error:  # as such it would end this call in Ray's own way, and loudly
+            raise ServerFault("the sample was cancelled") from error
+
+    @ray.method(concurrency_group="sampling")
+    async def cancel(self, request_id: str) -> None:
+        await self._worker.cancel(request_id)

@@ -1,0 +1,111 @@
+"""Two ranks as real Ray actors, each with the fake backend: one model as far as the engine can tell."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+
+from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.types import AdamParams, SamplingParams
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
+from twinkle.server.engine.worker import WorkerLost
+from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.serve.ranks import RankGroup
+
+pytestmark = pytest.mark.serve
+
+CONFIG = ModelConfig(Path("fake"), tensor_parallel_size=2)
+TOKENS = np.array([1, 2, 3])
+ROW = Row("a", TOKENS, "cross_entropy", {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)})
+STEP = AdamStep("a", AdamParams(learning_rate=0.1))
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[PlacementGroup]:
+    ray.init(
+        address="local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+    )
+    placement = placement_group([{"CPU": 0.1}, {"CPU": 1.0}, {"CPU": 1.0}], strategy="PACK")
+    ray.get(placement.ready(), timeout=60)
+    yield placement
+    ray.shutdown()
+
+
+def process_of(group: RankGroup, rank: int) -> int:
+    return ray.get(group._generation._ranks[rank].__ray_call__.remote(lambda _actor: os.getpid()))
+
+
+async def train_and_compare(group: RankGroup) -> None:
+    """One step on an adapter "a", against the same backend without Ray."""
+    alone = FakeBackend(ModelConfig(Path("fake")))
+    alone.add_adapter("a", AdapterSpec(rank=2))
+    [[expected]] = alone.forward_backward([[ROW]])
+    alone.optim_step([STEP])
+    await group.add_adapter("a", AdapterSpec(rank=2))
+    [[result]] = await group.forward_backward([[ROW]])
+    np.testing.assert_array_equal(result.logprobs, expected.logprobs)
+    await group.optim_step([STEP])
+    state = await group.export_adapter("a", with_optimizer=True)
+    for name, weights in alone.export_adapter("a", with_optimizer=False).weights.items():
+        np.testing.assert_array_equal(state.weights[name], weights)
+
+
+async def test_a_group_computes_like_one_survives_its_users_errors_and_is_started_anew_when_a_rank_is_killed(
+    placement: PlacementGroup,
+):
+    group = await RankGroup.start(placement, CONFIG, "fake", "fake", 0)
+    await train_and_compare(group)
+    samples = ray.get(
+        [
+            actor.__ray_call__.remote(lambda actor: actor._worker._sampler_or_none is not None)
+            for actor in group._generation._ranks
+        ]
+    )
+    assert samples == [True, False]
+    meeting = await group._generation.first_rank("find_rendezvous")
+    assert re.fullmatch(r"tcp://[\d.]+:\d+", meeting)
+
+    with pytest.raises(ValueError, match="there is an adapter 'a' already"):
+        await group.add_adapter("a", AdapterSpec(rank=2))
+    with pytest.raises(InvalidRequest, match="rank"):
+        await group.add_adapter("b", AdapterSpec(rank=1000))
+    await group.publish("a", "published")
+    request = GenerateRequest("alice", "published", TOKENS, SamplingParams(max_tokens=2))
+    assert len((await group.generate(request)).sequences) == 1
+
+    os.kill(process_of(group, 1), signal.SIGKILL)
+    assert (await group.lost()).reason == "rank 1"
+    for call in (group.optim_step([STEP]), group.generate(request)):
+        with pytest.raises(WorkerLost):
+            await call
+    await group.cancel("a sample of the lost group")
+
+    await group.restart()
+    await group.available()
+    with pytest.raises(NotFound, match="published"):
+        await group.generate(request)
+    await train_and_compare(group)
+
+    os.kill(process_of(group, 0), signal.SIGKILL)
+    with pytest.raises(WorkerLost):
+        while True:
+            await group.forward_backward([[ROW]])
+    await group.restart()
+    await train_and_compare(group)
+    await group.close()
+    group._generation.end()
+
+
+async def test_a_model_that_no_rank_can_load_is_said_as_the_ranks_said_it(placement: PlacementGroup):
+    with pytest.raises(InvalidRequest, match="no_such"):
+        await RankGroup.start(placement, CONFIG, "no_such", "fake", 0)

@@ -1,0 +1,105 @@
+"""A worker on the fake backend that can lose its "process", and a service in front of it that takes snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fake_service import MODEL
+
+from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.engine.snapshots import SnapshotFiles
+from twinkle.server.engine.worker import LocalWorker, WorkerLost
+from twinkle.server.samplers.fake import FakeEngine
+from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.service.service import Service
+from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.database import Database
+
+
+def never(_method: str, _args: tuple[Any, ...]) -> bool:
+    return False
+
+
+class MortalWorker(LocalWorker):
+    """A `LocalWorker` whose backend and sampler are gone after `die`, until `restart` makes new ones.
+
+    Attributes:
+        kills: asked before each call whether it is the one that ends the process.
+        may_restart: cleared, it holds a restart up.
+        restart_fails: a restart raises this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
+        self.kills: Callable[[str, tuple[Any, ...]], bool] = never
+        self.may_restart = asyncio.Event()
+        self.may_restart.set()
+        self.restart_fails: Exception | None = None
+        self.restarts = 0
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._loss: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
+        self._back = asyncio.Event()
+
+    def die(self, reason: str = "rank 0") -> None:
+        if not self._loss.done():
+            self._loss.set_result(WorkerLost(reason))
+
+    async def lost(self) -> WorkerLost:
+        return await asyncio.shield(self._loss)
+
+    async def available(self) -> None:
+        if self._loss.done():
+            await self._back.wait()
+
+    async def restart(self) -> None:
+        await self.may_restart.wait()
+        if self.restart_fails is not None:
+            raise self.restart_fails
+        self.restarts += 1
+        self._backend = FakeBackend(ModelConfig(Path("fake")))
+        self._sampler_or_none = FakeEngine()
+        self._loss = asyncio.get_running_loop().create_future()
+        self._back.set()
+
+    async def close(self) -> None:
+        if not self._loss.done():
+            await super().close()
+
+    def _note(self, method: str, *args: Any) -> None:
+        """A call arrives."""
+        self.calls.append((method, args))
+        if self.kills(method, args):
+            self.die()
+        if self._loss.done():
+            raise self._loss.result()
+
+    async def _train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._note(method.__name__, *args)
+        return await super()._train(method, *args, **kwargs)
+
+    async def generate(self, request: GenerateRequest) -> Any:
+        self._note("generate", request)
+        return await super().generate(request)
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        self._note("add_sampler_adapter", sampler_adapter_id, state)
+        await super().add_sampler_adapter(sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        self._note("remove_sampler_adapter", sampler_adapter_id)
+        await super().remove_sampler_adapter(sampler_adapter_id)
+
+
+def make_mortal_service(directory: Path, worker: LocalWorker, snapshot_seconds: float) -> Service:
+    return Service(
+        MODEL,
+        worker,
+        Database(f"sqlite:///{directory / 'test.sqlite'}"),
+        CheckpointFiles(directory / "checkpoints"),
+        snapshot_files=SnapshotFiles(directory / "snapshots"),
+        snapshot_seconds=snapshot_seconds,
+    )
