@@ -1,0 +1,211 @@
+"""Which models Megatron-Core can hold here, and what it has to be told of them: a Hugging Face configuration in, a
+`TransformerConfig` out, or a refusal that says why.
+
+Llama, Qwen2, Qwen3 and Qwen3-MoE; other families by way of Megatron-Bridge, see `bridge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch.nn import functional
+from transformers import AutoConfig, PretrainedConfig
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.transformers.base_model import DTYPES
+
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model that can be built.
+
+    Attributes:
+        hf: the model's own configuration.
+        config: Megatron-Core's.
+        vocab_size: token ids are below it.
+        padded_vocab_size: rows of the embedding, a multiple of the ranks that share it.
+        has_qkv_bias, has_qk_norm: parts of the attention that not all families have.
+        is_tied: whether the output head is the embedding.
+        expert_layers: those whose feed-forward part is a mixture of experts, counted from 0.
+    """
+
+    hf: PretrainedConfig
+    config: TransformerConfig
+    vocab_size: int
+    padded_vocab_size: int
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    is_tied: bool
+    expert_layers: frozenset[int]
+
+
+def read_hf_config(config: ModelConfig) -> PretrainedConfig:
+    """
+    Raises:
+        InvalidRequest: if the directory holds no model's configuration.
+    """
+    if config.torch_dtype not in DTYPES:
+        raise InvalidRequest(f"model.torch_dtype: {config.torch_dtype!r} is not one of {', '.join(DTYPES)}")
+    if not (config.path / "config.json").is_file():
+        raise InvalidRequest(
+            f"model: {config.path} is not a model directory: it has no config.json; "
+            "give a directory with config.json and safetensors"
+        )
+    try:
+        return cast("Any", AutoConfig).from_pretrained(str(config.path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"model: {config.path}/config.json can't be read ({error})") from error
+
+
+def describe(hf: PretrainedConfig, config: ModelConfig) -> Architecture:
+    """
+    Raises:
+        InvalidRequest: if the model has a part that is not built here, or can't be spread over the ranks as asked.
+    """
+    _check_parts(hf)
+    _check_sizes(hf, config)
+    tensor = config.tensor_parallel_size
+    return Architecture(
+        hf=hf,
+        config=_transformer_config(hf, config),
+        vocab_size=hf.vocab_size,
+        padded_vocab_size=-(-hf.vocab_size // tensor) * tensor,
+        has_qkv_bias=hf.model_type == "qwen2",
+        has_qk_norm=hf.model_type in ("qwen3", "qwen3_moe"),
+        is_tied=bool(hf.tie_word_embeddings),
+        expert_layers=frozenset(_expert_layers(hf)),
+    )
+
+
+def head_size(hf: PretrainedConfig) -> int:
+    """Of one attention head."""
+    return int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+
+
+def is_mixture(hf: PretrainedConfig) -> bool:
+    return hf.model_type == "qwen3_moe"
+
+
+def _expert_layers(hf: PretrainedConfig) -> list[int]:
+    """As `Qwen3MoeDecoderLayer` has it."""
+    if not is_mixture(hf) or not hf.num_experts:
+        return []
+    layers = range(hf.num_hidden_layers)
+    return [i for i in layers if i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0]
+
+
+def _transformer_config(hf: PretrainedConfig, config: ModelConfig) -> TransformerConfig:
+    dtype = DTYPES[config.torch_dtype]
+    on_cpu = config.device == "cpu"
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=head_size(hf),
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.model_type == "qwen2",
+        qk_layernorm=hf.model_type in ("qwen3", "qwen3_moe"),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=config.tensor_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_parallel_size,
+        sequence_parallel=uses_sequence_parallelism(hf, config),
+        # Micro-batches differ in rows and length; Megatron-Core asks for this dispatcher with them, and never makes it.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # The losses are sums, so no micro-batch's is divided by their number.
+        calculate_per_token_loss=True,
+        # The weights are read from files, straight into where they belong.
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        # Fused kernels and batched messages are CUDA's.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=not on_cpu,
+        batch_p2p_sync=False,
+    )
+
+
+def uses_sequence_parallelism(hf: PretrainedConfig, config: ModelConfig) -> bool:
+    """What the configuration says; if it says nothing, where it is needed: the experts' ranks each take their own part
+    of the tokens.
+    """
+    if config.tensor_parallel_size == 1:
+        return False
+    return is_mixture(hf) if config.sequence_parallel is None else config.sequence_parallel
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_parts(hf: PretrainedConfig) -> None:
+    if hf.model_type not in FAMILIES:
+        raise InvalidRequest(
+            f"model: the Megatron backend has no weight map for {hf.model_type!r} (it has {', '.join(FAMILIES)}); "
+            "install megatron-bridge for other families, or set use_megatron: false"
+        )
+    wants: dict[str, tuple[object, ...]] = {
+        "hidden_act": ("silu",),
+        "mlp_bias": (None, False),
+        "use_sliding_window": (None, False),
+        "attention_bias": (None, False),
+    }
+    for name, known in wants.items():
+        value = getattr(hf, name, None)
+        if value not in known:
+            raise InvalidRequest(
+                f"model: {name} = {value!r} is not known to the Megatron backend; set use_megatron: false"
+            )
+
+
+def _check_sizes(hf: PretrainedConfig, config: ModelConfig) -> None:
+    tensor, pipeline, expert = (
+        config.tensor_parallel_size,
+        config.pipeline_parallel_size,
+        config.expert_parallel_size,
+    )
+    _check_divides("pipeline_parallel_size", pipeline, "layers", hf.num_hidden_layers)
+    _check_divides("tensor_parallel_size", tensor, "key-value heads", hf.num_key_value_heads)
+    _check_divides("tensor_parallel_size", tensor, "attention heads", hf.num_attention_heads)
+    if not is_mixture(hf):
+        _check_divides(
+            "tensor_parallel_size", tensor, "columns of the feed-forward part", hf.intermediate_size
+        )
+        if expert > 1:
+            raise InvalidRequest(
+                f"model.expert_parallel_size: {hf.model_type} has no routed experts to share out; leave it out"
+            )
+        return
+    _check_divides("expert_parallel_size", expert, "experts", hf.num_experts)
+    if tensor > 1 and config.sequence_parallel is False:
+        raise InvalidRequest(
+            "model.sequence_parallel: a mixture of experts with tensor_parallel_size above 1 needs it, so that its "
+            "ranks each route their own tokens; leave it out, or set it to true"
+        )
+
+
+def _check_divides(name: str, ranks: int, what: str, count: int) -> None:
+    if count % ranks:
+        raise InvalidRequest(
+            f"model.{name}: {ranks} ranks can't share out {count} {what}; use a divisor of it"
+        )

@@ -1,0 +1,87 @@
+"""This rank's part of the base model, as Megatron-Core's `GPTModel`, without its weights: `weights` reads those."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle_megatron.architecture import Architecture
+from twinkle_megatron.experts import RoutedExperts
+from twinkle_megatron.groups import Groups
+from twinkle_megatron.layers import CausalAttention, RMSNorm
+
+# It warns of a feed-forward part that is not its own, once a layer.
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+
+
+def build(architecture: Architecture, groups: Groups) -> GPTModel:
+    """The embedding if this is the first stage, this stage's layers, the output head if it is the last. All frozen.
+
+    Raises:
+        InvalidRequest: if the positions are encoded in a way that is not built here.
+    """
+    config = architecture.config
+    frequencies = _rotary_frequencies(architecture.hf)  # first, since it may refuse
+    with torch.device(groups.device):
+        model = GPTModel(
+            config,
+            cast("ModuleSpec", _stage(architecture, groups)),
+            vocab_size=architecture.padded_vocab_size,
+            max_sequence_length=int(architecture.hf.max_position_embeddings),
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            # A head that is the embedding gets its weights from `weights`; Megatron-Core's way is for training it.
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+        )
+    cast("Any", model).rotary_pos_emb.inv_freq = frequencies.to(groups.device)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def first_layer(architecture: Architecture, groups: Groups) -> int:
+    """Number of this stage's first layer in the whole model, counted from 0."""
+    return groups.pipeline.index * (architecture.config.num_layers // groups.pipeline.size)
+
+
+def _stage(architecture: Architecture, groups: Groups) -> TransformerBlockSubmodules:
+    start = first_layer(architecture, groups)
+    count = architecture.config.num_layers // groups.pipeline.size
+    layers = [_layer(architecture, groups, number) for number in range(start, start + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=cast("Any", RMSNorm))
+
+
+def _layer(architecture: Architecture, groups: Groups, number: int) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.has_qk_norm, normalization="RMSNorm")
+    parts = cast("Any", spec.submodules)
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if architecture.has_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if number in architecture.expert_layers:
+        parts.mlp = ModuleSpec(module=RoutedExperts, params={"hf": architecture.hf, "groups": groups})
+    return spec
+
+
+def _rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
+    """float32 [head size / 2], as Transformers has them, for kinds of scaling that change the angles alone."""
+    rotary = cast("Any", LlamaRotaryEmbedding)(hf)  # the four families' are the same
+    if rotary.attention_scaling != 1.0 or rotary.rope_type in ("dynamic", "longrope"):
+        raise InvalidRequest(
+            f"model: positions scaled as {rotary.rope_type!r} are not known to the Megatron backend; "
+            "set use_megatron: false"
+        )
+    return rotary.inv_freq.detach().clone().float()

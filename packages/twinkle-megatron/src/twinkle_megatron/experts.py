@@ -1,0 +1,134 @@
+"""A mixture of experts whose experts are spread over ranks, with low-rank terms of many adapters on each expert.
+
+Every token travels to the ranks that hold its experts, together with the number of its adapter; there the experts of
+all tenants' tokens are computed at once, and what comes out travels back. (Megatron-Core's own layer sorts tokens by
+expert and forgets whose they are.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm, run_experts
+from twinkle_megatron.collectives import exchange_rows
+from twinkle_megatron.groups import Group, Groups
+from twinkle_megatron.lora import Route, Segment
+
+
+class Router(nn.Module):
+    """Chooses each token's experts: the k likeliest, weighted by their probabilities.
+
+    Source: `Qwen3MoeTopKRouter` of Transformers.
+    """
+
+    def __init__(self, config: TransformerConfig, hf: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hf.num_experts, hf.hidden_size, dtype=config.params_dtype))
+        self._k = hf.num_experts_per_tok
+        self._adds_up_to_one = hf.norm_topk_prob
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, hidden] to experts, int64 [n, k], and their weights [n, k]."""
+        probabilities = functional.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
+        weights, experts = probabilities.topk(self._k, dim=-1)
+        if self._adds_up_to_one:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return experts, weights.to(x.dtype)
+
+
+class RoutedExperts(nn.Module):
+    """The feed-forward part of a layer. `attach` has to be called before it is used."""
+
+    def __init__(
+        self, config: TransformerConfig, hf: PretrainedConfig, groups: Groups, **_unused: Any
+    ) -> None:
+        super().__init__()
+        count, inner = hf.num_experts // groups.expert.size, hf.moe_intermediate_size
+        dtype = config.params_dtype
+        self.first_expert = groups.expert.index * count
+        self.router = Router(config, hf)
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hf.hidden_size, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(count, hf.hidden_size, inner, dtype=dtype))
+        self._expert = groups.expert
+        self._name = ""
+        self._route = Route()
+
+    def attach(self, name: str, route: Route) -> None:
+        """
+        Args:
+            name: of the experts in Transformers, such as `model.layers.0.mlp.experts`.
+        """
+        self._name = name
+        self._route = route
+
+    def forward(self, hidden: Tensor, **_unused: Any) -> tuple[Tensor, None]:
+        """[tokens here, rows, hidden] to the same."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        experts, weights = self.router(x)
+        adapters = _adapter_of_token(self._route.segments, hidden)
+        out = self._on_their_ranks(x, experts, adapters)
+        mixed = (out * weights.unsqueeze(-1)).sum(dim=1)
+        return mixed.to(hidden.dtype).view_as(hidden), None
+
+    def _on_their_ranks(self, x: Tensor, experts: Tensor, adapters: Tensor) -> Tensor:
+        """[n, hidden] and [n, k] to what each of its experts makes of each token, [n, k, hidden]."""
+        k = experts.shape[1]
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        token = order // k
+        count = len(self.gate_up_proj)
+        sent = torch.bincount(flat // count, minlength=self._expert.size)
+        received = _exchange_counts(sent, self._expert)
+        there, back = (cast("list[int]", counts.tolist()) for counts in (sent, received))
+        rows = exchange_rows(x.index_select(0, token), there, back, self._expert)
+        labels = torch.stack([flat[order] % count, adapters[token]], dim=1)
+        own, whose = exchange_rows(labels, there, back, self._expert).unbind(1)
+        terms = _terms(self._route.segments, self._name, whose)
+        out = run_experts(rows, own, self.gate_up_proj, self.down_proj, functional.silu, terms)
+        returned = exchange_rows(out, back, there, self._expert)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return returned.index_select(0, inverse).view(*experts.shape, -1)
+
+
+def _adapter_of_token(segments: list[Segment], hidden: Tensor) -> Tensor:
+    """int64 [tokens * rows]: adapters counted through all segments; -1 for rows that have none."""
+    codes: list[Tensor] = []
+    first = 0
+    for segment in segments:
+        codes.append(segment.adapter_of_row + first)
+        first += segment.adapters
+    tokens, rows = hidden.shape[:2]
+    if not any(len(code) for code in codes):
+        return torch.full((tokens * rows,), -1, dtype=torch.int64, device=hidden.device)
+    return torch.cat(codes).repeat(tokens)
+
+
+def _terms(segments: list[Segment], name: str, whose: Tensor) -> list[ExpertTerm]:
+    """The terms of the tokens that have come here; `whose` is as `_adapter_of_token` counts."""
+    gate_up, down = f"{name}.{GATE_UP}", f"{name}.{DOWN}"
+    terms: list[ExpertTerm] = []
+    first = 0
+    for segment in segments:
+        end = first + segment.adapters
+        if gate_up in segment.a:
+            rows = ((whose >= first) & (whose < end)).nonzero().flatten()
+            matrices = (segment.a[gate_up], segment.b[gate_up], segment.a[down], segment.b[down])
+            terms.append(ExpertTerm(rows, whose[rows] - first, *matrices))
+        first = end
+    return terms
+
+
+def _exchange_counts(sent: Tensor, group: Group) -> Tensor:
+    if group.size == 1:
+        return sent
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group.ranks)
+    return received

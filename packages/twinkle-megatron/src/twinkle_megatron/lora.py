@@ -1,0 +1,195 @@
+"""Low-rank terms on Megatron-Core's parallel linear layers, of the many adapters that share a micro-batch.
+
+`out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685), with W spread over the ranks of a tensor group:
+
+    column-parallel    A whole, B's rows shared out       what A gives is the same on all ranks
+    row-parallel       A's columns shared out, B whole    what A gives is a part of a sum
+
+so only [tokens, rows, rank] travels between ranks, never [tokens, rows, features]. Under sequence parallelism a rank
+has its own tokens between the layers; then the gradients of the matrices that are whole are parts of a sum too: see
+`shards.Shard.is_partial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from twinkle_megatron import collectives
+from twinkle_megatron.groups import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive rows of a micro-batch whose adapters are in one bank.
+
+    Attributes:
+        rows: how many of this rank's rows; 0 where only other ranks have rows of these adapters.
+        adapters: how many adapters.
+        adapter_of_row: int64 [rows], index into the adapters.
+        a: by layer, float32 [adapters, rank, in_features] as far as they are kept here.
+        b: by layer, float32 [adapters, out_features, rank], times alpha / rank.
+    """
+
+    rows: int
+    adapters: int
+    adapter_of_row: Tensor
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+
+    def low(self, name: str, x: Tensor) -> Tensor:
+        """A x: [tokens, self.rows, in_features] to [tokens, self.rows, rank]."""
+        return self._product(x, self.a[name])
+
+    def high(self, name: str, low: Tensor) -> Tensor:
+        """B applied to what `low` gave: [tokens, self.rows, rank] to [tokens, self.rows, out_features]."""
+        return self._product(low, self.b[name])
+
+    def _product(self, x: Tensor, matrices: Tensor) -> Tensor:
+        matrices = matrices.to(x.dtype)
+        if len(matrices) == 1:
+            return nn.functional.linear(x, matrices[0])
+        own = matrices.index_select(0, self.adapter_of_row).transpose(1, 2)
+        return torch.bmm(x.transpose(0, 1), own).transpose(0, 1)
+
+
+@dataclass(eq=False)
+class Route:
+    """What the micro-batch under way needs of the layers; set by the one thread that computes.
+
+    Attributes:
+        segments: this rank's rows, in order. None is the base model alone.
+        targets: int64 [tokens, rows, k], whose log-probabilities the last stage is to give.
+    """
+
+    segments: list[Segment] = field(default_factory=list["Segment"])
+    targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Parallelism:
+    """How a stage's layers are spread: over which ranks, and whether these share out the tokens between the layers."""
+
+    tensor: Group
+    by_sequence: bool
+
+    def after_column_a(self, low: Tensor) -> Tensor:
+        """[tokens here, rows, rank] to [all tokens, rows, rank], the same on all ranks."""
+        if self.by_sequence:
+            return collectives.gather_tokens(low, self.tensor)
+        return collectives.sum_in_backward(low, self.tensor)
+
+    def after_row_a(self, low: Tensor) -> Tensor:
+        """Each rank's part of [all tokens, rows, rank] to the sum of [tokens here, rows, rank]."""
+        if self.by_sequence:
+            return collectives.sum_and_scatter_tokens(low, self.tensor)
+        return collectives.sum_in_forward(low, self.tensor)
+
+
+def add_terms(
+    out: Tensor, segments: Sequence[Segment], names: Sequence[str], term_of: Callable[[Segment, int], Tensor]
+) -> Tensor:
+    """`out` with a term on the rows of each segment that has any of the layers `names`.
+
+    Args:
+        out: [tokens, rows, features].
+        term_of: a segment and its first row to [tokens, segment.rows, features].
+    """
+    parts: list[Tensor] = []
+    start = 0
+    changed = False
+    for segment in segments:
+        own = out[:, start : start + segment.rows]
+        if segment.rows and names[0] in segment.a:
+            own = own + term_of(segment, start)
+            changed = True
+        parts.append(own)
+        start += segment.rows
+    if not changed:
+        return out
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class ColumnLora(nn.Module):
+    """A column-parallel layer: one that holds several of the model's (q, k, v), each with terms of its own."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        names: Sequence[str],
+        join: Callable[[list[Tensor]], Tensor],
+        route: Route,
+        parallelism: Parallelism,
+    ) -> None:
+        """
+        Args:
+            names: the layers that it holds, by their names in Transformers.
+            join: puts their outputs [tokens, rows, own features] in the order that the base layer's have.
+        """
+        super().__init__()
+        self.base = base
+        self._names = tuple(names)
+        self._join = join
+        self._route = route
+        self._parallelism = parallelism
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.base.weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        out, bias = self.base(x, *args, **kwargs)
+
+        def term(segment: Segment, start: int) -> Tensor:
+            own = x[:, start : start + segment.rows]
+            lows = [segment.low(name, own) for name in self._names]
+            # One message for all of them.
+            whole = self._parallelism.after_column_a(torch.cat(lows, dim=-1))
+            parts = cast("list[Tensor]", whole.split([low.shape[-1] for low in lows], dim=-1))
+            return self._join(
+                [segment.high(name, part) for name, part in zip(self._names, parts, strict=True)]
+            )
+
+        return add_terms(out, self._route.segments, self._names, term), bias
+
+
+class RowLora(nn.Module):
+    """A row-parallel layer."""
+
+    def __init__(self, base: nn.Module, name: str, route: Route, parallelism: Parallelism) -> None:
+        super().__init__()
+        self.base = base
+        self._name = name
+        self._route = route
+        self._parallelism = parallelism
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.base.weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        out, bias = self.base(x, *args, **kwargs)
+
+        def term(segment: Segment, start: int) -> Tensor:
+            low = segment.low(self._name, x[:, start : start + segment.rows])
+            return segment.high(self._name, self._parallelism.after_row_a(low))
+
+        return add_terms(out, self._route.segments, (self._name,), term), bias
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """[..., n_i] each to [..., sum of n_i]."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def by_head_groups(groups: int) -> Callable[[list[Tensor]], Tensor]:
+    """Puts q, k and v [..., features] in Megatron-Core's order: for each of `groups` its q, its k, its v."""
+
+    def join(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
+
+    return join

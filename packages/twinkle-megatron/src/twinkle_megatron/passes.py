@@ -1,0 +1,242 @@
+"""One pass over micro-batches through all stages: rows in, results and gradients out.
+
+Each micro-batch of the engine is cut into pieces, so that while one tenant's rows are in the last stage the next one's
+are in the first: Megatron-Core's schedule (1F1B: Narayanan et al. 2021, arXiv:2104.04473) runs over the pieces of all
+of them. Every rank knows all rows, and computes those that are its own; the last stage's results go to all ranks.
+
+Gradients are collected aside and added to the adapters' at the very end, on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from twinkle.server.backends.protocol import TARGETS, Row, RowResult
+from twinkle.server.backends.transformers.banks import Bank, Place
+from twinkle.server.backends.transformers.passes import Adapter, BankScratch
+from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
+from twinkle_megatron import cpu
+from twinkle_megatron.groups import Group
+from twinkle_megatron.lora import Segment
+from twinkle_megatron.pieces import Piece, cut
+from twinkle_megatron.shards import Shard, expert_places, partial_places
+from twinkle_megatron.stage import Stage
+
+
+def run_pass(
+    stage: Stage,
+    adapters: dict[str, Adapter],
+    parts: dict[Bank, list[Shard]],
+    micro_batches: Sequence[Sequence[Row]],
+) -> list[list[RowResult]]:
+    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done.
+
+    Args:
+        parts: what of its layers this rank holds, for each bank.
+    """
+    active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
+    banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
+    trains = any(not row.forward_only for rows in micro_batches for row in rows)
+    scratches = {
+        bank: BankScratch(bank, [adapter for adapter in active.values() if adapter.bank is bank], trains)
+        for bank in banks
+    }
+    found = _Found([[None] * len(rows) for rows in micro_batches])
+    try:
+        for forward_only in (True, False):
+            batches = [
+                (i, rows)
+                for i, rows in enumerate(micro_batches)
+                if rows and all(row.forward_only for row in rows) == forward_only
+            ]
+            pieces = cut(batches, lambda row: _place(banks, active[row.adapter_id]), stage.groups)
+            _run_schedule(stage, _Pieces(stage, active, scratches, pieces, forward_only, found))
+    finally:
+        stage.route.segments = []
+    results = _exchange_results(found, stage)
+    if trains:
+        for bank in banks:
+            _add_up(scratches[bank].grads, bank, parts[bank], stage)
+            scratches[bank].commit()
+    return results
+
+
+def _place(banks: list[Bank], adapter: Adapter) -> tuple[int, int]:
+    return next(i for i, bank in enumerate(banks) if bank is adapter.bank), adapter.slot
+
+
+# ---------------------------------------------------------------- schedule
+
+
+@dataclass(eq=False)
+class _Found:
+    """What the last stage has found out.
+
+    Attributes:
+        results: by micro-batch and row, as far as they are this rank's.
+        error: what the computation of a loss raised; the schedule goes on, since other ranks count on it.
+    """
+
+    results: list[list[RowResult | None]]
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """What a schedule runs over."""
+
+    stage: Stage
+    adapters: dict[str, Adapter]
+    scratches: dict[Bank, BankScratch]
+    pieces: list[Piece]
+    forward_only: bool
+    found: _Found
+
+    def segments(self, piece: Piece) -> list[Segment]:
+        """The route of a piece. Of an adapter whose rows are all another rank's there is a segment too: where experts
+        are spread over ranks, these rows may come here.
+        """
+        by_bank: dict[Bank, tuple[list[int], list[int]]] = {}
+        for row in piece.rows:
+            adapter = self.adapters[row.adapter_id]
+            by_bank.setdefault(adapter.bank, ([], []))[0].append(adapter.slot)
+        for row in piece.own_rows:
+            adapter = self.adapters[row.adapter_id]
+            by_bank[adapter.bank][1].append(adapter.slot)
+        segments: list[Segment] = []
+        for bank, (slots, own) in by_bank.items():
+            matrices = self.scratches[bank].segment(slots, needs_grad=not self.forward_only)
+            number = {slot: i for i, slot in enumerate(sorted(set(slots)))}
+            whose = torch.tensor([number[slot] for slot in own], dtype=torch.int64, device=bank.params.device)
+            segments.append(Segment(len(own), len(number), whose, matrices.a, matrices.b))
+        return segments
+
+
+def _run_schedule(stage: Stage, work: _Pieces) -> None:
+    if not work.pieces:
+        return
+    run = cast("Callable[..., object]", get_forward_backward_func())
+
+    def forward(pieces: Iterator[Piece], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        return _forward(work, next(pieces), model)
+
+    with cpu.schedules_on(stage.groups.device), torch.set_grad_enabled(not work.forward_only):
+        run(
+            forward_step_func=forward,
+            data_iterator=iter(work.pieces),
+            model=[stage.model],
+            num_microbatches=len(work.pieces),
+            seq_length=0,  # each piece's own: Megatron-Core exchanges their shapes
+            micro_batch_size=0,
+            forward_only=work.forward_only,
+        )
+
+
+def _forward(work: _Pieces, piece: Piece, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A piece through this stage, and what is to be done with what comes out of the last one."""
+    stage = work.stage
+    device, length = stage.groups.device, piece.length(stage)
+    stage.route.segments = work.segments(piece)
+    tokens = torch.zeros(max(1, len(piece.own_rows)), length, dtype=torch.int64, device=device)
+    targets = torch.zeros(*tokens.shape, 1, dtype=torch.int64, device=device)
+    if piece.own_rows:
+        own = padded([row.tokens for row in piece.own_rows], np.int64, device).squeeze(-1)
+        tokens[:, : own.shape[1]] = own
+        wanted = padded([row.loss_inputs[TARGETS] for row in piece.own_rows], np.int64, device)
+        targets = targets.repeat(1, 1, wanted.shape[2])
+        targets[:, : wanted.shape[1]] = wanted
+    stage.route.targets = targets.transpose(0, 1)
+    out = model(tokens, None, None)
+    return out, lambda logprobs: _finish(work, piece, logprobs)
+
+
+def _finish(work: _Pieces, piece: Piece, logprobs: Tensor) -> tuple[Tensor, Tensor, None]:
+    """The loss of a piece; its rows' results are put where they belong.
+
+    Args:
+        logprobs: float32 [rows, tokens, k].
+
+    Returns:
+        As Megatron-Core's schedules want it where losses are sums: the loss, a count that nothing is divided by, and
+        nothing to collect.
+    """
+    loss = logprobs.new_zeros(())
+    if piece.own_rows and work.found.error is None:
+        try:
+            losses = row_losses(piece.own_rows, logprobs)
+            for (batch, place), result in zip(
+                piece.own_places, row_results(piece.own_rows, logprobs, losses), strict=True
+            ):
+                work.found.results[batch][place] = result
+            kept = [
+                one.value for row, one in zip(piece.own_rows, losses, strict=True) if not row.forward_only
+            ]
+            loss = torch.stack(kept).sum() if kept else loss
+        except Exception as error:
+            work.found.error = error
+    if not loss.requires_grad and not work.forward_only:
+        loss = (logprobs * 0.0).sum()  # the other ranks' backward passes wait for this one's
+    return loss, torch.ones((), dtype=torch.int, device=loss.device), None
+
+
+# ---------------------------------------------------------------- between ranks
+
+
+def _exchange_results(found: _Found, stage: Stage) -> list[list[RowResult]]:
+    """All rows' results, on all ranks, or the error that one of them met.
+
+    Raises:
+        Exception: what a loss raised, on all ranks.
+    """
+    groups = stage.groups
+    speaks = groups.is_last_stage and groups.tensor.index == 0
+    told: list[_Found | None] = [found if speaks else None]
+    if groups.world.size > 1:
+        told = [None] * groups.world.size
+        dist.all_gather_object(told, found if speaks else None, group=groups.control.ranks)
+    speakers = [one for one in told if one is not None]
+    for one in speakers:
+        if one.error is not None:
+            raise one.error
+    merged: list[list[RowResult]] = []
+    for i, results in enumerate(found.results):
+        rows = [
+            next(r for one in speakers if (r := one.results[i][j]) is not None) for j in range(len(results))
+        ]
+        merged.append(rows)
+    return merged
+
+
+def _add_up(grads: Tensor, bank: Bank, parts: list[Shard], stage: Stage) -> None:
+    """Sum what several ranks have computed parts of: their own rows, or their own tokens of the same rows.
+
+    Args:
+        grads: float32 [adapters, size], changed in place.
+    """
+    groups, layout = stage.groups, bank.layout
+    _sum_places(grads, partial_places(parts, layout), groups.tensor)
+    if groups.data.size == 1 and groups.copies.size == 1:
+        return
+    experts = expert_places(parts, layout)
+    others = [place for place in (*layout.a.values(), *layout.b.values()) if place not in experts]
+    _sum_places(grads, others, groups.data)
+    _sum_places(grads, experts, groups.copies)
+
+
+def _sum_places(grads: Tensor, places: list[Place], group: Group) -> None:
+    if group.size == 1 or not places:
+        return
+    views = [grads[:, place.start : place.end] for place in places]
+    together = torch.cat(views, dim=1)
+    dist.all_reduce(together, group=group.ranks)
+    totals = cast("list[Tensor]", together.split([view.shape[1] for view in views], dim=1))
+    for view, total in zip(views, totals, strict=True):
+        view.copy_(total)

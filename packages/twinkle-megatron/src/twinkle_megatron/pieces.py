@@ -1,0 +1,65 @@
+"""Cuts the engine's micro-batches into the pieces that follow each other through the stages, and shares out each
+piece's rows between ranks with copies of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from twinkle.server.backends.protocol import Row
+from twinkle_megatron.groups import Groups
+from twinkle_megatron.stage import Stage
+
+# With p stages and m pieces of one size a stage is idle for (p - 1) / (m + p - 1) of a pass: a ninth, for 4 p pieces of
+# two stages.
+PIECES_A_STAGE = 4
+# A piece of fewer tokens costs more in launches and messages than its stages' idling does.
+MIN_PIECE_TOKENS_CPU = 64
+MIN_PIECE_TOKENS_GPU = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows that are computed together, those of one adapter next to each other.
+
+    Attributes:
+        rows: all of them.
+        own_rows: those of this rank; may be none.
+        own_places: for each of these (micro-batch, row), as the engine numbers them.
+    """
+
+    rows: list[Row]
+    own_rows: list[Row]
+    own_places: list[tuple[int, int]]
+
+    def length(self, stage: Stage) -> int:
+        """Tokens of the longest row, or more: what the tensor group can share out."""
+        longest = max((len(row.tokens) for row in self.own_rows), default=1)
+        ranks = stage.groups.tensor.size if stage.architecture.config.sequence_parallel else 1
+        return -(-longest // ranks) * ranks
+
+
+def cut(
+    batches: Sequence[tuple[int, Sequence[Row]]], place: Callable[[Row], tuple[int, int]], groups: Groups
+) -> list[Piece]:
+    """
+    Args:
+        batches: micro-batches with their numbers; none is empty.
+        place: where a row's adapter is, (bank, slot): rows are put in this order.
+    """
+    minimum = MIN_PIECE_TOKENS_CPU if groups.device.type == "cpu" else MIN_PIECE_TOKENS_GPU
+    wanted = PIECES_A_STAGE * groups.pipeline.size if groups.pipeline.size > 1 else 1
+    a_batch = -(-wanted // max(1, len(batches)))
+    pieces: list[Piece] = []
+    for number, rows in batches:
+        order = sorted(range(len(rows)), key=lambda i: place(rows[i]))
+        tokens = len(rows) * max(len(row.tokens) for row in rows)
+        count = max(1, min(a_batch, len(rows), tokens // minimum))
+        for i in range(count):
+            together = order[i * len(rows) // count : (i + 1) * len(rows) // count]
+            own = together[groups.data.index :: groups.data.size]
+            pieces.append(
+                Piece([rows[k] for k in together], [rows[k] for k in own], [(number, k) for k in own])
+            )
+    return pieces

@@ -1,0 +1,265 @@
+"""Which part of each of an adapter's matrices this rank keeps.
+
+Names, order and shapes are those of the whole model in Transformers, so that an adapter is the same adapter however
+many ranks hold it: it starts with the same numbers, and leaves and enters as PEFT has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twinkle.protocol.types import Array
+from twinkle.server.backends.module_groups import ModuleGroup, module_group
+from twinkle.server.backends.transformers.banks import Layout, LinearShape, Place
+from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP
+from twinkle_megatron.architecture import Architecture, head_size
+from twinkle_megatron.groups import Groups
+from twinkle_megatron.head import NAME as HEAD
+
+# Which of a layer's features are spread over ranks: those that go out, those that come in, or whole experts.
+Cut: TypeAlias = Literal["out", "in", "experts"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of the whole model that adapters act on.
+
+    Attributes:
+        shape: in the whole model.
+        number: of the decoder layer that it is in; None for the output head.
+    """
+
+    shape: LinearShape
+    cut: Cut
+    group: ModuleGroup
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a target's matrices.
+
+    Attributes:
+        shape: of the part.
+        out, inner, experts: what it is of the target's out_features, in_features and experts.
+        holders: how many ranks of the whole model hold the same numbers of A, and of B.
+        is_partial: whether the gradients of A, and of B, that one rank computes are a part of a sum over the tensor
+            group.
+    """
+
+    target: Target
+    shape: LinearShape
+    out: slice
+    inner: slice
+    experts: slice
+    holders: tuple[int, int]
+    is_partial: tuple[bool, bool]
+
+    def of_a(self, matrix: Array) -> Array:
+        """This rank's part of PEFT's A: [rank, in] or, of all experts, [experts * rank, in]."""
+        if self.target.shape.experts is None:
+            return matrix[:, self.inner]
+        each = matrix.reshape(self.target.shape.experts, -1, matrix.shape[1])
+        return each[self.experts].reshape(-1, matrix.shape[1])
+
+    def of_b(self, matrix: Array) -> Array:
+        """This rank's part of PEFT's B: [out, rank] or, of all experts, [out, rank * experts]."""
+        if self.target.shape.experts is None:
+            part = matrix[self.out]
+            missing = self.shape.out_features - len(part)  # of a padded vocabulary
+            return np.pad(part, ((0, missing), (0, 0))) if missing else part
+        each = matrix.reshape(matrix.shape[0], -1, self.target.shape.experts)
+        return each[:, :, self.experts].reshape(matrix.shape[0], -1)
+
+
+def targets(architecture: Architecture) -> list[Target]:
+    """All layers that adapters can act on, in the order of the module tree in Transformers."""
+    found: list[Target] = []
+    for number in range(architecture.config.num_layers):
+        for shape, cut in _layer(architecture, number):
+            group = module_group(shape.name)
+            assert group is not None, "the table below has no routers"
+            found.append(Target(shape, cut, group, number))
+    head = LinearShape(HEAD, architecture.hf.hidden_size, architecture.vocab_size)
+    return [*found, Target(head, "out", "unembed", None)]
+
+
+def _layer(architecture: Architecture, number: int) -> Iterator[tuple[LinearShape, Cut]]:
+    hf = architecture.hf
+    hidden, size = int(hf.hidden_size), head_size(hf)
+    queries, keys = hf.num_attention_heads * size, hf.num_key_value_heads * size
+    attention, mlp = f"model.layers.{number}.self_attn.", f"model.layers.{number}.mlp."
+    yield LinearShape(f"{attention}q_proj", hidden, queries), "out"
+    yield LinearShape(f"{attention}k_proj", hidden, keys), "out"
+    yield LinearShape(f"{attention}v_proj", hidden, keys), "out"
+    yield LinearShape(f"{attention}o_proj", queries, hidden), "in"
+    if number in architecture.expert_layers:
+        inner, count = int(hf.moe_intermediate_size), int(hf.num_experts)
+        yield LinearShape(f"{mlp}experts.{GATE_UP}", hidden, 2 * inner, count), "experts"
+        yield LinearShape(f"{mlp}experts.{DOWN}", inner, hidden, count), "experts"
+        return
+    inner = int(hf.intermediate_size)
+    yield LinearShape(f"{mlp}gate_proj", hidden, inner), "out"
+    yield LinearShape(f"{mlp}up_proj", hidden, inner), "out"
+    yield LinearShape(f"{mlp}down_proj", inner, hidden), "in"
+
+
+def shards(targets: Sequence[Target], architecture: Architecture, groups: Groups) -> list[Shard]:
+    """This rank's parts of `targets`: of those in its stage."""
+    stage = architecture.config.num_layers // groups.pipeline.size
+    here = range(groups.pipeline.index * stage, (groups.pipeline.index + 1) * stage)
+    return [
+        _shard(target, architecture, groups)
+        for target in targets
+        if (groups.is_last_stage if target.number is None else target.number in here)
+    ]
+
+
+def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
+    shape, everything = target.shape, slice(None)
+    tensor, copies = groups.tensor, groups.data.size
+    if target.cut == "experts":
+        assert shape.experts is not None
+        count = shape.experts // groups.expert.size
+        own = slice(groups.expert.index * count, (groups.expert.index + 1) * count)
+        part = LinearShape(shape.name, shape.in_features, shape.out_features, count)
+        holders = groups.copies.size
+        return Shard(target, part, everything, everything, own, (holders, holders), (False, False))
+    by_sequence = bool(architecture.config.sequence_parallel)
+    if target.cut == "out":
+        whole = architecture.padded_vocab_size if target.number is None else shape.out_features
+        count = whole // tensor.size
+        own = slice(tensor.index * count, (tensor.index + 1) * count)
+        # Of the head the last rank's part is smaller than what it computes with: the vocabulary may be padded.
+        part = LinearShape(shape.name, shape.in_features, count)
+        holders = (tensor.size * copies, copies)
+        return Shard(target, part, own, everything, everything, holders, (by_sequence, False))
+    count = shape.in_features // tensor.size
+    own = slice(tensor.index * count, (tensor.index + 1) * count)
+    part = LinearShape(shape.name, count, shape.out_features)
+    return Shard(
+        target, part, everything, own, everything, (copies, tensor.size * copies), (False, by_sequence)
+    )
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def initial_part(targets: Sequence[Target], parts: Sequence[Shard], layout: Layout, seed: int) -> Tensor:
+    """This rank's part of a new adapter, a bank's row [layout.size]: `banks.initial_row` of the whole model, cut.
+
+    Drawn one matrix of the whole model at a time: no rank ever holds all of them.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    own = {shard.shape.name: shard for shard in parts}
+    row = torch.zeros(1, layout.size)
+    for target in targets:
+        shape = target.shape
+        matrix = torch.empty((shape.experts or 1) * layout.rank, shape.in_features)
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        if (shard := own.get(shape.name)) is not None:
+            place = layout.a[shape.name].view(row)[0]
+            place.copy_(torch.from_numpy(np.ascontiguousarray(shard.of_a(matrix.numpy()))).view_as(place))
+    return row[0]
+
+
+def cut_matrices(whole: Mapping[str, Array], parts: Sequence[Shard]) -> dict[str, Array]:
+    """This rank's part of an adapter's matrices, by PEFT name."""
+    cut: dict[str, Array] = {}
+    for shard in parts:
+        a_name, b_name = peft_names(shard.shape.name)
+        cut[a_name], cut[b_name] = shard.of_a(whole[a_name]), shard.of_b(whole[b_name])
+    return cut
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of one of an adapter's matrices, on its way to where they are put together again."""
+
+    name: str
+    place: int
+    matrix: Array
+
+
+def pieces(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups) -> list[Piece]:
+    """What this rank has to give, so that of all ranks' pieces each number comes once."""
+    given: list[Piece] = []
+    for shard in parts:
+        a_name, b_name = peft_names(shard.shape.name)
+        if shard.target.cut == "experts":
+            if groups.copies.index == 0:
+                given += [Piece(name, groups.expert.index, matrices[name]) for name in (a_name, b_name)]
+            continue
+        if groups.data.index != 0:
+            continue
+        spread, whole = (b_name, a_name) if shard.target.cut == "out" else (a_name, b_name)
+        given.append(Piece(spread, groups.tensor.index, matrices[spread]))
+        if groups.tensor.index == 0:
+            given.append(Piece(whole, 0, matrices[whole]))
+    return given
+
+
+def put_together(pieces: Iterable[Piece], targets: Sequence[Target]) -> dict[str, Array]:
+    """The adapter's matrices by PEFT name, in the order of the module tree."""
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.name, []).append(piece)
+    whole: dict[str, Array] = {}
+    for target in targets:
+        shape = target.shape
+        a_name, b_name = peft_names(shape.name)
+        a, b = (
+            [piece.matrix for piece in sorted(found[name], key=lambda piece: piece.place)]
+            for name in (a_name, b_name)
+        )
+        if shape.experts is None:
+            whole[a_name] = np.concatenate(a, axis=1)
+            whole[b_name] = np.concatenate(b)[: shape.out_features]
+        else:
+            whole[a_name] = np.concatenate(a)
+            each = [matrix.reshape(shape.out_features, -1, shape.experts // len(b)) for matrix in b]
+            whole[b_name] = np.concatenate(each, axis=2).reshape(shape.out_features, -1)
+    return whole
+
+
+def peft_names(module: str) -> tuple[str, str]:
+    """Of A and B."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def shares(parts: Sequence[Shard], layout: Layout) -> Tensor:
+    """float32 [layout.size]: 1 / how many ranks hold the same number, so that a sum over all ranks counts it once."""
+    row = torch.ones(1, layout.size)
+    for shard in parts:
+        name = shard.shape.name
+        layout.a[name].view(row).fill_(1 / shard.holders[0])
+        layout.b[name].view(row).fill_(1 / shard.holders[1])
+    return row[0]
+
+
+def partial_places(parts: Sequence[Shard], layout: Layout) -> list[Place]:
+    """Where gradients are that one rank has computed only a part of."""
+    places: list[Place] = []
+    for shard in parts:
+        name = shard.shape.name
+        if shard.is_partial[0]:
+            places.append(layout.a[name])
+        if shard.is_partial[1]:
+            places.append(layout.b[name])
+    return places
+
+
+def expert_places(parts: Sequence[Shard], layout: Layout) -> list[Place]:
+    """Where the matrices of routed experts are."""
+    names = [shard.shape.name for shard in parts if shard.target.cut == "experts"]
+    return [*(layout.a[name] for name in names), *(layout.b[name] for name in names)]

@@ -1,0 +1,99 @@
+"""This rank's part of the base model with LoRA layers in it, ready for passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
+from twinkle.server.backends.transformers.model_facts import context_length, eos_token_ids, max_batch_tokens
+from twinkle_megatron import architecture as architectures
+from twinkle_megatron import build, groups, weights
+from twinkle_megatron.architecture import Architecture
+from twinkle_megatron.experts import RoutedExperts
+from twinkle_megatron.groups import Groups
+from twinkle_megatron.head import LogprobHead
+from twinkle_megatron.lora import ColumnLora, Parallelism, Route, RowLora, by_head_groups, side_by_side
+from twinkle_megatron.shards import Target, targets
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What a rank holds.
+
+    Attributes:
+        model: the last stage's gives log-probabilities at `route.targets`, [rows, tokens, k]; the others hidden states.
+        targets: the layers of the whole model that adapters can act on.
+    """
+
+    architecture: Architecture
+    groups: Groups
+    model: GPTModel
+    route: Route
+    targets: list[Target]
+    info: BaseModelInfo
+
+
+def load(config: ModelConfig) -> Stage:
+    """Meet the other ranks and read this rank's part of the weights. Once a process.
+
+    Raises:
+        InvalidRequest: if the model can't be held as the configuration says; on all ranks alike.
+    """
+    hf = architectures.read_hf_config(config)
+    architecture = architectures.describe(hf, config)
+    info = _describe(architecture, config)
+    ranks = groups.join(config)
+    model = build.build(architecture, ranks)
+    weights.load(model, config.path, architecture, ranks)
+    route = Route()
+    _add_lora(model, architecture, ranks, route)
+    return Stage(architecture, ranks, model, route, targets(architecture), info)
+
+
+def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
+    hf = architecture.hf
+    has_generation = (config.path / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(str(config.path)) if has_generation else None
+    return BaseModelInfo(
+        vocab_size=architecture.vocab_size,
+        max_context_length=context_length(hf, config),
+        max_lora_rank=config.max_lora_rank,
+        max_batch_tokens=max_batch_tokens(hf, architecture.config.params_dtype, torch.device(config.device)),
+        eos_token_ids=eos_token_ids(generation, hf),
+        architecture=(hf.architectures or [hf.model_type])[0],
+    )
+
+
+def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, route: Route) -> None:
+    tree = cast("Any", model)
+    parallelism = Parallelism(groups.tensor, bool(architecture.config.sequence_parallel))
+    first = build.first_layer(architecture, groups)
+    heads = by_head_groups((architecture.config.num_query_groups or 1) // groups.tensor.size)
+    for i, layer in enumerate(tree.decoder.layers):
+        attention, mlp = f"model.layers.{first + i}.self_attn", f"model.layers.{first + i}.mlp"
+        own = layer.self_attention
+        qkv = [f"{attention}.{part}_proj" for part in "qkv"]
+        own.linear_qkv = ColumnLora(own.linear_qkv, qkv, heads, route, parallelism)
+        own.linear_proj = RowLora(own.linear_proj, f"{attention}.o_proj", route, parallelism)
+        if isinstance(layer.mlp, RoutedExperts):
+            layer.mlp.attach(f"{mlp}.experts", route)
+            continue
+        gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        layer.mlp.linear_fc1 = ColumnLora(layer.mlp.linear_fc1, gate_up, side_by_side, route, parallelism)
+        layer.mlp.linear_fc2 = RowLora(layer.mlp.linear_fc2, f"{mlp}.down_proj", route, parallelism)
+    if groups.is_first_stage:
+        # The embedding is frozen; what comes after it has gradients to take to the first layers' matrices, on all ranks
+        # alike, whatever the adapters act on.
+        tree.embedding.register_forward_hook(_require_grad)
+    if groups.is_last_stage:
+        tree.output_layer = LogprobHead(tree.output_layer, architecture.vocab_size, route, parallelism)
+
+
+def _require_grad(_module: nn.Module, _inputs: object, hidden: Tensor) -> Tensor:
+    return hidden.requires_grad_() if torch.is_grad_enabled() else hidden

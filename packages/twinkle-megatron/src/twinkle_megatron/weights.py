@@ -1,0 +1,204 @@
+"""Reads a Hugging Face checkpoint into this rank's part of the model: of each file only the rows or columns that are
+kept here, so that no rank ever holds the whole model.
+
+`table` is the map of names: what each of Megatron-Core's parameters is made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle_megatron.architecture import Architecture, head_size
+from twinkle_megatron.build import first_layer
+from twinkle_megatron.experts import RoutedExperts
+from twinkle_megatron.groups import Group, Groups
+
+# How a tensor of the checkpoint is shared out: its rows, its columns, or not at all.
+Cut: TypeAlias = Literal["rows", "columns", "whole"]
+# How the parts make one parameter: one below the other, or the heads of q, k and v by their groups.
+Join: TypeAlias = Literal["stack", "heads"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a parameter is made of: tensors of the checkpoint, each cut in the same way."""
+
+    names: tuple[str, ...]
+    cut: Cut = "whole"
+    join: Join = "stack"
+
+
+def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Source]]:
+    """Parameters of this rank's `GPTModel` and where they come from; routed experts are read by `_load_experts`."""
+    if groups.is_first_stage:
+        yield "embedding.word_embeddings.weight", Source(("model.embed_tokens.weight",), "rows")
+    start = first_layer(architecture, groups)
+    for i in range(architecture.config.num_layers // groups.pipeline.size):
+        yield from _layer(architecture, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i)
+    if groups.is_last_stage:
+        yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
+        head = "model.embed_tokens.weight" if architecture.is_tied else "lm_head.weight"
+        yield "output_layer.weight", Source((head,), "rows")
+
+
+def _layer(architecture: Architecture, ours: str, theirs: str, number: int) -> Iterator[tuple[str, Source]]:
+    attention = f"{theirs}self_attn."
+    qkv = tuple(f"{attention}{part}_proj" for part in "qkv")
+    yield f"{ours}input_layernorm.weight", Source((f"{theirs}input_layernorm.weight",))
+    yield (
+        f"{ours}self_attention.linear_qkv.weight",
+        Source(tuple(f"{part}.weight" for part in qkv), "rows", "heads"),
+    )
+    if architecture.has_qkv_bias:
+        bias = Source(tuple(f"{part}.bias" for part in qkv), "rows", "heads")
+        yield f"{ours}self_attention.linear_qkv.bias", bias
+    if architecture.has_qk_norm:
+        yield f"{ours}self_attention.q_layernorm.weight", Source((f"{attention}q_norm.weight",))
+        yield f"{ours}self_attention.k_layernorm.weight", Source((f"{attention}k_norm.weight",))
+    yield f"{ours}self_attention.linear_proj.weight", Source((f"{attention}o_proj.weight",), "columns")
+    yield f"{ours}pre_mlp_layernorm.weight", Source((f"{theirs}post_attention_layernorm.weight",))
+    if number in architecture.expert_layers:
+        yield f"{ours}mlp.router.weight", Source((f"{theirs}mlp.gate.weight",))
+        return
+    gate_up = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
+    yield f"{ours}mlp.linear_fc1.weight", Source(gate_up, "rows")
+    yield f"{ours}mlp.linear_fc2.weight", Source((f"{theirs}mlp.down_proj.weight",), "columns")
+
+
+def load(model: nn.Module, path: Path, architecture: Architecture, groups: Groups) -> None:
+    """Fill the model.
+
+    Raises:
+        InvalidRequest: if a tensor is missing or has another shape than the configuration says.
+    """
+    sources = list(table(architecture, groups))
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    mixtures = [(name, module) for name, module in modules if isinstance(module, RoutedExperts)]
+    with _Checkpoint(path) as files, torch.no_grad():
+        progress = tqdm(
+            total=len(sources) + len(mixtures),
+            desc=f"Loading weights, rank {groups.world.index}",
+            unit="tensor",
+            disable=groups.world.index != 0,
+        )
+        for name, source in sources:
+            _fill(model.get_parameter(name), source, files, architecture, groups.tensor)
+            progress.update()
+        for name, module in mixtures:
+            number = first_layer(architecture, groups) + int(name.split(".")[2])
+            _load_experts(module, f"model.layers.{number}.mlp.experts", files)
+            progress.update()
+        progress.close()
+    if architecture.is_tied and groups.is_first_stage and groups.is_last_stage:
+        whole = cast("Any", model)
+        whole.output_layer.weight = whole.embedding.word_embeddings.weight
+
+
+def _fill(
+    parameter: nn.Parameter, source: Source, files: _Checkpoint, architecture: Architecture, tensor: Group
+) -> None:
+    parts = [files.part(name, source.cut, tensor) for name in source.names]
+    joined = _by_groups(parts, architecture, tensor.size) if source.join == "heads" else torch.cat(parts)
+    # The last rank's share of the vocabulary may be padded; nothing looks at what is there.
+    rows = joined.shape[0]
+    is_vocabulary = rows < parameter.shape[0] and source.cut == "rows"
+    if joined.shape[1:] != parameter.shape[1:] or (rows != parameter.shape[0] and not is_vocabulary):
+        raise InvalidRequest(
+            f"model: {', '.join(source.names)} give {list(joined.shape)}, but by config.json it must be "
+            f"{list(parameter.shape)}; the checkpoint and its config.json don't belong together"
+        )
+    parameter[:rows].copy_(joined)
+    parameter[rows:].zero_()
+
+
+def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> Tensor:
+    """q, k, v as Megatron-Core keeps them: for each group of heads its q, its k, its v."""
+    groups = (architecture.config.num_query_groups or 1) // ranks
+    size = head_size(architecture.hf)
+    # [groups, heads of the group, size, ...]
+    heads = [part.unflatten(0, (groups, -1, size)) for part in parts]
+    return torch.cat(heads, dim=1).flatten(0, 2)
+
+
+def _load_experts(module: RoutedExperts, prefix: str, files: _Checkpoint) -> None:
+    """Of a layer's routed experts those that are this rank's, be they one tensor an expert on disk or one for all."""
+    first, count = module.first_expert, module.gate_up_proj.shape[0]
+    stacked = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
+    if f"{prefix}.gate_up_proj" in files:
+        for name, parameter in stacked.items():
+            parameter.copy_(files.slices(f"{prefix}.{name}")[first : first + count])
+        return
+    for i in range(count):
+        expert = f"{prefix}.{first + i}."
+        gate, up = (files.part(f"{expert}{name}_proj.weight", "whole", None) for name in ("gate", "up"))
+        module.gate_up_proj[i].copy_(torch.cat([gate, up]))
+        module.down_proj[i].copy_(files.part(f"{expert}down_proj.weight", "whole", None))
+
+
+@dataclass(eq=False)
+class _Checkpoint:
+    """The safetensors of a directory, opened when they are first needed, never read whole."""
+
+    path: Path
+    _file_of: dict[str, str] = field(default_factory=dict[str, str])
+    _open: dict[str, Any] = field(default_factory=dict[str, Any])
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> _Checkpoint:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            files = sorted(file.name for file in self.path.glob("*.safetensors"))
+            if not files:
+                raise InvalidRequest(
+                    f"model: {self.path} holds no safetensors; save the model in that format"
+                )
+            self._file_of = {name: file for file in files for name in self._names(file)}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def slices(self, name: str) -> Any:
+        """A tensor that is read as far as it is indexed."""
+        if name not in self._file_of:
+            raise InvalidRequest(f"model: {self.path} has no tensor {name!r}; the checkpoint is incomplete")
+        return self._opened(self._file_of[name]).get_slice(name)
+
+    def part(self, name: str, cut: Cut, ranks: Group | None) -> Tensor:
+        """A rank's share of a tensor; the last one's is smaller where the rows can't be shared out evenly."""
+        tensor = self.slices(name)
+        if cut == "whole" or ranks is None or ranks.size == 1:
+            return tensor[:]
+        if cut == "rows":
+            share = -(-tensor.get_shape()[0] // ranks.size)
+            return tensor[ranks.index * share : (ranks.index + 1) * share]
+        share = tensor.get_shape()[1] // ranks.size
+        return tensor[:, ranks.index * share : (ranks.index + 1) * share]
+
+    def _names(self, file: str) -> list[str]:
+        return list(self._opened(file).keys())
+
+    def _opened(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                opened = cast("Any", safe_open)(self.path / file, framework="pt")
+                self._open[file] = self._stack.enter_context(opened)
+            except (OSError, SafetensorError) as error:
+                raise InvalidRequest(f"model: {self.path / file} can't be read ({error})") from error
+        return self._open[file]

@@ -1,0 +1,62 @@
+"""Tiny models with random weights, of each family that has a weight map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+# An odd vocabulary: two ranks can't share it out evenly.
+VOCAB_SIZE = 131
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_MIXTURE: dict[str, Any] = {
+    "head_dim": 8,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **_MIXTURE),
+    "qwen3_moe, first layer dense": lambda: Qwen3MoeConfig(
+        **{**SIZES, "num_hidden_layers": 4}, **_MIXTURE, mlp_only_layers=[0]
+    ),
+}
+
+
+def save(family: str, directory: Path) -> Path:
+    """Biases and norms are random too: as they are initialised they would prove nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(directory)
+    return directory
