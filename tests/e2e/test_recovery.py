@@ -13,6 +13,7 @@ import pytest
 import running_server
 from peft_reference import MODEL, random_batch
 from safetensors.numpy import load_file
+from server_processes import processes_of, times_back, wait_for
 
 from twinkle.protocol import uris
 from twinkle.protocol.errors import RequestFailed
@@ -21,7 +22,6 @@ from twinkle_client import ServiceClient
 
 pytestmark = pytest.mark.serve
 
-WAIT_SECONDS = 120
 GREEDY = SamplingParams(max_tokens=4, temperature=0)
 
 
@@ -38,34 +38,9 @@ def server(
     server.stop()
 
 
-def processes_of(server: running_server.RunningServer, name: str) -> set[int]:
-    """Those that the server started whose command line begins with `name`."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat, command = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
-            except OSError:  # it has ended
-                continue
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-            names[int(entry.name)] = command.decode(errors="replace")
-    found = {server.process.pid}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid for pid in found if names.get(pid, "").startswith(name)}
-
-
 def kill_the_rank(server: running_server.RunningServer) -> None:
     [rank] = processes_of(server, "ray::Rank")
     os.kill(rank, signal.SIGKILL)
-
-
-def wait_for(what: str, condition) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {WAIT_SECONDS} s"
-        time.sleep(0.05)
 
 
 def wait_until_safe(server: running_server.RunningServer, client, steps: int) -> None:
@@ -73,10 +48,6 @@ def wait_until_safe(server: running_server.RunningServer, client, steps: int) ->
     port = server.base_url.rpartition(":")[2]
     manifest = server.storage / "snapshots" / port / client.model_id / "weights" / str(steps - 1)
     wait_for("the snapshot", (manifest / "manifest.json").exists)
-
-
-def times_back(server: running_server.RunningServer) -> int:
-    return sum("The model is back after" in line for line in server.lines)
 
 
 def train(client, seed: int, steps: range) -> None:

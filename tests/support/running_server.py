@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,11 +75,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def write_config(directory: Path, port: int, model_id: str = "Qwen/Qwen3.5-4B", extra: str = "") -> Path:
-    """The mission's flat configuration, on loopback and in a directory of the test's own."""
+def write_config(
+    directory: Path,
+    port: int,
+    model_id: str = "Qwen/Qwen3.5-4B",
+    extra: str = "",
+    layout: Mapping[str, int] | None = None,
+) -> Path:
+    """The mission's flat configuration, on loopback and in a directory of the test's own.
+
+    Args:
+        extra: lines at the end, beginning in the section `storage`.
+        layout: with Megatron, spread over ranks so (`tensor_parallel_size` and the like).
+    """
     path = directory / "server_config.yaml"
+    spread = "".join(f"  {name}: {size}\n" for name, size in (layout or {}).items())
     path.write_text(
-        f"model:\n  model_id: {model_id}\n  use_megatron: false\n  torch_dtype: float32\n"
+        f"model:\n  model_id: {model_id}\n  use_megatron: {'false' if layout is None else 'true'}\n"
+        f"{spread}  torch_dtype: float32\n"
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: 1\n"
         f"ray:\n  num_gpus: 0\n"
         f"storage:\n  root: {directory / 'storage'}\n{extra}",

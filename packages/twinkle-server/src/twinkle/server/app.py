@@ -58,8 +58,8 @@ def make_plan(config: ServerConfig) -> Plan:
     """
     backend = "megatron" if config.model.use_megatron else "transformers"
     _check_parallelism(config)
-    plugins.find(plugins.TRAINING_BACKENDS, backend)
-    plugins.find(plugins.SAMPLING_ENGINES, config.sampler.engine)
+    plugins.look_up(plugins.TRAINING_BACKENDS, backend)
+    plugins.look_up(plugins.SAMPLING_ENGINES, config.sampler.engine)
     path = resolve(config.model.model_id, kind="model", allow_patterns=MODEL_FILES)
     has_gpu = num_gpus(config) > 0
     model = ModelConfig(

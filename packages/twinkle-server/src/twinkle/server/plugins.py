@@ -1,6 +1,6 @@
 """Backends and engines by name, through entry points: the built-in ones are found the way third parties' are."""
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from twinkle.protocol.errors import InvalidRequest
@@ -15,6 +15,15 @@ def find(group: str, name: str) -> Any:
     Raises:
         InvalidRequest: if there is none of that name, or several distributions claim it.
     """
+    return look_up(group, name).load()
+
+
+def look_up(group: str, name: str) -> EntryPoint:
+    """What is registered as `name`, without importing it: that takes seconds, and only ranks need it.
+
+    Raises:
+        InvalidRequest: as `find`.
+    """
     known = entry_points(group=group)
     matches = [point for point in known if point.name == name]
     if not matches:
@@ -26,4 +35,4 @@ def find(group: str, name: str) -> Any:
         raise InvalidRequest(
             f"{group}: {name!r} is claimed by several distributions ({claims}); uninstall all but one"
         )
-    return matches[0].load()
+    return matches[0]

@@ -81,8 +81,10 @@ class TransformersEngine:
 
     @classmethod
     def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
-        loaded = backend.loaded if isinstance(backend, TransformersBackend) else load_base_model(config)
-        return cls(loaded, config)
+        if isinstance(backend, TransformersBackend):
+            return cls(backend.loaded, config)
+        # However many ranks train it, the model that samples is whole, on this rank's device.
+        return cls(load_base_model(ModelConfig(config.path, config.torch_dtype, config.device)), config)
 
     # ------------------------------------------------------------ called from other threads
 

@@ -1,0 +1,137 @@
+"""A server whose model is spread over ranks, as a user starts it: its clients see no difference."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import running_server
+import torch
+from peft_reference import MODEL, peft_logprobs, peft_loss, peft_model, random_batch, trained_parameters
+from server_processes import processes_of, times_back, wait_for
+
+from twinkle.protocol import uris
+from twinkle.protocol.errors import RequestFailed
+from twinkle.protocol.types import SamplingParams
+from twinkle_client import ServiceClient
+
+pytestmark = pytest.mark.serve
+
+SDK_SUITE = Path(__file__).parents[1] / "sdk"
+LAYOUTS = {"TP2": {"tensor_parallel_size": 2}, "PP2": {"pipeline_parallel_size": 2}}
+# Each half of the suite on one of the layouts: the SDK as it comes, and opened by the patch.
+HALVES = {"TP2": "unpatched or not patched", "PP2": "not unpatched"}
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(
+    layout: str, hub_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[running_server.RunningServer]:
+    """A server of two ranks, that takes a snapshot after every step."""
+    directory, port = tmp_path_factory.mktemp("ranks"), running_server.free_port()
+    config = running_server.write_config(
+        directory, port, extra="  snapshot_seconds: 0\n", layout=LAYOUTS[layout]
+    )
+    server = running_server.start(config, hub_root, port)
+    server.storage = directory / "storage"
+    yield server
+    server.stop()
+
+
+@pytest.mark.timeout(600)
+def test_the_sdks_suite_passes(
+    layout: str, server: running_server.RunningServer, tiny_model_dir: Path
+) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SDK_SUITE)),
+            *("-k", HALVES[layout], "--ignore", str(SDK_SUITE / "test_older_sdk.py")),
+        ],
+        env={
+            **os.environ,
+            "TWINKLE_TEST_BASE_URL": server.base_url,
+            "TWINKLE_TEST_MODEL": str(tiny_model_dir),
+        },
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def test_what_is_trained_on_ranks_is_an_adapter_that_peft_loads(
+    server: running_server.RunningServer, hub_root: Path
+) -> None:
+    batch = random_batch(1, (9, 30, 5))
+    with ServiceClient(server.base_url, api_key="ada") as service:
+        client = service.create_lora_training_client(MODEL, rank=4, seed=1)
+        for _ in range(3):
+            client.forward_backward(batch).result()
+            client.optim_step(learning_rate=1e-2).result()
+        path = client.save_state("trained").path
+        outputs = client.forward(batch).loss_fn_outputs
+        sampler = client.save_weights_and_get_sampling_client()
+        tokens = batch[1].model_input.to_ints()
+        sampled = sampler.sample(tokens, 1, SamplingParams(max_tokens=1, temperature=0)).sequences[0]
+        uri = uris.parse(path)
+        assert uri.run_id and uri.kind
+        model = peft_model(hub_root, server.storage / "checkpoints" / uri.run_id / uri.kind / uri.name)
+        with torch.no_grad():
+            for datum, output in zip(batch, outputs, strict=True):
+                found = output["logprobs"].array
+                np.testing.assert_allclose(found, peft_logprobs(model, datum), rtol=1e-4, atol=1e-4)
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        assert sampled.tokens == [int(logits.argmax())]
+        # And back: the run goes on from the file as PEFT does.
+        resumed = service.create_training_client_from_state(path)
+        resumed.forward_backward(batch).result()
+        norm = resumed.optim_step(learning_rate=0.0).metrics["grad_norm:mean"]
+        peft_loss(model, batch).backward()
+        gradients: list[Any] = [parameter.grad for parameter in trained_parameters(model).values()]
+        assert norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
+
+
+def test_a_killed_rank_takes_its_group_with_it_and_the_runs_go_on(
+    layout: str, server: running_server.RunningServer
+) -> None:
+    with ServiceClient(server.base_url, api_key="bob") as service:
+        client = service.create_lora_training_client(MODEL, rank=4, seed=1)
+        undisturbed = service.create_lora_training_client(MODEL, rank=4, seed=1)
+        for run in (client, undisturbed):
+            _train(run, range(2))
+        snapshot = server.storage / "snapshots" / server.base_url.rpartition(":")[2] / client.model_id
+        wait_for("the snapshot", (snapshot / "weights" / "1" / "manifest.json").exists)
+        client.forward_backward(random_batch(9, (9,))).result()  # a gradient that no step applies
+        ranks, backs = processes_of(server, "ray::Rank"), times_back(server)
+        assert len(ranks) == 2
+        os.kill(max(ranks), signal.SIGKILL)
+        wait_for("the model", lambda: times_back(server) > backs)
+        assert not processes_of(server, "ray::Rank") & ranks
+        with pytest.raises(RequestFailed, match=r"set back to its state after optimizer step 2, "):
+            client.optim_step(learning_rate=1e-2).result()
+        for run in (client, undisturbed):
+            _train(run, range(2, 4))
+        batch = random_batch(50, (12, 7))
+        mine, theirs = (run.forward(batch).metrics["loss:sum"] for run in (client, undisturbed))
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    said = "".join(server.lines)
+    assert "A process of the model ended (rank " in said and "set back." in said
+
+
+def _train(client: Any, steps: range) -> None:
+    for step in steps:
+        client.forward_backward(random_batch(100 + step, (9, 5))).result()
+        client.optim_step(learning_rate=1e-2).result()
