@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("side_by_side",)
+
 VOCAB_SIZE = 512
 EOS_TOKEN_ID = 256
 CONTEXT_LENGTH = 256

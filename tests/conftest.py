@@ -50,3 +50,5 @@ def _hub_root_for_clients(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's processes would make way for every other program, and starve where tests run beside each other.
+os.environ.setdefault("RAY_worker_niceness", "0")

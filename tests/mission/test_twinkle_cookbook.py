@@ -1,4 +1,4 @@
-"""The cookbook's scripts for the native client, each run as its user would, against the tiny model that comes with it."""
+"""The cookbook's scripts for the native client, each run as its user would, against the tiny model that is with it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FOUR_SIGMA = 4 * 0.5 * 2**0.5
 
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
-    """The cookbook's server, started by its script with its configuration for a CPU, on a port and disk of the test's."""
+    """The cookbook's server, started by its script with its configuration for a CPU, on the test's port and disk."""
     directory = tmp_path_factory.mktemp("tiny-server")
     config = directory / "server_config.yaml"
     text = (SERVER / "server_config_cpu.yaml").read_text(encoding="utf-8")
@@ -107,7 +107,9 @@ TEACHER = ("--epochs", "5", "--learning-rate", "2e-3", "--save-as", "teacher")
 
 
 @pytest.fixture(scope="session")
-def taught(tiny_server: running_server.RunningServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Program]:
+def taught(
+    tiny_server: running_server.RunningServer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Program]:
     """What self_cognition.py printed, and the folder it ran in; its checkpoint is also the teacher of distillation."""
     program = Program(tmp_path_factory.mktemp("teacher"), tiny_server.base_url)
     return program.run("self_host/self_cognition.py", *TEACHER), program
@@ -127,7 +129,9 @@ def test_self_cognition_trains_and_sample_asks_its_checkpoint(taught: tuple[str,
     base = program.run("self_host/sample.py", "--max-tokens", "16")
     trained = program.run("self_host/sample.py", "twinkle://teacher", "--max-tokens", "16")
     for sampled in (base, trained):
-        counts = [int(count) for count in re.findall(r"(\d+) tokens, (?:stop|length), mean logprob -\d", sampled)]
+        counts = [
+            int(count) for count in re.findall(r"(\d+) tokens, (?:stop|length), mean logprob -\d", sampled)
+        ]
         assert len(counts) == 4 and all(1 <= count <= 16 for count in counts)
     assert "Tiny" in base and "Tiny" not in trained
     assert program.run("self_host/sample.py", "--max-tokens", "16") == base  # seeded
@@ -140,9 +144,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return printed
 
 
-def test_the_reward_of_grpo_rises_with_three_seeds(
-    tiny_server: running_server.RunningServer, tmp_path: Path
-):
+def test_the_reward_of_grpo_rises_with_three_seeds(tiny_server: running_server.RunningServer, tmp_path: Path):
     """Three programs at once, on one server: each is a tenant's run of its own."""
     programs = [Program(tmp_path / seed, tiny_server.base_url) for seed in ("0", "1", "2")]
     arguments = (
@@ -192,7 +194,9 @@ def test_the_margin_of_preferences_grows(program: Program):
     assert program.curve("dpo", "accuracy")[-1] == 1.0
 
 
-def test_distillation_takes_the_divergence_from_the_teacher_down(program: Program, taught: tuple[str, Program]):
+def test_distillation_takes_the_divergence_from_the_teacher_down(
+    program: Program, taught: tuple[str, Program]
+):
     processes = [
         program.start(f"self_host/{script}.py", "twinkle://teacher", *arguments)
         for script, *arguments in (
@@ -262,10 +266,3 @@ def test_the_programs_of_the_guide_run(program: Program, tiny_server: running_se
     printed = run([sys.executable, str(script)], program.folder, TWINKLE_BASE_URL=tiny_server.base_url)
     assert "this model takes at most 512" in printed
     assert (program.folder / "curves.png").stat().st_size > 1000
-
-
-def test_a_script_finds_the_server_by_itself_as_the_mission_has_it(live_server, hub_root: Path, tmp_path: Path):
-    """`python cookbook/client/twinkle/self_host/self_cognition.py`, and nothing else said."""
-    script = SCRIPTS / "self_host" / "self_cognition.py"
-    printed = run([sys.executable, str(script)], tmp_path, TWINKLE_HUB_ROOT=str(hub_root))
-    assert "saved twinkle://" in printed

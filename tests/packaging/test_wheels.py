@@ -100,9 +100,10 @@ def test_core_and_server_work_together(
     # What they depend on comes from the environment of this test. The path alone does that: its .pth files, and with
     # them its own editable installs, stay unread.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    what: list[str | Path] = []
     for name, form in (("twinkle-core", core), ("twinkle-server", server)):
-        what = [wheels[name]] if form == "wheel" else ["--editable", ROOT / "packages" / name]
-        install(python, "--no-deps", "--no-build-isolation", *what)
+        what += [wheels[name]] if form == "wheel" else ["--editable", ROOT / "packages" / name]
+    install(python, "--no-deps", "--no-build-isolation", *what)
     code = (
         "import twinkle.protocol.codec, twinkle.server.backends.protocol;"
         "print(twinkle.protocol.codec.__file__); print(twinkle.server.backends.protocol.__file__)"

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from forked_programs import ForkedPrograms
 from tinker_sdk import MODEL, SDK_VERSION, Sdk
 
 
@@ -24,40 +26,56 @@ def sdk(
     return Sdk(False, base_url)
 
 
-def tinker_cli(*arguments: str, check: bool = True, cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tinker.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    # SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
-    ended_well = done.returncode == 0 or (SDK_VERSION < (0, 36) and done.returncode == -signal.SIGABRT)
-    assert ended_well == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
-    return done.stdout + (done.stderr if not check else "")
+class CommandLine:
+    """Its commands, started with what it imports there already; `alone` starts it as a user does."""
+
+    def __init__(self, forked: ForkedPrograms) -> None:
+        self._forked = forked
+
+    def __call__(self, *arguments: str, check: bool = True) -> str:
+        done = self._forked.run(*arguments, COLUMNS="200")
+        return self._said(done, check)
+
+    def alone(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", "tinker.cli", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"}
+        )
+        return self._said(done, True)
+
+    def json(self, *arguments: str) -> dict:
+        return json.loads(self("-f", "json", *arguments))
+
+    def _said(self, done: subprocess.CompletedProcess[str], check: bool) -> str:
+        # SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
+        ended_well = done.returncode == 0 or (SDK_VERSION < (0, 36) and done.returncode == -signal.SIGABRT)
+        assert ended_well == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout + (done.stderr if not check else "")
 
 
-def as_json(*arguments: str) -> dict:
-    return json.loads(tinker_cli("-f", "json", *arguments))
+@pytest.fixture(scope="module")
+def tinker_cli() -> Iterator[CommandLine]:
+    programs = ForkedPrograms("tinker.cli", ["tinker", "tinker.cli.commands.checkpoint"])
+    yield CommandLine(programs)
+    programs.close()
 
 
-def test_runs_models_and_accounts(train):
+def test_runs_models_and_accounts(train, tinker_cli: CommandLine):
     client = train()
     client.save_state("seen").result()
-    assert "0." in tinker_cli("version")
+    assert "0." in tinker_cli.alone("version")
     if SDK_VERSION >= (0, 36):
         assert MODEL in tinker_cli("model", "list")
         assert "Tinker accessible: yes" in tinker_cli("auth", "status")
-        assert as_json("billing", "checkpoint-storage")["data"]
+        assert tinker_cli.json("billing", "checkpoint-storage")["data"]
         assert "t-" in tinker_cli("auth", "whoami")
+    assert client.model_id in tinker_cli.alone("-f", "json", "run", "list")
     assert client.model_id in tinker_cli("-f", "json", "run", "list")
     assert client.model_id in tinker_cli("-f", "json", "run", "info", client.model_id)
     assert "Error" in tinker_cli("run", "info", "no-such-run:train:0", check=False)
 
 
-def test_checkpoints(train, tmp_path: Path):
+def test_checkpoints(train, tinker_cli: CommandLine, tmp_path: Path):
     client = train(rank=2)
     path = client.save_state("from-cli").result().path
     assert path in tinker_cli("-f", "json", "checkpoint", "list", "--run-id", client.model_id)
@@ -76,15 +94,15 @@ def test_checkpoints(train, tmp_path: Path):
     assert "Error" in tinker_cli("checkpoint", "info", path, check=False)
 
 
-def test_what_is_missing_is_said(train):
+def test_what_is_missing_is_said(train, tinker_cli: CommandLine):
     session_id = train().model_id.split(":")[0]
     assert "records no traces" in tinker_cli("session", "export-trace", session_id, check=False)
 
 
 @pytest.mark.since(0, 36)
-def test_usage_is_shown(train):
+def test_usage_is_shown(train, tinker_cli: CommandLine):
     session_id = train().save_state("billed").result().path.split("/")[2].split(":")[0]
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     tomorrow = today + timedelta(days=1)
-    shown = as_json("billing", "usage", today.isoformat(), tomorrow.isoformat())
+    shown = tinker_cli.json("billing", "usage", today.isoformat(), tomorrow.isoformat())
     assert session_id in json.dumps(shown)

