@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import tiny_models
 from rank_processes import RankProcesses
 
 from twinkle.server.backends.protocol import ModelConfig
+
+# Enough for one test of all layouts; a group takes half a second to start.
+KEPT_GROUPS = 6
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP1": {},
@@ -39,13 +43,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., RankProcesses]]:
-    """`ranks(model directory, layout)`: a group that is there already, or a new one."""
-    groups: dict[tuple[Path, str], RankProcesses] = {}
+    """`ranks(model directory, layout)`: a group that is there already, or a new one. The latest few are kept."""
+    groups: OrderedDict[tuple[Path, str], RankProcesses] = OrderedDict()
 
     def get(path: Path, layout: str) -> RankProcesses:
-        if (path, layout) not in groups:
-            groups[path, layout] = RankProcesses.start(ModelConfig(path, **LAYOUTS[layout]))
-        return groups[path, layout]
+        key = path, layout
+        if key not in groups:
+            while len(groups) >= KEPT_GROUPS:
+                groups.popitem(last=False)[1].stop()
+            groups[key] = RankProcesses.start(ModelConfig(path, **LAYOUTS[layout]))
+        groups.move_to_end(key)
+        return groups[key]
 
     yield get
     for group in groups.values():

@@ -48,8 +48,10 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
         yield from _layer(architecture, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i)
     if groups.is_last_stage:
         yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
-        head = "model.embed_tokens.weight" if architecture.is_tied else "lm_head.weight"
-        yield "output_layer.weight", Source((head,), "rows")
+        if not architecture.is_tied:
+            yield "output_layer.weight", Source(("lm_head.weight",), "rows")
+        elif not groups.is_first_stage:  # else it is the embedding itself, see `load`
+            yield "output_layer.weight", Source(("model.embed_tokens.weight",), "rows")
 
 
 def _layer(architecture: Architecture, ours: str, theirs: str, number: int) -> Iterator[tuple[str, Source]]:

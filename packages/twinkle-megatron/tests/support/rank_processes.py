@@ -71,11 +71,18 @@ class RankProcesses:
         for process in self.processes:
             process.join(10)
             process.kill()
+            process.join()
 
     def backend(self, config: ModelConfig | None = None) -> RemoteBackend:
         self.made += 1
         self.call("new", self.made, config or self.config)
         return RemoteBackend(self, self.made)
+
+    def parameters_of_each_rank(self) -> list[tuple[int, int, int]]:
+        """Elements that each rank holds, has read from files, and has read at once at most."""
+        for pipe in self.pipes:
+            pipe.send(("held", 0))
+        return self._answers()
 
     def call(self, *message: Any) -> Any:
         """Every rank gets it; the first one's answer. What one refuses all refuse."""
@@ -147,6 +154,7 @@ def _serve(pipe: Connection, config: ModelConfig) -> None:
 
     torch.set_num_threads(1)
     backends: dict[int, Any] = {}
+    read = _watch_reading()
     try:
         loaded = stage.load(config)
         pipe.send((False, None))
@@ -160,6 +168,9 @@ def _serve(pipe: Connection, config: ModelConfig) -> None:
                 case "new":
                     backends[number] = MegatronBackend(replace(args[0], rank=config.rank), loaded)
                     answer = None
+                case "held":
+                    held = sum(parameter.numel() for parameter in loaded.model.parameters())
+                    answer = (held, sum(read), max(read))
                 case "get":
                     answer = getattr(backends[number], args[0])
                 case _:
@@ -168,3 +179,26 @@ def _serve(pipe: Connection, config: ModelConfig) -> None:
         except Exception as error:
             error.add_note(f"rank {config.rank}: {traceback.format_exc()}")
             pipe.send((True, error))
+
+
+def _watch_reading() -> list[int]:
+    """How many elements come out of safetensors each time that one is read."""
+    from twinkle_megatron import weights
+
+    read: list[int] = []
+
+    class Watched:
+        def __init__(self, tensor: Any) -> None:
+            self._tensor = tensor
+
+        def get_shape(self) -> list[int]:
+            return self._tensor.get_shape()
+
+        def __getitem__(self, index: Any) -> Any:
+            part = self._tensor[index]
+            read.append(part.numel())
+            return part
+
+    slices = weights._Checkpoint.slices
+    weights._Checkpoint.slices = lambda self, name: Watched(slices(self, name))
+    return read

@@ -47,11 +47,15 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
     """A share of the memory that is free once the weights are in it, over what a token's activations take.
 
     A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
-    pass; twice that is reckoned with, for what the backward pass makes on its way.
+    pass; twice that is reckoned with, for what the backward pass makes on its way. In a mixture of experts every copy
+    of a token, one for each of its experts, adds 2 and 4.
     """
     hidden = int(text.hidden_size)
     intermediate = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    token_bytes = int(text.num_hidden_layers) * (16 * hidden + 8 * intermediate) * dtype.itemsize
+    copies = int(getattr(text, "num_experts_per_tok", None) or 0)
+    of_experts = copies * (4 * hidden + 8 * int(getattr(text, "moe_intermediate_size", None) or intermediate))
+    numbers = 16 * hidden + 8 * intermediate + of_experts
+    token_bytes = int(text.num_hidden_layers) * numbers * dtype.itemsize
     if device.type == "cuda":
         budget, most = _GPU_SHARE * torch.cuda.mem_get_info(device)[0], _MAX_BATCH_TOKENS_GPU
     else:

@@ -1,0 +1,74 @@
+"""Of a checkpoint each rank reads its own part, in whatever form the experts are on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft_alone
+import pytest
+from rank_processes import RankProcesses
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB_SIZE
+
+from twinkle.server.backends import contract
+from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", {"tensor_parallel_size": 2}),
+        ("qwen2", {"pipeline_parallel_size": 2}),
+        ("qwen2", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        ("qwen3_moe", {"expert_parallel_size": 2}),
+    ],
+)
+def test_no_rank_ever_holds_the_whole_model(
+    family: str, layout: dict[str, Any], model: Callable[[str], Path]
+) -> None:
+    """It keeps its share of what is shared out and what isn't; of the files it reads no more than that."""
+    config = ModelConfig(model(family), **layout)
+    sizes = {name: t.numel() for name, t in load_file(model(family) / "model.safetensors").items()}
+    whole = sum(sizes.values())
+    # Of a mixture only the experts are shared out; every rank has the attention.
+    shared = sum(size for name, size in sizes.items() if family != "qwen3_moe" or ".experts." in name)
+    most = whole - 0.45 * shared
+    with RankProcesses.start(config) as group:
+        held, read, largest = zip(*group.parameters_of_each_rank(), strict=True)
+    for elements in (held, read):
+        assert max(elements) < most
+        assert sum(elements) >= whole
+    assert max(largest) < 0.3 * whole
+
+
+def test_experts_may_be_stacked_on_disk(model: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Transformers 5 has them in memory, and as it saves them: one tensor for each."""
+    import torch
+
+    source = model("qwen3_moe")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    assert name.format(0, 0, "gate") in tensors
+    for layer in range(2):
+        parts = {
+            part: torch.stack([tensors.pop(name.format(layer, e, part)) for e in range(4)])
+            for part in ("gate", "up", "down")
+        }
+        prefix = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        tensors[f"{prefix}.down_proj"] = parts["down"]
+    for file in source.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).symlink_to(file)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rows = [peft_alone.random_row("a", 20, i, VOCAB_SIZE) for i in range(3)]
+    found: list[Any] = []
+    for path in (source, tmp_path):
+        with RankProcesses.start(ModelConfig(path, expert_parallel_size=2)) as group:
+            backend = group.backend()
+            backend.add_adapter("a", AdapterSpec(rank=2))
+            found.append(backend.forward_backward([rows]))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        contract._equal(one.logprobs, other.logprobs, 0.0)
