@@ -17,7 +17,7 @@ import running_server
 REPOSITORY = Path(__file__).parents[2]
 COOKBOOK = REPOSITORY / "cookbook"
 SCRIPTS = COOKBOOK / "client" / "twinkle"
-SERVER = COOKBOOK / "client" / "server" / "transformer"
+SERVERS = COOKBOOK / "client" / "server"
 DATA = COOKBOOK / "data"
 MODEL = "twinkle/tiny-qwen3"
 VARIABLES = ("API_KEY", "TWINKLE_API_KEY", "TWINKLE_BASE_URL", "MODELSCOPE_BASE_URL", "MODELSCOPE_BASE_MODEL")
@@ -27,17 +27,20 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 FOUR_SIGMA = 4 * 0.5 * 2**0.5
 
 
-@pytest.fixture(scope="session")
-def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
-    """The cookbook's server, started by its script with its configuration for a CPU, on the test's port and disk."""
-    directory = tmp_path_factory.mktemp("tiny-server")
+def start_server(backend: str, directory: Path) -> running_server.RunningServer:
+    """A server of the cookbook, started by its script with its configuration for a CPU, on the test's port and disk."""
     config = directory / "server_config.yaml"
-    text = (SERVER / "server_config_cpu.yaml").read_text(encoding="utf-8")
+    text = (SERVERS / backend / "server_config_cpu.yaml").read_text(encoding="utf-8")
     assert "port: 8000" in text
     port = running_server.free_port()
     storage = f"\nstorage:\n  root: {directory / 'storage'}\n"
     config.write_text(text.replace("port: 8000", f"port: {port}") + storage, encoding="utf-8")
-    server = running_server.start(config, DATA, port, script=SERVER / "server.py")
+    return running_server.start(config, DATA, port, script=SERVERS / backend / "server.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
+    server = start_server("transformer", tmp_path_factory.mktemp("tiny-server"))
     yield server
     server.stop()
 
@@ -238,6 +241,35 @@ def test_an_interrupted_run_goes_on_with_the_exact_batch(program: Program):
     run(command.split(), program.folder)
     resumed = program.curve("self-cognition", "loss")
     assert resumed == pytest.approx(undisturbed, rel=1e-3)
+
+
+def test_a_program_learns_the_same_from_the_megatron_server(
+    tiny_server: running_server.RunningServer, tmp_path: Path
+):
+    """Two ranks share each layer; the program is told no more than the address."""
+    (tmp_path / "server").mkdir()
+    megatron_server = start_server("megatron", tmp_path / "server")
+    try:
+        assert any("megatron backend" in line for line in megatron_server.lines)
+        programs = [
+            Program(tmp_path / f"client-{i}", server.base_url)
+            for i, server in enumerate((megatron_server, tiny_server))
+        ]
+        script = ("self_host/self_cognition.py", "--epochs", "1", "--learning-rate", "2e-3")
+        processes: list[subprocess.Popen[str]] = []
+        for program in programs:
+            program.folder.mkdir()
+            processes.append(program.start(*script))
+        printed = [finish(process) for process in processes]
+    finally:
+        code = megatron_server.stop()
+    assert code == 0
+    for text in printed:
+        assert "saved twinkle://" in text
+    spread, whole = (program.curve("self-cognition", "loss") for program in programs)
+    assert len(spread) == 7 and mean(spread[-3:]) < 0.8 * spread[0]
+    assert spread == pytest.approx(whole, rel=1e-3)
+    assert "Traceback" not in "".join(megatron_server.lines)
 
 
 def test_the_script_for_a_hosted_endpoint_runs_against_the_one_that_the_environment_names(

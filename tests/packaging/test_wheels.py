@@ -10,9 +10,12 @@ import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +84,30 @@ def test_a_wheel_has_its_own_modules_their_types_and_the_licence(name: str, whee
     modules = [file for file in files if ".dist-info/" not in file]
     assert f"{MODULES[name]}py.typed" in modules
     assert [file for file in modules if not file.startswith(MODULES[name])] == []
+
+
+def test_the_servers_extra_is_megatrons_wheel(wheels: dict[str, Path]) -> None:
+    """`pip install 'twinkle-server[megatron]'`: each names the other, in a range that has its version."""
+    found = {name: metadata_of(wheels[name]) for name in ("twinkle-server", "twinkle-megatron")}
+    needs = {
+        name: {one.name: one for one in map(Requirement, metadata.get_all("Requires-Dist") or [])}
+        for name, metadata in found.items()
+    }
+    assert found["twinkle-server"].get_all("Provides-Extra") == ["megatron"]
+    extra = needs["twinkle-server"]["twinkle-megatron"]
+    assert str(extra.marker) == 'extra == "megatron"'
+    assert extra.specifier.contains(found["twinkle-megatron"]["Version"])
+    assert needs["twinkle-megatron"]["twinkle-server"].specifier.contains(found["twinkle-server"]["Version"])
+    assert "megatron-core" in needs["twinkle-megatron"] and "megatron-core" not in needs["twinkle-server"]
+    with zipfile.ZipFile(wheels["twinkle-megatron"]) as wheel:
+        [points] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert "megatron = twinkle_megatron.backend:MegatronBackend" in wheel.read(points).decode()
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as files:
+        [name] = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        return message_from_bytes(files.read(name))
 
 
 def test_core_and_server_share_no_file(wheels: dict[str, Path]) -> None:

@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package is taken to be installed: importing it takes many seconds."""
-    monkeypatch.setattr(app.plugins, "find", lambda _group, _name: object)
+    monkeypatch.setattr(app.plugins, "look_up", lambda _group, _name: object)
 
 
 def config(model: str, **settings: object) -> ServerConfig:

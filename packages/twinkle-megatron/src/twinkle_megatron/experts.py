@@ -73,7 +73,11 @@ class RoutedExperts(nn.Module):
         x = hidden.reshape(-1, hidden.shape[-1])
         experts, weights = self.router(x)
         adapters = _adapter_of_token(self._route.segments, hidden)
-        out = self._on_their_ranks(x, experts, adapters)
+        if self._expert.size == 1:
+            terms = _terms(self._route.segments, self._name, adapters)
+            out = run_experts(x, experts, self.gate_up_proj, self.down_proj, functional.silu, terms)
+        else:
+            out = self._on_their_ranks(x, experts, adapters)
         mixed = (out * weights.unsqueeze(-1)).sum(dim=1)
         return mixed.to(hidden.dtype).view_as(hidden), None
 
@@ -112,7 +116,7 @@ def _adapter_of_token(segments: list[Segment], hidden: Tensor) -> Tensor:
 
 
 def _terms(segments: list[Segment], name: str, whose: Tensor) -> list[ExpertTerm]:
-    """The terms of the tokens that have come here; `whose` is as `_adapter_of_token` counts."""
+    """The terms of tokens, those here or those that have come here; `whose` is as `_adapter_of_token` counts."""
     gate_up, down = f"{name}.{GATE_UP}", f"{name}.{DOWN}"
     terms: list[ExpertTerm] = []
     first = 0
@@ -127,8 +131,6 @@ def _terms(segments: list[Segment], name: str, whose: Tensor) -> list[ExpertTerm
 
 
 def _exchange_counts(sent: Tensor, group: Group) -> Tensor:
-    if group.size == 1:
-        return sent
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group.ranks)
     return received

@@ -26,7 +26,7 @@ from twinkle.server.backends.protocol import (
     RowResult,
 )
 
-CALL_SECONDS = 60
+CALL_SECONDS = 180
 
 
 @dataclass
