@@ -1,7 +1,7 @@
 """Which models Megatron-Core can hold here, and what it has to be told of them: a Hugging Face configuration in, a
 `TransformerConfig` out, or a refusal that says why.
 
-Llama, Qwen2, Qwen3 and Qwen3-MoE; other families by way of Megatron-Bridge, see `bridge`.
+Llama, Qwen2, Qwen3 and Qwen3-MoE; other families of the same kind by way of Megatron-Bridge, see `bridge`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers.base_model import DTYPES
+from twinkle_megatron import bridge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -33,6 +34,7 @@ class Architecture:
         has_qkv_bias, has_qk_norm: parts of the attention that not all families have.
         is_tied: whether the output head is the embedding.
         expert_layers: those whose feed-forward part is a mixture of experts, counted from 0.
+        is_bridged: whether its weights are read by Megatron-Bridge, there being no map of them here.
     """
 
     hf: PretrainedConfig
@@ -43,6 +45,7 @@ class Architecture:
     has_qk_norm: bool
     is_tied: bool
     expert_layers: frozenset[int]
+    is_bridged: bool
 
 
 def read_hf_config(config: ModelConfig) -> PretrainedConfig:
@@ -68,18 +71,24 @@ def describe(hf: PretrainedConfig, config: ModelConfig) -> Architecture:
     Raises:
         InvalidRequest: if the model has a part that is not built here, or can't be spread over the ranks as asked.
     """
+    is_bridged = hf.model_type not in FAMILIES
+    if is_bridged:
+        has_qkv_bias, has_qk_norm = _bridged_parts(hf)
+    else:
+        has_qkv_bias, has_qk_norm = hf.model_type == "qwen2", hf.model_type in ("qwen3", "qwen3_moe")
     _check_parts(hf)
     _check_sizes(hf, config)
     tensor = config.tensor_parallel_size
     return Architecture(
         hf=hf,
-        config=_transformer_config(hf, config),
+        config=_transformer_config(hf, config, has_qkv_bias, has_qk_norm),
         vocab_size=hf.vocab_size,
         padded_vocab_size=-(-hf.vocab_size // tensor) * tensor,
-        has_qkv_bias=hf.model_type == "qwen2",
-        has_qk_norm=hf.model_type in ("qwen3", "qwen3_moe"),
+        has_qkv_bias=has_qkv_bias,
+        has_qk_norm=has_qk_norm,
         is_tied=bool(hf.tie_word_embeddings),
         expert_layers=frozenset(_expert_layers(hf)),
+        is_bridged=is_bridged,
     )
 
 
@@ -100,7 +109,9 @@ def _expert_layers(hf: PretrainedConfig) -> list[int]:
     return [i for i in layers if i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0]
 
 
-def _transformer_config(hf: PretrainedConfig, config: ModelConfig) -> TransformerConfig:
+def _transformer_config(
+    hf: PretrainedConfig, config: ModelConfig, has_qkv_bias: bool, has_qk_norm: bool
+) -> TransformerConfig:
     dtype = DTYPES[config.torch_dtype]
     on_cpu = config.device == "cpu"
     return TransformerConfig(
@@ -115,8 +126,8 @@ def _transformer_config(hf: PretrainedConfig, config: ModelConfig) -> Transforme
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.model_type == "qwen2",
-        qk_layernorm=hf.model_type in ("qwen3", "qwen3_moe"),
+        add_qkv_bias=has_qkv_bias,
+        qk_layernorm=has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=config.tensor_parallel_size,
@@ -158,12 +169,17 @@ def uses_sequence_parallelism(hf: PretrainedConfig, config: ModelConfig) -> bool
 # ---------------------------------------------------------------- refusals
 
 
-def _check_parts(hf: PretrainedConfig) -> None:
-    if hf.model_type not in FAMILIES:
+def _bridged_parts(hf: PretrainedConfig) -> tuple[bool, bool]:
+    if not bridge.is_installed():
         raise InvalidRequest(
             f"model: the Megatron backend has no weight map for {hf.model_type!r} (it has {', '.join(FAMILIES)}); "
-            "install megatron-bridge for other families, or set use_megatron: false"
+            f"install megatron-bridge {'.'.join(map(str, bridge.OLDEST))} or newer on Python 3.12 (the extra "
+            "twinkle-megatron[bridge]) for other families, or set use_megatron: false"
         )
+    return bridge.attention_parts(hf)
+
+
+def _check_parts(hf: PretrainedConfig) -> None:
     wants: dict[str, tuple[object, ...]] = {
         "hidden_act": ("silu",),
         "mlp_bias": (None, False),
@@ -187,10 +203,11 @@ def _check_sizes(hf: PretrainedConfig, config: ModelConfig) -> None:
     _check_divides("pipeline_parallel_size", pipeline, "layers", hf.num_hidden_layers)
     _check_divides("tensor_parallel_size", tensor, "key-value heads", hf.num_key_value_heads)
     _check_divides("tensor_parallel_size", tensor, "attention heads", hf.num_attention_heads)
-    if not is_mixture(hf):
+    if len(_expert_layers(hf)) < hf.num_hidden_layers:
         _check_divides(
             "tensor_parallel_size", tensor, "columns of the feed-forward part", hf.intermediate_size
         )
+    if not is_mixture(hf):
         if expert > 1:
             raise InvalidRequest(
                 f"model.expert_parallel_size: {hf.model_type} has no routed experts to share out; leave it out"

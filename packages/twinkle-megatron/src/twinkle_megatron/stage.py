@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle.server.backends.transformers.model_facts import context_length, eos_token_ids, max_batch_tokens
 from twinkle_megatron import architecture as architectures
-from twinkle_megatron import build, groups, weights
+from twinkle_megatron import bridge_weights, build, groups, weights
 from twinkle_megatron.architecture import Architecture
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Groups
@@ -50,7 +50,8 @@ def load(config: ModelConfig) -> Stage:
     info = _describe(architecture, config)
     ranks = groups.join(config)
     model = build.build(architecture, ranks)
-    weights.load(model, config.path, architecture, ranks)
+    read = bridge_weights.load if architecture.is_bridged else weights.load
+    read(model, config.path, architecture, ranks)
     route = Route()
     _add_lora(model, architecture, ranks, route)
     return Stage(architecture, ranks, model, route, targets(architecture), info)

@@ -50,7 +50,7 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
         yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
         if not architecture.is_tied:
             yield "output_layer.weight", Source(("lm_head.weight",), "rows")
-        elif not groups.is_first_stage:  # else it is the embedding itself, see `load`
+        elif not groups.is_first_stage:  # else it is the embedding itself, see `tie`
             yield "output_layer.weight", Source(("model.embed_tokens.weight",), "rows")
 
 
@@ -102,9 +102,24 @@ def load(model: nn.Module, path: Path, architecture: Architecture, groups: Group
             _load_experts(module, f"model.layers.{number}.mlp.experts", files)
             progress.update()
         progress.close()
+    tie(model, architecture, groups)
+
+
+def tie(model: nn.Module, architecture: Architecture, groups: Groups) -> None:
+    """Where the output head is the embedding, and both are here, have them share their weights."""
     if architecture.is_tied and groups.is_first_stage and groups.is_last_stage:
         whole = cast("Any", model)
         whole.output_layer.weight = whole.embedding.word_embeddings.weight
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Of the checkpoint's tensors, by name; their numbers are not read.
+
+    Raises:
+        InvalidRequest: if the checkpoint is incomplete, or can't be read.
+    """
+    with _Checkpoint(path) as files:
+        return {name: list(files.slices(name).get_shape()) for name in files.names()}
 
 
 def _fill(
@@ -175,6 +190,9 @@ class _Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
 
     def slices(self, name: str) -> Any:
         """A tensor that is read as far as it is indexed."""

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 # An odd vocabulary: two ranks can't share it out evenly.
 VOCAB_SIZE = 131
@@ -51,10 +58,14 @@ CONFIGS: dict[str, Any] = {
 
 
 def save(family: str, directory: Path) -> Path:
+    return save_random(CONFIGS[family](), directory)
+
+
+def save_random(config: PretrainedConfig, directory: Path) -> Path:
     """Biases and norms are random too: as they are initialised they would prove nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.data.add_(0.3 * torch.randn_like(parameter))
