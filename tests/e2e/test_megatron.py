@@ -15,7 +15,7 @@ import pytest
 import running_server
 import torch
 from peft_reference import MODEL, peft_logprobs, peft_loss, peft_model, random_batch, trained_parameters
-from server_processes import processes_of, times_back, wait_for
+from server_processes import processes_of, times_back, wait_for, wait_for_snapshot
 
 from twinkle.protocol import uris
 from twinkle.protocol.errors import RequestFailed
@@ -112,8 +112,7 @@ def test_a_killed_rank_takes_its_group_with_it_and_the_runs_go_on(
         undisturbed = service.create_lora_training_client(MODEL, rank=4, seed=1)
         for run in (client, undisturbed):
             _train(run, range(2))
-        snapshot = server.storage / "snapshots" / server.base_url.rpartition(":")[2] / client.model_id
-        wait_for("the snapshot", (snapshot / "weights" / "1" / "manifest.json").exists)
+        wait_for_snapshot(server, client.model_id, 2)
         client.forward_backward(random_batch(9, (9,))).result()  # a gradient that no step applies
         ranks, backs = processes_of(server, "ray::Rank"), times_back(server)
         assert len(ranks) == 2

@@ -13,7 +13,7 @@ import pytest
 import running_server
 from peft_reference import MODEL, random_batch
 from safetensors.numpy import load_file
-from server_processes import processes_of, times_back, wait_for
+from server_processes import processes_of, times_back, wait_for, wait_for_snapshot
 
 from twinkle.protocol import uris
 from twinkle.protocol.errors import RequestFailed
@@ -41,13 +41,6 @@ def server(
 def kill_the_rank(server: running_server.RunningServer) -> None:
     [rank] = processes_of(server, "ray::Rank")
     os.kill(rank, signal.SIGKILL)
-
-
-def wait_until_safe(server: running_server.RunningServer, client, steps: int) -> None:
-    """Until the snapshot after so many steps is written; they are numbered from 0."""
-    port = server.base_url.rpartition(":")[2]
-    manifest = server.storage / "snapshots" / port / client.model_id / "weights" / str(steps - 1)
-    wait_for("the snapshot", (manifest / "manifest.json").exists)
 
 
 def train(client, seed: int, steps: range) -> None:
@@ -79,8 +72,8 @@ def test_runs_outlive_the_process_of_the_model(server: running_server.RunningSer
         bob = bob_service.create_lora_training_client(MODEL, rank=8, seed=2)
         train(alice, 100, range(3))
         train(bob, 200, range(2))
-        wait_until_safe(server, alice, 3)
-        wait_until_safe(server, bob, 2)
+        wait_for_snapshot(server, alice.model_id, 3)
+        wait_for_snapshot(server, bob.model_id, 2)
         prompt = [1, 2, 3]
         sampler = bob.save_weights_and_get_sampling_client()
         before = sampler.sample(prompt, 1, GREEDY).sequences[0].tokens

@@ -146,7 +146,7 @@ def auto_bridge() -> Any:
 def _import(name: str) -> Any:
     """Takes seconds the first time: only models that need it wait for it."""
     try:
-        with te_stub.standing_in(), _logging_as_it_is():
+        with te_stub.standing_in(), _quiet():
             return importlib.import_module(name)
     except ImportError as error:
         raise InvalidRequest(
@@ -156,12 +156,14 @@ def _import(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _logging_as_it_is() -> Generator[None]:
-    """What comes with Megatron-Bridge takes over the process's logging when it is imported."""
+def _quiet() -> Generator[None]:
+    """When it is imported it tells of all that it didn't find, and takes over the process's logging."""
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    level, handlers, disabled = root.level, list(root.handlers), logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
+        logging.disable(disabled)
         root.setLevel(level)
         root.handlers[:] = handlers

@@ -71,16 +71,15 @@ def _misfits(
 
 def _fits(parts: list[Sequence[int]], source: Source, own: Sequence[int], ranks: int) -> bool:
     """Whether the parts, one below the other, make the whole of which each rank has `own`."""
-    rows = sum(part[0] for part in parts)
-    spread_rows = ranks if source.cut == "rows" else 1
-    wanted = [own[0] * spread_rows, *own[1:]]
-    if source.cut == "columns":
+    wanted = list(own)
+    if source.cut == "rows":
+        wanted[0] *= ranks
+    elif source.cut == "columns":
         wanted[1] *= ranks
-    # A vocabulary may be padded, by less than a row a rank.
-    is_vocabulary = source.cut == "rows" and 0 <= wanted[0] - rows < ranks
-    return all(
-        [rows, *part[1:]] == wanted or (is_vocabulary and list(part[1:]) == wanted[1:]) for part in parts
-    )
+    missing = wanted[0] - sum(part[0] for part in parts)
+    is_vocabulary = source.cut == "rows" and len(parts) == 1  # which may be padded, by less than a row a rank
+    most = ranks - 1 if is_vocabulary else 0
+    return 0 <= missing <= most and all(list(part[1:]) == wanted[1:] for part in parts)
 
 
 def _unread(
