@@ -27,7 +27,7 @@ MODULES = {
     "twinkle-server": "twinkle/server/",
     "twinkle-megatron": "twinkle_megatron/",
 }
-HEAVY = ("datasets", "fastapi", "peft", "ray", "sqlalchemy", "torch", "transformers")
+HEAVY = ("datasets", "peft", "ray", "sqlalchemy", "starlette", "torch", "transformers")
 CLIENT_LIMIT_BYTES = 200 * 1024**2
 
 

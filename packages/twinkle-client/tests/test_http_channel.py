@@ -6,16 +6,24 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import numpy as np
 import pytest
 
+from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
+from twinkle.protocol.endpoints import JSON, PROTOBUF
 from twinkle.protocol.errors import ConnectionFailed, InvalidRequest, NotFound, RequestFailed, TwinkleError
+from twinkle.protocol.operations import Reply
+from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 from twinkle_client.http_channel import HttpChannel
 from twinkle_client.settings import Settings
 
-Answer = tuple[int, dict]
-STEP = m.OptimStepRequest(model_id="run", seq_id=1)
+Answer = tuple[int, dict | bytes]
+SAVE = m.SaveWeightsRequest(model_id="run", seq_id=1, path="mine")
+SAVED = (200, {"path": "twinkle://run/weights/mine"})
+STEP = m.OptimStepRequest(model_id="run", seq_id=2)
 
 
 class Script:
@@ -23,7 +31,7 @@ class Script:
 
     def __init__(self) -> None:
         self.answers: list[Callable[[], Answer] | Answer | None] = []
-        self.seen: list[tuple[str, dict, dict]] = []
+        self.seen: list[tuple[str, dict, Any]] = []
 
     def paths(self) -> list[str]:
         return [path.removeprefix("/api/v1") for path, _, _ in self.seen]
@@ -41,16 +49,19 @@ def channel(script: Script) -> Iterator[HttpChannel]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            script.seen.append((self.path, dict(self.headers), json.loads(body or b"{}")))
+            is_json = self.headers.get("content-type") != PROTOBUF
+            script.seen.append(
+                (self.path, dict(self.headers), json.loads(body or b"{}") if is_json else body)
+            )
             answer = script.answers.pop(0)
             if answer is None:  # the connection breaks before an answer
                 self.close_connection = True
                 self.connection.close()
                 return
             status, values = answer() if callable(answer) else answer
-            encoded = json.dumps(values).encode()
+            encoded = values if isinstance(values, bytes) else json.dumps(values).encode()
             self.send_response(status)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", PROTOBUF if isinstance(values, bytes) else "application/json")
             self.send_header("content-length", str(len(encoded)))
             if status == 429:
                 self.send_header("retry-after", "0.05")
@@ -78,10 +89,10 @@ def test_an_operation_is_posted_once_and_polled_until_it_is_done(channel: HttpCh
         (200, {"request_id": "r"}),
         (408, {"request_id": "r", "type": "try_again"}),
         (408, {"request_id": "r", "type": "try_again"}),
-        (200, {"metrics": {"grad_norm:mean": 2.0}}),
+        SAVED,
     ]
-    assert channel.submit(STEP).result(10) == m.OptimStepResponse(metrics={"grad_norm:mean": 2.0})
-    assert script.paths() == ["/optim_step"] + ["/retrieve_future"] * 3
+    assert channel.submit(SAVE).result(10) == m.SaveWeightsResponse(path="twinkle://run/weights/mine")
+    assert script.paths() == ["/save_weights"] + ["/retrieve_future"] * 3
     assert all(headers["X-API-Key"] == "the-key" for _, headers, _ in script.seen)
 
 
@@ -94,18 +105,18 @@ def test_a_broken_connection_a_limit_and_a_dying_proxy_are_tried_again_with_the_
         (503, {"unrelated": "Service Unavailable"}),
         (200, {"request_id": "r"}),
         None,
-        (200, {"metrics": {}}),
+        SAVED,
     ]
-    channel.submit(STEP).result(20)
-    assert script.paths() == ["/optim_step"] * 4 + ["/retrieve_future"] * 2
-    bodies = [body for path, _, body in script.seen if path.endswith("optim_step")]
+    channel.submit(SAVE).result(20)
+    assert script.paths() == ["/save_weights"] * 4 + ["/retrieve_future"] * 2
+    bodies = [body for path, _, body in script.seen if path.endswith("save_weights")]
     assert bodies[0] == bodies[-1] and bodies[0]["seq_id"] == 1
 
 
 def test_what_the_server_said_is_what_is_raised(channel: HttpChannel, script: Script):
     script.answers = [(400, {"error": "rank: too high", "category": "user"})]
     with pytest.raises(InvalidRequest, match="rank: too high"):
-        channel.submit(STEP).result(10)
+        channel.submit(SAVE).result(10)
     script.answers = [(404, {"error": "model_id: no live run", "category": "user"})]
     with pytest.raises(NotFound):
         channel.ask(m.GetInfoRequest(model_id="x")).result(10)
@@ -116,14 +127,14 @@ def test_an_accepted_operation_that_failed_names_its_category_and_request(
 ):
     script.answers = [(200, {"request_id": "r"}), (200, {"error": "too large", "category": "user"})]
     with pytest.raises(RequestFailed, match="too large") as caught:
-        channel.submit(STEP).result(10)
+        channel.submit(SAVE).result(10)
     assert (caught.value.category, caught.value.request_id) == ("user", "r")
 
 
 def test_a_fault_of_the_service_itself_is_final(channel: HttpChannel, script: Script):
     script.answers = [(500, {"error": "error id 123", "category": "server"})]
     with pytest.raises(Exception, match="error id 123"):
-        channel.submit(STEP).result(10)
+        channel.submit(SAVE).result(10)
     assert len(script.seen) == 1
 
 
@@ -156,7 +167,7 @@ def test_a_plain_server_asked_by_https_gets_a_hint(channel: HttpChannel, script:
     address = channel._settings.base_url.replace("http://", "https://")
     other = HttpChannel(Settings(address, None), patience_seconds=0.1)
     with pytest.raises(ConnectionFailed, match="A server without certificates is reached by http://"):
-        other.submit(STEP).result(20)
+        other.submit(SAVE).result(20)
     other.close()
 
 
@@ -164,4 +175,105 @@ def test_a_channel_that_is_closed_stays_closed():
     channel = HttpChannel(Settings("http://127.0.0.1:9", None))
     channel.close()
     with pytest.raises(TwinkleError, match="this ServiceClient is closed; make a new one"):
-        channel.submit(STEP)
+        channel.submit(SAVE)
+
+
+# ---------------------------------------------------------------- operations that go together
+
+
+def a_pass(seq_id: int, tokens: int = 2) -> m.ForwardBackwardRequest:
+    ids = list(range(tokens))
+    return m.ForwardBackwardRequest(
+        "run", seq_id, [Datum(ModelInput.from_ints(ids), {"target_tokens": ids})], "cross_entropy"
+    )
+
+
+PASSED = ForwardBackwardOutput(
+    [{"logprobs": TensorData(np.array([-1.0, -2.0], np.float32))}], {"loss:sum": 3.0}
+)
+
+
+def reply_of_pass(request_id: str = "p") -> Reply:
+    return Reply(request_id, 200, PROTOBUF, codec.encode_forward_backward_output(PASSED))
+
+
+def reply_of_step(request_id: str = "s", norm: float = 2.0) -> Reply:
+    return Reply(request_id, 200, JSON, json.dumps({"metrics": {"grad_norm:mean": norm}}).encode())
+
+
+def together(*replies: Reply) -> Answer:
+    return 200, operations.encode_reply(replies)
+
+
+def test_a_pass_and_the_step_behind_it_are_one_request(channel: HttpChannel, script: Script):
+    script.answers = [together(reply_of_pass(), reply_of_step())]
+    passed, stepped = channel.submit(a_pass(1)), channel.submit(STEP)
+    assert stepped.result(10) == m.OptimStepResponse(metrics={"grad_norm:mean": 2.0})
+    output = passed.result(10)
+    assert isinstance(output, ForwardBackwardOutput)
+    assert output.metrics == PASSED.metrics
+    np.testing.assert_array_equal(output.loss_fn_outputs[0]["logprobs"].array, [-1.0, -2.0])
+    [(path, _, body)] = script.seen
+    assert path == "/api/v1/operations"
+    sent = operations.decode_request(body)
+    assert [posted.endpoint.path for posted in sent] == ["/forward_backward", "/optim_step"]
+    assert codec.decode_forward_backward(sent[0].body).seq_id == 1
+    assert codec.decode_json(m.OptimStepRequest, sent[1].body) == STEP
+
+
+def test_a_pass_that_nothing_follows_is_sent_all_the_same(channel: HttpChannel, script: Script):
+    script.answers = [together(reply_of_pass()), together(reply_of_step())]
+    assert channel.submit(a_pass(1)).result(10)
+    assert channel.submit(STEP).result(10)
+    assert script.paths() == ["/operations"] * 2
+
+
+def test_a_large_pass_does_not_wait_for_company(channel: HttpChannel, script: Script):
+    script.answers = [together(reply_of_pass()), together(reply_of_step())]
+    large, step = channel.submit(a_pass(1, tokens=20_000)), channel.submit(STEP)
+    assert large.result(10) and step.result(10)
+    assert script.paths() == ["/operations"] * 2
+
+
+def test_what_is_not_done_when_the_reply_comes_is_polled_for(channel: HttpChannel, script: Script):
+    pending = Reply("s", 408, JSON, b'{"request_id": "s", "type": "try_again"}')
+    script.answers = [together(reply_of_pass(), pending), (200, {"metrics": {"grad_norm:mean": 5.0}})]
+    passed, stepped = channel.submit(a_pass(1)), channel.submit(STEP)
+    assert stepped.result(10) == m.OptimStepResponse(metrics={"grad_norm:mean": 5.0})
+    passed.result(10)
+    assert script.paths() == ["/operations", "/retrieve_future"]
+    assert script.seen[1][2]["request_id"] == "s"
+
+
+def test_each_operation_has_its_own_error(channel: HttpChannel, script: Script):
+    refused = Reply("", 400, JSON, b'{"error": "data[0]: token 9 is too large", "category": "user"}')
+    failed = Reply("s", 200, JSON, b'{"error": "the model failed", "category": "server"}')
+    script.answers = [together(refused, failed)]
+    passed, stepped = channel.submit(a_pass(1)), channel.submit(STEP)
+    with pytest.raises(InvalidRequest, match="token 9 is too large"):
+        passed.result(10)
+    with pytest.raises(RequestFailed, match="the model failed") as caught:
+        stepped.result(10)
+    assert caught.value.request_id == "s"
+
+
+def test_an_operation_that_met_a_limit_is_tried_alone_until_it_passes(channel: HttpChannel, script: Script):
+    limited = Reply("", 429, JSON, b'{"error": "too many", "category": "user"}')
+    script.answers = [
+        together(reply_of_pass(), limited),
+        (429, {"error": "too many", "category": "user"}),
+        (200, {"request_id": "s"}),
+        (200, {"metrics": {"grad_norm:mean": 1.0}}),
+    ]
+    passed, stepped = channel.submit(a_pass(1)), channel.submit(STEP)
+    passed.result(10)
+    assert stepped.result(10) == m.OptimStepResponse(metrics={"grad_norm:mean": 1.0})
+    assert script.paths() == ["/operations", "/optim_step", "/optim_step", "/retrieve_future"]
+
+
+def test_a_broken_connection_fails_none_of_them(channel: HttpChannel, script: Script):
+    script.answers = [None, together(reply_of_pass(), reply_of_step())]
+    passed, stepped = channel.submit(a_pass(1)), channel.submit(STEP)
+    assert passed.result(10) and stepped.result(10)
+    bodies = [body for _, _, body in script.seen]
+    assert len(bodies) == 2 and bodies[0] == bodies[1]

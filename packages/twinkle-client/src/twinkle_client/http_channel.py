@@ -13,12 +13,14 @@ from typing import Any, TypeVar, cast
 
 import httpx
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, QUERY, Endpoint, QueryEndpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
+from twinkle.protocol.operations import Posted
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle_client._version import __version__
+from twinkle_client.outbox import Item, Outbox
 from twinkle_client.settings import Settings
 
 log = logging.getLogger("twinkle_client")
@@ -51,13 +53,22 @@ class HttpChannel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._client: httpx.AsyncClient | None = None
+        # Both are used on the loop alone.
+        self._outbox = Outbox(self._send_together)
+        self._sending: set[asyncio.Task[None]] = set()
 
     def prepare(self, base_model: str | None) -> None:
         """Nothing to do: the server holds its model."""
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
         # Encoded here, so that what can't be encoded is the caller's error, and nothing counts as sent.
-        return self._start(self._operate(request, *_encode(request)))
+        posted = Posted(OPERATION[type(request)], _encode(request))
+        if isinstance(request, m.ForwardBackwardRequest | m.OptimStepRequest):
+            item = Item(posted, Future())
+            is_step = isinstance(request, m.OptimStepRequest)
+            self._running_loop().call_soon_threadsafe(self._outbox.add, request.model_id, item, is_step)
+            return item.future
+        return self._start(self._operate(request, posted))
 
     def ask(self, query: m.Query) -> Future[m.Reply]:
         return self._start(self._query(query))
@@ -69,7 +80,7 @@ class HttpChannel:
             self._loop = self._thread = self._client = None
         if loop is None or thread is None or client is None:
             return
-        asyncio.run_coroutine_threadsafe(_cancel_all_and_close(client), loop).result(5.0)
+        asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(client), loop).result(5.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5.0)
         if not thread.is_alive():
@@ -78,9 +89,16 @@ class HttpChannel:
     # ------------------------------------------------------------ the thread
 
     def _start(self, work: Coroutine[Any, Any, R]) -> Future[R]:
+        try:
+            loop = self._running_loop()
+        except TwinkleError:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, loop)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._closed:
-                work.close()
                 raise TwinkleError("this ServiceClient is closed; make a new one")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -89,21 +107,33 @@ class HttpChannel:
                 )
                 self._thread.start()
                 self._client = _http_client(self._settings)
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+            return self._loop
+
+    async def _cancel_all_and_close(self, client: httpx.AsyncClient) -> None:
+        for item in self._outbox.take_all():
+            item.future.cancel()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await client.aclose()
 
     # ------------------------------------------------------------ operations
 
-    async def _operate(self, request: m.Operation, body: bytes, headers: dict[str, str]) -> m.Result:
+    async def _operate(self, request: m.Operation, posted: Posted) -> m.Result:
         """Post, then poll until there is a result."""
-        endpoint = OPERATION[type(request)]
-        response = await self._send("POST", endpoint.path, body, headers)
-        promise = codec.decode_json(m.Promise, response.content)
+        promise = await self._post(posted)
         try:
-            return await self._poll(endpoint, promise.request_id)
+            return await self._poll(posted.endpoint, promise.request_id)
         except asyncio.CancelledError:
             if isinstance(request, m.SampleRequest) and self._client is not None:
                 await self._query(m.CancelFutureRequest(request_id=promise.request_id))
             raise
+
+    async def _post(self, posted: Posted) -> m.Promise:
+        content_type = PROTOBUF if posted.endpoint.body == "protobuf" else JSON
+        response = await self._send("POST", posted.endpoint.path, *_compressed(posted.body, content_type))
+        return codec.decode_json(m.Promise, response.content)
 
     async def _poll(self, endpoint: Endpoint, request_id: str) -> m.Result:
         body = codec.encode_json(m.RetrieveFutureRequest(request_id=request_id))
@@ -111,9 +141,56 @@ class HttpChannel:
         while True:
             response = await self._send("POST", "/retrieve_future", body, headers)
             if response.status_code != 408:
-                return _decode_result(endpoint, response, request_id)
+                return _decode_result(endpoint, _content_type(response), response.content, request_id)
             pending = codec.decode_json(m.Pending, response.content)
             log.info("%s: not done yet: %s", endpoint.path, pending.queue_state_reason or "it is under way")
+
+    # ------------------------------------------------------------ operations that go together
+
+    def _send_together(self, items: list[Item]) -> None:
+        """The outbox's `send`."""
+        task = asyncio.create_task(self._operate_together(items))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _operate_together(self, items: list[Item]) -> None:
+        """Post several operations; each one's result comes with the reply, or is polled for."""
+        try:
+            replies = await self._post_together([item.posted for item in items])
+        except asyncio.CancelledError:
+            for item in items:
+                item.future.cancel()
+            return
+        except Exception as error:
+            for item in items:
+                item.future.set_exception(error)
+            return
+        await asyncio.gather(*(self._settle(item, reply) for item, reply in zip(items, replies, strict=True)))
+
+    async def _post_together(self, posted: list[Posted]) -> list[operations.Reply]:
+        """The replies, none of which says that the operation may be tried again."""
+        body = operations.encode_request(posted)
+        response = await self._send("POST", operations.PATH, *_compressed(body, PROTOBUF))
+        return operations.decode_reply(response.content)
+
+    async def _settle(self, item: Item, reply: operations.Reply) -> None:
+        endpoint = item.posted.endpoint
+        try:
+            if reply.status == 408:
+                result = await self._poll(endpoint, reply.request_id)
+            elif reply.status == 429:  # a limit was reached: on its own it is tried until it passes
+                promise = await self._post(item.posted)
+                result = await self._poll(endpoint, promise.request_id)
+            elif reply.status >= 400:
+                raise from_status(reply.status, _message(reply.status, reply.body), None)
+            else:
+                result = _decode_result(endpoint, reply.content_type, reply.body, reply.request_id)
+        except asyncio.CancelledError:
+            item.future.cancel()
+        except Exception as error:
+            item.future.set_exception(error)
+        else:
+            item.future.set_result(result)
 
     async def _query(self, query: m.Query) -> m.Reply:
         endpoint = QUERY[type(query)]
@@ -176,14 +253,6 @@ class HttpChannel:
         )
 
 
-async def _cancel_all_and_close(client: httpx.AsyncClient) -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await client.aclose()
-
-
 def _http_client(settings: Settings) -> httpx.AsyncClient:
     headers = {"User-Agent": f"twinkle-client/{__version__}"}
     if settings.api_key:
@@ -193,12 +262,15 @@ def _http_client(settings: Settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
 
 
-def _encode(request: m.Operation) -> tuple[bytes, dict[str, str]]:
-    """Body and headers."""
+def _encode(request: m.Operation) -> bytes:
     if isinstance(request, m.ForwardBackwardRequest):
-        body, headers = codec.encode_forward_backward(request), {"Content-Type": PROTOBUF}
-    else:
-        body, headers = codec.encode_json(request), {"Content-Type": JSON}
+        return codec.encode_forward_backward(request)
+    return codec.encode_json(request)
+
+
+def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
+    """Body and headers."""
+    headers = {"Content-Type": content_type}
     if len(body) >= COMPRESS_FROM_BYTES:
         return codec.compress(body), {**headers, "Content-Encoding": "zstd"}
     return body, headers
@@ -215,31 +287,33 @@ def _encode_query(endpoint: QueryEndpoint, query: m.Query) -> tuple[str, bytes |
     return path, None, {name: value for name, value in fields.items() if name not in in_path} or None
 
 
-def _decode_result(endpoint: Endpoint, response: httpx.Response, request_id: str) -> m.Result:
-    if endpoint.result is ForwardBackwardOutput and _is_protobuf(response):
-        return codec.decode_forward_backward_output(response.content)
-    if endpoint.result is SampleResponse and _is_protobuf(response):
-        return codec.decode_sample(response.content)
-    values = response.json()
+def _decode_result(endpoint: Endpoint, content_type: str, body: bytes, request_id: str) -> m.Result:
+    if endpoint.result is ForwardBackwardOutput and content_type.startswith(PROTOBUF):
+        return codec.decode_forward_backward_output(body)
+    if endpoint.result is SampleResponse and content_type.startswith(PROTOBUF):
+        return codec.decode_sample(body)
+    values = json.loads(body)
     if "error" in values:
         failure = m.Failure.model_validate(values)
         raise RequestFailed(failure.error, failure.category, request_id)
-    return cast(m.Result, codec.decode_json(endpoint.result, response.content))  # pyright: ignore
+    return cast(m.Result, codec.decode_json(endpoint.result, body))  # pyright: ignore
 
 
-def _is_protobuf(response: httpx.Response) -> bool:
-    return response.headers.get("content-type", "").startswith(PROTOBUF)
+def _content_type(response: httpx.Response) -> str:
+    return response.headers.get("content-type", "")
 
 
 def _may_retry(response: httpx.Response) -> bool:
     """Limits pass; so do 5xx that don't come from the service itself but from a process of it that is gone."""
-    return response.status_code == 429 or (response.status_code >= 500 and _error_body(response) is None)
+    return response.status_code == 429 or (
+        response.status_code >= 500 and _error_body(response.content) is None
+    )
 
 
-def _error_body(response: httpx.Response) -> str | None:
+def _error_body(body: bytes) -> str | None:
     """The service's own sentence, if this is an error in its form."""
     try:
-        values = response.json()
+        values = json.loads(body)
     except ValueError:
         return None
     if not isinstance(values, dict) or "error" not in values:
@@ -247,11 +321,14 @@ def _error_body(response: httpx.Response) -> str | None:
     return str(cast(dict[str, object], values)["error"])
 
 
+def _message(status: int, body: bytes) -> str:
+    return _error_body(body) or body[:500].decode(errors="replace") or f"HTTP {status}"
+
+
 def _error_of(response: httpx.Response) -> TwinkleError | None:
     """The error that the server answered with, if it is one."""
     if response.status_code < 400 or response.status_code == 408:
         return None
-    message = _error_body(response) or response.text[:500] or f"HTTP {response.status_code}"
     retry_after = response.headers.get("retry-after", "")
     seconds = float(retry_after) if retry_after.replace(".", "", 1).isdigit() else None
-    return from_status(response.status_code, message, seconds)
+    return from_status(response.status_code, _message(response.status_code, response.content), seconds)

@@ -9,9 +9,10 @@ import httpx
 import pytest
 from fake_service import MODEL, make_service
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.protocol.operations import ENDPOINTS, Posted, Reply
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.gateway.app import create_app
 from twinkle.server.tokens import Signer
@@ -51,7 +52,7 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
         (method, path)
         for route in app.routes
         if (path := getattr(route, "path", "")).startswith(PREFIX)
-        for method in getattr(route, "methods", None) or ()
+        for method in (getattr(route, "methods", None) or set()) - {"HEAD"}
     }
     expected = {("POST", PREFIX + endpoint.path) for endpoint in OPERATIONS}
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
@@ -60,7 +61,14 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     }
     expected |= {
         ("POST", f"{PREFIX}/{path}")
-        for path in ("retrieve_future", "client/config", "client/dynamic_config", "auth/token", "telemetry")
+        for path in (
+            "retrieve_future",
+            "operations",
+            "client/config",
+            "client/dynamic_config",
+            "auth/token",
+            "telemetry",
+        )
     }
     assert routes == expected
 
@@ -77,6 +85,68 @@ async def test_a_compressed_pass_is_answered_in_protobuf(http: httpx.AsyncClient
     assert result.headers["content-type"] == PROTOBUF
     output = codec.decode_forward_backward_output(result.content)
     assert output.loss_fn_outputs[0]["logprobs"].shape == [2]
+
+
+async def post_together(http: httpx.AsyncClient, *sent: tuple[str, bytes], **headers: str) -> list[Reply]:
+    posted = [Posted(ENDPOINTS[path], body) for path, body in sent]
+    response = await http.post(operations.PATH, content=operations.encode_request(posted), headers=headers)
+    assert response.status_code == 200, response.text
+    return operations.decode_reply(response.content)
+
+
+def a_step(run: str, seq_id: int) -> bytes:
+    return codec.encode_json(m.OptimStepRequest(model_id=run, seq_id=seq_id))
+
+
+async def test_operations_sent_together_are_answered_as_each_would_be(http: httpx.AsyncClient):
+    run = await new_run(http)
+    passed, stepped = await post_together(
+        http, ("/forward_backward", a_pass(run)), ("/optim_step", a_step(run, 2))
+    )
+    for reply in (passed, stepped):
+        alone = await http.post("/retrieve_future", json={"request_id": reply.request_id})
+        assert (reply.status, reply.content_type, reply.body) == (
+            alone.status_code,
+            alone.headers["content-type"],
+            alone.content,
+        )
+    again = await post_together(http, ("/forward_backward", a_pass(run)), ("/optim_step", a_step(run, 2)))
+    assert again == [passed, stepped]  # sent twice, done once
+
+
+async def test_of_operations_sent_together_only_the_one_at_fault_is_refused(http: httpx.AsyncClient):
+    run = await new_run(http)
+    unreadable, strange, stepped = await post_together(
+        http,
+        ("/forward_backward", a_pass(run).replace(b"cross_entropy", b"cross_entropi")),
+        ("/optim_step", b"{"),
+        ("/optim_step", a_step(run, 2)),
+    )
+    assert (unreadable.status, strange.status, stepped.status) == (400, 400, 200)
+    assert unreadable.request_id == strange.request_id == ""
+    assert b"cross_entropi" in unreadable.body
+
+
+async def test_operations_of_another_tenants_run_are_not_found(http: httpx.AsyncClient):
+    run = await new_run(http, **{"X-API-Key": "alice"})
+    [reply] = await post_together(http, ("/optim_step", a_step(run, 1)), **{"X-API-Key": "bob"})
+    assert reply.status == 404 and run.encode() in reply.body
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"\xff\xff\xff", 400),
+        (operations.pb.OperationsRequest(operations=[{"path": "/asample"}]).SerializeToString(), 400),
+        (operations.pb.OperationsRequest(operations=[{"path": "/optim_step"}] * 33).SerializeToString(), 413),
+    ],
+)
+async def test_what_can_not_be_sent_together_is_refused_as_a_whole(
+    http: httpx.AsyncClient, body: bytes, status: int
+):
+    response = await http.post(operations.PATH, content=body)
+    assert response.status_code == status
+    assert "operations" in response.json()["error"].lower()
 
 
 async def test_bodies_over_the_limit_are_refused_compressed_or_not(http: httpx.AsyncClient):

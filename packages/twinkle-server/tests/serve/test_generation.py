@@ -1,4 +1,4 @@
-"""When a group of ranks goes on after a failure, and when it is lost. The actors are stand-ins: what counts is who
+"""When a group of ranks goes on after a failure, and when it is lost. The processes are stand-ins: what counts is who
 answers what, and when.
 """
 
@@ -10,49 +10,39 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.serve import generation
-from twinkle.server.serve.generation import Generation
+from twinkle.server.serve.calls import Call
+from twinkle.server.serve.generation import Generation, ProcessEnded
 
 
 class StandIn:
-    """An actor with one method `work`, which does what the test says; `dies` ends it."""
+    """A process with one method, which does what the test says; `dead` ends it."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.dead = asyncio.Event()
         self._work = work
 
-    @property
-    def work(self) -> StandIn:
-        return self
-
-    async def remote(self) -> Any:
+    async def call(self, call: Call) -> Any:
+        assert call.method == "work"
         working = asyncio.ensure_future(self._awaited())
         dying = asyncio.ensure_future(self.dead.wait())
         await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
         if dying.done():
-            raise ActorDiedError
+            raise ProcessEnded
         return working.result()
 
     async def _awaited(self) -> Any:
         result = self._work()
         return await result if asyncio.iscoroutine(result) else result
 
-    @property
-    def live(self) -> Any:
-        return StandInLife(self)
+    async def ended(self) -> None:
+        await self.dead.wait()
 
-
-class StandInLife:
-    def __init__(self, actor: StandIn) -> None:
-        self._actor = actor
-
-    async def remote(self) -> None:
-        await self._actor.dead.wait()
-        raise ActorDiedError
+    def end(self) -> None:
+        self.dead.set()
 
 
 def raises(error: Exception) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.ranks import RankGroup
+from twinkle.server.serve.ranks import RankActor, RankGroup
 
 pytestmark = pytest.mark.serve
 
@@ -41,8 +42,12 @@ def placement() -> Iterator[PlacementGroup]:
     ray.shutdown()
 
 
+def actors_of(group: RankGroup) -> list[Any]:
+    return [cast(RankActor, rank)._actor for rank in group._generation._ranks]
+
+
 def process_of(group: RankGroup, rank: int) -> int:
-    return ray.get(group._generation._ranks[rank].__ray_call__.remote(lambda _actor: os.getpid()))
+    return ray.get(actors_of(group)[rank].__ray_call__.remote(lambda _actor: os.getpid()))
 
 
 async def train_and_compare(group: RankGroup) -> None:
@@ -68,7 +73,7 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
     samples = ray.get(
         [
             actor.__ray_call__.remote(lambda actor: actor._worker._sampler_or_none is not None)
-            for actor in group._generation._ranks
+            for actor in actors_of(group)
         ]
     )
     assert samples == [True, False]

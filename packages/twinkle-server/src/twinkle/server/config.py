@@ -62,7 +62,7 @@ class ServerSection(_Section):
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port."""
     num_replicas: int = Field(default=1, ge=1)
-    """Gateway processes that read and write HTTP."""
+    """Processes that read and write HTTP; the first is the engine's own, which is enough until its core is full."""
     public_url: str | None = None
     """Address that downloads are offered under, as clients reach it (behind a proxy); where they sent their request
     if not said."""

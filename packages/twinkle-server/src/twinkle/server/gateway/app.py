@@ -6,17 +6,18 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias, get_args
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
-from twinkle.protocol.errors import InvalidRequest, TwinkleError
+from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
+from twinkle.protocol.operations import PATH, Posted
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
-from twinkle.server._version import __version__
-from twinkle.server.gateway import downloads, errors, openapi
+from twinkle.server.gateway import downloads, errors, openapi, operations
 from twinkle.server.gateway.bodies import MAX_PLAIN_BYTES, read_body
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
@@ -36,7 +37,7 @@ INLINE_BYTES = 2**20
 
 def create_app(
     service: ServicePort, max_request_bytes: int, signer: Signer, public_url: str | None = None
-) -> FastAPI:
+) -> Starlette:
     """The application in front of `service`.
 
     Args:
@@ -44,33 +45,43 @@ def create_app(
         public_url: what addresses for downloads begin with; where the request was sent to if None.
     """
     doorkeeper = Doorkeeper(signer)
-    app = FastAPI(title="Twinkle", version=__version__, docs_url=None, redoc_url=None)
-    errors.install(app)
-    app.openapi = openapi.document
-    for endpoint in OPERATIONS:
-        app.add_api_route(
-            PREFIX + endpoint.path,
-            _operation(endpoint, service, doorkeeper, max_request_bytes),
-            methods=["POST"],
-        )
-    for query in QUERIES:
-        app.add_api_route(
+    singly = [
+        _post(endpoint.path, _operation(endpoint, service, doorkeeper, max_request_bytes))
+        for endpoint in OPERATIONS
+    ]
+    queries = [
+        Route(
             PREFIX + query.path,
             _query(query, service, doorkeeper, max_request_bytes, public_url),
             methods=[query.method],
         )
-    app.add_api_route(
-        PREFIX + "/retrieve_future",
-        _retrieve_future(service, doorkeeper, max_request_bytes),
-        methods=["POST"],
+        for query in QUERIES
+    ]
+    together = operations.handler(
+        doorkeeper,
+        max_request_bytes,
+        lambda tenant, posted: _submit(service, tenant, posted),
+        lambda tenant, request_id: _result(service, tenant, request_id),
     )
-    downloads.add_routes(app, service, doorkeeper, signer, public_url)
-    app.add_api_route(PREFIX + "/auth/token", _auth_token(doorkeeper), methods=["POST"])
-    app.add_api_route(PREFIX + "/healthz", _healthz, methods=["GET"])
-    app.add_api_route(PREFIX + "/client/config", _client_config, methods=["POST"])
-    app.add_api_route(PREFIX + "/client/dynamic_config", _dynamic_config, methods=["POST"])
-    app.add_api_route(PREFIX + "/telemetry", _telemetry, methods=["POST"])
-    return app
+    # Routes are tried in order: what a training loop asks for comes first.
+    routes = [
+        _post(PATH, together),
+        _post("/retrieve_future", _retrieve_future(service, doorkeeper, max_request_bytes)),
+        *singly,
+        *queries,
+        *downloads.routes(service, doorkeeper, signer, public_url),
+        _post("/auth/token", _auth_token(doorkeeper)),
+        Route(PREFIX + "/healthz", _healthz, methods=["GET"]),
+        _post("/client/config", _client_config),
+        _post("/client/dynamic_config", _dynamic_config),
+        _post("/telemetry", _telemetry),
+        Route("/openapi.json", _openapi, methods=["GET"]),
+    ]
+    return Starlette(routes=routes, exception_handlers=errors.HANDLERS)
+
+
+def _post(path: str, handler: Handler) -> Route:
+    return Route(PREFIX + path, handler, methods=["POST"])
 
 
 # ---------------------------------------------------------------- operations and queries
@@ -81,16 +92,23 @@ def _operation(endpoint: Endpoint, service: ServicePort, doorkeeper: Doorkeeper,
 
     async def handle(request: Request) -> Response:
         tenant = doorkeeper.tenant_of(request)
-        body = await read_body(request, limit)
-        try:
-            operation = _decode_operation(endpoint, body)
-        except InvalidRequest:
-            await _take_place(endpoint, service, tenant, body)
-            raise
-        promise = await service.submit(tenant, operation)
+        promise = await _submit(service, tenant, Posted(endpoint, await read_body(request, limit)))
         return Response(codec.encode_json(promise), media_type=JSON)
 
     return handle
+
+
+async def _submit(service: ServicePort, tenant: str, posted: Posted) -> m.Promise:
+    if posted.endpoint.request not in _LARGE and len(posted.body) > MAX_PLAIN_BYTES:
+        raise TooLarge(
+            f"{posted.endpoint.path}: a body of {len(posted.body)} bytes; at most {MAX_PLAIN_BYTES}"
+        )
+    try:
+        operation = _decode_operation(posted.endpoint, posted.body)
+    except InvalidRequest:
+        await _take_place(posted.endpoint, service, tenant, posted.body)
+        raise
+    return await service.submit(tenant, operation)
 
 
 def _decode_operation(endpoint: Endpoint, body: bytes) -> m.Operation:
@@ -145,14 +163,17 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: in
         tenant = doorkeeper.tenant_of(request)
         body = await read_body(request, min(max_bytes, MAX_PLAIN_BYTES))
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
-        outcome = await service.retrieve(tenant, wanted.request_id, LONG_POLL_SECONDS)
-        response = _encode_outcome(outcome)
+        response = await _result(service, tenant, wanted.request_id)
         if wanted.allow_metadata_only and len(response.body) > INLINE_BYTES:
             size = m.CompleteMetadata(response_payload_size=len(response.body))
             return Response(codec.encode_json(size), media_type=JSON)
         return response
 
     return handle
+
+
+async def _result(service: ServicePort, tenant: str, request_id: str) -> Response:
+    return _encode_outcome(await service.retrieve(tenant, request_id, LONG_POLL_SECONDS))
 
 
 def _encode_outcome(outcome: m.Result | m.Failure | m.Pending) -> Response:
@@ -195,3 +216,7 @@ def _auth_token(doorkeeper: Doorkeeper) -> Handler:
 async def _telemetry(_request: Request) -> Response:
     """Accepted and dropped: what users do is theirs."""
     return JSONResponse({"status": "accepted"})
+
+
+async def _openapi(_request: Request) -> Response:
+    return JSONResponse(openapi.document())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from email.utils import format_datetime
 
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
@@ -20,9 +20,9 @@ from twinkle.server.tokens import ARCHIVE, Download, Signer
 _PART_BYTES = 4 * 2**20
 
 
-def add_routes(
-    app: FastAPI, service: ServicePort, doorkeeper: Doorkeeper, signer: Signer, public_url: str | None
-) -> None:
+def routes(
+    service: ServicePort, doorkeeper: Doorkeeper, signer: Signer, public_url: str | None
+) -> list[Route]:
     """The download route itself, and the archive address that SDKs before 0.36 ask for."""
 
     async def download(request: Request) -> Response:
@@ -43,8 +43,10 @@ def add_routes(
         headers = {"Location": url, "Expires": format_datetime(reply.expires_at, usegmt=True)}
         return Response(status_code=302, headers=headers)
 
-    app.add_api_route(PREFIX + "/download/{token}/{name}", download, methods=["GET"])
-    app.add_api_route(PREFIX + CHECKPOINT + "/archive", archive, methods=["GET"])
+    return [
+        Route(PREFIX + "/download/{token}/{name}", download, methods=["GET"]),
+        Route(PREFIX + CHECKPOINT + "/archive", archive, methods=["GET"]),
+    ]
 
 
 def with_base(

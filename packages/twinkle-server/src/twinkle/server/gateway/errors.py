@@ -2,8 +2,9 @@
 
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,21 +14,19 @@ from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized
 log = logging.getLogger("twinkle.gateway")
 
 
-def install(app: FastAPI) -> None:
-    """Make the app answer every error in the one form."""
-    app.add_exception_handler(TwinkleError, _twinkle_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
-
-
-async def _twinkle_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, TwinkleError)
+def twinkle_error(error: TwinkleError) -> Response:
+    """The reply that says it."""
     headers: dict[str, str] | None = None
     if isinstance(error, LimitReached):
         headers = {"Retry-After": f"{error.retry_after:g}"}
     elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)
+
+
+async def _twinkle_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, TwinkleError)
+    return twinkle_error(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -52,3 +51,11 @@ def _reply(status: int, message: str, category: str, headers: object = None) -> 
         status,
         dict(headers) if headers else None,  # pyright: ignore
     )
+
+
+HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+    TwinkleError: _twinkle_error,
+    HTTPException: _http_error,
+    Exception: _unexpected,
+}
+"""Makes an application answer every error in the one form."""

@@ -24,6 +24,7 @@ from twinkle.protocol.endpoints import (
     Endpoint,
     QueryEndpoint,
 )
+from twinkle.protocol.operations import PATH
 from twinkle.server._version import __version__
 
 Json: TypeAlias = dict[str, Any]
@@ -170,6 +171,7 @@ def _reply(description: str, *schemas: Json) -> Json:
 def _beside_the_tables() -> Iterable[tuple[str, str, Json]]:
     """(path, method, description) of each."""
     yield "/retrieve_future", "post", _retrieve_future()
+    yield PATH, "post", _together()
     yield "/auth/token", "post", _plain("/auth/token", "post", _ref(m.AuthTokenResponse))
     yield "/healthz", "get", _plain("/healthz", "get", {"type": "object"})
     config = _plain("/client/config", "post", _ref(m.ClientConfig))
@@ -196,6 +198,18 @@ def _download(path: str, status: str) -> Json:
         **_heading(path, "get", None),
         "parameters": [_parameter(name, "path", {"type": "string"}, required=True) for name in names],
         "responses": {status: {"description": words, **content}, "default": _ERROR},
+    }
+
+
+def _together() -> Json:
+    return {
+        **_heading(PATH, "post", None),
+        "parameters": [_ZSTD],
+        "requestBody": {"required": True, "content": {PROTOBUF: _BINARY}},
+        "responses": {
+            "200": {"description": "What became of each operation.", "content": {PROTOBUF: _BINARY}},
+            "default": _ERROR,
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""The two Serve deployments: gateways (as many as wanted, stateless) in front of one engine per base model."""
+"""The Serve deployments: one engine per base model, which answers HTTP itself, and further gateways where one process
+is not enough to read and write it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_current_placement_group
@@ -14,10 +15,13 @@ from ray.util import get_current_placement_group
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.app import Plan, build_service, build_signer, build_snapshot_files
+from twinkle.server.config import ServerConfig
 from twinkle.server.gateway.app import create_app
+from twinkle.server.gateway.port import ServicePort
+from twinkle.server.serve.http import HttpServer
 from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.service.service import Service
-from twinkle.server.tokens import Download, Signer
+from twinkle.server.tokens import Download
 
 T = TypeVar("T")
 
@@ -56,6 +60,7 @@ class EngineDeployment:
             build_snapshot_files(plan.config),
         )
         await self._service.start()
+        self._http = await listen(self._service, plan.config)
 
     async def start_failure(self) -> TwinkleError | None:
         """Why the service could not start, if it couldn't."""
@@ -86,7 +91,9 @@ class EngineDeployment:
         return self._service
 
     async def close(self) -> None:
-        await self._running().close()
+        service = self._running()
+        await self._http.close()
+        await service.close()
 
     async def check_health(self) -> None:
         """Fails when Serve is to start another engine. A rank that ended is none of its business: the service starts it
@@ -95,6 +102,30 @@ class EngineDeployment:
         if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
             return
         self._running().check()
+        _check_listens(self._http)
+
+
+class GatewayDeployment:
+    """Reads and writes HTTP beside the engine, on the same port."""
+
+    async def __init__(self, engine: DeploymentHandle[Any], config: ServerConfig) -> None:  # Serve awaits it
+        # The engine listens last of all, when it is ready: nobody is to be answered before.
+        await cast(Any, engine).start_failure.remote()
+        self._http = await listen(HandleService(engine), config)
+
+    async def check_health(self) -> None:
+        _check_listens(self._http)
+
+
+async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
+    """Serve the HTTP application in front of `service` where the configuration says."""
+    app = create_app(service, config.limits.max_request_bytes, build_signer(config), config.server.public_url)
+    return await HttpServer.start(app, config.server.host, config.server.port)
+
+
+def _check_listens(http: HttpServer) -> None:
+    if not http.is_up:
+        raise RuntimeError("the HTTP server has ended")
 
 
 class HandleService:
@@ -136,24 +167,10 @@ async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
         return error
 
 
-def build_gateway(max_request_bytes: int, signer: Signer, public_url: str | None) -> FastAPI:
-    """The ASGI application of a gateway replica, made in its process."""
-    engine = cast(Any, serve.get_deployment_handle("engine", APP_NAME))
-    return create_app(HandleService(engine), max_request_bytes, signer, public_url)
-
-
 def build_application(plan: Plan) -> serve.Application:
-    """Both deployments, wired."""
-    # Serve's own annotations know neither async constructors nor deployments made of ingress classes.
+    """The deployments, wired."""
+    # Serve's own annotations know no async constructors.
     deployment = cast(Any, serve.deployment)
-    max_request_bytes = plan.config.limits.max_request_bytes
-    signer = build_signer(plan.config)
-    public_url = plan.config.server.public_url
-
-    def build() -> FastAPI:  # Serve takes a builder for what it is only if it is a plain function
-        return build_gateway(max_request_bytes, signer, public_url)
-
-    gateway_class = cast(Any, serve.ingress)(build)()
     engine = deployment(
         EngineDeployment,
         name="engine",
@@ -168,11 +185,14 @@ def build_application(plan: Plan) -> serve.Application:
         placement_group_bundles=plan.bundles,
         placement_group_strategy="PACK",
     ).bind(plan)
+    further = plan.config.server.num_replicas - 1
+    if not further:
+        return engine
     gateway = deployment(
-        gateway_class,
+        GatewayDeployment,
         name="gateway",
-        num_replicas=plan.config.server.num_replicas,
-        max_ongoing_requests=_MAX_ONGOING,
+        num_replicas=further,
+        health_check_period_s=2,
         ray_actor_options={"num_cpus": 0},
     )
-    return gateway.bind(engine)
+    return gateway.bind(engine, plan.config)

@@ -1,4 +1,4 @@
-"""The rank actors of one start. They live and die together: each holds a part of what the others need.
+"""The ranks' processes of one start. They live and die together: each holds a part of what the others need.
 
 Every training call goes to all ranks, one call after the other, so that all of them run the same calls in the same
 order. The group is lost when one of its processes ends, and when its ranks no longer agree on what happened.
@@ -7,23 +7,12 @@ order. The group is lost when one of its processes ends, and when its ranks no l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any
-
-import ray
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.engine.worker import WorkerLost
-
-# What Ray says when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
-_PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+from twinkle.server.serve.calls import Call
 
 # When one rank has failed, the others either fail likewise or wait for it in vain.
 GRACE_SECONDS = 10.0
@@ -32,10 +21,34 @@ GRACE_SECONDS = 10.0
 _BEYOND_REPAIR = ("CUDA error", "NCCL", "gloo")
 
 
-class Generation:
-    """Calls to rank actors, first to last. Single-threaded: called on one event loop."""
+class RankProcess(Protocol):
+    """A rank, as its generation sees it."""
 
-    def __init__(self, ranks: list[Any]) -> None:
+    async def call(self, call: Call) -> Any:
+        """The method's result, or what it raised.
+
+        Raises:
+            ProcessEnded: if the process did first.
+        """
+        ...
+
+    async def ended(self) -> None:
+        """Returns when the process has ended."""
+        ...
+
+    def end(self) -> None:
+        """End the process, without asking it."""
+        ...
+
+
+class ProcessEnded(Exception):
+    """A rank's process is gone."""
+
+
+class Generation:
+    """Calls to the ranks' processes, first to last. Single-threaded: called on one event loop."""
+
+    def __init__(self, ranks: Sequence[RankProcess]) -> None:
         self._ranks = ranks
         self._lost: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
         self._turn = asyncio.Lock()
@@ -56,20 +69,21 @@ class Generation:
             WorkerLost: if the group is lost.
             Exception: what all ranks raised.
         """
-        return await self.each_rank(method, [args] * len(self._ranks))
+        return await self._each([Call(method, args)] * len(self._ranks))
 
     async def each_rank(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
         """As `all_ranks`, with arguments for each rank."""
+        return await self._each([Call(method, args) for args in arguments])
+
+    async def _each(self, of_ranks: list[Call]) -> Any:
         async with self._turn:
             self._check()
-            calls = [
-                asyncio.create_task(self._call(rank, method, *args)) for rank, args in enumerate(arguments)
-            ]
+            calls = [asyncio.create_task(self._call(rank, call)) for rank, call in enumerate(of_ranks)]
             ended = asyncio.create_task(_ended(calls))
             await asyncio.wait({ended, self._lost}, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
             self._check()
-            return self._agreed(method, calls)
+            return self._agreed(of_ranks[0].method, calls)
 
     async def first_rank(self, method: str, *args: Any) -> Any:
         """
@@ -78,14 +92,14 @@ class Generation:
             Exception: what the rank raised.
         """
         self._check()
-        return await self._call(0, method, *args)
+        return await self._call(0, Call(method, args))
 
     def end(self) -> None:
         """End the processes, without asking them."""
         for watch in self._watches:
             watch.cancel()
         for rank in self._ranks:
-            ray.kill(rank)
+            rank.end()
         if not self._lost.done():
             self._lost.set_result(WorkerLost("it was ended"))
 
@@ -98,21 +112,15 @@ class Generation:
 
     # ------------------------------------------------------------ calls
 
-    async def _call(self, rank: int, method: str, *args: Any) -> Any:
-        """The call's result, or what it raised as it was raised."""
-        call: Awaitable[Any] = getattr(self._ranks[rank], method).remote(*args)
+    async def _call(self, rank: int, call: Call) -> Any:
         try:
-            return await call
-        except RayTaskError as error:
-            raise error.cause from error  # pyright: ignore
-        except _PROCESS_ENDED as error:
+            return await self._ranks[rank].call(call)
+        except ProcessEnded as error:
             raise self._lose(f"rank {rank}") from error
 
     async def _watch(self, rank: int) -> None:
-        try:
-            await self._call(rank, "live")
-        except WorkerLost:
-            return  # those who ask hear of it
+        await self._ranks[rank].ended()
+        self._lose(f"rank {rank}")
 
     def _check(self) -> None:
         if self._lost.done():

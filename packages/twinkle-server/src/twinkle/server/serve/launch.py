@@ -97,6 +97,8 @@ def _start(plan: Plan) -> None:
     began = time.monotonic()
     # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's processes give way to all others of the machine, unless told that they are what it is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray and Serve report each of their own steps; what users want to know is said here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -107,13 +109,9 @@ def _start(plan: Plan) -> None:
         logging_level=logging.ERROR,
         log_to_driver=True,
     )
-    serve.start(
-        proxy_location="HeadOnly",
-        logging_config=_LOGGING,
-        http_options={"host": plan.config.server.host, "port": plan.config.server.port},
-    )
+    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
     try:
-        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
+        serve.run(build_application(plan), name=APP_NAME, route_prefix=None, logging_config=_LOGGING)
     except RuntimeError as error:
         raise ServerFault(f"the server could not start: {_cause()}") from error
     failure = _engine().start_failure.remote().result(timeout_s=60)

@@ -1,10 +1,11 @@
-"""One process that computes: a Ray actor around a `LocalWorker`."""
+"""One process that computes: a Ray actor around a `LocalWorker`, called over a socket of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+from typing import cast
 
 import ray
 
@@ -23,15 +24,31 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.serve.calls import Address, listen
 
 
 class Rank:
-    """A `LocalWorker` in a process of its own. Results of training calls come from the first rank alone: the others
-    have the same ones, and answer None.
+    """A `LocalWorker` in a process of its own. By way of Ray `listen` and `live` are called, and no other.
+
+    Results of training calls come from the first rank alone: the others have the same ones, and answer None.
     """
 
     _worker: LocalWorker
     _is_first: bool
+
+    async def listen(self, callers_node: str) -> Address:
+        """Take calls of the other methods.
+
+        Args:
+            callers_node: Ray's id of the machine that they come from.
+        """
+        is_here = callers_node == ray.get_runtime_context().get_node_id()
+        return await listen(self, None if is_here else cast(str, ray.util.get_node_ip_address()))
+
+    @ray.method(concurrency_group="life")
+    async def live(self) -> None:
+        """Never answered: the call ends, with an error, when the process does."""
+        await asyncio.Event().wait()
 
     async def find_rendezvous(self) -> str:
         """Where the group can meet: a free port of this rank's machine."""
@@ -49,11 +66,6 @@ class Rank:
         self._is_first = config.rank == 0
         self._worker = await asyncio.to_thread(build_worker, config, backend, sampler)
         return self._worker.info, self._worker.loss_fns
-
-    @ray.method(concurrency_group="life")
-    async def live(self) -> None:
-        """Never answered: the call ends, with an error, when the process does."""
-        await asyncio.Event().wait()
 
     # ------------------------------------------------------------ training: on every rank
 
@@ -101,13 +113,11 @@ class Rank:
     async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
         await self._worker.remove_sampler_adapter(sampler_adapter_id)
 
-    @ray.method(concurrency_group="sampling")
     async def generate(self, request: GenerateRequest) -> SampleResponse:
         try:
             return await self._worker.generate(request)
-        except asyncio.CancelledError as error:  # as such it would end this call in Ray's own way, and loudly
+        except asyncio.CancelledError as error:  # nobody cancelled this call, only the sample
             raise ServerFault("the sample was cancelled") from error
 
-    @ray.method(concurrency_group="sampling")
     async def cancel(self, request_id: str) -> None:
         await self._worker.cancel(request_id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,11 +27,12 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.generation import Generation
+from twinkle.server.serve.calls import Call, Line, LineBroken
+from twinkle.server.serve.generation import Generation, ProcessEnded
 from twinkle.server.serve.rank import Rank
 
-# More samples than a server ever has under way, so that none of them holds up a training call.
-_MAX_SAMPLES = 100_000
+# What Ray says when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
+_PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,39 @@ class _Recipe:
     gpus_per_rank: float
 
 
+class RankActor:
+    """A `RankProcess`: an actor that Ray placed and watches, and a line to it."""
+
+    def __init__(self, actor: Any, line: Line) -> None:
+        self._actor = actor
+        self._line = line
+
+    async def call(self, call: Call) -> Any:
+        try:
+            return await self._line.call(call)
+        except LineBroken as error:
+            raise ProcessEnded from error
+
+    async def ended(self) -> None:
+        signs = {asyncio.create_task(self._died()), asyncio.create_task(self._line.broken())}
+        try:
+            await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for sign in signs:
+                sign.cancel()
+
+    async def _died(self) -> None:
+        """Ray notices what a line doesn't: that the whole machine is gone."""
+        with contextlib.suppress(*_PROCESS_ENDED):
+            await self._actor.live.remote()
+
+    def end(self) -> None:
+        self._line.close()
+        ray.kill(self._actor)
+
+
 class RankGroup:
-    """A `WorkerPort` over Ray actors."""
+    """A `WorkerPort` over the ranks' processes."""
 
     def __init__(
         self, recipe: _Recipe, generation: Generation, info: BaseModelInfo, loss_fns: LossSpecs
@@ -112,7 +145,7 @@ class RankGroup:
         await self._generation.all_ranks("remove_adapter", adapter_id)
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        return await self._generation.all_ranks("forward_backward", ray.put(micro_batches))
+        return await self._generation.all_ranks("forward_backward", micro_batches)
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return await self._generation.all_ranks("optim_step", steps)
@@ -121,7 +154,7 @@ class RankGroup:
         return await self._generation.all_ranks("export_adapter", adapter_id, with_optimizer)
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        await self._generation.all_ranks("import_adapter", adapter_id, ray.put(state))
+        await self._generation.all_ranks("import_adapter", adapter_id, state)
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
         error = await self._generation.all_ranks("publish", adapter_id, sampler_adapter_id)
@@ -154,20 +187,7 @@ async def _start(recipe: _Recipe) -> tuple[Generation, BaseModelInfo, LossSpecs]
         Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
         WorkerLost: if there is none, or a process ended.
     """
-    groups = {"sampling": _MAX_SAMPLES, "life": 1}
-    actor_class = cast(Any, ray.remote)(concurrency_groups=groups)(Rank)
-    generation = Generation(
-        [
-            actor_class.options(
-                num_cpus=1,
-                num_gpus=recipe.gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    recipe.placement, placement_group_bundle_index=bundle
-                ),
-            ).remote()
-            for bundle in range(1, recipe.placement.bundle_count)
-        ]
-    )
+    generation = Generation(await _place(recipe))
     try:
         rendezvous = None
         if recipe.config.num_ranks > 1:
@@ -185,3 +205,33 @@ async def _start(recipe: _Recipe) -> tuple[Generation, BaseModelInfo, LossSpecs]
             raise error.__cause__ from error
         raise
     return generation, *started
+
+
+async def _place(recipe: _Recipe) -> list[RankActor]:
+    """Actors that take calls.
+
+    Raises:
+        WorkerLost: if one of them ended at once.
+    """
+    actor_class = cast(Any, ray.remote)(concurrency_groups={"life": 1})(Rank)
+    actors = [
+        actor_class.options(
+            num_cpus=1,
+            num_gpus=recipe.gpus_per_rank,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                recipe.placement, placement_group_bundle_index=bundle
+            ),
+        ).remote()
+        for bundle in range(1, recipe.placement.bundle_count)
+    ]
+    node = ray.get_runtime_context().get_node_id()
+    try:
+        addresses = await asyncio.gather(*(actor.listen.remote(node) for actor in actors))
+        lines = [await Line.connect(address) for address in addresses]
+    except BaseException as error:
+        for actor in actors:
+            ray.kill(actor)
+        if isinstance(error, (*_PROCESS_ENDED, OSError)):
+            raise WorkerLost(f"it ended as it was started: {error}") from error
+        raise
+    return [RankActor(actor, line) for actor, line in zip(actors, lines, strict=True)]

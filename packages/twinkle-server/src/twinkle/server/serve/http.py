@@ -1,0 +1,74 @@
+"""HTTP on the event loop of the process that answers: Ray Serve starts and watches the process, the socket is its own.
+
+Serve's proxy would add a process and two hops to each request, several times what the request costs itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+# Clients keep a connection longer between two steps than uvicorn's 5 s.
+_KEEP_ALIVE_SECONDS = 90
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """An application that is being served."""
+
+    def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+        self._server = server
+        self._serving = serving
+
+    @classmethod
+    async def start(cls, app: Starlette, host: str, port: int) -> HttpServer:
+        """Returns when requests are taken.
+
+        Several processes may listen on one port: the system spreads connections over them.
+
+        Raises:
+            OSError: if `host` and `port` can't be had.
+        """
+        listener = _bind(host, port)
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            backlog=_BACKLOG,
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        if serving.done():
+            serving.result()
+        return cls(server, serving)
+
+    @property
+    def is_up(self) -> bool:
+        return not self._serving.done()
+
+    async def close(self) -> None:
+        """Take no more requests, and drop those that still wait for a result: their clients ask again."""
+        self._server.should_exit = self._server.force_exit = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
