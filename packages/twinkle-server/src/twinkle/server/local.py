@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
-from twinkle.server.app import Plan, build_service, build_worker, make_plan
+from twinkle.server.app import build_service
 from twinkle.server.config import ModelSection, ServerConfig, load_config
-from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.engine.worker import WorkerPort, build_worker
+from twinkle.server.plan import Plan, make_plan
 from twinkle.server.service.service import Service
 from twinkle.server.service.validation import normal_model_id
 from twinkle.verbs.service import ServiceClientBase

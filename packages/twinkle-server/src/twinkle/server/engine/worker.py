@@ -14,12 +14,14 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import SampleResponse
+from twinkle.server import plugins
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
     AdapterState,
     BaseModelInfo,
     LossSpecs,
+    ModelConfig,
     Row,
     RowResult,
     TrainingBackend,
@@ -185,3 +187,14 @@ class LocalWorker:
     async def _train(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = partial(method, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._training_thread, call)
+
+
+def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
+    """Backend and sampling engine of one rank, in this process; they share the base weights if they can.
+
+    Only the first rank samples: the others would each hold the whole model once more.
+    """
+    backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
+    sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
+    training = backend_class(model)
+    return LocalWorker(training, sampler_class.create(model, training) if model.rank == 0 else None)

@@ -4,9 +4,10 @@ is not enough to read and write it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -14,14 +15,16 @@ from ray.util import get_current_placement_group
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
-from twinkle.server.app import Plan, build_service, build_signer, build_snapshot_files
 from twinkle.server.config import ServerConfig
-from twinkle.server.gateway.app import create_app
-from twinkle.server.gateway.port import ServicePort
-from twinkle.server.serve.http import HttpServer
+from twinkle.server.plan import Plan
 from twinkle.server.serve.ranks import RankGroup
-from twinkle.server.service.service import Service
 from twinkle.server.tokens import Download
+
+# The launcher imports this module too; these are imported where they run, while the ranks load the model.
+if TYPE_CHECKING:
+    from twinkle.server.gateway.port import ServicePort
+    from twinkle.server.serve.http import HttpServer
+    from twinkle.server.service.service import Service
 
 T = TypeVar("T")
 
@@ -51,10 +54,15 @@ class EngineDeployment:
     async def _start(self, plan: Plan) -> None:
         group = get_current_placement_group()
         assert group is not None, "the deployment's placement group holds a bundle for each rank"
-        ranks = await RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
+        ranks = asyncio.create_task(
+            RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
+        )
+        await asyncio.sleep(0)  # they start to load
+        from twinkle.server.app import build_service, build_signer, build_snapshot_files
+
         self._service = build_service(
             plan.config,
-            ranks,
+            await ranks,
             plan.model.path,
             build_signer(plan.config),
             build_snapshot_files(plan.config),
@@ -119,6 +127,10 @@ class GatewayDeployment:
 
 async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     """Serve the HTTP application in front of `service` where the configuration says."""
+    from twinkle.server.app import build_signer
+    from twinkle.server.gateway.app import create_app
+    from twinkle.server.serve.http import HttpServer
+
     app = create_app(service, config.limits.max_request_bytes, build_signer(config), config.server.public_url)
     return await HttpServer.start(app, config.server.host, config.server.port)
 

@@ -9,16 +9,15 @@ import socket
 import sys
 import threading
 import time
+from importlib import import_module
 from types import FrameType
 from typing import Any, cast
 
 import ray
-from ray import serve
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault
-from twinkle.server.app import Plan, make_plan
 from twinkle.server.config import ServerConfig, load_config
-from twinkle.server.serve.deployments import APP_NAME, build_application
+from twinkle.server.plan import Plan, make_plan
 
 log = logging.getLogger("twinkle.server")
 
@@ -102,6 +101,9 @@ def _start(plan: Plan) -> None:
     # Ray and Serve report each of their own steps; what users want to know is said here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray's own processes take seconds to start, and so does this.
+    importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
+    importing.start()
     ray.init(
         num_cpus=max(os.cpu_count() or 1, plan.num_ranks + 1),
         num_gpus=plan.num_ranks * plan.gpus_per_rank,
@@ -109,6 +111,11 @@ def _start(plan: Plan) -> None:
         logging_level=logging.ERROR,
         log_to_driver=True,
     )
+    importing.join()
+    from ray import serve
+
+    from twinkle.server.serve.deployments import APP_NAME, build_application
+
     serve.start(proxy_location="Disabled", logging_config=_LOGGING)
     try:
         serve.run(build_application(plan), name=APP_NAME, route_prefix=None, logging_config=_LOGGING)
@@ -122,6 +129,10 @@ def _start(plan: Plan) -> None:
 
 def _cause() -> str:
     """What Serve says of the deployments that failed."""
+    from ray import serve
+
+    from twinkle.server.serve.deployments import APP_NAME
+
     application = serve.status().applications.get(APP_NAME)
     if application is None:
         return "Serve knows of no application"
@@ -147,6 +158,10 @@ def _close_engine() -> None:
 
 
 def _engine() -> Any:
+    from ray import serve
+
+    from twinkle.server.serve.deployments import APP_NAME
+
     return cast(Any, serve.get_deployment_handle("engine", APP_NAME))
 
 

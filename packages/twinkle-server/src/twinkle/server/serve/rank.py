@@ -11,7 +11,6 @@ import ray
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import SampleResponse
-from twinkle.server.app import build_worker
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -22,7 +21,7 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
-from twinkle.server.engine.worker import LocalWorker
+from twinkle.server.engine.worker import LocalWorker, build_worker
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.calls import Address, listen
 

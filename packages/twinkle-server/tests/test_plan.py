@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server import app
-from twinkle.server.app import build_worker, make_plan
+from twinkle.server import plan as planning
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import ServerConfig, parse_config
+from twinkle.server.engine.worker import build_worker
 from twinkle.server.local import ServiceClient
+from twinkle.server.plan import make_plan
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package is taken to be installed: importing it takes many seconds."""
-    monkeypatch.setattr(app.plugins, "look_up", lambda _group, _name: object)
+    monkeypatch.setattr(planning.plugins, "look_up", lambda _group, _name: object)
 
 
 def config(model: str, **settings: object) -> ServerConfig:
@@ -50,7 +51,7 @@ def test_what_makes_one_rank_is_no_parallelism(model: str):
 
 @pytest.mark.usefixtures("megatron")
 def test_the_ranks_of_megatron_and_their_bundles(model: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(app, "num_gpus", lambda _config: 8)
+    monkeypatch.setattr(planning, "num_gpus", lambda _config: 8)
     plan = make_plan(
         config(
             model,
@@ -70,17 +71,17 @@ def test_the_ranks_of_megatron_and_their_bundles(model: str, monkeypatch: pytest
 @pytest.mark.usefixtures("megatron")
 def test_fewer_gpus_than_ranks_is_an_error_and_none_is_the_cpu(model: str, monkeypatch: pytest.MonkeyPatch):
     settings = config(model, use_megatron=True, tensor_parallel_size=4)
-    monkeypatch.setattr(app, "num_gpus", lambda _config: 2)
+    monkeypatch.setattr(planning, "num_gpus", lambda _config: 2)
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size.* 4 ranks.* 2 can be used.*num_gpus: 0"):
         make_plan(settings)
-    monkeypatch.setattr(app, "num_gpus", lambda _config: 0)
+    monkeypatch.setattr(planning, "num_gpus", lambda _config: 0)
     plan = make_plan(settings)
     assert plan.model.device == "cpu" and plan.bundles[1:] == [{"CPU": 1.0}] * 4
 
 
 @pytest.mark.usefixtures("megatron")
 def test_local_mode_is_one_process(model: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(app, "num_gpus", lambda _config: 0)
+    monkeypatch.setattr(planning, "num_gpus", lambda _config: 0)
     with pytest.raises(InvalidRequest, match="2 ranks, each a process of its own"):
         ServiceClient(config(model, use_megatron=True, tensor_parallel_size=2)).create_lora_training_client(
             model
