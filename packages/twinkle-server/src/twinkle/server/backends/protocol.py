@@ -107,6 +107,8 @@ class BaseModelInfo:
         max_batch_tokens: most tokens (rows x longest row) in one micro-batch.
         eos_token_ids: the tokens that end a text where a sample names no stop.
         architecture: the model class's name.
+        overhead_tokens: what a micro-batch costs beside its tokens, in tokens. The same on every start, so that rows
+            are always packed alike.
     """
 
     vocab_size: int
@@ -115,6 +117,7 @@ class BaseModelInfo:
     max_batch_tokens: int
     eos_token_ids: tuple[int, ...]
     architecture: str
+    overhead_tokens: int = 64
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Engine:
             self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
 
     async def _run_passes(self, jobs: list[Job]) -> None:
-        packed = pack(jobs, self._worker.info.max_batch_tokens)
+        packed = pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
         results = await self._worker.forward_backward(packed.micro_batches)
         for job, output in zip(jobs, unpack(jobs, packed, results), strict=True):
             self._futures.complete(job.request_id, output)

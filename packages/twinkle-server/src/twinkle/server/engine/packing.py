@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from twinkle.protocol.messages import ForwardBackwardRequest
-from twinkle.protocol.types import Datum, ForwardBackwardOutput, TensorData
+from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, TensorData
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
 from twinkle.server.scheduling.jobs import Job
 
@@ -44,11 +45,15 @@ def _width(row: Row) -> int:
     return 1 if targets.ndim == 1 else targets.shape[1]
 
 
-def pack(jobs: Sequence[Job], max_batch_tokens: int) -> Packed:
-    """Rows of all jobs, sorted by length and cut so that rows x longest row stays within `max_batch_tokens`.
+def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Packed:
+    """Rows of all jobs in micro-batches of like length; each is padded to its longest row.
 
     Forward-only rows get micro-batches of their own, which keep nothing for a backward pass; so do rows with several
     candidates at each position, by their number. Within a micro-batch rows of one adapter stand together.
+
+    Args:
+        max_batch_tokens: rows x longest row stays within it, unless a single row is longer.
+        overhead_tokens: what a micro-batch costs beside its tokens: no cut is made that saves less padding than that.
     """
     rows = [
         (to_row(job.run_id, job.request, datum, job.custom_loss), (i, j))
@@ -56,12 +61,13 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int) -> Packed:
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)
     ]
-    rows.sort(key=lambda item: (item[0].forward_only, _width(item[0]), -len(item[0].tokens)))
+    rows.sort(key=lambda item: (*_kind(item[0]), -len(item[0].tokens)))
     groups: list[list[tuple[Row, tuple[int, int]]]] = []
-    for item in rows:
-        if not groups or not _fits(groups[-1], item[0], max_batch_tokens):
-            groups.append([])
-        groups[-1].append(item)
+    for _, alike in groupby(rows, key=lambda item: _kind(item[0])):
+        together = list(alike)
+        lengths = np.array([len(row.tokens) for row, _ in together])
+        ends = cuts(lengths, max_batch_tokens, overhead_tokens)
+        groups += [together[start:end] for start, end in zip([0, *ends], [*ends, len(together)], strict=True)]
     for group in groups:
         group.sort(key=lambda item: (item[0].adapter_id, item[1]))
     return Packed(
@@ -70,10 +76,42 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int) -> Packed:
     )
 
 
-def _fits(group: list[tuple[Row, tuple[int, int]]], row: Row, max_batch_tokens: int) -> bool:
-    first = group[0][0]  # the longest, since rows come in falling length
-    alike = first.forward_only == row.forward_only and _width(first) == _width(row)
-    return alike and (len(group) + 1) * len(first.tokens) <= max_batch_tokens
+def _kind(row: Row) -> tuple[bool, int]:
+    return row.forward_only, _width(row)
+
+
+def cuts(lengths: Int64Array, max_tokens: int, overhead: int) -> list[int]:
+    """Where to cut rows into micro-batches: indices at which one begins, except for the first.
+
+    They are cut where the budget is full, and then each piece where that saves most padding, as long as it saves more
+    than a micro-batch costs. (All cuts at once could be chosen better; that costs more than it saves.)
+
+    Args:
+        lengths: falling, at least one.
+    """
+    full: list[int] = []
+    start = 0
+    for end in range(1, len(lengths)):
+        if (end + 1 - start) * lengths[start] > max_tokens:
+            full.append(end)
+            start = end
+    found = list(full)
+    for start, end in zip([0, *full], [*full, len(lengths)], strict=True):
+        _cut_padding(lengths, start, end, overhead, found)
+    return sorted(found)
+
+
+def _cut_padding(lengths: Int64Array, start: int, end: int, overhead: int, found: list[int]) -> None:
+    """Add the cuts inside of [start, end) to `found`."""
+    pieces = [(start, end)]
+    while pieces:
+        first, last = pieces.pop()
+        behind = np.arange(last - first, 0, -1)
+        saved = behind * (lengths[first] - lengths[first:last])
+        best = int(saved.argmax())
+        if saved[best] > overhead:
+            found.append(first + best)
+            pieces += [(first, first + best), (first + best, last)]
 
 
 def unpack(

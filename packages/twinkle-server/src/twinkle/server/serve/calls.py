@@ -100,6 +100,7 @@ async def _answer_calls(target: object, reader: asyncio.StreamReader, writer: as
             task = asyncio.create_task(_answer(target, number, body, writer))
             answering.add(task)
             task.add_done_callback(answering.discard)
+    writer.close()
 
 
 async def _answer(target: object, number: int, body: bytes, writer: asyncio.StreamWriter) -> None:

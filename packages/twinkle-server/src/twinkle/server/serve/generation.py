@@ -82,6 +82,8 @@ class Generation:
             ended = asyncio.create_task(_ended(calls))
             await asyncio.wait({ended, self._lost}, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
+            for call in calls:
+                call.add_done_callback(_look_at)  # so that asyncio reports none that nobody asks any more
             self._check()
             return self._agreed(of_ranks[0].method, calls)
 
@@ -139,8 +141,6 @@ class Generation:
         errors = [call.exception() if call.done() else None for call in calls]
         if all(call.done() for call in calls) and not any(errors):
             return calls[0].result()
-        for call in calls:
-            call.add_done_callback(_look_at)  # so that asyncio doesn't report it
         raised = [error for error in errors if error is not None]
         first = next((error for error in raised if isinstance(error, TwinkleError)), raised[0])
         if len({type(error) for error in errors}) == 1 and not _is_beyond_repair(first):
