@@ -1,9 +1,12 @@
 """Draws against closed forms and frequencies."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from twinkle.protocol.types import SamplingParams
 from twinkle.server.samplers.transformers import draw as draw_module
 from twinkle.server.samplers.transformers.draw import (
     DrawSettings,
@@ -17,13 +20,8 @@ from twinkle.server.samplers.transformers.draw import (
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 
 
-def settings(rows: int, temperature: float = 1.0, top_k: int = 5, top_p: float = 1.0) -> DrawSettings:
-    return DrawSettings(
-        temperature=torch.full((rows,), temperature),
-        top_k=torch.full((rows,), top_k),
-        top_p=torch.full((rows,), top_p),
-        filtered=top_k < 5 or top_p < 1,
-    )
+def settings(rows: int, **how: Any) -> DrawSettings:
+    return DrawSettings.of([SamplingParams(**how)] * rows, 5, torch.device("cpu"))
 
 
 def many_draws(n: int = 20_000, **how) -> np.ndarray:
@@ -54,7 +52,8 @@ def test_frequencies_are_those_of_the_filtered_distribution(how: dict, expected:
 
 def test_temperature_sharpens_as_the_softmax_says():
     logits = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
-    logprobs = tempered_logprobs(logits, torch.tensor([0.5, 0.0]))
+    params = [SamplingParams(temperature=0.5), SamplingParams(temperature=0.0)]
+    logprobs = tempered_logprobs(logits, DrawSettings.of(params, 3, logits.device))
     expected = torch.log_softmax(logits[0] / 0.5, -1)
     torch.testing.assert_close(logprobs[0], expected)
     torch.testing.assert_close(logprobs[1], torch.log_softmax(logits[1], -1))
@@ -62,7 +61,7 @@ def test_temperature_sharpens_as_the_softmax_says():
 
 def test_a_temperature_next_to_nothing_is_as_good_as_greedy():
     logits = torch.tensor([[1.0, 30.0, -4.0]])
-    logprobs = tempered_logprobs(logits, torch.tensor([1e-38]))
+    logprobs = tempered_logprobs(logits, settings(1, temperature=1e-38))
     assert logprobs.exp().tolist() == [[0, 1, 0]]
     uniforms = torch.tensor([[0.0, 0.5, 0.999]], dtype=torch.float64)
     for temperature in (0.0, 1e-38, 1e-60):
@@ -90,7 +89,52 @@ def test_alternatives_are_the_same_however_many_rows_are_drawn_at_once(monkeypat
 
 def test_a_draw_at_the_very_end_finds_a_token_that_has_a_probability():
     logprobs = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    assert draw(logprobs, settings(1, top_k=3), torch.tensor([1 - 1e-17], dtype=torch.float64)).item() == 1
+    uniforms = torch.tensor([1 - 1e-17], dtype=torch.float64)
+    for how in ({}, {"top_k": 3}):
+        assert draw(logprobs, settings(1, **how), uniforms).item() == 1
+
+
+def by_definition(logprobs: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """The likeliest first where the choice is narrowed, else in the order of the vocabulary."""
+    probabilities = np.exp(logprobs.astype(float))
+    order = np.arange(len(probabilities))
+    if params.top_k > 0 or params.top_p < 1:
+        order = np.argsort(-probabilities)[: params.top_k if params.top_k > 0 else None]
+        own = probabilities[order] / probabilities[order].sum()
+        order = order[: 1 + int((np.cumsum(own)[:-1] < params.top_p).sum())]
+    own = probabilities[order] / probabilities[order].sum()
+    return int(order[np.searchsorted(np.cumsum(own), uniform, side="right")])
+
+
+def test_rows_of_a_large_vocabulary_are_drawn_as_defined_whatever_the_others_ask_for():
+    vocab = 1500
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits *= torch.linspace(0.1, 6, 8).unsqueeze(1)  # from nearly even to peaked
+    logprobs = torch.log_softmax(logits, -1).float()
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(8))
+    ways = [
+        SamplingParams(),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=7),
+        SamplingParams(top_k=900, top_p=0.95),
+        SamplingParams(top_p=0.2),
+    ]
+    for shift in range(len(ways)):
+        params = [ways[(row + shift) % len(ways)] for row in range(8)]
+        tokens = draw(logprobs, DrawSettings.of(params, vocab, logprobs.device), uniforms).tolist()
+        expected = [
+            by_definition(row, own, uniform)
+            for row, own, uniform in zip(logprobs.numpy(), params, uniforms.tolist(), strict=True)
+        ]
+        assert tokens == expected
+
+
+def test_logits_that_are_not_numbers_give_some_token_of_the_vocabulary():
+    logprobs = torch.full((3, 300), float("nan"))
+    params = [SamplingParams(), SamplingParams(top_p=0.5), SamplingParams(temperature=0)]
+    uniforms = torch.full((3,), 0.5, dtype=torch.float64)
+    tokens = draw(logprobs, DrawSettings.of(params, 300, logprobs.device), uniforms)
+    assert ((tokens >= 0) & (tokens < 300)).all()
 
 
 def test_uniforms_depend_on_seed_and_sample_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_a_sequence_that_just_fills_the_cache_may_change_places(engine, referenc
 
 
 def test_the_engine_goes_on_after_a_failure_that_nobody_foresaw(engine, references, monkeypatch):
-    def broken(rows):
+    def broken(rows, known):
         raise RuntimeError("the batch is in pieces")
 
     monkeypatch.setattr(engine._batch, "drop", broken)
@@ -205,14 +206,14 @@ def test_what_cannot_be_fails_alone(engine):
 
 
 def test_an_error_in_one_prompt_leaves_the_others(engine, monkeypatch: pytest.MonkeyPatch):
-    admit = engine._batch.admit
+    forward = engine._network.forward
 
-    def explosive(prompts):
-        if any(7 in prompt.tokens for prompt in prompts):
+    def explosive(cache, rows, tokens, starts):
+        if tokens.shape[1] > 1 and (tokens[:, 0] == 7).any():  # a prompt, and not a sampled token
             raise MemoryError("too much")
-        return admit(prompts)
+        return forward(cache, rows, tokens, starts)
 
-    monkeypatch.setattr(engine._batch, "admit", explosive)
+    monkeypatch.setattr(engine._network, "forward", explosive)
     pending = [ask(engine, [token, 1], num_samples=2, max_tokens=4, stop=[]) for token in (5, 7, 6, 7, 8)]
     for token, future in zip((5, 7, 6, 7, 8), pending, strict=True):
         if token == 7:
@@ -224,7 +225,7 @@ def test_an_error_in_one_prompt_leaves_the_others(engine, monkeypatch: pytest.Mo
 
 def test_an_error_in_a_draw_does_not_end_the_engine(engine, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patched:
-        patched.setattr("twinkle.server.samplers.transformers.engine.draw", lambda *_: 1 / 0)
+        patched.setattr("twinkle.server.samplers.transformers.next_tokens.draw", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ask(engine, [1, 2], max_tokens=3, stop=[]).result(60)
     assert len(ask(engine, [1, 2], max_tokens=3, stop=[]).result(60).sequences[0].tokens) == 3
@@ -262,7 +263,7 @@ class Gate:
         self._is_open = False
         step = engine._batch.step
 
-        def gated(tokens: torch.Tensor) -> torch.Tensor:
+        def gated(tokens: Sequence[int]) -> torch.Tensor:
             self._arrived.release()
             if not self._is_open:
                 assert self._opened.acquire(timeout=60)

@@ -60,7 +60,7 @@ class WaitingLine(Generic[T]):
         admitted: list[tuple[Waiting[T], int]] = []
         rows, longest = running, running_longest
         while places > 0 and self._lines and (at_most is None or len(admitted) < at_most):
-            tenant = self._turns.in_turn()[0]
+            tenant = self._turns.first()
             head = self._lines[tenant][0]
             longest_then = max(longest, head.tokens)
             fitting = max(max_tokens // longest_then - rows, 1 if rows == 0 else 0)

@@ -29,6 +29,10 @@ class DeficitRoundRobin:
     def __bool__(self) -> bool:
         return bool(self._deficits)
 
+    def first(self) -> str:
+        """Whose turn it is; there must be one."""
+        return next(iter(self._deficits))
+
     def in_turn(self) -> list[str]:
         """All tenants who have something ready, the one whose turn it is first."""
         return list(self._deficits)

@@ -1,8 +1,8 @@
-"""Keys and values of the running batch, one row a sequence.
+"""Keys and values, one row a sequence.
 
     keys, values    by layer: [rows, heads, length, head_dim]
 
-Rows that are in use stand at the front, so that what attention reads is a view: when a sequence ends, the last row
+Rows that are in use stand at the front, so that what attention reads is a view: when a row is given up, the last one
 moves into its place. The tensors grow as rows and lengths are asked for, and go when the batch is empty.
 """
 
@@ -27,7 +27,8 @@ class SlotCache:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self._rows = slice(0, 0)
-        self._write: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self._positions = torch.empty(0)
+        self._lines: dict[int, Tensor] = {}
         self._end = 0
         self._capacity = (0, 0)
 
@@ -52,12 +53,25 @@ class SlotCache:
         self.values = [None] * len(self.values)
         self._capacity = (0, 0)
 
-    def copy_row(self, source: int, targets: list[int], length: int) -> None:
-        for tensor in (*self.keys, *self.values):
-            assert tensor is not None
-            # A copy of its own: torch refuses to write into the memory that it reads from, and notices that it does
-            # where the rows are read to their full length.
-            tensor[targets, :, :length] = tensor[source, :, :length].clone()
+    def row(self, row: int, length: int) -> list[Tensor]:
+        """The first so many keys and values of a row, as views: [heads, length, head_dim] of each layer's keys, then
+        of each layer's values.
+        """
+        return [tensor[row, :, :length] for tensor in (*self.keys, *self.values) if tensor is not None]
+
+    def write_rows(self, rows: list[int], contents: list[Tensor]) -> None:
+        """Begin rows with what `row` gave, here or of another cache; they must have been reserved.
+
+        Nothing is left behind it of who had the row before: attention adds its mask to the scores, and what is not a
+        number stays so whatever is added.
+        """
+        layers = len(self.keys)
+        for i, content in enumerate(contents):
+            stored = self._room((self.keys, self.values)[i // layers], i % layers, content.unsqueeze(0))
+            length = content.shape[1]
+            # A copy of its own: torch refuses to write into the memory that it reads from.
+            stored[rows, :, :length] = content.clone()
+            stored[rows, :, length:] = 0
 
     def begin(self, rows: slice, positions: Tensor, end: int) -> None:
         """
@@ -66,8 +80,8 @@ class SlotCache:
             positions: int64 [rows, tokens], where each token's key and value go.
             end: attention reads positions [0, end).
         """
-        row_numbers = torch.arange(rows.start, rows.stop, device=positions.device).unsqueeze(1)
-        self._rows, self._write, self._end = rows, (row_numbers, positions), end
+        self._rows, self._positions, self._end = rows, positions, end
+        self._lines = {}
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_args: object, **_kwargs: object
@@ -76,13 +90,28 @@ class SlotCache:
         return self._store(self.keys, key, layer), self._store(self.values, value, layer)
 
     def _store(self, tensors: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
+        stored = self._room(tensors, layer, new)
+        stored.view(-1, stored.shape[3]).index_copy_(0, self._lines_of(stored), new.reshape(-1, new.shape[3]))
+        return stored[self._rows, :, : self._end]
+
+    def _room(self, tensors: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
+        """A layer's tensor, which is made when its shape is first seen: that of [rows, heads, n, head_dim]."""
         stored = tensors[layer]
         if stored is None:
             rows, length = self._capacity
-            stored = tensors[layer] = new.new_zeros(rows, new.shape[1], length, new.shape[3])
-        rows, positions = self._write
-        stored[rows, :, positions] = new.transpose(1, 2)
-        return stored[self._rows, :, : self._end]
+            stored = tensors[layer] = like.new_zeros(rows, like.shape[1], length, like.shape[3])
+        return stored
+
+    def _lines_of(self, stored: Tensor) -> Tensor:
+        """Where the new keys or values go: int64 [rows * heads * tokens], as lines of the tensor seen as a table."""
+        _, heads, length, _ = stored.shape
+        lines = self._lines.get(heads)
+        if lines is None:
+            rows = torch.arange(self._rows.start, self._rows.stop, device=stored.device).view(-1, 1, 1)
+            head = torch.arange(heads, device=stored.device).view(1, -1, 1)
+            lines = (rows * heads + head) * length + self._positions.unsqueeze(1)
+            lines = self._lines[heads] = lines.flatten()
+        return lines
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Positions are given to the model; this is only asked for by code that would work them out."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from twinkle.protocol.types import TopkRow
+from twinkle.protocol.types import SamplingParams, TopkRow
 
 UNIFORMS_AT_ONCE = 256
 
@@ -17,6 +19,12 @@ _MIN_TEMPERATURE = 1e-30
 
 # Rows times vocabulary, in double precision, that alternatives are drawn from at once.
 _PROBABILITIES_AT_ONCE = 2**21
+
+# Tokens whose probabilities are added up before the cumulative sum.
+_BLOCK = 128
+
+# The likeliest tokens, among which top_k and top_p are looked for first.
+_CANDIDATES = 512
 
 # Sets the stream of a prompt's alternatives apart from those of samples.
 _ALTERNATIVES = 1
@@ -46,25 +54,48 @@ def alternatives_generator(seed: int) -> np.random.Generator:
 
 @dataclass(frozen=True, eq=False)
 class DrawSettings:
-    """How each row is drawn, as tensors [rows].
+    """How each row is drawn.
 
     Attributes:
-        temperature: float32; 0 is greedy.
-        top_k: int64; the size of the vocabulary is all.
-        top_p: float32; 1 is all.
-        filtered: whether any row uses top_k or top_p.
+        temperature: float32 [rows, 1], 1 where a row is greedy; None if it is 1 everywhere.
+        greedy: int64, the rows that take the likeliest token; None if there are none.
+        filtered: int64, the rows that use top_k or top_p; None if there are none.
+        top_k: int64 [filtered]; the size of the vocabulary is all.
+        top_p: float64 [filtered]; 1 is all.
     """
 
-    temperature: Tensor
+    temperature: Tensor | None
+    greedy: Tensor | None
+    filtered: Tensor | None
     top_k: Tensor
     top_p: Tensor
-    filtered: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> DrawSettings:
+        """Of each row's parameters."""
+        temperatures = [max(p.temperature, _MIN_TEMPERATURE) if p.temperature else 1.0 for p in params]
+        greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+        filtered = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)]
+        top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in filtered]
+        top_p = [params[row].top_p for row in filtered]
+        all_are_1 = all(t == 1 for t in temperatures)
+        return cls(
+            None
+            if all_are_1
+            else torch.tensor(temperatures, dtype=torch.float32, device=device).unsqueeze(1),
+            torch.tensor(greedy, device=device) if greedy else None,
+            torch.tensor(filtered, device=device) if filtered else None,
+            torch.tensor(top_k, dtype=torch.int64, device=device),
+            torch.tensor(top_p, dtype=torch.float64, device=device),
+        )
 
 
-def tempered_logprobs(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Log-softmax of logits / temperature, float32 [rows, vocabulary]; where temperature is 0, of the logits."""
-    divisor = torch.where(temperature == 0, 1.0, temperature.clamp(min=_MIN_TEMPERATURE))
-    return torch.log_softmax(logits.float() / divisor.unsqueeze(1), dim=-1)
+def tempered_logprobs(logits: Tensor, settings: DrawSettings) -> Tensor:
+    """Log-softmax of logits / temperature, float32 [rows, vocabulary]; of the logits of greedy rows."""
+    logits = logits.float()
+    if settings.temperature is not None:
+        logits = logits / settings.temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def draw(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
@@ -72,11 +103,12 @@ def draw(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
 
     top_k is applied first; top_p then among those, renormalised. At least one token always remains.
     """
-    if settings.filtered:
-        drawn = _draw_filtered(logprobs, settings, uniforms)
-    else:
-        drawn = _invert(logprobs.double().exp(), uniforms.unsqueeze(1)).squeeze(1)
-    return torch.where(settings.temperature == 0, logprobs.argmax(dim=-1), drawn)
+    tokens = _draw_plain(logprobs.exp(), uniforms)
+    if (rows := settings.filtered) is not None:
+        tokens[rows] = _draw_filtered(logprobs[rows], settings.top_k, settings.top_p, uniforms[rows])
+    if (rows := settings.greedy) is not None:
+        tokens[rows] = logprobs[rows].argmax(dim=-1)
+    return tokens
 
 
 def draw_alternatives(logprobs: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
@@ -109,31 +141,81 @@ def topk_rows(logprobs: Tensor, tokens: Tensor) -> list[TopkRow]:
     ]
 
 
-def _draw_filtered(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
-    ordered, tokens = logprobs.sort(dim=-1, descending=True)
+def _draw_filtered(logprobs: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens of rows that all use top_k or top_p, int64 [rows].
+
+    Sorting a whole vocabulary takes long, and few rows need it. Which ones do depends on themselves alone: tokens of
+    equal probability may come in another order then, and no row's draw may depend on the others.
+    """
+    vocab_size = logprobs.shape[-1]
+    best, tokens = logprobs.topk(min(_CANDIDATES, vocab_size), dim=-1)
+    reached = best.double().exp().sum(dim=-1) >= top_p
+    enough = (top_k <= best.shape[-1]) | ((top_k >= vocab_size) & reached)
+    whole = top_k >= vocab_size
+    drawn = _draw_ordered(best, tokens, top_k, top_p, whole, uniforms)
+    if not bool(enough.all()):
+        rows = (~enough).nonzero().squeeze(1)
+        best, tokens = logprobs[rows].sort(dim=-1, descending=True)
+        drawn[rows] = _draw_ordered(best, tokens, top_k[rows], top_p[rows], whole[rows], uniforms[rows])
+    return drawn
+
+
+def _draw_ordered(
+    ordered: Tensor, tokens: Tensor, top_k: Tensor, top_p: Tensor, whole: Tensor, uniforms: Tensor
+) -> Tensor:
+    """Draws among the n likeliest tokens of each row.
+
+    Args:
+        ordered: [rows, n], their log-probabilities, falling.
+        tokens: int64 [rows, n], which ones they are.
+        whole: bool [rows], where top_k leaves the whole vocabulary.
+    """
     probabilities = ordered.double().exp()
-    ranks = torch.arange(logprobs.shape[-1], device=logprobs.device).unsqueeze(0)
-    probabilities = probabilities.masked_fill(ranks >= settings.top_k.unsqueeze(1), 0.0)
-    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    ranks = torch.arange(ordered.shape[-1], device=ordered.device).unsqueeze(0)
+    probabilities = probabilities.masked_fill(ranks >= top_k.unsqueeze(1), 0.0)
+    total = torch.where(whole, 1.0, probabilities.sum(dim=-1))
     before = probabilities.cumsum(dim=-1) - probabilities
-    beyond = (before >= settings.top_p.double().unsqueeze(1)) & (ranks > 0)
+    beyond = (before >= (top_p * total).unsqueeze(1)) & (ranks > 0)
     chosen = _invert(probabilities.masked_fill(beyond, 0.0), uniforms.unsqueeze(1))
     return tokens.gather(1, chosen).squeeze(1)
+
+
+def _draw_plain(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row, int64 [rows], from float32 [rows, vocabulary] at `uniforms` float64 [rows].
+
+    First the block of tokens that it lies in, then the token in the block: the cumulative sums of a whole vocabulary
+    take longer than everything else about a draw.
+    """
+    vocab_size = probabilities.shape[-1]
+    if missing := -vocab_size % _BLOCK:
+        probabilities = functional.pad(probabilities, (0, missing))
+    blocks = probabilities.unflatten(1, (-1, _BLOCK))
+    ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    wanted = _below(uniforms.unsqueeze(1) * ends[:, -1:], ends[:, -1:])
+    # What isn't a number is found nowhere; it must not lead out of the table.
+    block = torch.searchsorted(ends, wanted, right=True).clamp(max=blocks.shape[1] - 1)
+    before = functional.pad(ends, (1, 0)).gather(1, block)
+    within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
+    wanted = _below(wanted - before, within[:, -1:])
+    tokens = block * _BLOCK + torch.searchsorted(within, wanted, right=True)
+    return tokens.squeeze(1).clamp(max=vocab_size - 1)
 
 
 def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first index whose cumulative probability is above uniform x total.
 
     Args:
-        probabilities: float64 [rows, vocabulary], not all 0 in any row.
+        probabilities: float64 [rows, n], not all 0 in any row.
         uniforms: float64 [rows, k].
 
     Returns:
         int64 [rows, k].
     """
     cumulative = probabilities.cumsum(dim=-1)
-    wanted = uniforms * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, wanted, right=True)
-    # Rounding can lead beyond the last token that has any probability.
-    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(dim=-1, keepdim=True)
-    return torch.minimum(index, last)
+    wanted = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
+    return torch.searchsorted(cumulative, wanted, right=True).clamp(max=probabilities.shape[-1] - 1)
+
+
+def _below(wanted: Tensor, total: Tensor) -> Tensor:
+    """Rounding can lead to the total, and so beyond the last token that has any probability."""
+    return torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))

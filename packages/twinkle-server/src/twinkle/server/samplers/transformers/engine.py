@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
 from typing import Self, TypeAlias
 
@@ -16,22 +17,19 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
-from twinkle.protocol.types import SampleResponse, TopkRow
+from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import Network, Prompt, SingleBatch, make_batch
-from twinkle.server.samplers.transformers.draw import (
-    DrawSettings,
-    Uniforms,
-    draw,
-    tempered_logprobs,
-    topk_rows,
-)
+from twinkle.server.samplers.transformers.batches import Batch, SingleBatch, make_batch
+from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
+from twinkle.server.samplers.transformers.network import Network, Prompt
+from twinkle.server.samplers.transformers.next_tokens import NextTokens
+from twinkle.server.samplers.transformers.prompt_scores import check_targets
 from twinkle.server.samplers.transformers.sequences import Sequence, Task
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
 from twinkle.server.samplers.waiting import Waiting, WaitingLine
@@ -39,13 +37,15 @@ from twinkle.server.samplers.waiting import Waiting, WaitingLine
 log = logging.getLogger("twinkle.sampler")
 
 # Sequences, and the logits [sequences, vocabulary] of the next token of each.
-Drawable: TypeAlias = tuple[list[Sequence], Tensor]
+Drawable: TypeAlias = tuple[tuple[Sequence, ...], Tensor]
 
 MAX_ROWS_CPU = 64
 MAX_ROWS_GPU = 256
 # Rows times their longest length, at most: what the cache may come to.
 MAX_CACHED_TOKENS_CPU = 2**17
 MAX_CACHED_TOKENS_GPU = 2**20
+# Tokens of sequences that have ended, whose keys and values are kept for prompts that begin like them.
+MAX_KNOWN_TOKENS = 2**14
 
 
 class TransformersEngine:
@@ -66,15 +66,18 @@ class TransformersEngine:
         self._dtype = loaded.dtype
         self._network = Network(model, route)
         self._max_rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
-        self._batch = make_batch(self._network, self._max_rows)
         self._max_tokens = MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU
+        self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
-        self._sequences: list[Sequence] = []  # row i of the batch is the i-th
+        self._sequences: tuple[Sequence, ...] = ()  # row i of the batch is the i-th
+        self._reading: dict[Prompt, Task] = {}  # whose prompts are on their way into the batch
+        self._next_tokens = NextTokens()
         self._line: WaitingLine[Task] = WaitingLine()
-        self._wake = threading.Condition()  # held wherever the line or one of the two below is touched
+        self._wake = threading.Condition()  # held wherever the line or one of the three below is touched
         self._under_way: dict[str, set[Task]] = {}  # by request id, those that can be cancelled
         self._unwanted: set[Task] = set()  # cancelled, not taken out yet
+        self._gone: list[ResidentAdapter] = []  # removed, not forgotten by the batch yet
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
         self._thread.start()
@@ -103,7 +106,10 @@ class TransformersEngine:
 
     def remove_adapter(self, adapter_id: str) -> None:
         with self._wake:
-            self._adapters.pop(adapter_id, None)  # tasks that use it hold it until they are done
+            adapter = self._adapters.pop(adapter_id, None)  # tasks that use it hold it until they are done
+            if adapter is not None:
+                self._gone.append(adapter)
+                self._wake.notify()
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         future: Future[SampleResponse] = Future()
@@ -125,16 +131,22 @@ class TransformersEngine:
         info = self._loaded.info
         if request.adapter_id is not None and request.adapter_id not in self._adapters:
             raise NotFound(f"adapter_id: {request.adapter_id!r} is not resident in the sampler")
+        adapter = self._adapters[request.adapter_id] if request.adapter_id is not None else None
+        if adapter is not None and not adapter.is_finite:
+            raise InvalidRequest(
+                f"adapter_id: {request.adapter_id!r} has weights that are not finite numbers, so its training has "
+                "failed; sample a checkpoint from before"
+            )
         length, limit = len(request.prompt), info.max_context_length
         if not 1 <= length <= limit:
             raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
-        _check_targets(request, info.vocab_size)
+        check_targets(request, info.vocab_size)
         # One token can be drawn after a prompt that fills the context: it is never read.
         room = max(1, limit - length)
         task = Task(
             request=request,
             future=future,
-            adapter=self._adapters[request.adapter_id] if request.adapter_id is not None else None,
+            adapter=adapter,
             stop=stop_rule(request.params, info.eos_token_ids, self._tokenizer is not None),
             max_tokens=min(request.params.max_tokens or room, room),
         )
@@ -167,139 +179,171 @@ class TransformersEngine:
         self._abandon()
 
     def _turn(self) -> None:
-        """Admit who waits, or a step for everybody; then draw the next token of those concerned."""
+        """Read a piece of the prompts of those who may come in, then a step for everybody; what comes of either gives
+        those concerned their next token.
+        """
         self._drop_unwanted()
-        drawable = self._admit() or self._step()
-        if drawable is None:
-            return
-        try:
-            self._advance(*drawable)
-        except Exception as error:
-            for task in {sequence.task for sequence in drawable[0]}:
-                self._fail(task, error)
+        self._admit()
+        for work in (self._read, self._step):
+            drawable = work()
+            if drawable is None:
+                continue
+            try:
+                self._advance(*drawable)
+            except Exception as error:
+                for task in {sequence.task for sequence in drawable[0]}:
+                    self._fail(task, error)
 
     def _start_over(self, error: Exception) -> None:
         """Nobody knows what state the batch is in: who is in it fails, and a new one is begun. Who waits may come."""
-        tasks = {sequence.task for sequence in self._sequences}
-        self._sequences = []
-        self._batch = make_batch(self._network, self._max_rows)
+        tasks = self._tasks()
+        self._sequences = ()
+        self._reading = {}
+        self._batch = self._make_batch()
         self._free_memory()
         self._end({task: error.with_traceback(None) for task in tasks})
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._line or self._sequences or self._unwanted)
+            self._wake.wait_for(lambda: self._closed or self._has_work())
             return not self._closed
+
+    def _has_work(self) -> bool:
+        return bool(self._line or self._sequences or self._reading or self._unwanted or self._gone)
+
+    def _tasks(self) -> set[Task]:
+        """Those in the batch, or on their way there."""
+        return {*(sequence.task for sequence in self._sequences), *self._reading.values()}
+
+    def _make_batch(self) -> Batch:
+        return make_batch(self._network, self._max_rows, MAX_KNOWN_TOKENS)
 
     def _drop_unwanted(self) -> None:
         with self._wake:
             tasks, self._unwanted = self._unwanted, set()
+            gone, self._gone = self._gone, []
+        for adapter in gone:
+            self._batch.forget_adapter(adapter)
         if tasks:
             self._end({task: CancelledError() for task in tasks})
 
-    def _admit(self) -> Drawable | None:
-        """Read the prompts of who waits and may come in; returns the sequences that begin, with their logits."""
+    def _admit(self) -> None:
+        """Who waits and may come in is read from now on."""
         one_at_a_time = isinstance(self._batch, SingleBatch)
-        if one_at_a_time and self._sequences:
-            return None
-        longest = max((sequence.task.longest for sequence in self._sequences), default=0)
+        if one_at_a_time and (self._sequences or self._reading):
+            return
         with self._wake:
-            places = self._batch.max_rows - self._batch.rows
+            if not self._line:
+                return
+            rows = self._batch.rows + sum(prompt.rows for prompt in self._reading)
+            longest = max((task.longest for task in self._tasks()), default=0)
             taken = self._line.take(
-                places, longest, self._batch.rows, self._max_tokens, at_most=1 if one_at_a_time else None
+                self._batch.max_rows - rows, longest, rows, self._max_tokens, 1 if one_at_a_time else None
             )
-        if not taken:
-            return None
-        prompts = [waiting.item.prompt(samples) for waiting, samples in taken]
-        tasks = [waiting.item for waiting, _ in taken]
-        try:
-            logits = self._batch.admit(prompts)
-        except Exception as error:
-            return self._admit_singly(taken, error)
-        return self._begin(tasks, prompts), logits
+        prompts = {waiting.item.prompt(samples): waiting.item for waiting, samples in taken}
+        self._reading |= prompts
+        self._batch.add(list(prompts))
 
-    def _admit_singly(self, taken: list[tuple[Waiting[Task], int]], error: Exception) -> Drawable | None:
+    def _read(self) -> Drawable | None:
+        """Read on; returns the sequences that begin, with their logits."""
+        if not self._reading:
+            return None
+        try:
+            prompts, logits = self._batch.read()
+        except Exception as error:
+            return self._read_singly(error)
+        return (self._begin(prompts), logits) if prompts else None
+
+    def _read_singly(self, error: Exception) -> Drawable | None:
         """Prompts that can't be read together are read one by one; one that can't be read alone fails."""
         self._free_memory()
-        if len(taken) == 1:
-            self._fail(taken[0][0].item, error)
+        reading, self._reading = self._reading, {}
+        self._batch.forget(reading.keys())
+        if len(reading) == 1:
+            self._fail(next(iter(reading.values())), error)
             return None
         begun: list[Sequence] = []
         all_logits: list[Tensor] = []
-        for waiting, samples in taken:
-            prompt = waiting.item.prompt(samples)
+        for prompt, task in reading.items():
+            if task.future.done():
+                continue
             try:
-                all_logits.append(self._batch.admit([prompt]))
+                logits = self._read_whole(task.prompt_again(prompt), task)
             except Exception as own_error:
                 self._free_memory()
-                self._fail(waiting.item, own_error)
+                self._fail(task, own_error)
             else:
-                begun += self._begin([waiting.item], [prompt])
-        return (begun, torch.cat(all_logits)) if begun else None
+                begun += self._sequences[len(self._sequences) - len(logits) :]
+                all_logits.append(logits)
+        return (tuple(begun), torch.cat(all_logits)) if begun else None
 
-    def _begin(self, tasks: list[Task], prompts: list[Prompt]) -> list[Sequence]:
-        """Sequences for the rows that were just made: each prompt's first sample, then the others, prompt by prompt."""
-        order = [*range(len(tasks)), *(i for i, prompt in enumerate(prompts) for _ in range(prompt.rows - 1))]
-        for task, prompt in zip(tasks, prompts, strict=True):
-            task.note_prompt(prompt)
+    def _read_whole(self, prompt: Prompt, task: Task) -> Tensor:
+        """Read a prompt to its end, and begin its samples; returns their logits."""
+        self._reading[prompt] = task
+        self._batch.add([prompt])
+        read: list[Prompt] = []
+        logits = torch.empty(0)
+        while not read:
+            read, logits = self._batch.read()
+        self._begin(read)
+        return logits
+
+    def _begin(self, prompts: list[Prompt]) -> tuple[Sequence, ...]:
+        """Sequences for the rows that were just made, prompt by prompt."""
         begun: list[Sequence] = []
-        for i in order:
-            task = tasks[i]
-            begun.append(Sequence(task, task.admitted, Uniforms(task.seed, task.admitted)))
-            task.admitted += 1
-        self._sequences += begun
-        return begun
+        for prompt in prompts:
+            task = self._reading.pop(prompt)
+            task.note_prompt(prompt)
+            for _ in range(prompt.rows):
+                begun.append(Sequence(task, task.admitted, Uniforms(task.seed, task.admitted)))
+                task.admitted += 1
+        self._sequences += tuple(begun)
+        return tuple(begun)
 
     def _step(self) -> Drawable | None:
         """One more token for everybody."""
         if not self._sequences:
             return None
-        newest = torch.tensor(
-            [sequence.tokens[-1] for sequence in self._sequences], device=self._loaded.device
-        )
+        newest = [sequence.tokens[-1] for sequence in self._sequences]
         try:
-            return list(self._sequences), self._batch.step(newest)
+            return self._sequences, self._batch.step(newest)
         except Exception as error:  # most likely memory: the newest request makes room for the others
             self._free_memory()
             self._fail(self._sequences[-1].task, error)
             return None
 
-    def _advance(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _advance(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
         """Draw the next token of each sequence, and take out those that have ended."""
-        self._draw(sequences, logits)
+        self._next_tokens.append(sequences, logits)
         ended: set[Sequence] = set()
         for sequence in sequences:
-            stopped = is_stopped(sequence.task.stop, sequence.tokens, self._tokenizer)
-            if stopped or len(sequence.tokens) >= sequence.task.max_tokens:
-                sequence.task.finished[sequence.index] = sequence.result(stopped)
+            task = sequence.task
+            stopped = is_stopped(task.stop, sequence.tokens, self._tokenizer)
+            if stopped or len(sequence.tokens) >= task.max_tokens:
+                task.finished[sequence.index] = sequence.result(stopped)
                 ended.add(sequence)
-                if sequence.task.is_complete:
-                    self._forget(sequence.task)
-                    sequence.task.succeed()
-        self._drop([row for row, sequence in enumerate(self._sequences) if sequence in ended])
+                if task.is_complete:
+                    self._forget(task)
+                    task.succeed()
+        self._drop(ended, known=True)
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
-        settings = _draw_settings(sequences, logits)
-        uniforms = torch.tensor(
-            [s.uniforms.next() for s in sequences], dtype=torch.float64, device=logits.device
-        )
-        logprobs = tempered_logprobs(logits, settings.temperature)
-        tokens = draw(logprobs, settings, uniforms)
-        chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-        k = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
-        best: list[TopkRow] = []
-        if k:
-            best = topk_rows(*logprobs.topk(k, dim=-1))
-        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), chosen, strict=True)):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            own_k = sequence.task.request.topk_sample_logprobs
-            if own_k:
-                sequence.topk.append((best[i] or [])[:own_k])
+    def _drop(self, ended: AbstractSet[Sequence], known: bool) -> None:
+        """Take sequences out.
 
-    def _drop(self, rows: list[int]) -> None:
-        if rows:
-            self._sequences = [self._sequences[old] for old in self._batch.drop(rows)]
+        Args:
+            known: whether later prompts may begin like them; not if their adapter has gone meanwhile.
+        """
+        rows = [row for row, sequence in enumerate(self._sequences) if sequence in ended]
+        if not rows:
+            return
+        adapters = self._adapters
+        known_rows = {
+            row
+            for row in rows
+            if known
+            and (task := self._sequences[row].task).adapter is adapters.get(task.request.adapter_id or "")
+        }
+        self._sequences = tuple(self._sequences[old] for old in self._batch.drop(rows, known_rows))
 
     def _fail(self, task: Task, error: Exception) -> None:
         log.warning("a sample failed: %s", error)
@@ -310,7 +354,11 @@ class TransformersEngine:
         for task, error in errors.items():
             self._forget(task)
             task.fail(error)
-        self._drop([row for row, sequence in enumerate(self._sequences) if sequence.task in errors])
+        unread = {prompt for prompt, task in self._reading.items() if task in errors}
+        if unread:
+            self._batch.forget(unread)
+            self._reading = {prompt: task for prompt, task in self._reading.items() if prompt not in unread}
+        self._drop({sequence for sequence in self._sequences if sequence.task in errors}, known=False)
         with self._wake:
             self._line.remove(errors.keys())
 
@@ -325,6 +373,7 @@ class TransformersEngine:
                 self._under_way.pop(request_id, None)
 
     def _free_memory(self) -> None:
+        self._batch.free_memory()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -332,38 +381,6 @@ class TransformersEngine:
         """The engine was closed: whatever is not done is cancelled."""
         with self._wake:
             tasks = {waiting.item for waiting in self._line.remove_all()}
-        tasks |= {sequence.task for sequence in self._sequences}
+        tasks |= self._tasks()
         self._end({task: CancelledError() for task in tasks})
         self._adapters.clear()
-
-
-def _check_targets(request: GenerateRequest, vocab_size: int) -> None:
-    """
-    Raises:
-        InvalidRequest: if the targets don't fit prompt and vocabulary: on a GPU that would end the process.
-    """
-    targets = request.target_tokens
-    if targets is None:
-        return
-    rows = len(request.prompt) - 1
-    if targets.ndim != 2 or len(targets) != rows:
-        raise InvalidRequest(
-            f"target_prompt_logprobs: shape {list(targets.shape)}; it must be [{rows}, K], a row for each prompt token "
-            "after the first"
-        )
-    if targets.size and not -1 <= targets.min() <= targets.max() < vocab_size:
-        raise InvalidRequest(
-            f"target_prompt_logprobs: must be token ids from 0 to {vocab_size - 1}, or -1 where nothing is asked for"
-        )
-
-
-def _draw_settings(sequences: list[Sequence], logits: Tensor) -> DrawSettings:
-    params = [sequence.task.request.params for sequence in sequences]
-    vocab_size = logits.shape[-1]
-    device = logits.device
-    return DrawSettings(
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k=torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
-    )

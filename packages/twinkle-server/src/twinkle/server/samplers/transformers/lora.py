@@ -1,13 +1,17 @@
 """Low-rank terms in inference: resident adapters, and the route that tells each layer which rows get whose term.
 
-Rows come in any order. Those of all adapters of one shape are brought together, padded to equally many rows an adapter,
-so that one batched matrix product each for A and B serves them all, and their terms are added where they belong.
+Rows come in any order. The adapters of one shape have their matrices stacked. As long as these are few, all rows take
+one product with all their A's together and one with all their B's, in between which each row keeps the columns that are
+its own: few large products are faster than many small ones. Layers that read the same input share the first of them.
+Where that would compute too much beside what is wanted, the rows of each adapter are brought together and a batched
+product serves each with its own matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -18,8 +22,16 @@ from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm
 from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
 
-# What can share a batched matrix product: the rank, and the layers acted on.
+# What can be stacked: the rank, and the layers acted on.
 Shape: TypeAlias = tuple[int, tuple[str, ...]]
+
+# Layers of one module that are given the same input; those that are not only cost what they'd cost alone.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+# Columns of all A's together, adapters times rank, up to which that is faster, whatever the number of tokens.
+TOGETHER = 128
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,41 +39,75 @@ class ResidentAdapter:
     """A copy of an adapter's weights.
 
     Attributes:
-        a: by layer, [rank, in_features]; of routed experts' parameters [experts, rank, in_features].
-        b: by layer, [out_features, rank], times alpha / rank; of experts [experts, out_features, rank].
+        family: of each layer that is not an expert's: the name of the first that reads the same input, and which one
+            of these the layer is.
+        a: by family, [in_features, layers, 1, rank]; of routed experts' parameters [1, experts, rank, in_features].
+        b: by layer, [1, rank, out_features], times alpha / rank; of experts [1, experts, out_features, rank].
+        is_finite: whether all of them are numbers. (0 times infinity is not 0: others' rows would not be safe.)
     """
 
     shape: Shape
+    family: dict[str, tuple[str, int]]
     a: dict[str, Tensor]
     b: dict[str, Tensor]
+    is_finite: bool
 
     @classmethod
     def of(cls, state: AdapterState, dtype: torch.dtype, device: torch.device) -> ResidentAdapter:
-        scale = state.spec.alpha / state.spec.rank
+        rank = state.spec.rank
+        scale = state.spec.alpha / rank
         a: dict[str, Tensor] = {}
         b: dict[str, Tensor] = {}
-        for module in state.target_modules:
-            prefix = f"base_model.model.{module}"
+        for layer in state.target_modules:
+            prefix = f"base_model.model.{layer}"
             # torch.tensor copies: whatever becomes of the state, this stays.
-            a[module] = torch.tensor(state.weights[f"{prefix}.lora_A.weight"], dtype=dtype, device=device)
+            a_own = torch.tensor(state.weights[f"{prefix}.lora_A.weight"], dtype=dtype, device=device)
             b_float = torch.tensor(state.weights[f"{prefix}.lora_B.weight"], device=device)
-            b[module] = (b_float * scale).to(dtype)
-            if is_expert_parameter(module):
+            b_own = (b_float * scale).to(dtype)
+            if is_expert_parameter(layer):
                 # See `twinkle.server.backends.transformers.banks.Layout.split`.
-                rank = state.spec.rank
-                a[module] = a[module].unflatten(0, (-1, rank))
-                b[module] = b[module].unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous()
-        return cls((state.spec.rank, tuple(state.target_modules)), a, b)
+                a[layer] = a_own.unflatten(0, (-1, rank)).unsqueeze(0)
+                b[layer] = b_own.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous().unsqueeze(0)
+            else:
+                a[layer], b[layer] = a_own, b_own.t().contiguous().unsqueeze(0)
+        by_family = families({layer: matrix for layer, matrix in a.items() if matrix.ndim == 2})
+        for first, layers in by_family.items():
+            a[first] = torch.stack([a.pop(layer).t() for layer in layers], dim=1).unsqueeze(2)
+        return cls(
+            (rank, tuple(state.target_modules)),
+            {layer: (first, i) for first, layers in by_family.items() for i, layer in enumerate(layers)},
+            a,
+            b,
+            all(bool(matrix.isfinite().all()) for matrix in (*a.values(), *b.values())),
+        )
 
 
-@dataclass(frozen=True, eq=False)
+def families(a: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Layers that read the same input together, by the name of the first.
+
+    Args:
+        a: by layer, [rank, in_features].
+    """
+    found: dict[tuple[str, tuple[str, ...], int], list[str]] = {}
+    for layer, matrix in a.items():
+        parent, _, own = layer.rpartition(".")
+        names = next((names for names in SIBLINGS if own in names), (own,))
+        found.setdefault((parent, names, matrix.shape[1]), []).append(layer)
+    return {layers[0]: layers for layers in found.values()}
+
+
+@dataclass(eq=False)
 class RouteGroup:
     """The rows of a batch whose adapters have one shape.
 
     Attributes:
-        a, b: by layer, stacked: [adapters, rank, in_features], [adapters, out_features, rank]; of routed experts
-            [adapters, experts, rank, in_features], [adapters, experts, out_features, rank].
+        a, b: by family and by layer, stacked: [layers, places, rank, in_features], [places, rank, out_features]; of
+            routed experts [places, experts, rank, in_features], [places, experts, out_features, rank].
+        family: of each layer that is not an expert's, and its number in it.
         batch_rows: how many rows the whole batch has.
+        own: integers as wide as the weights' type [batch_rows, 1, places * rank], all bits set in the columns that
+            are a row's own, and none in the others; None if all columns are.
+        used: int64 [adapters]: the places of adapters that have rows; None if all have.
         rows: int64 [adapters, most rows of one adapter]: which rows; short ones repeat their first.
         kept: int64: which entries of `rows`, flattened, are not repetitions.
         targets: int64: `rows` flattened, at `kept`.
@@ -69,20 +115,56 @@ class RouteGroup:
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
+    family: dict[str, tuple[str, int]]
     batch_rows: int
+    own: Tensor | None
+    used: Tensor | None
     rows: Tensor
     kept: Tensor
     targets: Tensor
+    _own_of: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)  # `own`, so many times
+    _latest: tuple[str, Tensor, tuple[Tensor, ...]] | None = field(default=None, init=False)
 
     def add_term(self, layer: str, x: Tensor, out: Tensor) -> None:
-        """Add the low-rank term to `out` [rows, n, out_features], in place; `x` is [rows, n, in_features]."""
-        if layer not in self.a:
+        """Add the low-rank term to `out` [tokens, out_features], in place.
+
+        Args:
+            x: [rows, n, in_features], or [tokens, in_features], of all rows in order.
+        """
+        if layer not in self.family:
             return
+        family, number = self.family[layer]
+        a, b = self.a[family], self.b[layer]
+        width, _, places, rank = a.shape
+        if self.own is None or places * rank <= TOGETHER:
+            out.addmm_(self._all_low(family, x)[number], b.view(places * rank, -1))
+            return
+        a = a[:, number].permute(1, 0, 2)
+        if self.used is not None:
+            a, b = a[self.used], b[self.used]
         adapters, most = self.rows.shape
-        gathered = x[self.rows.flatten()].reshape(adapters, most * x.shape[1], x.shape[2])
-        low = torch.bmm(gathered, self.a[layer].transpose(1, 2))
-        term = torch.bmm(low, self.b[layer].transpose(1, 2)).reshape(adapters * most, *out.shape[1:])
-        out.index_add_(0, self.targets, term[self.kept])
+        of_row = x.reshape(self.batch_rows, -1, width)
+        low = torch.bmm(of_row[self.rows.flatten()].view(adapters, -1, width), a)
+        term = torch.bmm(low, b).view(adapters * most, -1, out.shape[1])
+        out.view(self.batch_rows, -1, out.shape[1]).index_add_(0, self.targets, term[self.kept])
+
+    def _all_low(self, family: str, x: Tensor) -> tuple[Tensor, ...]:
+        """For each layer of a family, x times all A's, 0 where they are not a row's own: [tokens, places * rank]."""
+        latest = self._latest
+        if latest is not None and latest[0] == family and latest[1] is x:
+            return latest[2]
+        a = self.a[family]
+        width, layers = a.shape[:2]
+        low = torch.mm(x.reshape(-1, width), a.view(width, -1))
+        if self.own is not None:
+            own = self._own_of.get(layers)
+            if own is None:
+                own = self._own_of[layers] = self.own.repeat(1, 1, layers)
+            # By their bits: whatever another adapter makes of a row, infinity times 0 included, is not to be there.
+            low.view(self.batch_rows, -1, low.shape[1]).view(own.dtype).bitwise_and_(own)
+        pieces = low.chunk(layers, dim=1) if layers > 1 else (low,)
+        self._latest = (family, x, pieces)
+        return pieces
 
     def expert_term(self, experts: str, tokens: int) -> ExpertTerm | None:
         """The terms of a routed experts' module, if these adapters have any.
@@ -92,13 +174,21 @@ class RouteGroup:
             tokens: how many all rows of the batch have together.
         """
         gate_up, down = f"{experts}.{GATE_UP}", f"{experts}.{DOWN}"
-        if gate_up not in self.a:
+        if gate_up not in self.b:
             return None
         of_row = tokens // self.batch_rows
         positions = torch.arange(of_row, device=self.targets.device)
         rows = (self.targets.unsqueeze(1) * of_row + positions).flatten()
-        adapter = (self.kept // self.rows.shape[1]).repeat_interleave(of_row)
-        return ExpertTerm(rows, adapter, self.a[gate_up], self.b[gate_up], self.a[down], self.b[down])
+        adapter = self.kept // self.rows.shape[1]
+        place = adapter if self.used is None else self.used[adapter]
+        return ExpertTerm(
+            rows,
+            place.repeat_interleave(of_row),
+            self.a[gate_up],
+            self.b[gate_up],
+            self.a[down],
+            self.b[down],
+        )
 
 
 class Route:
@@ -112,12 +202,58 @@ class Route:
         return [term for group in self.groups if (term := group.expert_term(experts, rows))]
 
 
+class Stack:
+    """Matrices of adapters of one shape, one below the other; a place that was given up is used again.
+
+    Attributes:
+        places: whose matrices stand where; None where nobody's are needed.
+        a, b: see `RouteGroup`.
+    """
+
+    def __init__(self, adapters: Sequence[ResidentAdapter], places: int) -> None:
+        first = adapters[0]
+        self.places: list[ResidentAdapter | None] = [None] * places
+        self.a = {name: _room_for(name, matrix, places) for name, matrix in first.a.items()}
+        self.b = {name: _room_for(name, matrix, places) for name, matrix in first.b.items()}
+        for adapter in adapters:
+            self._put(adapter)
+
+    def take_in(self, adapters: Sequence[ResidentAdapter]) -> bool:
+        """Give places to those that have none; False, and nothing is changed, if there are too few."""
+        new = [adapter for adapter in adapters if adapter not in self.places]
+        if len(new) > self.places.count(None):
+            return False
+        for adapter in new:
+            self._put(adapter)
+        return True
+
+    def _put(self, adapter: ResidentAdapter) -> None:
+        place = self.places.index(None)
+        self.places[place] = adapter
+        for stacked, own in ((self.a, adapter.a), (self.b, adapter.b)):
+            for name, matrix in own.items():
+                stacked[name].narrow(_dimension(name, matrix), place, 1).copy_(matrix)
+
+
+def _dimension(name: str, matrix: Tensor) -> int:
+    """The one that counts adapters: it is the third of a family's A's, and else the first."""
+    return 2 if matrix.ndim == 4 and not is_expert_parameter(name) else 0
+
+
+def _room_for(name: str, matrix: Tensor, places: int) -> Tensor:
+    if is_expert_parameter(name):  # expert by expert in memory, as `run_experts` goes through them
+        return matrix.new_zeros(matrix.shape[1], places, *matrix.shape[2:]).transpose(0, 1)
+    shape = list(matrix.shape)
+    shape[_dimension(name, matrix)] = places
+    return matrix.new_zeros(shape)
+
+
 class RouteMaker:
-    """Makes routes, and keeps the stacked weights for as long as the same adapters are asked for."""
+    """Makes routes, and keeps the stacks of those adapters that are in use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stacks: dict[tuple[ResidentAdapter, ...], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._stacks: dict[Shape, Stack] = {}
 
     def make(self, adapters: Sequence[ResidentAdapter | None]) -> list[RouteGroup]:
         """
@@ -128,45 +264,61 @@ class RouteMaker:
         for row, adapter in enumerate(adapters):
             if adapter is not None:
                 by_shape.setdefault(adapter.shape, {}).setdefault(adapter, []).append(row)
-        # Those of adapters that are no longer in use go.
-        self._stacks = {tuple(rows): self._stack(tuple(rows)) for rows in by_shape.values()}
-        return [self._group(len(adapters), rows, *self._stacks[tuple(rows)]) for rows in by_shape.values()]
+        return [self._group(len(adapters), shape, rows) for shape, rows in by_shape.items()]
 
-    def make_one(self, adapter: ResidentAdapter | None) -> list[RouteGroup]:
-        """The route of a single row; what is stacked for the batch is kept."""
-        return [] if adapter is None else [self._group(1, {adapter: [0]}, *self._stack((adapter,)))]
+    def keep(self, adapters: AbstractSet[ResidentAdapter | None]) -> None:
+        """Only these are in use."""
+        for shape, stack in list(self._stacks.items()):
+            stack.places = [adapter if adapter in adapters else None for adapter in stack.places]
+            if 4 * (len(stack.places) - stack.places.count(None)) <= len(stack.places):
+                del self._stacks[shape]  # most of it would be computed for nothing
 
-    def _stack(self, adapters: tuple[ResidentAdapter, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if adapters in self._stacks:
-            return self._stacks[adapters]
-        if len(adapters) == 1:
-            [only] = adapters
-            return (
-                {m: t.unsqueeze(0) for m, t in only.a.items()},
-                {m: t.unsqueeze(0) for m, t in only.b.items()},
-            )
-        a = {module: _stacked([adapter.a[module] for adapter in adapters]) for module in adapters[0].a}
-        b = {module: _stacked([adapter.b[module] for adapter in adapters]) for module in adapters[0].b}
-        return a, b
+    def _group(self, batch_rows: int, shape: Shape, rows: dict[ResidentAdapter, list[int]]) -> RouteGroup:
+        if len(rows) == 1:
+            [(only, own)] = rows.items()
+            return self._of_places(only, only.a, only.b, batch_rows, [own])
+        stack = self._stacks.get(shape)
+        if stack is None:
+            stack = self._stacks[shape] = Stack(list(rows), len(rows))
+        elif not stack.take_in(list(rows)):
+            everybody = [*rows, *(adapter for adapter in stack.places if adapter and adapter not in rows)]
+            places = max(len(everybody), 2 * len(stack.places))
+            stack = self._stacks[shape] = Stack(everybody, places)
+        in_places = [rows.get(adapter, []) if adapter else [] for adapter in stack.places]
+        return self._of_places(next(iter(rows)), stack.a, stack.b, batch_rows, in_places)
 
-    def _group(
+    def _of_places(
         self,
-        batch_rows: int,
-        rows: dict[ResidentAdapter, list[int]],
+        like: ResidentAdapter,
         a: dict[str, Tensor],
         b: dict[str, Tensor],
+        batch_rows: int,
+        rows: list[list[int]],
     ) -> RouteGroup:
-        most = max(len(own) for own in rows.values())
-        padded = [[*own, *([own[0]] * (most - len(own)))] for own in rows.values()]
-        kept = [i * most + j for i, own in enumerate(rows.values()) for j in range(len(own))]
-        row_tensor = torch.tensor(padded, device=self._device)
-        kept_tensor = torch.tensor(kept, device=self._device)
-        return RouteGroup(a, b, batch_rows, row_tensor, kept_tensor, row_tensor.flatten()[kept_tensor])
+        """
+        Args:
+            like: any of the adapters.
+            rows: those of the adapter in each place.
+        """
+        rank = like.shape[0]
+        used = [place for place, own in enumerate(rows) if own]
+        most = max(len(own) for own in rows)
+        filled = self._tensor(
+            [[*rows[place], *([rows[place][0]] * (most - len(rows[place])))] for place in used]
+        )
+        kept = self._tensor([i * most + j for i, place in enumerate(used) for j in range(len(rows[place]))])
+        targets = filled.flatten()[kept]
+        own: Tensor | None = None
+        if most < batch_rows:
+            place_of_row = torch.full((batch_rows, 1, 1), -1, device=self._device)
+            place_of_row[targets, 0, 0] = self._tensor([place for place in used for _ in rows[place]])
+            mine = torch.arange(len(rows), device=self._device).repeat_interleave(rank) == place_of_row
+            own = -mine.to(_BITS[next(iter(b.values())).dtype])
+        some = None if len(used) == len(rows) else self._tensor(used)
+        return RouteGroup(a, b, like.family, batch_rows, own, some, filled, kept, targets)
 
-
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    """[adapters, ...]; those of experts lie expert by expert, as `run_experts` goes through them."""
-    return torch.stack(matrices, 1).transpose(0, 1) if matrices[0].ndim == 3 else torch.stack(matrices)
+    def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
 
 
 class RoutedLinear(WrappedLinear):
@@ -181,9 +333,5 @@ class RoutedLinear(WrappedLinear):
         """`x` is [rows, n, in_features], or flattened (a shared expert's)."""
         out: Tensor = self.base(x)
         for group in self._route.groups:
-            if x.ndim == 3:
-                group.add_term(self._name, x, out)
-            else:
-                rows = (group.batch_rows, -1)
-                group.add_term(self._name, x.unflatten(0, rows), out.unflatten(0, rows))
+            group.add_term(self._name, x, out.view(-1, out.shape[-1]))
         return out

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkRow
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.draw import alternatives_generator, draw_alternatives, topk_rows
@@ -124,6 +125,26 @@ def asks_about_prompt(request: GenerateRequest) -> bool:
         or request.prompt_alt_tokens_k
         or request.target_tokens is not None
     )
+
+
+def check_targets(request: GenerateRequest, vocab_size: int) -> None:
+    """
+    Raises:
+        InvalidRequest: if the targets don't fit prompt and vocabulary: on a GPU that would end the process.
+    """
+    targets = request.target_tokens
+    if targets is None:
+        return
+    rows = len(request.prompt) - 1
+    if targets.ndim != 2 or len(targets) != rows:
+        raise InvalidRequest(
+            f"target_prompt_logprobs: shape {list(targets.shape)}; it must be [{rows}, K], a row for each prompt token "
+            "after the first"
+        )
+    if targets.size and not -1 <= targets.min() <= targets.max() < vocab_size:
+        raise InvalidRequest(
+            f"target_prompt_logprobs: must be token ids from 0 to {vocab_size - 1}, or -1 where nothing is asked for"
+        )
 
 
 def _first_listed_row(request: GenerateRequest, rows: int) -> int:

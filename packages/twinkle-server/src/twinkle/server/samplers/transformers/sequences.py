@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from twinkle.protocol.types import SampledSequence, SampleResponse, TopkRow
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import Prompt
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
+from twinkle.server.samplers.transformers.network import Prompt
 from twinkle.server.samplers.transformers.prompt_scores import (
     PromptAnswers,
     PromptScores,
@@ -27,6 +27,7 @@ class Task:
         adapter: as it was when the request came; removing it from the engine changes nothing here.
         max_tokens: most tokens of a sample.
         seed: the request's, or one drawn for it.
+        taken: samples whose prompt is read, or has been.
         admitted: samples that have begun; `finished` holds those that have ended, by their index.
     """
 
@@ -36,6 +37,7 @@ class Task:
     stop: StopRule
     max_tokens: int
     seed: int = field(default_factory=lambda: secrets.randbits(63))
+    taken: int = 0
     admitted: int = 0
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
     prompt_answers: PromptAnswers = field(default_factory=PromptAnswers)
@@ -47,9 +49,14 @@ class Task:
 
     def prompt(self, samples: int) -> Prompt:
         """The prompt for `samples` more samples; what is asked about it is answered with the first ones only."""
-        asks = self.admitted == 0 and asks_about_prompt(self.request)
+        asks = self.taken == 0 and asks_about_prompt(self.request)
+        self.taken += samples
         scores = PromptScores(self.request, self.seed) if asks else None
-        return Prompt(self.request.prompt, self.adapter, samples, scores)
+        return Prompt(self.request.tenant, self.request.prompt, self.adapter, samples, scores)
+
+    def prompt_again(self, prompt: Prompt) -> Prompt:
+        """One that couldn't be read, to be read from its beginning."""
+        return replace(prompt, scores=PromptScores(self.request, self.seed) if prompt.scores else None)
 
     def note_prompt(self, prompt: Prompt) -> None:
         """Take over what was learnt of the prompt."""

@@ -1,0 +1,53 @@
+"""The next token of each of many sequences, from their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+
+import torch
+from torch import Tensor
+
+from twinkle.server.samplers.transformers.draw import DrawSettings, draw, tempered_logprobs, topk_rows
+from twinkle.server.samplers.transformers.sequences import Sequence
+
+
+class NextTokens:
+    """Draws, and keeps the settings of those who were drawn for last: most steps are of the same sequences."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Several[Sequence], DrawSettings] | None = None
+
+    def append(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
+        """Draw a token for each sequence, and note it there.
+
+        Args:
+            logits: [sequences, vocabulary].
+        """
+        settings = self._settings(sequences, logits)
+        uniforms = torch.tensor(
+            [s.uniforms.next() for s in sequences], dtype=torch.float64, device=logits.device
+        )
+        logprobs = tempered_logprobs(logits, settings)
+        tokens = draw(logprobs, settings, uniforms)
+        chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        for sequence, token, logprob in zip(sequences, tokens.tolist(), chosen.tolist(), strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+        _list_likeliest(sequences, logprobs)
+
+    def _settings(self, sequences: tuple[Sequence, ...], logits: Tensor) -> DrawSettings:
+        if self._latest is None or self._latest[0] is not sequences:
+            params = [sequence.task.request.params for sequence in sequences]
+            self._latest = (sequences, DrawSettings.of(params, logits.shape[-1], logits.device))
+        return self._latest[1]
+
+
+def _list_likeliest(sequences: tuple[Sequence, ...], logprobs: Tensor) -> None:
+    """Note the likeliest tokens for those who asked for them."""
+    most = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
+    if most == 0:
+        return
+    best = topk_rows(*logprobs.topk(most, dim=-1))
+    for sequence, row in zip(sequences, best, strict=True):
+        if k := sequence.task.request.topk_sample_logprobs:
+            sequence.topk.append((row or [])[:k])
