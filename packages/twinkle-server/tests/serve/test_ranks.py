@@ -36,7 +36,7 @@ def placement() -> Iterator[PlacementGroup]:
     ray.init(
         address="local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
     )
-    placement = placement_group([{"CPU": 0.1}, {"CPU": 1.0}, {"CPU": 1.0}], strategy="PACK")
+    placement = placement_group([{"CPU": 1.0}, {"CPU": 1.0}], strategy="PACK")
     ray.get(placement.ready(), timeout=60)
     yield placement
     ray.shutdown()
@@ -68,7 +68,7 @@ async def train_and_compare(group: RankGroup) -> None:
 async def test_a_group_computes_like_one_survives_its_users_errors_and_is_started_anew_when_a_rank_is_killed(
     placement: PlacementGroup,
 ):
-    group = await RankGroup.start(placement, CONFIG, "fake", "fake", 0)
+    group = await RankGroup.start(placement, CONFIG, "fake", "fake")
     await train_and_compare(group)
     samples = ray.get(
         [
@@ -113,4 +113,4 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
 
 async def test_a_model_that_no_rank_can_load_is_said_as_the_ranks_said_it(placement: PlacementGroup):
     with pytest.raises(InvalidRequest, match="no_such"):
-        await RankGroup.start(placement, CONFIG, "no_such", "fake", 0)
+        await RankGroup.start(placement, CONFIG, "no_such", "fake")

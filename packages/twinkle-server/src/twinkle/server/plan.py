@@ -43,11 +43,11 @@ class Plan:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Ray resources: the engine's own, then one bundle a rank."""
+        """Ray resources of each rank."""
         rank: dict[str, float] = {"CPU": 1.0}
         if self.gpus_per_rank:
             rank["GPU"] = float(self.gpus_per_rank)
-        return [{"CPU": 0.1}, *([rank] * self.num_ranks)]
+        return [rank] * self.num_ranks
 
 
 def make_plan(config: ServerConfig) -> Plan:

@@ -30,6 +30,9 @@ _SECRET_BYTES = 32
 # Rows of a tick are some hundred kilobytes: a reader that is paused less often is woken less often.
 _BUFFER_BYTES = 4 * 2**20
 
+# Servers that wait for their caller: an event loop may hold them by weak references only.
+_listening: set[asyncio.Server] = set()
+
 
 class LineBroken(ConnectionError):
     """The other process has ended, or can't be reached any more."""
@@ -79,6 +82,7 @@ async def listen(target: object, host: str | None) -> Address:
         if not hmac.compare_digest(said, secret):
             writer.close()
             return
+        _listening.discard(server)
         server.close()  # there is one caller
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -87,9 +91,12 @@ async def listen(target: object, host: str | None) -> Address:
     if directory is not None:
         path = str(Path(directory) / "calls")
         server = await asyncio.start_unix_server(connected, path, limit=_BUFFER_BYTES)
-        return Address(path, "", 0, secret)
-    server = await asyncio.start_server(connected, host, 0, limit=_BUFFER_BYTES)
-    return Address(None, str(host), server.sockets[0].getsockname()[1], secret)
+        address = Address(path, "", 0, secret)
+    else:
+        server = await asyncio.start_server(connected, host, 0, limit=_BUFFER_BYTES)
+        address = Address(None, str(host), server.sockets[0].getsockname()[1], secret)
+    _listening.add(server)
+    return address
 
 
 async def _answer_calls(target: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

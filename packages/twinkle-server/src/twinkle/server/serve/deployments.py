@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.util import get_current_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
@@ -41,22 +41,24 @@ _MAX_ONGOING = 1_000_000
 class EngineDeployment:
     """The service of one base model: queues, scheduler, engine loop, store. It computes nothing itself."""
 
-    async def __init__(self, plan: Plan) -> None:  # Serve awaits it
+    async def __init__(self, plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> None:
+        """Serve awaits it.
+
+        Args:
+            placement: where the ranks go.
+            ranks: the first of them, which were started beside Serve.
+        """
         self._start_failure: TwinkleError | None = None
         try:
-            await self._start(plan)
+            await self._start(plan, placement, ranks)
         except (
             TwinkleError
         ) as error:  # raised here, it would reach the one who starts the server as a traceback
             self._start_failure = error
             self._failed_at = time.monotonic()
 
-    async def _start(self, plan: Plan) -> None:
-        group = get_current_placement_group()
-        assert group is not None, "the deployment's placement group holds a bundle for each rank"
-        ranks = asyncio.create_task(
-            RankGroup.start(group, plan.model, plan.backend, plan.sampler, plan.gpus_per_rank)
-        )
+    async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
+        ranks = asyncio.create_task(RankGroup.start(placement, plan.model, plan.backend, plan.sampler, first))
         await asyncio.sleep(0)  # they start to load
         from twinkle.server.app import build_service, build_signer, build_snapshot_files
 
@@ -179,8 +181,8 @@ async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
         return error
 
 
-def build_application(plan: Plan) -> serve.Application:
-    """The deployments, wired."""
+def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> serve.Application:
+    """The deployments, wired; for the last two see `EngineDeployment`."""
     # Serve's own annotations know no async constructors.
     deployment = cast(Any, serve.deployment)
     engine = deployment(
@@ -193,10 +195,8 @@ def build_application(plan: Plan) -> serve.Application:
         max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        ray_actor_options={"num_cpus": plan.bundles[0]["CPU"]},
-        placement_group_bundles=plan.bundles,
-        placement_group_strategy="PACK",
-    ).bind(plan)
+        ray_actor_options={"num_cpus": 0},
+    ).bind(plan, placement, ranks)
     further = plan.config.server.num_replicas - 1
     if not further:
         return engine

@@ -94,6 +94,37 @@ def _start(plan: Plan) -> None:
         f"({plan.backend} backend, {plan.sampler} sampler)."
     )
     began = time.monotonic()
+    # Ray's own processes take seconds to start, and so does this.
+    importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
+    importing.start()
+    _start_ray(plan)
+    importing.join()
+    from ray import serve
+    from ray.util import placement_group
+
+    from twinkle.server.serve.deployments import APP_NAME, build_application
+    from twinkle.server.serve.ranks import place_ranks
+
+    # The ranks take longest, so they are started first of all; the engine finds them there.
+    placement = placement_group(plan.bundles, strategy="PACK")
+    ranks = place_ranks(placement, plan.model, plan.backend, plan.sampler)
+    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+    try:
+        serve.run(
+            build_application(plan, placement, ranks),
+            name=APP_NAME,
+            route_prefix=None,
+            logging_config=_LOGGING,
+        )
+    except RuntimeError as error:
+        raise ServerFault(f"the server could not start: {_cause()}") from error
+    failure = _engine().start_failure.remote().result(timeout_s=60)
+    if failure is not None:
+        raise ServerFault(f"the server could not start: {failure.message}")
+    _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
+
+
+def _start_ray(plan: Plan) -> None:
     # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's processes give way to all others of the machine, unless told that they are what it is for.
@@ -101,30 +132,19 @@ def _start(plan: Plan) -> None:
     # Ray and Serve report each of their own steps; what users want to know is said here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Ray's own processes take seconds to start, and so does this.
-    importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
-    importing.start()
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, plan.num_ranks + 1),
-        num_gpus=plan.num_ranks * plan.gpus_per_rank,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=True,
-    )
-    importing.join()
-    from ray import serve
-
-    from twinkle.server.serve.deployments import APP_NAME, build_application
-
-    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
     try:
-        serve.run(build_application(plan), name=APP_NAME, route_prefix=None, logging_config=_LOGGING)
-    except RuntimeError as error:
-        raise ServerFault(f"the server could not start: {_cause()}") from error
-    failure = _engine().start_failure.remote().result(timeout_s=60)
-    if failure is not None:
-        raise ServerFault(f"the server could not start: {failure.message}")
-    _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
+            num_gpus=plan.num_ranks * plan.gpus_per_rank,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+        )
+    except Exception as error:
+        raise ServerFault(
+            f"Ray could not be started on this machine ({type(error).__name__}: {error}); its processes have half a "
+            "minute, which may be too little while other programs keep the machine busy"
+        ) from error
 
 
 def _cause() -> str:

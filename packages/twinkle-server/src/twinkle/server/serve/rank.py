@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from typing import cast
@@ -11,6 +12,7 @@ import ray
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import SampleResponse
+from twinkle.server import plugins
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -27,20 +29,34 @@ from twinkle.server.serve.calls import Address, listen
 
 
 class Rank:
-    """A `LocalWorker` in a process of its own. By way of Ray `listen` and `live` are called, and no other.
+    """A `LocalWorker` in a process of its own. Ray calls `preload`, `listen` and `live`, and no other.
 
     Results of training calls come from the first rank alone: the others have the same ones, and answer None.
     """
 
     _worker: LocalWorker
     _is_first: bool
+    _is_taken = False
 
-    async def listen(self, callers_node: str) -> Address:
-        """Take calls of the other methods.
+    async def preload(self, config: ModelConfig, backend: str, sampler: str) -> None:
+        """Import what `start` needs, which takes longer than the rest of it."""
+        if config.device == "cpu":
+            # A core is shared with those who bring the work: threads that wait for each other give it away. (By
+            # default they spin, and a step takes up to thirty times as long when another program wants the core.)
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        with contextlib.suppress(Exception):  # they come again in `start`, which has somebody to tell
+            plugins.find(plugins.TRAINING_BACKENDS, backend)
+            plugins.find(plugins.SAMPLING_ENGINES, sampler)
+
+    async def listen(self, callers_node: str) -> Address | None:
+        """Take calls of the other methods. None if they are another caller's already.
 
         Args:
             callers_node: Ray's id of the machine that they come from.
         """
+        if self._is_taken:
+            return None
+        self._is_taken = True
         is_here = callers_node == ray.get_runtime_context().get_node_id()
         return await listen(self, None if is_here else cast(str, ray.util.get_node_ip_address()))
 

@@ -43,7 +43,6 @@ class _Recipe:
     config: ModelConfig
     backend: str
     sampler: str
-    gpus_per_rank: float
 
 
 class RankActor:
@@ -92,17 +91,25 @@ class RankGroup:
 
     @classmethod
     async def start(
-        cls, placement: PlacementGroup, config: ModelConfig, backend: str, sampler: str, gpus_per_rank: float
+        cls,
+        placement: PlacementGroup,
+        config: ModelConfig,
+        backend: str,
+        sampler: str,
+        first: Sequence[Any] | None = None,
     ) -> RankGroup:
-        """Start one actor on each bundle of `placement` after the first (which is the caller's own).
+        """Start one actor on each bundle of `placement`.
+
+        Args:
+            first: such actors that are there already, to be used unless another group has them.
 
         Raises:
             Exception: what the ranks raised when they loaded the model.
             ServerFault: if one of them ended, or only some could load it.
         """
-        recipe = _Recipe(placement, config, backend, sampler, gpus_per_rank)
+        recipe = _Recipe(placement, config, backend, sampler)
         try:
-            return cls(recipe, *await _start(recipe))
+            return cls(recipe, *await _start(recipe, first))
         except WorkerLost as loss:
             raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
 
@@ -180,14 +187,16 @@ class RankGroup:
             await self._generation.first_rank("cancel", request_id)
 
 
-async def _start(recipe: _Recipe) -> tuple[Generation, BaseModelInfo, LossSpecs]:
-    """New actors, with the model loaded; if that fails none is left.
+async def _start(
+    recipe: _Recipe, first: Sequence[Any] | None = None
+) -> tuple[Generation, BaseModelInfo, LossSpecs]:
+    """Actors with the model loaded; if that fails none is left.
 
     Raises:
         Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
         WorkerLost: if there is none, or a process ended.
     """
-    generation = Generation(await _place(recipe))
+    generation = Generation(await _connect_any(recipe, first))
     try:
         rendezvous = None
         if recipe.config.num_ranks > 1:
@@ -207,26 +216,24 @@ async def _start(recipe: _Recipe) -> tuple[Generation, BaseModelInfo, LossSpecs]
     return generation, *started
 
 
-async def _place(recipe: _Recipe) -> list[RankActor]:
-    """Actors that take calls.
+async def _connect_any(recipe: _Recipe, first: Sequence[Any] | None) -> list[RankActor]:
+    if first is not None:
+        with contextlib.suppress(WorkerLost):
+            return await _connect(first)
+    return await _connect(place_ranks(recipe.placement, recipe.config, recipe.backend, recipe.sampler))
+
+
+async def _connect(actors: Sequence[Any]) -> list[RankActor]:
+    """Lines to actors; if one can't be had, all actors are ended.
 
     Raises:
-        WorkerLost: if one of them ended at once.
+        WorkerLost: if one of them ended, or is another group's.
     """
-    actor_class = cast(Any, ray.remote)(concurrency_groups={"life": 1})(Rank)
-    actors = [
-        actor_class.options(
-            num_cpus=1,
-            num_gpus=recipe.gpus_per_rank,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                recipe.placement, placement_group_bundle_index=bundle
-            ),
-        ).remote()
-        for bundle in range(1, recipe.placement.bundle_count)
-    ]
     node = ray.get_runtime_context().get_node_id()
     try:
         addresses = await asyncio.gather(*(actor.listen.remote(node) for actor in actors))
+        if None in addresses:
+            raise WorkerLost("its ranks are another engine's")
         lines = [await Line.connect(address) for address in addresses]
     except BaseException as error:
         for actor in actors:
@@ -235,3 +242,21 @@ async def _place(recipe: _Recipe) -> list[RankActor]:
             raise WorkerLost(f"it ended as it was started: {error}") from error
         raise
     return [RankActor(actor, line) for actor, line in zip(actors, lines, strict=True)]
+
+
+def place_ranks(placement: PlacementGroup, config: ModelConfig, backend: str, sampler: str) -> list[Any]:
+    """New actors, one on each bundle, which import at once what they will need."""
+    actor_class = cast(Any, ray.remote)(concurrency_groups={"life": 1})(Rank)
+    actors = [
+        actor_class.options(
+            num_cpus=1,
+            num_gpus=placement.bundle_specs[bundle].get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement, placement_group_bundle_index=bundle
+            ),
+        ).remote()
+        for bundle in range(placement.bundle_count)
+    ]
+    for actor in actors:
+        actor.preload.remote(config, backend, sampler)
+    return actors
