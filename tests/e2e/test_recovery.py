@@ -29,9 +29,9 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0)
 def server(
     hub_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[running_server.RunningServer]:
-    """A server of this module's own, that takes a snapshot after every step."""
+    """A server of this module's own, that takes a snapshot after every step, with a gateway beside the engine."""
     directory, port = tmp_path_factory.mktemp("mortal"), running_server.free_port()
-    config = running_server.write_config(directory, port, extra="  snapshot_seconds: 0\n")
+    config = running_server.write_config(directory, port, extra="  snapshot_seconds: 0\n", replicas=2)
     server = running_server.start(config, hub_root, port)
     server.storage = directory / "storage"
     yield server
@@ -126,3 +126,18 @@ def test_what_is_under_way_when_the_process_is_killed_is_computed_by_the_next_on
         undisturbed.optim_step(learning_rate=1e-2).result()
         assert again.metrics["loss:sum"] == pytest.approx(long_pass.metrics["loss:sum"], rel=1e-6)
         check_same(saved(server, client, "after"), saved(server, undisturbed, "undisturbed"))
+
+
+def test_a_killed_gateway_costs_nothing_and_is_replaced(server: running_server.RunningServer):
+    gateway_name = "ray::ServeReplica:twinkle:gateway"
+    with ServiceClient(server.base_url, api_key="carol") as service:
+        client = service.create_lora_training_client(MODEL, rank=4, seed=3)
+        [gateway] = processes_of(server, gateway_name)
+        train(client, 300, range(2))
+        os.kill(gateway, signal.SIGKILL)
+        train(client, 300, range(2, 4))
+        killed = saved(server, client, "killed")
+        wait_for("another gateway", lambda: len(processes_of(server, gateway_name) - {gateway}) == 1)
+        undisturbed = service.create_lora_training_client(MODEL, rank=4, seed=3)
+        train(undisturbed, 300, range(4))
+        check_same(killed, saved(server, undisturbed, "undisturbed"))

@@ -81,11 +81,13 @@ def write_config(
     model_id: str = "Qwen/Qwen3.5-4B",
     extra: str = "",
     layout: Mapping[str, int] | None = None,
+    replicas: int = 1,
 ) -> Path:
     """The mission's flat configuration, on loopback and in a directory of the test's own.
 
     Args:
         extra: lines at the end, beginning in the section `storage`.
+        replicas: processes that answer HTTP.
         layout: with Megatron, spread over ranks so (`tensor_parallel_size` and the like).
     """
     path = directory / "server_config.yaml"
@@ -93,7 +95,7 @@ def write_config(
     path.write_text(
         f"model:\n  model_id: {model_id}\n  use_megatron: {'false' if layout is None else 'true'}\n"
         f"{spread}  torch_dtype: float32\n"
-        f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: 1\n"
+        f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
         f"ray:\n  num_gpus: 0\n"
         f"storage:\n  root: {directory / 'storage'}\n{extra}",
         encoding="utf-8",

@@ -43,6 +43,57 @@ def test_one_tick_fuses_the_passes_of_all_tenants_and_then_steps_them():
     assert sorted(job.request_id for job in tick.optim_steps) == ["a-2", "b-2"]
 
 
+async def test_a_tick_waits_for_half_of_the_runs_that_have_been_coming():
+    runs = ["a", "b", "c", "d"]
+    scheduler = new_scheduler(*runs)
+    for run in runs:
+        scheduler.submit(a_pass("t", run, 0, 10))
+    assert len((await scheduler.next_tick()).passes) == 4
+    scheduler.wait_for_company(60.0, enough_tokens=1000)
+    scheduler.submit(a_pass("t", "a", 1, 10))
+    tick = asyncio.create_task(scheduler.next_tick())
+    await asyncio.sleep(0.02)
+    assert not tick.done()
+    scheduler.submit(a_pass("t", "b", 1, 10))
+    assert ids(await asyncio.wait_for(tick, 10)) == ["a-1", "b-1"]
+
+
+async def test_a_tick_does_not_wait_in_vain_for_long_nor_with_enough_to_do_nor_for_runs_that_stay_away():
+    scheduler = new_scheduler("a", "b", "c")
+    for run in ("a", "b", "c"):
+        scheduler.submit(a_pass("t", run, 0, 10))
+    scheduler.take_tick()
+    scheduler.wait_for_company(0.01, enough_tokens=500)
+    scheduler.submit(a_pass("t", "a", 1, 10))
+    assert ids(await asyncio.wait_for(scheduler.next_tick(), 10)) == ["a-1"]
+    scheduler.wait_for_company(3600.0, enough_tokens=500)
+    scheduler.submit(a_pass("t", "a", 2, 500))
+    assert ids(await asyncio.wait_for(scheduler.next_tick(), 10)) == ["a-2"]
+    scheduler.wait_for_company(0.0, enough_tokens=500)
+    for seq_id in range(3, 19):
+        scheduler.submit(a_pass("t", "a", seq_id, 10))
+        await scheduler.next_tick()
+    scheduler.wait_for_company(3600.0, enough_tokens=500)
+    scheduler.submit(a_pass("t", "a", 19, 10))
+    assert ids(await asyncio.wait_for(scheduler.next_tick(), 10)) == ["a-19"]
+
+
+async def test_what_was_queued_by_a_run_that_is_gone_counts_no_more():
+    scheduler = new_scheduler("a", "b", "c", "d", "gone")
+    for run in ("a", "b", "c", "d"):
+        scheduler.submit(a_pass("t", run, 0, 10))
+    scheduler.take_tick()
+    scheduler.submit(a_pass("t", "gone", 0, 1000))
+    scheduler.remove_run("gone", "t")
+    scheduler.wait_for_company(3600.0, enough_tokens=500)
+    scheduler.submit(a_pass("t", "a", 1, 10))
+    tick = asyncio.create_task(scheduler.next_tick())
+    await asyncio.sleep(0.02)
+    assert not tick.done()
+    scheduler.submit(a_pass("t", "b", 1, 10))
+    assert len((await asyncio.wait_for(tick, 10)).passes) == 2
+
+
 def test_an_optimizer_step_is_a_barrier_within_its_run():
     scheduler = new_scheduler("a")
     for job in (a_pass("t", "a", 0, 10), a_step("t", "a", 1), a_pass("t", "a", 2, 10), a_step("t", "a", 3)):

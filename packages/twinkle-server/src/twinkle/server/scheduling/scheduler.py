@@ -4,6 +4,7 @@ import asyncio
 from collections import OrderedDict
 
 from twinkle.protocol import messages as m
+from twinkle.server.scheduling.company import Company
 from twinkle.server.scheduling.fairness import DeficitRoundRobin
 from twinkle.server.scheduling.jobs import Job, Tick
 from twinkle.server.scheduling.run_queue import RunQueue
@@ -26,6 +27,22 @@ class Scheduler:
         self._ready: dict[str, OrderedDict[str, None]] = {}  # tenant -> its ready runs, next first
         self._turns = DeficitRoundRobin(quantum=max(1, tick_tokens // 8))
         self._work = asyncio.Event()
+        self._arrived = asyncio.Event()  # set by every job that comes
+        self._company = Company()
+        self._patience_seconds = 0.0
+        self._enough_tokens = 0
+        self._ready_runs = 0
+        self._queued_tokens = 0
+
+    def wait_for_company(self, seconds: float, enough_tokens: int) -> None:
+        """From now on a tick may wait for more runs.
+
+        Args:
+            seconds: at most so long; what a tick costs at least, so that waiting in vain at most doubles it.
+            enough_tokens: with so many tokens a tick begins at once: they cost far more than a tick of their own.
+        """
+        self._patience_seconds = seconds
+        self._enough_tokens = enough_tokens
 
     # ------------------------------------------------------------ runs and jobs
 
@@ -38,7 +55,9 @@ class Scheduler:
         """Forget a run; what it had queued is returned."""
         queue = self._queues.pop(run_id, None)
         self._set_ready(run_id, tenant, ready=False)
-        return queue.drain() if queue else []
+        drained = queue.drain() if queue else []
+        self._queued_tokens -= sum(job.tokens for job in drained)
+        return drained
 
     def queue(self, run_id: str) -> RunQueue:
         return self._queues[run_id]
@@ -46,6 +65,8 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         queue = self._queues[job.run_id]
         queue.offer(job)
+        self._queued_tokens += job.tokens
+        self._arrived.set()
         if queue.head() is not None:
             self._set_ready(job.run_id, job.tenant, ready=True)
 
@@ -66,12 +87,27 @@ class Scheduler:
     # ------------------------------------------------------------ ticks
 
     async def next_tick(self) -> Tick:
-        """The next tick, as soon as there is anything to do."""
+        """The next tick: as soon as there is anything to do, or a moment later, if more runs are about to come."""
         await self._work.wait()
+        try:
+            async with asyncio.timeout(self._patience_seconds):
+                while self._is_short_of_company():
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
         return self.take_tick()
+
+    def _is_short_of_company(self) -> bool:
+        return self._ready_runs < self._company.wanted and self._queued_tokens < self._enough_tokens
 
     def take_tick(self) -> Tick:
         """What is ready now, up to `tick_tokens`."""
+        tick = self._take_ready()
+        self._company.took_part(job.run_id for job in tick.passes)
+        return tick
+
+    def _take_ready(self) -> Tick:
         tick = Tick([], [], [])
         budget = self._tick_tokens
         closed: set[str] = set()  # runs that gave their barrier, or whose next job no longer fits
@@ -106,6 +142,7 @@ class Scheduler:
                 closed.add(run_id)
                 return budget
             self._turns.spend(tenant, job.tokens)
+            self._queued_tokens -= job.tokens
             self._place(queue.pop(), tick)
             budget -= job.tokens
             if not isinstance(job.request, m.ForwardBackwardRequest):
@@ -131,6 +168,7 @@ class Scheduler:
 
     def _set_ready(self, run_id: str, tenant: str, *, ready: bool) -> None:
         runs = self._ready.setdefault(tenant, OrderedDict())
+        self._ready_runs += int(ready) - int(run_id in runs)
         if ready:
             runs[run_id] = None
             self._turns.activate(tenant)

@@ -99,6 +99,9 @@ def _start(plan: Plan) -> None:
     importing.start()
     _start_ray(plan)
     importing.join()
+    # Ray and Serve report each of their own steps; what users want to know is said here.
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from ray import serve
     from ray.util import placement_group
 
@@ -129,9 +132,6 @@ def _start_ray(plan: Plan) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's processes give way to all others of the machine, unless told that they are what it is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray and Serve report each of their own steps; what users want to know is said here.
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         ray.init(
             num_cpus=max(os.cpu_count() or 1, plan.num_ranks),

@@ -123,7 +123,8 @@ class Service:
 
     async def start(self) -> None:
         """Begin to work, and return when a training step and a sample have succeeded."""
-        await warm_up(self._worker)
+        seconds = await warm_up(self._worker)
+        self._scheduler.wait_for_company(seconds, self._worker.info.max_batch_tokens)
         self._loop_task = asyncio.create_task(self._engine.run())
         self._chores = [asyncio.create_task(self._ledger.run()), asyncio.create_task(self._sweep())]
 
