@@ -37,7 +37,11 @@ VIOLATIONS = [
         "Scheduling is policy alone",
     ),
     (f"{SERVER}/scheduling/planted.py", "import httpx", "Scheduling is policy alone"),
-    (f"{SERVER}/engine/planted.py", "from starlette.requests import Request", "The engine knows neither ray nor HTTP"),
+    (
+        f"{SERVER}/engine/planted.py",
+        "from starlette.requests import Request",
+        "The engine knows neither ray nor HTTP",
+    ),
     (
         f"{SERVER}/store/planted.py",
         "from ray import serve",
