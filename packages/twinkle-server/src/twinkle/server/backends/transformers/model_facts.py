@@ -63,6 +63,27 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
     return max(_MIN_BATCH_TOKENS, min(most, int(budget / token_bytes)))
 
 
+# For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of kernels being
+# launched), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
+_LAYER_SECONDS = 3e-3
+_SPEED_CPU = 5e10
+_SPEED_GPU = 1.5e14
+
+
+def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
+    """What a micro-batch costs beside its tokens, in tokens: where cutting a batch into more of them begins to pay.
+
+    A token takes 6 operations a weight, forward and backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    Reckoned and not measured, so that the same rows are cut alike on every start.
+
+    Args:
+        layers: decoder layers.
+        weights: numbers in all matrices that a token goes through.
+    """
+    speed = _SPEED_GPU if device.type == "cuda" else _SPEED_CPU
+    return max(1, round(layers * _LAYER_SECONDS * speed / (6 * weights)))
+
+
 def _free_host_memory() -> int:
     """Bytes of memory free for new pages; where the system doesn't tell (not POSIX), 8 GiB."""
     try:
