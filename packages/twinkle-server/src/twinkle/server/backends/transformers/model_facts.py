@@ -63,8 +63,8 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
     return max(_MIN_BATCH_TOKENS, min(most, int(budget / token_bytes)))
 
 
-# For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of kernels being
-# launched), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
+# For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of launching
+# kernels), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
 _LAYER_SECONDS = 3e-3
 _SPEED_CPU = 5e10
 _SPEED_GPU = 1.5e14
