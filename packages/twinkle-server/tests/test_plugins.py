@@ -7,8 +7,8 @@ import pytest
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import plugins
-from twinkle.server.plan import make_plan
 from twinkle.server.config import parse_config
+from twinkle.server.plan import make_plan
 from twinkle.server.plugins import SAMPLING_ENGINES, TRAINING_BACKENDS
 
 
