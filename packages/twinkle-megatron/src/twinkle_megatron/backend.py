@@ -92,7 +92,7 @@ class MegatronBackend:
         bank = self._bank(spec)
         row = shards.initial_part(self._targets(spec), self._parts[bank], bank.layout, spec.seed)
         slot = bank.take()
-        bank.params[slot] = row.to(bank.params.device)
+        bank.params[slot].copy_(row)
         self._adapters[adapter_id] = Adapter(spec, bank, slot)
 
     def remove_adapter(self, adapter_id: str) -> None:
@@ -164,7 +164,7 @@ class MegatronBackend:
         slots = [(bank, slot) for bank, params in by_bank.items() for slot in params]
         if not slots:
             return {}
-        squares = torch.stack([bank.grads[slot].square() @ self._shares[bank] for bank, slot in slots])
+        squares = torch.stack([bank.gradient(slot).square() @ self._shares[bank] for bank, slot in slots])
         dist.all_reduce(squares, group=self._stage.groups.world.ranks)
         norms: dict[Bank, dict[int, float]] = {bank: {} for bank in by_bank}
         for (bank, slot), norm in zip(slots, cast("list[float]", squares.sqrt().tolist()), strict=True):
@@ -189,7 +189,7 @@ class MegatronBackend:
             target_modules=[target.shape.name for target in self._targets(adapter.spec)],
             weights=self._whole(adapter, bank.params[slot]),
             optimizer=optimizer,
-            gradients=self._whole(adapter, bank.grads[slot]) if with_gradients else None,
+            gradients=self._whole(adapter, bank.gradient(slot)) if with_gradients else None,
         )
 
     def _whole(self, adapter: Adapter, row: Tensor) -> dict[str, Array]:
@@ -225,6 +225,7 @@ class MegatronBackend:
             self._set(bank.exp_avg_sq[slot], bank, state.optimizer.exp_avg_sq)
             bank.steps[slot] = state.optimizer.step
         if state.gradients is not None:
+            bank.grads[slot] = torch.empty_like(bank.params[slot])
             self._set(bank.grads[slot], bank, state.gradients)
         adapter.spec = replace(adapter.spec, alpha=state.spec.alpha)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle.server.backends.transformers.banks import Bank, Place
-from twinkle.server.backends.transformers.passes import Adapter, BankScratch
+from twinkle.server.backends.transformers.passes import Adapter, BankScratch, commit
 from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
 from twinkle_megatron import cpu
 from twinkle_megatron.groups import Group
@@ -65,7 +65,7 @@ def run_pass(
     if trains:
         for bank in banks:
             _add_up(scratches[bank].grads, bank, parts[bank], stage)
-            scratches[bank].commit()
+        commit(scratches.values())
     return results
 
 
@@ -113,10 +113,10 @@ class _Pieces:
             by_bank[adapter.bank][1].append(adapter.slot)
         segments: list[Segment] = []
         for bank, (slots, own) in by_bank.items():
-            matrices = self.scratches[bank].segment(slots, needs_grad=not self.forward_only)
+            a, b = self.scratches[bank].leaves(slots, needs_grad=not self.forward_only)
             number = {slot: i for i, slot in enumerate(sorted(set(slots)))}
-            whose = torch.tensor([number[slot] for slot in own], dtype=torch.int64, device=bank.params.device)
-            segments.append(Segment(len(own), len(number), whose, matrices.a, matrices.b))
+            whose = torch.tensor([number[slot] for slot in own], dtype=torch.int64, device=bank.device)
+            segments.append(Segment(len(own), len(number), whose, a, b))
         return segments
 
 
@@ -176,10 +176,7 @@ def _finish(work: _Pieces, piece: Piece, logprobs: Tensor) -> tuple[Tensor, Tens
                 piece.own_places, row_results(piece.own_rows, logprobs, losses), strict=True
             ):
                 work.found.results[batch][place] = result
-            kept = [
-                one.value for row, one in zip(piece.own_rows, losses, strict=True) if not row.forward_only
-            ]
-            loss = torch.stack(kept).sum() if kept else loss
+            loss = losses.to_minimise(piece.own_rows)
         except Exception as error:
             work.found.error = error
     if not loss.requires_grad and not work.forward_only:

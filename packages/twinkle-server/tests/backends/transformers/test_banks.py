@@ -1,6 +1,5 @@
 import torch
 
-from twinkle.server.backends.transformers import banks
 from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape, consecutive, initial_row
 
 LAYOUT = Layout.of([LinearShape("one", 3, 5), LinearShape("two", 4, 2)], rank=2)
@@ -56,46 +55,56 @@ def test_an_initial_row_has_b_zero_and_leaves_the_global_generator_alone() -> No
     assert torch.equal(row, initial_row(LAYOUT, seed=3))
 
 
-def test_growth_keeps_values_and_doubles() -> None:
+def test_matrices_of_several_rows_are_views_of_them() -> None:
+    rows = torch.arange(3.0 * LAYOUT.size).reshape(3, LAYOUT.size)
+    a, b = LAYOUT.matrices(rows)
+    assert list(a) == list(b) == ["one", "two"]
+    assert torch.equal(a["two"], rows[:, 6:14].reshape(3, 2, 4))
+    assert torch.equal(b["one"], rows[:, 14:24].reshape(3, 5, 2))
+    b["two"].zero_()
+    assert not rows[:, 24:].any() and rows[1:, :24].all()
+
+
+def test_an_adapter_costs_weights_and_moments_and_a_gradient_while_it_has_one() -> None:
     bank = Bank(LAYOUT, torch.device("cpu"))
-    capacities: list[int] = []
-    for i in range(5):
-        slot = bank.take()
-        assert slot == i
-        for k, tensor in enumerate((bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq)):
-            assert not tensor[slot].any()
-            tensor[slot] = 10 * i + k + 1
-        bank.steps[slot] = i
-        capacities.append(bank.capacity)
-    assert capacities == [1, 2, 4, 4, 8]
-    for i in range(5):
-        rows = [tensor[i] for tensor in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq)]
-        assert [row.unique().tolist() for row in rows] == [[10 * i + k + 1] for k in range(4)]
-        assert bank.steps[i] == i
+    slots = [bank.take() for _ in range(3)]
+    kept = [*bank.params.values(), *bank.exp_avg.values(), *bank.exp_avg_sq.values(), *bank.grads.values()]
+    assert sum(row.untyped_storage().nbytes() for row in kept) == 3 * 3 * 4 * LAYOUT.size
+    assert not any(row.any() for row in kept)
+    bank.grads[slots[1]] = torch.ones(LAYOUT.size)
+    assert bank.gradient(slots[1]).all() and not bank.gradient(slots[0]).any()
+    assert list(bank.grads) == [slots[1]]
 
 
-def test_growth_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr(banks, "_MAX_GROWTH", 3 * 4 * LAYOUT.size)
-    bank = Bank(LAYOUT, torch.device("cpu"))
-    for _ in range(8):
-        bank.take()
-    assert bank.capacity == 10  # 1, 2, 4, then three at a time
-
-
-def test_a_freed_slot_is_wiped_at_once_and_used_again() -> None:
+def test_nothing_moves_when_others_come_and_go() -> None:
     bank = Bank(LAYOUT, torch.device("cpu"))
     first, second = bank.take(), bank.take()
-    for tensor in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq):
-        tensor[:] = 1
-    bank.steps[first] = 9
+    bank.params[second].fill_(2)
+    before = bank.params[second].data_ptr()
+    for _ in range(20):
+        bank.take()
     bank.free(first)
-    for tensor in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq):
-        assert not tensor[first].any() and tensor[second].all()
-    assert bank.steps[first] == 0 and not bank.is_empty
-    assert bank.take() == first
-    bank.free(first)
+    assert bank.params[second].data_ptr() == before and (bank.params[second] == 2).all()
+
+
+def test_a_slot_is_wiped_in_place_and_freed_for_good() -> None:
+    bank = Bank(LAYOUT, torch.device("cpu"))
+    first, second = bank.take(), bank.take()
+    for slot in (first, second):
+        bank.grads[slot] = torch.ones(LAYOUT.size)
+        for rows in (bank.params, bank.exp_avg, bank.exp_avg_sq):
+            rows[slot].fill_(1)
+        bank.steps[slot] = 9
+    bank.wipe(first)
+    for rows in (bank.params, bank.exp_avg, bank.exp_avg_sq):
+        assert not rows[first].any() and rows[second].all()
+    assert bank.steps == {first: 0, second: 9} and list(bank.grads) == [second]
     bank.free(second)
-    assert bank.is_empty
+    assert not bank.grads and not bank.is_empty
+    assert bank.take() not in (first, second)
+    for slot in list(bank.params):
+        bank.free(slot)
+    assert bank.is_empty and not (bank.exp_avg or bank.exp_avg_sq or bank.steps)
 
 
 def test_consecutive() -> None:

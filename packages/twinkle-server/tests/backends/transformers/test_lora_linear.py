@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from twinkle.server.backends.transformers.lora_linear import (
+    Gradients,
     LoraLinear,
     Route,
     Segment,
@@ -32,13 +33,14 @@ def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer"
     draw = torch.Generator().manual_seed(seed)
     count = max(adapters) + 1
     spans, of_span = spans_of(adapters)
-    return Segment(
-        rows=len(adapters),
-        spans=spans,
-        adapter_of_span=None if of_span is None else torch.tensor(of_span),
-        a={layer: torch.randn(count, rank, 5, generator=draw, requires_grad=True)},
-        b={layer: torch.randn(count, 6, rank, generator=draw, requires_grad=True)},
-    )
+    a = {layer: torch.randn(count, rank, 5, generator=draw)}
+    b = {layer: torch.randn(count, 6, rank, generator=draw)}
+    # Gradients are added to what is there: ones.
+    ones = {layer: torch.ones_like(a[layer])}, {layer: torch.ones_like(b[layer])}
+    if of_span is None:
+        return Segment(len(adapters), spans, None, a, b, Gradients(*ones, slice(0, count)))
+    index = torch.tensor(of_span)
+    return Segment(len(adapters), spans, index, a, b, Gradients(*ones, index))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +61,33 @@ def test_each_row_gets_its_own_adapters_term(banks: list[list[int]], shape: str)
     row = 0
     for segment, adapters in zip(segments, banks, strict=True):
         for adapter in adapters:
-            a, b = segment.a["layer"][adapter], segment.b["layer"][adapter]
-            expected.append(layer.base(x[row]) + x[row] @ a.T @ b.T)
+            a, b = segment.a["layer"].requires_grad_(), segment.b["layer"].requires_grad_()
+            expected.append(layer.base(x[row]) + x[row] @ a[adapter].T @ b[adapter].T)
             row += 1
     torch.testing.assert_close(out, torch.stack(expected))
-    leaves = [x, *(s.a["layer"] for s in segments), *(s.b["layer"] for s in segments)]
     upstream = torch.randn_like(out)
-    found = torch.autograd.grad((out * upstream).sum(), leaves)
-    torch.testing.assert_close(found, torch.autograd.grad((torch.stack(expected) * upstream).sum(), leaves))
+    (found,) = torch.autograd.grad((out * upstream).sum(), x)
+    leaves = [x, *(s.a["layer"] for s in segments), *(s.b["layer"] for s in segments)]
+    wanted, *matrices = torch.autograd.grad((torch.stack(expected) * upstream).sum(), leaves)
+    torch.testing.assert_close(found, wanted)
+    collected = [s.gradients for s in segments if s.gradients]
+    sums = [g.a["layer"] for g in collected] + [g.b["layer"] for g in collected]
+    torch.testing.assert_close(sums, [1 + matrix for matrix in matrices])
+
+
+def test_a_layer_whose_input_needs_no_gradient_still_gives_its_matrices_theirs() -> None:
+    route = Route()
+    layer = LoraLinear(nn.Linear(5, 6), "layer", route)
+    layer.requires_grad_(False)
+    segment = make_segment([0, 1], rank=2, seed=0)
+    route.segments = [segment]
+    x = torch.randn(2, 3, 5)
+    layer(x).sum().backward()
+    assert segment.gradients is not None
+    ones = torch.ones(3, 6)
+    for i in range(2):
+        wanted = ones.T @ x[i] @ segment.a["layer"][i].T
+        torch.testing.assert_close(segment.gradients.b["layer"][i], 1 + wanted)
 
 
 def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:

@@ -12,6 +12,11 @@ from twinkle.server.backends.loss_formulas import FORMULAS, LOSS_SPECS
 from twinkle.server.backends.transformers.losses import LOSSES
 
 
+def as_row(tokens: torch.Tensor) -> torch.Tensor:
+    """[tokens] to [1, tokens, 1]."""
+    return tokens[None, :, None]
+
+
 def test_every_loss_has_its_closed_form():
     assert set(FORMULAS) == set(LOSSES) == set(LOSS_SPECS)
 
@@ -41,22 +46,23 @@ def test_value_and_gradient_are_those_of_the_formula(
     config = {key: given_config[key] for key in LOSS_SPECS[name].config}
     expected, expected_grad = FORMULAS[name](p, inputs, config)
     logprobs = torch.tensor(p, dtype=torch.float64, requires_grad=True)
-    loss = LOSSES[name](logprobs, {k: torch.tensor(inputs[k]) for k in LOSS_SPECS[name].inputs}, config)
-    loss.value.backward()
+    own_inputs = {k: as_row(torch.tensor(inputs[k])) for k in LOSS_SPECS[name].inputs}
+    loss = LOSSES[name](as_row(logprobs), own_inputs, config).sum()
+    loss.backward()
     assert logprobs.grad is not None
-    np.testing.assert_allclose(loss.value.item(), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(logprobs.grad.numpy(), expected_grad, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "gspo"])
 def test_a_token_without_advantage_counts_for_nothing_however_unlikely_it_was(name: str):
     inputs = {
-        "logprobs": torch.tensor([-1.0, -500.0]),
-        "advantages": torch.tensor([2.0, 0.0]),
-        "sequence_ratio_mask": torch.tensor([1.0, 0.0]),
+        "logprobs": as_row(torch.tensor([-1.0, -500.0])),
+        "advantages": as_row(torch.tensor([2.0, 0.0])),
+        "sequence_ratio_mask": as_row(torch.tensor([1.0, 0.0])),
     }
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
-    loss = LOSSES[name](logprobs, inputs, LOSS_SPECS[name].config).value
+    loss = LOSSES[name](as_row(logprobs), inputs, LOSS_SPECS[name].config).sum()
     loss.backward()
     assert loss.item() == pytest.approx(2.0 if name == "cispo" else -2.0)
     assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([-2.0, 0.0])

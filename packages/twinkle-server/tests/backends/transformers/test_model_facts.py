@@ -9,8 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.transformers import model_facts
 from twinkle.server.backends.transformers.base_model import load_base_model
-from twinkle.server.backends.transformers.model_facts import overhead_tokens
+from twinkle.server.backends.transformers.model_facts import (
+    affordable_tokens,
+    bounded_batch_tokens,
+    overhead_tokens,
+)
 
 
 def test_overhead_is_time_of_layers_in_tokens():
@@ -40,3 +45,12 @@ def test_the_head_is_a_product_for_every_token_and_the_embedding_is_none(is_tied
     weights = 2 * layer + 16 + 64 * 16
     info = load_base_model(ModelConfig(tmp_path)).info
     assert info.overhead_tokens == overhead_tokens(2, weights, torch.device("cpu"))
+
+
+def test_a_share_of_the_free_memory_is_for_the_tokens_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, head = torch.device("cpu"), 3 * 64 * 2**20
+    monkeypatch.setattr(model_facts, "_free_host_memory", lambda: 4 * (head + 5000))
+    assert affordable_tokens(10.0, cpu) == 500
+    monkeypatch.setattr(model_facts, "_free_host_memory", lambda: head)
+    assert affordable_tokens(10.0, cpu) == 0
+    assert [bounded_batch_tokens(tokens, cpu) for tokens in (0, 1000, 10**6)] == [512, 1000, 2048]

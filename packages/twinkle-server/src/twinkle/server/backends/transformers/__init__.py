@@ -3,9 +3,9 @@
     base_model    loads the model            lora_linear    a linear layer with many adapters' terms
     banks         where adapters live        expert_lora    routed experts with many adapters' terms
     logprobs, losses, adamw   arithmetic     passes         micro-batches to results and gradients
+    activations   what a pass keeps, measured; computed again where it would be too much
 
-Not here: routed experts that are not plain gated layers get no low-rank term, and activations are not recomputed in the
-backward pass (only logits are).
+Not here: routed experts that are not plain gated layers get no low-rank term.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ from twinkle.server.backends.protocol import (
     RowResult,
 )
 from twinkle.server.backends.row_checks import check_row
+from twinkle.server.backends.transformers.activations import (
+    Recomputation,
+    recompute_layers,
+    token_bytes,
+)
 from twinkle.server.backends.transformers.adamw import plan_steps
 from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape, initial_row
 from twinkle.server.backends.transformers.base_model import (
@@ -47,7 +52,8 @@ from twinkle.server.backends.transformers.base_model import (
 )
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
-from twinkle.server.backends.transformers.passes import Adapter, Network, run_pass
+from twinkle.server.backends.transformers.model_facts import affordable_tokens, bounded_batch_tokens
+from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, run_pass
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
 
@@ -66,10 +72,16 @@ class TransformersBackend:
             InvalidRequest: if the model can't be loaded as `config` says.
         """
         self._loaded = loaded if loaded is not None else load_base_model(config)
-        self._info = replace(self._loaded.info, max_lora_rank=config.max_lora_rank)
         self._network = _network(self._loaded)
         self._adapters: dict[str, Adapter] = {}
         self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
+        device = self._loaded.device
+        self._affordable_tokens = affordable_tokens(_token_bytes(self._loaded, self._network), device)
+        self._info = replace(
+            self._loaded.info,
+            max_lora_rank=config.max_lora_rank,
+            max_batch_tokens=bounded_batch_tokens(self._affordable_tokens, device),
+        )
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, config: ModelConfig) -> TransformersBackend:
@@ -102,9 +114,9 @@ class TransformersBackend:
         if not 1 <= spec.rank <= self._info.max_lora_rank:
             raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._info.max_lora_rank}")
         bank = self._bank(spec)
-        row = initial_row(bank.layout, spec.seed).to(bank.params.device)
+        row = initial_row(bank.layout, spec.seed)
         slot = bank.take()
-        bank.params[slot] = row
+        bank.params[slot].copy_(row)
         self._adapters[adapter_id] = Adapter(spec, bank, slot)
 
     def remove_adapter(self, adapter_id: str) -> None:
@@ -143,7 +155,7 @@ class TransformersBackend:
                     raise KeyError(f"there is no adapter {row.adapter_id!r}")
                 check_row(row, self._info.vocab_size)
         try:
-            return run_pass(self._network, self._adapters, micro_batches)
+            return run_pass(self._network, self._adapters, micro_batches, self._affordable_tokens)
         except torch.OutOfMemoryError as error:
             out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
         except RuntimeError as error:
@@ -196,7 +208,7 @@ class TransformersBackend:
             target_modules=bank.layout.modules,
             weights=split(_host_copy(bank.params[slot])),
             optimizer=optimizer,
-            gradients=split(_host_copy(bank.grads[slot])) if with_gradients else None,
+            gradients=split(_host_copy(bank.gradient(slot))) if with_gradients else None,
         )
 
     def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
@@ -211,13 +223,13 @@ class TransformersBackend:
         bank, slot, layout = adapter.bank, adapter.slot, adapter.bank.layout
         check_fits(state, adapter.spec, layout.modules, layout.shapes())
         bank.wipe(slot)
-        bank.params[slot] = layout.join(state.weights).to(bank.params.device)
+        bank.params[slot].copy_(layout.join(state.weights))
         if state.optimizer is not None:
-            bank.exp_avg[slot] = layout.join(state.optimizer.exp_avg).to(bank.params.device)
-            bank.exp_avg_sq[slot] = layout.join(state.optimizer.exp_avg_sq).to(bank.params.device)
+            bank.exp_avg[slot].copy_(layout.join(state.optimizer.exp_avg))
+            bank.exp_avg_sq[slot].copy_(layout.join(state.optimizer.exp_avg_sq))
             bank.steps[slot] = state.optimizer.step
         if state.gradients is not None:
-            bank.grads[slot] = layout.join(state.gradients).to(bank.params.device)
+            bank.grads[slot] = layout.join(state.gradients).to(bank.device)
         adapter.spec = replace(adapter.spec, alpha=state.spec.alpha)
 
     def close(self) -> None:
@@ -238,7 +250,25 @@ def _network(loaded: LoadedModel) -> Network:
         return finish_logits(output(hidden), model.config)
 
     weight = cast("Tensor", output.weight)
-    return Network(decoder(model), head, weight.shape[0], route, loaded.device)
+    body, recomputation = decoder(model), Recomputation()
+    recompute_layers(body, recomputation)
+    return Network(body, head, weight.shape[0], route, recomputation, loaded.device)
+
+
+def _token_bytes(loaded: LoadedModel, network: Network) -> float:
+    """Of a pass with terms on all layers, of rank 1."""
+    bank = Bank(Layout.of([_shape(name, loaded.model) for name in loaded.targets], 1), loaded.device)
+    adapter = Adapter(AdapterSpec(rank=1), bank, bank.take())
+    scratch = BankScratch(bank, [adapter], keeps_gradients=True)
+
+    def run(tokens: Tensor) -> Tensor:
+        network.route.segments = [scratch.segment([adapter.slot] * len(tokens), needs_grad=True)]
+        return network.hidden(tokens)
+
+    try:
+        return token_bytes(run, int(loaded.model.config.get_text_config().num_hidden_layers), loaded.device)
+    finally:
+        network.route.segments = []
 
 
 def _shape(name: str, model: nn.Module) -> LinearShape:

@@ -1,4 +1,4 @@
-"""AdamW on the rows of a bank: many adapters in one go, each with its own hyperparameters.
+"""AdamW on the rows of a bank, each adapter with its own hyperparameters.
 
 Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, as `torch.optim.AdamW` has it: with g the gradient,
 
@@ -11,8 +11,9 @@ A step without a gradient is a step with a gradient of zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,122 +21,87 @@ from torch import Tensor
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.transformers.banks import Bank
 
-# Elements that are worked on at once, unless one adapter alone has more: bounds the one temporary that a step needs.
-_MAX_RUN = 2**24
+# Elements that are worked on at once: on a CPU what the cache holds, so that memory is gone through once and not for
+# each operation; elsewhere a bound of the one temporary that a step needs.
+_CPU_BLOCK = 2**16
+_BLOCK = 2**24
 # torch.nn.utils.clip_grad_norm_ has the same.
 _CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """Neighbouring slots that step together; [n, 1] tensors of what each of them needs."""
-
-    start: int
-    params: list[AdamParams]
-    norms: Tensor
-    clip: Tensor
-    kept: Tensor
-    beta1_complement: Tensor
-    beta2_complement: Tensor
-    root_correction2: Tensor
-    eps: Tensor
-    step_size: Tensor
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + len(self.params))
-
-
-@dataclass(frozen=True, eq=False)
 class PlannedSteps:
-    """Steps of some of a bank's adapters, ready to be applied: what can fail (memory, mostly) has been done."""
+    """Steps of some of a bank's adapters, ready to be applied: what can fail (memory, mostly) has been done.
+
+    Attributes:
+        params, norms: by slot.
+        workspace: float32, as long as a block.
+    """
 
     bank: Bank
-    runs: list[_Run]
+    params: dict[int, AdamParams]
+    norms: Mapping[int, float]
     workspace: Tensor
 
     def grad_norms(self) -> dict[int, float]:
-        """By slot, the L2 norm of the gradient before clipping. Only before `apply`."""
-        return {
-            run.start + i: norm for run in self.runs for i, norm in enumerate(run.norms.flatten().tolist())
-        }
+        """By slot, the L2 norm of the gradient before clipping."""
+        return {slot: self.norms[slot] for slot in self.params}
 
     def apply(self) -> None:
-        """Step, and zero the gradients. All in place."""
-        for run in self.runs:
-            _apply(self.bank, run, self.workspace[: len(run.params)])
+        """Step, all in place, and let go of the gradients."""
+        for slot, params in self.params.items():
+            _apply(self.bank, slot, params, self.norms[slot], self.workspace)
 
 
 def plan_steps(
-    bank: Bank, params: dict[int, AdamParams], norms: dict[int, float] | None = None
+    bank: Bank, params: dict[int, AdamParams], norms: Mapping[int, float] | None = None
 ) -> PlannedSteps:
     """Prepare a step for each slot in `params`; nothing changes yet.
 
     Args:
         norms: by slot, the L2 norm of the gradient, where the bank holds only a part of it.
     """
-    runs = [
-        _plan(bank, start, group, _row_norms(bank, start, len(group), norms))
-        for start, group in _neighbours(params, max(1, bank.layout.size))
-    ]
-    longest = max(len(run.params) for run in runs)
-    return PlannedSteps(bank, runs, bank.params.new_empty(longest, bank.layout.size))
+    block = _CPU_BLOCK if bank.device.type == "cpu" else _BLOCK
+    workspace = torch.empty(min(block, bank.layout.size), device=bank.device)
+    return PlannedSteps(bank, params, _norms(bank, params) if norms is None else norms, workspace)
 
 
-def _neighbours(params: dict[int, AdamParams], size: int) -> list[tuple[int, list[AdamParams]]]:
-    """Slots in rising order, cut where a slot is missing or a run grows too long."""
-    longest = max(1, _MAX_RUN // size)
-    runs: list[tuple[int, list[AdamParams]]] = []
-    for slot in sorted(params):
-        if runs and runs[-1][0] + len(runs[-1][1]) == slot and len(runs[-1][1]) < longest:
-            runs[-1][1].append(params[slot])
+def _norms(bank: Bank, slots: Iterable[int]) -> dict[int, float]:
+    norms = dict.fromkeys(slots, 0.0)
+    pending = [slot for slot in norms if slot in bank.grads]
+    if pending:
+        found = torch.stack([torch.linalg.vector_norm(bank.grads[slot]) for slot in pending])
+        norms |= zip(
+            pending, cast("list[float]", found.tolist()), strict=True
+        )  # one transfer for all of them
+    return norms
+
+
+def _apply(bank: Bank, slot: int, s: AdamParams, norm: float, workspace: Tensor) -> None:
+    bank.steps[slot] += 1
+    root_correction = (1.0 - s.beta2 ** bank.steps[slot]) ** 0.5
+    step_size = s.learning_rate / (1.0 - s.beta1 ** bank.steps[slot]) * root_correction
+    clip = min(1.0, s.grad_clip_norm / (norm + _CLIP_EPS)) if s.grad_clip_norm else 1.0
+    gradient = bank.grads.pop(slot, None)
+    for start in range(0, bank.layout.size, max(1, len(workspace))):
+        part = slice(start, start + len(workspace))
+        p, m, v = bank.params[slot][part], bank.exp_avg[slot][part], bank.exp_avg_sq[slot][part]
+        work = workspace[: len(p)]
+        if gradient is None:
+            m.mul_(s.beta1)
+            v.mul_(s.beta2)
         else:
-            runs.append((slot, [params[slot]]))
-    return runs
-
-
-def _row_norms(bank: Bank, start: int, count: int, norms: dict[int, float] | None) -> Tensor:
-    """float32 [count, 1]."""
-    grads = bank.grads[start : start + count]
-    if norms is None:
-        return torch.linalg.vector_norm(grads, dim=1, keepdim=True)
-    return grads.new_tensor([[norms[start + i]] for i in range(count)])
-
-
-def _plan(bank: Bank, start: int, params: list[AdamParams], norms: Tensor) -> _Run:
-    steps = [bank.steps[start + i] + 1 for i in range(len(params))]
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=norms.device).unsqueeze(1)
-
-    limits = column([p.grad_clip_norm or float("inf") for p in params])
-    return _Run(
-        start=start,
-        params=params,
-        norms=norms,
-        clip=(limits / (norms + _CLIP_EPS)).clamp(max=1.0),
-        kept=column([1.0 - p.learning_rate * p.weight_decay for p in params]),
-        beta1_complement=column([1.0 - p.beta1 for p in params]),
-        beta2_complement=column([1.0 - p.beta2 for p in params]),
-        root_correction2=column([(1.0 - p.beta2**t) ** 0.5 for p, t in zip(params, steps, strict=True)]),
-        eps=column([p.eps for p in params]),
-        step_size=column([p.learning_rate / (1.0 - p.beta1**t) for p, t in zip(params, steps, strict=True)]),
-    )
-
-
-def _apply(bank: Bank, run: _Run, work: Tensor) -> None:
-    p, g, m, v = (tensor[run.rows] for tensor in (bank.params, bank.grads, bank.exp_avg, bank.exp_avg_sq))
-    if any(params.grad_clip_norm for params in run.params):
-        g.mul_(run.clip)
-    m.lerp_(g, run.beta1_complement)
-    torch.mul(g, g, out=work)
-    v.lerp_(work, run.beta2_complement)
-    torch.sqrt(v, out=work)
-    work.div_(run.root_correction2).add_(run.eps)
-    if any(params.eps == 0 for params in run.params):
-        work.clamp_(min=torch.finfo(work.dtype).tiny)  # 0 / 0, where there never was a gradient, is no step
-    torch.div(m, work, out=work)
-    p.mul_(run.kept).sub_(work.mul_(run.step_size))
-    g.zero_()
-    for i in range(len(run.params)):
-        bank.steps[run.start + i] += 1
+            g = gradient[part]
+            if clip < 1.0:
+                g.mul_(clip)
+            m.lerp_(g, 1.0 - s.beta1)
+            v.mul_(s.beta2).addcmul_(g, g, value=1.0 - s.beta2)
+        torch.sqrt(v, out=work)
+        work.add_(s.eps * root_correction)
+        if s.eps == 0:
+            work.clamp_(
+                min=torch.finfo(work.dtype).tiny
+            )  # 0 / 0, where there never was a gradient, is no step
+        if s.learning_rate * s.weight_decay:
+            p.mul_(1.0 - s.learning_rate * s.weight_decay)
+        p.addcdiv_(m, work, value=-step_size)

@@ -1,10 +1,11 @@
-"""Where adapters live: one bank for all adapters of a shape, one row of it for each adapter.
+"""Where adapters live: one bank for all adapters of a shape, with a few rows for each of them.
 
-    params, grads, exp_avg, exp_avg_sq    float32 [slots, size]
-    steps                                 one int a slot
+    params, exp_avg, exp_avg_sq    float32 [size] each
+    grads                          float32 [size], from a pass to the step that uses it up
 
-A row holds all A matrices of the adapter, then all B matrices, so that the weights of one module in all slots are a
-view of a bank and an adapter's whole state is four contiguous vectors. Owns memory and names; computes nothing.
+A row holds all A matrices of the adapter, then all B matrices: so the rows of some adapters, stacked, show the weights
+of one module in all of them as one view. An adapter costs its own rows, whoever else is there: nothing is kept in
+advance, and nothing moves when others come or go. Owns memory and names; computes nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Float32Array
-
-# A bank doubles when it is full, but takes at most this much at once (bytes, in each of its four tensors).
-_MAX_GROWTH = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Place:
 
     def view(self, rows: Tensor) -> Tensor:
         """[n, size] -> [n, *self.shape], sharing memory."""
-        return rows[:, self.start : self.end].unflatten(1, self.shape)
+        return rows.narrow(1, self.start, self.end - self.start).view(len(rows), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,14 @@ class Layout:
     @property
     def modules(self) -> list[str]:
         return list(self.a)
+
+    def matrices(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By layer, A of all `rows` [n, size] as [n, *shape], and B; views."""
+        places = (*self.a.values(), *self.b.values())
+        pieces = rows.split([place.end - place.start for place in places], dim=1)
+        n = rows.shape[0]
+        views = [piece.view(n, *place.shape) for piece, place in zip(pieces, places, strict=True)]
+        return dict(zip(self.a, views, strict=False)), dict(zip(self.b, views[len(self.a) :], strict=True))
 
     def places(self) -> dict[str, Place]:
         """All matrices by their names in an adapter's state."""
@@ -164,59 +171,56 @@ def initial_row(layout: Layout, seed: int) -> Tensor:
 
 
 class Bank:
-    """Adapters of one layout, each in a slot. Free slots hold zeros."""
+    """Adapters of one layout, each in a slot, a number that is its own as long as it is there.
 
-    params: Tensor
-    grads: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    Attributes:
+        params, exp_avg, exp_avg_sq: by slot, float32 [size].
+        grads: by slot, float32 [size], of those adapters that have a gradient; any other's is zero.
+        steps: by slot, how many steps were taken.
+    """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
-        self.steps: list[int] = []
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(0, layout.size, device=device) for _ in range(4)
-        )
-        self._free: list[int] = []
-
-    @property
-    def capacity(self) -> int:
-        return len(self.steps)
+        self.device = device
+        self.params: dict[int, Tensor] = {}
+        self.exp_avg: dict[int, Tensor] = {}
+        self.exp_avg_sq: dict[int, Tensor] = {}
+        self.grads: dict[int, Tensor] = {}
+        self.steps: dict[int, int] = {}
+        self._slots = count()
 
     @property
     def is_empty(self) -> bool:
-        return len(self._free) == self.capacity
+        return not self.params
 
     def take(self) -> int:
-        """The lowest free slot; its rows are zero. May raise `torch.OutOfMemoryError`: then nothing has changed."""
-        if not self._free:
-            self._grow()
-        return self._free.pop(0)
+        """A new slot, all zeros. May raise `torch.OutOfMemoryError`: then nothing has changed."""
+        params, exp_avg, exp_avg_sq = (torch.zeros(self.layout.size, device=self.device) for _ in range(3))
+        slot = next(self._slots)
+        self.params[slot], self.exp_avg[slot], self.exp_avg_sq[slot] = params, exp_avg, exp_avg_sq
+        self.steps[slot] = 0
+        return slot
 
     def free(self, slot: int) -> None:
-        """Wipe a slot and let others have it."""
-        self.wipe(slot)
-        self._free = sorted([*self._free, slot])
+        """Give a slot and its memory back."""
+        del self.params[slot], self.exp_avg[slot], self.exp_avg_sq[slot], self.steps[slot]
+        self.grads.pop(slot, None)
 
     def wipe(self, slot: int) -> None:
-        for tensor in (self.params, self.grads, self.exp_avg, self.exp_avg_sq):
-            tensor[slot].zero_()
+        """Set a slot to zeros, in place."""
+        for rows in (self.params, self.exp_avg, self.exp_avg_sq):
+            rows[slot].zero_()
+        self.grads.pop(slot, None)
         self.steps[slot] = 0
 
-    def _grow(self) -> None:
-        before = self.capacity
-        more = max(1, min(before, _MAX_GROWTH // (4 * max(1, self.layout.size))))
-        old = (self.params, self.grads, self.exp_avg, self.exp_avg_sq)
-        new = [tensor.new_zeros(before + more, self.layout.size) for tensor in old]
-        for source, target in zip(old, new, strict=True):
-            target[:before] = source
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = new
-        self.steps += [0] * more
-        self._free += range(before, before + more)
+    def gradient(self, slot: int) -> Tensor:
+        """float32 [size], for reading: zeros where there is none."""
+        found = self.grads.get(slot)
+        return torch.zeros(self.layout.size, device=self.device) if found is None else found
 
 
 def consecutive(slots: Sequence[int]) -> bool:
-    """Whether `slots` counts up by one, so that its rows are one view of a bank."""
+    """Whether `slots` counts up by one, so that rows with these numbers are one view."""
     return slots[-1] - slots[0] == len(slots) - 1 and all(
         b - a == 1 for a, b in zip(slots, slots[1:], strict=False)
     )

@@ -1,20 +1,24 @@
-"""Log-probabilities of target tokens from hidden states, without ever holding the logits of all tokens.
+"""Log-probabilities of target tokens from hidden states, without ever holding the logits of many tokens.
 
-The output head runs over a few positions of all rows at a time; in a training pass each chunk is computed again when
-its gradient is due, so that only one chunk's logits are alive at any moment.
+The output head runs over a few positions of all rows at a time. A training pass keeps a bounded number of logits for
+its backward pass; where there would be more, each chunk is computed again when its gradient is due, so that only one
+chunk's logits are alive at any moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits in a chunk: 64 MiB in float32, of which a few copies are alive at a time.
+# Logits that are alive at a time: 64 MiB in float32.
 MAX_CHUNK_LOGITS = 2**24
+# On a CPU a chunk does better with little more than the cache holds, but a product wants some tokens to work on.
+_CPU_CHUNK_LOGITS = 2**20
+_CPU_CHUNK_TOKENS = 128
 
 
 def chunked_logprobs(
@@ -27,17 +31,23 @@ def chunked_logprobs(
     """Log-softmax in float32 of the head's logits, at the targets.
 
     Args:
-        head: hidden states [rows, n, hidden] to logits [rows, n, vocabulary], any float type.
+        head: hidden states [rows, n, hidden] to logits [rows, n, vocabulary], any float type; its last operation must
+            not need its own output for its gradient, which is written over it.
         hidden: [rows, tokens, hidden].
         targets: int64 [rows, tokens, k]: k target tokens at each position.
         vocab_size: how many logits the head gives.
+        max_chunk_logits: most logits that are alive at a time, unless one position of all rows has more.
 
     Returns:
         float32 [rows, tokens, k].
     """
-    positions = max(1, max_chunk_logits // (hidden.shape[0] * vocab_size))
+    rows, tokens = hidden.shape[:2]
+    chunk_logits = max_chunk_logits
+    if hidden.device.type == "cpu":
+        chunk_logits = min(max_chunk_logits, max(_CPU_CHUNK_LOGITS, _CPU_CHUNK_TOKENS * vocab_size))
+    positions = max(1, chunk_logits // (rows * vocab_size))
     chunks = list(zip(hidden.split(positions, 1), targets.split(positions, 1), strict=True))
-    if len(chunks) == 1 or not torch.is_grad_enabled():
+    if rows * tokens * vocab_size <= max_chunk_logits or len(chunks) == 1 or not torch.is_grad_enabled():
         results = [_logprobs(head, *chunk) for chunk in chunks]
     else:
         results = [
@@ -48,5 +58,25 @@ def chunked_logprobs(
 
 
 def _logprobs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = head(hidden).float()
-    return logits.gather(-1, targets) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return cast("Tensor", _LogSoftmaxAt.apply(head(hidden).float(), targets))
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """Log-softmax of logits [..., vocabulary] at targets [..., k]. The gradient takes the place of the logits.
+
+    d logprob[t] / d logit[v] = (t == v) - softmax(logits)[v]
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:
+        logits, targets = args
+        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(-1, targets) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        [grad] = grad_outputs
+        grad_logits = logits.sub_(normaliser).exp_().mul_(-grad.sum(dim=-1, keepdim=True))
+        return grad_logits.scatter_add_(-1, targets, grad), None

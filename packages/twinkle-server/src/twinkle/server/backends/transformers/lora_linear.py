@@ -3,18 +3,44 @@
 For the rows of an adapter, `out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685). All adapters of a
 bank are computed in one batched matrix product each for A and B; the base's product is one for all rows. Owns no
 weights: a route carries them, and is set for the time of one micro-batch.
+
+A layer with its terms is one node of the graph, and writes the matrices' gradients itself, where the route says:
+autograd would make a dozen nodes a layer, and copies of what is added up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm
 from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Where the gradients of a segment's matrices are added.
+
+    Attributes:
+        a, b: by layer, float32 [n, rank, in_features] and [n, out_features, rank]; n adapters, in rising order.
+        of_span: which of them each span is: a slice, or int64 [spans], where an adapter may come several times.
+    """
+
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    of_span: slice | Tensor
+
+    def add(self, target: Tensor, gradient: Tensor) -> None:
+        """`gradient` is [spans, ...], any float type; `target` one of the tensors of `a` and `b`."""
+        if isinstance(self.of_span, slice):
+            target[self.of_span].add_(gradient)
+        else:
+            target.index_add_(0, self.of_span, gradient.to(target.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +56,7 @@ class Segment:
         adapter_of_span: int64 [spans], index into the adapters; None where span i is adapter i.
         a: by layer, float32 [adapters, rank, in_features]; of routed experts' parameters [adapters, experts, rank, in].
         b: by layer, float32 [adapters, out_features, rank], times alpha / rank; of experts likewise.
+        gradients: of linear layers' matrices; None where they are not needed. Those of experts are autograd's.
     """
 
     rows: int
@@ -37,22 +64,14 @@ class Segment:
     adapter_of_span: Tensor | None
     a: dict[str, Tensor]
     b: dict[str, Tensor]
+    gradients: Gradients | None = None
 
-    def add_term(self, layer: str, x: Tensor, out: Tensor) -> Tensor:
-        """`out` plus the low-rank term.
-
-        Args:
-            x: [self.rows, n, in_features].
-            out: [self.rows, n, out_features], same type.
-        """
-        if layer not in self.a:
-            return out
-        a, b = self.a[layer].to(x.dtype), self.b[layer].to(x.dtype)
+    def matrices(self, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of a linear layer, [spans, rank, in_features] and [spans, out_features, rank]."""
+        a, b = self.a[layer], self.b[layer]
         if self.adapter_of_span is not None:
             a, b = a.index_select(0, self.adapter_of_span), b.index_select(0, self.adapter_of_span)
-        low = torch.bmm(x.reshape(self.spans, -1, x.shape[-1]), a.transpose(1, 2))
-        summed = torch.baddbmm(out.reshape(self.spans, -1, out.shape[-1]), low, b.transpose(1, 2))
-        return summed.view_as(out)
+        return a.to(dtype), b.to(dtype)
 
     def expert_term(self, experts: str, first_row: int | None, tokens: int) -> ExpertTerm | None:
         """The terms of a routed experts' module, if it has any.
@@ -95,10 +114,16 @@ class Route:
     """Which rows of the micro-batch under way get which adapters' terms; no segments is the base model alone.
 
     Shared by all layers of a module tree, set by the one thread that computes.
+
+    Attributes:
+        segments: together all rows, in order.
+        anchor: an input that requires a gradient, and never gets one: it has autograd go back to layers whose own input
+            requires none.
     """
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
+        self.anchor = torch.zeros((), requires_grad=True)
 
     def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
         """See `twinkle.server.backends.transformers.expert_lora.ExpertRoute`."""
@@ -126,20 +151,64 @@ class LoraLinear(WrappedLinear):
         Args:
             x: [..., in_features], row-major in the micro-batch's rows: [rows, tokens, in_features], or flattened.
         """
-        out: Tensor = self.base(x)
         segments = self._route.segments
-        if not segments:
-            return out
-        if len(segments) == 1:
-            rows = segments[0].rows
-            term = segments[0].add_term(self._name, _by_row(x, rows), _by_row(out, rows))
-            return term.view_as(out)
-        sizes = [segment.rows for segment in segments]
-        xs = _by_row(x, sum(sizes)).split(sizes)
-        outs = _by_row(out, sum(sizes)).split(sizes)
-        parts = [s.add_term(self._name, x, o) for s, x, o in zip(segments, xs, outs, strict=True)]
-        return torch.cat(parts).view_as(out)
+        if not any(self._name in segment.a for segment in segments):
+            return functional.linear(x, self.weight, self.bias)
+        product = _Product.apply(x, self.weight, self.bias, self._route.anchor, self._name, segments)
+        return cast("Tensor", product)
 
 
-def _by_row(x: Tensor, rows: int) -> Tensor:
-    return x.reshape(rows, -1, x.shape[-1])
+class _Product(torch.autograd.Function):
+    """A linear layer and its terms as one node of the graph. See `LoraLinear.forward`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """
+        Args:
+            args: x, the layer's weight and bias, the route's anchor, the layer's name, the segments.
+        """
+        x, weight, bias, _, layer, segments = args
+        flat = x.reshape(-1, x.shape[-1])
+        out = functional.linear(flat, weight, bias)
+        saved: list[Tensor] = [flat, weight]
+        for segment, own_x, own_out in zip(
+            segments, _by_span(flat, segments), _by_span(out, segments), strict=True
+        ):
+            if layer in segment.a:
+                a, b = segment.matrices(layer, x.dtype)
+                low = torch.bmm(own_x, a.transpose(1, 2))
+                own_out.baddbmm_(low, b.transpose(1, 2))
+                saved += (a, b, low)
+        ctx.save_for_backward(*saved)
+        ctx.layer, ctx.segments, ctx.shape = layer, segments, x.shape
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, *saved = ctx.saved_tensors
+        layer, segments = ctx.layer, ctx.segments
+        grad = grad_outputs[0].reshape(-1, weight.shape[0])
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grads_x = [None] * len(segments) if grad_x is None else _by_span(grad_x, segments)
+        matrices = iter(saved)
+        for segment, own_x, own_grad, own_grad_x in zip(
+            segments, _by_span(flat, segments), _by_span(grad, segments), grads_x, strict=True
+        ):
+            if layer in segment.a:
+                a, b, low = next(matrices), next(matrices), next(matrices)
+                grad_low = torch.bmm(own_grad, b)
+                if own_grad_x is not None:
+                    own_grad_x.baddbmm_(grad_low, a)
+                if (wanted := segment.gradients) is not None:
+                    wanted.add(wanted.a[layer], torch.bmm(grad_low.transpose(1, 2), own_x))
+                    wanted.add(wanted.b[layer], torch.bmm(own_grad.transpose(1, 2), low))
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
+
+
+def _by_span(flat: Tensor, segments: list[Segment]) -> list[Tensor]:
+    """A micro-batch's tokens [tokens, features], row-major, as [spans, tokens a span, features] of each segment."""
+    if len(segments) == 1:
+        return [flat.view(segments[0].spans, -1, flat.shape[-1])]
+    tokens_a_row = flat.shape[0] // sum(segment.rows for segment in segments)
+    parts = flat.split([segment.rows * tokens_a_row for segment in segments])
+    return [part.view(s.spans, -1, flat.shape[-1]) for part, s in zip(parts, segments, strict=True)]

@@ -1,16 +1,16 @@
-"""The losses, as pure functions of a row's log-probabilities. To add one: write
-the function, name it in `LOSSES`, and say what it reads in `loss_formulas`, beside its closed form.
+"""The losses, as pure functions of log-probabilities. To add one: write the function, name it in `LOSSES`, and say what
+it reads in `loss_formulas`, beside its closed form.
 
-All are sums over the row's tokens, and all are minimised. Tensors are float32, of the shape of the row's targets ([T],
-or [T, K] where the loss takes K candidates at each position), on the device of the computation; what a function returns
-stays there. In the formulas `logprobs` are those of the policy that is trained, `inputs["logprobs"]` (q below) those
+A row's loss is a sum over its tokens, and is minimised; a function gives the terms of the sum, of all rows at once, and
+leaves it to the caller to add up those that are a row's own. Tensors are float32 [rows, tokens, k], k being 1 but where
+the loss takes several candidates at each position, on the device of the computation; rows are padded at the right, with
+inputs of zero. In the formulas `logprobs` are those of the policy that is trained, `inputs["logprobs"]` (q below) those
 under which the tokens were sampled, and ratio = exp(logprobs - q).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -19,20 +19,11 @@ from torch import Tensor
 # exp of it is finite in float32, so that a token with an advantage of 0 can't turn the loss into 0 x infinity.
 _MAX_LOG_RATIO = 80.0
 
-
-@dataclass(frozen=True, eq=False)
-class Loss:
-    """A row's loss (a scalar with a graph), and further scalars by `name:reduction`, detached."""
-
-    value: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-
 LossConfig: TypeAlias = Mapping[str, float]
-LossFn: TypeAlias = Callable[[Tensor, Mapping[str, Tensor], LossConfig], Loss]
+LossFn: TypeAlias = Callable[[Tensor, Mapping[str, Tensor], LossConfig], Tensor]
 
 
-def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Weighted negative log-likelihood: sum of -weights * logprobs over all positions (and candidates).
 
     A weight may be any number: 0 leaves a token out, a fraction counts it in part, a negative one pushes it away. With
@@ -40,27 +31,27 @@ def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossCo
     Source: Tinker's documentation of `cross_entropy`.
     """
     del config
-    return Loss(-(inputs["weights"] * logprobs).sum())
+    return -inputs["weights"] * logprobs
 
 
-def importance_sampling(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def importance_sampling(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Policy gradient with importance weights: sum of -ratio * advantages.
 
     Source: Tinker's documentation of `importance_sampling`.
     """
     del config
-    return Loss(-(_ratio(logprobs, inputs) * inputs["advantages"]).sum())
+    return -_ratio(logprobs, inputs) * inputs["advantages"]
 
 
-def ppo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def ppo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Clipped surrogate objective: sum of -min(ratio * A, clip(ratio, low, high) * A), A the advantages.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7, a token at a time, with two thresholds.
     """
-    return Loss(_clipped(_ratio(logprobs, inputs), inputs["advantages"], config))
+    return _clipped(_ratio(logprobs, inputs), inputs["advantages"], config)
 
 
-def cispo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def cispo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Clipped importance weights: sum of -sg(clip(ratio, low, high)) * A * logprobs, sg being stop-gradient.
 
     Every token keeps its gradient; only the weight of it is bounded.
@@ -69,19 +60,19 @@ def cispo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) ->
     weight = (
         _ratio(logprobs, inputs).detach().clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     )
-    return Loss(-(weight * inputs["advantages"] * logprobs).sum())
+    return -weight * inputs["advantages"] * logprobs
 
 
-def dro(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def dro(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Direct reward optimization: sum of -(logprobs * A - beta / 2 * (logprobs - q) ** 2).
 
     Source: Richemond et al. 2024, arXiv:2405.19107, in the form of Tinker's documentation of `dro`.
     """
     penalty = 0.5 * config["beta"] * (logprobs - inputs["logprobs"]).square()
-    return Loss(-(logprobs * inputs["advantages"] - penalty).sum())
+    return penalty - logprobs * inputs["advantages"]
 
 
-def gspo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Loss:
+def gspo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> Tensor:
     """Clipped surrogate objective with one ratio for the sequence, in its token-level form (GSPO-token).
 
     s = exp(mean of (logprobs - q) over the tokens M that `sequence_ratio_mask` marks); each token's ratio has the value
@@ -90,9 +81,10 @@ def gspo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: LossConfig) -> 
     Source: Zheng et al. 2025, arXiv:2507.18071, equations 7, 14 and 15, as a sum over tokens.
     """
     marked = (inputs["sequence_ratio_mask"] != 0).float()
-    log_ratio = ((logprobs.detach() - inputs["logprobs"]) * marked).sum() / marked.sum().clamp(min=1)
+    counts = marked.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    log_ratio = ((logprobs.detach() - inputs["logprobs"]) * marked).sum(dim=(1, 2), keepdim=True) / counts
     ratio = torch.exp(log_ratio.clamp(max=_MAX_LOG_RATIO) + logprobs - logprobs.detach())
-    return Loss(_clipped(ratio, inputs["advantages"], config))
+    return _clipped(ratio, inputs["advantages"], config)
 
 
 def _ratio(logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -101,7 +93,7 @@ def _ratio(logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _clipped(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
     clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
-    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 LOSSES: dict[str, LossFn] = {

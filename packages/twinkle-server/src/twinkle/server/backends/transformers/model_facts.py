@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.transformers.logprobs import MAX_CHUNK_LOGITS
 
 # The share of free memory that a micro-batch may fill; the rest is for adapters, the sampler and other programs.
 _GPU_SHARE = 0.5
 _CPU_SHARE = 0.25
 _MIN_BATCH_TOKENS = 512
-_MAX_BATCH_TOKENS_CPU = 4096
+# On a CPU larger micro-batches are not faster, or even slower, since activations leave the cache.
+_MAX_BATCH_TOKENS_CPU = 2048
 _MAX_BATCH_TOKENS_GPU = 65536
+# Logits and what is computed from them, as many numbers each, in float32.
+_HEAD_BYTES = 3 * 4 * MAX_CHUNK_LOGITS
 
 
 def context_length(text: PretrainedConfig, config: ModelConfig) -> int:
@@ -44,7 +49,7 @@ def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -
 
 
 def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """A share of the memory that is free once the weights are in it, over what a token's activations take.
+    """What `bounded_batch_tokens` gives for a model that is known by its configuration only.
 
     A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
     pass; twice that is reckoned with, for what the backward pass makes on its way. In a mixture of experts every copy
@@ -56,11 +61,24 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
     of_experts = copies * (4 * hidden + 8 * int(getattr(text, "moe_intermediate_size", None) or intermediate))
     numbers = 16 * hidden + 8 * intermediate + of_experts
     token_bytes = int(text.num_hidden_layers) * numbers * dtype.itemsize
-    if device.type == "cuda":
-        budget, most = _GPU_SHARE * torch.cuda.mem_get_info(device)[0], _MAX_BATCH_TOKENS_GPU
-    else:
-        budget, most = _CPU_SHARE * _free_host_memory(), _MAX_BATCH_TOKENS_CPU
-    return max(_MIN_BATCH_TOKENS, min(most, int(budget / token_bytes)))
+    return bounded_batch_tokens(affordable_tokens(token_bytes, device), device)
+
+
+def affordable_tokens(token_bytes: float, device: torch.device) -> int:
+    """How many tokens a training pass can hold: a share of the memory that is free, once the weights are in it.
+
+    Args:
+        token_bytes: what the layers keep of a token, in bytes; what the output head takes is known.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
+    return int(max(0.0, share * free - _HEAD_BYTES) / token_bytes)
+
+
+def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
+    """Most tokens of a micro-batch, where so many can be held: no more than make it faster, nor too few."""
+    most = _MAX_BATCH_TOKENS_GPU if device.type == "cuda" else _MAX_BATCH_TOKENS_CPU
+    return max(_MIN_BATCH_TOKENS, min(most, affordable))
 
 
 # For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of launching
@@ -85,8 +103,11 @@ def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
 
 
 def _free_host_memory() -> int:
-    """Bytes of memory free for new pages; where the system doesn't tell (not POSIX), 8 GiB."""
+    """Bytes of memory that programs can have without swapping; where the system doesn't tell, 8 GiB."""
     try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):  # in kB; unlike free pages, with what caches would give back
+                return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return 8 * 2**30

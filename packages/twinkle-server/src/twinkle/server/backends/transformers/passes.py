@@ -6,7 +6,7 @@ Owns the arithmetic of a pass; the adapters, banks and the model are the backend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.server.backends.protocol import TARGETS, AdapterSpec, Row, RowResult
-from twinkle.server.backends.transformers.banks import Bank, Place, consecutive
+from twinkle.server.backends.transformers.activations import Recomputation
+from twinkle.server.backends.transformers.banks import Bank, consecutive
 from twinkle.server.backends.transformers.logprobs import chunked_logprobs
-from twinkle.server.backends.transformers.lora_linear import Route, Segment, spans_of
+from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
 from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
 
 
@@ -42,13 +43,19 @@ class Network:
         body: token ids [rows, tokens] to hidden states.
         head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
         route: what its layers look at.
+        recomputation: whether they keep their activations.
     """
 
     body: nn.Module
     head: Callable[[Tensor], Tensor]
     vocab_size: int
     route: Route
+    recomputation: Recomputation
     device: torch.device
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """[rows, n, hidden] of `tokens`, int64 [rows, n]."""
+        return cast("Tensor", cast("Any", self.body)(input_ids=tokens, use_cache=False).last_hidden_state)
 
     def logprobs(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """float32 [rows, n, k] of the `targets`, int64 [rows, n, k]; `tokens` is int64 [rows, n], padded at the right.
@@ -56,8 +63,7 @@ class Network:
         Attention is causal, so that what stands to the right of a row's own tokens can't reach them: no mask is
         needed, and attention takes its fastest way.
         """
-        hidden = cast("Tensor", cast("Any", self.body)(input_ids=tokens, use_cache=False).last_hidden_state)
-        return chunked_logprobs(self.head, hidden, targets, self.vocab_size)
+        return chunked_logprobs(self.head, self.hidden(tokens), targets, self.vocab_size)
 
 
 class BankScratch:
@@ -68,68 +74,115 @@ class BankScratch:
         self._bank = bank
         self._slots = sorted(by_slot)
         self._index = {slot: i for i, slot in enumerate(self._slots)}
-        device = bank.params.device
-        self._slot_tensor = torch.tensor(self._slots, device=device)
-        self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=device).unsqueeze(1)
-        self._grads = torch.zeros(len(self._slots) if keeps_gradients else 0, bank.layout.size, device=device)
+        self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=bank.device).unsqueeze(1)
+        count = len(self._slots) if keeps_gradients else 0
+        self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
+        self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
 
     def segment(self, slots: Sequence[int], needs_grad: bool) -> Segment:
         """The route of consecutive rows, whose adapters are in `slots`, in rising order.
 
         Gradients that flow into its matrices are added to the scratch.
         """
-        members = sorted({self._index[slot] for slot in slots})
-        number = {self._slots[member]: i for i, member in enumerate(members)}
-        chosen = torch.tensor(members, device=self._slot_tensor.device)
-        layout = self._bank.layout
-        weights = self._bank.params.index_select(0, self._slot_tensor[chosen])
-        weights[:, layout.b_start :].mul_(self._scales[chosen])
-        a = {module: place.view(weights) for module, place in layout.a.items()}
-        b = {module: place.view(weights) for module, place in layout.b.items()}
+        members, a, b = self._weights(slots)
+        number = {member: i for i, member in enumerate(members)}
+        spans, span_adapters = spans_of([number[self._index[slot]] for slot in slots])
+        device = self._grads.device
+        adapter_of_span = None if span_adapters is None else torch.tensor(span_adapters, device=device)
+        gradients = None
         if needs_grad:
-            in_place = slice(members[0], members[-1] + 1) if consecutive(members) else None
-            for leaves, places in ((a, layout.a), (b, layout.b)):
-                for module, leaf in leaves.items():
-                    self._collect(leaf, places[module], chosen, in_place)
-        spans, span_adapters = spans_of([number[slot] for slot in slots])
-        adapter_of_span = None if span_adapters is None else torch.tensor(span_adapters, device=chosen.device)
-        return Segment(len(slots), spans, adapter_of_span, a, b)
+            of_span = members if span_adapters is None else [members[i] for i in span_adapters]
+            gradients = Gradients(self._grads_a, self._grads_b, _rows(of_span, device))
+            of_experts = {
+                module for module, place in self._bank.layout.a.items() if place.experts is not None
+            }
+            self._collect(members, a, b, of_experts)
+        return Segment(len(slots), spans, adapter_of_span, a, b, gradients)
 
-    def _collect(self, leaf: Tensor, place: Place, chosen: Tensor, in_place: slice | None) -> None:
-        """Have the gradient of `leaf` added to the scratch as soon as it is there, and let go of.
+    def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The matrices A and (scaled) B of the adapters in `slots`, by layer, for whom autograd is to find gradients.
+
+        They are leaves of the graph, and stacked in the order of their slots; their gradients are added to the scratch.
+        """
+        members, a, b = self._weights(slots)
+        if needs_grad:
+            self._collect(members, a, b, a)
+        return a, b
+
+    def _weights(self, slots: Sequence[int]) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
+        """Which of the scratch's adapters are in `slots`, rising, and copies of their matrices, B's scaled."""
+        members = sorted({self._index[slot] for slot in slots})
+        weights = torch.stack([self._bank.params[self._slots[member]] for member in members])
+        scales = self._scales if len(members) == len(self._slots) else self._scales[members]
+        weights[:, self._bank.layout.b_start :].mul_(scales)
+        return members, *self._bank.layout.matrices(weights)
+
+    def _collect(
+        self, members: list[int], a: dict[str, Tensor], b: dict[str, Tensor], modules: Iterable[str]
+    ) -> None:
+        """Have the gradients of leaves added to the scratch as soon as they are there, and let go of.
 
         Each matrix is a leaf of its own: as a slice of one leaf its gradient would come padded with zeros to the whole.
         """
-        target = place.view(self._grads)
+        rows = _rows(members, self._grads.device)
+        for module in modules:
+            for leaf, target in ((a[module], self._grads_a[module]), (b[module], self._grads_b[module])):
+                gradients = Gradients({}, {}, rows)
 
-        def move(leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            if in_place is not None:
-                target[in_place].add_(leaf.grad)
-            else:
-                target.index_add_(0, chosen, leaf.grad)
-            leaf.grad = None
+                def move(leaf: Tensor, target: Tensor = target, gradients: Gradients = gradients) -> None:
+                    assert leaf.grad is not None
+                    gradients.add(target, leaf.grad)
+                    leaf.grad = None
 
-        leaf.requires_grad_().register_post_accumulate_grad_hook(move)
+                leaf.requires_grad_().register_post_accumulate_grad_hook(move)
 
     @property
     def grads(self) -> Tensor:
         """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
         return self._grads
 
-    def commit(self) -> None:
-        """Add this pass's gradients to the adapters'."""
-        self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the leaves were scaled B
-        if consecutive(self._slots):
-            self._bank.grads[self._slots[0] : self._slots[-1] + 1].add_(self._grads)
-        else:
-            self._bank.grads.index_add_(0, self._slot_tensor, self._grads)
+    def new_gradients(self) -> dict[int, Tensor]:
+        """By slot, this pass's gradients of those adapters that had none. Once, at the end of the pass."""
+        self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
+        new = {slot: i for slot, i in self._index.items() if slot not in self._bank.grads}
+        if len(self._index) == 1:
+            return {slot: self._grads[0] for slot in new}
+        # Each its own memory, so that it is free as soon as this adapter has stepped, whatever the others do.
+        return {slot: self._grads[i].clone() for slot, i in new.items()}
+
+    def add(self, new: dict[int, Tensor]) -> None:
+        """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
+        for slot, i in self._index.items():
+            if slot not in new:
+                self._bank.grads[slot].add_(self._grads[i])
+        self._bank.grads |= new
+
+
+def commit(scratches: Iterable[BankScratch]) -> None:
+    """Add a pass's gradients to the adapters', to all or, where memory runs out, to none."""
+    new = [(scratch, scratch.new_gradients()) for scratch in scratches]
+    for scratch, gradients in new:
+        scratch.add(gradients)
+
+
+def _rows(members: list[int], device: torch.device) -> slice | Tensor:
+    """An index of these rows; a slice is a view, and costs nothing."""
+    if consecutive(members):
+        return slice(members[0], members[-1] + 1)
+    return torch.tensor(members, device=device)
 
 
 def run_pass(
-    network: Network, adapters: dict[str, Adapter], micro_batches: Sequence[Sequence[Row]]
+    network: Network,
+    adapters: dict[str, Adapter],
+    micro_batches: Sequence[Sequence[Row]],
+    affordable_tokens: int,
 ) -> list[list[RowResult]]:
-    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done."""
+    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done.
+
+    Args:
+        affordable_tokens: of a micro-batch with more (rows x longest row), activations are computed again.
+    """
     keeps_gradients = any(not row.forward_only for rows in micro_batches for row in rows)
     active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
     banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
@@ -137,13 +190,17 @@ def run_pass(
         BankScratch(bank, [adapter for adapter in active.values() if adapter.bank is bank], keeps_gradients)
         for bank in banks
     ]
+    results: list[list[RowResult]] = []
     try:
-        results = [_run_micro_batch(network, active, banks, scratches, rows) for rows in micro_batches]
+        for rows in micro_batches:
+            size = len(rows) * max((len(row.tokens) for row in rows), default=0)
+            network.recomputation.is_on = size > affordable_tokens
+            results.append(_run_micro_batch(network, active, banks, scratches, rows))
     finally:
         network.route.segments = []
+        network.recomputation.is_on = False
     if keeps_gradients:
-        for scratch in scratches:
-            scratch.commit()
+        commit(scratches)
     return results
 
 
@@ -176,6 +233,5 @@ def _forward_backward(network: Network, rows: list[Row], needs_grad: bool) -> li
         logprobs = network.logprobs(tokens, targets)
         losses = row_losses(rows, logprobs)
         if needs_grad:
-            kept = [loss.value for row, loss in zip(rows, losses, strict=True) if not row.forward_only]
-            torch.stack(kept).sum().backward()
+            losses.to_minimise(rows).backward()
     return row_results(rows, logprobs, losses)
