@@ -10,7 +10,7 @@ each ratio is the median over rounds, so that other load on the machine weighs o
     one_after_the_other       time of one pass for each adapter / fused
     peft_mixed_batch          time of PEFT's mixed batch (evaluation mode, `adapter_names`) / fused
     one_adapter_same_tokens   time of a single adapter with all the rows / fused (1 is: company costs nothing)
-    state_bytes_per_adapter   what an idle adapter takes: weights, gradient, two moments
+    state_bytes_per_adapter   what an idle adapter takes: weights, two moments
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def measure(adapters: int, rank: int, rows: int, tokens: int, rounds: int) -> di
         "settings": settings,
         "fused_ms": round(1000 * statistics.median(seconds["fused"]), 1),
         **ratios,
-        "state_bytes_per_adapter": 4 * sum(matrix.nbytes for matrix in state.weights.values()),
+        "state_bytes_per_adapter": 3 * sum(matrix.nbytes for matrix in state.weights.values()),
     }
 
 
