@@ -39,10 +39,18 @@ def test_a_rejected_id_is_consumed_wherever_it_stands():
 def test_a_retry_finds_the_first_request_also_after_it_ran():
     queue = RunQueue(first_seq_id=1)
     queue.offer(job(1))
-    assert queue.duplicate_of(1) == "request-1"
+    step = job(1).request
+    assert queue.duplicate_of(1, step) == "request-1"
     queue.pop()
-    assert queue.duplicate_of(1) == "request-1"
-    assert queue.duplicate_of(2) is None
+    assert queue.duplicate_of(1, step) == "request-1"
+    assert queue.duplicate_of(2, step) is None
+
+
+def test_a_used_id_on_a_request_of_another_kind_is_no_retry():
+    queue = RunQueue(first_seq_id=1)
+    queue.offer(job(1))
+    with pytest.raises(InvalidRequest, match="1 was used before .* OptimStepRequest; the next free one is 2"):
+        queue.duplicate_of(1, m.SaveWeightsRequest(model_id="run", seq_id=1, path="mine"))
 
 
 def test_used_rejected_and_absurd_ids_are_refused():

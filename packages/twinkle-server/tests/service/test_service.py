@@ -42,6 +42,16 @@ async def test_chunks_that_arrive_out_of_order_are_applied_in_order(alice: Tenan
     assert (await alice.do(a_step(other, 4))).metrics["grad_norm:mean"] == pytest.approx(norm)
 
 
+async def test_an_unload_with_a_place_waits_for_what_goes_before_it(alice: Tenant):
+    run = await alice.run()
+    unload = m.UnloadModelRequest(model_id=run, seq_id=3)
+    ended = await alice.service.submit("alice", unload)
+    assert (await alice.service.submit("alice", unload)).request_id == ended.request_id
+    assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
+    assert isinstance(await alice.do(a_step(run, 2)), m.OptimStepResponse)
+    assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
+
+
 async def test_a_rejected_request_consumes_its_id_and_the_next_one_runs(alice: Tenant):
     run = await alice.run()
     with pytest.raises(InvalidRequest, match="loss_fn"):

@@ -173,9 +173,14 @@ class GetInfoResponse(Value):
 
 
 class UnloadModelRequest(Value):
-    """Give an adapter's place back; the run is over, its checkpoints stay."""
+    """Give an adapter's place back; the run is over, its checkpoints stay.
+
+    Attributes:
+        seq_id: its place in the run's order; None is after all that has arrived.
+    """
 
     model_id: str
+    seq_id: int | None = None
 
 
 class UnloadModelResponse(Value):

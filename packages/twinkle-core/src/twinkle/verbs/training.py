@@ -256,8 +256,7 @@ class TrainingClient:
 
     def unload(self) -> Pending[m.UnloadModelResponse]:
         """End the run and give its place back, once what was asked before is done. Checkpoints stay."""
-        future = self._channel.submit(m.UnloadModelRequest(model_id=self.model_id))
-        return self._keep(Pending(cast(Future[m.UnloadModelResponse], future), "unload"))
+        return self._send(m.UnloadModelRequest(model_id=self.model_id), m.UnloadModelResponse, "unload")
 
     def flush(self) -> None:
         """Wait until everything that was asked is done.
@@ -275,7 +274,7 @@ class TrainingClient:
 
     # ------------------------------------------------------------ how calls pipeline
 
-    def _send(self, request: m.Ordered, _result: type[R], doing: str) -> Pending[R]:
+    def _send(self, request: m.Ordered | m.UnloadModelRequest, _result: type[R], doing: str) -> Pending[R]:
         """Number and send a request; `seq_id` is filled in here so that numbers and sending keep one order."""
         self._raise_unseen_failures()
         with self._lock:

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.jobs import Job, RunRequest
 
 # How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
 MAX_REMEMBERED = 1024
@@ -18,11 +18,23 @@ class RunQueue:
     def __init__(self, first_seq_id: int = 0) -> None:
         self._next = first_seq_id
         self._waiting: dict[int, Job | None] = {}  # None: rejected
-        self._seen: OrderedDict[int, str] = OrderedDict()
+        self._seen: OrderedDict[int, tuple[str, type[RunRequest]]] = OrderedDict()
 
-    def duplicate_of(self, seq_id: int) -> str | None:
-        """The request id under which `seq_id` was accepted before, if it was."""
-        return self._seen.get(seq_id)
+    def duplicate_of(self, seq_id: int, request: RunRequest) -> str | None:
+        """The request id under which `seq_id` was accepted before, if it was.
+
+        Raises:
+            InvalidRequest: if that was a request of another kind, whose result is none of this one.
+        """
+        if seq_id not in self._seen:
+            return None
+        request_id, kind = self._seen[seq_id]
+        if not isinstance(request, kind):
+            raise InvalidRequest(
+                f"seq_id: {seq_id} was used before on this run, for {kind.__name__}; the next free one is "
+                f"{self.next_free}"
+            )
+        return request_id
 
     def check(self, seq_id: int) -> None:
         """
@@ -45,7 +57,7 @@ class RunQueue:
     def offer(self, job: Job) -> None:
         """Queue a job whose id `check` has passed."""
         self._waiting[job.seq_id] = job
-        self._seen[job.seq_id] = job.request_id
+        self._seen[job.seq_id] = job.request_id, type(job.request)
         while len(self._seen) > MAX_REMEMBERED:
             self._seen.popitem(last=False)
 

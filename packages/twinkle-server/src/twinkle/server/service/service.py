@@ -192,7 +192,7 @@ class Service:
         if seq_id is None:
             raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
         queue = self._scheduler.queue(run.run_id)
-        if (first := queue.duplicate_of(seq_id)) is not None:
+        if (first := queue.duplicate_of(seq_id, request)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(seq_id)
         try:
@@ -243,8 +243,13 @@ class Service:
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
         run = self._live_run(tenant, request.model_id)
         queue = self._scheduler.queue(run.run_id)
-        queue.close_gaps()  # nobody is going to send what is missing
-        return self._enqueue(run, queue.next_free, request)
+        if request.seq_id is None:
+            queue.close_gaps()  # nobody is going to send what is missing
+            return self._enqueue(run, queue.next_free, request)
+        if (first := queue.duplicate_of(request.seq_id, request)) is not None:
+            return m.Promise(request_id=first, model_id=run.run_id)
+        queue.check(request.seq_id)
+        return self._enqueue(run, request.seq_id, request)
 
     # ------------------------------------------------------------ runs
 
@@ -289,7 +294,7 @@ class Service:
         await sessions.find_open(self._database, tenant, session_id)
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         if run.run_id in self._runs:
-            first = self._scheduler.queue(run.run_id).duplicate_of(0)
+            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
             assert first is not None, "creation is a run's first request"
             return m.Promise(request_id=first, model_id=run.run_id)
         self._runs[run.run_id] = run
