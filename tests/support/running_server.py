@@ -82,11 +82,13 @@ def write_config(
     extra: str = "",
     layout: Mapping[str, int] | None = None,
     replicas: int = 1,
+    model_extra: str = "",
 ) -> Path:
     """The mission's flat configuration, on loopback and in a directory of the test's own.
 
     Args:
         extra: lines at the end, beginning in the section `storage`.
+        model_extra: lines of the section `model`.
         replicas: processes that answer HTTP.
         layout: with Megatron, spread over ranks so (`tensor_parallel_size` and the like).
     """
@@ -94,7 +96,7 @@ def write_config(
     spread = "".join(f"  {name}: {size}\n" for name, size in (layout or {}).items())
     path.write_text(
         f"model:\n  model_id: {model_id}\n  use_megatron: {'false' if layout is None else 'true'}\n"
-        f"{spread}  torch_dtype: float32\n"
+        f"{spread}{model_extra}  torch_dtype: float32\n"
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
         f"ray:\n  num_gpus: 0\n"
         f"storage:\n  root: {directory / 'storage'}\n{extra}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
-from twinkle.server.backends.transformers.model_facts import context_length, eos_token_ids, max_batch_tokens
+from twinkle.server.backends.transformers.model_facts import (
+    affordable_adapter_bytes,
+    context_length,
+    eos_token_ids,
+    max_batch_tokens,
+)
 from twinkle_megatron import architecture as architectures
 from twinkle_megatron import bridge_weights, build, groups, weights
 from twinkle_megatron.architecture import Architecture
@@ -54,6 +59,9 @@ def load(config: ModelConfig) -> Stage:
     read(model, config.path, architecture, ranks)
     route = Route()
     _add_lora(model, architecture, ranks, route)
+    # Ranks that share a stage's experts have copies of all else: they make no more room.
+    holders = config.tensor_parallel_size * config.pipeline_parallel_size
+    info = replace(info, max_adapter_bytes=affordable_adapter_bytes(torch.device(config.device), holders))
     return Stage(architecture, ranks, model, route, targets(architecture), info)
 
 

@@ -122,3 +122,37 @@ async def test_a_worker_that_is_never_lost_is_never_copied(worker: MortalWorker)
     snapshots.stepped(RUN.run_id)
     await snapshots.take_due()
     assert exports(worker) == 0
+
+
+async def test_a_load_takes_the_place_of_a_gradient_too(worker: MortalWorker, tmp_path: Path):
+    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 30.0, Clock())
+    snapshots.begin(RUN)
+    snapshots.accumulated(RUN.run_id)
+    assert not snapshots.progress(RUN.run_id).is_safe
+    snapshots.loaded(RUN.run_id, await worker.export_adapter(RUN.run_id, with_optimizer=True))
+    assert snapshots.progress(RUN.run_id).is_safe
+    await snapshots.close()
+
+
+async def test_each_change_of_a_run_makes_another_version_and_a_copy_makes_none(
+    worker: MortalWorker, tmp_path: Path
+):
+    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 0.0, Clock())
+    snapshots.begin(RUN)
+    state = await worker.export_adapter(RUN.run_id, with_optimizer=True)
+    versions = [snapshots.version(RUN.run_id)]
+    for change in (
+        lambda: snapshots.accumulated(RUN.run_id),
+        lambda: snapshots.stepped(RUN.run_id),
+        lambda: snapshots.loaded(RUN.run_id, state),
+        lambda: snapshots.restored(RUN.run_id),
+    ):
+        change()
+        versions.append(snapshots.version(RUN.run_id))
+    assert len(set(versions)) == 5
+    snapshots.stepped(RUN.run_id)
+    before = snapshots.version(RUN.run_id)
+    await snapshots.take_due()
+    await snapshots.copied(RUN.run_id, state)
+    assert snapshots.version(RUN.run_id) == before
+    await snapshots.close()

@@ -7,7 +7,8 @@ from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
+from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
@@ -18,11 +19,27 @@ MODEL = "fake/model"
 
 
 def make_service(
-    directory: Path, backend: FakeBackend | None = None, capacity: int = 4, model: str = MODEL
+    directory: Path,
+    backend: TrainingBackend | None = None,
+    capacity: int = 4,
+    model: str = MODEL,
+    adapter_bytes: int | None = None,
 ) -> Service:
+    """
+    Args:
+        adapter_bytes: what resident adapters may take.
+    """
     worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
     database = Database(f"sqlite:///{directory / 'test.sqlite'}")
-    return Service(model, worker, database, CheckpointFiles(directory / "checkpoints"), capacity)
+    return Service(
+        model,
+        worker,
+        database,
+        CheckpointFiles(directory / "checkpoints"),
+        capacity,
+        evicted_files=EvictedFiles(directory / "evicted"),
+        max_resident_adapter_bytes=adapter_bytes,
+    )
 
 
 class Tenant:

@@ -11,6 +11,7 @@ from fake_service import MODEL
 
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.snapshots import SnapshotFiles
 from twinkle.server.engine.worker import LocalWorker, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
@@ -94,7 +95,9 @@ class MortalWorker(LocalWorker):
         await super().remove_sampler_adapter(sampler_adapter_id)
 
 
-def make_mortal_service(directory: Path, worker: LocalWorker, snapshot_seconds: float) -> Service:
+def make_mortal_service(
+    directory: Path, worker: LocalWorker, snapshot_seconds: float, adapter_bytes: int | None = None
+) -> Service:
     return Service(
         MODEL,
         worker,
@@ -102,4 +105,6 @@ def make_mortal_service(directory: Path, worker: LocalWorker, snapshot_seconds: 
         CheckpointFiles(directory / "checkpoints"),
         snapshot_files=SnapshotFiles(directory / "snapshots"),
         snapshot_seconds=snapshot_seconds,
+        evicted_files=EvictedFiles(directory / "evicted"),
+        max_resident_adapter_bytes=adapter_bytes,
     )

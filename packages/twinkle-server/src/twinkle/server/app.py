@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from twinkle.server.config import ServerConfig
+from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.snapshots import SnapshotFiles
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.service.service import Service
@@ -25,6 +27,7 @@ def build_service(
     model_path: Path | None = None,
     signer: Signer | None = None,
     snapshot_files: SnapshotFiles | None = None,
+    evicted_files: EvictedFiles | None = None,
 ) -> Service:
     """The service in front of a worker, with its store.
 
@@ -32,6 +35,7 @@ def build_service(
         model_path: where the base model's files are.
         signer: makes addresses for downloads; without one they are files of this machine.
         snapshot_files: see `build_snapshot_files`; None where the worker can't be lost without this process.
+        evicted_files: see `build_evicted_files`; without them all adapters stay on the worker.
     """
     config.storage.directory.mkdir(parents=True, exist_ok=True)
     return Service(
@@ -44,9 +48,21 @@ def build_service(
         signer,
         snapshot_files,
         config.storage.snapshot_seconds,
+        evicted_files,
+        config.model.max_resident_adapter_bytes,
     )
 
 
 def build_snapshot_files(config: ServerConfig) -> SnapshotFiles:
     """Where snapshots of live runs go. By the port, since several servers of a machine may share a storage."""
     return SnapshotFiles(config.storage.directory / "snapshots" / str(config.server.port))
+
+
+def build_evicted_files(config: ServerConfig, of_port: bool = True) -> EvictedFiles:
+    """Where runs go whose adapters had to make room.
+
+    Args:
+        of_port: whether this is the server on the configured port; else it is this process's own place.
+    """
+    place = str(config.server.port) if of_port else f"local-{os.getpid()}"
+    return EvictedFiles(config.storage.directory / "evicted" / place)

@@ -52,6 +52,10 @@ class ModelSection(_Section):
     """Highest rank of an adapter."""
     max_context_length: int | None = Field(default=None, ge=2)
     """Longest sequence in tokens; the model's own limit if not said."""
+    max_resident_adapter_bytes: int | None = Field(default=None, ge=1)
+    """Bytes that the adapters of training runs may take where the model computes, with moments and gradients, on all
+    ranks together. Beyond them the least recently used are kept in `storage.root`, and come back when their runs go on.
+    What the backend finds room for if not said."""
 
 
 class ServerSection(_Section):

@@ -109,6 +109,8 @@ class BaseModelInfo:
         architecture: the model class's name.
         overhead_tokens: what a micro-batch costs beside its tokens, in tokens. The same on every start, so that rows
             are always packed alike.
+        max_adapter_bytes: what all adapters may take together, with moments and gradients, on all ranks together.
+            Beyond it those that are not in use are taken off; None: never.
     """
 
     vocab_size: int
@@ -118,6 +120,7 @@ class BaseModelInfo:
     eos_token_ids: tuple[int, ...]
     architecture: str
     overhead_tokens: int = 64
+    max_adapter_bytes: int | None = None
 
 
 @dataclass(frozen=True)

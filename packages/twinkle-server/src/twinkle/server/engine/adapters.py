@@ -13,6 +13,7 @@ from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.failures import to_failure
+from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
@@ -43,6 +44,7 @@ class AdapterKeeper:
         worker: WorkerPort,
         sampler_adapters: SamplerAdapters,
         snapshots: Snapshots,
+        residency: Residency,
         files: CheckpointFiles,
         database: Database,
         forget_run: Callable[[str], None],
@@ -60,6 +62,7 @@ class AdapterKeeper:
         self._worker = worker
         self._sampler_adapters = sampler_adapters
         self._snapshots = snapshots
+        self._residency = residency
         self._files = files
         self._database = database
         self._forget_run = forget_run
@@ -71,17 +74,24 @@ class AdapterKeeper:
 
     async def create(self, job: Job) -> None:
         try:
+            await self._residency.bring_in([job.run_id])
             await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
         except WorkerLost:
             raise  # the engine runs the job again
         except BaseException:
             self._forget_run(job.run_id)
             raise
-        self._snapshots.begin(self._runs[job.run_id])
+        self._begin(job.run_id)
         self._futures.complete(job.request_id, m.CreateModelResponse(model_id=job.run_id))
 
+    def _begin(self, run_id: str) -> None:
+        """The run's adapter was made."""
+        self._snapshots.begin(self._runs[run_id])
+        self._residency.added(run_id)
+
     async def unload(self, job: Job) -> None:
-        await self._worker.remove_adapter(job.run_id)
+        if not self._residency.is_evicted(job.run_id):
+            await self._worker.remove_adapter(job.run_id)
         self._forget_run(job.run_id)
         self._futures.complete(job.request_id, m.UnloadModelResponse(model_id=job.run_id))
 
@@ -90,7 +100,7 @@ class AdapterKeeper:
     async def save(self, job: Job, request: m.SaveWeightsRequest) -> None:
         uri = CheckpointUri(request.path, job.run_id, "weights")
         await self._check_free(job, uri, request.overwrite)
-        state = await self._worker.export_adapter(job.run_id, with_optimizer=True)
+        state = await self._export(job.run_id, with_optimizer=True)
         result = m.SaveWeightsResponse(path=str(uri))
         self._complete_when_written(job, uri, state, request, lambda _size: result)
 
@@ -100,14 +110,14 @@ class AdapterKeeper:
             return
         uri = CheckpointUri(request.path, job.run_id, "sampler_weights")
         await self._check_free(job, uri, overwrite=False)
-        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        state = await self._export(job.run_id, with_optimizer=False)
         result = m.SaveWeightsForSamplerResponse(path=str(uri))
         self._complete_when_written(job, uri, state, request, lambda _size: result)
 
     async def save_external(self, job: Job, request: m.SaveWeightsExternalRequest) -> None:
         uri = CheckpointUri(request.path, job.run_id, "external_weights")
         await self._check_free(job, uri, overwrite=False)
-        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        state = await self._export(job.run_id, with_optimizer=False)
         self._complete_when_written(
             job,
             uri,
@@ -130,7 +140,7 @@ class AdapterKeeper:
         )
         await asyncio.to_thread(self._database.put, row)
         # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
-        state = await self._worker.export_adapter(job.run_id, with_optimizer=False)
+        state = await self._export(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
         self._futures.complete(
             job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
@@ -145,6 +155,10 @@ class AdapterKeeper:
                 await self._sampler_adapters.release(str(uri))
 
         self._write_behind(uri, write_and_release())
+
+    async def _export(self, run_id: str, with_optimizer: bool) -> AdapterState:
+        await self._residency.bring_in([run_id])
+        return await self._worker.export_adapter(run_id, with_optimizer)
 
     async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
         if overwrite:
@@ -237,6 +251,7 @@ class AdapterKeeper:
             self._check_base_model(checkpoint, job.run_id)
             uri = checkpoint.uri
             state = await self.read(uri, with_optimizer=request.optimizer)
+            await self._residency.bring_in([job.run_id])
             if is_new_run:
                 await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
             await self._worker.import_adapter(job.run_id, state)
@@ -247,7 +262,7 @@ class AdapterKeeper:
                 self._forget_run(job.run_id)
             raise
         if is_new_run:
-            self._snapshots.begin(self._runs[job.run_id])
+            self._begin(job.run_id)
         self._snapshots.loaded(job.run_id, state)
         self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
 

@@ -14,6 +14,7 @@ from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import pack, unpack
 from twinkle.server.engine.recovery import Recovery, SetBacks
+from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
@@ -42,6 +43,7 @@ class Engine:
         worker: WorkerPort,
         adapters: AdapterKeeper,
         snapshots: Snapshots,
+        residency: Residency,
         set_backs: SetBacks,
         recovery: Recovery,
         record_pass: Callable[[Job], None],
@@ -55,11 +57,14 @@ class Engine:
         self._worker = worker
         self._adapters = adapters
         self._snapshots = snapshots
+        self._residency = residency
         self._set_backs = set_backs
         self._recovery = recovery
         self._record_pass = record_pass
-        # What is under way: jobs leave it as they are done with.
+        # What is under way: jobs leave it as they are done with. It may be one of the parts of a scheduler's tick, of
+        # which the others wait.
         self._tick = Tick([], [], [])
+        self._waiting: list[Tick] = []
         self._is_repeated = False
         self._has_failed = False
 
@@ -85,7 +90,7 @@ class Engine:
         await self._one_by_one(tick.others, self._run_other)
 
     async def _next_tick(self) -> Tick:
-        """What a loss of the worker left undone, or else the scheduler's next; between two ticks snapshots are taken.
+        """What a loss of the worker left undone, or else what comes next; snapshots are taken in between.
 
         Raises:
             WorkerLost: if it is lost meanwhile.
@@ -93,8 +98,11 @@ class Engine:
         if not self._tick.jobs:
             self._is_repeated = False
             await self._snapshots.take_due()
-            self._tick = await self._wait_for_tick()
+            if not self._waiting:
+                self._waiting = self._residency.split(await self._wait_for_tick())
+            self._tick = self._waiting.pop(0)
         self._fail_unknowing(self._tick)
+        self._residency.expect(self._tick)
         return self._tick
 
     async def _wait_for_tick(self) -> Tick:
@@ -158,13 +166,15 @@ class Engine:
         except Exception as error:
             log.error("The model could not be started anew: %s", error)
             self._has_failed = True
-            self._fail_all(self._tick)
+            for tick in (self._tick, *self._waiting):
+                self._fail_all(tick)
 
     def _fail_all(self, tick: Tick) -> None:
         for job in tick.jobs:
             self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
 
     async def _run_passes(self, jobs: list[Job]) -> None:
+        await self._residency.bring_in((job.run_id for job in jobs), adding_gradients=True)
         packed = pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
         results = await self._worker.forward_backward(packed.micro_batches)
         for job, output in zip(jobs, unpack(jobs, packed, results), strict=True):
@@ -174,6 +184,7 @@ class Engine:
             self._record_pass(job)
 
     async def _run_optim_steps(self, jobs: list[Job]) -> None:
+        await self._residency.bring_in(job.run_id for job in jobs)
         requests = [cast(m.OptimStepRequest, job.request) for job in jobs]
         steps = [
             AdamStep(job.run_id, request.adam_params or AdamParams())

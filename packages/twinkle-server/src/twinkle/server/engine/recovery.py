@@ -1,7 +1,7 @@
 """What happens when a process of the model has ended: it is started anew, every live run is put back, clients are told.
 
 A run of which nothing was lost goes on as if nothing had been. Any other is set back to its snapshot, and what its
-client sends fails until the client has been told.
+client sends fails until the client has been told. Evicted runs are left where they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 from twinkle.protocol import messages as m
+from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Progress, Snapshots
@@ -83,11 +84,13 @@ class Recovery:
         self,
         worker: WorkerPort,
         snapshots: Snapshots,
+        residency: Residency,
         sampler_adapters: SamplerAdapters,
         set_backs: SetBacks,
     ) -> None:
         self._worker = worker
         self._snapshots = snapshots
+        self._residency = residency
         self._sampler_adapters = sampler_adapters
         self._set_backs = set_backs
 
@@ -107,7 +110,7 @@ class Recovery:
                 if attempt == _ATTEMPTS:
                     raise
                 loss = again
-        restored = len(self._snapshots.runs())
+        restored = len(self._lost_runs())
         log.warning(
             "The model is back after %.0f s: %d run%s restored, %d of them set back.",
             time.monotonic() - began,
@@ -119,13 +122,18 @@ class Recovery:
     async def _restart(self, set_back: set[str]) -> None:
         """Start anew, put every run back, note in `set_back` those that lost something."""
         await self._worker.restart()
+        self._residency.worker_lost()
         self._sampler_adapters.forget_all()
         await warm_up(self._worker)
-        for run in self._snapshots.runs():
+        for run in self._lost_runs():
             progress = await self._restore(run)
             if not progress.is_safe:
                 set_back.add(run.run_id)
                 self._set_backs.add(run.run_id, notice(progress))
+
+    def _lost_runs(self) -> list[LiveRun]:
+        """Those whose adapters were on the worker."""
+        return [run for run in self._snapshots.runs() if not self._residency.is_evicted(run.run_id)]
 
     async def _restore(self, run: LiveRun) -> Progress:
         """Put one run back; returns what it had come to before."""
@@ -135,6 +143,7 @@ class Recovery:
             await self._worker.import_adapter(run.run_id, state)
         progress = self._snapshots.progress(run.run_id)
         self._snapshots.restored(run.run_id)
+        self._residency.recount(run.run_id)
         return progress
 
 

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twinkle.protocol.errors import TwinkleError
@@ -91,6 +91,7 @@ class _Track:
         held: the snapshot, until it is written.
         stored: number of the newest one that is written; numbers rise.
         has_optimizer: whether it holds AdamW's moments. (A run that loaded weights alone has none.)
+        version: rises with each change of the run's state, a gradient's among them.
     """
 
     run: LiveRun
@@ -101,6 +102,7 @@ class _Track:
     held: AdapterState | None = None
     stored: int | None = None
     has_optimizer: bool = False
+    version: int = 0
     has_ended: bool = False
     writing: asyncio.Task[None] | None = None
 
@@ -136,19 +138,32 @@ class Snapshots:
 
     def accumulated(self, run_id: str) -> None:
         """A pass has added to its gradient."""
-        self._tracks[run_id].has_gradient = True
+        track = self._tracks[run_id]
+        track.has_gradient = True
+        track.version += 1
 
     def stepped(self, run_id: str) -> None:
         """It has taken an optimizer step."""
         track = self._tracks[run_id]
         track.steps += 1
         track.has_gradient = False
+        track.version += 1
         if self._files is not None:
             self._due.setdefault(run_id, self._clock() + self._seconds)
 
     def loaded(self, run_id: str, state: AdapterState) -> None:
         """Its adapter was set to `state`, which is a snapshot itself."""
+        track = self._tracks[run_id]
+        track.has_gradient = False
+        track.version += 1
         self._hold(run_id, state)
+
+    async def copied(self, run_id: str, state: AdapterState) -> None:
+        """Somebody has copied its adapter: where a snapshot would be due, that is one."""
+        track = self._tracks[run_id]
+        if track.safe_steps < track.steps:
+            await self._wait_for_disk()
+            self._hold(run_id, replace(state, gradients=None))
 
     def restored(self, run_id: str) -> None:
         """It was set back to its snapshot, or to a new adapter if it has none."""
@@ -156,6 +171,7 @@ class Snapshots:
         track.steps = track.safe_steps
         track.has_gradient = False
         track.is_readable = True
+        track.version += 1
         self._due.pop(run_id, None)
 
     def forget(self, run_id: str) -> None:
@@ -180,10 +196,7 @@ class Snapshots:
         """
         now = self._clock()
         for run_id in [run_id for run_id, due_at in self._due.items() if due_at <= now]:
-            while (
-                sum(track.held is not None for track in self._tracks.values()) >= _MAX_HELD and self._writing
-            ):
-                await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
+            await self._wait_for_disk()
             try:
                 state = await self._worker.export_adapter(run_id, with_optimizer=True)
             except WorkerLost:
@@ -194,8 +207,13 @@ class Snapshots:
                 self._hold(run_id, state)
             self._due.pop(run_id, None)
 
+    async def _wait_for_disk(self) -> None:
+        """Until there is room in memory for one more copy."""
+        while sum(track.held is not None for track in self._tracks.values()) >= _MAX_HELD and self._writing:
+            await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
+
     def _hold(self, run_id: str, state: AdapterState) -> None:
-        """`state` is all there is to the run."""
+        """`state` is all there is to the run, but for a gradient."""
         track = self._tracks[run_id]
         track.safe_steps = track.steps
         self._due.pop(run_id, None)
@@ -241,12 +259,16 @@ class Snapshots:
     # ------------------------------------------------------------ what can be had again
 
     def runs(self) -> list[LiveRun]:
-        """Those whose adapters are on the worker."""
+        """Those whose adapters were made."""
         return [track.run for track in self._tracks.values()]
 
     def progress(self, run_id: str) -> Progress:
         track = self._tracks[run_id]
         return Progress(track.steps, track.safe_steps, track.has_gradient, track.is_readable)
+
+    def version(self, run_id: str) -> int:
+        """While it is the same, so is the run's state."""
+        return self._tracks[run_id].version
 
     async def read(self, run_id: str) -> AdapterState | None:
         """The run's snapshot; None if a new adapter is all that it can be set back to."""

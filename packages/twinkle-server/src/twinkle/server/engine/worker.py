@@ -64,7 +64,9 @@ class WorkerPort(Protocol):
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]: ...
 
-    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState: ...
+    async def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState: ...
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None: ...
 
@@ -141,8 +143,10 @@ class LocalWorker:
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return await self._train(self._backend.optim_step, steps)
 
-    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
-        return await self._train(self._backend.export_adapter, adapter_id, with_optimizer)
+    async def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
+        return await self._train(self._backend.export_adapter, adapter_id, with_optimizer, with_gradients)
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
         await self._train(self._backend.import_adapter, adapter_id, state)

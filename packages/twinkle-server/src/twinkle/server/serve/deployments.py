@@ -60,7 +60,7 @@ class EngineDeployment:
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
         ranks = asyncio.create_task(RankGroup.start(placement, plan.model, plan.backend, plan.sampler, first))
         await asyncio.sleep(0)  # they start to load
-        from twinkle.server.app import build_service, build_signer, build_snapshot_files
+        from twinkle.server.app import build_evicted_files, build_service, build_signer, build_snapshot_files
 
         self._service = build_service(
             plan.config,
@@ -68,6 +68,7 @@ class EngineDeployment:
             plan.model.path,
             build_signer(plan.config),
             build_snapshot_files(plan.config),
+            build_evicted_files(plan.config),
         )
         await self._service.start()
         self._http = await listen(self._service, plan.config)

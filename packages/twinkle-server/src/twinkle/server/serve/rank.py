@@ -98,8 +98,10 @@ class Rank:
         metrics = await self._worker.optim_step(steps)
         return metrics if self._is_first else None
 
-    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState | None:
-        state = await self._worker.export_adapter(adapter_id, with_optimizer)
+    async def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool
+    ) -> AdapterState | None:
+        state = await self._worker.export_adapter(adapter_id, with_optimizer, with_gradients)
         return state if self._is_first else None
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:

@@ -157,8 +157,10 @@ class RankGroup:
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return await self._generation.all_ranks("optim_step", steps)
 
-    async def export_adapter(self, adapter_id: str, with_optimizer: bool) -> AdapterState:
-        return await self._generation.all_ranks("export_adapter", adapter_id, with_optimizer)
+    async def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
+        return await self._generation.all_ranks("export_adapter", adapter_id, with_optimizer, with_gradients)
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
         await self._generation.all_ranks("import_adapter", adapter_id, state)

@@ -16,7 +16,9 @@ from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomL
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
+from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.recovery import Recovery, SetBacks
+from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
@@ -61,6 +63,8 @@ class Service:
         signer: Signer | None = None,
         snapshot_files: SnapshotFiles | None = None,
         snapshot_seconds: float = 30.0,
+        evicted_files: EvictedFiles | None = None,
+        max_resident_adapter_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +73,8 @@ class Service:
             signer: makes addresses for downloads; without one they are files of this machine.
             snapshot_files: None where the worker can't be lost without this process.
             snapshot_seconds: how old the work may be that is in no snapshot.
+            evicted_files: without them all adapters stay on the worker.
+            max_resident_adapter_bytes: None is what the worker says.
         """
         self._model_name = model_name
         self._worker = worker
@@ -82,19 +88,10 @@ class Service:
         self._scheduler = Scheduler(tick_tokens=8 * worker.info.max_batch_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, snapshot_files, snapshot_seconds)
+        budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
+        self._residency = Residency(self._runs, worker, self._snapshots, evicted_files, budget)
         self._set_backs = SetBacks(self._scheduler)
-        self._keeper = AdapterKeeper(
-            self._runs,
-            self._futures,
-            worker,
-            sampler_adapters,
-            self._snapshots,
-            files,
-            database,
-            self._forget_run,
-            self._ledger,
-            self._tenant_of_token,
-        )
+        self._keeper = self._build_keeper(sampler_adapters, files)
         completions = CompletionLog()
         self._samples = SampleRunner(
             self._futures, worker, sampler_adapters, self._keeper, completions, self._ledger
@@ -106,14 +103,30 @@ class Service:
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
 
+    def _build_keeper(self, sampler_adapters: SamplerAdapters, files: CheckpointFiles) -> AdapterKeeper:
+        return AdapterKeeper(
+            self._runs,
+            self._futures,
+            self._worker,
+            sampler_adapters,
+            self._snapshots,
+            self._residency,
+            files,
+            self._database,
+            self._forget_run,
+            self._ledger,
+            self._tenant_of_token,
+        )
+
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
-        recovery = Recovery(self._worker, self._snapshots, sampler_adapters, self._set_backs)
+        recovery = Recovery(self._worker, self._snapshots, self._residency, sampler_adapters, self._set_backs)
         return Engine(
             self._scheduler,
             self._futures,
             self._worker,
             self._keeper,
             self._snapshots,
+            self._residency,
             self._set_backs,
             recovery,
             self._record_pass,
@@ -137,6 +150,7 @@ class Service:
         await self._samples.close()
         await self._keeper.settle()
         await self._snapshots.close()
+        await self._residency.close()
         await self._ledger.flush()
         await self._worker.close()
         self._database.close()
@@ -320,6 +334,7 @@ class Service:
         if run is None:
             return
         self._snapshots.forget(run_id)
+        self._residency.forget(run_id)
         self._set_backs.forget(run_id)
         for job in self._scheduler.remove_run(run_id, run.tenant):
             failure = m.Failure(error=f"model_id: run {run_id} has ended", category="user")

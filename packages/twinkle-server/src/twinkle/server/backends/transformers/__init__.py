@@ -52,7 +52,11 @@ from twinkle.server.backends.transformers.base_model import (
 )
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
-from twinkle.server.backends.transformers.model_facts import affordable_tokens, bounded_batch_tokens
+from twinkle.server.backends.transformers.model_facts import (
+    affordable_adapter_bytes,
+    affordable_tokens,
+    bounded_batch_tokens,
+)
 from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, run_pass
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
@@ -81,6 +85,7 @@ class TransformersBackend:
             self._loaded.info,
             max_lora_rank=config.max_lora_rank,
             max_batch_tokens=bounded_batch_tokens(self._affordable_tokens, device),
+            max_adapter_bytes=affordable_adapter_bytes(device),
         )
 
     @classmethod

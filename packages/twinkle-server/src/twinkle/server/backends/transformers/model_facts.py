@@ -12,9 +12,11 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers.logprobs import MAX_CHUNK_LOGITS
 
-# The share of free memory that a micro-batch may fill; the rest is for adapters, the sampler and other programs.
+# The share of free memory that a micro-batch may fill, and all adapters together; the rest is for the sampler and other
+# programs.
 _GPU_SHARE = 0.5
 _CPU_SHARE = 0.25
+_ADAPTERS_SHARE = 0.25
 _MIN_BATCH_TOKENS = 512
 # On a CPU larger micro-batches are not faster, or even slower, since activations leave the cache.
 _MAX_BATCH_TOKENS_CPU = 2048
@@ -70,9 +72,8 @@ def affordable_tokens(token_bytes: float, device: torch.device) -> int:
     Args:
         token_bytes: what the layers keep of a token, in bytes; what the output head takes is known.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
     share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
-    return int(max(0.0, share * free - _HEAD_BYTES) / token_bytes)
+    return int(max(0.0, share * _free_memory(device) - _HEAD_BYTES) / token_bytes)
 
 
 def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
@@ -100,6 +101,19 @@ def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
     """
     speed = _SPEED_GPU if device.type == "cuda" else _SPEED_CPU
     return max(1, round(layers * _LAYER_SECONDS * speed / (6 * weights)))
+
+
+def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
+    """What all adapters may take together: a share of the memory that is free, once the weights are in it.
+
+    Args:
+        ranks: how many hold a part of each adapter; those on GPUs have a memory each.
+    """
+    return int(_ADAPTERS_SHARE * _free_memory(device)) * (ranks if device.type == "cuda" else 1)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
 
 
 def _free_host_memory() -> int:

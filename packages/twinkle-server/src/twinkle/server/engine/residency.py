@@ -1,0 +1,285 @@
+"""Which runs' adapters are on the worker: those that are being worked on, and of the others what a budget has room for.
+
+Beyond the budget the least recently used leave. A run's whole state, with the gradient that it has accumulated, goes to
+a file, and comes back as it was before the run's next job. Between these a run is evicted: it costs the worker nothing,
+and has nothing to lose when the worker is lost. Its file stays, so a run that has come back and is still the same has
+nothing to lose either, and leaves again without being written.
+
+Owns who is where and what each takes; the form of the files is `evicted_files`' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import ParamSpec, TypeAlias, TypeVar
+
+from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.engine.evicted_files import EvictedFiles
+from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.worker import WorkerLost, WorkerPort
+from twinkle.server.scheduling.jobs import Tick
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger("twinkle.engine")
+
+# Which layers an adapter acts on: attention, feed-forward, output head. With the rank it gives the size.
+_Layers: TypeAlias = tuple[bool, bool, bool]
+
+# Weights and two moments; a gradient comes on top.
+_COPIES = 3
+# After a write has failed the disk is left alone for so long: it is full, or not there, for the next run too.
+_PAUSE_SECONDS = 10.0
+
+
+class Residency:
+    """Single-threaded: called on one event loop, `bring_in` between two calls to the worker.
+
+    A run is resident, evicted, or about to be made. What is in use is never evicted, so what a single call needs may
+    exceed the budget.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, LiveRun],
+        worker: WorkerPort,
+        snapshots: Snapshots,
+        files: EvictedFiles | None,
+        budget: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            runs: the live runs.
+            files: None evicts nothing.
+            budget: bytes that all resident adapters together may take, whole adapters that is, however many ranks
+                hold a part of them. None evicts nothing.
+        """
+        self._runs = runs
+        self._worker = worker
+        self._snapshots = snapshots
+        self._files = files
+        self._budget: float = math.inf if files is None or budget is None else budget
+        self._clock = clock
+        self._resident: OrderedDict[str, int] = OrderedDict()  # run -> its bytes, least recently used first
+        self._total = 0  # bytes of all of them
+        self._evicted: set[str] = set()
+        self._written: dict[str, int] = {}  # run -> the version that its file has
+        self._in_use: dict[str, None] = {}  # a set that keeps its order
+        self._bytes_of_rank_1: dict[_Layers, int] = {}
+        self._paused_until = -math.inf
+        # One thread, so that what is done to a run's file is done in order.
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evicted")
+
+    # ------------------------------------------------------------ what happened to a run
+
+    def is_evicted(self, run_id: str) -> bool:
+        return run_id in self._evicted
+
+    def added(self, run_id: str) -> None:
+        """Its adapter was made."""
+        self._resident[run_id] = 0
+        self.recount(run_id)
+
+    def recount(self, run_id: str) -> None:
+        """A resident run may have come to a gradient, or lost it."""
+        if run_id in self._resident:
+            self._set_bytes(run_id, self._bytes(run_id, self._has_gradient(run_id)))
+
+    def worker_lost(self) -> None:
+        """The worker begins anew, without adapters: what is in files as it was stays there until it is asked for."""
+        for run_id in list(self._resident):
+            if self._is_written(run_id):
+                self._set_evicted(run_id)
+
+    def forget(self, run_id: str) -> None:
+        """The run has ended; its file is deleted."""
+        self._total -= self._resident.pop(run_id, 0)
+        self._evicted.discard(run_id)
+        if self._written.pop(run_id, None) is not None and self._files is not None:
+            self._disk.submit(self._files.delete, run_id)
+
+    async def close(self) -> None:
+        """The runs end with this process, and so do their files."""
+        if self._files is not None:
+            await self._on_disk(self._files.delete_all)
+        self._disk.shutdown()
+
+    # ------------------------------------------------------------ what a tick needs
+
+    def split(self, tick: Tick) -> list[Tick]:
+        """The tick in parts, one at least, so that the adapters of each fit the budget together (or it has but one).
+
+        All jobs of a run are in one part. What is resident comes first, lest it leave and come back.
+        """
+        if self._budget == math.inf:
+            return [tick]
+        part_of = self._fit(tick)
+        parts = [Tick([], [], []) for _ in range(max(part_of.values(), default=0) + 1)]
+        for job in tick.passes:
+            parts[part_of[job.run_id]].passes.append(job)
+        for job in tick.optim_steps:
+            parts[part_of[job.run_id]].optim_steps.append(job)
+        for job in tick.others:
+            parts[part_of[job.run_id]].others.append(job)
+        return parts
+
+    def _fit(self, tick: Tick) -> dict[str, int]:
+        """For each run of the tick, the number of its part: 0, 1, 2, ..."""
+        training = {job.run_id for job in tick.passes}
+        run_ids = dict.fromkeys(job.run_id for job in tick.jobs)
+        part_of: dict[str, int] = {}
+        part, room = 0, self._budget
+        for run_id in sorted(run_ids, key=lambda run_id: run_id not in self._resident):
+            needed = self._bytes(run_id, run_id in training or self._has_gradient(run_id))
+            if needed > room and room < self._budget:  # it isn't alone
+                part, room = part + 1, self._budget
+            part_of[run_id] = part
+            room -= needed
+        return part_of
+
+    def expect(self, tick: Tick) -> None:
+        """The tick is about to be run, step by step: what a later one needs is the last to leave."""
+        for job in tick.jobs:
+            if job.run_id in self._resident:
+                self._resident.move_to_end(job.run_id)
+
+    async def bring_in(self, run_ids: Iterable[str], adding_gradients: bool = False) -> None:
+        """Have these runs' adapters on the worker, or room for those that are about to be made; others may leave.
+
+        Args:
+            adding_gradients: what is to be done leaves each of them with a gradient.
+
+        Raises:
+            WorkerLost: as the worker; each run is still resident or evicted.
+            Exception: if one can't be brought back; it stays evicted.
+        """
+        for run_id in self._in_use:  # the only ones that have been worked on since
+            self.recount(run_id)
+        self._in_use = dict.fromkeys(run_ids)
+        for run_id in self._in_use:
+            if run_id in self._resident:
+                self._resident.move_to_end(run_id)
+                self._set_bytes(run_id, self._bytes(run_id, adding_gradients or self._has_gradient(run_id)))
+            elif run_id not in self._evicted:
+                await self._measure(self._runs[run_id].spec)
+        await self._make_room(0)
+        for run_id in self._in_use:
+            if run_id not in self._resident:
+                needed = self._bytes(run_id, adding_gradients or self._has_gradient(run_id))
+                await self._make_room(needed)
+                if run_id in self._evicted:
+                    await self._bring_back(run_id)
+                    self._set_bytes(run_id, needed)
+
+    # ------------------------------------------------------------ out and in
+
+    async def _make_room(self, needed: int) -> None:
+        """Evict what is not in use until `needed` bytes fit, as far as that goes."""
+        while self._total + needed > self._budget and self._clock() >= self._paused_until:
+            oldest = next(iter(self._resident), None)
+            if oldest is None or oldest in self._in_use:  # those in use come last: nothing else is left
+                return
+            await self._evict(oldest)
+
+    async def _evict(self, run_id: str) -> None:
+        """Take a resident run off the worker, once it is on disk. If it can't be written it stays."""
+        if not self._is_written(run_id):
+            try:
+                await self._write(run_id)
+            except WorkerLost:
+                raise
+            except Exception:
+                self._paused_until = self._clock() + _PAUSE_SECONDS
+                log.warning(
+                    "run %s could not be written to disk: adapters take more memory than they should",
+                    run_id,
+                    exc_info=True,
+                )
+                return
+        # From here on its file counts, also if the worker is lost: adapters that were on it are gone anyway.
+        freed = self._set_evicted(run_id)
+        log.info("run %s went to disk, %d bytes; %d runs stay", run_id, freed, len(self._resident))
+        await self._worker.remove_adapter(run_id)
+
+    async def _write(self, run_id: str) -> None:
+        assert self._files is not None, "without files there is no budget"
+        with_gradients = self._has_gradient(run_id)
+        state = await self._worker.export_adapter(run_id, with_optimizer=True, with_gradients=with_gradients)
+        await self._on_disk(self._files.write, run_id, state)
+        self._written[run_id] = self._snapshots.version(run_id)
+        await self._snapshots.copied(run_id, state)
+
+    def _is_written(self, run_id: str) -> bool:
+        return self._written.get(run_id) == self._snapshots.version(run_id)
+
+    def _set_evicted(self, run_id: str) -> int:
+        """Returns the bytes that it took."""
+        freed = self._resident.pop(run_id)
+        self._total -= freed
+        self._evicted.add(run_id)
+        return freed
+
+    async def _bring_back(self, run_id: str) -> None:
+        """Put an evicted run onto the worker, as it was."""
+        assert self._files is not None, "it was evicted to a file"
+        state = await self._on_disk(self._files.read, run_id)
+        await self._worker.add_adapter(run_id, self._runs[run_id].spec)
+        try:
+            await self._worker.import_adapter(run_id, state)
+        except WorkerLost:
+            raise
+        except BaseException:
+            await self._worker.remove_adapter(run_id)
+            raise
+        self._evicted.discard(run_id)
+        self.added(run_id)
+        log.info("run %s came back from disk", run_id)
+
+    async def _on_disk(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, partial(work, *args, **kwargs))
+
+    # ------------------------------------------------------------ bytes
+
+    async def _measure(self, spec: AdapterSpec) -> None:
+        """Find out what an adapter on these layers takes, by making one that is then gone.
+
+        Raises:
+            Exception: what the worker raises, as it would for the run itself.
+        """
+        layers = _layers(spec)
+        if self._budget == math.inf or layers in self._bytes_of_rank_1:
+            return
+        await self._worker.add_adapter("measured", replace(spec, rank=1))
+        try:
+            state = await self._worker.export_adapter("measured", with_optimizer=False)
+        finally:
+            await self._worker.remove_adapter("measured")
+        self._bytes_of_rank_1[layers] = sum(matrix.nbytes for matrix in state.weights.values())
+
+    def _bytes(self, run_id: str, has_gradient: bool) -> int:
+        """What a run's adapter takes: its matrices grow with the rank. 0 while none on the same layers was measured."""
+        spec = self._runs[run_id].spec
+        return self._bytes_of_rank_1.get(_layers(spec), 0) * spec.rank * (_COPIES + has_gradient)
+
+    def _has_gradient(self, run_id: str) -> bool:
+        is_made = run_id in self._resident or run_id in self._evicted
+        return is_made and self._snapshots.progress(run_id).has_gradient
+
+    def _set_bytes(self, run_id: str, size: int) -> None:
+        self._total += size - self._resident[run_id]
+        self._resident[run_id] = size
+
+
+def _layers(spec: AdapterSpec) -> _Layers:
+    return spec.train_attn, spec.train_mlp, spec.train_unembed

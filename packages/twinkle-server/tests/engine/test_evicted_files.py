@@ -1,0 +1,101 @@
+"""A run's state on disk: what is read is what was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twinkle.protocol.errors import ServerFault
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+from twinkle.server.engine import evicted_files
+from twinkle.server.engine.evicted_files import EvictedFiles
+
+RUN = "session:train:0"
+# Not in the order of the alphabet.
+NAMES = tuple(f"base_model.model.experts.down_proj.lora_{matrix}.weight" for matrix in "BA")
+
+
+def matrices(seed: int) -> dict[str, np.ndarray]:
+    """Float32 of every kind: any bits but those of 0 and 1, and one matrix that doesn't lie in order."""
+    draw = np.random.default_rng(seed)
+    a, b = (draw.integers(0, 2**32, shape, np.uint32).view(np.float32) for shape in ((6, 5), (6, 4)))
+    a[0, :4] = [-0.0, np.nan, np.inf, np.finfo(np.float32).smallest_subnormal]
+    return {NAMES[0]: a, NAMES[1]: b.T}
+
+
+STATE = AdapterState(
+    AdapterSpec(rank=2, alpha=7.5, seed=2**62 + 1, train_unembed=False),
+    ["experts.down_proj"],
+    matrices(0),
+    OptimizerState(17, matrices(1), matrices(2)),
+    matrices(3),
+)
+
+
+def check_same(mine: AdapterState, theirs: AdapterState) -> None:
+    assert (mine.spec, mine.target_modules) == (theirs.spec, theirs.target_modules)
+    check_same_bits(mine.weights, theirs.weights)
+    check_same_bits(mine.gradients, theirs.gradients)
+    if mine.optimizer is None or theirs.optimizer is None:
+        assert mine.optimizer is theirs.optimizer
+        return
+    assert mine.optimizer.step == theirs.optimizer.step
+    check_same_bits(mine.optimizer.exp_avg, theirs.optimizer.exp_avg)
+    check_same_bits(mine.optimizer.exp_avg_sq, theirs.optimizer.exp_avg_sq)
+
+
+def check_same_bits(mine: dict[str, np.ndarray] | None, theirs: dict[str, np.ndarray] | None) -> None:
+    if mine is None or theirs is None:
+        assert mine is theirs
+        return
+    assert list(mine) == list(theirs)
+    for name, matrix in theirs.items():
+        assert (mine[name].dtype, mine[name].shape) == (np.float32, matrix.shape)
+        assert mine[name].tobytes() == matrix.tobytes()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [STATE, replace(STATE, gradients=None), replace(STATE, optimizer=None)],
+    ids=("all", "no gradient", "bare"),
+)
+def test_a_state_comes_back_to_the_bit(tmp_path: Path, state: AdapterState):
+    files = EvictedFiles(tmp_path / "e")
+    files.write(RUN, STATE)
+    files.write(RUN, state)
+    check_same(files.read(RUN), state)
+    files.delete(RUN)
+    assert list((tmp_path / "e").iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = EvictedFiles(tmp_path / "e")
+    files.write(RUN, STATE)
+
+    def full(_arrays: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(evicted_files.safetensors_numpy, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        files.write(RUN, replace(STATE, gradients=None))
+    assert [path.name for path in (tmp_path / "e").iterdir()] == [f"{RUN}.safetensors"]
+    check_same(files.read(RUN), STATE)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"not what it was"), Path.unlink])
+def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(tmp_path: Path, damage):
+    files = EvictedFiles(tmp_path / "e")
+    files.write(RUN, STATE)
+    damage(tmp_path / "e" / f"{RUN}.safetensors")
+    with pytest.raises(ServerFault, match=f"{RUN}.*begin a new run from its last checkpoint"):
+        files.read(RUN)
+
+
+def test_what_an_earlier_process_left_is_deleted_at_the_start(tmp_path: Path):
+    EvictedFiles(tmp_path / "e").write(RUN, STATE)
+    EvictedFiles(tmp_path / "e")
+    assert not (tmp_path / "e").exists()

@@ -1,0 +1,343 @@
+"""Who is on the worker, who leaves and comes back, and what a lost worker or a full disk does to that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mortal_worker import MortalWorker
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.types import AdamParams, Datum, ModelInput
+from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, Row
+from twinkle.server.engine.evicted_files import EvictedFiles
+from twinkle.server.engine.residency import Residency
+from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.snapshots import SnapshotFiles, Snapshots
+from twinkle.server.engine.worker import WorkerLost
+from twinkle.server.scheduling.jobs import Job, Tick
+
+# Bytes of an adapter of rank 1 on the fake model's three layers (8 -> 8, 8 -> 8, 8 -> 16): its weights alone, with
+# moments, and with a gradient.
+ROW = 4 * (3 * 8 + 8 + 8 + 16)
+IDLE, FULL = 3 * ROW, 4 * ROW
+TOKENS = np.array([1, 2, 3])
+
+
+class Bench:
+    """Runs on a worker, as the engine handles them."""
+
+    def __init__(self, directory: Path, worker: MortalWorker, budget: int | None) -> None:
+        self.now = 0.0
+        self.worker = worker
+        self.files = EvictedFiles(directory / "evicted")
+        self.runs: dict[str, LiveRun] = {}
+        self.snapshots = Snapshots(worker, SnapshotFiles(directory / "snapshots"), 3600.0, lambda: self.now)
+        self.residency = Residency(self.runs, worker, self.snapshots, self.files, budget, lambda: self.now)
+
+    async def create(self, *run_ids: str, rank: int = 1) -> None:
+        for run_id in run_ids:
+            spec = AdapterSpec(rank=rank, seed=len(self.runs))
+            self.runs[run_id] = LiveRun(run_id, "alice", "session", "fake/model", spec)
+            await self.residency.bring_in([run_id])
+            await self.worker.add_adapter(run_id, spec)
+            self.snapshots.begin(self.runs[run_id])
+            self.residency.added(run_id)
+
+    async def accumulate(self, run_id: str) -> None:
+        await self.residency.bring_in([run_id], adding_gradients=True)
+        inputs = {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)}
+        await self.worker.forward_backward([[Row(run_id, TOKENS, "cross_entropy", inputs)]])
+        self.snapshots.accumulated(run_id)
+
+    async def step(self, run_id: str) -> None:
+        await self.residency.bring_in([run_id])
+        await self.worker.optim_step([AdamStep(run_id, AdamParams(learning_rate=0.1))])
+        self.snapshots.stepped(run_id)
+
+    async def state(self, run_id: str) -> AdapterState:
+        return await self.worker.export_adapter(run_id, with_optimizer=True, with_gradients=True)
+
+    @property
+    def resident(self) -> list[str]:
+        """Those that the worker has. Each other run must be evicted, with a file; sums must be right."""
+        on_worker: list[str] = sorted(self.worker._backend._adapters)
+        for run_id in self.runs:
+            assert self.residency.is_evicted(run_id) == (run_id not in on_worker)
+            if run_id not in on_worker:
+                self.files.read(run_id)
+        assert sum(self.residency._resident.values()) == self.residency._total
+        assert sorted(self.residency._resident) == on_worker
+        return on_worker
+
+    def written(self) -> int:
+        """How many exports with moments there were."""
+        return sum(name == "export_adapter" and args[1] is True for name, args in self.worker.calls)
+
+
+@pytest.fixture
+async def worker() -> MortalWorker:
+    return MortalWorker()
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, worker: MortalWorker) -> AsyncIterator[Bench]:
+    """Room for two runs with a gradient, and a bit."""
+    bench = Bench(tmp_path, worker, 2 * FULL + 4)
+    yield bench
+    await bench.residency.close()
+    assert not (tmp_path / "evicted").exists()
+
+
+async def test_without_a_budget_everything_stays_and_nothing_is_measured(
+    tmp_path: Path, worker: MortalWorker
+):
+    bench = Bench(tmp_path, worker, None)
+    await bench.create("a", "b", "c")
+    for run_id in "abc":
+        await bench.accumulate(run_id)
+    assert bench.resident == ["a", "b", "c"]
+    assert {name for name, _ in worker.calls} == {"add_adapter", "forward_backward"}
+    tick = Tick([a_pass("a"), a_pass("b")], [], [])
+    assert bench.residency.split(tick) == [tick]
+    await bench.residency.close()
+
+
+async def test_the_least_recently_used_leave_and_come_back_as_they_were(bench: Bench):
+    await bench.create("a", "b")
+    await bench.accumulate("a")
+    await bench.step("a")
+    await bench.accumulate("a")
+    before = await bench.state("a")
+    await bench.accumulate("b")
+    assert bench.resident == ["a", "b"]
+    await bench.create("c")
+    assert bench.resident == ["b", "c"]
+    await bench.residency.bring_in(["a"])  # with its gradient, so that both others have to make room, or one
+    assert bench.resident == ["a", "c"]
+    after = await bench.state("a")
+    assert after.spec == before.spec
+    assert before.optimizer is not None and after.optimizer is not None and after.optimizer.step == 1
+    for mine, theirs in (
+        (after.weights, before.weights),
+        (after.gradients, before.gradients),
+        (after.optimizer.exp_avg, before.optimizer.exp_avg),
+        (after.optimizer.exp_avg_sq, before.optimizer.exp_avg_sq),
+    ):
+        assert mine is not None and theirs is not None
+        assert {name: matrix.tobytes() for name, matrix in mine.items()} == {
+            name: matrix.tobytes() for name, matrix in theirs.items()
+        }
+
+
+async def test_bytes_are_those_of_rank_moments_and_gradient(bench: Bench):
+    await bench.create("a")
+    assert bench.residency._total == IDLE
+    await bench.accumulate("a")
+    assert bench.residency._total == FULL
+    await bench.step("a")
+    await bench.residency.bring_in([])
+    assert bench.residency._total == IDLE
+    await bench.create("wide", rank=2)  # 2 * IDLE fits beside what is left of "a" only without it
+    assert bench.resident == ["wide"]
+    assert bench.residency._total == 2 * IDLE
+    bench.residency.forget("wide")
+    assert bench.residency._total == 0
+
+
+async def test_what_is_in_use_stays_though_it_exceeds_the_budget_and_leaves_when_it_no_longer_is(
+    bench: Bench,
+):
+    await bench.create("a", "b", "c", "d")
+    await bench.residency.bring_in(["a", "b", "c"])
+    assert bench.resident == ["a", "b", "c"]
+    assert bench.residency._total == 3 * IDLE
+    await bench.residency.bring_in(["d"])
+    assert len(bench.resident) == 2 and "d" in bench.resident
+
+
+async def test_what_a_later_step_of_the_tick_needs_is_the_last_to_leave(bench: Bench):
+    await bench.create("a", "b", "c")
+    assert bench.resident == ["b", "c"]
+    bench.residency.expect(Tick([], [a_step("b")], []))
+    await bench.residency.bring_in(["a"])
+    assert bench.resident == ["a", "b"]
+
+
+async def test_what_has_not_changed_is_not_written_again(bench: Bench):
+    await bench.create("a", "b", "c")
+    assert bench.written() == 1
+    await bench.residency.bring_in(["a"])
+    assert (bench.resident, bench.written()) == (["a", "c"], 2)
+    await bench.residency.bring_in(["b"])  # c leaves, for the first time
+    await bench.residency.bring_in(["c"])
+    assert (bench.resident, bench.written()) == (["b", "c"], 3)
+    await bench.accumulate("c")
+    await bench.residency.bring_in(["a"])
+    await bench.residency.bring_in(["b"])
+    assert (bench.resident, bench.written()) == (["a", "b"], 4)
+
+
+async def test_a_run_that_ends_takes_its_file_along_wherever_it_is(bench: Bench):
+    await bench.create("a", "b", "c")
+    await bench.residency.bring_in(["a"])
+    for run_id in ("a", "b"):  # one is on the worker, one isn't, both have files
+        bench.residency.forget(run_id)
+    await bench.residency._on_disk(lambda: None)
+    assert list(bench.files._root.iterdir()) == []
+
+
+async def test_where_a_snapshot_would_be_due_the_copy_is_one(bench: Bench):
+    await bench.create("a", "b")
+    await bench.accumulate("a")
+    await bench.step("a")
+    await bench.accumulate("a")
+    await bench.residency.bring_in(["b"])
+    await bench.create("c")
+    assert bench.resident == ["b", "c"]
+    assert bench.snapshots.seconds_until_due() is None
+    assert bench.snapshots.progress("a").safe_steps == 1
+    snapshot = await bench.snapshots.read("a")
+    assert snapshot is not None and snapshot.gradients is None
+    await bench.snapshots.close()
+
+
+async def test_a_full_disk_keeps_a_run_where_it_is_and_is_left_alone_for_a_while(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    attempts: list[str] = []
+
+    def full(run_id: str, _state: AdapterState) -> None:
+        attempts.append(run_id)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.files, "write", full)
+        await bench.create("a", "b", "c", "d")
+    assert bench.resident == ["a", "b", "c", "d"]
+    assert attempts == ["a"]
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("run a could not be written to disk")
+    await bench.accumulate("d")
+    assert bench.resident == ["a", "b", "c", "d"]
+    bench.now = 100.0
+    await bench.accumulate("d")
+    assert bench.resident == ["c", "d"]
+
+
+@pytest.mark.parametrize("method", ["export_adapter", "remove_adapter", "add_adapter", "import_adapter"])
+async def test_a_loss_in_the_midst_of_a_move_leaves_each_run_in_one_place(
+    bench: Bench, worker: MortalWorker, method: str
+):
+    await bench.create("a", "b", "c")
+    assert bench.resident == ["b", "c"]
+    worker.kills = lambda name, args: name == method and args[0] in ("a", "b")
+    with pytest.raises(WorkerLost):
+        await bench.residency.bring_in(["a"])
+    worker.kills = lambda _name, _args: False
+    await worker.restart()
+    bench.residency.worker_lost()
+    evicted = {"export_adapter": ["a"]}.get(method, ["a", "b"])
+    assert [run_id for run_id in "abc" if bench.residency.is_evicted(run_id)] == evicted
+    for run_id in set("abc") - set(evicted):  # as recovery does
+        await worker.add_adapter(run_id, bench.runs[run_id].spec)
+    await bench.residency.bring_in(["a"])
+    assert "a" in bench.resident
+
+
+async def test_a_run_that_came_back_and_is_still_the_same_loses_nothing_with_the_worker(
+    bench: Bench, worker: MortalWorker
+):
+    await bench.create("a", "b")
+    await bench.accumulate("a")
+    expected = await bench.state("a")
+    await bench.create("c", "d")
+    await bench.residency.bring_in(["a"])
+    assert "a" in bench.resident
+    worker.die()
+    await worker.restart()
+    bench.residency.worker_lost()
+    assert bench.residency.is_evicted("a")
+    await bench.residency.bring_in(["a"])
+    after = await bench.state("a")
+    assert after.gradients is not None and expected.gradients is not None
+    for name, gradient in expected.gradients.items():
+        np.testing.assert_array_equal(after.gradients[name], gradient)
+
+
+async def test_a_run_that_cannot_be_put_back_stays_evicted(
+    bench: Bench, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch
+):
+    await bench.create("a", "b", "c")
+
+    def fails(*_: object) -> None:
+        raise MemoryError("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._backend, "import_adapter", fails)
+        with pytest.raises(MemoryError):
+            await bench.residency.bring_in(["a"])
+    assert "a" not in bench.resident
+    await bench.residency.bring_in(["a"])
+    assert "a" in bench.resident
+
+
+# ------------------------------------------------------------ parts of a tick
+
+
+def a_pass(run_id: str, seq_id: int = 0) -> Job:
+    request = m.ForwardBackwardRequest(run_id, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy")
+    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request, 1)
+
+
+def a_step(run_id: str, seq_id: int = 0) -> Job:
+    request = m.OptimStepRequest(model_id=run_id, seq_id=seq_id)
+    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request)
+
+
+def an_other(run_id: str, seq_id: int = 0) -> Job:
+    request = m.SaveWeightsRequest(model_id=run_id, seq_id=seq_id, path="p")
+    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request)
+
+
+async def test_a_tick_is_split_so_that_each_part_fits_and_what_is_there_comes_first(bench: Bench):
+    await bench.create("a", "b", "c")
+    first = [a_pass("a", 1), a_pass("b", 1), a_pass("c", 1), a_pass("a", 2)]
+    parts = bench.residency.split(Tick(first, [a_step("b", 2)], [an_other("a", 3)]))
+    assert [[job.request_id for job in part.jobs] for part in parts] == [
+        ["b-1", "c-1", "b-2"],
+        ["a-1", "a-2", "a-3"],
+    ]
+
+
+async def test_an_empty_tick_stays_one(bench: Bench):
+    assert bench.residency.split(Tick([], [], [])) == [Tick([], [], [])]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    steps=st.lists(st.booleans(), min_size=8, max_size=8),
+    budget=st.integers(1, 30 * ROW),
+)
+def test_no_part_needs_more_than_the_budget_unless_it_has_one_run(ranks, steps, budget):
+    runs = {
+        str(i): LiveRun(str(i), "alice", "session", "fake/model", AdapterSpec(rank=rank))
+        for i, rank in enumerate(ranks)
+    }
+    residency = Residency(runs, None, None, EvictedFiles(Path("none")), budget)  # pyright: ignore[reportArgumentType]
+    residency._bytes_of_rank_1[True, True, True] = ROW
+    passes = [a_pass(run_id) for run_id in runs]
+    tick = Tick(passes, [a_step(run_id, 1) for run_id, has in zip(runs, steps, strict=False) if has], [])
+    parts = residency.split(tick)
+    for part in parts:
+        run_ids = {job.run_id for job in part.jobs}
+        assert len(run_ids) == 1 or sum(FULL * runs[run_id].spec.rank for run_id in run_ids) <= budget
+    assert sum((part.passes for part in parts), []) == tick.passes
+    assert sum((part.optim_steps for part in parts), []) == tick.optim_steps
+    assert len(parts) <= math.ceil(2 * FULL * sum(ranks) / budget) + 1
