@@ -4,6 +4,7 @@
     banks         where adapters live        expert_lora    routed experts with many adapters' terms
     logprobs, losses, adamw   arithmetic     passes         micro-batches to results and gradients
     activations   what a pass keeps, measured; computed again where it would be too much
+    threads       how many of them compute it
 
 Not here: routed experts that are not plain gated layers get no low-rank term.
 """
@@ -58,6 +59,7 @@ from twinkle.server.backends.transformers.model_facts import (
     bounded_batch_tokens,
 )
 from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, run_pass
+from twinkle.server.backends.transformers.threads import Threads
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
 
@@ -257,7 +259,7 @@ def _network(loaded: LoadedModel) -> Network:
     weight = cast("Tensor", output.weight)
     body, recomputation = decoder(model), Recomputation()
     recompute_layers(body, recomputation)
-    return Network(body, head, weight.shape[0], route, recomputation, loaded.device)
+    return Network(body, head, weight.shape[0], route, recomputation, Threads(loaded.model), loaded.device)
 
 
 def _token_bytes(loaded: LoadedModel, network: Network) -> float:

@@ -28,6 +28,7 @@ from twinkle.server.backends.transformers.model_facts import (
     max_batch_tokens,
     overhead_tokens,
 )
+from twinkle.server.backends.transformers.threads import matrix_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -223,11 +224,6 @@ def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
         cast("Tensor", layer.weight).shape[0]
         for layer in (model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings()))
     )
-    embedding = cast("Tensor", model.get_input_embeddings().weight)
-    head = cast("Tensor", cast("nn.Module", model.get_output_embeddings()).weight)
-    # Looking a token up costs nothing; the head is a matrix product, whether it shares those numbers or not.
-    weights = sum(parameter.numel() for parameter in model.parameters()) - embedding.numel()
-    weights += head.numel() if head is embedding else 0
     return BaseModelInfo(
         vocab_size=vocab_size,
         max_context_length=context_length(text, config),
@@ -235,5 +231,5 @@ def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
         max_batch_tokens=max_batch_tokens(text, model.dtype, model.device),
         eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), text),
         architecture=type(model).__name__,
-        overhead_tokens=overhead_tokens(int(text.num_hidden_layers), weights, model.device),
+        overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), model.device),
     )

@@ -84,7 +84,7 @@ def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
 
 # For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of launching
 # kernels), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
-_LAYER_SECONDS = 3e-3
+_LAYER_SECONDS = 6e-3
 _SPEED_CPU = 5e10
 _SPEED_GPU = 1.5e14
 

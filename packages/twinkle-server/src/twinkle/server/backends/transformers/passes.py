@@ -20,6 +20,7 @@ from twinkle.server.backends.transformers.banks import Bank, consecutive
 from twinkle.server.backends.transformers.logprobs import chunked_logprobs
 from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
 from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
+from twinkle.server.backends.transformers.threads import Threads
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Network:
         head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
         route: what its layers look at.
         recomputation: whether they keep their activations.
+        threads: how many compute them.
     """
 
     body: nn.Module
@@ -51,6 +53,7 @@ class Network:
     vocab_size: int
     route: Route
     recomputation: Recomputation
+    threads: Threads
     device: torch.device
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -195,10 +198,12 @@ def run_pass(
         for rows in micro_batches:
             size = len(rows) * max((len(row.tokens) for row in rows), default=0)
             network.recomputation.is_on = size > affordable_tokens
+            network.threads.fit(size)
             results.append(_run_micro_batch(network, active, banks, scratches, rows))
     finally:
         network.route.segments = []
         network.recomputation.is_on = False
+        network.threads.restore()
     if keeps_gradients:
         commit(scratches)
     return results

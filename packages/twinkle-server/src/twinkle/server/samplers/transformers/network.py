@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from twinkle.protocol.types import Int64Array
 from twinkle.server.backends.transformers.base_model import decoder, finish_logits
+from twinkle.server.backends.transformers.threads import Threads
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
 from twinkle.server.samplers.transformers.prefixes import Owner
@@ -60,9 +61,11 @@ class Network:
         names = inspect.signature(self._run_body).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._output = cast("nn.Module", model.get_output_embeddings())
+        self._threads = Threads(model)
 
     def body(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: object) -> Tensor:
         """Hidden states [rows, n, hidden]."""
+        self._threads.fit(tokens.numel())
         output = self._run_body(
             self._body,
             input_ids=tokens,
