@@ -19,9 +19,9 @@ from twinkle.server.backends.transformers.model_facts import (
 
 
 def test_overhead_is_time_of_layers_in_tokens():
-    # 2 layers x 3 ms x 5e10 operations a second, of which a token takes 6 a weight
-    assert overhead_tokens(2, 1_000_000, torch.device("cpu")) == 50
-    assert overhead_tokens(4, 1_000_000, torch.device("cpu")) == 100
+    # 2 layers x 6 ms x 5e10 operations a second, of which a token takes 6 a weight
+    assert overhead_tokens(2, 1_000_000, torch.device("cpu")) == 100
+    assert overhead_tokens(4, 1_000_000, torch.device("cpu")) == 200
     assert overhead_tokens(30, 10**11, torch.device("cpu")) == 1
     assert overhead_tokens(2, 1_000_000, torch.device("cuda")) == 150_000
 

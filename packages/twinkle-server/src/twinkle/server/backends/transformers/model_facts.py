@@ -84,7 +84,8 @@ def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
 
 # For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of launching
 # kernels), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
-_LAYER_SECONDS = 6e-3
+_LAYER_SECONDS_CPU = 6e-3
+_LAYER_SECONDS_GPU = 3e-3
 _SPEED_CPU = 5e10
 _SPEED_GPU = 1.5e14
 
@@ -99,8 +100,10 @@ def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
         layers: decoder layers.
         weights: numbers in all matrices that a token goes through.
     """
-    speed = _SPEED_GPU if device.type == "cuda" else _SPEED_CPU
-    return max(1, round(layers * _LAYER_SECONDS * speed / (6 * weights)))
+    on_gpu = device.type == "cuda"
+    seconds = layers * (_LAYER_SECONDS_GPU if on_gpu else _LAYER_SECONDS_CPU)
+    speed = _SPEED_GPU if on_gpu else _SPEED_CPU
+    return max(1, round(seconds * speed / (6 * weights)))
 
 
 def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
