@@ -15,10 +15,9 @@ import pytest
 import running_server
 import torch
 from peft_reference import MODEL, peft_logprobs, peft_loss, peft_model, random_batch, trained_parameters
-from server_processes import processes_of, times_back, wait_for, wait_for_snapshot
+from server_processes import processes_of, times_back, wait_for
 
 from twinkle.protocol import uris
-from twinkle.protocol.errors import RequestFailed
 from twinkle.protocol.types import SamplingParams
 from twinkle_client import ServiceClient
 
@@ -39,7 +38,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 def server(
     layout: str, hub_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[running_server.RunningServer]:
-    """A server of two ranks, that takes a snapshot after every step."""
+    """A server of two ranks, that copies runs at once."""
     directory, port = tmp_path_factory.mktemp("ranks"), running_server.free_port()
     config = running_server.write_config(
         directory, port, extra="  snapshot_seconds: 0\n", layout=LAYOUTS[layout]
@@ -112,22 +111,20 @@ def test_a_killed_rank_takes_its_group_with_it_and_the_runs_go_on(
         undisturbed = service.create_lora_training_client(MODEL, rank=4, seed=1)
         for run in (client, undisturbed):
             _train(run, range(2))
-        wait_for_snapshot(server, client.model_id, 2)
-        client.forward_backward(random_batch(9, (9,))).result()  # a gradient that no step applies
+        client.forward_backward(random_batch(102, (9, 5))).result()  # a gradient that no step has applied yet
         ranks, backs = processes_of(server, "ray::Rank"), times_back(server)
         assert len(ranks) == 2
         os.kill(max(ranks), signal.SIGKILL)
         wait_for("the model", lambda: times_back(server) > backs)
         assert not processes_of(server, "ray::Rank") & ranks
-        with pytest.raises(RequestFailed, match=r"set back to its state after optimizer step 2, "):
-            client.optim_step(learning_rate=1e-2).result()
-        for run in (client, undisturbed):
-            _train(run, range(2, 4))
+        client.optim_step(learning_rate=1e-2).result()
+        _train(client, range(3, 5))
+        _train(undisturbed, range(2, 5))
         batch = random_batch(50, (12, 7))
         mine, theirs = (run.forward(batch).metrics["loss:sum"] for run in (client, undisturbed))
         assert mine == pytest.approx(theirs, rel=1e-5)
     said = "".join(server.lines)
-    assert "A process of the model ended (rank " in said and "set back." in said
+    assert "A process of the model ended (rank " in said
 
 
 def _train(client: Any, steps: range) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import running_server
-from safetensors import safe_open
 
 WAIT_SECONDS = 120
 
@@ -39,22 +38,3 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
 
 def times_back(server: running_server.RunningServer) -> int:
     return sum("The model is back after" in line for line in server.lines)
-
-
-def wait_for_snapshot(server: running_server.RunningServer, run_id: str, steps: int) -> None:
-    """Until a snapshot after so many optimizer steps is on the disk. (One may stand for several steps: what comes while
-    the disk is written to is written together.)
-    """
-    kept = server.storage / "snapshots" / server.base_url.rpartition(":")[2] / run_id / "weights"
-
-    def is_written() -> bool:
-        for manifest in kept.glob("[0-9]*/manifest.json"):
-            try:
-                with safe_open(manifest.parent / "optimizer.safetensors", framework="numpy") as file:
-                    if int(file.metadata()["step"]) == steps:
-                        return True
-            except OSError:  # a newer one has taken its place
-                continue
-        return False
-
-    wait_for(f"the snapshot after step {steps}", is_written)

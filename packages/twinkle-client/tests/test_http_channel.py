@@ -22,6 +22,7 @@ from twinkle_client.settings import Settings
 
 Answer = tuple[int, dict | bytes]
 SAVE = m.SaveWeightsRequest(model_id="run", seq_id=1, path="mine")
+ZSTD = b"\x28\xb5\x2f\xfd"
 SAVED = (200, {"path": "twinkle://run/weights/mine"})
 STEP = m.OptimStepRequest(model_id="run", seq_id=2)
 
@@ -31,6 +32,7 @@ class Script:
 
     def __init__(self) -> None:
         self.answers: list[Callable[[], Answer] | Answer | None] = []
+        self.answer_to: Callable[[Any], Answer] | None = None  # whatever comes, in whatever order
         self.seen: list[tuple[str, dict, Any]] = []
 
     def paths(self) -> list[str]:
@@ -53,7 +55,7 @@ def channel(script: Script) -> Iterator[HttpChannel]:
             script.seen.append(
                 (self.path, dict(self.headers), json.loads(body or b"{}") if is_json else body)
             )
-            answer = script.answers.pop(0)
+            answer = script.answer_to(body) if script.answer_to is not None else script.answers.pop(0)
             if answer is None:  # the connection breaks before an answer
                 self.close_connection = True
                 self.connection.close()
@@ -111,6 +113,18 @@ def test_a_broken_connection_a_limit_and_a_dying_proxy_are_tried_again_with_the_
     assert script.paths() == ["/save_weights"] * 4 + ["/retrieve_future"] * 2
     bodies = [body for path, _, body in script.seen if path.endswith("save_weights")]
     assert bodies[0] == bodies[-1] and bodies[0]["seq_id"] == 1
+
+
+def test_what_the_server_cannot_take_just_now_is_sent_again_until_it_can(
+    channel: HttpChannel, script: Script
+):
+    full = {"error": "the disk is full", "category": "server"}
+    script.answers = [(503, full), (503, full), (200, {"request_id": "r"}), SAVED]
+    assert channel.submit(SAVE).result(10) == m.SaveWeightsResponse(path="twinkle://run/weights/mine")
+    refused = Reply("", 503, JSON, json.dumps(full).encode())
+    stepped = (200, {"metrics": {"grad_norm:mean": 2.0}})
+    script.answers = [(200, operations.encode_reply([refused])), (200, {"request_id": "s"}), stepped]
+    assert channel.submit(STEP).result(10) == m.OptimStepResponse(metrics={"grad_norm:mean": 2.0})
 
 
 def test_what_the_server_said_is_what_is_raised(channel: HttpChannel, script: Script):
@@ -229,7 +243,11 @@ def test_a_pass_that_nothing_follows_is_sent_all_the_same(channel: HttpChannel, 
 
 
 def test_a_large_pass_does_not_wait_for_company(channel: HttpChannel, script: Script):
-    script.answers = [together(reply_of_pass()), together(reply_of_step())]
+    def answer_to(body: bytes) -> Answer:
+        [operation] = operations.decode_request(codec.decompress(body, 10**7) if body[:4] == ZSTD else body)
+        return together(reply_of_step() if operation.endpoint.path == "/optim_step" else reply_of_pass())
+
+    script.answer_to = answer_to
     large, step = channel.submit(a_pass(1, tokens=20_000)), channel.submit(STEP)
     assert large.result(10) and step.result(10)
     assert script.paths() == ["/operations"] * 2

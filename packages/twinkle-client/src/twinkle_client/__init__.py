@@ -16,6 +16,7 @@ from twinkle.protocol.errors import (
     TooLarge,
     TwinkleError,
     Unauthorized,
+    Unavailable,
 )
 from twinkle.verbs.futures import Pending
 from twinkle.verbs.rest import RestClient
@@ -41,6 +42,7 @@ __all__ = [
     "TrainingClient",
     "TwinkleError",
     "Unauthorized",
+    "Unavailable",
     "__version__",
     "init_twinkle_client",
     "types",

@@ -178,7 +178,7 @@ class HttpChannel:
         try:
             if reply.status == 408:
                 result = await self._poll(endpoint, reply.request_id)
-            elif reply.status == 429:  # a limit was reached: on its own it is tried until it passes
+            elif reply.status in (429, 503):  # it passes: on its own the request is tried until then
                 promise = await self._post(item.posted)
                 result = await self._poll(endpoint, promise.request_id)
             elif reply.status >= 400:
@@ -304,8 +304,10 @@ def _content_type(response: httpx.Response) -> str:
 
 
 def _may_retry(response: httpx.Response) -> bool:
-    """Limits pass; so do 5xx that don't come from the service itself but from a process of it that is gone."""
-    return response.status_code == 429 or (
+    """Limits pass, and so does what the service says it can't do just now; so do 5xx that don't come from the service
+    itself but from a process of it that is gone.
+    """
+    return response.status_code in (429, 503) or (
         response.status_code >= 500 and _error_body(response.content) is None
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from mortal_worker import MortalWorker
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams, Datum, ModelInput
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, Row
-from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.residency import Residency
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.engine.snapshots import SnapshotFiles, Snapshots
+from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.scheduling.jobs import Job, Tick
 
@@ -35,10 +36,11 @@ class Bench:
     def __init__(self, directory: Path, worker: MortalWorker, budget: int | None) -> None:
         self.now = 0.0
         self.worker = worker
-        self.files = EvictedFiles(directory / "evicted")
+        self.files = RunFiles(directory / "runs")
         self.runs: dict[str, LiveRun] = {}
-        self.snapshots = Snapshots(worker, SnapshotFiles(directory / "snapshots"), 3600.0, lambda: self.now)
-        self.residency = Residency(self.runs, worker, self.snapshots, self.files, budget, lambda: self.now)
+        self.seq_ids = count(1)
+        self.snapshots = Snapshots(worker, self.files, 3600.0, clock=lambda: self.now)
+        self.residency = Residency(self.runs, worker, self.snapshots, budget, lambda: self.now)
 
     async def create(self, *run_ids: str, rank: int = 1) -> None:
         for run_id in run_ids:
@@ -53,24 +55,24 @@ class Bench:
         await self.residency.bring_in([run_id], adding_gradients=True)
         inputs = {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)}
         await self.worker.forward_backward([[Row(run_id, TOKENS, "cross_entropy", inputs)]])
-        self.snapshots.accumulated(run_id)
+        self.snapshots.changed([a_pass(run_id, next(self.seq_ids))], has_gradient=True)
 
     async def step(self, run_id: str) -> None:
         await self.residency.bring_in([run_id])
         await self.worker.optim_step([AdamStep(run_id, AdamParams(learning_rate=0.1))])
-        self.snapshots.stepped(run_id)
+        self.snapshots.changed([a_step(run_id, next(self.seq_ids))], has_gradient=False)
 
     async def state(self, run_id: str) -> AdapterState:
         return await self.worker.export_adapter(run_id, with_optimizer=True, with_gradients=True)
 
     @property
     def resident(self) -> list[str]:
-        """Those that the worker has. Each other run must be evicted, with a file; sums must be right."""
+        """Those that the worker has. Each other run must be evicted, with a file if it ever changed; sums are right."""
         on_worker: list[str] = sorted(self.worker._backend._adapters)
         for run_id in self.runs:
             assert self.residency.is_evicted(run_id) == (run_id not in on_worker)
-            if run_id not in on_worker:
-                self.files.read(run_id)
+            if run_id not in on_worker and (last := self.snapshots.last_change(run_id)):
+                self.files.read(run_id, last)
         assert sum(self.residency._resident.values()) == self.residency._total
         assert sorted(self.residency._resident) == on_worker
         return on_worker
@@ -90,8 +92,7 @@ async def bench(tmp_path: Path, worker: MortalWorker) -> AsyncIterator[Bench]:
     """Room for two runs with a gradient, and a bit."""
     bench = Bench(tmp_path, worker, 2 * FULL + 4)
     yield bench
-    await bench.residency.close()
-    assert not (tmp_path / "evicted").exists()
+    await bench.snapshots.close()
 
 
 async def test_without_a_budget_everything_stays_and_nothing_is_measured(
@@ -105,7 +106,7 @@ async def test_without_a_budget_everything_stays_and_nothing_is_measured(
     assert {name for name, _ in worker.calls} == {"add_adapter", "forward_backward"}
     tick = Tick([a_pass("a"), a_pass("b")], [], [])
     assert bench.residency.split(tick) == [tick]
-    await bench.residency.close()
+    await bench.snapshots.close()
 
 
 async def test_the_least_recently_used_leave_and_come_back_as_they_were(bench: Bench):
@@ -171,28 +172,31 @@ async def test_what_a_later_step_of_the_tick_needs_is_the_last_to_leave(bench: B
 
 async def test_what_has_not_changed_is_not_written_again(bench: Bench):
     await bench.create("a", "b", "c")
-    assert bench.written() == 1
+    assert (bench.resident, bench.written()) == (["b", "c"], 0)  # a new adapter's seed makes it again
+    await bench.accumulate("b")
     await bench.residency.bring_in(["a"])
-    assert (bench.resident, bench.written()) == (["a", "c"], 2)
-    await bench.residency.bring_in(["b"])  # c leaves, for the first time
     await bench.residency.bring_in(["c"])
-    assert (bench.resident, bench.written()) == (["b", "c"], 3)
-    await bench.accumulate("c")
-    await bench.residency.bring_in(["a"])
+    assert (bench.resident, bench.written()) == (["a", "c"], 1)
     await bench.residency.bring_in(["b"])
-    assert (bench.resident, bench.written()) == (["a", "b"], 4)
+    await bench.residency.bring_in(["a"])
+    await bench.residency.bring_in(["c"])
+    assert (bench.resident, bench.written()) == (["a", "c"], 1)
 
 
 async def test_a_run_that_ends_takes_its_file_along_wherever_it_is(bench: Bench):
-    await bench.create("a", "b", "c")
+    await bench.create("a", "b")
+    await bench.accumulate("a")
+    await bench.accumulate("b")
+    await bench.create("c", "d")
     await bench.residency.bring_in(["a"])
     for run_id in ("a", "b"):  # one is on the worker, one isn't, both have files
         bench.residency.forget(run_id)
-    await bench.residency._on_disk(lambda: None)
+        bench.snapshots.forget(run_id)
+    await bench.snapshots.close()
     assert list(bench.files._root.iterdir()) == []
 
 
-async def test_where_a_snapshot_would_be_due_the_copy_is_one(bench: Bench):
+async def test_where_a_copy_would_be_due_it_is_taken(bench: Bench):
     await bench.create("a", "b")
     await bench.accumulate("a")
     await bench.step("a")
@@ -201,10 +205,9 @@ async def test_where_a_snapshot_would_be_due_the_copy_is_one(bench: Bench):
     await bench.create("c")
     assert bench.resident == ["b", "c"]
     assert bench.snapshots.seconds_until_due() is None
-    assert bench.snapshots.progress("a").safe_steps == 1
-    snapshot = await bench.snapshots.read("a")
-    assert snapshot is not None and snapshot.gradients is None
-    await bench.snapshots.close()
+    assert bench.snapshots.changed_runs() == [] and bench.snapshots.history.take_all() == []
+    copy = await bench.snapshots.read("a")
+    assert copy is not None and copy.gradients is not None
 
 
 async def test_a_full_disk_keeps_a_run_where_it_is_and_is_left_alone_for_a_while(
@@ -212,17 +215,20 @@ async def test_a_full_disk_keeps_a_run_where_it_is_and_is_left_alone_for_a_while
 ):
     attempts: list[str] = []
 
-    def full(run_id: str, _state: AdapterState) -> None:
+    def full(run_id: str, _number: int, _state: AdapterState) -> None:
         attempts.append(run_id)
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.files, "write", full)
-        await bench.create("a", "b", "c", "d")
+        await bench.create("a", "b")
+        await bench.accumulate("a")
+        await bench.accumulate("b")
+        await bench.create("c", "d")
     assert bench.resident == ["a", "b", "c", "d"]
     assert attempts == ["a"]
-    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said.startswith("run a could not be written to disk")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said[-1].startswith("run a could not be written to disk")
     await bench.accumulate("d")
     assert bench.resident == ["a", "b", "c", "d"]
     bench.now = 100.0
@@ -231,49 +237,37 @@ async def test_a_full_disk_keeps_a_run_where_it_is_and_is_left_alone_for_a_while
 
 
 @pytest.mark.parametrize("method", ["export_adapter", "remove_adapter", "add_adapter", "import_adapter"])
-async def test_a_loss_in_the_midst_of_a_move_leaves_each_run_in_one_place(
+async def test_after_a_loss_in_the_midst_of_a_move_each_run_is_its_copy(
     bench: Bench, worker: MortalWorker, method: str
 ):
-    await bench.create("a", "b", "c")
+    await bench.create("a")
+    await bench.accumulate("a")
+    await bench.create("b", "c")
+    await bench.accumulate("b")
     assert bench.resident == ["b", "c"]
+    await bench.residency.bring_in(["c"])
     worker.kills = lambda name, args: name == method and args[0] in ("a", "b")
     with pytest.raises(WorkerLost):
         await bench.residency.bring_in(["a"])
     worker.kills = lambda _name, _args: False
     await worker.restart()
     bench.residency.worker_lost()
-    evicted = {"export_adapter": ["a"]}.get(method, ["a", "b"])
-    assert [run_id for run_id in "abc" if bench.residency.is_evicted(run_id)] == evicted
-    for run_id in set("abc") - set(evicted):  # as recovery does
-        await worker.add_adapter(run_id, bench.runs[run_id].spec)
+    assert bench.resident == []
+    # What no copy has is what was not copied before the loss.
+    again = [job.run_id for call in bench.snapshots.history.take_all() for job in call]
+    assert again == (["b"] if method == "export_adapter" else [])
     await bench.residency.bring_in(["a"])
-    assert "a" in bench.resident
-
-
-async def test_a_run_that_came_back_and_is_still_the_same_loses_nothing_with_the_worker(
-    bench: Bench, worker: MortalWorker
-):
-    await bench.create("a", "b")
-    await bench.accumulate("a")
-    expected = await bench.state("a")
-    await bench.create("c", "d")
-    await bench.residency.bring_in(["a"])
-    assert "a" in bench.resident
-    worker.die()
-    await worker.restart()
-    bench.residency.worker_lost()
-    assert bench.residency.is_evicted("a")
-    await bench.residency.bring_in(["a"])
-    after = await bench.state("a")
-    assert after.gradients is not None and expected.gradients is not None
-    for name, gradient in expected.gradients.items():
-        np.testing.assert_array_equal(after.gradients[name], gradient)
+    assert bench.resident == ["a"]
+    assert bench.snapshots.has_gradient("a")
 
 
 async def test_a_run_that_cannot_be_put_back_stays_evicted(
     bench: Bench, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch
 ):
-    await bench.create("a", "b", "c")
+    await bench.create("a", "b")
+    await bench.accumulate("a")
+    await bench.accumulate("b")
+    await bench.create("c", "d")
 
     def fails(*_: object) -> None:
         raise MemoryError("too much")
@@ -330,7 +324,8 @@ def test_no_part_needs_more_than_the_budget_unless_it_has_one_run(ranks, steps, 
         str(i): LiveRun(str(i), "alice", "session", "fake/model", AdapterSpec(rank=rank))
         for i, rank in enumerate(ranks)
     }
-    residency = Residency(runs, None, None, EvictedFiles(Path("none")), budget)  # pyright: ignore[reportArgumentType]
+    snapshots = Snapshots(None, RunFiles(Path("none")), None)  # pyright: ignore[reportArgumentType]
+    residency = Residency(runs, None, snapshots, budget)  # pyright: ignore[reportArgumentType]
     residency._bytes_of_rank_1[True, True, True] = ROW
     passes = [a_pass(run_id) for run_id in runs]
     tick = Tick(passes, [a_step(run_id, 1) for run_id, has in zip(runs, steps, strict=False) if has], [])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mortal_worker import MortalWorker
 
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.engine.snapshots import SnapshotFiles, Snapshots
+from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.scheduling.jobs import Job
 
 RUN = LiveRun("session:train:0", "alice", "session", "fake/model", AdapterSpec(rank=2))
 
@@ -30,129 +35,178 @@ async def worker() -> MortalWorker:
     return worker
 
 
+def make(worker: MortalWorker, directory: Path, seconds: float | None) -> Snapshots:
+    snapshots = Snapshots(worker, RunFiles(directory / "s"), seconds, clock=Clock())
+    snapshots.begin(RUN)
+    return snapshots
+
+
+def a_step(seq_id: int, tokens: int = 0) -> Job:
+    request = m.OptimStepRequest(model_id=RUN.run_id, seq_id=seq_id)
+    return Job(f"request-{seq_id}", "alice", RUN.run_id, seq_id, request, tokens)
+
+
 def exports(worker: MortalWorker) -> int:
     return sum(method == "export_adapter" for method, _ in worker.calls)
 
 
+def at(snapshots: Snapshots, now: float) -> None:
+    assert isinstance(snapshots.clock, Clock)
+    snapshots.clock.now = now
+
+
 async def test_a_run_is_copied_once_a_period_and_an_idle_one_no_more(worker: MortalWorker, tmp_path: Path):
-    clock = Clock()
-    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 30.0, clock)
-    snapshots.begin(RUN)
+    snapshots = make(worker, tmp_path, 30.0)
     assert snapshots.seconds_until_due() is None
-    for clock.now in (1.0, 2.0, 20.0):
-        snapshots.stepped(RUN.run_id)
+    for seq_id, now in enumerate((1.0, 2.0, 20.0), start=1):
+        at(snapshots, now)
+        snapshots.changed([a_step(seq_id)], has_gradient=False)
         await snapshots.take_due()
     assert exports(worker) == 0
     assert snapshots.seconds_until_due() == 11.0  # since the first step
-    clock.now = 31.0
+    at(snapshots, 31.0)
     await snapshots.take_due()
     assert exports(worker) == 1
-    assert snapshots.progress(RUN.run_id).is_safe
-    clock.now = 1000.0
+    assert snapshots.changed_runs() == [] and snapshots.history.take_all() == []
+    at(snapshots, 1000.0)
     await snapshots.take_due()
     assert exports(worker) == 1
     assert snapshots.seconds_until_due() is None
     await snapshots.close()
 
 
+@pytest.mark.parametrize(("jobs", "tokens"), [(512, 0), (2, 2**19)])
+async def test_much_that_would_have_to_be_computed_again_is_copied_at_once(
+    worker: MortalWorker, tmp_path: Path, jobs: int, tokens: int
+):
+    snapshots = make(worker, tmp_path, 30.0)
+    for seq_id in range(1, jobs):
+        snapshots.changed([a_step(seq_id, tokens)], has_gradient=True)
+    assert snapshots.seconds_until_due() == 30.0
+    snapshots.changed([a_step(jobs, tokens)], has_gradient=True)
+    assert snapshots.seconds_until_due() == 0.0
+
+
+async def test_copies_that_take_long_are_taken_seldom(worker: MortalWorker, tmp_path: Path):
+    snapshots = make(worker, tmp_path, 1.0)
+    export = worker.export_adapter
+
+    async def slow(*args: object, **more: object):
+        at(snapshots, snapshots.clock() + 2.0)
+        return await export(*args, **more)  # pyright: ignore
+
+    worker.export_adapter = slow  # pyright: ignore
+    snapshots.changed([a_step(1)], has_gradient=False)
+    at(snapshots, 1.0)
+    await snapshots.take_due()
+    snapshots.changed([a_step(2)], has_gradient=False)
+    assert snapshots.seconds_until_due() == 2.0 / 0.02
+    await snapshots.close()
+
+
 async def test_the_newest_copy_alone_stays_on_disk_and_is_what_is_read(worker: MortalWorker, tmp_path: Path):
-    files = SnapshotFiles(tmp_path / "s")
-    snapshots = Snapshots(worker, files, 0.0, Clock())
-    snapshots.begin(RUN)
-    for _ in range(3):
+    snapshots = make(worker, tmp_path, 0.0)
+    for seq_id in range(1, 4):
         await worker.optim_step([AdamStep(RUN.run_id, AdamParams(learning_rate=0.1, weight_decay=0.5))])
-        snapshots.stepped(RUN.run_id)
+        snapshots.changed([a_step(seq_id)], has_gradient=seq_id == 3)
         await snapshots.take_due()
     in_memory = await snapshots.read(RUN.run_id)
     assert in_memory is not None and in_memory.optimizer is not None and in_memory.optimizer.step == 3
-    while snapshots._writing:
-        await next(iter(snapshots._writing))
-    assert len(list((tmp_path / "s" / RUN.run_id / "weights").iterdir())) == 1
+    assert in_memory.gradients is not None
+    assert await snapshots.written(RUN.run_id)
+    assert [path.name for path in (tmp_path / "s" / RUN.run_id).iterdir()] == ["3.safetensors"]
+    assert snapshots.stored(RUN.run_id) == 3
     on_disk = await snapshots.read(RUN.run_id)
     assert on_disk is not None and on_disk.optimizer is not None and on_disk.optimizer.step == 3
     for name, weights in in_memory.weights.items():
         np.testing.assert_array_equal(on_disk.weights[name], weights)
     snapshots.forget(RUN.run_id)
-    while snapshots._writing:
-        await next(iter(snapshots._writing))
+    await snapshots.close()
     assert list((tmp_path / "s").iterdir()) == []
+
+
+async def test_a_copy_waits_for_what_the_run_still_writes(worker: MortalWorker, tmp_path: Path):
+    snapshots = make(worker, tmp_path, 0.0)
+    settled = asyncio.Event()
+
+    async def wait(run_id: str) -> None:
+        assert run_id == RUN.run_id
+        await settled.wait()
+
+    snapshots.settled = wait
+    snapshots.changed([a_step(1)], has_gradient=False)
+    await snapshots.take_due()
+    await asyncio.sleep(0.02)
+    assert snapshots.stored(RUN.run_id) == 0 and not (tmp_path / "s").exists()
+    settled.set()
+    assert await snapshots.written(RUN.run_id)
+    assert snapshots.stored(RUN.run_id) == 1
 
 
 async def test_a_run_that_ends_while_its_copy_is_written_leaves_nothing(worker: MortalWorker, tmp_path: Path):
-    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 0.0, Clock())
-    snapshots.begin(RUN)
-    snapshots.stepped(RUN.run_id)
+    snapshots = make(worker, tmp_path, 0.0)
+    snapshots.changed([a_step(1)], has_gradient=False)
     await snapshots.take_due()
     snapshots.forget(RUN.run_id)
-    while snapshots._writing:
-        await next(iter(snapshots._writing))
-    assert list((tmp_path / "s").iterdir()) == []
+    await snapshots.close()
+    assert list(tmp_path.glob("s/*")) == []
 
 
-def test_what_an_earlier_process_left_is_deleted_at_the_start(tmp_path: Path):
-    left = tmp_path / "s" / "old-run" / "weights" / "0"
-    left.mkdir(parents=True)
-    (left / "manifest.json").write_text("{}")
-    SnapshotFiles(tmp_path / "s")
-    assert list((tmp_path / "s").iterdir()) == []
-
-
-async def test_a_copy_that_cannot_be_written_is_kept_in_memory(
+async def test_a_copy_that_cannot_be_written_is_kept_in_memory_and_written_when_it_can_be(
     worker: MortalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    files = SnapshotFiles(tmp_path / "s")
+    snapshots = make(worker, tmp_path, 0.0)
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "write", full)
-    snapshots = Snapshots(worker, files, 0.0, Clock())
-    snapshots.begin(RUN)
-    snapshots.stepped(RUN.run_id)
-    await snapshots.take_due()
-    while snapshots._writing:
-        await next(iter(snapshots._writing))
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots.files, "write", full)
+        snapshots.changed([a_step(1)], has_gradient=False)
+        await snapshots.take_due()
+        assert not await snapshots.written(RUN.run_id)
     assert await snapshots.read(RUN.run_id) is not None
-    assert snapshots.progress(RUN.run_id).is_safe
+    assert snapshots.seconds_until_due() == 10.0
+    at(snapshots, 10.0)
+    await snapshots.take_due()
+    await snapshots.close()
+    assert exports(worker) == 1 and snapshots.stored(RUN.run_id) == 1
 
 
-async def test_a_worker_that_is_never_lost_is_never_copied(worker: MortalWorker):
-    snapshots = Snapshots(worker, None, 0.0, Clock())
+async def test_without_files_nothing_is_kept(worker: MortalWorker):
+    snapshots = Snapshots(worker, None, 0.0)
     snapshots.begin(RUN)
-    snapshots.stepped(RUN.run_id)
+    snapshots.changed([a_step(1)], has_gradient=False)
     await snapshots.take_due()
     assert exports(worker) == 0
 
 
-async def test_a_load_takes_the_place_of_a_gradient_too(worker: MortalWorker, tmp_path: Path):
-    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 30.0, Clock())
-    snapshots.begin(RUN)
-    snapshots.accumulated(RUN.run_id)
-    assert not snapshots.progress(RUN.run_id).is_safe
-    snapshots.loaded(RUN.run_id, await worker.export_adapter(RUN.run_id, with_optimizer=True))
-    assert snapshots.progress(RUN.run_id).is_safe
-    await snapshots.close()
-
-
-async def test_each_change_of_a_run_makes_another_version_and_a_copy_makes_none(
+async def test_where_nothing_can_be_lost_copies_are_taken_on_demand_alone(
     worker: MortalWorker, tmp_path: Path
 ):
-    snapshots = Snapshots(worker, SnapshotFiles(tmp_path / "s"), 0.0, Clock())
-    snapshots.begin(RUN)
-    state = await worker.export_adapter(RUN.run_id, with_optimizer=True)
-    versions = [snapshots.version(RUN.run_id)]
-    for change in (
-        lambda: snapshots.accumulated(RUN.run_id),
-        lambda: snapshots.stepped(RUN.run_id),
-        lambda: snapshots.loaded(RUN.run_id, state),
-        lambda: snapshots.restored(RUN.run_id),
-    ):
-        change()
-        versions.append(snapshots.version(RUN.run_id))
-    assert len(set(versions)) == 5
-    snapshots.stepped(RUN.run_id)
-    before = snapshots.version(RUN.run_id)
-    await snapshots.take_due()
-    await snapshots.copied(RUN.run_id, state)
-    assert snapshots.version(RUN.run_id) == before
+    snapshots = make(worker, tmp_path, None)
+    snapshots.changed([a_step(1)], has_gradient=False)
+    snapshots.hurry(RUN.run_id)
+    assert snapshots.seconds_until_due() is None
+    await snapshots.take(RUN.run_id)
+    assert exports(worker) == 1
+    await snapshots.take(RUN.run_id)  # nothing has changed since
+    assert exports(worker) == 1
     await snapshots.close()
+
+
+async def test_what_was_loaded_is_safe_before_it_is_said_to_be_loaded(worker: MortalWorker, tmp_path: Path):
+    snapshots = make(worker, tmp_path, 30.0)
+    snapshots.changed([a_step(1)], has_gradient=True)
+    await snapshots.loaded(a_step(2), await worker.export_adapter(RUN.run_id, with_optimizer=True))
+    assert snapshots.stored(RUN.run_id) == 2 and not snapshots.has_gradient(RUN.run_id)
+    assert snapshots.history.take_all() == [] and snapshots.seconds_until_due() is None
+
+
+async def test_a_run_that_is_given_up_says_why(worker: MortalWorker, tmp_path: Path):
+    snapshots = make(worker, tmp_path, 0.0)
+    snapshots.changed([a_step(1)], has_gradient=False)
+    snapshots.give_up(RUN.run_id, "it is gone")
+    with pytest.raises(ServerFault, match="it is gone"):
+        await snapshots.read(RUN.run_id)
+    assert snapshots.seconds_until_due() is None and snapshots.history.take_all() == []

@@ -8,7 +8,7 @@ from typing import Any
 from twinkle.protocol import messages as m
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
-from twinkle.server.engine.evicted_files import EvictedFiles
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
@@ -37,7 +37,7 @@ def make_service(
         database,
         CheckpointFiles(directory / "checkpoints"),
         capacity,
-        evicted_files=EvictedFiles(directory / "evicted"),
+        run_files=RunFiles(directory / "runs"),
         max_resident_adapter_bytes=adapter_bytes,
     )
 

@@ -1,4 +1,4 @@
-"""A worker on the fake backend that can lose its "process", and a service in front of it that takes snapshots."""
+"""A worker on the fake backend that can lose its "process", and a service in front of it that copies its runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fake_service import MODEL
 
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
-from twinkle.server.engine.evicted_files import EvictedFiles
-from twinkle.server.engine.snapshots import SnapshotFiles
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
@@ -30,6 +30,7 @@ class MortalWorker(LocalWorker):
 
     Attributes:
         kills: asked before each call whether it is the one that ends the process.
+        hangs: asked after each training call, and before each sample, whether it is one that never returns.
         may_restart: cleared, it holds a restart up.
         restart_fails: a restart raises this.
     """
@@ -37,6 +38,7 @@ class MortalWorker(LocalWorker):
     def __init__(self) -> None:
         super().__init__(FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
         self.kills: Callable[[str, tuple[Any, ...]], bool] = never
+        self.hangs: Callable[[str], bool] = lambda _method: False
         self.may_restart = asyncio.Event()
         self.may_restart.set()
         self.restart_fails: Exception | None = None
@@ -80,10 +82,15 @@ class MortalWorker(LocalWorker):
 
     async def _train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(method.__name__, *args)
-        return await super()._train(method, *args, **kwargs)
+        result = await super()._train(method, *args, **kwargs)
+        if self.hangs(method.__name__):
+            await asyncio.Event().wait()
+        return result
 
     async def generate(self, request: GenerateRequest) -> Any:
         self._note("generate", request)
+        if self.hangs("generate"):
+            await asyncio.Event().wait()
         return await super().generate(request)
 
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
@@ -96,15 +103,19 @@ class MortalWorker(LocalWorker):
 
 
 def make_mortal_service(
-    directory: Path, worker: LocalWorker, snapshot_seconds: float, adapter_bytes: int | None = None
+    directory: Path,
+    worker: LocalWorker,
+    snapshot_seconds: float,
+    adapter_bytes: int | None = None,
+    journal: Callable[[], Journal] | None = None,
 ) -> Service:
     return Service(
         MODEL,
         worker,
         Database(f"sqlite:///{directory / 'test.sqlite'}"),
         CheckpointFiles(directory / "checkpoints"),
-        snapshot_files=SnapshotFiles(directory / "snapshots"),
+        run_files=RunFiles(directory / "runs"),
         snapshot_seconds=snapshot_seconds,
-        evicted_files=EvictedFiles(directory / "evicted"),
         max_resident_adapter_bytes=adapter_bytes,
+        open_journal=journal,
     )

@@ -8,6 +8,7 @@
     ├── Gone                  410  it was there, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
     ├── LimitReached          429  a limit that waiting helps with; carries `retry_after` seconds
+    ├── Unavailable           503  the server can't take it just now; carries `retry_after` seconds
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
     └── ConnectionFailed       -   client side only: the server could not be reached
 
@@ -87,6 +88,20 @@ class LimitReached(TwinkleError):
         self.retry_after = retry_after
 
 
+class Unavailable(TwinkleError):
+    """The server can't take the request just now, through no fault of the caller's.
+
+    Attributes:
+        retry_after: seconds after which a new try makes sense.
+    """
+
+    status = 503
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ServerFault(TwinkleError):
     """Something broke on the server's side."""
 
@@ -119,5 +134,7 @@ def from_status(status: int, message: str, retry_after: float | None = None) -> 
     """The error that an HTTP reply stands for; unknown 4xx are `InvalidRequest`, unknown 5xx `ServerFault`."""
     if status == LimitReached.status:
         return LimitReached(message, retry_after if retry_after is not None else 1.0)
+    if status == Unavailable.status:
+        return Unavailable(message, retry_after if retry_after is not None else 1.0)
     fallback = InvalidRequest if 400 <= status < 500 else ServerFault
     return _BY_STATUS.get(status, fallback)(message)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 from twinkle.server.config import ServerConfig
-from twinkle.server.engine.evicted_files import EvictedFiles
-from twinkle.server.engine.snapshots import SnapshotFiles
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
@@ -26,43 +27,35 @@ def build_service(
     worker: WorkerPort,
     model_path: Path | None = None,
     signer: Signer | None = None,
-    snapshot_files: SnapshotFiles | None = None,
-    evicted_files: EvictedFiles | None = None,
+    live: Path | None = None,
 ) -> Service:
     """The service in front of a worker, with its store.
 
     Args:
         model_path: where the base model's files are.
         signer: makes addresses for downloads; without one they are files of this machine.
-        snapshot_files: see `build_snapshot_files`; None where the worker can't be lost without this process.
-        evicted_files: see `build_evicted_files`; without them all adapters stay on the worker.
+        live: directory of this server's live runs, which go on from there when it starts anew. None keeps them as long
+            as this process is there, and the worker can't be lost without it.
     """
-    config.storage.directory.mkdir(parents=True, exist_ok=True)
+    storage = config.storage
+    storage.directory.mkdir(parents=True, exist_ok=True)
+    place = live or storage.directory / "live" / f"process-{os.getpid()}"
     return Service(
         config.model.model_id,
         worker,
-        Database(config.storage.url),
-        CheckpointFiles(config.storage.directory / "checkpoints"),
+        Database(storage.url),
+        CheckpointFiles(storage.directory / "checkpoints"),
         config.sampler.max_resident_adapters,
         model_path,
         signer,
-        snapshot_files,
-        config.storage.snapshot_seconds,
-        evicted_files,
+        RunFiles(place / "runs"),
+        storage.snapshot_seconds if live else None,
         config.model.max_resident_adapter_bytes,
+        (lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
     )
 
 
-def build_snapshot_files(config: ServerConfig) -> SnapshotFiles:
-    """Where snapshots of live runs go. By the port, since several servers of a machine may share a storage."""
-    return SnapshotFiles(config.storage.directory / "snapshots" / str(config.server.port))
-
-
-def build_evicted_files(config: ServerConfig, of_port: bool = True) -> EvictedFiles:
-    """Where runs go whose adapters had to make room.
-
-    Args:
-        of_port: whether this is the server on the configured port; else it is this process's own place.
-    """
-    place = str(config.server.port) if of_port else f"local-{os.getpid()}"
-    return EvictedFiles(config.storage.directory / "evicted" / place)
+def live_directory(config: ServerConfig) -> Path:
+    """Where a server's live runs are: by its port and model, since several servers may share a storage."""
+    model = hashlib.sha256(config.model.model_id.encode()).hexdigest()[:12]
+    return config.storage.directory / "live" / f"{config.server.port}-{model}"

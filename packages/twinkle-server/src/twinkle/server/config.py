@@ -95,9 +95,12 @@ class StorageSection(_Section):
     """Directory of checkpoints, and of the SQLite database."""
     database_url: str | None = None
     """Any SQLAlchemy URL; a SQLite file in `root` if not said."""
-    snapshot_seconds: float = Field(default=30.0, ge=0)
-    """A run is copied to `root` so many seconds after an optimizer step that no copy has yet, 0: after every step. If a
-    process of the model is killed, the run goes on from its copy: this is how much work that can cost."""
+    snapshot_seconds: float = Field(default=10.0, ge=0)
+    """A run is copied to `root` so many seconds after it has changed (later where copying would take more than a 50th
+    of the time), 0: at once. Whatever process is killed, nothing is lost: this is how much has to be computed again."""
+    journal_flush: Literal["always", "second", "never"] = "second"
+    """When accepted requests are on the disk itself, and so survive a power cut: before they are answered, within a
+    second, or when the operating system sees fit. (The end of any process loses nothing with either.)"""
 
     @property
     def directory(self) -> Path:

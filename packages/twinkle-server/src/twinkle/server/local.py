@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
-from twinkle.server.app import build_evicted_files, build_service
+from twinkle.server.app import build_service
 from twinkle.server.config import ModelSection, ServerConfig, load_config
 from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
@@ -140,7 +140,6 @@ class LocalChannel:
 
 
 async def _start(plan: Plan, worker: WorkerPort) -> Service:
-    evicted_files = build_evicted_files(plan.config, of_port=False)
-    service = build_service(plan.config, worker, plan.model.path, evicted_files=evicted_files)
+    service = build_service(plan.config, worker, plan.model.path)
     await service.start()
     return service

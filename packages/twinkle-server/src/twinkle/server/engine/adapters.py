@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from typing import TypeAlias
@@ -28,6 +29,8 @@ from twinkle.server.store.ledger import Ledger
 Save: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
 _SWEEP_AT_ONCE = 100
+# How long one waits for what an earlier process had not written yet: it comes among the first things that are done.
+_EXPECTED_SECONDS = 60.0
 
 
 class AdapterKeeper:
@@ -69,6 +72,9 @@ class AdapterKeeper:
         self._ledger = ledger
         self._tenant_of_key = tenant_of_key
         self._writes: dict[str, asyncio.Task[None]] = {}
+        self._expected: dict[
+            str, asyncio.Event
+        ] = {}  # checkpoints that an earlier process had not written yet
 
     # ------------------------------------------------------------ begin and end
 
@@ -129,7 +135,7 @@ class AdapterKeeper:
     async def _save_unnamed(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
         run = self._runs[job.run_id]
         sampler_id = f"{run.session_id}:sample:{request.sampling_session_seq_id}"
-        uri = CheckpointUri(f"{tables.UNNAMED_PREFIX}{job.seq_id}", job.run_id, "sampler_weights")
+        uri = _unnamed(job.run_id, job.seq_id)
         row = tables.Sampler(
             id=sampler_id,
             tenant=run.tenant,
@@ -142,19 +148,37 @@ class AdapterKeeper:
         # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
         state = await self._export(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
-        self._futures.complete(
+        # What an earlier process answered is done once more until the files are there.
+        self._futures.complete_for_now(
             job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
         )
 
         async def write_and_release() -> None:
             try:
-                await self._write(uri, state, run, request)
+                await self._write(job, uri, state, run, request)
             except Exception as error:  # it stays pinned in the sampler, where it works
                 to_failure(error, f"writing {uri}")
             else:
+                self._futures.complete_for_good(job.request_id)
                 await self._sampler_adapters.release(str(uri))
 
         self._write_behind(uri, write_and_release())
+        self._no_longer_expected(uri)
+
+    def expect_unnamed(self, run_id: str, seq_id: int) -> None:
+        """A snapshot for the sampler that an earlier process had not written will be: who asks for it is to wait."""
+        self._expected[str(_unnamed(run_id, seq_id))] = asyncio.Event()
+
+    async def arrived(self, uri: CheckpointUri) -> None:
+        """Wait for a checkpoint that is expected."""
+        if (expected := self._expected.get(str(uri))) is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
+
+    def _no_longer_expected(self, uri: CheckpointUri) -> None:
+        event = self._expected.pop(str(uri), None)
+        if event is not None:
+            event.set()
 
     async def _export(self, run_id: str, with_optimizer: bool) -> AdapterState:
         await self._residency.bring_in([run_id])
@@ -163,11 +187,11 @@ class AdapterKeeper:
     async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
         if overwrite:
             return
-        tenant = job.tenant
-        taken = str(uri) in self._writes or await asyncio.to_thread(
-            self._database.checkpoint, tenant, uri, time.time()
-        )
-        if taken:
+        row = await asyncio.to_thread(self._database.checkpoint, job.tenant, uri, time.time())
+        is_taken = (
+            row is not None and row.request_id != job.request_id
+        )  # else an earlier process wrote it for this job
+        if is_taken or str(uri) in self._writes:
             raise InvalidRequest(
                 f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
             )
@@ -185,7 +209,7 @@ class AdapterKeeper:
 
         async def write_and_complete() -> None:
             try:
-                size = await self._write(uri, state, run, request)
+                size = await self._write(job, uri, state, run, request)
             except Exception as error:
                 self._futures.complete(job.request_id, to_failure(error, f"saving {uri}"))
             else:
@@ -209,7 +233,9 @@ class AdapterKeeper:
         task = self._writes[str(uri)] = asyncio.create_task(after_previous())
         return task
 
-    async def _write(self, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save) -> int:
+    async def _write(
+        self, job: Job, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save
+    ) -> int:
         """Files first, then the row; returns the size in bytes."""
         size = await asyncio.to_thread(self._files.write, uri, state, run.base_model)
         now = time.time()
@@ -227,6 +253,7 @@ class AdapterKeeper:
             train_mlp=run.spec.train_mlp,
             train_unembed=run.spec.train_unembed,
             public=False,
+            request_id=job.request_id,
             user_metadata=None
             if isinstance(request, m.SaveWeightsExternalRequest)
             else request.user_metadata,
@@ -236,6 +263,11 @@ class AdapterKeeper:
             self._ledger.record(run.tenant, run.session_id, "checkpoint", 1)
             await self.audit(run.tenant, "checkpoint_create", uri)
         return size
+
+    async def settled(self, run_id: str) -> None:
+        """Wait until everything that a run's requests write is written."""
+        while own := {task for name, task in self._writes.items() if uris.parse(name).run_id == run_id}:
+            await asyncio.wait(own)
 
     async def settle(self) -> None:
         """Wait until everything that is being written is written."""
@@ -263,7 +295,7 @@ class AdapterKeeper:
             raise
         if is_new_run:
             self._begin(job.run_id)
-        self._snapshots.loaded(job.run_id, state)
+        await self._snapshots.loaded(job, state)
         self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
 
     def _check_base_model(self, checkpoint: tables.Checkpoint, run_id: str) -> None:
@@ -289,6 +321,7 @@ class AdapterKeeper:
             NotFound: if there is none of that name, or it is another tenant's.
         """
         uri = uris.parse(path, field)
+        await self.arrived(uri)
         under_way = {task for name, task in self._writes.items() if uri.name == uris.parse(name).name}
         if under_way:
             await asyncio.wait(under_way)
@@ -358,3 +391,7 @@ class AdapterKeeper:
         details = {"tinker_path": str(uri), "model_id": uri.run_id, **more}
         entry = tables.Audit(tenant=tenant, time=time.time(), event=event, details=details)
         await asyncio.to_thread(self._database.put, entry)
+
+
+def _unnamed(run_id: str, seq_id: int) -> CheckpointUri:
+    return CheckpointUri(f"{tables.UNNAMED_PREFIX}{seq_id}", run_id, "sampler_weights")

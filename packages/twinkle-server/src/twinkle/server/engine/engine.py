@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
 from twinkle.protocol import messages as m
@@ -13,7 +14,7 @@ from twinkle.server.backends.protocol import AdamStep
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import pack, unpack
-from twinkle.server.engine.recovery import Recovery, SetBacks
+from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
@@ -28,9 +29,16 @@ _ENDED_TWICE = (
     "once more: don't send it again as it is; the server's log has what is known of the cause"
 )
 _NOT_BACK = (
-    "the process that held the model ended and could not be started anew, so this run is lost: go on from its last "
-    "checkpoint when the server is back"
+    "the process that held the model ended and could not be started anew; this request was not computed: the server's "
+    "log has the cause"
 )
+_NOT_REPEATED = (
+    "the state of this run is lost: the process that held the model ended, and what the run had computed could not be "
+    "computed again; begin a new run from its last checkpoint"
+)
+
+# What is computed again after a loss, and ends the process each time, is given up after so many times.
+_MAX_REPEATS = 3
 
 
 class Engine:
@@ -44,7 +52,6 @@ class Engine:
         adapters: AdapterKeeper,
         snapshots: Snapshots,
         residency: Residency,
-        set_backs: SetBacks,
         recovery: Recovery,
         record_pass: Callable[[Job], None],
     ) -> None:
@@ -58,7 +65,6 @@ class Engine:
         self._adapters = adapters
         self._snapshots = snapshots
         self._residency = residency
-        self._set_backs = set_backs
         self._recovery = recovery
         self._record_pass = record_pass
         # What is under way: jobs leave it as they are done with. It may be one of the parts of a scheduler's tick, of
@@ -66,12 +72,20 @@ class Engine:
         self._tick = Tick([], [], [])
         self._waiting: list[Tick] = []
         self._is_repeated = False
+        # Calls that are to be made again, before all else, and how often the next has ended the process.
+        self._repeat: deque[list[Job]] = deque()
+        self._repeats_lost = 0
+        self._idle = asyncio.Event()
         self._has_failed = False
 
     @property
     def has_failed(self) -> bool:
         """Whether the worker was lost and could not be started anew, so that every job fails."""
         return self._has_failed
+
+    def repeat(self, calls: Iterable[list[Job]]) -> None:
+        """Make these calls first of all: an earlier engine made them, and they are in no run's copy."""
+        self._repeat.extend(calls)
 
     async def run(self) -> None:
         """Step for ever; cancelled from outside."""
@@ -84,10 +98,16 @@ class Engine:
             self._fail_all(await self._scheduler.next_tick())
 
     async def step(self) -> None:
+        self._idle.clear()
+        await self._catch_up()
         tick = await self._next_tick()
         await self._together(tick.passes, self._run_passes)
         await self._together(tick.optim_steps, self._run_optim_steps)
         await self._one_by_one(tick.others, self._run_other)
+
+    async def between_ticks(self) -> None:
+        """Returns when nothing is being computed; a tick can begin as soon as the loop goes on."""
+        await self._idle.wait()
 
     async def _next_tick(self) -> Tick:
         """What a loss of the worker left undone, or else what comes next; snapshots are taken in between.
@@ -101,7 +121,6 @@ class Engine:
             if not self._waiting:
                 self._waiting = self._residency.split(await self._wait_for_tick())
             self._tick = self._waiting.pop(0)
-        self._fail_unknowing(self._tick)
         self._residency.expect(self._tick)
         return self._tick
 
@@ -111,7 +130,9 @@ class Engine:
         lost = asyncio.ensure_future(self._worker.lost())
         try:
             timeout = self._snapshots.seconds_until_due()
+            self._idle.set()
             await asyncio.wait({ready, lost}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            self._idle.clear()
             if ready.done():  # its jobs are in no queue any more: they come before everything else
                 return ready.result()
             if lost.done():
@@ -120,15 +141,6 @@ class Engine:
         finally:
             ready.cancel()
             lost.cancel()
-
-    def _fail_unknowing(self, tick: Tick) -> None:
-        """Fail the jobs of clients that don't know yet that their run was set back."""
-        for jobs in (tick.passes, tick.optim_steps, tick.others):
-            for job in list(jobs):
-                failure = self._set_backs.failure_of(job)
-                if failure is not None:
-                    jobs.remove(job)
-                    self._futures.complete(job.request_id, failure)
 
     async def _together(self, jobs: list[Job], run: Callable[[list[Job]], Awaitable[None]]) -> None:
         """Run the jobs as one. If that fails nothing has changed, so each is run alone: only the one at fault fails."""
@@ -158,8 +170,12 @@ class Engine:
                 self._futures.complete(job.request_id, to_failure(error, doing))
             jobs.remove(job)
 
+    # ------------------------------------------------------------ after a loss
+
     async def _recover(self, loss: WorkerLost) -> None:
-        """Bring the worker back; what was under way is then run again, each job alone, in case one of them ended it."""
+        """Bring the worker back; what was lost is then computed again, and what was under way run again, each job
+        alone, in case one of them ended it.
+        """
         self._is_repeated = True
         try:
             await self._recovery.recover(loss)
@@ -168,20 +184,76 @@ class Engine:
             self._has_failed = True
             for tick in (self._tick, *self._waiting):
                 self._fail_all(tick)
+        self._repeat.extendleft(reversed(self._snapshots.history.take_all()))
+
+    async def _catch_up(self) -> None:
+        """Make the calls again that no copy has."""
+        if self._repeat:
+            log.info("%d calls are made again, which are in no copy of their runs", len(self._repeat))
+        while self._repeat:
+            try:
+                await self._make_again(self._repeat[0])
+            except WorkerLost:
+                self._repeats_lost += 1
+                if self._repeats_lost < _MAX_REPEATS:
+                    raise
+                for job in self._repeat[0]:
+                    await self._give_up(job)
+            self._repeat.popleft()
+            self._repeats_lost = 0
+
+    async def _make_again(self, call: list[Job]) -> None:
+        try:
+            await self._run_alike(call)
+        except WorkerLost:
+            raise
+        except Exception:
+            for job in call:  # only those whose copies can't be read fail
+                try:
+                    await self._run_alike([job])
+                except WorkerLost:
+                    raise
+                except Exception as error:
+                    log.exception(
+                        "what run %s had computed could not be computed again: %s", job.run_id, error
+                    )
+                    await self._give_up(job)
+
+    async def _run_alike(self, jobs: list[Job]) -> None:
+        match jobs[0].request:
+            case m.ForwardBackwardRequest():
+                await self._run_passes(jobs)
+            case m.OptimStepRequest():
+                await self._run_optim_steps(jobs)
+            case _:
+                await self._run_other(jobs)
+
+    async def _give_up(self, job: Job) -> None:
+        """A run's state is lost: all that is asked of it fails."""
+        self._snapshots.give_up(job.run_id, _NOT_REPEATED)
+        await self._residency.give_up(job.run_id)
+        self._futures.complete(job.request_id, m.Failure(error=_NOT_REPEATED, category="server"))
+        for call in self._repeat:
+            call[:] = [other for other in call if other.run_id != job.run_id]
 
     def _fail_all(self, tick: Tick) -> None:
         for job in tick.jobs:
             self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
 
+    # ------------------------------------------------------------ jobs of one kind
+
     async def _run_passes(self, jobs: list[Job]) -> None:
         await self._residency.bring_in((job.run_id for job in jobs), adding_gradients=True)
         packed = pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
         results = await self._worker.forward_backward(packed.micro_batches)
-        for job, output in zip(jobs, unpack(jobs, packed, results), strict=True):
-            self._futures.complete(job.request_id, output)
-            if not cast(m.ForwardBackwardRequest, job.request).forward_only:
-                self._snapshots.accumulated(job.run_id)
-            self._record_pass(job)
+        self._snapshots.changed([job for job in jobs if not _is_forward_only(job)], has_gradient=True)
+        for job in jobs:
+            if self._futures.is_pending(job.request_id):
+                self._record_pass(job)
+        outputs = unpack(jobs, packed, results)
+        self._futures.complete_together(
+            (job.request_id, output) for job, output in zip(jobs, outputs, strict=True)
+        )
 
     async def _run_optim_steps(self, jobs: list[Job]) -> None:
         await self._residency.bring_in(job.run_id for job in jobs)
@@ -190,9 +262,12 @@ class Engine:
             AdamStep(job.run_id, request.adam_params or AdamParams())
             for job, request in zip(jobs, requests, strict=True)
         ]
-        for job, metrics in zip(jobs, await self._worker.optim_step(steps), strict=True):
-            self._futures.complete(job.request_id, m.OptimStepResponse(metrics=metrics))
-            self._snapshots.stepped(job.run_id)
+        all_metrics = await self._worker.optim_step(steps)
+        self._snapshots.changed(jobs, has_gradient=False)
+        self._futures.complete_together(
+            (job.request_id, m.OptimStepResponse(metrics=metrics))
+            for job, metrics in zip(jobs, all_metrics, strict=True)
+        )
 
     async def _run_other(self, jobs: list[Job]) -> None:
         [job] = jobs
@@ -209,6 +284,9 @@ class Engine:
                 await self._adapters.save_external(job, job.request)
             case m.LoadWeightsRequest():
                 await self._adapters.load(job, job.request)
-                self._set_backs.forget(job.run_id)
             case m.ForwardBackwardRequest() | m.OptimStepRequest():
                 raise AssertionError("the scheduler puts these elsewhere")
+
+
+def _is_forward_only(job: Job) -> bool:
+    return cast(m.ForwardBackwardRequest, job.request).forward_only

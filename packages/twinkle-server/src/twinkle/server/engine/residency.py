@@ -1,35 +1,28 @@
 """Which runs' adapters are on the worker: those that are being worked on, and of the others what a budget has room for.
 
-Beyond the budget the least recently used leave. A run's whole state, with the gradient that it has accumulated, goes to
-a file, and comes back as it was before the run's next job. Between these a run is evicted: it costs the worker nothing,
-and has nothing to lose when the worker is lost. Its file stays, so a run that has come back and is still the same has
-nothing to lose either, and leaves again without being written.
+Beyond the budget the least recently used leave: a run's whole state, with the gradient that it has accumulated, goes to
+disk, and comes back as it was before the run's next job. Between these a run is evicted: it costs the worker nothing,
+and has nothing to lose when the worker is lost. When that happens all runs are evicted, and come back as their copies
+are.
 
-Owns who is where and what each takes; the form of the files is `evicted_files`' business.
+Owns who is where and what each takes; the copies are `snapshots`' business.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.engine.evicted_files import EvictedFiles
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.jobs import Tick
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 log = logging.getLogger("twinkle.engine")
 
@@ -54,32 +47,27 @@ class Residency:
         runs: Mapping[str, LiveRun],
         worker: WorkerPort,
         snapshots: Snapshots,
-        files: EvictedFiles | None,
         budget: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             runs: the live runs.
-            files: None evicts nothing.
+            snapshots: without files, nothing is evicted.
             budget: bytes that all resident adapters together may take, whole adapters that is, however many ranks
                 hold a part of them. None evicts nothing.
         """
         self._runs = runs
         self._worker = worker
         self._snapshots = snapshots
-        self._files = files
-        self._budget: float = math.inf if files is None or budget is None else budget
+        self._budget: float = math.inf if snapshots.files is None or budget is None else budget
         self._clock = clock
         self._resident: OrderedDict[str, int] = OrderedDict()  # run -> its bytes, least recently used first
         self._total = 0  # bytes of all of them
         self._evicted: set[str] = set()
-        self._written: dict[str, int] = {}  # run -> the version that its file has
         self._in_use: dict[str, None] = {}  # a set that keeps its order
         self._bytes_of_rank_1: dict[_Layers, int] = {}
         self._paused_until = -math.inf
-        # One thread, so that what is done to a run's file is done in order.
-        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evicted")
 
     # ------------------------------------------------------------ what happened to a run
 
@@ -91,29 +79,33 @@ class Residency:
         self._resident[run_id] = 0
         self.recount(run_id)
 
+    def begin_evicted(self, run_id: str) -> None:
+        """It is not on the worker, and can be brought in."""
+        self._evicted.add(run_id)
+
     def recount(self, run_id: str) -> None:
         """A resident run may have come to a gradient, or lost it."""
         if run_id in self._resident:
-            self._set_bytes(run_id, self._bytes(run_id, self._has_gradient(run_id)))
+            self._set_bytes(run_id, self._bytes(run_id, self._snapshots.has_gradient(run_id)))
 
     def worker_lost(self) -> None:
-        """The worker begins anew, without adapters: what is in files as it was stays there until it is asked for."""
+        """The worker begins anew, without adapters: each run is its copy, until it is asked for."""
         for run_id in list(self._resident):
-            if self._is_written(run_id):
-                self._set_evicted(run_id)
+            self._set_evicted(run_id)
+            self._snapshots.worker_lost(run_id)
+        self._in_use = {}
+
+    async def give_up(self, run_id: str) -> None:
+        """The run's state is lost: it is not to be on the worker."""
+        if run_id in self._resident:
+            self._set_evicted(run_id)
+            self._in_use.pop(run_id, None)
+            await self._worker.remove_adapter(run_id)
 
     def forget(self, run_id: str) -> None:
-        """The run has ended; its file is deleted."""
+        """The run has ended."""
         self._total -= self._resident.pop(run_id, 0)
         self._evicted.discard(run_id)
-        if self._written.pop(run_id, None) is not None and self._files is not None:
-            self._disk.submit(self._files.delete, run_id)
-
-    async def close(self) -> None:
-        """The runs end with this process, and so do their files."""
-        if self._files is not None:
-            await self._on_disk(self._files.delete_all)
-        self._disk.shutdown()
 
     # ------------------------------------------------------------ what a tick needs
 
@@ -141,7 +133,7 @@ class Residency:
         part_of: dict[str, int] = {}
         part, room = 0, self._budget
         for run_id in sorted(run_ids, key=lambda run_id: run_id not in self._resident):
-            needed = self._bytes(run_id, run_id in training or self._has_gradient(run_id))
+            needed = self._bytes(run_id, run_id in training or self._snapshots.has_gradient(run_id))
             if needed > room and room < self._budget:  # it isn't alone
                 part, room = part + 1, self._budget
             part_of[run_id] = part
@@ -170,13 +162,15 @@ class Residency:
         for run_id in self._in_use:
             if run_id in self._resident:
                 self._resident.move_to_end(run_id)
-                self._set_bytes(run_id, self._bytes(run_id, adding_gradients or self._has_gradient(run_id)))
-            elif run_id not in self._evicted:
+                self._set_bytes(
+                    run_id, self._bytes(run_id, adding_gradients or self._snapshots.has_gradient(run_id))
+                )
+            else:
                 await self._measure(self._runs[run_id].spec)
         await self._make_room(0)
         for run_id in self._in_use:
             if run_id not in self._resident:
-                needed = self._bytes(run_id, adding_gradients or self._has_gradient(run_id))
+                needed = self._bytes(run_id, adding_gradients or self._snapshots.has_gradient(run_id))
                 await self._make_room(needed)
                 if run_id in self._evicted:
                     await self._bring_back(run_id)
@@ -194,34 +188,24 @@ class Residency:
 
     async def _evict(self, run_id: str) -> None:
         """Take a resident run off the worker, once it is on disk. If it can't be written it stays."""
-        if not self._is_written(run_id):
-            try:
-                await self._write(run_id)
-            except WorkerLost:
-                raise
-            except Exception:
-                self._paused_until = self._clock() + _PAUSE_SECONDS
-                log.warning(
-                    "run %s could not be written to disk: adapters take more memory than they should",
-                    run_id,
-                    exc_info=True,
-                )
-                return
-        # From here on its file counts, also if the worker is lost: adapters that were on it are gone anyway.
+        try:
+            await self._snapshots.take(run_id)
+            is_written = await self._snapshots.written(run_id)
+        except WorkerLost:
+            raise
+        except Exception:
+            log.exception("no copy of run %s could be taken", run_id)
+            is_written = False
+        if not is_written:
+            self._paused_until = self._clock() + _PAUSE_SECONDS
+            log.warning(
+                "run %s could not be written to disk: adapters take more memory than they should", run_id
+            )
+            return
+        # From here on its copy counts, also if the worker is lost: adapters that were on it are gone anyway.
         freed = self._set_evicted(run_id)
         log.info("run %s went to disk, %d bytes; %d runs stay", run_id, freed, len(self._resident))
         await self._worker.remove_adapter(run_id)
-
-    async def _write(self, run_id: str) -> None:
-        assert self._files is not None, "without files there is no budget"
-        with_gradients = self._has_gradient(run_id)
-        state = await self._worker.export_adapter(run_id, with_optimizer=True, with_gradients=with_gradients)
-        await self._on_disk(self._files.write, run_id, state)
-        self._written[run_id] = self._snapshots.version(run_id)
-        await self._snapshots.copied(run_id, state)
-
-    def _is_written(self, run_id: str) -> bool:
-        return self._written.get(run_id) == self._snapshots.version(run_id)
 
     def _set_evicted(self, run_id: str) -> int:
         """Returns the bytes that it took."""
@@ -232,22 +216,20 @@ class Residency:
 
     async def _bring_back(self, run_id: str) -> None:
         """Put an evicted run onto the worker, as it was."""
-        assert self._files is not None, "it was evicted to a file"
-        state = await self._on_disk(self._files.read, run_id)
+        state = await self._snapshots.read(run_id)
         await self._worker.add_adapter(run_id, self._runs[run_id].spec)
-        try:
-            await self._worker.import_adapter(run_id, state)
-        except WorkerLost:
-            raise
-        except BaseException:
-            await self._worker.remove_adapter(run_id)
-            raise
+        if state is not None:
+            try:
+                await self._worker.import_adapter(run_id, state)
+            except WorkerLost:
+                raise
+            except BaseException:
+                await self._worker.remove_adapter(run_id)
+                raise
         self._evicted.discard(run_id)
+        self._snapshots.brought_back(run_id, state)
         self.added(run_id)
-        log.info("run %s came back from disk", run_id)
-
-    async def _on_disk(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, partial(work, *args, **kwargs))
+        log.info("run %s came back", run_id)
 
     # ------------------------------------------------------------ bytes
 
@@ -271,10 +253,6 @@ class Residency:
         """What a run's adapter takes: its matrices grow with the rank. 0 while none on the same layers was measured."""
         spec = self._runs[run_id].spec
         return self._bytes_of_rank_1.get(_layers(spec), 0) * spec.rank * (_COPIES + has_gradient)
-
-    def _has_gradient(self, run_id: str) -> bool:
-        is_made = run_id in self._resident or run_id in self._evicted
-        return is_made and self._snapshots.progress(run_id).has_gradient
 
     def _set_bytes(self, run_id: str, size: int) -> None:
         self._total += size - self._resident[run_id]

@@ -24,7 +24,7 @@ from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
@@ -57,28 +57,48 @@ class SampleRunner:
         self._under_way: dict[str, tuple[str, asyncio.Task[None]]] = {}  # request id -> tenant, its task
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def submit(
+    def first_of(self, request: m.SampleRequest) -> m.Promise | None:
+        """The promise of the first request that had this one's (sampling session, seq_id), if there was one."""
+        request_id = self._accepted.get((request.sampling_session_id, request.seq_id))
+        return None if request_id is None else _promise(request_id, request)
+
+    def begin(
         self,
         sampler: tables.Sampler,
         request: m.SampleRequest,
+        request_id: str,
         targets: TensorData | SparseTensor | None = None,
     ) -> m.Promise:
-        """Begin a sample, or answer with the promise of the first that had its (sampling session, seq_id).
+        """Begin a sample whose future there is.
 
         Args:
             targets: the request's `target_prompt_logprobs`, decoded and checked.
         """
-        key = (request.sampling_session_id, request.seq_id)
-        request_id = self._accepted.get(key)
-        if request_id is None:
-            request_id = self._accepted[key] = self._futures.create(sampler.tenant)
-            if len(self._accepted) > MAX_REMEMBERED:
-                self._accepted.popitem(last=False)
-            task = asyncio.create_task(self._run(request_id, sampler, request, targets))
-            self._under_way[request_id] = (sampler.tenant, task)
-            task.add_done_callback(lambda _task: self._under_way.pop(request_id, None))
-        sequence_ids = [f"{request_id}:{i}" for i in range(request.num_samples)]
-        return m.Promise(request_id=request_id, sample_sequence_ids=sequence_ids)
+        self._remember(request, request_id)
+        task = asyncio.create_task(self._run(request_id, sampler, request, targets))
+        self._under_way[request_id] = (sampler.tenant, task)
+        task.add_done_callback(lambda _task: self._under_way.pop(request_id, None))
+        return _promise(request_id, request)
+
+    def restore(
+        self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, outcome: Outcome
+    ) -> m.Promise:
+        """A sample that an earlier process has drawn."""
+        self._remember(request, request_id)
+        self._note_end(sampler, request, request_id, is_failure=isinstance(outcome, m.Failure))
+        return _promise(request_id, request)
+
+    def _remember(self, request: m.SampleRequest, request_id: str) -> None:
+        self._accepted[request.sampling_session_id, request.seq_id] = request_id
+        if len(self._accepted) > MAX_REMEMBERED:
+            self._accepted.popitem(last=False)
+
+    def _note_end(
+        self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, is_failure: bool
+    ) -> None:
+        target = (sampler.id, request.seq_id // IDS_OF_A_CLIENT)
+        state: Literal["finished", "failed"] = "failed" if is_failure else "finished"
+        self._completions.add(target, m.Completion(state=state, request_id=request_id))
 
     def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
@@ -106,12 +126,12 @@ class SampleRunner:
         request: m.SampleRequest,
         targets: TensorData | SparseTensor | None,
     ) -> None:
-        state: Literal["finished", "failed"] = "failed"
+        is_failure = True
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
             self._futures.complete(request_id, response)
             self._record(sampler, request, response)
-            state = "finished"
+            is_failure = False
         except asyncio.CancelledError:
             stopped = m.Failure(
                 error="the sampling engine stopped before the sample was done", category="server"
@@ -121,8 +141,7 @@ class SampleRunner:
         except Exception as error:
             self._futures.complete(request_id, to_failure(error, f"sample {request.seq_id} of {sampler.id}"))
         finally:
-            target = (sampler.id, request.seq_id // IDS_OF_A_CLIENT)
-            self._completions.add(target, m.Completion(state=state, request_id=request_id))
+            self._note_end(sampler, request, request_id, is_failure)
 
     def _record(self, sampler: tables.Sampler, request: m.SampleRequest, response: SampleResponse) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
@@ -156,6 +175,8 @@ class SampleRunner:
         async with AsyncExitStack() as stack:
             adapter_id: str | None = None
             if sampler.model_path is not None:
+                # Not while the adapter's place is held: who writes the checkpoint needs it.
+                await self._keeper.arrived(uris.parse(sampler.model_path))
                 # A checkpoint that was overwritten since is another adapter than this sampler's.
                 key = (
                     f"{sampler.model_path}@{sampler.checkpoint_time}"
@@ -204,3 +225,8 @@ def _in_layout_of(targets: SparseTensor, response: SampleResponse) -> SampleResp
     assert isinstance(response.target_prompt_logprobs, TensorData), "engines answer with dense tensors"
     values = response.target_prompt_logprobs.array[targets.row_indices(), targets.col_indices]
     return replace(response, target_prompt_logprobs=replace(targets, values=values))
+
+
+def _promise(request_id: str, request: m.SampleRequest) -> m.Promise:
+    sequence_ids = [f"{request_id}:{i}" for i in range(request.num_samples)]
+    return m.Promise(request_id=request_id, sample_sequence_ids=sequence_ids)

@@ -1,192 +1,158 @@
-"""Copies of live runs' adapters that outlive the process of the model: what each run can be set back to.
+"""Copies of live runs, taken between ticks: what each can go on from when its adapter is no longer on the worker.
 
-A run that has taken an optimizer step is copied some seconds later, between two ticks; the file is written behind. The
-gradient that it has accumulated since is not part of the copy. Owns what is known of each run's progress, and which
-of it is safe; starting the model anew and putting the copies back is `recovery`'s business.
+A copy is the whole state behind one of the run's requests, moments and gradient included. One is taken some seconds
+after a run has changed, and written behind; what was computed since is in `history`. Owns what is known of each run's
+state and its copies; putting one onto the worker is `residency`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
-from twinkle.protocol.errors import TwinkleError
-from twinkle.protocol.uris import CheckpointUri
+from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.engine.history import History
+from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
-from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.scheduling.jobs import Job
 
 log = logging.getLogger("twinkle.engine")
 
 # Copies that may wait in memory for the disk: beyond these the engine waits for it, lest the memory run out.
 _MAX_HELD = 8
-
-
-class SnapshotFiles:
-    """Snapshots on disk: files as a checkpoint has them, under ROOT/RUN. No row names them, so no list shows them."""
-
-    def __init__(self, root: Path) -> None:
-        """What an earlier process left in `root` is deleted: its runs ended with it."""
-        shutil.rmtree(root, ignore_errors=True)
-        self._root = root
-        self._files = CheckpointFiles(root)
-
-    def write(self, run: LiveRun, number: int, state: AdapterState) -> None:
-        self._files.write(_uri(run.run_id, number), state, run.base_model)
-
-    def read(self, run_id: str, number: int, with_optimizer: bool) -> AdapterState:
-        """
-        Raises:
-            ServerFault, InvalidRequest: if the files are not what was written.
-        """
-        return self._files.read(_uri(run_id, number), with_optimizer)
-
-    def delete(self, run_id: str, number: int) -> None:
-        self._files.delete(_uri(run_id, number))
-
-    def delete_run(self, run_id: str) -> None:
-        shutil.rmtree(self._root / run_id, ignore_errors=True)
-
-    def delete_all(self) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
-
-
-def _uri(run_id: str, number: int) -> CheckpointUri:
-    return CheckpointUri(str(number), run_id, "weights")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come, and how much of that would survive its process.
-
-    Attributes:
-        steps: optimizer steps that it has taken.
-        safe_steps: those that are in its snapshot.
-        has_gradient: whether it has accumulated a gradient since its last step.
-        is_readable: False if its snapshot turned out to be damaged, so that nothing but a new adapter is left.
-    """
-
-    steps: int
-    safe_steps: int
-    has_gradient: bool
-    is_readable: bool
-
-    @property
-    def is_safe(self) -> bool:
-        """Whether the run can be had again just as it is."""
-        return self.steps == self.safe_steps and not self.has_gradient and self.is_readable
+# Copying stops the engine: at most this share of its time.
+_MAX_SHARE = 0.02
+# A run that has come so far since its copy is copied at once, so that what is to be computed again stays bounded.
+_MAX_JOBS, _MAX_TOKENS = 512, 2**20
+# After a write has failed the disk is left alone for so long.
+_RETRY_SECONDS = 10.0
 
 
 @dataclass(eq=False)
 class _Track:
-    """A run and its latest snapshot.
+    """A run and its latest copy. Numbers are the `seq_id` of the request behind which a state is.
 
     Attributes:
-        held: the snapshot, until it is written.
-        stored: number of the newest one that is written; numbers rise.
-        has_optimizer: whether it holds AdamW's moments. (A run that loaded weights alone has none.)
-        version: rises with each change of the run's state, a gradient's among them.
+        changed: of its state; 0 is a new adapter's.
+        held: the copy, until it is written.
+        stored: of the newest copy on disk.
+        since: requests and tokens computed since the copy.
+        seconds: what the last copy cost the engine.
+        lost: the state can't be had any more, for this reason.
     """
 
     run: LiveRun
-    steps: int = 0
-    safe_steps: int = 0
+    changed: int = 0
     has_gradient: bool = False
-    is_readable: bool = True
-    held: AdapterState | None = None
+    held: tuple[int, AdapterState] | None = None
     stored: int | None = None
-    has_optimizer: bool = False
-    version: int = 0
+    since: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    lost: str | None = None
     has_ended: bool = False
     writing: asyncio.Task[None] | None = None
 
+    @property
+    def copied(self) -> int:
+        """Number of the newest copy; a new adapter needs none, since its seed makes it again."""
+        return self.held[0] if self.held is not None else self.stored or 0
 
+
+@dataclass(eq=False)
 class Snapshots:
-    """Every live run's progress and snapshot. Single-threaded: called on one event loop, `take_due` between ticks."""
+    """Single-threaded: called on one event loop, `take_due` between ticks.
 
-    def __init__(
-        self,
-        worker: WorkerPort,
-        files: SnapshotFiles | None,
-        seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """
-        Args:
-            files: None keeps none, where the model's process can't end without this one.
-            seconds: after a step that is in no snapshot yet, the next one is taken.
-        """
-        self._worker = worker
-        self._files = files
-        self._seconds = seconds
-        self._clock = clock
-        self._tracks: dict[str, _Track] = {}
-        self._due: dict[str, float] = {}  # run -> when its snapshot is due
-        self._writing: set[asyncio.Task[None]] = set()
+    Attributes:
+        files: None keeps no copies.
+        seconds: how long after a change a copy is taken; None takes none but those that are asked for.
+        settled: returns when all that a run's requests write to disk is written. A copy says that everything before it
+            is done.
+        stored_one: told of each run with a new copy on disk.
+    """
+
+    worker: WorkerPort
+    files: RunFiles | None
+    seconds: float | None
+    history: History = field(default_factory=History)
+    clock: Callable[[], float] = time.monotonic
+    settled: Callable[[str], Awaitable[None]] | None = None
+    stored_one: Callable[[str], None] | None = None
+    _tracks: dict[str, _Track] = field(default_factory=dict[str, _Track])
+    _due: dict[str, float] = field(default_factory=dict[str, float])  # run -> when its copy is due
+    _writing: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 
     # ------------------------------------------------------------ what happened to a run
 
-    def begin(self, run: LiveRun) -> None:
-        """The run's adapter was made."""
-        self._tracks[run.run_id] = _Track(run)
+    def begin(self, run: LiveRun, stored: int | None = None) -> None:
+        """The run's adapter was made, or is on disk as it was behind request `stored`."""
+        self._tracks[run.run_id] = _Track(run, changed=stored or 0, stored=stored)
 
-    def accumulated(self, run_id: str) -> None:
-        """A pass has added to its gradient."""
-        track = self._tracks[run_id]
-        track.has_gradient = True
-        track.version += 1
+    def changed(self, jobs: list[Job], has_gradient: bool) -> None:
+        """The jobs, computed in one call, have changed their runs' states."""
+        if self.files is None:
+            return
+        self.history.add(jobs)
+        for job in jobs:
+            track = self._tracks[job.run_id]
+            track.changed, track.has_gradient = job.seq_id, has_gradient
+            count, tokens = track.since
+            track.since = count + 1, tokens + job.tokens
+            if self.seconds is not None:
+                self._set_due(track)
 
-    def stepped(self, run_id: str) -> None:
-        """It has taken an optimizer step."""
-        track = self._tracks[run_id]
-        track.steps += 1
-        track.has_gradient = False
-        track.version += 1
-        if self._files is not None:
-            self._due.setdefault(run_id, self._clock() + self._seconds)
+    def _set_due(self, track: _Track) -> None:
+        count, tokens = track.since
+        run_id = track.run.run_id
+        if run_id not in self._due:
+            costs = track.seconds + sum(self._tracks[other].seconds for other in self._due)
+            self._due[run_id] = self.clock() + max(self.seconds or 0.0, costs / _MAX_SHARE)
+        elif count >= _MAX_JOBS or tokens >= _MAX_TOKENS:
+            self._due[run_id] = min(self._due[run_id], self.clock())
 
-    def loaded(self, run_id: str, state: AdapterState) -> None:
-        """Its adapter was set to `state`, which is a snapshot itself."""
-        track = self._tracks[run_id]
-        track.has_gradient = False
-        track.version += 1
-        self._hold(run_id, state)
+    async def loaded(self, job: Job, state: AdapterState) -> None:
+        """The job has set its run to `state`; returns when that is safe, since what it was read from may go."""
+        track = self._tracks[job.run_id]
+        track.changed, track.has_gradient = job.seq_id, False
+        if self.files is not None:
+            self._hold(track, state)
+            await self.written(job.run_id)
 
-    async def copied(self, run_id: str, state: AdapterState) -> None:
-        """Somebody has copied its adapter: where a snapshot would be due, that is one."""
+    def worker_lost(self, run_id: str) -> None:
+        """The run's adapter is gone: its state is that of its copy."""
         track = self._tracks[run_id]
-        if track.safe_steps < track.steps:
-            await self._wait_for_disk()
-            self._hold(run_id, replace(state, gradients=None))
-
-    def restored(self, run_id: str) -> None:
-        """It was set back to its snapshot, or to a new adapter if it has none."""
-        track = self._tracks[run_id]
-        track.steps = track.safe_steps
-        track.has_gradient = False
-        track.is_readable = True
-        track.version += 1
+        track.changed = track.copied
+        track.since = (0, 0)
         self._due.pop(run_id, None)
+
+    def brought_back(self, run_id: str, state: AdapterState | None) -> None:
+        """The run is on the worker as its copy is; None is a new adapter."""
+        self._tracks[run_id].has_gradient = state is not None and state.gradients is not None
+
+    def give_up(self, run_id: str, reason: str) -> None:
+        """The run's state is lost; whoever wants it is told the reason."""
+        self._tracks[run_id].lost = reason
+        self._due.pop(run_id, None)
+        self.history.forget(run_id)
 
     def forget(self, run_id: str) -> None:
-        """The run has ended; its snapshot is deleted."""
+        """The run has ended; its copies are deleted."""
         self._due.pop(run_id, None)
+        self.history.forget(run_id)
         track = self._tracks.pop(run_id, None)
-        if track is not None and self._files is not None:
+        if track is not None and self.files is not None:
             track.has_ended = True
-            self._write_behind(track, self._files)
+            self._write_behind(track, self.files)
 
     # ------------------------------------------------------------ taking
 
     def seconds_until_due(self) -> float | None:
         """How long until `take_due` has something to do; None if nothing will be."""
-        return max(0.0, min(self._due.values()) - self._clock()) if self._due else None
+        return max(0.0, min(self._due.values()) - self.clock()) if self._due else None
 
     async def take_due(self) -> None:
         """Copy the adapters whose time has come.
@@ -194,90 +160,135 @@ class Snapshots:
         Raises:
             WorkerLost: as the worker.
         """
-        now = self._clock()
+        now = self.clock()
         for run_id in [run_id for run_id, due_at in self._due.items() if due_at <= now]:
-            await self._wait_for_disk()
             try:
-                state = await self._worker.export_adapter(run_id, with_optimizer=True)
+                await self.take(run_id)
             except WorkerLost:
                 raise
-            except Exception:  # the run goes on; after its next step this is tried again
-                log.exception("no snapshot of run %s could be taken", run_id)
-            else:
-                self._hold(run_id, state)
-            self._due.pop(run_id, None)
+            except Exception:  # the run goes on
+                log.exception("no copy of run %s could be taken", run_id)
+                self._due[run_id] = self.clock() + _RETRY_SECONDS
+
+    def hurry(self, run_id: str) -> None:
+        """A copy of the run is wanted as soon as can be, if it has changed since the last."""
+        track = self._tracks.get(run_id)
+        if track is not None and self.seconds is not None and track.copied < track.changed:
+            self._due[run_id] = self.clock()
+
+    async def take(self, run_id: str) -> None:
+        """Copy a run that is on the worker, if it has changed since its last copy; the file is written behind.
+
+        Raises:
+            Exception: what the worker raises.
+        """
+        track = self._tracks[run_id]
+        self._due.pop(run_id, None)
+        if track.copied >= track.changed:
+            if track.held is not None and self.files is not None:  # it could not be written
+                self._write_behind(track, self.files)
+            return
+        await self._wait_for_disk()
+        began = self.clock()
+        state = await self.worker.export_adapter(
+            run_id, with_optimizer=True, with_gradients=track.has_gradient
+        )
+        track.seconds = self.clock() - began
+        self._hold(track, state)
 
     async def _wait_for_disk(self) -> None:
         """Until there is room in memory for one more copy."""
         while sum(track.held is not None for track in self._tracks.values()) >= _MAX_HELD and self._writing:
             await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
 
-    def _hold(self, run_id: str, state: AdapterState) -> None:
-        """`state` is all there is to the run, but for a gradient."""
-        track = self._tracks[run_id]
-        track.safe_steps = track.steps
+    def _hold(self, track: _Track, state: AdapterState) -> None:
+        """`state` is all there is to the run now."""
+        run_id = track.run.run_id
         self._due.pop(run_id, None)
-        if self._files is not None:
-            track.held = state
-            track.has_optimizer = state.optimizer is not None
-            self._write_behind(track, self._files)
+        self.history.covered(run_id, track.changed)
+        track.since = (0, 0)
+        if self.files is not None:
+            track.held = track.changed, state
+            self._write_behind(track, self.files)
 
     # ------------------------------------------------------------ writing
 
-    def _write_behind(self, track: _Track, files: SnapshotFiles) -> None:
+    def _write_behind(self, track: _Track, files: RunFiles) -> None:
         """Write what is held, or delete everything if the run has ended; work on one run never overlaps."""
         if track.writing is None:
             track.writing = asyncio.create_task(self._write(track, files))
             self._writing.add(track.writing)
             track.writing.add_done_callback(self._writing.discard)
 
-    async def _write(self, track: _Track, files: SnapshotFiles) -> None:
+    async def _write(self, track: _Track, files: RunFiles) -> None:
         run_id = track.run.run_id
         try:
-            while (state := track.held) is not None and not track.has_ended:
-                number = 0 if track.stored is None else track.stored + 1
-                await asyncio.to_thread(files.write, track.run, number, state)
-                old, track.stored = track.stored, number
-                if track.held is state:  # else a newer one has come meanwhile
+            while (held := track.held) is not None and not track.has_ended:
+                number, state = held
+                if self.settled is not None:
+                    await self.settled(run_id)
+                await asyncio.to_thread(files.write, run_id, number, state)
+                track.stored = number
+                if track.held is held:  # else a newer one has come meanwhile
                     track.held = None
-                if old is not None:
-                    await asyncio.to_thread(files.delete, run_id, old)
-        except Exception:  # it stays in memory, where it can be used
-            log.exception("the snapshot of run %s could not be written", run_id)
+                await asyncio.to_thread(files.delete_older, run_id, number)
+                if self.stored_one is not None:
+                    self.stored_one(run_id)
+        except Exception as error:  # it stays in memory, where it can be used
+            log.warning("the copy of run %s could not be written to disk: %s", run_id, error)
+            if self.seconds is not None and run_id in self._tracks:
+                self._due[run_id] = self.clock() + _RETRY_SECONDS
         finally:
             track.writing = None
         if track.has_ended:
             await asyncio.to_thread(files.delete_run, run_id)
 
+    async def written(self, run_id: str) -> bool:
+        """Wait until what is held of a run is on disk; False if it couldn't be written."""
+        track = self._tracks[run_id]
+        if track.held is not None and self.files is not None:
+            self._write_behind(track, self.files)
+        while track.writing is not None:
+            await asyncio.wait({track.writing})
+        return track.held is None
+
     async def close(self) -> None:
-        """The runs end with this process, and so do their snapshots."""
+        """Wait until all that is being written is written."""
         while self._writing:
             await asyncio.wait(set(self._writing))
-        if self._files is not None:
-            await asyncio.to_thread(self._files.delete_all)
 
-    # ------------------------------------------------------------ what can be had again
+    # ------------------------------------------------------------ what there is
 
-    def runs(self) -> list[LiveRun]:
-        """Those whose adapters were made."""
-        return [track.run for track in self._tracks.values()]
+    def has_gradient(self, run_id: str) -> bool:
+        """Whether a run has accumulated a gradient since its last step."""
+        track = self._tracks.get(run_id)
+        return track is not None and track.has_gradient
 
-    def progress(self, run_id: str) -> Progress:
-        track = self._tracks[run_id]
-        return Progress(track.steps, track.safe_steps, track.has_gradient, track.is_readable)
+    def stored(self, run_id: str) -> int:
+        """The newest request of a run that a copy on disk has; 0 if there is none."""
+        track = self._tracks.get(run_id)
+        return track.stored or 0 if track is not None else 0
 
-    def version(self, run_id: str) -> int:
-        """While it is the same, so is the run's state."""
-        return self._tracks[run_id].version
+    def last_change(self, run_id: str) -> int:
+        """The newest request that changed a run."""
+        track = self._tracks.get(run_id)
+        return track.changed if track is not None else 0
+
+    def changed_runs(self) -> list[str]:
+        """Those with a state that no copy has."""
+        return [run_id for run_id, track in self._tracks.items() if track.copied < track.changed]
 
     async def read(self, run_id: str) -> AdapterState | None:
-        """The run's snapshot; None if a new adapter is all that it can be set back to."""
+        """The run's copy; None if it is a new adapter still.
+
+        Raises:
+            ServerFault: if it can't be read.
+        """
         track = self._tracks[run_id]
-        if track.held is not None or track.stored is None or self._files is None:
-            return track.held
-        try:
-            return await asyncio.to_thread(self._files.read, run_id, track.stored, track.has_optimizer)
-        except (TwinkleError, OSError) as error:
-            log.error("the snapshot of run %s can't be read: %s", run_id, error)
-            track.stored, track.safe_steps, track.is_readable = None, 0, False
+        if track.lost is not None:
+            raise ServerFault(track.lost)
+        if track.held is not None:
+            return track.held[1]
+        if track.stored is None or self.files is None:
             return None
+        return await asyncio.to_thread(self.files.read, run_id, track.stored)

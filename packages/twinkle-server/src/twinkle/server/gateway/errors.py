@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized
+from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized, Unavailable
 
 log = logging.getLogger("twinkle.gateway")
 
@@ -17,7 +17,7 @@ log = logging.getLogger("twinkle.gateway")
 def twinkle_error(error: TwinkleError) -> Response:
     """The reply that says it."""
     headers: dict[str, str] | None = None
-    if isinstance(error, LimitReached):
+    if isinstance(error, LimitReached | Unavailable):
         headers = {"Retry-After": f"{error.retry_after:g}"}
     elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}

@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -35,6 +35,8 @@ class FutureTable:
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
         self._entries: dict[str, _Entry] = {}
+        self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
+        """Told of the outcomes of a call before anybody else."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
@@ -42,26 +44,60 @@ class FutureTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def create(self, tenant: str, run_id: str | None = None) -> str:
+    def create(self, tenant: str, run_id: str | None = None, request_id: str | None = None) -> str:
         """A new future's request id; `run_id` is the run that it belongs to, if it does."""
-        request_id = uuid.uuid4().hex
+        request_id = request_id or new_request_id()
         self._entries[request_id] = _Entry(tenant, run_id)
         return request_id
+
+    def restore(self, request_id: str, outcome: Outcome) -> None:
+        """Set the outcome that an earlier process had."""
+        entry = self._entries[request_id]
+        entry.outcome = outcome
+        entry.done.set()
+        self._unfetched[request_id] = self._clock() + self._unfetched_seconds
 
     def run_of(self, request_id: str) -> str | None:
         """The run that a future belongs to."""
         entry = self._entries.get(request_id)
         return entry.run_id if entry is not None else None
 
+    def is_known(self, request_id: str) -> bool:
+        """Whether somebody may still ask for it."""
+        return request_id in self._entries
+
+    def is_pending(self, request_id: str) -> bool:
+        """Whether it is known, and there is no outcome yet."""
+        entry = self._entries.get(request_id)
+        return entry is not None and entry.outcome is None
+
     def complete(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome and wake whoever waits; a second outcome is passed over."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.outcome is not None:
-            return
-        entry.outcome = outcome
-        entry.done.set()
-        self._unfetched[request_id] = self._clock() + self._unfetched_seconds
+        self.complete_together([(request_id, outcome)])
+
+    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
+        """`complete` for what came of one call."""
+        new = [(request_id, outcome) for request_id, outcome in outcomes if self.is_pending(request_id)]
+        if new and self.keep is not None:
+            self.keep(new)
+        for request_id, outcome in new:
+            entry = self._entries[request_id]
+            entry.outcome = outcome
+            entry.done.set()
+            self._unfetched[request_id] = self._clock() + self._unfetched_seconds
         self._drop_old()
+
+    def complete_for_now(self, request_id: str, outcome: Outcome) -> None:
+        """`complete`, but it is kept from nobody that this is to be done again, should the process end."""
+        keep, self.keep = self.keep, None
+        self.complete(request_id, outcome)
+        self.keep = keep
+
+    def complete_for_good(self, request_id: str) -> None:
+        """What was completed for now need not be done again."""
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.outcome is not None and self.keep is not None:
+            self.keep([(request_id, entry.outcome)])
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
         """The outcome, or None if there is none after `timeout` seconds.
@@ -73,7 +109,7 @@ class FutureTable:
         if entry is None or entry.tenant != tenant:
             raise NotFound(
                 f"request_id: {request_id[:80]!r} is not known here; results are kept for "
-                f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and not across a restart of the server"
+                f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and for a day where nobody came"
             )
         if entry.outcome is None:
             try:
@@ -91,3 +127,7 @@ class FutureTable:
             while deadlines and next(iter(deadlines.values())) <= now:
                 request_id, _ = deadlines.popitem(last=False)
                 self._entries.pop(request_id, None)
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex

@@ -57,7 +57,11 @@ class RunQueue:
     def offer(self, job: Job) -> None:
         """Queue a job whose id `check` has passed."""
         self._waiting[job.seq_id] = job
-        self._seen[job.seq_id] = job.request_id, type(job.request)
+        self.remember(job.seq_id, job.request_id, type(job.request))
+
+    def remember(self, seq_id: int, request_id: str, kind: type[RunRequest]) -> None:
+        """Have a repeated request answered from the first."""
+        self._seen[seq_id] = request_id, kind
         while len(self._seen) > MAX_REMEMBERED:
             self._seen.popitem(last=False)
 

@@ -46,9 +46,9 @@ class Scheduler:
 
     # ------------------------------------------------------------ runs and jobs
 
-    def add_run(self, run_id: str) -> RunQueue:
+    def add_run(self, run_id: str, first_seq_id: int = 0) -> RunQueue:
         """A queue for a new run; its first job is its creation, `seq_id` 0."""
-        self._queues[run_id] = RunQueue()
+        self._queues[run_id] = RunQueue(first_seq_id)
         return self._queues[run_id]
 
     def remove_run(self, run_id: str, tenant: str) -> list[Job]:

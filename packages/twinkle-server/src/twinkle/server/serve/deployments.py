@@ -60,15 +60,14 @@ class EngineDeployment:
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
         ranks = asyncio.create_task(RankGroup.start(placement, plan.model, plan.backend, plan.sampler, first))
         await asyncio.sleep(0)  # they start to load
-        from twinkle.server.app import build_evicted_files, build_service, build_signer, build_snapshot_files
+        from twinkle.server.app import build_service, build_signer, live_directory
 
         self._service = build_service(
             plan.config,
             await ranks,
             plan.model.path,
             build_signer(plan.config),
-            build_snapshot_files(plan.config),
-            build_evicted_files(plan.config),
+            live_directory(plan.config),
         )
         await self._service.start()
         self._http = await listen(self._service, plan.config)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.errors import InvalidRequest, NotFound, TwinkleError, Unavailable
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.evicted_files import EvictedFiles
-from twinkle.server.engine.recovery import Recovery, SetBacks
+from twinkle.server.engine.records import Accepted
+from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
+from twinkle.server.engine.restore import Found, Restore
+from twinkle.server.engine.run_files import RunFiles
+from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
-from twinkle.server.engine.snapshots import SnapshotFiles, Snapshots
+from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
-from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.futures import FutureTable, Outcome, new_request_id
 from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
@@ -44,6 +50,8 @@ log = logging.getLogger("twinkle.server")
 DEFAULT_RANK = 32
 
 _SWEEP_SECONDS = 60.0
+# How long a server that is told to end waits for the end of what is being computed.
+_PATIENCE_SECONDS = 10.0
 
 
 class Service:
@@ -61,22 +69,26 @@ class Service:
         max_resident_sampler_adapters: int = 64,
         model_path: Path | None = None,
         signer: Signer | None = None,
-        snapshot_files: SnapshotFiles | None = None,
-        snapshot_seconds: float = 30.0,
-        evicted_files: EvictedFiles | None = None,
+        run_files: RunFiles | None = None,
+        snapshot_seconds: float | None = None,
         max_resident_adapter_bytes: int | None = None,
+        open_journal: Callable[[], Journal] | None = None,
     ) -> None:
         """
         Args:
             model_name: the id under which clients ask for the base model.
             model_path: where its files are, for those who want its tokenizer.
             signer: makes addresses for downloads; without one they are files of this machine.
-            snapshot_files: None where the worker can't be lost without this process.
-            snapshot_seconds: how old the work may be that is in no snapshot.
-            evicted_files: without them all adapters stay on the worker.
+            run_files: for copies of live runs; without them all adapters stay on the worker, and are lost with it.
+            snapshot_seconds: how long after a change of a run a copy is taken; None where the worker can't be lost
+                without this process.
             max_resident_adapter_bytes: None is what the worker says.
+            open_journal: of this service, with what an earlier process wrote to it; needs `run_files`. Without one,
+                runs end with this process. Blocking.
         """
         self._model_name = model_name
+        self._open_journal = open_journal
+        self._run_files = run_files
         self._worker = worker
         self._database = database
         self._signer = signer
@@ -87,12 +99,13 @@ class Service:
         self._futures = FutureTable(time.monotonic)
         self._scheduler = Scheduler(tick_tokens=8 * worker.info.max_batch_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
-        self._snapshots = Snapshots(worker, snapshot_files, snapshot_seconds)
+        self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
+        self._log = RunLog(self._runs, self._futures, self._snapshots)
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
-        self._residency = Residency(self._runs, worker, self._snapshots, evicted_files, budget)
-        self._set_backs = SetBacks(self._scheduler)
+        self._residency = Residency(self._runs, worker, self._snapshots, budget)
         self._keeper = self._build_keeper(sampler_adapters, files)
         completions = CompletionLog()
+        self._snapshots.settled = self._keeper.settled
         self._samples = SampleRunner(
             self._futures, worker, sampler_adapters, self._keeper, completions, self._ledger
         )
@@ -119,7 +132,7 @@ class Service:
         )
 
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
-        recovery = Recovery(self._worker, self._snapshots, self._residency, sampler_adapters, self._set_backs)
+        recovery = Recovery(self._worker, self._residency, sampler_adapters)
         return Engine(
             self._scheduler,
             self._futures,
@@ -127,7 +140,6 @@ class Service:
             self._keeper,
             self._snapshots,
             self._residency,
-            self._set_backs,
             recovery,
             self._record_pass,
         )
@@ -138,22 +150,91 @@ class Service:
         """Begin to work, and return when a training step and a sample have succeeded."""
         seconds = await warm_up(self._worker)
         self._scheduler.wait_for_company(seconds, self._worker.info.max_batch_tokens)
+        await self._restore()
         self._loop_task = asyncio.create_task(self._engine.run())
-        self._chores = [asyncio.create_task(self._ledger.run()), asyncio.create_task(self._sweep())]
+        self._chores = [
+            asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run())
+        ]
+
+    async def _restore(self) -> None:
+        """Go on where an earlier process ended."""
+        if self._open_journal is None or self._run_files is None:
+            return
+        journal = await asyncio.to_thread(self._open_journal)
+        found = Found()
+        for segment, record in await asyncio.to_thread(self._log.read_earlier, journal):
+            self._log.note_earlier(segment, record)
+            found.add(record)
+        await asyncio.to_thread(self._run_files.delete_all_but, set(found.runs))
+        restore = Restore(
+            self._runs,
+            self._scheduler,
+            self._futures,
+            self._snapshots,
+            self._residency,
+            self._run_files,
+            self._loss_of,
+        )
+        self._engine.repeat(await restore.apply(found))
+        for record in found.accepted.values():
+            if record.run_id is None:
+                await self._restore_on_no_run(record, found.outcomes.get(record.request_id))
+            elif record.kind is m.SaveWeightsForSamplerRequest and self._futures.is_pending(
+                record.request_id
+            ):
+                self._keeper.expect_unnamed(record.run_id, record.seq_id)
+        self._log.open(journal)
+        if found.runs:
+            log.info("%d runs go on where they were", len(found.runs))
+
+    async def _loss_of(self, run: LiveRun, request: m.ForwardBackwardRequest) -> CustomLoss | None:
+        await self._losses.load(run.tenant, request)
+        return self._losses.of(run, request)
+
+    async def _restore_on_no_run(self, record: Accepted, outcome: Outcome | None) -> None:
+        """A sample is drawn again, unless it has been; a loss is kept once more."""
+        request = record.request()
+        try:
+            if isinstance(request, m.SampleRequest):
+                await self._begin_sample(record.tenant, request, record.request_id, outcome)
+            elif isinstance(request, m.CreateCustomLossRequest) and outcome is None:
+                loss_id = await self._losses.create(record.tenant, request, self._worker.loss_fns)
+                self._futures.restore(record.request_id, m.CreateCustomLossResponse(loss_id=loss_id))
+        except TwinkleError as error:
+            failure = m.Failure(error=error.message, category=error.category)
+            if outcome is None:
+                self._futures.restore(record.request_id, failure)
 
     async def close(self) -> None:
-        """Stop working; what is being written is written."""
-        tasks = [*self._chores, *([self._loop_task] if self._loop_task else [])]
-        for task in tasks:
+        """Stop working; what is being written is written, and what is under way goes on with the next process."""
+        await self._stop_engine()
+        for task in self._chores:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        self._futures.keep = None  # samples that are stopped now are drawn again by the next process
         await self._samples.close()
         await self._keeper.settle()
         await self._snapshots.close()
-        await self._residency.close()
+        self._log.close()
         await self._ledger.flush()
         await self._worker.close()
         self._database.close()
+
+    async def _stop_engine(self) -> None:
+        """Between two ticks, if that comes soon; then all runs are copied, and nothing has to be computed again."""
+        if self._loop_task is None:
+            return
+        is_idle = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                await self._engine.between_ticks()
+                is_idle = True
+        self._loop_task.cancel()
+        await asyncio.gather(self._loop_task, return_exceptions=True)
+        if is_idle and self._open_journal is not None:
+            for run_id in self._snapshots.changed_runs():
+                with contextlib.suppress(Exception):  # then it is computed again
+                    await self._snapshots.take(run_id)
 
     async def _sweep(self) -> None:
         """Delete what has expired, for ever."""
@@ -181,7 +262,13 @@ class Service:
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
+            Unavailable: if it can't be kept; sent again it may be.
         """
+        promise = await self._submit(tenant, request)
+        await self._log.answered()
+        return promise
+
+    async def _submit(self, tenant: str, request: m.Operation) -> m.Promise:
         match request:
             case m.CreateModelRequest():
                 return await self._create_run(tenant, request)
@@ -190,7 +277,7 @@ class Service:
             case m.UnloadModelRequest():
                 return self._unload(tenant, request)
             case m.SampleRequest():
-                return await self._sample(tenant, request)
+                return await self._begin_sample(tenant, request)
             case m.CreateCustomLossRequest():
                 return await self._create_custom_loss(tenant, request)
             case m.ForwardBackwardRequest():
@@ -214,6 +301,7 @@ class Service:
             tokens = self._check_ordered(request, loss)
         except InvalidRequest:
             self._scheduler.reject(run.run_id, tenant, seq_id)
+            self._log.rejected(run.run_id, seq_id)
             raise
         return self._enqueue(run, seq_id, request, tokens, loss)
 
@@ -249,10 +337,11 @@ class Service:
         tokens: int = 0,
         loss: CustomLoss | None = None,
     ) -> m.Promise:
-        request_id = self._futures.create(run.tenant, run.run_id)
-        job = Job(request_id, run.tenant, run.run_id, seq_id, request, tokens, loss)
+        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss)
+        self._log.accepted(job)
+        self._futures.create(job.tenant, job.run_id, job.request_id)
         self._scheduler.submit(job)
-        return m.Promise(request_id=request_id, model_id=run.run_id)
+        return m.Promise(request_id=job.request_id, model_id=run.run_id)
 
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
         run = self._live_run(tenant, request.model_id)
@@ -307,13 +396,6 @@ class Service:
     ) -> m.Promise:
         await sessions.find_open(self._database, tenant, session_id)
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
-        if run.run_id in self._runs:
-            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
-            assert first is not None, "creation is a run's first request"
-            return m.Promise(request_id=first, model_id=run.run_id)
-        self._runs[run.run_id] = run
-        self._scheduler.add_run(run.run_id)
-        promise = self._enqueue(run, 0, request)
         now = time.time()
         row = tables.Run(
             id=run.run_id,
@@ -325,17 +407,29 @@ class Service:
             rank=spec.rank,
             user_metadata=request.user_metadata,
         )
-        await asyncio.to_thread(self._database.put, row)
-        return promise
+        if run.run_id not in self._runs:
+            await asyncio.to_thread(self._database.put, row)
+        if run.run_id in self._runs:  # before, or meanwhile
+            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
+            assert first is not None, "creation is a run's first request"
+            return m.Promise(request_id=first, model_id=run.run_id)
+        self._log.begun(run)
+        self._runs[run.run_id] = run
+        self._scheduler.add_run(run.run_id)
+        try:
+            return self._enqueue(run, 0, request)
+        except Unavailable:
+            self._forget_run(run.run_id)
+            raise
 
     def _forget_run(self, run_id: str) -> None:
         """Take a run out of the scheduler; what it still had queued fails."""
         run = self._runs.pop(run_id, None)
         if run is None:
             return
+        self._log.ended(run_id)
         self._snapshots.forget(run_id)
         self._residency.forget(run_id)
-        self._set_backs.forget(run_id)
         for job in self._scheduler.remove_run(run_id, run.tenant):
             failure = m.Failure(error=f"model_id: run {run_id} has ended", category="user")
             self._futures.complete(job.request_id, failure)
@@ -362,16 +456,38 @@ class Service:
 
     # ------------------------------------------------------------ samples and losses
 
-    async def _sample(self, tenant: str, request: m.SampleRequest) -> m.Promise:
+    async def _begin_sample(
+        self,
+        tenant: str,
+        request: m.SampleRequest,
+        request_id: str | None = None,
+        outcome: Outcome | None = None,
+    ) -> m.Promise:
+        """
+        Args:
+            request_id: of a sample that an earlier process accepted.
+            outcome: that it had.
+        """
         sampler = await self._samplers.find(tenant, request.sampling_session_id)
+        if outcome is not None:
+            assert request_id is not None, "what has an outcome was accepted"
+            return self._samples.restore(sampler, request, request_id, outcome)
         validation.check_sample(request, self._worker.info)
         targets = validation.target_tokens(request, self._worker.info)
-        return self._samples.submit(sampler, request, targets)
+        if request_id is None:
+            if (first := self._samples.first_of(request)) is not None:
+                return first
+            request_id = new_request_id()
+            self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
+            self._futures.create(tenant, request_id=request_id)
+        return self._samples.begin(sampler, request, request_id, targets)
 
     async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
         await sessions.find_open(self._database, tenant, request.session_id)
         loss_id = await self._losses.create(tenant, request, self._worker.loss_fns)
-        request_id = self._futures.create(tenant)
+        request_id = new_request_id()
+        self._log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request)
+        self._futures.create(tenant, request_id=request_id)
         self._futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
         return m.Promise(request_id=request_id)
 
@@ -384,8 +500,6 @@ class Service:
         outcome = await self._futures.wait(tenant, request_id, timeout)
         run_id = self._futures.run_of(request_id)
         if outcome is not None:
-            if run_id is not None:
-                self._set_backs.fetched(run_id, request_id)
             return outcome
         reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
         return m.Pending(request_id=request_id, queue_state_reason=reason)

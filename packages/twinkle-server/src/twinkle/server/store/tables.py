@@ -74,6 +74,7 @@ class Checkpoint(Base):
     train_mlp: Mapped[bool] = mapped_column(Boolean)
     train_unembed: Mapped[bool] = mapped_column(Boolean)
     public: Mapped[bool] = mapped_column(Boolean, default=False)
+    request_id: Mapped[str | None] = mapped_column(String(64))  # what wrote it, should that be done once more
     user_metadata: Mapped[dict[str, Any] | None]
 
     @property

@@ -1,10 +1,10 @@
-"""A run's whole state as one file, while its adapter is not on the worker.
+"""Copies of live runs' whole states on disk: what a run goes on from when its adapter is not on the worker any more.
 
-    ROOT/RUN.safetensors    `weights.{name}`, `exp_avg.{name}`, `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name,
-                            float32; what else there is to an `AdapterState` is JSON in the metadata
+    ROOT/RUN/N.safetensors    the state after the run's request N: `weights.{name}`, `exp_avg.{name}`,
+                              `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; what else there is to an
+                              `AdapterState` is JSON in the metadata
 
-A file is written under a temporary name and renamed, so one that can be seen is whole. Nothing is flushed to the disk
-itself: runs end with this process, so nobody reads a file after the machine has gone down.
+A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen is whole.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
 
+_SUFFIX = ".safetensors"
 
-class EvictedFiles:
+
+class RunFiles:
     """The directory that these files are in. Run ids are the server's own: none of them is a path."""
 
     def __init__(self, root: Path) -> None:
-        """What an earlier process left in `root` is deleted: its runs ended with it."""
-        shutil.rmtree(root, ignore_errors=True)
         self._root = root
 
-    def write(self, run_id: str, state: AdapterState) -> None:
+    def write(self, run_id: str, number: int, state: AdapterState) -> None:
         """
         Raises:
             OSError, SafetensorError: if the file can't be written; then there is none.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
-        partial = self._root / f".{run_id}.partial"
+        directory = self._root / run_id
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{number}.partial"
         kinds = _kinds(state)
         rest = {
             "spec": asdict(state.spec),
@@ -57,18 +58,20 @@ class EvictedFiles:
         }
         try:
             safetensors_numpy.save_file(arrays, partial, metadata={"state": json.dumps(rest)})
-            os.replace(partial, self._path(run_id))
+            _flush(partial)
+            os.replace(partial, self._path(run_id, number))
+            _flush(directory)
         finally:
             partial.unlink(missing_ok=True)
 
-    def read(self, run_id: str) -> AdapterState:
+    def read(self, run_id: str, number: int) -> AdapterState:
         """What was written, to the bit.
 
         Raises:
             ServerFault: if the file can't be read.
         """
         try:
-            with cast("Any", safe_open)(self._path(run_id), framework="numpy") as file:
+            with cast("Any", safe_open)(self._path(run_id, number), framework="numpy") as file:
                 rest = cast("dict[str, Any]", json.loads(file.metadata()["state"]))
                 kinds = {
                     kind: {
@@ -79,8 +82,8 @@ class EvictedFiles:
                 }
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ServerFault(
-                f"the state of run {run_id}, which had made room for others, can't be read from the disk ({error}); "
-                "begin a new run from its last checkpoint"
+                f"the state of run {run_id} can't be read from the disk ({error}); begin a new run from its last "
+                "checkpoint"
             ) from error
         optimizer = None
         if rest["step"] is not None:
@@ -93,15 +96,38 @@ class EvictedFiles:
             kinds.get("gradients"),
         )
 
-    def delete(self, run_id: str) -> None:
-        with contextlib.suppress(OSError):  # it is overwritten, or deleted with the rest
-            self._path(run_id).unlink()
+    def numbers(self, run_id: str) -> list[int]:
+        """Of the files that there are of a run, rising."""
+        paths = (self._root / run_id).glob(f"*{_SUFFIX}")
+        return sorted(int(path.name.removesuffix(_SUFFIX)) for path in paths)
 
-    def delete_all(self) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
+    def delete_older(self, run_id: str, number: int) -> None:
+        for older in self.numbers(run_id):
+            if older < number:
+                with contextlib.suppress(OSError):  # it is deleted with the next, or with the run
+                    self._path(run_id, older).unlink()
 
-    def _path(self, run_id: str) -> Path:
-        return self._root / f"{run_id}.safetensors"
+    def delete_run(self, run_id: str) -> None:
+        shutil.rmtree(self._root / run_id, ignore_errors=True)
+
+    def delete_all_but(self, run_ids: set[str]) -> None:
+        """Delete what an earlier process left of other runs."""
+        if self._root.is_dir():
+            for directory in self._root.iterdir():
+                if directory.name not in run_ids:
+                    shutil.rmtree(directory, ignore_errors=True)
+
+    def _path(self, run_id: str, number: int) -> Path:
+        return self._root / run_id / f"{number}{_SUFFIX}"
+
+
+def _flush(path: Path) -> None:
+    """Have what was written to a file or directory on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _kinds(state: AdapterState) -> dict[str, dict[str, Float32Array]]:

@@ -10,8 +10,8 @@ import pytest
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
-from twinkle.server.engine import evicted_files
-from twinkle.server.engine.evicted_files import EvictedFiles
+from twinkle.server.engine import run_files
+from twinkle.server.engine.run_files import RunFiles
 
 RUN = "session:train:0"
 # Not in the order of the alphabet.
@@ -63,39 +63,47 @@ def check_same_bits(mine: dict[str, np.ndarray] | None, theirs: dict[str, np.nda
     ids=("all", "no gradient", "bare"),
 )
 def test_a_state_comes_back_to_the_bit(tmp_path: Path, state: AdapterState):
-    files = EvictedFiles(tmp_path / "e")
-    files.write(RUN, STATE)
-    files.write(RUN, state)
-    check_same(files.read(RUN), state)
-    files.delete(RUN)
+    files = RunFiles(tmp_path / "e")
+    files.write(RUN, 3, STATE)
+    files.write(RUN, 11, state)
+    assert files.numbers(RUN) == [3, 11]
+    check_same(files.read(RUN, 3), STATE)
+    check_same(files.read(RUN, 11), state)
+    files.delete_older(RUN, 11)
+    assert files.numbers(RUN) == [11]
+    files.delete_run(RUN)
     assert list((tmp_path / "e").iterdir()) == []
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    files = EvictedFiles(tmp_path / "e")
-    files.write(RUN, STATE)
+    files = RunFiles(tmp_path / "e")
+    files.write(RUN, 1, STATE)
 
     def full(_arrays: object, path: Path, **_: object) -> None:
         path.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(evicted_files.safetensors_numpy, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        files.write(RUN, replace(STATE, gradients=None))
-    assert [path.name for path in (tmp_path / "e").iterdir()] == [f"{RUN}.safetensors"]
-    check_same(files.read(RUN), STATE)
+    monkeypatch.setattr(run_files.safetensors_numpy, "save_file", full)
+    for number in (1, 2):
+        with pytest.raises(OSError, match="no space"):
+            files.write(RUN, number, replace(STATE, gradients=None))
+    assert [path.name for path in (tmp_path / "e" / RUN).iterdir()] == ["1.safetensors"]
+    check_same(files.read(RUN, 1), STATE)
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"not what it was"), Path.unlink])
 def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(tmp_path: Path, damage):
-    files = EvictedFiles(tmp_path / "e")
-    files.write(RUN, STATE)
-    damage(tmp_path / "e" / f"{RUN}.safetensors")
+    files = RunFiles(tmp_path / "e")
+    files.write(RUN, 1, STATE)
+    damage(tmp_path / "e" / RUN / "1.safetensors")
     with pytest.raises(ServerFault, match=f"{RUN}.*begin a new run from its last checkpoint"):
-        files.read(RUN)
+        files.read(RUN, 1)
 
 
-def test_what_an_earlier_process_left_is_deleted_at_the_start(tmp_path: Path):
-    EvictedFiles(tmp_path / "e").write(RUN, STATE)
-    EvictedFiles(tmp_path / "e")
-    assert not (tmp_path / "e").exists()
+def test_of_other_runs_nothing_stays(tmp_path: Path):
+    files = RunFiles(tmp_path / "e")
+    files.delete_all_but(set())
+    for run_id in ("a:train:0", "b:train:0"):
+        files.write(run_id, 1, STATE)
+    files.delete_all_but({"b:train:0"})
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["b:train:0"]

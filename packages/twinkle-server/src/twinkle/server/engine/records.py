@@ -1,0 +1,165 @@
+"""What is written to the journal: which requests were accepted, and what came of them. Encoded as msgpack arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias, cast
+
+import msgpack
+
+from twinkle.protocol import codec
+from twinkle.protocol import messages as m
+from twinkle.protocol.endpoints import OPERATION, OPERATIONS
+from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.engine.runs import LiveRun
+from twinkle.server.scheduling.futures import Outcome
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run takes requests from now on."""
+
+    run: LiveRun
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request that was answered with a promise.
+
+    Attributes:
+        run_id: None for those on no run.
+        seq_id: its place in the run's order.
+        path: of its endpoint.
+        body: as the endpoint takes it; None once nothing but its id and its result matter.
+    """
+
+    request_id: str
+    tenant: str
+    run_id: str | None
+    seq_id: int
+    tokens: int
+    path: str
+    body: bytes | None
+
+    def request(self) -> m.Operation:
+        assert self.body is not None, "it can't be done again"
+        kind = _REQUESTS[self.path]
+        if kind is m.ForwardBackwardRequest:
+            return codec.decode_forward_backward(self.body)
+        return cast("m.Operation", codec.decode_json(cast("Any", kind), self.body))
+
+    @property
+    def kind(self) -> type[m.Operation]:
+        return _REQUESTS[self.path]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A request that was refused; its place in the run's order is taken."""
+
+    run_id: str
+    seq_id: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of one call: (request id, type's name, encoded) each."""
+
+    outcomes: Sequence[tuple[str, str, bytes]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run takes no more requests."""
+
+    run_id: str
+
+
+Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended
+
+_REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
+_JSON_OUTCOMES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (m.Failure, *(endpoint.result for endpoint in OPERATIONS))
+    if kind not in (ForwardBackwardOutput, SampleResponse)
+}
+
+
+def encode(record: Record) -> bytes:
+    match record:
+        case Begun(run):
+            values: list[Any] = ["B", json.dumps(asdict(run))]
+        case Accepted():
+            values = [
+                "A",
+                record.request_id,
+                record.tenant,
+                record.run_id,
+                record.seq_id,
+                record.tokens,
+                record.path,
+                record.body,
+            ]
+        case Rejected(run_id, seq_id):
+            values = ["R", run_id, seq_id]
+        case Done(outcomes):
+            values = ["D", [list(outcome) for outcome in outcomes]]
+        case Ended(run_id):
+            values = ["E", run_id]
+    return cast("bytes", msgpack.packb(values))
+
+
+def decode(payload: bytes) -> Record:
+    tag, *fields = cast("list[Any]", msgpack.unpackb(payload))
+    match tag:
+        case "B":
+            run: dict[str, Any] = json.loads(fields[0])
+            return Begun(LiveRun(**{**run, "spec": AdapterSpec(**run["spec"])}))  # pyright: ignore[reportArgumentType]
+        case "A":
+            return Accepted(*fields)
+        case "R":
+            return Rejected(*fields)
+        case "D":
+            return Done([(request_id, kind, body) for request_id, kind, body in fields[0]])
+        case "E":
+            return Ended(*fields)
+        case _:
+            raise ValueError(
+                f"the journal has a record of an unknown kind, {tag!r}: a later version wrote it"
+            )
+
+
+def accepted(
+    request_id: str, tenant: str, run_id: str | None, seq_id: int, request: m.Operation, tokens: int = 0
+) -> Accepted:
+    """A request as it is written: without keys, which are kept nowhere."""
+    if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
+        request = request.model_copy(update={"weights_access_token": None})
+    body = (
+        codec.encode_forward_backward(request)
+        if isinstance(request, m.ForwardBackwardRequest)
+        else codec.encode_json(request)
+    )
+    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body)
+
+
+def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
+    match outcome:
+        case ForwardBackwardOutput():
+            body = codec.encode_forward_backward_output(outcome)
+        case SampleResponse():
+            body = codec.encode_sample(outcome)
+        case _:
+            body = codec.encode_json(outcome)
+    return request_id, type(outcome).__name__, body
+
+
+def decode_outcome(kind: str, body: bytes) -> Outcome:
+    if kind == ForwardBackwardOutput.__name__:
+        return codec.decode_forward_backward_output(body)
+    if kind == SampleResponse.__name__:
+        return codec.decode_sample(body)
+    return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))

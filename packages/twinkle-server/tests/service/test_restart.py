@@ -1,0 +1,342 @@
+"""A service that ends, in whatever way, and another one on the same storage: clients go on as if it were the same.
+
+An end without a word is a service whose tasks are cancelled and whose worker is never asked again; its journal is let
+go of as the operating system does for a killed process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_service import MODEL, Tenant
+from mortal_worker import MortalWorker, make_mortal_service
+from trained_states import a_pass, a_step, check_state
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest, Unavailable
+from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
+from twinkle.server.scheduling.journal import Journal
+from twinkle.server.service.service import Service
+
+AT_ONCE, HARDLY_EVER = 0.0, 3600.0
+
+
+class Server:
+    """One service after the other on a storage."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.seconds = HARDLY_EVER
+        self.segment_bytes = 2**20
+        self.worker = MortalWorker()
+        self._journal: Journal | None = None
+        self._service: Service | None = None
+
+    @property
+    def service(self) -> Service:
+        assert self._service is not None
+        return self._service
+
+    async def start(self) -> Tenant:
+        self.worker = MortalWorker()
+
+        def journal() -> Journal:
+            self._journal = Journal(self.directory / "journal", segment_bytes=self.segment_bytes)
+            return self._journal
+
+        self._service = make_mortal_service(self.directory, self.worker, self.seconds, journal=journal)
+        await self._service.start()
+        return Tenant(self._service, "alice")
+
+    def kill(self) -> None:
+        """Whatever is under way stops where it is."""
+        journal = self._journal
+        assert journal is not None
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        self.worker.kills = lambda *_: True
+        os.close(journal._lock)
+        journal._descriptor, journal._directory = -1, self.directory / "no longer there"
+        self._service = None
+
+    async def kill_and_start(self) -> Tenant:
+        self.kill()
+        await asyncio.sleep(0)
+        return await self.start()
+
+    async def close(self) -> None:
+        if self._service is not None:
+            await self._service.close()
+            self._service = None
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    await server.close()
+
+
+async def train(tenant: Tenant, run: str, steps: int, first_seq_id: int = 1) -> None:
+    for seq_id in range(first_seq_id, first_seq_id + 2 * steps, 2):
+        assert isinstance(await tenant.do(a_pass(run, seq_id)), ForwardBackwardOutput)
+        assert isinstance(await tenant.do(a_step(run, seq_id + 1)), m.OptimStepResponse)
+
+
+End = Callable[[Server], Awaitable[Tenant]]
+
+
+async def killed(server: Server) -> Tenant:
+    return await server.kill_and_start()
+
+
+async def closed(server: Server) -> Tenant:
+    await server.close()
+    return await server.start()
+
+
+ends = pytest.mark.parametrize("end", [killed, closed])
+
+
+@ends
+@pytest.mark.parametrize("seconds", [AT_ONCE, HARDLY_EVER])
+async def test_a_run_goes_on_to_the_bit_with_its_gradient(server: Server, end: End, seconds: float):
+    server.seconds = seconds
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 2)
+    await alice.do(a_pass(run, 5))
+    alice = await end(server)
+    assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
+    await check_state(server.worker, run, 3)
+    alice = await end(server)
+    alice = await end(server)
+    await train(alice, run, 1, first_seq_id=7)
+    await check_state(server.worker, run, 4)
+
+
+async def test_a_closed_server_has_nothing_to_compute_again(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 3)
+    alice = await closed(server)
+    await alice.do(a_step(run, 7))
+    of_warm_up = 2
+    assert [name for name, _ in server.worker.calls].count("forward_backward") == of_warm_up
+    assert not list((server.directory / "runs" / run).glob("*.partial"))
+
+
+@ends
+async def test_results_can_be_fetched_and_repeated_requests_find_the_first(server: Server, end: End):
+    alice = await server.start()
+    run = await alice.run()
+    promise = await alice.service.submit("alice", a_pass(run, 1))
+    first = await alice.outcome(promise)
+    await alice.do(a_step(run, 2))
+    alice = await end(server)
+    again = await alice.service.submit("alice", a_pass(run, 1))
+    assert again.request_id == promise.request_id
+    fetched = await alice.outcome(promise)
+    np.testing.assert_array_equal(
+        fetched.loss_fn_outputs[0]["logprobs"].array, first.loss_fn_outputs[0]["logprobs"].array
+    )
+    with pytest.raises(InvalidRequest, match="used before .* OptimStepRequest; the next free one is 3"):
+        await alice.service.submit("alice", a_pass(run, 2))
+
+
+async def test_what_waits_is_done_by_the_next_and_what_is_missing_may_come_late(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    refused = a_pass(run, 4)
+    with pytest.raises(InvalidRequest):
+        await alice.service.submit("alice", m.ForwardBackwardRequest(run, 4, refused.data, "nonsense"))
+    waiting = [await alice.service.submit("alice", request) for request in (a_pass(run, 5), a_step(run, 6))]
+    alice = await server.kill_and_start()
+    assert isinstance(await alice.service.retrieve("alice", waiting[0].request_id, 0.05), m.Pending)
+    await alice.do(a_pass(run, 3, forward_only=True))
+    for promise in waiting:
+        assert not isinstance(await alice.outcome(promise), m.Failure)
+    await check_state(server.worker, run, 2)
+
+
+async def test_what_was_under_way_is_done_once(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    server.worker.hangs = lambda method: method == "forward_backward"
+    promises = [await alice.service.submit("alice", r) for r in (a_pass(run, 3), a_step(run, 4))]
+    await asyncio.sleep(0.05)
+    alice = await server.kill_and_start()
+    for promise in promises:
+        assert not isinstance(await alice.outcome(promise), m.Failure)
+    await check_state(server.worker, run, 2)
+
+
+async def test_runs_that_ended_stay_ended_and_their_results_are_there(server: Server):
+    alice = await server.start()
+    run, other = await alice.run(), await alice.run()
+    ended = await alice.service.submit("alice", m.UnloadModelRequest(model_id=run))
+    assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
+    alice = await server.kill_and_start()
+    assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
+    assert list(alice.service._runs) == [other]
+
+
+async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same(server: Server):
+    alice = await server.start()
+    session = await alice.session()
+    server.worker.hangs = lambda method: method == "add_adapter"
+    config = m.LoraConfig.model_validate({"rank": 2})  # the server draws the seed
+    create = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL, lora_config=config)
+    promise = await alice.service.submit("alice", create)
+    seed = next(iter(alice.service._runs.values())).spec.seed
+    await asyncio.sleep(0.02)
+    alice = await server.kill_and_start()
+    assert (await alice.service.submit("alice", create)).request_id == promise.request_id
+    run = (await alice.outcome(promise)).model_id
+    assert alice.service._runs[run].spec.seed == seed
+
+
+async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_that_it_was_to_have(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    hold = asyncio.Event()
+
+    async def stuck(*_: Any, **__: Any) -> int:
+        await hold.wait()
+        return 0
+
+    monkeypatch.setattr(alice.service._keeper, "_write", stuck)
+    saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
+    unnamed = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=4, sampling_session_seq_id=0)
+    sampler = (await alice.do(unnamed)).sampling_session_id
+    await train(alice, run, 2, first_seq_id=5)
+    alice = await server.kill_and_start()
+    sample = m.SampleRequest(sampling_session_id=sampler, seq_id=0, prompt=ModelInput.from_ints([1]))
+    assert not isinstance(await alice.do(sample), m.Failure)
+    assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
+    await alice.do(a_pass(run, 9, forward_only=True))
+    await check_state(server.worker, run, 3)
+    load = m.LoadWeightsRequest(model_id=run, seq_id=10, path="twinkle://here", optimizer=True)
+    assert isinstance(await alice.do(load), m.LoadWeightsResponse)
+    await check_state(server.worker, run, 1)
+
+
+async def test_a_checkpoint_that_was_written_and_not_told_of_is_no_other_ones(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    alice.service._futures.keep = lambda _outcomes: None
+    saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
+    assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
+    alice = await server.kill_and_start()
+    assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
+    taken = await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=4, path="here"))
+    assert isinstance(taken, m.Failure) and "already has a checkpoint" in taken.error
+
+
+async def test_what_was_loaded_stays_loaded_though_the_checkpoint_goes(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 2)
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=5, path="here"))
+    await train(alice, run, 1, first_seq_id=6)
+    load = m.LoadWeightsRequest(model_id=run, seq_id=8, path="twinkle://here", optimizer=True)
+    await alice.do(load)
+    resume = m.LoadWeightsRequest(
+        path=f"twinkle://{run}/weights/here", session_id=await alice.session(), model_seq_id=0, optimizer=True
+    )
+    resumed = (await alice.do(resume)).model_id
+    await alice.ask(m.DeleteCheckpoint(run_id=run, kind="weights", name="here"))
+    alice = await server.kill_and_start()
+    await train(alice, run, 1, first_seq_id=9)
+    await train(alice, resumed, 1)
+    await check_state(server.worker, run, 3)
+    await check_state(server.worker, resumed, 3)
+
+
+async def test_samples_are_drawn_by_the_next_and_asked_for_again_are_the_same(server: Server):
+    alice = await server.start()
+    made = await alice.ask(
+        m.CreateSamplingSessionRequest(
+            session_id=await alice.session(), sampling_session_seq_id=0, base_model=MODEL
+        )
+    )
+
+    def sample(seq_id: int) -> m.SampleRequest:
+        return m.SampleRequest(
+            sampling_session_id=made.sampling_session_id, seq_id=seq_id, prompt=ModelInput.from_ints([1])
+        )
+
+    drawn = await alice.service.submit("alice", sample(0))
+    first = await alice.outcome(drawn)
+    server.worker.hangs = lambda method: method == "generate"
+    waiting = await alice.service.submit("alice", sample(1))
+    await asyncio.sleep(0.02)
+    alice = await server.kill_and_start()
+    assert (await alice.service.submit("alice", sample(1))).request_id == waiting.request_id
+    assert (await alice.service.submit("alice", sample(0))).request_id == drawn.request_id
+    assert (await alice.outcome(drawn)).sequences[0].tokens == first.sequences[0].tokens
+    assert not isinstance(await alice.outcome(waiting), m.Failure)
+    target = m.SamplingSessionTarget(sampling_session_id=made.sampling_session_id)
+    ended = await alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=5))
+    assert {completion.request_id for completion in ended.completions} >= {drawn.request_id}
+
+
+async def test_the_journal_stays_short_and_nothing_of_it_is_missed(server: Server):
+    server.segment_bytes = 2_000
+    server.seconds = AT_ONCE
+    alice = await server.start()
+    run, idle = await alice.run(), await alice.run()
+    unfetched = await alice.service.submit("alice", a_pass(idle, 1))
+    late = await alice.service.submit("alice", a_pass(idle, 3))
+    await train(alice, run, 25)
+    journal = alice.service._log._journal
+    assert journal is not None
+    for _ in range(20):
+        await alice.service._log.clean()
+        await asyncio.sleep(0.02)
+    assert journal.earlier == [] and len(journal.sealed()) < 12 < journal.segment
+    alice = await server.kill_and_start()
+    assert isinstance(await alice.outcome(unfetched), ForwardBackwardOutput)
+    assert isinstance(await alice.do(a_step(idle, 2)), m.OptimStepResponse)
+    assert isinstance(await alice.outcome(late), ForwardBackwardOutput)
+    assert isinstance(await alice.do(a_step(idle, 4)), m.OptimStepResponse)
+    await check_state(server.worker, idle, 2)
+    await train(alice, run, 1, first_seq_id=51)
+    await check_state(server.worker, run, 26)
+
+
+async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    journal = alice.service._log._journal
+    assert journal is not None
+
+    def full(_frame: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_write", full)
+        with pytest.raises(Unavailable, match="No space left"):
+            await alice.service.submit("alice", a_pass(run, 3))
+        with pytest.raises(Unavailable, match="No space left"):
+            await alice.run()
+    await train(alice, run, 1, first_seq_id=3)
+    alice = await server.kill_and_start()
+    await train(alice, run, 1, first_seq_id=5)
+    await check_state(server.worker, run, 3)
+    assert list(alice.service._runs) == [run]
