@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ SETTINGS = {
     2: AdamParams(learning_rate=0.02, grad_clip_norm=0.5),
     4: AdamParams(learning_rate=0.0, weight_decay=0.3),
     5: AdamParams(learning_rate=0.03, grad_clip_norm=1e6),
+}
+
+
+# By slot, as above, and what the two ways to step could have different ideas of.
+ALL_SETTINGS = {
+    **SETTINGS,
+    3: AdamParams(learning_rate=0.05, eps=0.0),
+    6: AdamParams(grad_clip_norm=1e-3, eps=1e-12),
 }
 
 
@@ -82,3 +92,27 @@ def test_eps_of_zero_is_safe_where_there_never_was_a_gradient() -> None:
     adamw.plan_steps(bank, {0: AdamParams(learning_rate=0.5, eps=0.0)}).apply()
     assert torch.equal(bank.params[0][1::2], before[1::2])
     torch.testing.assert_close(bank.params[0][::2], before[::2] - 0.5)
+
+
+@pytest.mark.parametrize("block", [2**24, 350, 20, 1])
+def test_steps_together_equal_steps_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "_CPU_BLOCK", block)
+    one, other = filled_bank(), filled_bank()
+    for step in range(4):
+        gradients = torch.randn(7, one.layout.size)
+        gradients[:, ::3] = 0
+        # Slot 0 never has one, the others not in each step.
+        having = [slot for slot in range(1, 7) if (slot + step) % 3]
+        for bank in (one, other):
+            bank.grads |= {slot: gradients[slot].clone() for slot in having}
+        adamw.plan_steps(one, ALL_SETTINGS).apply_by_block()
+        plan = adamw.plan_steps(other, ALL_SETTINGS)
+        # A workspace as on a GPU: of several adapters, but for the small blocks.
+        workspace = torch.empty(min(block, other.layout.size * len(ALL_SETTINGS)))
+        dataclasses.replace(plan, workspace=workspace).apply_together()
+        assert not one.grads and not other.grads and one.steps == other.steps
+        for found, wanted in ((other.params, one.params), (other.exp_avg, one.exp_avg)):
+            for slot in wanted:
+                torch.testing.assert_close(found[slot], wanted[slot], rtol=1e-6, atol=1e-6)
+        for slot, row in one.exp_avg_sq.items():
+            torch.testing.assert_close(other.exp_avg_sq[slot], row, rtol=1e-6, atol=1e-9)
