@@ -9,6 +9,7 @@ from pathlib import Path
 from twinkle.server.config import ServerConfig
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import WorkerPort
+from twinkle.server.keys import KeyRing, with_auth_mode
 from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -20,6 +21,11 @@ def build_signer(config: ServerConfig) -> Signer:
     """What signs this server's tokens, with the secret that is kept beside its checkpoints."""
     config.storage.directory.mkdir(parents=True, exist_ok=True)
     return Signer(read_secret(config.storage.directory / "secret"))
+
+
+def build_keys(config: ServerConfig) -> KeyRing | None:
+    """The keys that are let in; None in open mode."""
+    return KeyRing(Database(config.storage.url)) if with_auth_mode(config).auth.mode == "keys" else None
 
 
 def build_service(

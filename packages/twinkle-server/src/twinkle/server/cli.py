@@ -1,10 +1,13 @@
-"""`twinkle-server`: start a server, or check its configuration."""
+"""`twinkle-server`: start a server, check its configuration, or say who may use it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 import yaml
@@ -14,6 +17,9 @@ from twinkle.protocol.errors import TwinkleError
 from twinkle.server._version import __version__
 from twinkle.server.config import ServerConfig, load_config
 
+if TYPE_CHECKING:
+    from twinkle.server.store.database import Database
+
 app = typer.Typer(
     name="twinkle-server",
     help="Training as a service for LoRA: one base model, many tenants' adapters, over HTTP.",
@@ -21,6 +27,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+keys = typer.Typer(
+    help="Who may use the server: make, list and revoke API keys, also while it runs.", no_args_is_help=True
+)
+app.add_typer(keys, name="keys")
 
 ConfigOption = Annotated[
     Path,
@@ -42,6 +53,82 @@ def launch(config: ConfigOption) -> None:
 def check_config(config: ConfigOption) -> None:
     """Check a configuration and show every setting, defaults included, with what it means."""
     print(describe(load_config(config)), end="")
+
+
+@keys.command(name="create")
+def create_key(
+    config: ConfigOption,
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="Whose key it is. Keys of one tenant see the same runs; a new tenant if not said."),
+    ] = None,
+    role: Annotated[
+        Literal["user", "admin"], typer.Option(help="What it is for; both may do the same so far.")
+    ] = "user",
+    label: Annotated[str | None, typer.Option(help="To tell it from others in the list.")] = None,
+) -> None:
+    """Make a key and print it. It is shown this once: the server keeps only its hash.
+
+    A running server that checks keys takes it at once; one in open mode has to be started again.
+    """
+    from twinkle.server.keys import create_key
+
+    with _database(config) as database:
+        row, key = create_key(database, tenant, role, label)
+    print(f"Key {row.id} of tenant {row.tenant}. It is not shown again:", file=sys.stderr)
+    print(key)
+
+
+@keys.command(name="list")
+def list_keys(config: ConfigOption) -> None:
+    """List all keys that were ever made, revoked ones too: id, tenant, role, times, label."""
+    with _database(config) as database:
+        rows = database.keys()
+    table = [("ID", "TENANT", "ROLE", "CREATED", "REVOKED", "LABEL")]
+    table += [
+        (str(row.id), row.tenant, row.role, _day(row.created_at), _day(row.revoked_at), row.label or "")
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@keys.command(name="revoke")
+def revoke_key(
+    key_id: Annotated[int, typer.Argument(metavar="ID", help="As `keys list` shows it.", show_default=False)],
+    config: ConfigOption,
+) -> None:
+    """Revoke a key, and the tokens that were given for it. A running server knows within seconds."""
+    from twinkle.server.keys import revoke_key
+
+    with _database(config) as database:
+        row = revoke_key(database, key_id)
+        left = database.keys(valid_only=True)
+    print(f"Key {row.id} of tenant {row.tenant} is revoked.")
+    if not left:
+        print(
+            "That was the last one: nobody is let in until another is made (or `auth: {mode: open}` is in the "
+            "configuration).",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _database(path: Path) -> Generator[Database]:
+    from twinkle.server.store.database import Database  # imports sqlalchemy, which takes a moment
+
+    storage = load_config(path).storage
+    storage.directory.mkdir(parents=True, exist_ok=True)
+    database = Database(storage.url)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def _day(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 @app.command()

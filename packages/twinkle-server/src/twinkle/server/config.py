@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.validation import describe_validation
@@ -70,6 +70,32 @@ class ServerSection(_Section):
     public_url: str | None = None
     """Address that downloads are offered under, as clients reach it (behind a proxy); where they sent their request
     if not said."""
+    tls_certificate: Path | None = None
+    """PEM file of the certificate, and of those between it and its root: clients then use https. Together with
+    `tls_key`."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key, without a passphrase."""
+
+    @property
+    def tls(self) -> tuple[Path, Path] | None:
+        """Certificate and key, where both are said."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return self.tls_certificate.expanduser(), self.tls_key.expanduser()
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> ServerSection:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together: give both, or none")
+        return self
+
+
+class AuthSection(_Section):
+    """Who may use the server."""
+
+    mode: Literal["open", "keys"] | None = None
+    """open: any key will do, and so will none; each sees only its own. keys: only those that `twinkle-server keys
+    create` has made. If not said: keys if one was ever made when the server starts, else open."""
 
 
 class RaySection(_Section):
@@ -123,6 +149,7 @@ class ServerConfig(_Section):
 
     model: ModelSection
     server: ServerSection = ServerSection()
+    auth: AuthSection = AuthSection()
     ray: RaySection = RaySection()
     sampler: SamplerSection = SamplerSection()
     storage: StorageSection = StorageSection()

@@ -1,7 +1,7 @@
 """Who a key belongs to, and signed tokens (JWT, RFC 7519) that stand for a key or a download for a while.
 
-The server is in open mode: it takes any key, and none. The key still decides what one may see: its hash is the tenant,
-and a key itself is never kept.
+In open mode the server takes any key, and none. The key still decides what one may see: its hash is the tenant. Where
+keys are checked (`twinkle.server.keys`) each has a tenant. A key itself is never kept.
 """
 
 from __future__ import annotations
@@ -32,8 +32,20 @@ _MAX_REMEMBERED = 4096
 
 
 def tenant_of_key(key: str) -> str:
-    """The tenant behind an API key; all who send none are one tenant."""
+    """The tenant behind an API key in open mode; all who send none are one tenant."""
     return "t-" + hashlib.sha256(b"twinkle-tenant\0" + key.strip().encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a key's token says.
+
+    Attributes:
+        key_id: of the key that it stands for; None from a server in open mode.
+    """
+
+    tenant: str
+    key_id: int | None
 
 
 @dataclass(frozen=True)
@@ -71,27 +83,31 @@ class Signer:
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        # Clients send their token with each request, and reading one costs more than the request: (tenant, its end).
-        self._read_before: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        # Clients send their token with each request, and reading one costs more than the request: (grant, its end).
+        self._read_before: OrderedDict[str, tuple[Grant, int]] = OrderedDict()
 
-    def key_token(self, tenant: str) -> str:
+    def key_token(self, tenant: str, key_id: int | None = None) -> str:
         """A token that is taken in place of the tenant's key for an hour. The SDK insists on an `org_id` to show."""
-        return self._sign("key", KEY_SECONDS, {"sub": tenant, "org_id": _ISSUER})
+        claims = {"sub": tenant, "org_id": _ISSUER}
+        if key_id is not None:
+            claims["key"] = str(key_id)
+        return self._sign("key", KEY_SECONDS, claims)
 
-    def tenant_of_token(self, token: str) -> str:
+    def read_key_token(self, token: str) -> Grant:
         """
         Raises:
             Unauthorized: if the token is not ours, or its time is over.
         """
-        tenant, end = self._read_before.get(token, ("", 0))
-        if time.time() < end:
-            return tenant
+        known = self._read_before.get(token)
+        if known is not None and time.time() < known[1]:
+            return known[0]
         try:
             claims = self._read("key", token)
-            self._read_before[token] = str(claims["sub"]), int(claims["exp"])
+            grant = Grant(str(claims["sub"]), int(claims["key"]) if "key" in claims else None)
+            self._read_before[token] = grant, int(claims["exp"])
             if len(self._read_before) > _MAX_REMEMBERED:
                 self._read_before.popitem(last=False)
-            return str(claims["sub"])
+            return grant
         except jwt.InvalidTokenError as error:
             raise Unauthorized(
                 f"X-API-Key: this token is not valid (any more) here ({error}); get a new one from /api/v1/auth/token"

@@ -19,8 +19,10 @@ from twinkle.protocol.operations import PATH, Posted
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.gateway import downloads, errors, openapi, operations
 from twinkle.server.gateway.bodies import MAX_PLAIN_BYTES, read_body
+from twinkle.server.gateway.headers import SecurityHeaders
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
+from twinkle.server.keys import KeyRing
 from twinkle.server.tokens import Signer
 
 # Requests that carry tokens, tensors or graphs; the others are small.
@@ -36,15 +38,22 @@ INLINE_BYTES = 2**20
 
 
 def create_app(
-    service: ServicePort, max_request_bytes: int, signer: Signer, public_url: str | None = None
+    service: ServicePort,
+    max_request_bytes: int,
+    signer: Signer,
+    public_url: str | None = None,
+    keys: KeyRing | None = None,
+    tls: bool = False,
 ) -> Starlette:
     """The application in front of `service`.
 
     Args:
         signer: the server's; tokens that it made are read here.
         public_url: what addresses for downloads begin with; where the request was sent to if None.
+        keys: those that are let in; any if None (open mode).
+        tls: whether clients reach it by https.
     """
-    doorkeeper = Doorkeeper(signer)
+    doorkeeper = Doorkeeper(signer, keys)
     singly = [
         _post(endpoint.path, _operation(endpoint, service, doorkeeper, max_request_bytes))
         for endpoint in OPERATIONS
@@ -60,7 +69,7 @@ def create_app(
     together = operations.handler(
         doorkeeper,
         max_request_bytes,
-        lambda tenant, posted: _submit(service, tenant, posted),
+        lambda tenant, posted: _submit(service, doorkeeper, tenant, posted),
         lambda tenant, request_id: _result(service, tenant, request_id),
     )
     # Routes are tried in order: what a training loop asks for comes first.
@@ -77,7 +86,10 @@ def create_app(
         _post("/telemetry", _telemetry),
         Route("/openapi.json", _openapi, methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers=errors.HANDLERS)
+    app = Starlette(routes=routes, exception_handlers=errors.HANDLERS)
+    # Not as Starlette's `middleware`: that would lie inside of what answers to unexpected errors.
+    app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), tls)
+    return app
 
 
 def _post(path: str, handler: Handler) -> Route:
@@ -91,14 +103,16 @@ def _operation(endpoint: Endpoint, service: ServicePort, doorkeeper: Doorkeeper,
     limit = max_bytes if endpoint.request in _LARGE else min(max_bytes, MAX_PLAIN_BYTES)
 
     async def handle(request: Request) -> Response:
-        tenant = doorkeeper.tenant_of(request)
-        promise = await _submit(service, tenant, Posted(endpoint, await read_body(request, limit)))
+        tenant = await doorkeeper.tenant_of(request)
+        promise = await _submit(
+            service, doorkeeper, tenant, Posted(endpoint, await read_body(request, limit))
+        )
         return Response(codec.encode_json(promise), media_type=JSON)
 
     return handle
 
 
-async def _submit(service: ServicePort, tenant: str, posted: Posted) -> m.Promise:
+async def _submit(service: ServicePort, doorkeeper: Doorkeeper, tenant: str, posted: Posted) -> m.Promise:
     if posted.endpoint.request not in _LARGE and len(posted.body) > MAX_PLAIN_BYTES:
         raise TooLarge(
             f"{posted.endpoint.path}: a body of {len(posted.body)} bytes; at most {MAX_PLAIN_BYTES}"
@@ -108,7 +122,7 @@ async def _submit(service: ServicePort, tenant: str, posted: Posted) -> m.Promis
     except InvalidRequest:
         await _take_place(posted.endpoint, service, tenant, posted.body)
         raise
-    return await service.submit(tenant, operation)
+    return await service.submit(tenant, await doorkeeper.with_access(operation))
 
 
 def _decode_operation(endpoint: Endpoint, body: bytes) -> m.Operation:
@@ -142,12 +156,13 @@ def _query(
     limit = min(max_bytes, MAX_PLAIN_BYTES)
 
     async def handle(request: Request) -> Response:
-        tenant = doorkeeper.tenant_of(request)
+        tenant = await doorkeeper.tenant_of(request)
         fields = {**request.query_params, **request.path_params}
         if takes_key and "x-idempotency-key" in request.headers:
             fields["idempotency_key"] = request.headers["x-idempotency-key"]
         query = codec.decode_query(endpoint.request, await read_body(request, limit), fields)
-        reply = await service.ask(tenant, query)
+        query = await doorkeeper.with_access(query)
+        reply = await doorkeeper.answer(request, query) or await service.ask(tenant, query)
         if isinstance(reply, m.ExternalWeightsUrls):
             reply = downloads.with_base(reply, request, public_url)
         return Response(codec.encode_json(reply), media_type=JSON)
@@ -160,7 +175,7 @@ def _query(
 
 def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: int) -> Handler:
     async def handle(request: Request) -> Response:
-        tenant = doorkeeper.tenant_of(request)
+        tenant = await doorkeeper.tenant_of(request)
         body = await read_body(request, min(max_bytes, MAX_PLAIN_BYTES))
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
         response = await _result(service, tenant, wanted.request_id)
@@ -206,9 +221,8 @@ async def _dynamic_config(_request: Request) -> Response:
 
 def _auth_token(doorkeeper: Doorkeeper) -> Handler:
     async def handle(request: Request) -> Response:
-        return Response(
-            codec.encode_json(m.AuthTokenResponse(jwt=doorkeeper.exchange(request))), media_type=JSON
-        )
+        token = m.AuthTokenResponse(jwt=await doorkeeper.exchange(request))
+        return Response(codec.encode_json(token), media_type=JSON)
 
     return handle
 

@@ -37,7 +37,7 @@ def routes(
 
     async def archive(request: Request) -> Response:
         query = codec.decode_query(m.GetCheckpointArchive, b"", request.path_params)
-        reply = await service.ask(doorkeeper.tenant_of(request), query)
+        reply = await service.ask(await doorkeeper.tenant_of(request), query)
         assert isinstance(reply, m.ExternalWeightsUrls), "the reply to that query"
         [url] = with_base(reply, request, public_url).urls.values()
         headers = {"Location": url, "Expires": format_datetime(reply.expires_at, usegmt=True)}

@@ -39,10 +39,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     error_id = uuid.uuid4().hex[:12]
-    log.error("%s %s failed, error id %s", request.method, request.url.path, error_id, exc_info=error)
+    log.error("%s %s failed, error id %s", request.method, _loggable(request), error_id, exc_info=error)
     return _reply(
         500, f"the server failed on this request; its log has the cause under error id {error_id}", "server"
     )
+
+
+def _loggable(request: Request) -> str:
+    """The path, without the token of a download: whoever reads it there could have the file."""
+    token = str(request.path_params.get("token", ""))
+    return request.url.path.replace(token, "...") if token else request.url.path
 
 
 def _reply(status: int, message: str, category: str, headers: object = None) -> Response:

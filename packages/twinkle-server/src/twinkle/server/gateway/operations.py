@@ -31,7 +31,7 @@ def handler(
     """
 
     async def handle(request: Request) -> Response:
-        tenant = doorkeeper.tenant_of(request)
+        tenant = await doorkeeper.tenant_of(request)
         posted = operations.decode_request(await read_body(request, max_bytes))
         accepted: list[m.Promise | Response] = []
         for operation in posted:  # one after the other: that is their order

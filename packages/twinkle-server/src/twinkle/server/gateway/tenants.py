@@ -2,34 +2,112 @@
 
 from __future__ import annotations
 
+import secrets
+from typing import TypeVar
+
 from starlette.requests import Request
 
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import Unauthorized
+from twinkle.server.keys import KeyRing
+from twinkle.server.store.tables import ApiKey
 from twinkle.server.tokens import JWT_PREFIX, Signer, tenant_of_key
+
+T = TypeVar("T")
 
 
 class Doorkeeper:
-    """Reads `X-API-Key` or `Authorization: Bearer`. Open mode: any key will do, and so will none."""
+    """Reads `X-API-Key` or `Authorization: Bearer`."""
 
-    def __init__(self, signer: Signer) -> None:
+    def __init__(self, signer: Signer, keys: KeyRing | None = None) -> None:
+        """
+        Args:
+            keys: those that are let in. None is open mode: any key will do, and so will none.
+        """
         self._signer = signer
+        self._keys = keys
 
-    def tenant_of(self, request: Request) -> str:
+    async def tenant_of(self, request: Request) -> str:
         """
         Raises:
-            Unauthorized: for a token that is not valid (any more).
+            Unauthorized: for a key that is not let in, or a token that is not valid (any more).
+            Unavailable: if the keys can't be read.
         """
-        credential = _credential(request)
-        if credential.startswith(JWT_PREFIX):
-            return self._signer.tenant_of_token(credential)
-        return tenant_of_key(credential)
+        if self._keys is None:
+            return self._open(_credential(request))
+        return (await self._key(self._keys, _credential(request))).tenant
 
-    def exchange(self, request: Request) -> str:
+    async def exchange(self, request: Request) -> str:
         """A token that stands for the request's key for a while.
 
         Raises:
-            Unauthorized: as `tenant_of`.
+            Unauthorized, Unavailable: as `tenant_of`.
         """
-        return self._signer.key_token(self.tenant_of(request))
+        if self._keys is None:
+            return self._signer.key_token(self._open(_credential(request)))
+        key = await self._key(self._keys, _credential(request))
+        return self._signer.key_token(key.tenant, key.id)
+
+    async def answer(self, request: Request, query: m.Query) -> m.Reply | None:
+        """What is asked of the request's own key; None if that is not what is asked, or no keys are kept.
+
+        Raises:
+            Unauthorized, Unavailable: as `tenant_of`.
+        """
+        if self._keys is None or not isinstance(query, m.GetApiKey | m.DeleteApiKey):
+            return None
+        key = await self._key(self._keys, _credential(request))
+        if isinstance(query, m.GetApiKey):
+            return _described(key)
+        await self._keys.revoke(key)
+        return m.Acknowledged()
+
+    async def with_access(self, request: T) -> T:
+        """The request with its `weights_access_token`, another's key that opens a checkpoint, as the service reads it:
+        as a signed token, since the service knows no keys. One that is not let in opens nothing.
+
+        Raises:
+            Unavailable: as `tenant_of`.
+        """
+        if self._keys is None or not isinstance(request, m.LoadWeightsRequest | m.CopyWeightsRequest):
+            return request
+        if request.weights_access_token is None:
+            return request
+        try:
+            key = await self._key(self._keys, request.weights_access_token.strip())
+            token = self._signer.key_token(key.tenant, key.id)
+        except Unauthorized:
+            token = secrets.token_hex(16)  # nobody's
+        return request.model_copy(update={"weights_access_token": token})
+
+    def _open(self, credential: str) -> str:
+        if not credential.startswith(JWT_PREFIX):
+            return tenant_of_key(credential)
+        grant = self._signer.read_key_token(credential)
+        if (
+            grant.key_id is not None
+        ):  # the tenant of a key that can't be checked here: it may have been revoked
+            raise Unauthorized(
+                "X-API-Key: this token stands for a key, and this server takes no keys any more"
+            )
+        return grant.tenant
+
+    async def _key(self, keys: KeyRing, credential: str) -> ApiKey:
+        if not credential.startswith(JWT_PREFIX):
+            return await keys.of_key(credential)
+        grant = self._signer.read_key_token(credential)
+        return await keys.of_token(grant.key_id, grant.tenant)
+
+
+def _described(key: ApiKey) -> m.ApiKeyInfo:
+    return m.ApiKeyInfo(
+        key_id=key.id,
+        name=key.label or key.tenant,
+        note=f"role {key.role}",
+        details=m.KeyDetails(
+            org_details=m.OrgDetails(name="twinkle"), user_details=m.UserDetails(email=key.tenant)
+        ),
+    )
 
 
 def _credential(request: Request) -> str:

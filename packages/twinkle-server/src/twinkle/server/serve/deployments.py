@@ -129,12 +129,20 @@ class GatewayDeployment:
 
 async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     """Serve the HTTP application in front of `service` where the configuration says."""
-    from twinkle.server.app import build_signer
+    from twinkle.server.app import build_keys, build_signer
     from twinkle.server.gateway.app import create_app
     from twinkle.server.serve.http import HttpServer
 
-    app = create_app(service, config.limits.max_request_bytes, build_signer(config), config.server.public_url)
-    return await HttpServer.start(app, config.server.host, config.server.port)
+    server = config.server
+    app = create_app(
+        service,
+        config.limits.max_request_bytes,
+        build_signer(config),
+        server.public_url,
+        build_keys(config),
+        server.tls is not None,
+    )
+    return await HttpServer.start(app, server.host, server.port, server.tls)
 
 
 def _check_listens(http: HttpServer) -> None:

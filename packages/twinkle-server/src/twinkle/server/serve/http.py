@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,14 +26,20 @@ class HttpServer:
         self._serving = serving
 
     @classmethod
-    async def start(cls, app: Starlette, host: str, port: int) -> HttpServer:
+    async def start(
+        cls, app: Starlette, host: str, port: int, tls: tuple[Path, Path] | None = None
+    ) -> HttpServer:
         """Returns when requests are taken.
 
         Several processes may listen on one port: the system spreads connections over them.
 
+        Args:
+            tls: files of a certificate and its key; clients use plain http if None.
+
         Raises:
             OSError: if `host` and `port` can't be had.
         """
+        certificate, key = tls or (None, None)
         listener = _bind(host, port)
         config = uvicorn.Config(
             app,
@@ -41,6 +48,9 @@ class HttpServer:
             access_log=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             backlog=_BACKLOG,
+            server_header=False,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

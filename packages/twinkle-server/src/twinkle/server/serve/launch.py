@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
@@ -17,7 +18,9 @@ import ray
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault
 from twinkle.server.config import ServerConfig, load_config
+from twinkle.server.keys import with_auth_mode
 from twinkle.server.plan import Plan, make_plan
+from twinkle.server.serve.tls import check_tls
 
 log = logging.getLogger("twinkle.server")
 
@@ -47,7 +50,9 @@ class TwinkleServer:
         """
         server = self.config.server
         _check_port(server.host, server.port)
-        plan = make_plan(self.config)
+        if server.tls is not None:
+            check_tls(*server.tls)
+        plan = make_plan(with_auth_mode(self.config))
         ready, stop = threading.Event(), threading.Event()
 
         def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -163,10 +168,41 @@ def _cause() -> str:
 def _ready_lines(plan: Plan) -> str:
     server = plan.config.server
     shown = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
-    return (
-        f"Open mode: any API key is accepted, and each sees only its own.\n"
-        f"Twinkle listens on {server.host}:{server.port}; clients use http://{shown}:{server.port}"
+    scheme = "https" if server.tls else "http"
+    return "\n".join(
+        [
+            *_access_lines(plan.config),
+            f"Twinkle listens on {server.host}:{server.port}; clients use {scheme}://{shown}:{server.port}",
+        ]
     )
+
+
+def _access_lines(config: ServerConfig) -> list[str]:
+    """Who may come in, and what is wrong with that."""
+    host = config.server.host
+    others = host != "localhost" and not _is_loopback(host)
+    if config.auth.mode == "keys":
+        lines = ["Only keys are let in that were made with: twinkle-server keys create --config FILE"]
+        if others and not config.server.tls:
+            lines.append(
+                f"WARNING: {host} is not this machine alone, and keys travel in the clear: set server.tls_certificate "
+                "and server.tls_key, or let only a proxy with TLS reach this port."
+            )
+        return lines
+    lines = ["Open mode: any API key is accepted, and each sees only its own."]
+    if others:
+        lines.append(
+            f"WARNING: WHOEVER REACHES {host}:{config.server.port} CAN USE THIS SERVER, with no key at all. Make keys "
+            "(twinkle-server keys create --config FILE) and start it again, or let it listen on 127.0.0.1."
+        )
+    return lines
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: whatever it stands for
 
 
 def _close_engine() -> None:

@@ -451,7 +451,7 @@ class Service:
 
     def _tenant_of_token(self, token: str) -> str:
         if self._signer is not None and token.startswith(JWT_PREFIX):
-            return self._signer.tenant_of_token(token)
+            return self._signer.read_key_token(token).tenant
         return tenant_of_key(token)
 
     # ------------------------------------------------------------ samples and losses

@@ -14,6 +14,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.store.tables import (
     UNNAMED_PREFIX,
+    ApiKey,
     Audit,
     Base,
     Checkpoint,
@@ -326,6 +327,34 @@ class Database:
             query = query.where(Audit.event.startswith(resource, autoescape=True))
         with self._transaction() as session:
             return list(session.scalars(query.order_by(Audit.time, Audit.id)))
+
+    # ------------------------------------------------------------ keys
+
+    def add_key(self, key: ApiKey) -> ApiKey:
+        """The row as it was written, with its id."""
+        with self._transaction() as session:
+            session.add(key)
+        return key
+
+    def keys(self, valid_only: bool = False) -> list[ApiKey]:
+        """All tenants' keys, oldest first.
+
+        Args:
+            valid_only: without those that were revoked.
+        """
+        query = select(ApiKey).order_by(ApiKey.id)
+        if valid_only:
+            query = query.where(ApiKey.revoked_at.is_(None))
+        with self._transaction() as session:
+            return list(session.scalars(query))
+
+    def revoke_key(self, key_id: int, now: float) -> ApiKey | None:
+        """The key, revoked now or before; None if there is none with that id."""
+        with self._transaction() as session:
+            row = session.get(ApiKey, key_id)
+            if row is not None and row.revoked_at is None:
+                row.revoked_at = now
+            return row
 
     def close(self) -> None:
         self._engine.dispose()

@@ -132,3 +132,17 @@ class Audit(Base):
     time: Mapped[float] = mapped_column(Float)
     event: Mapped[str] = mapped_column(String(64))
     details: Mapped[dict[str, Any]]
+
+
+class ApiKey(Base):
+    """A key that was made for a tenant. The key itself is nowhere."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    role: Mapped[str] = mapped_column(String(16))  # "user" or "admin"
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    label: Mapped[str | None] = mapped_column(String(256))
+    created_at: Mapped[float] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)

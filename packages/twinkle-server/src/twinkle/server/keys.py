@@ -1,0 +1,166 @@
+"""API keys that the operator makes: who holds one is its tenant. Only hashes are kept, in the server's database."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from typing import Literal
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from twinkle.protocol.errors import InvalidRequest, NotFound, Unauthorized, Unavailable
+from twinkle.server.config import AuthSection, ServerConfig
+from twinkle.server.store.database import Database
+from twinkle.server.store.tables import ApiKey
+
+Role = Literal["user", "admin"]
+
+# The Tinker SDK takes no key that begins otherwise.
+KEY_PREFIX = "tml-"
+
+# A key that is revoked by another process stops working so many seconds later.
+_REVOKED_WITHIN = 2.0
+
+# A key that isn't known may have been made a moment ago, so the database is asked once more, but not more often than
+# this, for all who wait together: whoever tries keys can't make it busy.
+_UNKNOWN_AGAIN = 0.1
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_LABEL = 256
+
+
+def create_key(
+    database: Database, tenant: str | None = None, role: Role = "user", label: str | None = None
+) -> tuple[ApiKey, str]:
+    """A new key's row, and the key, which can't be had again.
+
+    Args:
+        tenant: whose it is, as are all other keys of that name; a new one if None.
+
+    Raises:
+        InvalidRequest: if the tenant can't be called so, or the label is too long.
+    """
+    if tenant is not None and not _TENANT.fullmatch(tenant):
+        raise InvalidRequest(
+            f"tenant: {tenant[:80]!r} is no name for one; use up to 64 of letters, digits, '.', '_' and '-', "
+            "and a letter or digit first"
+        )
+    if label is not None and len(label) > _MAX_LABEL:
+        raise InvalidRequest(f"label: {len(label)} characters; at most {_MAX_LABEL}")
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    row = ApiKey(
+        tenant=tenant or "t-" + secrets.token_hex(16),
+        role=role,
+        sha256=_digest(key),
+        label=label,
+        created_at=time.time(),
+    )
+    return database.add_key(row), key
+
+
+def revoke_key(database: Database, key_id: int) -> ApiKey:
+    """
+    Raises:
+        NotFound: if there is no key with that id.
+    """
+    row = database.revoke_key(key_id, time.time())
+    if row is None:
+        raise NotFound(f"key {key_id}: there is none with that id; twinkle-server keys list shows them all")
+    return row
+
+
+def with_auth_mode(config: ServerConfig) -> ServerConfig:
+    """The configuration with `auth.mode` said: it holds until the server ends, whatever becomes of the keys.
+
+    A key that was revoked counts too: to take the last one away is not to let everybody in.
+    """
+    if config.auth.mode is not None:
+        return config
+    config.storage.directory.mkdir(parents=True, exist_ok=True)
+    database = Database(config.storage.url)
+    try:
+        mode = "keys" if database.keys() else "open"
+    finally:
+        database.close()
+    return config.model_copy(update={"auth": AuthSection(mode=mode)})
+
+
+class KeyRing:
+    """The keys that are valid, as the database had them a moment ago.
+
+    All of them are in memory, since they are few: so a wrong key costs no query, and leaves nothing behind.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._by_digest: dict[str, ApiKey] = {}
+        self._by_id: dict[int, ApiKey] = {}
+        self._read_at = float("-inf")
+        self._reading = asyncio.Lock()
+
+    async def of_key(self, key: str) -> ApiKey:
+        """
+        Raises:
+            Unauthorized: if there is no such key, or it was revoked.
+            Unavailable: if the database can't be read.
+        """
+        if not key:
+            raise Unauthorized(
+                "X-API-Key: this server wants a key, and the request has none; ask whoever runs it for one "
+                "(twinkle-server keys create)"
+            )
+        digest = _digest(key)
+        began = time.monotonic()
+        await self._read_since(began - _REVOKED_WITHIN)
+        if digest not in self._by_digest:
+            await self._read_since(began, self._read_at + _UNKNOWN_AGAIN)
+        row = self._by_digest.get(digest)
+        # A look-up by hash takes no longer where more of the key is right; the comparison keeps it so.
+        if row is None or not hmac.compare_digest(row.sha256, digest):
+            raise Unauthorized(
+                "X-API-Key: this server doesn't know that key, or it was revoked; ask whoever runs it for another"
+            )
+        return row
+
+    async def of_token(self, key_id: int | None, tenant: str) -> ApiKey:
+        """The key that a token stands for.
+
+        Raises:
+            Unauthorized, Unavailable: as `of_key`.
+        """
+        await self._read_since(time.monotonic() - _REVOKED_WITHIN)
+        row = None if key_id is None else self._by_id.get(key_id)
+        if row is None or row.tenant != tenant:
+            raise Unauthorized("X-API-Key: the key that this token stands for is not valid (any more) here")
+        return row
+
+    async def revoke(self, key: ApiKey) -> None:
+        await asyncio.to_thread(self._database.revoke_key, key.id, time.time())
+        self._read_at = float("-inf")
+
+    async def _read_since(self, moment: float, not_before: float = 0.0) -> None:
+        """Have the keys as the database had them at `moment` or later; if it must be asked, not before that time."""
+        if self._read_at >= moment:
+            return
+        async with self._reading:
+            if self._read_at >= moment:
+                return  # another request has read them meanwhile
+            await asyncio.sleep(max(0.0, not_before - time.monotonic()))
+            now = time.monotonic()
+            try:
+                rows = await asyncio.to_thread(self._database.keys, valid_only=True)
+            except SQLAlchemyError as error:
+                raise Unavailable("the server can't read its keys just now; try again") from error
+            self._by_digest = {row.sha256: row for row in rows}
+            self._by_id = {row.id: row for row in rows}
+            self._read_at = now
+
+
+def _digest(key: str) -> str:
+    # A plain hash is right here: keys are 32 random bytes, which nobody finds by trying, however fast the hash is.
+    # Slow ones, with a salt, are for passwords.
+    return hashlib.sha256(key.strip().encode()).hexdigest()
