@@ -4,7 +4,9 @@ import pytest
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
-from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.futures import FutureTable, Outcome
+
+RESULT = m.OptimStepResponse(metrics={"grad_norm:mean": 1.0})
 
 
 class Clock:
@@ -65,3 +67,40 @@ async def test_the_table_stays_small_when_results_are_fetched():
         futures.complete(request_id, m.UnloadModelResponse(model_id="x"))
         await futures.wait("t", request_id, 0)
     assert len(futures) <= 12
+
+
+async def test_outcomes_are_kept_before_anybody_has_them_those_of_a_call_together():
+    kept: list[list[tuple[str, Outcome]]] = []
+    table = FutureTable(lambda: 0.0)
+    table.keep = kept.append
+    first, second = table.create("t"), table.create("t")
+    table.complete_together([(first, RESULT), ("unknown", RESULT), (second, RESULT)])
+    table.complete(first, m.Failure(error="too late", category="server"))
+    assert kept == [[(first, RESULT), (second, RESULT)]]
+    assert await table.wait("t", first, 0) == RESULT
+
+
+async def test_what_is_completed_for_now_is_kept_when_it_is_for_good():
+    kept: list[list[tuple[str, Outcome]]] = []
+    table = FutureTable(lambda: 0.0)
+    table.keep = kept.append
+    request_id = table.create("t")
+    table.complete_for_now(request_id, RESULT)
+    assert await table.wait("t", request_id, 0) == RESULT
+    assert kept == []
+    table.complete_for_good(request_id)
+    assert kept == [[(request_id, RESULT)]]
+
+
+async def test_what_an_earlier_process_knew_is_fetched_under_its_id_by_its_tenant():
+    kept: list[object] = []
+    table = FutureTable(lambda: 0.0)
+    table.keep = kept.append
+    request_id = table.create("t", "run", "an id of before")
+    assert request_id == "an id of before" and table.is_pending(request_id)
+    table.restore(request_id, RESULT)
+    assert table.is_known(request_id) and not table.is_pending(request_id)
+    assert await table.wait("t", request_id, 0) == RESULT
+    with pytest.raises(NotFound):
+        await table.wait("other", request_id, 0)
+    assert kept == []

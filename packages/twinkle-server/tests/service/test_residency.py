@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from fake_service import MODEL, Tenant, make_service
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mortal_worker import MortalWorker, make_mortal_service
+from random_client import KINDS, Client, a_pass, a_step, bits
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
+from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.service.service import Service
 
@@ -28,101 +28,7 @@ FULL = 4 * 2 * 4 * (3 * 8 + 8 + 8 + 16)
 HARDLY_EVER = 3600.0
 
 
-def a_pass(run: str, seq_id: int, tokens: tuple[int, ...] = (1, 2, 3), **more: Any):
-    data = {"target_tokens": list(tokens), "weights": [1.0] * len(tokens)}
-    return m.ForwardBackwardRequest(
-        run, seq_id, [Datum(ModelInput.from_ints(list(tokens)), data)], "cross_entropy", **more
-    )
-
-
-def a_step(run: str, seq_id: int, learning_rate: float = 0.1) -> m.OptimStepRequest:
-    return m.OptimStepRequest(
-        model_id=run, seq_id=seq_id, adam_params=AdamParams(learning_rate=learning_rate)
-    )
-
-
-def bits(state: AdapterState) -> dict[str, bytes]:
-    """Every number of a state; a gradient that is zero is none."""
-    assert state.optimizer is not None
-    kinds = {
-        "weights": state.weights,
-        "exp_avg": state.optimizer.exp_avg,
-        "exp_avg_sq": state.optimizer.exp_avg_sq,
-        "gradients": state.gradients or {},
-    }
-    found = {f"{kind}.{name}": a.tobytes() for kind, arrays in kinds.items() for name, a in arrays.items()}
-    return {**found, "step": str(state.optimizer.step).encode()}
-
-
 # ------------------------------------------------------------ any jobs in any order
-
-
-@dataclass
-class Client:
-    """Sends random requests on some runs, and remembers what came of them."""
-
-    tenant: Tenant
-    backend: FakeBackend
-    runs: list[str] = field(default_factory=list[str])
-    seq_ids: list[int] = field(default_factory=list[int])
-    saved: list[str] = field(default_factory=list[str])
-    outcomes: list[Any] = field(default_factory=list[Any])
-
-    async def begin(self, ranks: list[int]) -> None:
-        for seed, rank in enumerate(ranks):
-            self.runs.append(await self.tenant.run(rank=rank, seed=seed))
-            self.seq_ids.append(0)
-
-    async def send(self, batch: list[tuple[int, str]]) -> None:
-        """All at once, so that they share ticks; then wait for all."""
-        requests = [self._request(number % len(self.runs), kind) for number, kind in batch]
-        promises = [await self.tenant.service.submit("alice", request) for request in requests]
-        self.outcomes += [await self.tenant.outcome(promise) for promise in promises]
-
-    def _request(self, number: int, kind: str) -> Any:
-        run = self.runs[number]
-        self.seq_ids[number] += 1
-        seq_id = self.seq_ids[number]
-        match kind:
-            case "step":  # small, since dozens in a row must not make the fake model overflow
-                return a_step(run, seq_id, learning_rate=1e-3)
-            case "forward":
-                return a_pass(run, seq_id, (4, number), forward_only=True)
-            case "save":
-                self.saved.append(f"twinkle://{run}/weights/s{seq_id}")
-                return m.SaveWeightsRequest(model_id=run, seq_id=seq_id, path=f"s{seq_id}")
-            case "publish":
-                return m.SaveWeightsForSamplerRequest(
-                    model_id=run, seq_id=seq_id, sampling_session_seq_id=seq_id
-                )
-            case "load" if own := [path for path in self.saved if run in path]:
-                return m.LoadWeightsRequest(model_id=run, seq_id=seq_id, path=own[-1], optimizer=True)
-            case _:
-                return a_pass(run, seq_id, (seq_id, 2, 3 + number))
-
-    async def end(self) -> tuple[list[Any], list[dict[str, bytes]]]:
-        """What came of it all: answers, without what a session's id is part of, and the runs' states.
-
-        A run is on the worker behind a pass of it.
-        """
-        states: list[dict[str, bytes]] = []
-        for number, run in enumerate(self.runs):
-            await self.send([(number, "forward")])
-            states.append(bits(self.backend.export_adapter(run, with_optimizer=True, with_gradients=True)))
-        return [_shown(outcome) for outcome in self.outcomes], states
-
-
-def _shown(outcome: Any) -> Any:
-    match outcome:
-        case ForwardBackwardOutput():
-            logprobs = [item["logprobs"].to_numpy().tobytes() for item in outcome.loss_fn_outputs]
-            return logprobs, outcome.metrics
-        case m.OptimStepResponse():
-            return outcome.metrics
-        case m.Failure():
-            return outcome.error
-        case _:
-            return type(outcome)
 
 
 async def outcome_of(
@@ -132,14 +38,17 @@ async def outcome_of(
     service = make_service(directory, backend, adapter_bytes=adapter_bytes)
     await service.start()
     try:
-        client = Client(Tenant(service, "alice"), backend)
+        client = Client(Tenant(service, "alice"))
         await client.begin(ranks)
         for batch in batches:
             await client.send(batch)
-        found = await client.end()
+        states: list[dict[str, bytes]] = []
+        for number, run in enumerate(client.runs):
+            await client.send([(number, "forward")])  # so that it is on the worker
+            states.append(bits(backend.export_adapter(run, with_optimizer=True, with_gradients=True)))
         if adapter_bytes is not None:
             _check_kept(service, backend, adapter_bytes)
-        return found
+        return client.shown(), states
     finally:
         await service.close()
 
@@ -149,9 +58,6 @@ def _check_kept(service: Service, backend: FakeBackend, adapter_bytes: int) -> N
     residency = service._residency
     assert set(residency._resident) == set(backend._adapters)
     assert residency._total <= adapter_bytes or len(residency._resident) == 1
-
-
-KINDS = ("pass", "pass", "step", "forward", "save", "load", "publish")
 
 
 @settings(max_examples=25, deadline=None)

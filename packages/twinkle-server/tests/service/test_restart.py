@@ -7,7 +7,6 @@ go of as the operating system does for a killed process.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,65 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_service import MODEL, Tenant
-from mortal_worker import MortalWorker, make_mortal_service
+from restarted_service import AT_ONCE, HARDLY_EVER, Server
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, Unavailable
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
-from twinkle.server.scheduling.journal import Journal
-from twinkle.server.service.service import Service
-
-AT_ONCE, HARDLY_EVER = 0.0, 3600.0
-
-
-class Server:
-    """One service after the other on a storage."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.seconds = HARDLY_EVER
-        self.segment_bytes = 2**20
-        self.worker = MortalWorker()
-        self._journal: Journal | None = None
-        self._service: Service | None = None
-
-    @property
-    def service(self) -> Service:
-        assert self._service is not None
-        return self._service
-
-    async def start(self) -> Tenant:
-        self.worker = MortalWorker()
-
-        def journal() -> Journal:
-            self._journal = Journal(self.directory / "journal", segment_bytes=self.segment_bytes)
-            return self._journal
-
-        self._service = make_mortal_service(self.directory, self.worker, self.seconds, journal=journal)
-        await self._service.start()
-        return Tenant(self._service, "alice")
-
-    def kill(self) -> None:
-        """Whatever is under way stops where it is."""
-        journal = self._journal
-        assert journal is not None
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        self.worker.kills = lambda *_: True
-        os.close(journal._lock)
-        journal._descriptor, journal._directory = -1, self.directory / "no longer there"
-        self._service = None
-
-    async def kill_and_start(self) -> Tenant:
-        self.kill()
-        await asyncio.sleep(0)
-        return await self.start()
-
-    async def close(self) -> None:
-        if self._service is not None:
-            await self._service.close()
-            self._service = None
 
 
 @pytest.fixture
