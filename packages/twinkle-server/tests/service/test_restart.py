@@ -20,6 +20,7 @@ from trained_states import a_pass, a_step, check_state
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, Unavailable
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
+from twinkle.server.engine import run_log
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ async def test_the_journal_stays_short_and_nothing_of_it_is_missed(server: Serve
     journal = alice.service._log._journal
     assert journal is not None
     for _ in range(20):
-        await alice.service._log.clean()
+        await alice.service._log.clean(max_resting=0)
         await asyncio.sleep(0.02)
     assert journal.earlier == [] and len(journal.sealed()) < 12 < journal.segment
     alice = await server.kill_and_start()
@@ -286,3 +287,21 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     await train(alice, run, 1, first_seq_id=5)
     await check_state(server.worker, run, 3)
     assert list(alice.service._runs) == [run]
+
+
+async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypatch: pytest.MonkeyPatch):
+    server.segment_bytes, server.seconds = 1_000, AT_ONCE
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 10)
+    await alice.service._snapshots.close()
+    log = alice.service._log
+    assert log._journal is not None
+    before = log._journal.sealed()
+    await log.clean(max_resting=len(before))
+    assert log._journal.sealed() == before
+    await log.clean(max_resting=len(before) - 2)
+    assert log._journal.sealed()[:1] == before[2:3]
+    monkeypatch.setattr(run_log, "_REST_SECONDS", 0.0)
+    await log.clean(max_resting=100)
+    assert not set(log._journal.sealed()) & set(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +26,10 @@ from twinkle.server.scheduling.journal import Journal
 log = logging.getLogger("twinkle.server")
 
 _CLEAN_SECONDS = 5.0
+# A segment is left alone for so long, unless there are many: results that were fetched are of no use soon, and need not
+# be written once more then.
+_REST_SECONDS = 900.0
+_MAX_RESTING = 16
 
 
 class RunLog:
@@ -41,6 +46,7 @@ class RunLog:
         self._futures = futures
         self._snapshots = snapshots
         self._latest: dict[int, dict[str, int]] = {}  # segment -> run -> its last request in there
+        self._sealed_since: dict[int, float] = {}
         self._is_full = False
         futures.keep = self.done
 
@@ -134,11 +140,19 @@ class RunLog:
         finally:
             flushing.cancel()
 
-    async def clean(self) -> None:
-        """Delete the segments that are no longer needed, oldest first."""
+    async def clean(self, max_resting: int = _MAX_RESTING) -> None:
+        """Delete the segments that are no longer needed, oldest first.
+
+        Args:
+            max_resting: so many of the newest are left alone for a while.
+        """
         if self._journal is None:
             return
-        for segment in self._journal.sealed():
+        sealed, now = self._journal.sealed(), time.monotonic()
+        self._sealed_since = {segment: self._sealed_since.get(segment, now) for segment in sealed}
+        for place, segment in enumerate(sealed):
+            if len(sealed) - place <= max_resting and now - self._sealed_since[segment] < _REST_SECONDS:
+                return
             waited_for = self._waited_for(segment)
             for run_id in waited_for:
                 self._snapshots.hurry(run_id)
