@@ -142,7 +142,7 @@ def test_whatever_happens_each_adapter_is_what_it_was_to_be(
             for training in trainings:
                 training.join()
             assert adversary.error is None, adversary.error
-            assert [training.error for training in trainings] == [None] * TENANTS
+            assert [training.error for training in trainings] == [None] * TENANTS, "".join(site.lines)
 
             lost = 0
             deviations: list[float] = []

@@ -37,11 +37,18 @@ class Site:
         self._config, self._hub_root, self.port = config, hub_root, port
         self.storage = storage
         self.server = running_server.start(config, hub_root, port)
+        self._said: list[str] = []
+
+    @property
+    def lines(self) -> list[str]:
+        """What it has written to stderr, whichever process it was."""
+        return [*self._said, *self.server.lines]
 
     def kill_all(self) -> None:
         """Every process of the server at once, as if the machine had gone down; then it is started again."""
         _kill(processes_of(self.server, ""))
         self.server.process.wait(30)
+        self._said += self.server.lines
         self.server = running_server.start(self._config, self._hub_root, self.port)
 
     def kill_one(self, name: str) -> None:

@@ -25,6 +25,7 @@ from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
+from twinkle.server.store.patience import patiently
 
 Save: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
@@ -144,7 +145,7 @@ class AdapterKeeper:
             model_path=str(uri),
             created_at=time.time(),
         )
-        await asyncio.to_thread(self._database.put, row)
+        await patiently(lambda: self._database.put(row))
         # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
         state = await self._export(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
@@ -187,7 +188,7 @@ class AdapterKeeper:
     async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
         if overwrite:
             return
-        row = await asyncio.to_thread(self._database.checkpoint, job.tenant, uri, time.time())
+        row = await patiently(lambda: self._database.checkpoint(job.tenant, uri, time.time()))
         is_taken = (
             row is not None and row.request_id != job.request_id
         )  # else an earlier process wrote it for this job
@@ -237,7 +238,7 @@ class AdapterKeeper:
         self, job: Job, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save
     ) -> int:
         """Files first, then the row; returns the size in bytes."""
-        size = await asyncio.to_thread(self._files.write, uri, state, run.base_model)
+        size = await patiently(lambda: self._files.write(uri, state, run.base_model))
         now = time.time()
         row = tables.Checkpoint(
             run_id=run.run_id,
@@ -258,7 +259,7 @@ class AdapterKeeper:
             if isinstance(request, m.SaveWeightsExternalRequest)
             else request.user_metadata,
         )
-        await asyncio.to_thread(self._database.put, row)
+        await patiently(lambda: self._database.put(row))
         if not uri.name.startswith(tables.UNNAMED_PREFIX):
             self._ledger.record(run.tenant, run.session_id, "checkpoint", 1)
             await self.audit(run.tenant, "checkpoint_create", uri)
@@ -326,7 +327,7 @@ class AdapterKeeper:
         if under_way:
             await asyncio.wait(under_way)
         reader = tenant if token is None else self._tenant_of_key(token)
-        row = await asyncio.to_thread(self._database.checkpoint, reader, uri, time.time(), or_public=True)
+        row = await patiently(lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True))
         if row is None:
             raise NotFound(
                 f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are"
@@ -390,7 +391,7 @@ class AdapterKeeper:
         """Note what was done to a checkpoint."""
         details = {"tinker_path": str(uri), "model_id": uri.run_id, **more}
         entry = tables.Audit(tenant=tenant, time=time.time(), event=event, details=details)
-        await asyncio.to_thread(self._database.put, entry)
+        await patiently(lambda: self._database.put(entry))
 
 
 def _unnamed(run_id: str, seq_id: int) -> CheckpointUri:

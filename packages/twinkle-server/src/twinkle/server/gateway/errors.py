@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.server.store import patience
 
 log = logging.getLogger("twinkle.gateway")
 
@@ -38,6 +39,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
+    if patience.passes(error):
+        return twinkle_error(patience.unavailable(error))
     error_id = uuid.uuid4().hex[:12]
     log.error("%s %s failed, error id %s", request.method, _loggable(request), error_id, exc_info=error)
     return _reply(

@@ -1,0 +1,64 @@
+"""Waiting for a store that can't be used just now: its disk is full, or somebody has its database locked."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.exc import OperationalError
+
+from twinkle.protocol.errors import Unavailable
+
+T = TypeVar("T")
+
+log = logging.getLogger("twinkle.server")
+
+PATIENCE_SECONDS = 600.0
+_PAUSE_SECONDS = 1.0
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What has come through a library has its number in words only.
+_SIGNS = ("No space left on device", "Disk quota exceeded", "database or disk is full", "database is locked")
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same may succeed later: there is room again, or the lock is gone."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
+    return is_of_store and any(sign in str(error) for sign in _SIGNS)
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """What a caller is told who would have to wait."""
+    reason = str(getattr(error, "orig", None) or error).splitlines()[0][:200]
+    return Unavailable(
+        f"the server's storage can't be written to just now ({reason}): nothing was changed; try again later",
+        retry_after=5.0,
+    )
+
+
+async def patiently(work: Callable[[], T], patience_seconds: float = PATIENCE_SECONDS) -> T:
+    """The result of blocking `work`, which is tried again, in a thread, while the store can't be used.
+
+    Raises:
+        Unavailable: if that takes too long.
+    """
+    give_up = time.monotonic() + patience_seconds
+    has_said_so = False
+    while True:
+        try:
+            return await asyncio.to_thread(work)
+        except Exception as error:
+            if not passes(error):
+                raise
+            if time.monotonic() > give_up:
+                raise unavailable(error) from error
+            if not has_said_so:
+                log.warning("waiting for the storage: %s", error)
+                has_said_so = True
+        await asyncio.sleep(_PAUSE_SECONDS)
