@@ -305,3 +305,21 @@ async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypa
     monkeypatch.setattr(run_log, "_REST_SECONDS", 0.0)
     await log.clean(max_resting=100)
     assert not set(log._journal.sealed()) & set(before)
+
+
+async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_however_often_the_server_ends(
+    server: Server,
+):
+    alice = await server.start()
+    run = await alice.run()
+    keep, alice.service._futures.keep = (
+        alice.service._futures.keep,
+        lambda _outcomes: None,
+    )  # the disk is full
+    assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
+    alice.service._futures.keep = keep
+    assert isinstance(await alice.do(a_step(run, 2)), m.OptimStepResponse)
+    for seq_id in (3, 4):
+        alice = await server.kill_and_start()
+        await alice.do(a_pass(run, seq_id, forward_only=True))
+        await check_state(server.worker, run, 1)

@@ -6,6 +6,7 @@ computed behind a run's copy is to be computed again, in the same calls; results
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -100,23 +101,19 @@ class Restore:
                 self._fail(record, _RUN_ENDED.format(record.run_id), "user")
             if record.run_id in found.runs:
                 by_run.setdefault(record.run_id, {})[record.seq_id] = record
-        again: dict[str, Job] = {}
-        unfinished: dict[str, list[Job]] = {}
-        for run in list(found.runs.values()):
-            await self._apply_run(run, by_run.get(run.run_id, {}), found, again, unfinished)
-        return list(_in_order(found.calls, again, unfinished))
+        again = {
+            run.run_id: await self._apply_run(run, by_run.get(run.run_id, {}), found)
+            for run in list(found.runs.values())
+        }
+        return list(in_order(found.calls, again))
 
-    async def _apply_run(
-        self,
-        run: LiveRun,
-        accepted: dict[int, Accepted],
-        found: Found,
-        again: dict[str, Job],
-        unfinished: dict[str, list[Job]],
-    ) -> None:
-        """Bring back one run; what is to be computed again goes to `again`, by request id, and what had no outcome
-        though later requests had one (saves are written behind) to `unfinished`, in order.
+    async def _apply_run(self, run: LiveRun, accepted: dict[int, Accepted], found: Found) -> deque[Job]:
+        """Bring back one run; returns what is to be done again before anything else is done of it, in order.
+
+        That is what was computed behind its copy, and what had no outcome though later requests had one: saves are
+        written behind, and while a disk is full outcomes aren't written.
         """
+        again: deque[Job] = deque()
         run_id = run.run_id
         done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
         numbers = self.files.numbers(run_id)
@@ -141,18 +138,20 @@ class Restore:
                 if record.request_id not in found.outcomes:
                     self.futures.restore(record.request_id, _outcome_of(record))
             elif record.request_id not in found.outcomes:
-                unfinished.setdefault(run_id, []).append(await self._job(run, record))
+                again.append(await self._job(run, record))
             elif found.succeeded(record.request_id):
-                await self._apply_computed(run, record, again)
+                again.extend(await self._computed(run, record))
+        return again
 
-    async def _apply_computed(self, run: LiveRun, record: Accepted, again: dict[str, Job]) -> None:
-        """A request behind the run's copy, whose outcome is known."""
+    async def _computed(self, run: LiveRun, record: Accepted) -> list[Job]:
+        """What of a request whose outcome is known is to be computed again: nothing, or the job."""
         if record.kind is m.LoadWeightsRequest:
             self.snapshots.give_up(run.run_id, _LOST)
-        elif record.kind is m.OptimStepRequest or record.kind is m.ForwardBackwardRequest:
-            job = await self._job(run, record)
-            if not (isinstance(job.request, m.ForwardBackwardRequest) and job.request.forward_only):
-                again[record.request_id] = job
+        if record.kind not in (m.OptimStepRequest, m.ForwardBackwardRequest):
+            return []
+        job = await self._job(run, record)
+        is_forward_only = isinstance(job.request, m.ForwardBackwardRequest) and job.request.forward_only
+        return [] if is_forward_only else [job]
 
     async def _job(self, run: LiveRun, record: Accepted) -> Job:
         request: RunRequest = record.request()  # pyright: ignore[reportAssignmentType]
@@ -175,18 +174,32 @@ def _outcome_of(record: Accepted) -> Outcome:
     return m.Failure(error=_RESULT_LOST, category="server")
 
 
-def _in_order(
-    calls: Iterable[list[str]], again: dict[str, Job], unfinished: dict[str, list[Job]]
-) -> Iterable[list[Job]]:
-    """The calls to make again, each run's unfinished requests where they stood."""
+def in_order(calls: Iterable[list[str]], again: dict[str, deque[Job]]) -> Iterable[list[Job]]:
+    """The calls that are to be made again, each with those of its jobs that are.
+
+    The journal has calls in the order in which their outcomes were written. That of a run is its jobs' own: where one
+    was written late, or not at all, the job goes alone before those that it went before.
+
+    Args:
+        calls: request ids of what was computed together.
+        again: by run, its jobs in order; used up.
+    """
+    by_id = {job.request_id: job for jobs in again.values() for job in jobs}
     for call in calls:
-        jobs = [again[request_id] for request_id in call if request_id in again]
+        jobs = [by_id[request_id] for request_id in call if request_id in by_id]
         for job in jobs:
-            waiting = unfinished.get(job.run_id, [])
-            while waiting and waiting[0].seq_id < job.seq_id:
-                yield [waiting.pop(0)]
+            waiting = again[job.run_id]
+            while waiting[0].seq_id < job.seq_id and waiting[0].request_id not in call:
+                yield [_take(waiting, by_id)]
+            _take(waiting, by_id)
         if jobs:
             yield jobs
-    for waiting in unfinished.values():
-        for job in waiting:
-            yield [job]
+    for waiting in again.values():
+        while waiting:
+            yield [_take(waiting, by_id)]
+
+
+def _take(waiting: deque[Job], by_id: dict[str, Job]) -> Job:
+    job = waiting.popleft()
+    del by_id[job.request_id]
+    return job
