@@ -361,3 +361,60 @@ async def test_what_ends_the_process_each_time_it_is_computed_again_is_given_up(
     assert isinstance(failure, m.Failure) and "begin a new run from its last checkpoint" in failure.error
     await train(bob, other, 1, first_seq_id=3)
     await check_state(worker, other, 2)
+
+
+async def test_of_several_that_are_computed_again_together_only_the_one_that_ends_the_process_is_given_up(
+    begin: Begin, worker: MortalWorker
+):
+    service = await begin(HARDLY_EVER)
+    tenants = [Tenant(service, name) for name in ("a", "b", "c")]
+    runs = [await tenant.run() for tenant in tenants]
+    tokens = [(1, 2, 3), (666, 2, 3), (1, 2, 3)]
+    promises = [
+        await service.submit(tenant.name, a_pass(run, 1, tokens=some))
+        for tenant, run, some in zip(tenants, runs, tokens, strict=True)
+    ]
+    for tenant, promise in zip(tenants, promises, strict=True):
+        assert isinstance(await tenant.outcome(promise), ForwardBackwardOutput)
+    worker.kills = lambda method, args: (
+        method == "forward_backward" and any(666 in row.tokens for rows in args[0] for row in rows)
+    )
+    worker.die()
+    outcomes = [await tenant.do(a_step(run, 2)) for tenant, run in zip(tenants, runs, strict=True)]
+    assert [type(outcome) for outcome in outcomes] == [m.OptimStepResponse, m.Failure, m.OptimStepResponse]
+    for run in (runs[0], runs[2]):
+        await check_state(worker, run, 1)
+
+
+async def test_what_was_computed_again_alone_is_not_computed_twice_when_the_next_ends_the_process(
+    begin: Begin, worker: MortalWorker, tmp_path: Path
+):
+    service = await begin(AFTER_EVERY_STEP)
+    tenants = [Tenant(service, name) for name in ("a", "b", "c")]
+    runs = [await tenant.run() for tenant in tenants]
+    for tenant, run in zip(tenants, runs, strict=True):
+        await train(tenant, run, 1)
+    await until(lambda: all((tmp_path / "runs" / run / "2.safetensors").exists() for run in runs))
+    service._snapshots.seconds = HARDLY_EVER
+    promises = [
+        await service.submit(tenant.name, a_pass(run, 3)) for tenant, run in zip(tenants, runs, strict=True)
+    ]
+    for tenant, promise in zip(tenants, promises, strict=True):
+        assert isinstance(await tenant.outcome(promise), ForwardBackwardOutput)
+    # The second can't be put back, so that the others are computed again alone; the third ends the process once.
+    (tmp_path / "runs" / runs[1] / "2.safetensors").write_bytes(b"not what it was")
+    alone: list[str] = []
+
+    def kills(method: str, args: tuple[Any, ...]) -> bool:
+        if method != "forward_backward" or worker.restarts != 1:
+            return False
+        alone.extend(row.adapter_id for rows in args[0] for row in rows)
+        return alone[-1] == runs[2]
+
+    worker.kills = kills
+    worker.die()
+    outcomes = [await tenant.do(a_step(run, 4)) for tenant, run in zip(tenants, runs, strict=True)]
+    assert [type(outcome) for outcome in outcomes] == [m.OptimStepResponse, m.Failure, m.OptimStepResponse]
+    assert worker.restarts == 2
+    for run in (runs[0], runs[2]):
+        await check_state(worker, run, 2)

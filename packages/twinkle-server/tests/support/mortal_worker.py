@@ -31,6 +31,7 @@ class MortalWorker(LocalWorker):
     Attributes:
         kills: asked before each call whether it is the one that ends the process.
         hangs: asked after each training call, and before each sample, whether it is one that never returns.
+        note_after: told of each training call that has been answered.
         may_restart: cleared, it holds a restart up.
         restart_fails: a restart raises this.
     """
@@ -39,6 +40,7 @@ class MortalWorker(LocalWorker):
         super().__init__(FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
         self.kills: Callable[[str, tuple[Any, ...]], bool] = never
         self.hangs: Callable[[str], bool] = lambda _method: False
+        self.note_after: Callable[[str], None] = lambda _method: None
         self.may_restart = asyncio.Event()
         self.may_restart.set()
         self.restart_fails: Exception | None = None
@@ -83,6 +85,7 @@ class MortalWorker(LocalWorker):
     async def _train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(method.__name__, *args)
         result = await super()._train(method, *args, **kwargs)
+        self.note_after(method.__name__)
         if self.hangs(method.__name__):
             await asyncio.Event().wait()
         return result

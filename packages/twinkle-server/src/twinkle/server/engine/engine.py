@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
@@ -72,9 +72,9 @@ class Engine:
         self._tick = Tick([], [], [])
         self._waiting: list[Tick] = []
         self._is_repeated = False
-        # Calls that are to be made again, before all else, and how often the next has ended the process.
+        # Calls that are to be made again, before all else, and how often a job in them has ended the process.
         self._repeat: deque[list[Job]] = deque()
-        self._repeats_lost = 0
+        self._losses: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -191,24 +191,27 @@ class Engine:
         if self._repeat:
             log.info("%d calls are made again, which are in no copy of their runs", len(self._repeat))
         while self._repeat:
+            call = self._repeat[0]
             try:
-                await self._make_again(self._repeat[0])
+                await self._make_again(call)
             except WorkerLost:
-                self._repeats_lost += 1
-                if self._repeats_lost < _MAX_REPEATS:
-                    raise
-                for job in self._repeat[0]:
-                    await self._give_up(job)
+                self._losses.update(job.request_id for job in call)
+                if call and self._losses[call[0].request_id] >= _MAX_REPEATS:
+                    self._doubt(call)
+                raise
             self._repeat.popleft()
-            self._repeats_lost = 0
+        self._losses.clear()
 
     async def _make_again(self, call: list[Job]) -> None:
+        """Jobs that have been done leave the call, should it have to be made once more."""
         try:
-            await self._run_alike(call)
+            if call:
+                await self._run_alike(call)
         except WorkerLost:
             raise
         except Exception:
-            for job in call:  # only those whose copies can't be read fail
+            while call:  # only those whose copies can't be read fail
+                job = call[0]
                 try:
                     await self._run_alike([job])
                 except WorkerLost:
@@ -217,7 +220,20 @@ class Engine:
                     log.exception(
                         "what run %s had computed could not be computed again: %s", job.run_id, error
                     )
-                    await self._give_up(job)
+                    self._give_up(job)
+                    await self._residency.give_up(job.run_id)
+                else:
+                    call.remove(job)
+
+    def _doubt(self, call: list[Job]) -> None:
+        """The call has ended the process each time: its jobs are tried alone, or the only one is given up."""
+        for job in call:
+            del self._losses[job.request_id]
+        if len(call) == 1:
+            self._give_up(call[0])
+            return
+        self._repeat.popleft()
+        self._repeat.extendleft([job] for job in reversed(call))
 
     async def _run_alike(self, jobs: list[Job]) -> None:
         match jobs[0].request:
@@ -228,10 +244,9 @@ class Engine:
             case _:
                 await self._run_other(jobs)
 
-    async def _give_up(self, job: Job) -> None:
+    def _give_up(self, job: Job) -> None:
         """A run's state is lost: all that is asked of it fails."""
         self._snapshots.give_up(job.run_id, _NOT_REPEATED)
-        await self._residency.give_up(job.run_id)
         self._futures.complete(job.request_id, m.Failure(error=_NOT_REPEATED, category="server"))
         for call in self._repeat:
             call[:] = [other for other in call if other.run_id != job.run_id]

@@ -27,6 +27,8 @@ log = logging.getLogger("twinkle.engine")
 _MAX_HELD = 8
 # Copying stops the engine: at most this share of its time.
 _MAX_SHARE = 0.02
+# ... but one that took long for once (a process that was stopped) is not to keep runs without copies.
+_LONGEST_SECONDS = 60.0
 # A run that has come so far since its copy is copied at once, so that what is to be computed again stays bounded.
 _MAX_JOBS, _MAX_TOKENS = 512, 2**20
 # After a write has failed the disk is left alone for so long.
@@ -110,7 +112,9 @@ class Snapshots:
         run_id = track.run.run_id
         if run_id not in self._due:
             costs = track.seconds + sum(self._tracks[other].seconds for other in self._due)
-            self._due[run_id] = self.clock() + max(self.seconds or 0.0, costs / _MAX_SHARE)
+            self._due[run_id] = self.clock() + max(
+                self.seconds or 0.0, min(costs / _MAX_SHARE, _LONGEST_SECONDS)
+            )
         elif count >= _MAX_JOBS or tokens >= _MAX_TOKENS:
             self._due[run_id] = min(self._due[run_id], self.clock())
 

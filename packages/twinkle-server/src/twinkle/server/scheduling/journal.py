@@ -11,6 +11,7 @@ reader, and nothing is ever appended behind one. Knows nothing of what the recor
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -109,16 +110,25 @@ class Journal:
         self._number += 1
 
     def _close_segment(self) -> None:
-        if self._descriptor >= 0:
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
             if self._flush != "never":
-                os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+                os.fsync(descriptor)
+        except OSError as error:  # what is in it is with the operating system all the same
+            log.error("a segment of the journal could not be flushed to the disk: %s", error)
+        finally:
+            os.close(descriptor)
 
     # ------------------------------------------------------------ on the disk itself
 
     async def answered(self) -> None:
-        """Wait until a request may be answered whose record has been appended."""
+        """Wait until a request may be answered whose record has been appended.
+
+        Raises:
+            Unavailable: if it can't be brought onto the disk.
+        """
         if self._flush != "always":
             return
         while self._unflushed or self._flushing is not None:
@@ -129,6 +139,9 @@ class Journal:
             await asyncio.wait({flushing})
             if self._flushing is flushing:
                 self._flushing = None
+            if (error := flushing.exception()) is not None:
+                self._unflushed = True
+                raise Unavailable(f"the server can't flush its journal to the disk ({error}); try again")
             if not self._unflushed:
                 return
 
@@ -145,8 +158,13 @@ class Journal:
 
     def flush_now(self) -> None:
         descriptor = self._descriptor
-        if descriptor >= 0:
+        if descriptor < 0:
+            return
+        try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EBADF:  # else it was closed meanwhile, and flushed before that
+                raise
 
     def close(self) -> None:
         self._close_segment()
