@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ TENANTS = 3
 # So that training is no chaos of its own: at a hundred times this rate a difference in the last bit is tenfold after
 # seven steps. A pass too many or too few makes a hundredth.
 RATE = 1e-4
+# Between two steps: what company changes in the last bit adds up with steps, to 1e-5 in a thousand.
+THINKING_SECONDS = 0.15
 
 
 class Training(threading.Thread):
@@ -61,6 +64,7 @@ class Training(threading.Thread):
             self.step(client, self.steps)
             self.steps += 1
             self.answered += 3
+            time.sleep(THINKING_SECONDS)
             if self.steps % 7 == 0:
                 client.save_state(f"at-{self.steps}").result()
                 sampler = client.save_weights_and_get_sampling_client()

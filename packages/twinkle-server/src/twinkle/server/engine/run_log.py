@@ -56,11 +56,7 @@ class RunLog:
 
     def read_earlier(self, journal: Journal) -> list[tuple[int, Record]]:
         """All that earlier processes wrote, with its segments, oldest first. Blocking."""
-        return [
-            (segment, records.decode(payload))
-            for segment in journal.earlier
-            for payload in journal.read(segment)
-        ]
+        return [(segment, record) for segment in journal.earlier for record in _read(journal, segment)]
 
     # ------------------------------------------------------------ what happens
 
@@ -158,9 +154,8 @@ class RunLog:
                 self._snapshots.hurry(run_id)
             if waited_for:
                 return
-            payloads = await asyncio.to_thread(list, self._journal.read(segment))
-            for payload in payloads:
-                self._keep_if_needed(records.decode(payload))
+            for record in await asyncio.to_thread(_read, self._journal, segment):
+                self._keep_if_needed(record)
             await self._journal.answered()
             self._journal.delete(segment)
             self._latest.pop(segment, None)
@@ -188,9 +183,9 @@ class RunLog:
                 is_on_disk = record.run_id is None or record.seq_id <= self._snapshots.stored(record.run_id)
                 is_pending = self._futures.is_pending(request_id)
                 if is_pending or not is_on_disk and record.run_id in self._runs:
-                    self.rewrite(record)
+                    self._rewrite(record)
                 elif self._futures.is_known(request_id):  # of a sample it says which client's it was
-                    self.rewrite(record if record.run_id is None else replace(record, body=None))
+                    self._rewrite(record if record.run_id is None else replace(record, body=None))
             case Rejected(run_id, seq_id):
                 if run_id in self._runs and seq_id > self._snapshots.stored(run_id):
                     self._append(record)
@@ -201,7 +196,7 @@ class RunLog:
             case _:
                 pass
 
-    def rewrite(self, record: Accepted) -> None:
+    def _rewrite(self, record: Accepted) -> None:
         self._append(record)
         if self._journal is not None and record.run_id is not None:
             self._note(self._journal.segment, record.run_id, record.seq_id)
@@ -209,3 +204,7 @@ class RunLog:
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
+
+
+def _read(journal: Journal, segment: int) -> list[Record]:
+    return [records.decode(payload) for payload in journal.read(segment)]

@@ -74,7 +74,6 @@ class Snapshots:
         seconds: how long after a change a copy is taken; None takes none but those that are asked for.
         settled: returns when all that a run's requests write to disk is written. A copy says that everything before it
             is done.
-        stored_one: told of each run with a new copy on disk.
     """
 
     worker: WorkerPort
@@ -83,7 +82,6 @@ class Snapshots:
     history: History = field(default_factory=History)
     clock: Callable[[], float] = time.monotonic
     settled: Callable[[str], Awaitable[None]] | None = None
-    stored_one: Callable[[str], None] | None = None
     _tracks: dict[str, _Track] = field(default_factory=dict[str, _Track])
     _due: dict[str, float] = field(default_factory=dict[str, float])  # run -> when its copy is due
     _writing: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -98,7 +96,8 @@ class Snapshots:
         """The jobs, computed in one call, have changed their runs' states."""
         if self.files is None:
             return
-        self.history.add(jobs)
+        if self.seconds is not None:  # else nothing can be lost
+            self.history.add(jobs)
         for job in jobs:
             track = self._tracks[job.run_id]
             track.changed, track.has_gradient = job.seq_id, has_gradient
@@ -236,8 +235,6 @@ class Snapshots:
                 if track.held is held:  # else a newer one has come meanwhile
                     track.held = None
                 await asyncio.to_thread(files.delete_older, run_id, number)
-                if self.stored_one is not None:
-                    self.stored_one(run_id)
         except Exception as error:  # it stays in memory, where it can be used
             log.warning("the copy of run %s could not be written to disk: %s", run_id, error)
             if self.seconds is not None and run_id in self._tracks:

@@ -176,14 +176,14 @@ class Service:
             self._loss_of,
         )
         self._engine.repeat(await restore.apply(found))
+        self._log.open(journal)
+        for record in found.accepted.values():
+            is_snapshot = record.kind is m.SaveWeightsForSamplerRequest
+            if is_snapshot and record.run_id is not None and self._futures.is_pending(record.request_id):
+                self._keeper.expect_unnamed(record.run_id, record.seq_id)
         for record in found.accepted.values():
             if record.run_id is None:
                 await self._restore_on_no_run(record, found.outcomes.get(record.request_id))
-            elif record.kind is m.SaveWeightsForSamplerRequest and self._futures.is_pending(
-                record.request_id
-            ):
-                self._keeper.expect_unnamed(record.run_id, record.seq_id)
-        self._log.open(journal)
         if found.runs:
             log.info("%d runs go on where they were", len(found.runs))
 
