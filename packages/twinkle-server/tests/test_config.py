@@ -76,3 +76,8 @@ def test_every_setting_is_described_and_the_description_is_itself_a_configuratio
     text = describe(config)
     assert parse_config(yaml.safe_load(text)) == config
     assert all("  # " in line and not line.endswith("# ") for line in text.splitlines())
+
+
+def test_what_our_own_checks_say_is_said_as_it_is():
+    with pytest.raises(InvalidRequest, match="config: server: tls_certificate and tls_key belong together"):
+        parse_config({"model": {"model_id": "m"}, "server": {"tls_key": "key.pem"}})

@@ -22,7 +22,8 @@ def describe_validation(error: ValidationError) -> str:
     for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
         where = ".".join(str(part)[:MAX_NAME] for part in problem["loc"]) or "body"
         given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
-        problems.append(f"{where}: {problem['msg']}{given}")
+        said = problem["msg"].removeprefix("Value error, ")  # of a check of ours
+        problems.append(f"{where}: {said}{given}")
     if error.error_count() > _MAX_PROBLEMS:
         problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
     return "; ".join(problems)
