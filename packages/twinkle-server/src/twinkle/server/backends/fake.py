@@ -126,13 +126,11 @@ class FakeBackend:
         del self._adapters[adapter_id]
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        pending = {
-            row.adapter_id: _zeros(self._adapters[row.adapter_id].weights) for row in _flat(micro_batches)
-        }
-        results = [[self._run(row, pending[row.adapter_id]) for row in rows] for rows in micro_batches]
-        for adapter_id, grads in pending.items():
-            for name, grad in grads.items():
-                self._adapters[adapter_id].grads[name] += grad
+        # Row by row onto what is there already, so that sums don't depend on which calls the rows came in.
+        sums = {row.adapter_id: _copy(self._adapters[row.adapter_id].grads) for row in _flat(micro_batches)}
+        results = [[self._run(row, sums[row.adapter_id]) for row in rows] for rows in micro_batches]
+        for adapter_id, grads in sums.items():
+            self._adapters[adapter_id].grads = grads
         return results
 
     def _run(self, row: Row, grads: _Matrices) -> RowResult:
