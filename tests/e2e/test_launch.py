@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import running_server
+from server_processes import wait_for
 
 pytestmark = pytest.mark.serve
 
@@ -37,7 +38,10 @@ def alive(pids: set[int]) -> set[int]:
     return pids & running
 
 
-def test_ctrl_c_ends_a_server_and_every_process_of_it(hub_root: Path, tmp_path: Path, unused_port: int):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_and_every_process_of_it(
+    hub_root: Path, tmp_path: Path, unused_port: int, number: signal.Signals
+):
     server = running_server.start(running_server.write_config(tmp_path, unused_port), hub_root, unused_port)
     try:
         assert httpx.get(f"{server.base_url}/api/v1/healthz").json() == {"status": "ok"}
@@ -46,11 +50,20 @@ def test_ctrl_c_ends_a_server_and_every_process_of_it(hub_root: Path, tmp_path: 
         said = "".join(server.lines)
         assert "on the CPU" in said and "Open mode" in said
     finally:
-        code = server.stop(signal.SIGINT)
+        code = server.stop(number)
     assert code == 0
+    wait_for("the last line", lambda: "Stopping.\n" in server.lines)
+    assert "Traceback" not in "".join(server.lines) and "SIGTERM" not in "".join(server.lines)
     assert wait_until_gone(started) == set()
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.base_url}/api/v1/healthz")
+
+
+def test_a_killed_supervisor_takes_the_server_with_it(hub_root: Path, tmp_path: Path, unused_port: int):
+    server = running_server.start(running_server.write_config(tmp_path, unused_port), hub_root, unused_port)
+    started = descendants(server.process.pid)
+    server.stop(signal.SIGKILL)
+    assert wait_until_gone(started) == set()
 
 
 def wait_until_gone(pids: set[int]) -> set[int]:

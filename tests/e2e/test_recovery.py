@@ -15,7 +15,16 @@ import pytest
 import running_server
 from peft_reference import MODEL, random_batch
 from safetensors.numpy import load_file
-from server_processes import processes_of, times_back, wait_for
+from server_processes import (
+    CLUSTER,
+    HEAD,
+    RAYLET,
+    processes_of,
+    processes_with,
+    times_back,
+    times_started_again,
+    wait_for,
+)
 
 from twinkle.protocol import uris
 from twinkle.protocol.types import SamplingParams
@@ -81,7 +90,28 @@ def kill_the_engine(server: running_server.RunningServer) -> None:
     wait_for("another engine", lambda: len(processes_of(server, ENGINE) - {engine}) == 1)
 
 
-@pytest.mark.parametrize("kill", [kill_the_rank, kill_the_engine])
+def kill_what_the_supervisor_replaces(server: running_server.RunningServer, part: str) -> None:
+    before = times_started_again(server)
+    [process] = processes_with(server, part)
+    os.kill(process, signal.SIGKILL)
+    wait_for("another start", lambda: times_started_again(server) > before)
+
+
+def kill_rays_head(server: running_server.RunningServer) -> None:
+    kill_what_the_supervisor_replaces(server, HEAD)
+
+
+def kill_rays_raylet(server: running_server.RunningServer) -> None:
+    kill_what_the_supervisor_replaces(server, RAYLET)
+
+
+def kill_the_servers_process(server: running_server.RunningServer) -> None:
+    kill_what_the_supervisor_replaces(server, CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "kill", [kill_the_rank, kill_the_engine, kill_rays_head, kill_rays_raylet, kill_the_servers_process]
+)
 def test_runs_outlive_a_process(
     server: running_server.RunningServer, kill: Callable[[running_server.RunningServer], None]
 ):

@@ -17,10 +17,9 @@ from pathlib import Path
 import chaos_network
 import running_server
 from chaos_network import Network
-from server_processes import processes_of, wait_for
+from server_processes import HEAD, processes_of, processes_with, times_ready, wait_for
 
 RANK, ENGINE, GATEWAY = "ray::Rank", "ray::ServeReplica:twinkle:engine", "ray::ServeReplica:twinkle:gateway"
-HEAD = "gcs_server"
 
 # How long processes are stopped, a database is locked, a disk stays full.
 _MOMENT_SECONDS = 2.0
@@ -59,10 +58,10 @@ class Site:
             wait_for(f"another {name}", lambda: bool(processes_of(self.server, name) - found))
 
     def kill_head(self) -> None:
-        """Ray's head: what is left of the server is of no use, so that its supervisor starts it again."""
-        _kill({pid for pid in processes_of(self.server, "") if HEAD in _command(pid)})
-        time.sleep(_MOMENT_SECONDS)
-        self.kill_all()
+        """Ray's head: what is left of the server is of no use, and its supervisor starts it again."""
+        before = times_ready(self.server)
+        _kill(processes_with(self.server, HEAD))
+        wait_for("the server after its head was killed", lambda: times_ready(self.server) > before)
 
     def stop_for_a_moment(self, name: str) -> None:
         found = processes_of(self.server, name)
@@ -171,10 +170,3 @@ def _kill(pids: set[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _command(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""

@@ -10,11 +10,23 @@ import running_server
 
 WAIT_SECONDS = 120
 
+# Parts of command lines: Ray's head, its process on this machine, and the server's own process, which starts them.
+HEAD, RAYLET, CLUSTER = "gcs_server", "raylet/raylet", "twinkle.server.serve.cluster"
+
 
 def processes_of(server: running_server.RunningServer, name: str) -> set[int]:
-    """Those that the server started whose command line begins with `name`."""
+    """Those that the server started, itself included, whose command line begins with `name`."""
+    return {pid for pid, command in _commands(server).items() if command.startswith(name)}
+
+
+def processes_with(server: running_server.RunningServer, part: str) -> set[int]:
+    """The same of those that have `part` anywhere in their command line."""
+    return {pid for pid, command in _commands(server).items() if part in command}
+
+
+def _commands(server: running_server.RunningServer) -> dict[int, str]:
     parents: dict[int, int] = {}
-    names: dict[int, str] = {}
+    commands: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -22,11 +34,11 @@ def processes_of(server: running_server.RunningServer, name: str) -> set[int]:
             except OSError:  # it has ended
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-            names[int(entry.name)] = command.decode(errors="replace")
+            commands[int(entry.name)] = command.decode(errors="replace")
     found = {server.process.pid}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return {pid for pid in found if names.get(pid, "").startswith(name)}
+    return {pid: commands.get(pid, "") for pid in found}
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:
@@ -38,3 +50,12 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
 
 def times_back(server: running_server.RunningServer) -> int:
     return sum("The model is back after" in line for line in server.lines)
+
+
+def times_started_again(server: running_server.RunningServer) -> int:
+    """How often the supervisor has begun to start the server again."""
+    return sum("starting the server again" in line for line in server.lines)
+
+
+def times_ready(server: running_server.RunningServer) -> int:
+    return sum(line.startswith("Twinkle listens") for line in server.lines)

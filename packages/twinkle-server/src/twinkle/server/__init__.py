@@ -8,7 +8,7 @@ __all__ = ["TwinkleServer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Ray takes a second to import: parts of this package are used without it (local mode, check-config).
+    # Not imported where no server is started: parts of this package are used without one (local mode, a rank).
     if name == "TwinkleServer":
         from twinkle.server.serve.launch import TwinkleServer
 

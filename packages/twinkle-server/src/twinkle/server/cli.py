@@ -43,8 +43,8 @@ ConfigOption = Annotated[
 
 @app.command()
 def launch(config: ConfigOption) -> None:
-    """Start the server and serve until Ctrl-C."""
-    from twinkle.server.serve.launch import TwinkleServer  # imports ray, which takes seconds
+    """Start the server and serve until Ctrl-C; start it again when Ray or its own process has ended."""
+    from twinkle.server.serve.launch import TwinkleServer  # what no other command needs
 
     TwinkleServer.from_config(config).run()
 

@@ -1,30 +1,23 @@
-"""Starts Ray and Serve for one server, waits, and ends both."""
+"""The server as its user starts it: it is checked here what can be, and what runs it is started and kept running.
+
+Light on purpose: this process stays for as long as the server does, and what Ray or the model do can't end it.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
-import signal
 import socket
 import sys
-import threading
-import time
-from importlib import import_module
-from types import FrameType
-from typing import Any, cast
 
-import ray
-
-from twinkle.protocol.errors import InvalidRequest, ServerFault
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
-from twinkle.server.keys import with_auth_mode
-from twinkle.server.plan import Plan, make_plan
+from twinkle.server.serve.supervised import say
+from twinkle.server.serve.supervisor import Supervisor
 from twinkle.server.serve.tls import check_tls
 
-log = logging.getLogger("twinkle.server")
-
-_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
+# -P: the directory in which the server is started holds no modules of it.
+_COMMAND = (sys.executable, "-P", "-m", "twinkle.server.serve.cluster")
 
 
 class TwinkleServer:
@@ -44,36 +37,25 @@ class TwinkleServer:
     def run(self) -> None:
         """Start, say when it is ready and where it listens, and serve until Ctrl-C or SIGTERM.
 
+        Once it has been ready, it is started again whenever it ends otherwise: Ray's head or the server's own process
+        may be killed. The configuration stays what it was, the mode of access too.
+
         Raises:
             InvalidRequest, NotFound: if it can't start as configured (port taken, model not found, ...).
             ServerFault: if the model could not be loaded or its first step failed. Nothing is left running.
         """
+        Supervisor(
+            _COMMAND,
+            self.config.model_dump_json(),
+            check=self._check,
+            on_ready=lambda configuration: say(_ready_lines(ServerConfig.model_validate_json(configuration))),
+        ).run()
+
+    def _check(self) -> None:
         server = self.config.server
         _check_port(server.host, server.port)
         if server.tls is not None:
             check_tls(*server.tls)
-        plan = make_plan(with_auth_mode(self.config))
-        ready, stop = threading.Event(), threading.Event()
-
-        def on_signal(_number: int, _frame: FrameType | None) -> None:
-            stop.set()
-            if not ready.is_set():
-                raise KeyboardInterrupt  # out of whatever is being waited for
-
-        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            _start(plan)
-            ready.set()
-            _say(_ready_lines(plan))
-            stop.wait()
-            _say("Stopping.")
-            _close_engine()
-        except KeyboardInterrupt:
-            _say("Stopped before it was ready.")
-        finally:
-            ray.shutdown()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -89,89 +71,13 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _start(plan: Plan) -> None:
-    model = plan.model
-    where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else "the CPU"
-    if not plan.gpus_per_rank and plan.config.ray.num_gpus:
-        _say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but no GPU was found: computing on the CPU.")
-    _say(
-        f"Loading {plan.config.model.model_id} from {model.path} in {model.torch_dtype} on {where} "
-        f"({plan.backend} backend, {plan.sampler} sampler)."
-    )
-    began = time.monotonic()
-    # Ray's own processes take seconds to start, and so does this.
-    importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
-    importing.start()
-    _start_ray(plan)
-    importing.join()
-    # Ray and Serve report each of their own steps; what users want to know is said here.
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from ray import serve
-    from ray.util import placement_group
-
-    from twinkle.server.serve.deployments import APP_NAME, build_application
-    from twinkle.server.serve.ranks import place_ranks
-
-    # The ranks take longest, so they are started first of all; the engine finds them there.
-    placement = placement_group(plan.bundles, strategy="PACK")
-    ranks = place_ranks(placement, plan.model, plan.backend, plan.sampler)
-    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-    try:
-        serve.run(
-            build_application(plan, placement, ranks),
-            name=APP_NAME,
-            route_prefix=None,
-            logging_config=_LOGGING,
-        )
-    except RuntimeError as error:
-        raise ServerFault(f"the server could not start: {_cause()}") from error
-    failure = _engine().start_failure.remote().result(timeout_s=60)
-    if failure is not None:
-        raise ServerFault(f"the server could not start: {failure.message}")
-    _say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
-
-
-def _start_ray(plan: Plan) -> None:
-    # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's processes give way to all others of the machine, unless told that they are what it is for.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
-            num_gpus=plan.num_ranks * plan.gpus_per_rank,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=True,
-        )
-    except Exception as error:
-        raise ServerFault(
-            f"Ray could not be started on this machine ({type(error).__name__}: {error}); its processes have half a "
-            "minute, which may be too little while other programs keep the machine busy"
-        ) from error
-
-
-def _cause() -> str:
-    """What Serve says of the deployments that failed."""
-    from ray import serve
-
-    from twinkle.server.serve.deployments import APP_NAME
-
-    application = serve.status().applications.get(APP_NAME)
-    if application is None:
-        return "Serve knows of no application"
-    messages = [status.message for status in application.deployments.values() if status.message]
-    return "\n".join(messages) or application.message
-
-
-def _ready_lines(plan: Plan) -> str:
-    server = plan.config.server
+def _ready_lines(config: ServerConfig) -> str:
+    server = config.server
     shown = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
     scheme = "https" if server.tls else "http"
     return "\n".join(
         [
-            *_access_lines(plan.config),
+            *_access_lines(config),
             f"Twinkle listens on {server.host}:{server.port}; clients use {scheme}://{shown}:{server.port}",
         ]
     )
@@ -203,23 +109,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False  # a name: whatever it stands for
-
-
-def _close_engine() -> None:
-    """Let the engine write what it is writing; the cluster ends all the same."""
-    try:
-        _engine().close.remote().result(timeout_s=30)
-    except Exception as error:
-        log.warning("the engine could not be closed in order: %s", error)
-
-
-def _engine() -> Any:
-    from ray import serve
-
-    from twinkle.server.serve.deployments import APP_NAME
-
-    return cast(Any, serve.get_deployment_handle("engine", APP_NAME))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,214 @@
+"""The server's process: starts Ray and Serve, says when it is ready, waits, and ends both. It is started by
+`supervisor.py`, again when it ends or Ray does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from importlib import import_module
+from types import FrameType
+from typing import Any, cast
+
+import ray
+
+from twinkle.protocol.errors import ServerFault, TwinkleError
+from twinkle.server.config import ServerConfig
+from twinkle.server.keys import with_auth_mode
+from twinkle.server.plan import Plan, make_plan
+from twinkle.server.serve.supervised import Supervised, say
+
+log = logging.getLogger("twinkle.server")
+
+_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
+
+# How often Ray's own processes are looked for, and after how many times in vain they count as ended.
+_LOOK_SECONDS = 1.0
+_LOOKS = 2
+
+
+def main() -> int:
+    """Serve until the supervisor, or a signal, asks for the end; the exit code."""
+    supervised = Supervised(int(sys.argv[1]))
+    ready, stop, over = threading.Event(), threading.Event(), threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            return  # it comes from the supervisor, and perhaps from who ends all processes of the machine
+        stop.set()
+        if not ready.is_set():
+            raise KeyboardInterrupt  # out of whatever is being waited for
+
+    def take_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+
+    take_signals()
+    try:
+        # What this thread waits for is interrupted by a signal, and by nothing else.
+        supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
+        plan = make_plan(with_auth_mode(ServerConfig.model_validate_json(supervised.configuration)))
+        _say_what_is_loaded(plan)
+        began = time.monotonic()
+        # Ray's own processes take seconds to start, and so does this.
+        importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
+        importing.start()
+        _start_ray(plan)
+        take_signals()  # Ray has a handler of its own for SIGTERM, which ends the process with a stack trace
+        _watch_ray(supervised, over)
+        importing.join()
+        _start(plan)
+        say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
+        ready.set()
+        supervised.ready(plan.config.model_dump_json())
+        stop.wait()
+        say("Stopping.")
+        _close_engine()
+    except KeyboardInterrupt:
+        say("Stopped before it was ready.")
+    except TwinkleError as error:
+        supervised.failed(error)
+        return 1
+    finally:
+        stop.set()
+        over.set()
+        ray.shutdown()
+    return 0
+
+
+def _say_what_is_loaded(plan: Plan) -> None:
+    model = plan.model
+    where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else "the CPU"
+    if not plan.gpus_per_rank and plan.config.ray.num_gpus:
+        say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but no GPU was found: computing on the CPU.")
+    say(
+        f"Loading {plan.config.model.model_id} from {model.path} in {model.torch_dtype} on {where} "
+        f"({plan.backend} backend, {plan.sampler} sampler)."
+    )
+
+
+def _start(plan: Plan) -> None:
+    """The ranks, Serve and the engine; they are ready then."""
+    # Ray and Serve report each of their own steps; what users want to know is said here.
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from ray import serve
+    from ray.util import placement_group
+
+    from twinkle.server.serve.deployments import APP_NAME, build_application
+    from twinkle.server.serve.ranks import place_ranks
+
+    # The ranks take longest, so they are started first of all; the engine finds them there.
+    placement = placement_group(plan.bundles, strategy="PACK")
+    ranks = place_ranks(placement, plan.model, plan.backend, plan.sampler)
+    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+    try:
+        serve.run(
+            build_application(plan, placement, ranks),
+            name=APP_NAME,
+            route_prefix=None,
+            logging_config=_LOGGING,
+        )
+    except RuntimeError as error:
+        raise ServerFault(f"the server could not start: {_cause()}") from error
+    failure = _engine().start_failure.remote().result(timeout_s=60)
+    if failure is not None:
+        raise ServerFault(f"the server could not start: {failure.message}")
+
+
+def _start_ray(plan: Plan) -> None:
+    # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's processes give way to all others of the machine, unless told that they are what it is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
+            num_gpus=plan.num_ranks * plan.gpus_per_rank,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+        )
+    except Exception as error:
+        raise ServerFault(
+            f"Ray could not be started on this machine ({type(error).__name__}: {error}); its processes have half a "
+            "minute, which may be too little while other programs keep the machine busy"
+        ) from error
+
+
+def _cause() -> str:
+    """What Serve says of the deployments that failed."""
+    from ray import serve
+
+    from twinkle.server.serve.deployments import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
+        return "Serve knows of no application"
+    messages = [status.message for status in application.deployments.values() if status.message]
+    return "\n".join(messages) or application.message
+
+
+def _watch_ray(supervised: Supervised, over: threading.Event) -> None:
+    """From now on, until it is `over`: end this process when Ray's head, or its raylet here, has ended.
+
+    Ray itself waits a minute for its head, and then ends each process that had to do with it, in whatever it is at.
+    """
+    addresses = _ray_addresses()
+
+    def watch() -> None:
+        failures = 0
+        while not over.wait(_LOOK_SECONDS):
+            ended = [name for name, address in addresses.items() if not _listens(address)]
+            failures = failures + 1 if ended else 0
+            if failures == _LOOKS:
+                supervised.failed(ServerFault(f"{ended[0]} has ended"))
+                os._exit(
+                    1
+                )  # what would be closed in order waits for Ray; the supervisor ends all that is left
+
+    threading.Thread(target=watch, name="watch Ray", daemon=True).start()
+
+
+def _ray_addresses() -> dict[str, tuple[str, int]]:
+    """Where the processes listen without which Ray is of no use."""
+    context = cast(Any, ray.get_runtime_context())
+    host, _, port = str(context.gcs_address).rpartition(":")
+    addresses = {"Ray's head": (host.strip("[]"), int(port))}
+    for node in cast(list[dict[str, Any]], cast(Any, ray).nodes()):
+        if node["NodeID"] == context.get_node_id():
+            addresses["Ray's raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    return addresses
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _close_engine() -> None:
+    """Let the engine write what it is writing; the cluster ends all the same."""
+    try:
+        _engine().close.remote().result(timeout_s=30)
+    except Exception as error:
+        log.warning("the engine could not be closed in order: %s", error)
+
+
+def _engine() -> Any:
+    from ray import serve
+
+    from twinkle.server.serve.deployments import APP_NAME
+
+    return cast(Any, serve.get_deployment_handle("engine", APP_NAME))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
