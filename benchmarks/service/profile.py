@@ -30,7 +30,7 @@ from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.app import build_service
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import passes
-from twinkle.server.config import parse_config
+from twinkle.server.config import LimitsSection, parse_config
 from twinkle.server.engine import engine
 from twinkle.server.engine.worker import build_worker
 from twinkle.server.gateway import app as gateway
@@ -82,7 +82,7 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
         service = build_service(config, worker)
         await service.start()
         clocks = put_clocks()
-        transport = httpx.ASGITransport(gateway.create_app(service, 2**28, Signer("benchmark")))
+        transport = httpx.ASGITransport(gateway.create_app(service, LimitsSection(), Signer("benchmark")))
         async with httpx.AsyncClient(transport=transport, base_url="http://server" + PREFIX) as http:
             runs = [await new_run(http, str(path), i) for i in range(tenants)]
             numbers = iter(range(1, 1_000_000, 2))

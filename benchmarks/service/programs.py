@@ -28,10 +28,12 @@ class Served:
 
     Attributes:
         ready_seconds: from its command to "Twinkle listens".
+        pid: of its supervisor.
     """
 
     base_url: str
     ready_seconds: float
+    pid: int
 
 
 @contextlib.contextmanager
@@ -60,7 +62,7 @@ def server(model: Path, directory: Path, **sections: dict[str, Any]) -> Generato
     )
     try:
         _wait_until_it_listens(process)
-        yield Served(f"http://127.0.0.1:{port}", time.monotonic() - began)
+        yield Served(f"http://127.0.0.1:{port}", time.monotonic() - began, process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)

@@ -42,10 +42,10 @@ class Bench:
         self.snapshots = Snapshots(worker, self.files, 3600.0, clock=lambda: self.now)
         self.residency = Residency(self.runs, worker, self.snapshots, budget, lambda: self.now)
 
-    async def create(self, *run_ids: str, rank: int = 1) -> None:
+    async def create(self, *run_ids: str, rank: int = 1, tenant: str = "alice") -> None:
         for run_id in run_ids:
             spec = AdapterSpec(rank=rank, seed=len(self.runs))
-            self.runs[run_id] = LiveRun(run_id, "alice", "session", "fake/model", spec)
+            self.runs[run_id] = LiveRun(run_id, tenant, "session", "fake/model", spec)
             await self.residency.bring_in([run_id])
             await self.worker.add_adapter(run_id, spec)
             self.snapshots.begin(self.runs[run_id])
@@ -134,6 +134,23 @@ async def test_the_least_recently_used_leave_and_come_back_as_they_were(bench: B
         assert {name: matrix.tobytes() for name, matrix in mine.items()} == {
             name: matrix.tobytes() for name, matrix in theirs.items()
         }
+
+
+async def test_who_has_most_there_makes_room(bench: Bench):
+    await bench.create("mine", tenant="modest")
+    await bench.accumulate("mine")
+    await bench.step("mine")
+    await bench.create("a", tenant="greedy")
+    before = await bench.state("mine")
+    for run_id in ("b", "c", "d", "a", "b"):
+        if run_id not in bench.runs:
+            await bench.create(run_id, tenant="greedy")
+        await bench.residency.bring_in([run_id])
+        assert "mine" in bench.resident, "the least recently used of all, and not to leave"
+    after = await bench.state("mine")
+    assert {n: a.tobytes() for n, a in after.weights.items()} == {
+        n: a.tobytes() for n, a in before.weights.items()
+    }
 
 
 async def test_bytes_are_those_of_rank_moments_and_gradient(bench: Bench):

@@ -14,6 +14,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, PROTOBUF, QUERIES
 from twinkle.protocol.operations import ENDPOINTS, Posted, Reply
 from twinkle.protocol.types import Datum, ModelInput
+from twinkle.server.config import LimitsSection
 from twinkle.server.gateway.app import create_app
 from twinkle.server.tokens import Signer
 
@@ -25,7 +26,8 @@ async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     service = make_service(tmp_path)
     await service.start()
     transport = httpx.ASGITransport(
-        create_app(service, MAX_BYTES, Signer("secret")), raise_app_exceptions=False
+        create_app(service, LimitsSection(max_request_bytes=MAX_BYTES), Signer("secret")),
+        raise_app_exceptions=False,
     )
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
         yield client
@@ -47,7 +49,7 @@ def a_pass(run: str, seq_id: int = 1) -> bytes:
 
 
 async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.AsyncClient, tmp_path: Path):
-    app = create_app(make_service(tmp_path), MAX_BYTES, Signer("secret"))
+    app = create_app(make_service(tmp_path), LimitsSection(max_request_bytes=MAX_BYTES), Signer("secret"))
     routes = {
         (method, path)
         for route in app.routes
@@ -213,3 +215,42 @@ async def test_lists_are_paged(http: httpx.AsyncClient):
     assert page["cursor"] == {"offset": 1, "limit": 2, "total_count": 3}
     assert [run["training_run_id"] for run in page["training_runs"]] == [runs[1], runs[0]]
     assert (await http.get("/training_runs", params={"limit": -1})).status_code == 400
+
+
+@pytest.fixture
+async def limited(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway that takes one request in ten seconds."""
+    service = make_service(tmp_path)
+    await service.start()
+    limits = LimitsSection(max_requests_per_second_per_tenant=0.1)
+    transport = httpx.ASGITransport(create_app(service, limits, Signer("secret")))
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
+        yield client
+    await service.close()
+
+
+async def test_a_request_too_many_is_told_which_limit_and_when_to_try_again(limited: httpx.AsyncClient):
+    alice, bob = {"x-api-key": "a"}, {"x-api-key": "b"}
+    replies = [await limited.post("/create_session", json={}, headers=alice) for _ in range(3)]
+    # One at once, another that overdraws by what it has not earned yet, and then ten seconds have to be waited for.
+    assert [reply.status_code for reply in replies] == [200, 200, 429]
+    refused = replies[-1]
+    assert refused.json()["error"].startswith("limits.max_requests_per_second_per_tenant: 0.1 is the most")
+    assert 5 < float(refused.headers["retry-after"]) <= 20
+    assert (await limited.post("/auth/token", json={}, headers=alice)).status_code == 429
+    assert (await limited.post("/create_session", json={}, headers=bob)).status_code == 200
+    assert (await limited.get("/healthz", headers=alice)).status_code == 200
+
+
+async def test_a_run_too_many_is_403_by_name(tmp_path: Path):
+    service = make_service(tmp_path, limits=LimitsSection(max_runs_per_tenant=1))
+    await service.start()
+    transport = httpx.ASGITransport(create_app(service, LimitsSection(), Signer("secret")))
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as http:
+        await new_run(http)
+        session = (await http.post("/create_session", json={})).json()["session_id"]
+        body = {"session_id": session, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 2}}
+        refused = await http.post("/create_model", json=body)
+    await service.close()
+    assert refused.status_code == 403 and refused.json()["category"] == "user"
+    assert refused.json()["error"].startswith("limits.max_runs_per_tenant: 1 training runs take requests")

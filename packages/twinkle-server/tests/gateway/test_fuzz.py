@@ -41,6 +41,7 @@ from twinkle.protocol.errors import Category, TooLarge
 from twinkle.protocol.types import Datum, ModelInput, SparseTensor
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway import app as gateway_app
@@ -75,7 +76,7 @@ class Host:
         database = Database(f"sqlite:///{directory / 'test.sqlite'}")
         files = CheckpointFiles(directory / "checkpoints")
         self.service = Service(MODEL, worker, database, files, signer=signer)
-        self.app = create_app(self.service, MAX_BYTES, signer)
+        self.app = create_app(self.service, LimitsSection(max_request_bytes=MAX_BYTES), signer)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -847,7 +848,7 @@ async def test_a_body_in_tiny_chunks_takes_no_more_than_a_few_times_the_limit():
 def test_a_request_without_tensors_may_not_be_as_large_as_one_with_them(tmp_path: Path):
     """What Python makes of JSON is many times as large."""
     body = b'{"user_metadata": {"a": [' + b"[]," * 400_000 + b"[]]}}"
-    app = create_app(make_service(tmp_path), 100 * 2**20, Signer("secret"))
+    app = create_app(make_service(tmp_path), LimitsSection(max_request_bytes=100 * 2**20), Signer("secret"))
 
     async def post(path: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:

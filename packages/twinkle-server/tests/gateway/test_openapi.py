@@ -12,6 +12,7 @@ import pytest
 from fake_service import MODEL, make_service
 
 from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import openapi
 from twinkle.server.gateway.app import create_app
 from twinkle.server.tokens import Signer
@@ -37,7 +38,7 @@ def walk(value: object) -> Iterator[dict[str, Any]]:
 
 
 async def test_the_application_serves_it_and_what_it_describes(document: dict[str, Any], tmp_path: Path):
-    app = create_app(make_service(tmp_path), 1000, Signer("secret"))
+    app = create_app(make_service(tmp_path), LimitsSection(max_request_bytes=1024), Signer("secret"))
     routes = {
         (method.lower(), path)
         for route in app.routes

@@ -18,7 +18,7 @@ from keyed_gateway import KeyedGateway
 
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.config import parse_config
+from twinkle.server.config import LimitsSection, parse_config
 from twinkle.server.gateway.app import create_app
 from twinkle.server.keys import KeyRing
 from twinkle.server.serve.http import HttpServer
@@ -54,7 +54,13 @@ async def test_https_by_httpx_and_by_the_native_client(tmp_path: Path, monkeypat
     gateway = KeyedGateway(tmp_path)
     await gateway.service.start()
     certificate, key = make_certificate(tmp_path)
-    app = create_app(gateway.service, 2**20, gateway.signer, keys=KeyRing(gateway.database), tls=True)
+    app = create_app(
+        gateway.service,
+        LimitsSection(max_request_bytes=2**20),
+        gateway.signer,
+        keys=KeyRing(gateway.database),
+        tls=True,
+    )
     server = await HttpServer.start(app, "127.0.0.1", 0, (certificate, key))
     port = server._server.servers[0].sockets[0].getsockname()[1]
     url = f"https://127.0.0.1:{port}"

@@ -8,9 +8,10 @@ import pytest
 from sqlalchemy import text
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
-from twinkle.server.store.tables import Usage
+from twinkle.server.store.tables import Checkpoint, Usage
 
 
 def test_a_database_of_another_version_is_named_and_left_alone(tmp_path: Path):
@@ -42,4 +43,54 @@ async def test_usage_adds_up_over_writes_and_failures(tmp_path: Path, monkeypatc
 
     assert shown(database.usage("t", 0, 2**30)) == {"training": 12, "checkpoint": 1}
     assert shown(database.usage("other", 0, 2**30)) == {"training": 100}
+    database.close()
+
+
+def a_checkpoint(run: str, name: str, moment: float, tenant: str = "t") -> Checkpoint:
+    return Checkpoint(
+        run_id=run,
+        kind="weights",
+        name=name,
+        tenant=tenant,
+        base_model="the/model",
+        created_at=moment,
+        size_bytes=1,
+        rank=2,
+        train_attn=True,
+        train_mlp=True,
+        train_unembed=False,
+        public=False,
+    )
+
+
+@pytest.mark.parametrize("leap", [-86_400.0, 0.0, 365 * 86_400.0])
+def test_the_newest_checkpoint_is_the_one_that_was_saved_last_whatever_the_clock_says(
+    tmp_path: Path, leap: float
+):
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    now = 1_800_000_000.0
+    # The clock leaps after the first, and back after the third.
+    for run, moment in (("a", now), ("b", now + leap), ("c", now + leap), ("d", now)):
+        database.put_checkpoint(a_checkpoint(run, "name", moment))
+        database.put_checkpoint(a_checkpoint(run, f"other-{run}", moment))
+        newest = database.checkpoint("t", CheckpointUri("name"), now)
+        assert newest is not None and newest.run_id == run
+    listed, _ = database.checkpoints("t", now)
+    assert [row.run_id for row in listed] == ["d", "d", "c", "c", "b", "b", "a", "a"]
+    database.put_checkpoint(a_checkpoint("z", "name", now, tenant="other"))
+    elsewhere = database.checkpoint("other", CheckpointUri("name"), now)
+    assert elsewhere is not None and elsewhere.created_at == now, "another tenant's have no part in it"
+    database.close()
+
+
+def test_a_checkpoint_that_is_overwritten_is_told_from_the_old_one_by_a_clock_that_stands(tmp_path: Path):
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    uri = CheckpointUri("name", "run", "weights")
+    seen: list[float] = []
+    for _ in range(3):
+        database.put_checkpoint(a_checkpoint("run", "name", 1_800_000_000.0))
+        row = database.checkpoint_row(uri)
+        assert row is not None
+        seen.append(row.created_at)
+    assert seen == sorted(set(seen)) and seen[0] == 1_800_000_000.0 and seen[2] < 1_800_000_000.01
     database.close()

@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from twinkle.protocol.errors import Unavailable
 from twinkle.server.store import patience
+from twinkle.server.store.patience import DatabaseGone
 
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
@@ -46,6 +47,21 @@ async def test_what_passes_is_tried_again(error: Exception):
     left = [error] * 1000
     with pytest.raises(Unavailable, match="can't be written to just now"):
         await patience.patiently(work, patience_seconds=0.0)
+
+
+async def test_a_database_that_is_gone_is_waited_for():
+    left = [DatabaseGone("not where it was", retry_after=5.0)]
+
+    def work() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert await patience.patiently(work) == "done"
+    left = [DatabaseGone("not where it was", retry_after=5.0)] * 1000
+    with pytest.raises(Unavailable, match="not where it was") as raised:
+        await patience.patiently(work, patience_seconds=0.0)
+    assert raised.value.retry_after == 5.0
 
 
 @pytest.mark.parametrize("error", LASTING, ids=str)

@@ -8,6 +8,7 @@ from typing import Any
 from twinkle.protocol import messages as m
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
@@ -24,6 +25,7 @@ def make_service(
     capacity: int = 4,
     model: str = MODEL,
     adapter_bytes: int | None = None,
+    limits: LimitsSection | None = None,
 ) -> Service:
     """
     Args:
@@ -39,6 +41,7 @@ def make_service(
         capacity,
         run_files=RunFiles(directory / "runs"),
         max_resident_adapter_bytes=adapter_bytes,
+        limits=limits or LimitsSection(),
     )
 
 

@@ -17,6 +17,7 @@ from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
 from twinkle.server.keys import KeyRing, create_key
@@ -38,7 +39,9 @@ class KeyedGateway:
         worker = LocalWorker(FakeBackend(ModelConfig(directory)), FakeEngine())
         files = CheckpointFiles(directory / "checkpoints")
         self.service = Service(MODEL, worker, self.database, files, signer=self.signer)
-        self.app = create_app(self.service, 2**20, self.signer, keys=KeyRing(self.database))
+        self.app = create_app(
+            self.service, LimitsSection(max_request_bytes=2**20), self.signer, keys=KeyRing(self.database)
+        )
 
     def new_key(self, tenant: str | None = None) -> str:
         return create_key(self.database, tenant)[1]

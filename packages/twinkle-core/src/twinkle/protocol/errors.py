@@ -4,6 +4,7 @@
     ├── InvalidRequest        400  the caller's mistake; the message names the field and what is allowed
     │   └── TokenError, ...        (subclasses live beside what raises them)
     ├── Unauthorized          401  no or unknown API key
+    ├── QuotaReached          403  so many are there already that one has to go first; waiting alone doesn't help
     ├── NotFound              404  no such thing, or it belongs to another tenant: the two are never told apart
     ├── Gone                  410  it was there, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
@@ -12,9 +13,9 @@
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
     └── ConnectionFailed       -   client side only: the server could not be reached
 
-There is no 409: the Tinker SDK retries it. There is no 501: a missing capability is a 400 that names it, since the
-SDK retries every 5xx. An operation that fails after it was accepted is a `RequestFailed`: it travels inside a 200
-as `{error, category}`.
+There is no 402: the Tinker SDK waits an hour for it to pass. There is no 409: the SDK retries it. There is no 501: a
+missing capability is a 400 that names it, since the SDK retries every 5xx. An operation that fails after it was
+accepted is a `RequestFailed`: it travels inside a 200 as `{error, category}`.
 """
 
 from typing import ClassVar, Literal
@@ -49,6 +50,13 @@ class Unauthorized(TwinkleError):
     """No API key, or one that this server doesn't know."""
 
     status = 401
+    category: Category = "user"
+
+
+class QuotaReached(TwinkleError):
+    """The tenant, or the server, has as many or as much as it may; something has to go first."""
+
+    status = 403
     category: Category = "user"
 
 
@@ -126,7 +134,8 @@ class RequestFailed(TwinkleError):
 
 
 _BY_STATUS: dict[int, type[TwinkleError]] = {
-    error.status: error for error in (InvalidRequest, Unauthorized, NotFound, Gone, TooLarge, ServerFault)
+    error.status: error
+    for error in (InvalidRequest, Unauthorized, QuotaReached, NotFound, Gone, TooLarge, ServerFault)
 }
 
 

@@ -58,6 +58,7 @@ def build_service(
         storage.snapshot_seconds if live else None,
         config.model.max_resident_adapter_bytes,
         (lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
+        config.limits,
     )
 
 

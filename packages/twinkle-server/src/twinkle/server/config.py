@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -138,10 +138,57 @@ class StorageSection(_Section):
 
 
 class LimitsSection(_Section):
-    """What one request may ask for."""
+    """How much is taken of each tenant, and of all together; null is no limit."""
 
+    # What refuses names its limit: 429 with Retry-After where waiting helps, 403 where something has to go first, 413
+    # for a body. The highest rank is `model.max_lora_rank`, and what adapters may take where the model computes
+    # `model.max_resident_adapter_bytes`.
     max_request_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Largest body in bytes, before and after decompression."""
+    max_requests_per_second_per_tenant: float | None = Field(default=1000, gt=0)
+    """HTTP requests, polls included, at each process that reads HTTP; after a pause ten times as many at once."""
+    max_requests_per_second: float | None = Field(default=10_000, gt=0)
+    """The same for all tenants together."""
+    max_queued_requests_per_tenant: int | None = Field(default=16_384, ge=1)
+    """Requests that have been accepted and have no result yet."""
+    max_queued_requests: int | None = Field(default=65_536, ge=1)
+    """The same for all tenants together."""
+    max_queued_tokens_per_tenant: int | None = Field(default=16 * 2**20, ge=1)
+    """Tokens in such requests: of training passes, and of prompts."""
+    max_queued_tokens: int | None = Field(default=64 * 2**20, ge=1)
+    """The same for all tenants together."""
+    max_tokens_per_minute_per_tenant: float | None = Field(default=None, gt=0)
+    """Tokens of training passes, of prompts, and sampled. Busy tenants get equal shares without it."""
+    max_tokens_per_minute: float | None = Field(default=None, gt=0)
+    """The same for all tenants together."""
+    max_runs_per_tenant: int | None = Field(default=1000, ge=1)
+    """Training runs that take requests."""
+    max_runs: int | None = Field(default=10_000, ge=1)
+    """The same for all tenants together."""
+    max_checkpoints_per_tenant: int | None = Field(default=10_000, ge=1)
+    """Checkpoints with a name."""
+    max_checkpoints: int | None = Field(default=None, ge=1)
+    """The same for all tenants together."""
+    max_checkpoint_bytes_per_tenant: int | None = Field(default=2**40, ge=1)
+    """Bytes of the checkpoints with a name; the one that goes beyond is the last."""
+    max_checkpoint_bytes: int | None = Field(default=None, ge=1)
+    """The same for all tenants together."""
+    max_checkpoint_ttl_seconds: int | None = Field(default=None, ge=1)
+    """Longest that a checkpoint may be kept, in seconds; those that are saved without a time get this one."""
+    max_session_idle_seconds: int | None = Field(default=86_400, ge=1)
+    """A session whose client asks for nothing for so long, not even a heartbeat, is let go: its runs are saved as
+    checkpoints named 'twinkle-released', with optimizer, and end."""
+    max_sampler_snapshots_per_run: int = Field(default=64, ge=1)
+    """Snapshots without a name that a run leaves for sampling (one at each `save_weights_and_get_sampling_client`); the
+    oldest go."""
+
+    @classmethod
+    def none(cls) -> LimitsSection:
+        """No limits, for who is alone on a machine of their own."""
+        optional = [
+            name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)
+        ]
+        return cls.model_validate(dict.fromkeys(optional))
 
 
 class ServerConfig(_Section):

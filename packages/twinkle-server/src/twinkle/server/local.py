@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
 from twinkle.server.app import build_service
-from twinkle.server.config import ModelSection, ServerConfig, load_config
+from twinkle.server.config import LimitsSection, ModelSection, ServerConfig, load_config
 from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
 from twinkle.server.service.service import Service
@@ -71,7 +71,7 @@ class LocalChannel:
                     raise InvalidRequest(
                         "base_model: missing; local mode loads the model that is first named"
                     )
-                config = ServerConfig(model=ModelSection(model_id=base_model))
+                config = ServerConfig(model=ModelSection(model_id=base_model), limits=LimitsSection.none())
             elif base_model is not None and normal_model_id(base_model) != normal_model_id(
                 config.model.model_id
             ):

@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.errors import InvalidRequest, NotFound, QuotaReached
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
@@ -23,9 +24,10 @@ from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.clock import SteadyClock
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
-from twinkle.server.store.patience import patiently
+from twinkle.server.store.patience import DatabaseGone, patiently
 
 Save: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
@@ -54,6 +56,7 @@ class AdapterKeeper:
         forget_run: Callable[[str], None],
         ledger: Ledger,
         tenant_of_key: Callable[[str], str],
+        limits: LimitsSection,
     ) -> None:
         """
         Args:
@@ -72,6 +75,8 @@ class AdapterKeeper:
         self._forget_run = forget_run
         self._ledger = ledger
         self._tenant_of_key = tenant_of_key
+        self._steady_clock = SteadyClock()
+        self._limits = limits
         self._writes: dict[str, asyncio.Task[None]] = {}
         self._expected: dict[
             str, asyncio.Event
@@ -106,7 +111,6 @@ class AdapterKeeper:
 
     async def save(self, job: Job, request: m.SaveWeightsRequest) -> None:
         uri = CheckpointUri(request.path, job.run_id, "weights")
-        await self._check_free(job, uri, request.overwrite)
         state = await self._export(job.run_id, with_optimizer=True)
         result = m.SaveWeightsResponse(path=str(uri))
         self._complete_when_written(job, uri, state, request, lambda _size: result)
@@ -116,14 +120,12 @@ class AdapterKeeper:
             await self._save_unnamed(job, request)
             return
         uri = CheckpointUri(request.path, job.run_id, "sampler_weights")
-        await self._check_free(job, uri, overwrite=False)
         state = await self._export(job.run_id, with_optimizer=False)
         result = m.SaveWeightsForSamplerResponse(path=str(uri))
         self._complete_when_written(job, uri, state, request, lambda _size: result)
 
     async def save_external(self, job: Job, request: m.SaveWeightsExternalRequest) -> None:
         uri = CheckpointUri(request.path, job.run_id, "external_weights")
-        await self._check_free(job, uri, overwrite=False)
         state = await self._export(job.run_id, with_optimizer=False)
         self._complete_when_written(
             job,
@@ -145,23 +147,24 @@ class AdapterKeeper:
             model_path=str(uri),
             created_at=time.time(),
         )
-        await patiently(lambda: self._database.put(row))
         # In memory first: sampling can begin. The files follow, so that the adapter may leave the sampler later.
         state = await self._export(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
-        # What an earlier process answered is done once more until the files are there.
-        self._futures.complete_for_now(
-            job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
-        )
 
         async def write_and_release() -> None:
             try:
+                await patiently(lambda: self._database.put(row))
+                # What an earlier process answered is done once more until the files are there.
+                self._futures.complete_for_now(
+                    job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
+                )
                 await self._write(job, uri, state, run, request)
             except Exception as error:  # it stays pinned in the sampler, where it works
-                to_failure(error, f"writing {uri}")
+                self._futures.complete(job.request_id, to_failure(error, f"writing {uri}"))
             else:
                 self._futures.complete_for_good(job.request_id)
                 await self._sampler_adapters.release(str(uri))
+                await self._drop_old_unnamed(run)
 
         self._write_behind(uri, write_and_release())
         self._no_longer_expected(uri)
@@ -186,16 +189,53 @@ class AdapterKeeper:
         return await self._worker.export_adapter(run_id, with_optimizer)
 
     async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
-        if overwrite:
-            return
-        row = await patiently(lambda: self._database.checkpoint(job.tenant, uri, time.time()))
-        is_taken = (
-            row is not None and row.request_id != job.request_id
-        )  # else an earlier process wrote it for this job
-        if is_taken or str(uri) in self._writes:
+        """
+        Raises:
+            InvalidRequest: if there is a checkpoint of that name, and it is not to be replaced.
+            QuotaReached: if it would be one too many.
+        """
+        row = await patiently(lambda: self._database.checkpoint_row(uri))
+        # While the clock can't be relied on nothing has expired.
+        now = self._steady_clock.now()
+        if row is not None and now is not None and row.expires_at is not None and row.expires_at <= now:
+            row = None
+        if row is None:
+            if uri.name != tables.RELEASED_NAME:
+                await self.check_quota(job.tenant)
+        elif (
+            not overwrite and row.request_id != job.request_id
+        ):  # else an earlier process wrote it for this job
             raise InvalidRequest(
                 f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
             )
+
+    async def check_quota(self, tenant: str) -> None:
+        """
+        Raises:
+            QuotaReached: if one more checkpoint with a name were too many.
+        """
+        limits, now = self._limits, time.time()
+        for suffix, whose, most, most_bytes in (
+            (
+                "_per_tenant",
+                tenant,
+                limits.max_checkpoints_per_tenant,
+                limits.max_checkpoint_bytes_per_tenant,
+            ),
+            ("", None, limits.max_checkpoints, limits.max_checkpoint_bytes),
+        ):
+            if most is None and most_bytes is None:
+                continue
+            total = await patiently(lambda whose=whose: self._database.checkpoint_total(whose, now))
+            for name, used, limit in (
+                ("max_checkpoints", total.count, most),
+                ("max_checkpoint_bytes", total.size_bytes, most_bytes),
+            ):
+                if limit is not None and used >= limit:
+                    raise QuotaReached(
+                        f"limits.{name}{suffix}: checkpoints take {used} already, and this server allows {limit}; "
+                        "delete some first, or give them a ttl"
+                    )
 
     def _complete_when_written(
         self,
@@ -205,11 +245,13 @@ class AdapterKeeper:
         request: Save,
         result: Callable[[int], m.Result],
     ) -> None:
-        """Write behind; `result` is told the size in bytes."""
+        """Check and write behind, since both may take long; `result` is told the size in bytes."""
         run = self._runs[job.run_id]
+        overwrite = isinstance(request, m.SaveWeightsRequest) and request.overwrite
 
         async def write_and_complete() -> None:
             try:
+                await self._check_free(job, uri, overwrite)
                 size = await self._write(job, uri, state, run, request)
             except Exception as error:
                 self._futures.complete(job.request_id, to_failure(error, f"saving {uri}"))
@@ -247,7 +289,7 @@ class AdapterKeeper:
             tenant=run.tenant,
             base_model=run.base_model,
             created_at=now,
-            expires_at=now + request.ttl_seconds if request.ttl_seconds else None,
+            expires_at=self.expiry(request.ttl_seconds, now),
             size_bytes=size,
             rank=run.spec.rank,
             train_attn=run.spec.train_attn,
@@ -259,11 +301,16 @@ class AdapterKeeper:
             if isinstance(request, m.SaveWeightsExternalRequest)
             else request.user_metadata,
         )
-        await patiently(lambda: self._database.put(row))
+        await patiently(lambda: self._database.put_checkpoint(row))
         if not uri.name.startswith(tables.UNNAMED_PREFIX):
             self._ledger.record(run.tenant, run.session_id, "checkpoint", 1)
             await self.audit(run.tenant, "checkpoint_create", uri)
         return size
+
+    def expiry(self, ttl_seconds: int | None, now: float) -> float | None:
+        """When a checkpoint ends that is to be kept for so long, or as long as may be; None is never."""
+        seconds = ttl_seconds or self._limits.max_checkpoint_ttl_seconds
+        return now + seconds if seconds else None
 
     async def settled(self, run_id: str) -> None:
         """Wait until everything that a run's requests write is written."""
@@ -328,6 +375,12 @@ class AdapterKeeper:
             await asyncio.wait(under_way)
         reader = tenant if token is None else self._tenant_of_key(token)
         row = await patiently(lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True))
+        if row is None and uri.name.startswith(tables.UNNAMED_PREFIX):
+            raise NotFound(
+                f"{field}: the weights that this was made of are gone; of each run the newest "
+                f"{self._limits.max_sampler_snapshots_per_run} are kept (limits.max_sampler_snapshots_per_run), until "
+                "its session ends: save with a name what is to stay"
+            )
         if row is None:
             raise NotFound(
                 f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are"
@@ -359,8 +412,17 @@ class AdapterKeeper:
         columns = {column.key: getattr(source, column.key) for column in tables.Checkpoint.__table__.columns}
         changed = {"run_id": run.id, "tenant": run.tenant, "created_at": time.time(), "public": False}
         row = tables.Checkpoint(**{**columns, **changed, "expires_at": expires_at})
-        await asyncio.to_thread(self._database.put, row)
+        await asyncio.to_thread(self._database.put_checkpoint, row)
         return row
+
+    async def _drop_old_unnamed(self, run: LiveRun) -> None:
+        """Delete the oldest of a run's unnamed snapshots that are more than a run may leave."""
+        rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
+        rows.sort(
+            key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX))
+        )  # not as they came to be written
+        for row in rows[: -self._limits.max_sampler_snapshots_per_run]:
+            await self.delete(row)
 
     async def drop_unnamed(self, run_id: str, tenant: str) -> None:
         """Delete a run's unnamed snapshots: no one is left to sample them."""
@@ -374,7 +436,7 @@ class AdapterKeeper:
 
         async def delete_row_and_files() -> None:
             now = await asyncio.to_thread(self._database.checkpoint_row, row.uri)
-            if now is None or now.created_at != row.created_at:
+            if now is None or (now.created_at, now.expires_at) != (row.created_at, row.expires_at):
                 return
             await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
             await asyncio.to_thread(self._files.delete, row.uri)
@@ -382,8 +444,14 @@ class AdapterKeeper:
         await self._write_behind(row.uri, delete_row_and_files())
 
     async def sweep(self) -> None:
-        """Delete checkpoints whose time is over."""
-        rows = await asyncio.to_thread(self._database.expired_checkpoints, time.time(), _SWEEP_AT_ONCE)
+        """Delete checkpoints whose time is over, if the clock is sure of that."""
+        now = self._steady_clock.now()
+        if now is None:
+            return
+        try:
+            rows = await asyncio.to_thread(self._database.expired_checkpoints, now, _SWEEP_AT_ONCE)
+        except DatabaseGone:
+            return  # the database itself has said so, once
         for row in rows:
             await self.delete(row)
 

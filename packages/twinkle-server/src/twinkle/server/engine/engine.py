@@ -119,8 +119,9 @@ class Engine:
             self._is_repeated = False
             await self._snapshots.take_due()
             if not self._waiting:
-                self._waiting = self._residency.split(await self._wait_for_tick())
-            self._tick = self._waiting.pop(0)
+                halves = (await self._wait_for_tick()).quick_first()
+                self._waiting = [part for half in halves for part in self._residency.split(half)]
+            self._tick = self._waiting.pop(0) if self._waiting else Tick([], [], [])
         self._residency.expect(self._tick)
         return self._tick
 

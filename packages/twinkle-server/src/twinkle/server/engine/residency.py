@@ -1,9 +1,9 @@
 """Which runs' adapters are on the worker: those that are being worked on, and of the others what a budget has room for.
 
-Beyond the budget the least recently used leave: a run's whole state, with the gradient that it has accumulated, goes to
-disk, and comes back as it was before the run's next job. Between these a run is evicted: it costs the worker nothing,
-and has nothing to lose when the worker is lost. When that happens all runs are evicted, and come back as their copies
-are.
+Beyond the budget the least recently used leave, of the tenant who has most there: a run's whole state, with the
+gradient that it has accumulated, goes to disk, and comes back as it was before the run's next job. Between these a run
+is evicted: it costs the worker nothing, and has nothing to lose when the worker is lost. When that happens all runs are
+evicted, and come back as their copies are.
 
 Owns who is where and what each takes; the copies are `snapshots`' business.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
@@ -181,10 +181,26 @@ class Residency:
     async def _make_room(self, needed: int) -> None:
         """Evict what is not in use until `needed` bytes fit, as far as that goes."""
         while self._total + needed > self._budget and self._clock() >= self._paused_until:
-            oldest = next(iter(self._resident), None)
-            if oldest is None or oldest in self._in_use:  # those in use come last: nothing else is left
+            leaving = self._next_to_leave()
+            if leaving is None:
                 return
-            await self._evict(oldest)
+            await self._evict(leaving)
+
+    def _next_to_leave(self) -> str | None:
+        """The run that was least recently used of the tenant whose adapters take most, with those that are about to
+        come, so that one with many pushes out its own. None if all that are left are in use.
+        """
+        taken: Counter[str] = Counter()
+        for run_id in self._in_use:
+            if run_id not in self._resident:
+                taken[self._runs[run_id].tenant] += self._bytes(run_id, self._snapshots.has_gradient(run_id))
+        oldest: dict[str, str] = {}  # tenant -> its run that was least recently used
+        for run_id, size in self._resident.items():
+            tenant = self._runs[run_id].tenant
+            taken[tenant] += size
+            if run_id not in self._in_use:
+                oldest.setdefault(tenant, run_id)
+        return oldest[max(oldest, key=lambda tenant: taken[tenant])] if oldest else None
 
     async def _evict(self, run_id: str) -> None:
         """Take a resident run off the worker, once it is on disk. If it can't be written it stays."""

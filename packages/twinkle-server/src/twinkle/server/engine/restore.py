@@ -94,7 +94,7 @@ class Restore:
         """Returns the calls that are to be made again, in order."""
         by_run: dict[str, dict[int, Accepted]] = {}
         for record in found.accepted.values():
-            self.futures.create(record.tenant, record.run_id, record.request_id)
+            self.futures.create(record.tenant, record.run_id, record.request_id, record.tokens)
             if (outcome := found.outcomes.get(record.request_id)) is not None:
                 self.futures.restore(record.request_id, outcome)
             elif record.run_id is not None and record.run_id not in found.runs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Literal
@@ -46,15 +47,22 @@ class SampleRunner:
         keeper: AdapterKeeper,
         completions: CompletionLog,
         ledger: Ledger,
+        charge: Callable[[str, float], None],
     ) -> None:
+        """
+        Args:
+            charge: told of a tenant's sampled tokens.
+        """
         self._futures = futures
         self._worker = worker
         self._sampler_adapters = sampler_adapters
         self._keeper = keeper
         self._completions = completions
         self._ledger = ledger
+        self._charge = charge
         self._accepted: OrderedDict[tuple[str, int], str] = OrderedDict()
-        self._under_way: dict[str, tuple[str, asyncio.Task[None]]] = {}  # request id -> tenant, its task
+        # request id -> tenant, session, its task
+        self._under_way: dict[str, tuple[str, str, asyncio.Task[None]]] = {}
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest) -> m.Promise | None:
@@ -76,7 +84,7 @@ class SampleRunner:
         """
         self._remember(request, request_id)
         task = asyncio.create_task(self._run(request_id, sampler, request, targets))
-        self._under_way[request_id] = (sampler.tenant, task)
+        self._under_way[request_id] = (sampler.tenant, sampler.session_id, task)
         task.add_done_callback(lambda _task: self._under_way.pop(request_id, None))
         return _promise(request_id, request)
 
@@ -102,7 +110,7 @@ class SampleRunner:
 
     def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
-        owner, task = self._under_way.get(request_id, ("", None))
+        owner, _, task = self._under_way.get(request_id, ("", "", None))
         if task is None or owner != tenant:
             return
         failure = m.Failure(error="the sample was cancelled by its client", category="user")
@@ -112,9 +120,15 @@ class SampleRunner:
         self._cancelling.add(cancelling)
         cancelling.add_done_callback(self._cancelling.discard)
 
+    def cancel_all(self, session_id: str) -> None:
+        """Stop all samples of a session: nobody is left to wait for them."""
+        for request_id, (tenant, of_session, _) in list(self._under_way.items()):
+            if of_session == session_id:
+                self.cancel(tenant, request_id)
+
     async def close(self) -> None:
         """Cancel what is under way."""
-        tasks = [task for _, task in self._under_way.values()]
+        tasks = [task for *_, task in self._under_way.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._cancelling, return_exceptions=True)
@@ -147,6 +161,7 @@ class SampleRunner:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
+        self._charge(sampler.tenant, tokens)
 
     async def _generate_or_again(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias, get_args
 
@@ -17,12 +18,14 @@ from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERI
 from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
 from twinkle.protocol.operations import PATH, Posted
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import downloads, errors, openapi, operations
 from twinkle.server.gateway.bodies import MAX_PLAIN_BYTES, read_body
 from twinkle.server.gateway.headers import SecurityHeaders
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
 from twinkle.server.keys import KeyRing
+from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.tokens import Signer
 
 # Requests that carry tokens, tensors or graphs; the others are small.
@@ -36,10 +39,13 @@ LONG_POLL_SECONDS = 25.0
 # Results larger than this are announced first to clients that ask for it: they fetch them when they have room.
 INLINE_BYTES = 2**20
 
+# How many seconds' worth of requests a tenant may send at once, after a pause: a batch of samples, each with its poll.
+_BURST = 10.0
+
 
 def create_app(
     service: ServicePort,
-    max_request_bytes: int,
+    limits: LimitsSection,
     signer: Signer,
     public_url: str | None = None,
     keys: KeyRing | None = None,
@@ -53,7 +59,8 @@ def create_app(
         keys: those that are let in; any if None (open mode).
         tls: whether clients reach it by https.
     """
-    doorkeeper = Doorkeeper(signer, keys)
+    doorkeeper = Doorkeeper(signer, _rate_of_requests(limits), keys)
+    max_request_bytes = limits.max_request_bytes
     singly = [
         _post(endpoint.path, _operation(endpoint, service, doorkeeper, max_request_bytes))
         for endpoint in OPERATIONS
@@ -90,6 +97,17 @@ def create_app(
     # Not as Starlette's `middleware`: that would lie inside of what answers to unexpected errors.
     app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), tls)
     return app
+
+
+def _rate_of_requests(limits: LimitsSection) -> RateLimit:
+    return RateLimit(
+        "max_requests_per_second",
+        limits.max_requests_per_second_per_tenant,
+        limits.max_requests_per_second,
+        1.0,
+        time.monotonic,
+        _BURST,
+    )
 
 
 def _post(path: str, handler: Handler) -> Route:

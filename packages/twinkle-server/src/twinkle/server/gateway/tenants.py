@@ -10,6 +10,7 @@ from starlette.requests import Request
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unauthorized
 from twinkle.server.keys import KeyRing
+from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.store.tables import ApiKey
 from twinkle.server.tokens import JWT_PREFIX, Signer, tenant_of_key
 
@@ -19,12 +20,14 @@ T = TypeVar("T")
 class Doorkeeper:
     """Reads `X-API-Key` or `Authorization: Bearer`."""
 
-    def __init__(self, signer: Signer, keys: KeyRing | None = None) -> None:
+    def __init__(self, signer: Signer, requests: RateLimit, keys: KeyRing | None = None) -> None:
         """
         Args:
+            requests: how many are let in.
             keys: those that are let in. None is open mode: any key will do, and so will none.
         """
         self._signer = signer
+        self._requests = requests
         self._keys = keys
 
     async def tenant_of(self, request: Request) -> str:
@@ -32,21 +35,29 @@ class Doorkeeper:
         Raises:
             Unauthorized: for a key that is not let in, or a token that is not valid (any more).
             Unavailable: if the keys can't be read.
+            LimitReached: for a request too many.
         """
         if self._keys is None:
-            return self._open(_credential(request))
-        return (await self._key(self._keys, _credential(request))).tenant
+            tenant = self._open(_credential(request))
+        else:
+            tenant = (await self._key(self._keys, _credential(request))).tenant
+        self._count(tenant)
+        return tenant
+
+    def _count(self, tenant: str) -> None:
+        self._requests.check(tenant)
+        self._requests.charge(tenant, 1)
 
     async def exchange(self, request: Request) -> str:
         """A token that stands for the request's key for a while.
 
         Raises:
-            Unauthorized, Unavailable: as `tenant_of`.
+            Unauthorized, Unavailable, LimitReached: as `tenant_of`.
         """
+        tenant = await self.tenant_of(request)
         if self._keys is None:
-            return self._signer.key_token(self._open(_credential(request)))
-        key = await self._key(self._keys, _credential(request))
-        return self._signer.key_token(key.tenant, key.id)
+            return self._signer.key_token(tenant)
+        return self._signer.key_token(tenant, (await self._key(self._keys, _credential(request))).id)
 
     async def answer(self, request: Request, query: m.Query) -> m.Reply | None:
         """What is asked of the request's own key; None if that is not what is asked, or no keys are kept.

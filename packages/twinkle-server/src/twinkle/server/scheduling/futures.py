@@ -13,12 +13,24 @@ from twinkle.protocol.errors import NotFound
 Outcome: TypeAlias = m.Result | m.Failure
 
 
+@dataclass
+class Load:
+    """Requests without an outcome, and their tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
 @dataclass(eq=False)
 class _Entry:
     tenant: str
     run_id: str | None = None
+    tokens: int = 0
     outcome: Outcome | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+_NO_LOAD = Load()
 
 
 class FutureTable:
@@ -35,6 +47,9 @@ class FutureTable:
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
         self._entries: dict[str, _Entry] = {}
+        self.load = Load()
+        """Of all tenants."""
+        self._loads: dict[str, Load] = {}
         self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
         """Told of the outcomes of a call before anybody else."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
@@ -44,17 +59,38 @@ class FutureTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def create(self, tenant: str, run_id: str | None = None, request_id: str | None = None) -> str:
-        """A new future's request id; `run_id` is the run that it belongs to, if it does."""
+    def create(
+        self, tenant: str, run_id: str | None = None, request_id: str | None = None, tokens: int = 0
+    ) -> str:
+        """A new future's request id.
+
+        Args:
+            run_id: the run that it belongs to, if it does.
+            tokens: what its request adds to the tenant's load until there is an outcome.
+        """
         request_id = request_id or new_request_id()
-        self._entries[request_id] = _Entry(tenant, run_id)
+        self._entries[request_id] = _Entry(tenant, run_id, tokens)
+        for load in (self.load, self._loads.setdefault(tenant, Load())):
+            load.requests += 1
+            load.tokens += tokens
         return request_id
+
+    def load_of(self, tenant: str) -> Load:
+        return self._loads.get(tenant, _NO_LOAD)
+
+    def _set_outcome(self, entry: _Entry, outcome: Outcome) -> None:
+        entry.outcome = outcome
+        entry.done.set()
+        own = self._loads[entry.tenant]
+        for load in (self.load, own):
+            load.requests -= 1
+            load.tokens -= entry.tokens
+        if not own.requests:
+            del self._loads[entry.tenant]
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome that an earlier process had."""
-        entry = self._entries[request_id]
-        entry.outcome = outcome
-        entry.done.set()
+        self._set_outcome(self._entries[request_id], outcome)
         self._unfetched[request_id] = self._clock() + self._unfetched_seconds
 
     def run_of(self, request_id: str) -> str | None:
@@ -81,9 +117,7 @@ class FutureTable:
         if new and self.keep is not None:
             self.keep(new)
         for request_id, outcome in new:
-            entry = self._entries[request_id]
-            entry.outcome = outcome
-            entry.done.set()
+            self._set_outcome(self._entries[request_id], outcome)
             self._unfetched[request_id] = self._clock() + self._unfetched_seconds
         self._drop_old()
 

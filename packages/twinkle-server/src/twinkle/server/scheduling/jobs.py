@@ -42,3 +42,16 @@ class Tick:
     @property
     def jobs(self) -> list[Job]:
         return [*self.passes, *self.optim_steps, *self.others]
+
+    def quick_first(self) -> "list[Tick]":
+        """The tick in at most two: what need not wait for any of the passes, which take long, and then the others."""
+        with_passes = {job.run_id for job in self.passes}
+        halves = [
+            Tick(
+                [job for job in self.passes if is_slow],
+                [job for job in self.optim_steps if (job.run_id in with_passes) == is_slow],
+                [job for job in self.others if (job.run_id in with_passes) == is_slow],
+            )
+            for is_slow in (False, True)
+        ]
+        return [half for half in halves if half.jobs]

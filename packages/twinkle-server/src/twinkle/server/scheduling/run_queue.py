@@ -51,6 +51,11 @@ class RunQueue:
             )
 
     @property
+    def next_id(self) -> int:
+        """The `seq_id` that all others wait for."""
+        return self._next
+
+    @property
     def next_free(self) -> int:
         return max(self._waiting, default=self._next - 1) + 1
 

@@ -1,13 +1,13 @@
 """Picks what runs next: ready jobs of many runs at once, fair between tenants, in order within a run."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from twinkle.protocol import messages as m
 from twinkle.server.scheduling.company import Company
-from twinkle.server.scheduling.fairness import DeficitRoundRobin
 from twinkle.server.scheduling.jobs import Job, Tick
 from twinkle.server.scheduling.run_queue import RunQueue
+from twinkle.server.scheduling.turns import Turns
 
 
 class Scheduler:
@@ -17,22 +17,26 @@ class Scheduler:
     costs nothing.
     """
 
-    def __init__(self, tick_tokens: int) -> None:
+    def __init__(self, tick_tokens: int, overhead_tokens: int = 1) -> None:
         """
         Args:
             tick_tokens: most tokens of training passes in one tick (a single larger job is taken alone).
+            overhead_tokens: what a tick costs beside its tokens, in tokens.
         """
         self._tick_tokens = tick_tokens
+        self._overhead_tokens = overhead_tokens
         self._queues: dict[str, RunQueue] = {}
         self._ready: dict[str, OrderedDict[str, None]] = {}  # tenant -> its ready runs, next first
-        self._turns = DeficitRoundRobin(quantum=max(1, tick_tokens // 8))
+        self._turns = Turns()
+        self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
         self._arrived = asyncio.Event()  # set by every job that comes
         self._company = Company()
         self._patience_seconds = 0.0
         self._enough_tokens = 0
         self._ready_runs = 0
-        self._queued_tokens = 0
+        self._queued: Counter[str] = Counter()  # tenant -> tokens of what it has queued
+        self._queued_tokens = 0  # of all of them
 
     def wait_for_company(self, seconds: float, enough_tokens: int) -> None:
         """From now on a tick may wait for more runs.
@@ -56,7 +60,8 @@ class Scheduler:
         queue = self._queues.pop(run_id, None)
         self._set_ready(run_id, tenant, ready=False)
         drained = queue.drain() if queue else []
-        self._queued_tokens -= sum(job.tokens for job in drained)
+        for job in drained:
+            self._leaves(job)
         return drained
 
     def queue(self, run_id: str) -> RunQueue:
@@ -65,6 +70,7 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         queue = self._queues[job.run_id]
         queue.offer(job)
+        self._queued[job.tenant] += job.tokens
         self._queued_tokens += job.tokens
         self._arrived.set()
         if queue.head() is not None:
@@ -108,53 +114,110 @@ class Scheduler:
         return tick
 
     def _take_ready(self) -> Tick:
+        """What all who are ready may bring, as far as their jobs are no larger than the share of each. Who has a larger
+        one comes next, in a tick of its own.
+
+        So a tenant with little to do waits for the end of the tick that is being computed, and then for one in which
+        nobody brings much more than it does, however much they have.
+        """
         tick = Tick([], [], [])
-        budget = self._tick_tokens
-        closed: set[str] = set()  # runs that gave their barrier, or whose next job no longer fits
-        while turn := self._open_turn(closed):
-            tenant, runs = turn
-            self._turns.grant(tenant)
-            for run_id in runs:
-                budget = self._take_from_run(run_id, tenant, tick, budget, closed)
-                if budget <= 0:
-                    return tick
+        if len(self._ready) == 1:
+            self._take_alone(next(iter(self._ready)), tick)
+        elif self._ready:
+            large, self._large = [tenant for tenant in self._large if self._may_bring(tenant)], []
+            if large:
+                self._take_large(large, tick)
+            else:
+                self._take_shares(tick)
         return tick
 
-    def _open_turn(self, closed: set[str]) -> tuple[str, list[str]] | None:
-        """The next tenant that still has a ready run outside of `closed`, and those runs."""
+    def _take_alone(self, tenant: str, tick: Tick) -> None:
+        self._take_from_tenant(tenant, tick, max(self._tick_tokens, self._first_head(tenant).tokens))
+        self._turns.settle(tenant)
+        self._large = []
+
+    def _take_shares(self, tick: Tick) -> None:
+        share = self._fair_share()
+        while not tick.jobs:
+            self._turns.earn(share)
+            self._large = self._bring_shares(tick, share)
+            if self._large and not tick.jobs:  # the smallest of them are the small ones then
+                sizes = {tenant: self._first_head(tenant).tokens for tenant in self._large}
+                least = min(sizes.values())
+                self._take_large([tenant for tenant, size in sizes.items() if size == least], tick)
+                self._large = [tenant for tenant, size in sizes.items() if size > least]
+
+    def _bring_shares(self, tick: Tick, share: int) -> list[str]:
+        """Each tenant brings what it may; returns those whose next job is larger than a share, in turn."""
+        budget = self._tick_tokens
+        large: list[str] = []
+        no_room: list[str] = []
         for tenant in self._turns.in_turn():
-            runs = [run_id for run_id in self._ready[tenant] if run_id not in closed]
-            if runs:
-                return tenant, runs
-        return None
-
-    def _take_from_run(self, run_id: str, tenant: str, tick: Tick, budget: int, closed: set[str]) -> int:
-        """Move one run's ready jobs into the tick, as far as the tenant's deficit and the budget reach.
-
-        Returns:
-            The budget that is left.
-        """
-        queue = self._queues[run_id]
-        while (job := queue.head()) is not None:
-            if not self._turns.can_spend(tenant, job.tokens):
-                return budget
-            if job.tokens > budget and tick.passes:
-                closed.add(run_id)
-                return budget
-            self._turns.spend(tenant, job.tokens)
-            self._queued_tokens -= job.tokens
-            self._place(queue.pop(), tick)
-            budget -= job.tokens
-            if not isinstance(job.request, m.ForwardBackwardRequest):
-                closed.add(run_id)
-                break
             if budget <= 0:
                 break
-        # Its other runs come first next time.
-        self._ready[tenant].move_to_end(run_id)
-        if queue.head() is None:
-            self._set_ready(run_id, tenant, ready=False)
-        return budget
+            if not self._may_bring(tenant):
+                continue
+            head, balance = self._first_head(tenant).tokens, self._turns.balance(tenant)
+            if head > share:
+                large.append(tenant)
+            elif budget < head <= balance:
+                no_room.append(tenant)
+            else:
+                budget -= self._take_from_tenant(tenant, tick, min(budget, balance))
+        self._turns.put_first(no_room)
+        return large
+
+    def _fair_share(self) -> int:
+        """Tokens that each tenant may bring: what the median of those has queued who have anything to compute, so that
+        tenants with like work are all in a tick, and one with much more brings no more than they do. At least what a
+        tick costs anyway, so that it at most takes twice as long.
+        """
+        queued = sorted(self._queued[tenant] for tenant in self._ready if self._queued[tenant])
+        if not queued:
+            return self._overhead_tokens
+        median = queued[(len(queued) - 1) // 2]
+        return max(self._overhead_tokens, min(median, self._tick_tokens // len(queued)))
+
+    def _take_large(self, tenants: list[str], tick: Tick) -> None:
+        """The first of these brings its next job, and the others what is not larger."""
+        share = self._first_head(tenants[0]).tokens
+        budget = max(self._tick_tokens, share)
+        for tenant in tenants:
+            budget -= self._take_from_tenant(tenant, tick, min(budget, share))
+
+    def _may_bring(self, tenant: str) -> bool:
+        return tenant in self._ready and self._turns.balance(tenant) > 0
+
+    def _first_head(self, tenant: str) -> Job:
+        """The next job of the run whose turn it is among the tenant's."""
+        head = self._queues[next(iter(self._ready[tenant]))].head()
+        assert head is not None, "a run is ready while it has a head"
+        return head
+
+    def _take_from_tenant(self, tenant: str, tick: Tick, room: int) -> int:
+        """Move ready jobs of a tenant's runs into the tick, as far as there is room for them; returns their tokens."""
+        left, before = room, len(tick.jobs)
+        for run_id in list(self._ready[tenant]):
+            queue = self._queues[run_id]
+            is_open = True
+            while is_open and (job := queue.head()) is not None and job.tokens <= left:
+                left -= job.tokens
+                self._leaves(job)
+                self._place(queue.pop(), tick)
+                is_open = isinstance(job.request, m.ForwardBackwardRequest)
+            if queue.head() is None:
+                self._set_ready(run_id, tenant, ready=False)
+            elif not is_open:
+                self._ready[tenant].move_to_end(run_id)  # the others come first next time
+        if len(tick.jobs) > before:
+            self._turns.had_turn(tenant, room - left)
+        return room - left
+
+    def _leaves(self, job: Job) -> None:
+        self._queued_tokens -= job.tokens
+        self._queued[job.tenant] -= job.tokens
+        if not self._queued[job.tenant]:
+            del self._queued[job.tenant]
 
     @staticmethod
     def _place(job: Job, tick: Tick) -> None:

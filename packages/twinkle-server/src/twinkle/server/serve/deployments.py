@@ -136,7 +136,7 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     server = config.server
     app = create_app(
         service,
-        config.limits.max_request_bytes,
+        config.limits,
         build_signer(config),
         server.public_url,
         build_keys(config),

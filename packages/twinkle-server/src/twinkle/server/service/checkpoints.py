@@ -10,6 +10,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.service import sessions
 from twinkle.server.service.downloads import Downloads
@@ -31,7 +32,10 @@ CheckpointQuery: TypeAlias = _OneCheckpoint | m.WeightsInfoRequest | m.CopyWeigh
 class CheckpointDesk:
     """Answers queries about checkpoints, and notes what was done in the audit log."""
 
-    def __init__(self, keeper: AdapterKeeper, database: Database, downloads: Downloads) -> None:
+    def __init__(
+        self, keeper: AdapterKeeper, database: Database, downloads: Downloads, limits: LimitsSection
+    ) -> None:
+        self._limits = limits
         self._keeper = keeper
         self._database = database
         self._downloads = downloads
@@ -73,7 +77,8 @@ class CheckpointDesk:
             case m.SetCheckpointTtl():
                 event = "checkpoint_ttl_set"
                 more = {"ttl_seconds": query.ttl_seconds}
-                expires_at = _expiry(query.ttl_seconds)
+                check_ttl(query.ttl_seconds, self._limits)
+                expires_at = self._keeper.expiry(query.ttl_seconds, time.time())
                 await asyncio.to_thread(self._database.set_expiry, row.tenant, row.uri, expires_at)
         await self._keeper.audit(row.tenant, event, row.uri, **more)
 
@@ -101,9 +106,11 @@ class CheckpointDesk:
             if await asyncio.to_thread(self._database.checkpoint, tenant, copied, time.time()) is not None:
                 return m.CopyWeightsResponse(tinker_path=str(copied))  # the same request once more
             raise InvalidRequest(f"model_seq_id: {number} is taken by another run of this session")
+        check_ttl(request.ttl_seconds, self._limits)
+        await self._keeper.check_quota(tenant)
         run = _run_of_copy(run_id, tenant, session_id, source)
         await asyncio.to_thread(self._database.put, run)
-        row = await self._keeper.copy(source, run, _expiry(request.ttl_seconds))
+        row = await self._keeper.copy(source, run, self._keeper.expiry(request.ttl_seconds, time.time()))
         await self._keeper.audit(tenant, "checkpoint_read", source.uri, purpose="copy")
         await self._keeper.audit(tenant, "checkpoint_create", row.uri, source=str(source.uri))
         return m.CopyWeightsResponse(tinker_path=str(row.uri))
@@ -133,8 +140,17 @@ def _uri_of(query: _OneCheckpoint) -> CheckpointUri:
     return uris.parse(str(CheckpointUri(query.name, query.run_id, query.kind)))
 
 
-def _expiry(ttl_seconds: int | None) -> float | None:
-    return time.time() + ttl_seconds if ttl_seconds is not None else None
+def check_ttl(ttl_seconds: int | None, limits: LimitsSection) -> None:
+    """
+    Raises:
+        InvalidRequest: if a checkpoint may not be kept for so long.
+    """
+    longest = limits.max_checkpoint_ttl_seconds
+    if ttl_seconds is not None and longest is not None and ttl_seconds > longest:
+        raise InvalidRequest(
+            f"ttl_seconds: {ttl_seconds} is longer than this server keeps a checkpoint; ask for at most {longest} "
+            "(limits.max_checkpoint_ttl_seconds)"
+        )
 
 
 def _weights_info(row: tables.Checkpoint) -> m.WeightsInfo:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest, NotFound, TwinkleError, Unavailable
+from twinkle.protocol.errors import InvalidRequest, NotFound, QuotaReached, TwinkleError, Unavailable
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
@@ -33,12 +34,14 @@ from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, Outcome, new_request_id
 from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.journal import Journal
+from twinkle.server.scheduling.limits import RateLimit, check_room
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import accounts, queries, sessions, validation
-from twinkle.server.service.checkpoints import CheckpointDesk
+from twinkle.server.service.checkpoints import CheckpointDesk, check_ttl
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
@@ -49,6 +52,8 @@ log = logging.getLogger("twinkle.server")
 
 DEFAULT_RANK = 32
 
+# Full micro-batches in a tick: more would make nothing faster, and others wait longer for its end.
+_TICK_BATCHES = 2
 _SWEEP_SECONDS = 60.0
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
@@ -73,6 +78,7 @@ class Service:
         snapshot_seconds: float | None = None,
         max_resident_adapter_bytes: int | None = None,
         open_journal: Callable[[], Journal] | None = None,
+        limits: LimitsSection = LimitsSection(),  # noqa: B008 - frozen
     ) -> None:
         """
         Args:
@@ -87,6 +93,8 @@ class Service:
                 runs end with this process. Blocking.
         """
         self._model_name = model_name
+        self._limits = limits
+        self._tokens = _rate_of_tokens(limits)
         self._open_journal = open_journal
         self._run_files = run_files
         self._worker = worker
@@ -94,10 +102,9 @@ class Service:
         self._signer = signer
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
-        self._last_seen: dict[str, float] = {}  # session -> its last heartbeat
         self._runs: dict[str, LiveRun] = {}
         self._futures = FutureTable(time.monotonic)
-        self._scheduler = Scheduler(tick_tokens=8 * worker.info.max_batch_tokens)
+        self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
         self._log = RunLog(self._runs, self._futures, self._snapshots)
@@ -106,12 +113,11 @@ class Service:
         self._keeper = self._build_keeper(sampler_adapters, files)
         completions = CompletionLog()
         self._snapshots.settled = self._keeper.settled
-        self._samples = SampleRunner(
-            self._futures, worker, sampler_adapters, self._keeper, completions, self._ledger
-        )
+        self._samples = self._build_samples(sampler_adapters, completions)
         self._samplers = Samplers(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
-        self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads)
+        self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads, limits)
+        self._sessions = self._build_sessions()
         self._engine = self._build_engine(sampler_adapters)
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -129,6 +135,31 @@ class Service:
             self._forget_run,
             self._ledger,
             self._tenant_of_token,
+            self._limits,
+        )
+
+    def _build_samples(self, sampler_adapters: SamplerAdapters, completions: CompletionLog) -> SampleRunner:
+        return SampleRunner(
+            self._futures,
+            self._worker,
+            sampler_adapters,
+            self._keeper,
+            completions,
+            self._ledger,
+            self._tokens.charge,
+        )
+
+    def _build_sessions(self) -> SessionDesk:
+        return SessionDesk(
+            self._database,
+            self._runs,
+            self._futures,
+            self._keeper,
+            self._samples,
+            self._samplers,
+            self._losses,
+            self._enqueue_last,
+            self._limits.max_session_idle_seconds,
         )
 
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
@@ -216,7 +247,10 @@ class Service:
         await self._keeper.settle()
         await self._snapshots.close()
         self._log.close()
-        await self._ledger.flush()
+        try:
+            await self._ledger.flush()
+        except Exception:
+            log.exception("what was used last could not be written")
         await self._worker.close()
         self._database.close()
 
@@ -237,12 +271,16 @@ class Service:
                     await self._snapshots.take(run_id)
 
     async def _sweep(self) -> None:
-        """Delete what has expired, for ever."""
+        """Delete what has expired and let go of those who have vanished, for ever."""
         while True:
             try:
                 await self._keeper.sweep()
             except Exception:  # the next time is soon
                 log.exception("expired checkpoints could not be deleted")
+            try:
+                await self._sessions.release_vanished()
+            except Exception:
+                log.exception("runs of clients that have vanished could not be released")
             await asyncio.sleep(_SWEEP_SECONDS)
 
     def check(self) -> None:
@@ -262,7 +300,8 @@ class Service:
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
-            Unavailable: if it can't be kept; sent again it may be.
+            QuotaReached: if it would be a run too many.
+            LimitReached, Unavailable: if it can't be taken now; sent again it may be.
         """
         promise = await self._submit(tenant, request)
         await self._log.answered()
@@ -289,6 +328,7 @@ class Service:
     def _submit_ordered(self, tenant: str, request: m.Ordered) -> m.Promise:
         run = self._live_run(tenant, request.model_id)
         self._ledger.touch(run.run_id)
+        self._sessions.heard_of(run.session_id)
         seq_id = request.seq_id
         if seq_id is None:
             raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
@@ -303,7 +343,19 @@ class Service:
             self._scheduler.reject(run.run_id, tenant, seq_id)
             self._log.rejected(run.run_id, seq_id)
             raise
+        # All else that the run has queued waits for the next one, so that is let in.
+        self._check_limits(tenant, tokens, always_room=seq_id == queue.next_id)
         return self._enqueue(run, seq_id, request, tokens, loss)
+
+    def _check_limits(self, tenant: str, tokens: int, always_room: bool = False) -> None:
+        """
+        Raises:
+            LimitReached: if a request of so many tokens can't be queued now.
+        """
+        if not always_room:
+            check_room(self._limits, self._futures, tenant, tokens)
+        if tokens:
+            self._tokens.check(tenant)
 
     def _check_ordered(self, request: m.Ordered, loss: CustomLoss | None) -> int:
         """Validate a request on a run; returns its cost in tokens."""
@@ -314,20 +366,30 @@ class Service:
                 if request.optimizer_params is not None:
                     validation.check_optimizer(request.optimizer_params, "optimizer_params.type")
             case m.SaveWeightsRequest():
-                _check_new_name(request.path)
+                self._check_new(request.path, request.ttl_seconds)
             case m.SaveWeightsForSamplerRequest():
                 if request.path is not None:
-                    _check_new_name(request.path)
+                    self._check_new(request.path, request.ttl_seconds)
                 elif request.sampling_session_seq_id is None:
                     raise InvalidRequest(
                         "path: missing; give a name, or sampling_session_seq_id for a snapshot"
                     )
             case m.SaveWeightsExternalRequest():
-                _check_new_name(request.path)
+                self._check_new(request.path, request.ttl_seconds)
                 validation.check_not_encrypted(request)
             case m.LoadWeightsRequest():
                 uris.parse(request.path)
         return 0
+
+    def _check_new(self, name: str, ttl_seconds: int | None) -> None:
+        """
+        Raises:
+            InvalidRequest: if no checkpoint may be called so, or kept for so long.
+        """
+        uris.check_name(name, "path")
+        if name.startswith(tables.UNNAMED_PREFIX) or name == tables.RELEASED_NAME:
+            raise InvalidRequest(f"path: {name[:80]!r} is a name of the server's own; choose another")
+        check_ttl(ttl_seconds, self._limits)
 
     def _enqueue(
         self,
@@ -339,20 +401,27 @@ class Service:
     ) -> m.Promise:
         job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss)
         self._log.accepted(job)
-        self._futures.create(job.tenant, job.run_id, job.request_id)
+        self._tokens.charge(run.tenant, tokens)
+        self._futures.create(job.tenant, job.run_id, job.request_id, tokens)
         self._scheduler.submit(job)
         return m.Promise(request_id=job.request_id, model_id=run.run_id)
 
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
         run = self._live_run(tenant, request.model_id)
-        queue = self._scheduler.queue(run.run_id)
         if request.seq_id is None:
-            queue.close_gaps()  # nobody is going to send what is missing
-            return self._enqueue(run, queue.next_free, request)
+            return self._enqueue_last(run.run_id, lambda _seq_id: request)
+        queue = self._scheduler.queue(run.run_id)
         if (first := queue.duplicate_of(request.seq_id, request)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(request.seq_id)
         return self._enqueue(run, request.seq_id, request)
+
+    def _enqueue_last(self, run_id: str, make: Callable[[int], RunRequest]) -> m.Promise:
+        """Queue a request, made for its `seq_id`, behind all others of the run."""
+        queue = self._scheduler.queue(run_id)
+        queue.close_gaps()  # nobody is going to send what is missing
+        seq_id = queue.next_free
+        return self._enqueue(self._runs[run_id], seq_id, make(seq_id))
 
     # ------------------------------------------------------------ runs
 
@@ -407,7 +476,10 @@ class Service:
             rank=spec.rank,
             user_metadata=request.user_metadata,
         )
+        self._sessions.heard_of(session_id)
         if run.run_id not in self._runs:
+            self._check_limits(tenant, 0)
+            self._check_runs(tenant)
             await asyncio.to_thread(self._database.put, row)
         if run.run_id in self._runs:  # before, or meanwhile
             first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
@@ -421,6 +493,22 @@ class Service:
         except Unavailable:
             self._forget_run(run.run_id)
             raise
+
+    def _check_runs(self, tenant: str) -> None:
+        """
+        Raises:
+            QuotaReached: if one more run were too many.
+        """
+        own = sum(run.tenant == tenant for run in self._runs.values())
+        for name, there_are, limit in (
+            ("max_runs_per_tenant", own, self._limits.max_runs_per_tenant),
+            ("max_runs", len(self._runs), self._limits.max_runs),
+        ):
+            if limit is not None and there_are >= limit:
+                raise QuotaReached(
+                    f"limits.{name}: {there_are} training runs take requests, and this server allows {limit}; end one "
+                    "first (unload_model, or the end of its session)"
+                )
 
     def _forget_run(self, run_id: str) -> None:
         """Take a run out of the scheduler; what it still had queued fails."""
@@ -438,8 +526,9 @@ class Service:
         run = self._runs.get(run_id or "")
         if run is None or run.tenant != tenant:
             raise NotFound(
-                f"model_id: no live run {(run_id or '')[:200]!r}; it never was, has ended, or the server was started "
-                "anew: begin one with create_model, or from a checkpoint with create_training_client_from_state"
+                f"model_id: no live run {(run_id or '')[:200]!r}; it never was, or has ended: begin one with "
+                "create_model, or from a checkpoint with create_training_client_from_state (a run whose client was "
+                f"away for too long was saved as {tables.RELEASED_NAME!r})"
             )
         return run
 
@@ -469,6 +558,7 @@ class Service:
             outcome: that it had.
         """
         sampler = await self._samplers.find(tenant, request.sampling_session_id)
+        self._sessions.heard_of(sampler.session_id)
         if outcome is not None:
             assert request_id is not None, "what has an outcome was accepted"
             return self._samples.restore(sampler, request, request_id, outcome)
@@ -477,9 +567,11 @@ class Service:
         if request_id is None:
             if (first := self._samples.first_of(request)) is not None:
                 return first
+            self._check_limits(tenant, request.prompt.length)
             request_id = new_request_id()
             self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
-            self._futures.create(tenant, request_id=request_id)
+            self._tokens.charge(tenant, request.prompt.length)
+            self._futures.create(tenant, request_id=request_id, tokens=request.prompt.length)
         return self._samples.begin(sampler, request, request_id, targets)
 
     async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
@@ -541,7 +633,7 @@ class Service:
                 | m.AssignSessionProject()
                 | m.ExportTrace()
             ):
-                return await self._ask_of_sessions(tenant, query)
+                return await self._sessions.answer(tenant, query)
             case (
                 m.WeightsInfoRequest()
                 | m.CopyWeightsRequest()
@@ -556,66 +648,6 @@ class Service:
             case _:
                 await self._ledger.flush()
                 return await queries.answer(self._database, tenant, query)
-
-    async def _ask_of_sessions(
-        self,
-        tenant: str,
-        query: m.CreateSessionRequest
-        | m.SessionHeartbeatRequest
-        | m.FinishSessionRequest
-        | m.ListSessions
-        | m.GetSession
-        | m.SearchSessions
-        | m.AssignSessionProject
-        | m.ExportTrace,
-    ) -> m.Reply:
-        match query:
-            case m.CreateSessionRequest():
-                return await sessions.create(self._database, tenant, query)
-            case m.SessionHeartbeatRequest():
-                row = await sessions.find_open(self._database, tenant, query.session_id)
-                self._last_seen[row.id] = time.time()
-                return m.SessionHeartbeatResponse()
-            case m.FinishSessionRequest():
-                return await self._finish_session(tenant, query)
-            case m.ListSessions():
-                return await sessions.listed(self._database, tenant, query)
-            case m.GetSession():
-                return await sessions.info(self._database, tenant, query)
-            case m.SearchSessions():
-                return await sessions.search(self._database, tenant, query, self._last_seen)
-            case m.AssignSessionProject():
-                row = await sessions.find(self._database, tenant, query.session_id)
-                await asyncio.to_thread(self._database.set_project, tenant, row.id, query.project_id)
-                details = {"session_id": row.id, "project_id": query.project_id}
-                entry = tables.Audit(
-                    tenant=tenant, time=time.time(), event="project_session_assign", details=details
-                )
-                await asyncio.to_thread(self._database.put, entry)
-                return m.Acknowledged()
-            case m.ExportTrace():
-                await sessions.find(self._database, tenant, query.session_id)
-                return m.TraceExport(status="failed", error="this server records no traces of sessions")
-
-    async def _finish_session(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
-        session = await sessions.find(self._database, tenant, request.session_id)
-        await asyncio.to_thread(
-            self._database.finish_session,
-            tenant,
-            session.id,
-            time.time(),
-            request.reason.type,
-            request.detail,
-        )
-        self._last_seen.pop(session.id, None)
-        for run in [run for run in self._runs.values() if run.session_id == request.session_id]:
-            promise = self._unload(tenant, m.UnloadModelRequest(model_id=run.run_id))
-            while await self._futures.wait(tenant, promise.request_id, 60.0) is None:
-                pass
-            await self._keeper.drop_unnamed(run.run_id, tenant)
-        self._samplers.forget(session.id)
-        self._losses.forget(session.id)
-        return m.Acknowledged()
 
     # ------------------------------------------------------------ downloads
 
@@ -632,9 +664,11 @@ class Service:
         return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
 
 
-def _check_new_name(name: str) -> None:
-    uris.check_name(name, "path")
-    if name.startswith(tables.UNNAMED_PREFIX):
-        raise InvalidRequest(
-            f"path: names beginning with {tables.UNNAMED_PREFIX!r} are the server's own; choose another"
-        )
+def _rate_of_tokens(limits: LimitsSection) -> RateLimit:
+    return RateLimit(
+        "max_tokens_per_minute",
+        limits.max_tokens_per_minute_per_tenant,
+        limits.max_tokens_per_minute,
+        60.0,
+        time.monotonic,
+    )

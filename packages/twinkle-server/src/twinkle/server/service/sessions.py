@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from typing import cast
 
@@ -83,18 +83,18 @@ async def info(database: Database, tenant: str, query: m.GetSession) -> m.Sessio
 
 
 async def search(
-    database: Database, tenant: str, query: m.SearchSessions, last_seen: Mapping[str, float]
+    database: Database, tenant: str, query: m.SearchSessions, active: AbstractSet[str]
 ) -> m.SearchSessionsResponse:
     """A page of the tenant's sessions that fulfil all conditions.
 
     Args:
-        last_seen: when each session was last heard of, in seconds since 1970.
+        active: the sessions that have been heard of lately.
     """
-    return await asyncio.to_thread(_search, database, tenant, query, last_seen)
+    return await asyncio.to_thread(_search, database, tenant, query, active)
 
 
 def _search(
-    database: Database, tenant: str, query: m.SearchSessions, last_seen: Mapping[str, float]
+    database: Database, tenant: str, query: m.SearchSessions, active: AbstractSet[str]
 ) -> m.SearchSessionsResponse:
     now = time.time()
     cursor = query.cursor
@@ -102,7 +102,7 @@ def _search(
     found: list[tables.Session] = []
     while len(found) <= query.limit:
         page = database.sessions(tenant, _SEARCH_PAGE, before=before)
-        found += [row for row in page if _matches(row, query, _status(row, last_seen, now), tenant)]
+        found += [row for row in page if _matches(row, query, _status(row, active, now), tenant)]
         if len(page) < _SEARCH_PAGE:
             break
         before = (page[-1].created_at, page[-1].id)
@@ -113,7 +113,7 @@ def _search(
         created = datetime.fromtimestamp(shown[-1].created_at, UTC)
         next_cursor = m.SearchCursor(last_created_at=created, last_session_id=shown[-1].id)
     return m.SearchSessionsResponse(
-        sessions=[_summary(row, _status(row, last_seen, now), totals.get(row.id, (0, 0))) for row in shown],
+        sessions=[_summary(row, _status(row, active, now), totals.get(row.id, (0, 0))) for row in shown],
         next_cursor=next_cursor,
     )
 
@@ -149,12 +149,12 @@ def _has_status(status: m.ActiveStatus | m.ClientFinishedStatus | None, wanted: 
 
 
 def _status(
-    row: tables.Session, last_seen: Mapping[str, float], now: float
+    row: tables.Session, active: AbstractSet[str], now: float
 ) -> m.ActiveStatus | m.ClientFinishedStatus | None:
     if row.finished_at is not None:
         reason = m.ClientFinish(type=cast(m.FinishReason, row.finish_reason or "success"))
         return m.ClientFinishedStatus(reason=reason, detail=row.finish_detail)
-    return m.ActiveStatus() if last_seen.get(row.id, row.created_at) > now - ACTIVE_SECONDS else None
+    return m.ActiveStatus() if row.id in active or row.created_at > now - ACTIVE_SECONDS else None
 
 
 def _summary(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import ColumnElement, Engine, create_engine, event, func, inspect, or_, select, tuple_, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
 from twinkle.server.store.tables import (
     UNNAMED_PREFIX,
     ApiKey,
@@ -24,6 +27,9 @@ from twinkle.server.store.tables import (
     Session,
     Usage,
 )
+
+# By how many seconds a checkpoint is newer than the one before it, at least.
+_NEWER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,23 @@ class Database:
             url: any SQLAlchemy URL; tables that are missing are made.
 
         Raises:
-            InvalidRequest: if its tables are those of another version.
+            InvalidRequest: if its tables are those of another version, or it can't be used at all.
         """
         self._engine = create_engine(url)
+        self._file: SqliteFile | None = None
+        path = _path_of(self._engine)
+        if path is not None:
+            check_not_lost(path)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _tune_sqlite)
-        _check_tables(self._engine)
-        Base.metadata.create_all(self._engine)
+        try:
+            _check_tables(self._engine)
+            Base.metadata.create_all(self._engine)
+        except DBAPIError as error:
+            self._engine.dispose()
+            raise _unusable(self._engine, error) from error
+        if path is not None:
+            self._file = SqliteFile(path)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
 
     @property
@@ -61,10 +77,16 @@ class Database:
 
     @contextmanager
     def _transaction(self) -> Generator[OrmSession]:
+        """
+        Raises:
+            DatabaseGone: if the file that was opened is not there just now.
+        """
+        if self._file is not None:
+            self._file.check()
         with self._sessions.begin() as session:
             yield session
 
-    def put(self, row: Session | Run | Sampler | Checkpoint | CustomLoss | Audit) -> None:
+    def put(self, row: Session | Run | Sampler | CustomLoss | Audit) -> None:
         """Write a row, in place of one with the same key."""
         with self._transaction() as session:
             session.merge(row)
@@ -193,6 +215,17 @@ class Database:
 
     # ------------------------------------------------------------ checkpoints
 
+    def put_checkpoint(self, row: Checkpoint) -> None:
+        """Write a row, in place of one of the same name, as the tenant's newest: what was saved last counts, and its
+        time tells it from what it overwrites, also if the clock has gone back in between.
+        """
+        newest = select(func.max(Checkpoint.created_at)).where(Checkpoint.tenant == row.tenant)
+        with self._transaction() as session:
+            before = session.scalar(newest)
+            if before is not None:
+                row.created_at = max(row.created_at, before + _NEWER)
+            session.merge(row)
+
     def checkpoint(
         self, tenant: str, uri: CheckpointUri, now: float, or_public: bool = False
     ) -> Checkpoint | None:
@@ -320,6 +353,15 @@ class Database:
         with self._transaction() as session:
             return [StorageTotal(row[0], row[1], int(row[2] or 0)) for row in session.execute(query)]
 
+    def checkpoint_total(self, tenant: str | None, now: float) -> StorageTotal:
+        """How many checkpoints there are with a name, and their bytes: a tenant's, or everybody's."""
+        query = select(func.count(), func.sum(Checkpoint.size_bytes)).where(*_listed(now))
+        if tenant is not None:
+            query = query.where(Checkpoint.tenant == tenant)
+        with self._transaction() as session:
+            count, size = session.execute(query).one()
+            return StorageTotal(None, count, int(size or 0))
+
     def audit(self, tenant: str, start: float, end: float, resource: str | None) -> list[Audit]:
         """Entries of a span of time, oldest first; `resource` is what the event's name begins with."""
         query = select(Audit).where(Audit.tenant == tenant, Audit.time >= start, Audit.time < end)
@@ -357,6 +399,9 @@ class Database:
             return row
 
     def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._engine.dispose()
 
 
@@ -396,6 +441,34 @@ def _check_tables(engine: Engine) -> None:
                 f"twinkle-server (its table {table.name!r} has no {', '.join(sorted(missing))}); use another "
                 "storage.root or database_url, or that version"
             )
+
+
+def _path_of(engine: Engine) -> Path | None:
+    """Of the file of a SQLite database; None if it has none."""
+    name = engine.url.database or ":memory:"
+    is_file = engine.dialect.name == "sqlite" and name != ":memory:" and not name.startswith("file:")
+    return Path(name) if is_file else None
+
+
+def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
+    """What is said where a server can't start on its database."""
+    reason = str(error.orig).splitlines()[0][:200]
+    path = _path_of(engine)
+    if path is None:
+        return InvalidRequest(
+            f"storage: the database at {engine.url.render_as_string()} can't be used ({reason}); see that it can be "
+            "reached, or set another database_url"
+        )
+    if any(sign in reason for sign in ("not a database", "malformed")):
+        return InvalidRequest(
+            f"storage: {path} is damaged, or no database of SQLite at all ({reason}); put a backup in its place, or "
+            f"move it away, with {path.name}-wal and {path.name}-shm if they are there, to begin with an empty one, "
+            "which knows none of the checkpoints"
+        )
+    return InvalidRequest(
+        f"storage: the database {path} can't be used ({reason}); see that this user may write it and its directory, "
+        "that there is room, and that no other program holds it, or set another storage.root or database_url"
+    )
 
 
 def _tune_sqlite(connection: object, _record: object) -> None:

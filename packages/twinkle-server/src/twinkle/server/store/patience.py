@@ -1,4 +1,4 @@
-"""Waiting for a store that can't be used just now: its disk is full, or somebody has its database locked."""
+"""Waiting for a store that can't be used just now: its disk is full, or its database is locked or not there."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ log = logging.getLogger("twinkle.server")
 PATIENCE_SECONDS = 600.0
 _PAUSE_SECONDS = 1.0
 
+
+class DatabaseGone(Unavailable):
+    """The database's file is not at its path just now; it may come back."""
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What has come through a library has its number in words only.
 _SIGNS = ("No space left on device", "Disk quota exceeded", "database or disk is full", "database is locked")
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same may succeed later: there is room again, or the lock is gone."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    """Whether the same may succeed later: there is room again, the lock is gone, or the database is back."""
+    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _FULL):
         return True
     is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
     return is_of_store and any(sign in str(error) for sign in _SIGNS)
@@ -35,6 +40,8 @@ def passes(error: BaseException) -> bool:
 
 def unavailable(error: BaseException) -> Unavailable:
     """What a caller is told who would have to wait."""
+    if isinstance(error, DatabaseGone):
+        return Unavailable(error.message, error.retry_after)
     reason = str(getattr(error, "orig", None) or error).splitlines()[0][:200]
     return Unavailable(
         f"the server's storage can't be written to just now ({reason}): nothing was changed; try again later",

@@ -11,6 +11,8 @@ from twinkle.protocol.uris import CheckpointKind, CheckpointUri
 
 # Unnamed sampler snapshots are checkpoints too, so that they can leave the sampler and come back; no list shows them.
 UNNAMED_PREFIX = "unnamed-"
+# What a run is saved as whose client has vanished.
+RELEASED_NAME = "twinkle-released"
 
 
 class Base(DeclarativeBase):

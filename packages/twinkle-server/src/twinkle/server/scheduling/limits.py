@@ -1,0 +1,129 @@
+"""How much is taken of each tenant and of all together: what waits, and how fast more of it may come."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from twinkle.protocol.errors import LimitReached
+from twinkle.server.config import LimitsSection
+from twinkle.server.scheduling.futures import FutureTable
+
+# Results come at any moment; clients that are told to wait longer leave the server idle.
+_ROOM_SECONDS = 2.0
+_MAX_RETRY_SECONDS = 30.0
+# Tenants whose buckets are looked at when another one comes.
+_LOOKED_AT = 2
+
+
+@dataclass
+class _Bucket:
+    """Tokens of a token bucket: how many it had, and when that was."""
+
+    level: float
+    at: float
+
+
+class RateLimit:
+    """Token buckets, one for each tenant and one for all. One that owes takes nothing more until it has paid.
+
+    Who may come is asked before what it costs is known, so a bucket can be overdrawn: by one request, however large.
+    Single-threaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        per_tenant: float | None,
+        in_all: float | None,
+        seconds: float,
+        clock: Callable[[], float],
+        burst: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            name: of the limit in the configuration; that of a single tenant ends in `_per_tenant`.
+            per_tenant: most in `seconds`; None is no limit.
+            burst: how many times as much may come at once, after a pause.
+        """
+        self._name = name
+        self._per_tenant = per_tenant
+        self._in_all = in_all
+        self._seconds = seconds
+        self._clock = clock
+        self._burst = burst
+        self._tenants: OrderedDict[str, _Bucket] = OrderedDict()  # least recently charged first
+        self._all = _Bucket((in_all or 0) * burst, clock())
+
+    def check(self, tenant: str) -> None:
+        """
+        Raises:
+            LimitReached: if the tenant, or all together, have used up what they may for now.
+        """
+        if self._in_all is not None:
+            self._check(self._name, self._all, self._in_all)
+        if self._per_tenant is not None and tenant in self._tenants:
+            self._check(f"{self._name}_per_tenant", self._tenants[tenant], self._per_tenant)
+
+    def charge(self, tenant: str, amount: float) -> None:
+        if self._in_all is not None:
+            self._charge(self._all, self._in_all, amount)
+        if self._per_tenant is not None:
+            bucket = self._tenants.get(tenant)
+            if bucket is None:
+                self._forget_full()
+                bucket = self._tenants[tenant] = _Bucket(self._per_tenant * self._burst, self._clock())
+            self._charge(bucket, self._per_tenant, amount)
+            self._tenants.move_to_end(tenant)
+
+    def _check(self, name: str, bucket: _Bucket, limit: float) -> None:
+        self._charge(bucket, limit, 0)
+        if bucket.level <= 0:
+            wait = (1 - bucket.level) * self._seconds / limit
+            raise LimitReached(
+                f"limits.{name}: {limit:g} is the most that this server takes; try again in {wait:.1f} s",
+                min(max(wait, 0.1), _MAX_RETRY_SECONDS),
+            )
+
+    def _charge(self, bucket: _Bucket, limit: float, amount: float) -> None:
+        now = self._clock()
+        earned = (now - bucket.at) * limit / self._seconds
+        bucket.level = min(bucket.level + earned, limit * self._burst) - amount
+        bucket.at = now
+
+    def _forget_full(self) -> None:
+        """Two of the oldest for each new one, so that no more are kept than have been charged of late."""
+        assert self._per_tenant is not None, "there are buckets only where there is a limit"
+        for tenant in list(itertools.islice(self._tenants, _LOOKED_AT)):
+            bucket = self._tenants[tenant]
+            self._charge(bucket, self._per_tenant, 0)
+            if bucket.level >= self._per_tenant * self._burst:
+                del self._tenants[tenant]
+
+
+def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens: int) -> None:
+    """
+    Args:
+        tokens: of a request that wants to be queued. A tenant who has nothing queued may always queue one, however
+            large it is.
+
+    Raises:
+        LimitReached: if there is no room for it now.
+    """
+    own = futures.load_of(tenant)
+    if not own.requests:
+        return
+    for name, load, limit, more in (
+        ("max_queued_requests_per_tenant", own.requests, limits.max_queued_requests_per_tenant, 1),
+        ("max_queued_tokens_per_tenant", own.tokens, limits.max_queued_tokens_per_tenant, tokens),
+        ("max_queued_requests", futures.load.requests, limits.max_queued_requests, 1),
+        ("max_queued_tokens", futures.load.tokens, limits.max_queued_tokens, tokens),
+    ):
+        if limit is not None and load + more > limit:
+            raise LimitReached(
+                f"limits.{name}: {load} are queued and {more} more asked for, but {limit} is the most that this "
+                "server keeps; it is taken once some of them are done",
+                _ROOM_SECONDS,
+            )

@@ -1,0 +1,189 @@
+"""Sessions and what becomes of their runs: finished by their clients, or let go of when those have vanished."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import Unavailable
+from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.jobs import RunRequest
+from twinkle.server.service import sessions
+from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.samplers import Samplers
+from twinkle.server.store import tables
+from twinkle.server.store.database import Database
+
+log = logging.getLogger("twinkle.server")
+
+SessionQuery: TypeAlias = (
+    m.CreateSessionRequest
+    | m.SessionHeartbeatRequest
+    | m.FinishSessionRequest
+    | m.ListSessions
+    | m.GetSession
+    | m.SearchSessions
+    | m.AssignSessionProject
+    | m.ExportTrace
+)
+
+
+class SessionDesk:
+    """Answers what is asked of sessions, and knows when each was last heard of. Single-threaded.
+
+    A session whose client has vanished costs no computation: what was accepted is done, and then nothing is left to
+    do. After `idle_seconds` its runs are saved as checkpoints and end, so that they take no memory either.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        runs: Mapping[str, LiveRun],
+        futures: FutureTable,
+        keeper: AdapterKeeper,
+        samples: SampleRunner,
+        samplers: Samplers,
+        losses: CustomLosses,
+        enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
+        idle_seconds: float | None,
+    ) -> None:
+        """
+        Args:
+            runs: the live ones.
+            enqueue_last: queues a request behind all that a run, named by its id, has queued; given its `seq_id` it
+                is made.
+            idle_seconds: None lets no session go.
+        """
+        self._database = database
+        self._runs = runs
+        self._futures = futures
+        self._keeper = keeper
+        self._samples = samples
+        self._samplers = samplers
+        self._losses = losses
+        self._enqueue_last = enqueue_last
+        self._idle_seconds = idle_seconds
+        # Of the monotonic clock: one that is set anew must not make clients look as if they had vanished.
+        self._last_seen: dict[str, float] = {}
+
+    def heard_of(self, session_id: str) -> None:
+        """Its client has asked for something."""
+        self._last_seen[session_id] = time.monotonic()
+
+    async def answer(self, tenant: str, query: SessionQuery) -> m.Reply:
+        """
+        Raises:
+            InvalidRequest, NotFound, Gone: as fits.
+        """
+        match query:
+            case m.CreateSessionRequest():
+                reply = await sessions.create(self._database, tenant, query)
+                self.heard_of(reply.session_id)
+                return reply
+            case m.SessionHeartbeatRequest():
+                row = await sessions.find_open(self._database, tenant, query.session_id)
+                self.heard_of(row.id)
+                return m.SessionHeartbeatResponse()
+            case m.FinishSessionRequest():
+                return await self._finish(tenant, query)
+            case m.ListSessions():
+                return await sessions.listed(self._database, tenant, query)
+            case m.GetSession():
+                return await sessions.info(self._database, tenant, query)
+            case m.SearchSessions():
+                return await sessions.search(self._database, tenant, query, self._active())
+            case m.AssignSessionProject():
+                return await self._assign_project(tenant, query)
+            case m.ExportTrace():
+                await sessions.find(self._database, tenant, query.session_id)
+                return m.TraceExport(status="failed", error="this server records no traces of sessions")
+
+    def _active(self) -> set[str]:
+        since = time.monotonic() - sessions.ACTIVE_SECONDS
+        return {session_id for session_id, moment in self._last_seen.items() if moment > since}
+
+    async def _assign_project(self, tenant: str, query: m.AssignSessionProject) -> m.Acknowledged:
+        row = await sessions.find(self._database, tenant, query.session_id)
+        await asyncio.to_thread(self._database.set_project, tenant, row.id, query.project_id)
+        details = {"session_id": row.id, "project_id": query.project_id}
+        entry = tables.Audit(tenant=tenant, time=time.time(), event="project_session_assign", details=details)
+        await asyncio.to_thread(self._database.put, entry)
+        return m.Acknowledged()
+
+    async def _finish(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
+        session = await sessions.find(self._database, tenant, request.session_id)
+        await asyncio.to_thread(
+            self._database.finish_session,
+            tenant,
+            session.id,
+            time.time(),
+            request.reason.type,
+            request.detail,
+        )
+        for run in self._runs_of(session.id):
+            await self._unload(run)
+        self._forget(session.id)
+        return m.Acknowledged()
+
+    def _runs_of(self, session_id: str) -> list[LiveRun]:
+        return [run for run in self._runs.values() if run.session_id == session_id]
+
+    async def _unload(self, run: LiveRun) -> None:
+        await self._do_last(run, lambda seq_id: m.UnloadModelRequest(model_id=run.run_id, seq_id=seq_id))
+        await self._keeper.drop_unnamed(run.run_id, run.tenant)
+
+    async def _do_last(self, run: LiveRun, make: Callable[[int], RunRequest]) -> m.Result | m.Failure:
+        promise = self._enqueue_last(run.run_id, make)
+        while (outcome := await self._futures.wait(run.tenant, promise.request_id, 60.0)) is None:
+            pass
+        return outcome
+
+    def _forget(self, session_id: str) -> None:
+        self._last_seen.pop(session_id, None)
+        self._samplers.forget(session_id)
+        self._losses.forget(session_id)
+
+    # ------------------------------------------------------------ clients that have vanished
+
+    async def release_vanished(self) -> None:
+        """Let go of the sessions that nobody has been heard of for long."""
+        if self._idle_seconds is None:
+            return
+        for run in self._runs.values():  # of an earlier process: it is counted from now
+            self._last_seen.setdefault(run.session_id, time.monotonic())
+        since = time.monotonic() - self._idle_seconds
+        for session_id in [name for name, moment in self._last_seen.items() if moment <= since]:
+            await self._release(session_id, since)
+
+    async def _release(self, session_id: str, since: float) -> None:
+        self._samples.cancel_all(session_id)
+        for run in self._runs_of(session_id):
+            if self._last_seen.get(session_id, 0.0) > since:
+                return  # it has come back
+            saved = await self._save(run)
+            if isinstance(saved, m.Failure):  # it stays as it is, and is tried again
+                log.warning(
+                    "run %s of a client that has vanished could not be saved: %s", run.run_id, saved.error
+                )
+                return
+            await self._unload(run)
+            log.info("run %s of a client that has vanished is kept as %s", run.run_id, tables.RELEASED_NAME)
+        self._forget(session_id)
+
+    async def _save(self, run: LiveRun) -> m.Result | m.Failure:
+        def make(seq_id: int) -> m.SaveWeightsRequest:
+            return m.SaveWeightsRequest(
+                model_id=run.run_id, seq_id=seq_id, path=tables.RELEASED_NAME, overwrite=True
+            )
+
+        try:
+            return await self._do_last(run, make)
+        except Unavailable as error:
+            return m.Failure(error=error.message, category=error.category)

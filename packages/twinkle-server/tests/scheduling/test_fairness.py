@@ -1,0 +1,155 @@
+"""Nobody waits for long because of another: bounds that hold whatever the others send. Time is counted in tokens."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.types import Datum, ModelInput
+from twinkle.server.scheduling.jobs import Job, Tick
+from twinkle.server.scheduling.scheduler import Scheduler
+
+TICK, OVERHEAD = 1000, 50
+
+
+def a_pass(tenant: str, run: str, seq_id: int, tokens: int) -> Job:
+    request = m.ForwardBackwardRequest(run, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy")
+    return Job(f"{run}-{seq_id}", tenant, run, seq_id, request, tokens)
+
+
+def a_step(tenant: str, run: str, seq_id: int) -> Job:
+    return Job(f"{run}-{seq_id}", tenant, run, seq_id, m.OptimStepRequest(model_id=run, seq_id=seq_id))
+
+
+def cost(tick: Tick) -> int:
+    """What it takes to run: a fixed cost, and its tokens."""
+    return OVERHEAD + sum(job.tokens for job in tick.jobs)
+
+
+class Flood:
+    """A tenant that has work queued on all of its runs at any time."""
+
+    def __init__(self, scheduler: Scheduler, sizes: list[int]) -> None:
+        self.scheduler = scheduler
+        self.sizes = sizes
+        self.sent = [0] * len(sizes)
+        for number in range(len(sizes)):
+            scheduler.add_run(f"flood-{number}")
+        self.fill()
+
+    def fill(self) -> None:
+        for number, size in enumerate(self.sizes):
+            run = f"flood-{number}"
+            while self.sent[number] - self.scheduler.queue(run).next_id < 20:
+                self.scheduler.submit(a_pass("flood", run, self.sent[number], size))
+                self.sent[number] += 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    own=st.integers(1, 2000),
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
+    thinks=st.lists(st.integers(1, 4000), min_size=1, max_size=30),
+)
+def test_beside_a_flood_a_step_takes_at_most_twice_as_long_as_alone_and_a_tick(own, sizes, thinks):
+    scheduler = Scheduler(TICK, OVERHEAD)
+    scheduler.add_run("own")
+    flood = Flood(scheduler, sizes)
+    now, arrives, sent_at, latencies, floods_ticks = 0, thinks[0], 0, [], []
+    steps = 0
+    while len(latencies) < len(thinks):
+        if arrives is not None and arrives <= now:
+            sent_at, arrives = arrives, None
+            scheduler.submit(a_pass("modest", "own", 2 * steps, own))
+            scheduler.submit(a_step("modest", "own", 2 * steps + 1))
+            steps += 1
+        flood.fill()
+        tick = scheduler.take_tick()
+        assert tick.jobs, "there is work at any time"
+        for half in tick.quick_first():
+            now += cost(half)
+            if any(isinstance(job.request, m.OptimStepRequest) for job in half.jobs):
+                latencies.append(now - sent_at)
+                arrives = now + thinks[len(latencies) - 1]
+        if all(job.tenant == "flood" for job in tick.jobs):
+            floods_ticks.append(cost(tick))
+    alone = OVERHEAD + own
+    assert max(latencies) <= 2 * alone + max(floods_ticks)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),  # tenant
+            st.integers(0, 2),  # its run
+            st.integers(0, 1500),  # tokens; 0 is an optimizer step
+            st.integers(0, 3),  # jobs that come before the next tick
+        ),
+        max_size=80,
+    )
+)
+def test_who_always_has_work_gets_as_much_as_any_other_but_for_a_bound(script):
+    scheduler = Scheduler(TICK, OVERHEAD)
+    counts: Counter[str] = Counter()
+    biggest: Counter[str] = Counter()
+    done: dict[str, list[int]] = defaultdict(list)
+    record = Served(scheduler)
+    for tenant, number, tokens, more in script:
+        name, run = f"t{tenant}", f"t{tenant}-{number}"
+        if run not in counts:
+            scheduler.add_run(run)
+        make = a_pass(name, run, counts[run], tokens) if tokens else a_step(name, run, counts[run])
+        counts[run] += 1
+        biggest[name] = max(biggest[name], tokens)
+        scheduler.submit(make)
+        if more == 0:
+            assert record.take(biggest, done), "there is work"
+    while record.take(biggest, done):
+        pass
+    assert done == {run: list(range(count)) for run, count in counts.items()}
+
+
+class Served:
+    """What each tenant was given while another had work at any time."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.since: dict[str, Counter[str]] = {}
+
+    def take(self, biggest: Counter[str], done: dict[str, list[int]]) -> bool:
+        ready = set(self.scheduler._ready)
+        self.since = {tenant: self.since.get(tenant, Counter()) for tenant in ready}
+        tick = self.scheduler.take_tick()
+        for job in tick.jobs:
+            done[job.run_id].append(job.seq_id)
+            for counter in self.since.values():
+                counter[job.tenant] += job.tokens
+        for tenant, counter in self.since.items():
+            for other in counter:
+                assert counter[other] - counter[tenant] <= biggest[tenant] + biggest[other] + 2 * TICK
+        return bool(tick.jobs)
+
+
+def test_tenants_with_like_work_share_a_tick_and_a_much_larger_one_waits_for_its_own():
+    scheduler = Scheduler(TICK, OVERHEAD)
+    for number in range(4):
+        scheduler.add_run(f"r{number}")
+        scheduler.submit(a_pass(f"t{number}", f"r{number}", 0, 100 + number))
+    scheduler.add_run("large")
+    scheduler.submit(a_pass("greedy", "large", 0, 900))
+    assert {job.run_id for job in scheduler.take_tick().jobs} == {"r0", "r1", "r2"}
+    assert {job.run_id for job in scheduler.take_tick().jobs} <= {"r3", "large"}
+
+
+def test_what_waits_for_no_pass_is_done_first():
+    scheduler = Scheduler(TICK, OVERHEAD)
+    for run in ("a", "b"):
+        scheduler.add_run(run)
+    for job in (a_pass("t1", "a", 0, 10), a_step("t1", "a", 1), a_step("t2", "b", 0)):
+        scheduler.submit(job)
+    halves = scheduler.take_tick().quick_first()
+    assert [[job.request_id for job in half.jobs] for half in halves] == [["b-0"], ["a-0", "a-1"]]
