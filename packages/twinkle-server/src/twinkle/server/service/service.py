@@ -53,7 +53,7 @@ log = logging.getLogger("twinkle.server")
 DEFAULT_RANK = 32
 
 # Full micro-batches in a tick: more would make nothing faster, and others wait longer for its end.
-_TICK_BATCHES = 2
+_TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
