@@ -159,7 +159,7 @@ def recovery(model: Path, directory: Path, adapters: int, client: str) -> dict[s
             for _ in range(3):
                 list(pool.map(lambda step: step(), steps))
             began = time.perf_counter()
-            os.kill(_computing(served.pid), signal.SIGKILL)
+            os.kill(programs.process_of(served.pid, "ray::Rank"), signal.SIGKILL)
             failed: list[BaseException] = []
             lock = threading.Lock()
 
@@ -186,26 +186,6 @@ def recovery(model: Path, directory: Path, adapters: int, client: str) -> dict[s
         "the_same_steps_undisturbed_seconds": round(undisturbed, 2),
         "calls_that_failed": len(failed),
     }
-
-
-def _computing(server: int) -> int:
-    """The process of rank 0 of a server on this machine (Linux)."""
-    session_of = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            session_of[int(entry.name)] = (command, int(fields[3]), int(fields[1]))
-    leaders = {pid for pid, (_, _, parent) in session_of.items() if parent == server}
-    [rank] = [
-        pid
-        for pid, (command, session, _) in session_of.items()
-        if "ray::Rank" in command and session in leaders
-    ]
-    return rank
 
 
 if __name__ == "__main__":

@@ -109,3 +109,17 @@ def _run(module: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         check=True,
     )
     return json.loads(done.stdout)
+
+
+def process_of(supervisor: int, command: str) -> int:
+    """The process of a server on this machine whose command has this in it (Linux). There must be one."""
+    seen: dict[int, tuple[str, int, int]] = {}  # pid -> command, session, parent
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                said = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                fields = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                seen[int(entry.name)] = said, int(fields[3]), int(fields[1])
+    sessions = {pid for pid, (_, _, parent) in seen.items() if parent == supervisor}
+    [found] = [pid for pid, (said, session, _) in seen.items() if command in said and session in sessions]
+    return found

@@ -110,3 +110,17 @@ def test_room_in_the_queue_is_bounded_by_requests_and_tokens_of_each_and_of_all(
     check_room(limits, futures, "a", 40)
     assert (futures.load.requests, futures.load.tokens) == (3, 60)
     assert futures.load_of("a").tokens == 0
+
+
+async def test_who_does_not_fetch_results_is_told_to():
+    futures = FutureTable(Clock())
+    limits = LimitsSection(max_unfetched_bytes_per_tenant=5000)
+    ids = [futures.create("a") for _ in range(3)]
+    for request_id in ids:
+        check_room(limits, futures, "a", 1)
+        futures.complete(request_id, DONE)
+    with pytest.raises(LimitReached, match=r"limits\.max_unfetched_bytes_per_tenant: .* fetch them first"):
+        check_room(limits, futures, "a", 1)
+    check_room(limits, futures, "b", 1)
+    await futures.wait("a", ids[0], 0)
+    check_room(limits, futures, "a", 1)

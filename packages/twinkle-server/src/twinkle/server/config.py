@@ -157,6 +157,10 @@ class LimitsSection(_Section):
     """Tokens in such requests: of training passes, and of prompts."""
     max_queued_tokens: int | None = Field(default=64 * 2**20, ge=1)
     """The same for all tenants together."""
+    max_unfetched_bytes_per_tenant: int | None = Field(default=2**30, ge=1)
+    """Memory of results that have not been fetched."""
+    max_unfetched_bytes: int | None = Field(default=4 * 2**30, ge=1)
+    """The same for all tenants together; beyond it the oldest are dropped."""
     max_tokens_per_minute_per_tenant: float | None = Field(default=None, gt=0)
     """Tokens of training passes, of prompts, and sampled. Busy tenants get equal shares without it."""
     max_tokens_per_minute: float | None = Field(default=None, gt=0)

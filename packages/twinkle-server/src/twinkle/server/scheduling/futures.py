@@ -1,6 +1,7 @@
 """Results, from the moment a request is accepted until they have been fetched and a while after."""
 
 import asyncio
+import math
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -9,16 +10,22 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
+from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData
 
 Outcome: TypeAlias = m.Result | m.Failure
 
 
 @dataclass
 class Load:
-    """Requests without an outcome, and their tokens."""
+    """Requests without an outcome, their tokens, and the memory of results that nobody has come for."""
 
     requests: int = 0
     tokens: int = 0
+    unfetched_bytes: int = 0
+
+    @property
+    def is_nothing(self) -> bool:
+        return not self.requests and not self.unfetched_bytes
 
 
 @dataclass(eq=False)
@@ -27,25 +34,36 @@ class _Entry:
     run_id: str | None = None
     tokens: int = 0
     outcome: Outcome | None = None
+    size: int = 0  # of the outcome, in bytes
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 _NO_LOAD = Load()
+# Of results that were fetched: they are of use only where a reply was lost.
+_KEEP_BYTES = 256 * 2**20
 
 
 class FutureTable:
     """Futures by request id. Single-threaded: called on one event loop.
 
     A finished result is kept for `keep_seconds` after it was last fetched (a reply can be lost), or for
-    `unfetched_seconds` if nobody has come for it.
+    `unfetched_seconds` if nobody has come for it. Beyond so many bytes the oldest go earlier.
     """
 
     def __init__(
-        self, clock: Callable[[], float], keep_seconds: float = 600.0, unfetched_seconds: float = 86_400.0
+        self,
+        clock: Callable[[], float],
+        keep_seconds: float = 600.0,
+        unfetched_seconds: float = 86_400.0,
+        keep_bytes: float = _KEEP_BYTES,
+        unfetched_bytes: float = math.inf,
     ) -> None:
         self._clock = clock
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
+        self._keep_bytes = keep_bytes
+        self._most_unfetched_bytes = unfetched_bytes
+        self._fetched_bytes = 0
         self._entries: dict[str, _Entry] = {}
         self.load = Load()
         """Of all tenants."""
@@ -78,20 +96,19 @@ class FutureTable:
     def load_of(self, tenant: str) -> Load:
         return self._loads.get(tenant, _NO_LOAD)
 
-    def _set_outcome(self, entry: _Entry, outcome: Outcome) -> None:
-        entry.outcome = outcome
+    def _set_outcome(self, request_id: str, outcome: Outcome) -> None:
+        entry = self._entries[request_id]
+        entry.outcome, entry.size = outcome, memory_of(outcome)
         entry.done.set()
-        own = self._loads[entry.tenant]
-        for load in (self.load, own):
+        for load in (self.load, self._loads[entry.tenant]):
             load.requests -= 1
             load.tokens -= entry.tokens
-        if not own.requests:
-            del self._loads[entry.tenant]
+            load.unfetched_bytes += entry.size
+        self._unfetched[request_id] = self._clock() + self._unfetched_seconds
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome that an earlier process had."""
-        self._set_outcome(self._entries[request_id], outcome)
-        self._unfetched[request_id] = self._clock() + self._unfetched_seconds
+        self._set_outcome(request_id, outcome)
 
     def run_of(self, request_id: str) -> str | None:
         """The run that a future belongs to."""
@@ -117,8 +134,7 @@ class FutureTable:
         if new and self.keep is not None:
             self.keep(new)
         for request_id, outcome in new:
-            self._set_outcome(self._entries[request_id], outcome)
-            self._unfetched[request_id] = self._clock() + self._unfetched_seconds
+            self._set_outcome(request_id, outcome)
         self._drop_old()
 
     def complete_for_now(self, request_id: str, outcome: Outcome) -> None:
@@ -150,17 +166,60 @@ class FutureTable:
                 await asyncio.wait_for(entry.done.wait(), timeout)
             except TimeoutError:
                 return None
-        self._unfetched.pop(request_id, None)
-        self._fetched[request_id] = self._clock() + self._keep_seconds
-        self._fetched.move_to_end(request_id)
+        if self._unfetched.pop(request_id, None) is not None:
+            self._is_unfetched_no_more(entry)
+            self._fetched_bytes += entry.size
+        if request_id in self._entries:
+            self._fetched[request_id] = self._clock() + self._keep_seconds
+            self._fetched.move_to_end(request_id)
         return entry.outcome
+
+    def _is_unfetched_no_more(self, entry: _Entry) -> None:
+        own = self._loads[entry.tenant]
+        for load in (self.load, own):
+            load.unfetched_bytes -= entry.size
+        if own.is_nothing:
+            del self._loads[entry.tenant]
 
     def _drop_old(self) -> None:
         now = self._clock()
-        for deadlines in (self._unfetched, self._fetched):
-            while deadlines and next(iter(deadlines.values())) <= now:
-                request_id, _ = deadlines.popitem(last=False)
-                self._entries.pop(request_id, None)
+        while self._fetched and (
+            self._fetched_bytes > self._keep_bytes or next(iter(self._fetched.values())) <= now
+        ):
+            request_id, _ = self._fetched.popitem(last=False)
+            self._fetched_bytes -= self._entries.pop(request_id).size
+        while self._unfetched and (
+            self.load.unfetched_bytes > self._most_unfetched_bytes
+            or next(iter(self._unfetched.values())) <= now
+        ):
+            request_id, _ = self._unfetched.popitem(last=False)
+            self._is_unfetched_no_more(self._entries.pop(request_id))
+
+
+# What Python takes for a number in a list, for a pair (token, log-probability), and for a result with all around it.
+_NUMBER_BYTES, _PAIR_BYTES, _RESULT_BYTES = 32, 128, 2048
+
+
+def memory_of(outcome: Outcome) -> int:
+    """About what an outcome takes in memory, in bytes."""
+    numbers, pairs = 0, 0
+    tensors: list[TensorData | SparseTensor] = []
+    match outcome:
+        case ForwardBackwardOutput():
+            tensors = [tensor for item in outcome.loss_fn_outputs for tensor in item.values()]
+        case SampleResponse():
+            rows = [outcome.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in outcome.sequences)]
+            pairs = sum(len(row or ()) for some in rows for row in some or ())
+            numbers = 2 * sum(len(sequence.tokens) for sequence in outcome.sequences)
+            numbers += len(outcome.prompt_logprobs or ())
+            if outcome.target_prompt_logprobs is not None:
+                tensors.append(outcome.target_prompt_logprobs)
+            if outcome.prompt_alt_tokens is not None:
+                tensors += [outcome.prompt_alt_tokens.tokens, outcome.prompt_alt_tokens.logprobs]
+        case _:
+            pass
+    of_arrays = sum((t.values if isinstance(t, SparseTensor) else t.array).nbytes for t in tensors)
+    return _RESULT_BYTES + _NUMBER_BYTES * numbers + _PAIR_BYTES * pairs + of_arrays
 
 
 def new_request_id() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -103,7 +104,7 @@ class Service:
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
         self._runs: dict[str, LiveRun] = {}
-        self._futures = FutureTable(time.monotonic)
+        self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
