@@ -152,6 +152,11 @@ async def test_a_leap_deletes_nothing_that_time_has_not_ended(
     assert await alice.ask(m.WeightsInfoRequest(tinker_path=path))
     assert files.is_dir()
     assert len([record for record in caplog.records if "clock has leapt" in record.getMessage()]) == 2
+    wall.now += YEAR
+    taken = await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=2, path="brief"))
+    assert isinstance(taken, m.Failure) and "already has a checkpoint" in taken.error
+    wall.now -= YEAR
+    await pass_time(60)
     await pass_time(2 * DAY)
     assert not files.exists(), "its time is over indeed"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from random_client import a_pass, a_step
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, LimitReached, NotFound, QuotaReached
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, SamplingParams
+from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
 from twinkle.server.service.service import Service
 
@@ -144,6 +146,14 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
     service = await begin(max_sampler_snapshots_per_run=2)
     alice = Tenant(service, "alice")
     run = await alice.run()
+    files = service._keeper._files
+    write = files.write
+
+    def later(uri: CheckpointUri, *args: Any) -> int:  # those that are to go are the last to be written
+        time.sleep(0.3 if uri.name in ("unnamed-1", "unnamed-2") else 0.0)
+        return write(uri, *args)
+
+    files.write = later
     samplers = [
         (
             await alice.do(
@@ -152,7 +162,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
         ).sampling_session_id
         for number in range(1, 9)
     ]
-    await service._keeper.settle()
+    await asyncio.wait_for(service._keeper.settle(), 20)
     rows = service._database.unnamed_checkpoints("alice", run)
     assert [row.name for row in rows] == ["unnamed-7", "unnamed-8"]
 

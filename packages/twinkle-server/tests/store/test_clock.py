@@ -62,6 +62,16 @@ def test_a_clock_that_is_set_right_again_has_leapt_twice(clocks: Clocks):
     assert clocks.steady.now() == 1_800_000_000 + 2.5 * STEADY_SECONDS
 
 
+def test_that_it_has_leapt_is_known_for_an_hour_and_a_start_is_none(clocks: Clocks):
+    assert not clocks.steady.has_leapt()
+    clocks.wall += YEAR
+    assert clocks.steady.has_leapt()
+    clocks.pass_time(STEADY_SECONDS - 1)
+    assert clocks.steady.has_leapt()
+    clocks.pass_time(1)
+    assert not clocks.steady.has_leapt()
+
+
 def test_slewing_is_no_leap(clocks: Clocks):
     clocks.pass_time(STEADY_SECONDS)
     for _ in range(1000):

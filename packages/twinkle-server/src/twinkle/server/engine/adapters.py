@@ -78,6 +78,7 @@ class AdapterKeeper:
         self._steady_clock = SteadyClock()
         self._limits = limits
         self._writes: dict[str, asyncio.Task[None]] = {}
+        self._drops: set[asyncio.Task[None]] = set()
         self._expected: dict[
             str, asyncio.Event
         ] = {}  # checkpoints that an earlier process had not written yet
@@ -164,7 +165,7 @@ class AdapterKeeper:
             else:
                 self._futures.complete_for_good(job.request_id)
                 await self._sampler_adapters.release(str(uri))
-                await self._drop_old_unnamed(run)
+                self._drop_behind(run)
 
         self._write_behind(uri, write_and_release())
         self._no_longer_expected(uri)
@@ -195,9 +196,9 @@ class AdapterKeeper:
             QuotaReached: if it would be one too many.
         """
         row = await patiently(lambda: self._database.checkpoint_row(uri))
-        # While the clock can't be relied on nothing has expired.
-        now = self._steady_clock.now()
-        if row is not None and now is not None and row.expires_at is not None and row.expires_at <= now:
+        # One whose time is over gives its name away, unless it only looks like that.
+        is_over = row is not None and row.expires_at is not None and row.expires_at <= time.time()
+        if is_over and not self._steady_clock.has_leapt():
             row = None
         if row is None:
             if uri.name != tables.RELEASED_NAME:
@@ -319,8 +320,8 @@ class AdapterKeeper:
 
     async def settle(self) -> None:
         """Wait until everything that is being written is written."""
-        while self._writes:
-            await asyncio.wait(set(self._writes.values()))
+        while self._writes or self._drops:
+            await asyncio.wait({*self._writes.values(), *self._drops})
 
     # ------------------------------------------------------------ load
 
@@ -415,14 +416,23 @@ class AdapterKeeper:
         await asyncio.to_thread(self._database.put_checkpoint, row)
         return row
 
+    def _drop_behind(self, run: LiveRun) -> None:
+        """Not within what writes a snapshot: that may be one of those that are to go."""
+        task = asyncio.create_task(self._drop_old_unnamed(run))
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
+
     async def _drop_old_unnamed(self, run: LiveRun) -> None:
         """Delete the oldest of a run's unnamed snapshots that are more than a run may leave."""
-        rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
-        rows.sort(
-            key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX))
-        )  # not as they came to be written
-        for row in rows[: -self._limits.max_sampler_snapshots_per_run]:
-            await self.delete(row)
+        try:
+            rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
+            rows.sort(
+                key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX))
+            )  # not as they were written
+            for row in rows[: -self._limits.max_sampler_snapshots_per_run]:
+                await self.delete(row)
+        except Exception as error:  # the next snapshot is another chance
+            to_failure(error, f"deleting old snapshots of {run.run_id}")
 
     async def drop_unnamed(self, run_id: str, tenant: str) -> None:
         """Delete a run's unnamed snapshots: no one is left to sample them."""

@@ -27,6 +27,7 @@ class SteadyClock:
         self._wall = wall
         self._monotonic = monotonic
         self._steady_since = monotonic()
+        self._leapt_at: float | None = None  # of the monotonic clock
         self._ahead = wall() - self._steady_since  # of the monotonic clock, at the last look
 
     def now(self) -> float | None:
@@ -35,7 +36,7 @@ class SteadyClock:
         leap = wall - monotonic - self._ahead
         self._ahead += leap
         if abs(leap) > _LEAP_SECONDS:
-            self._steady_since = monotonic
+            self._steady_since = self._leapt_at = monotonic
             log.warning(
                 "the machine's clock has leapt %s by %.0f s (or the machine has slept): what has expired is deleted "
                 "only when the clock has been steady for %.0f minutes; set it right before that if it is wrong",
@@ -44,3 +45,8 @@ class SteadyClock:
                 STEADY_SECONDS / 60,
             )
         return wall if monotonic - self._steady_since >= STEADY_SECONDS else None
+
+    def has_leapt(self) -> bool:
+        """Whether it has within the last hour."""
+        self.now()
+        return self._leapt_at is not None and self._monotonic() - self._leapt_at < STEADY_SECONDS
