@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,37 @@ async def test_a_key_tells_of_itself_and_revokes_itself(gateway: KeyedGateway):
     assert told["details"]["user_details"]["email"] == "lab"
     assert (await http.delete(me)).status_code == 200
     assert (await http.get(me)).status_code == 401
+
+
+async def test_an_admin_sees_what_all_used_and_did_and_nothing_else_of_theirs(gateway: KeyedGateway):
+    hour = int(time.time()) // 3600 * 3600
+    span = {"starting_on": _iso(hour), "ending_before": _iso(hour + 7200)}
+    async with gateway.client(gateway.new_key("owner")) as owner:
+        own = await make_belongings(owner)
+        asked = {
+            "/billing/usage/events": span,
+            "/billing/usage/checkpoints/current": {},
+            "/audit": {"day": _iso(time.time())[:10]},
+        }
+        seen = [(await owner.get(PREFIX + path, params=params)).json() for path, params in asked.items()]
+    for role, sees in (("admin", True), ("user", False)):
+        async with gateway.client(gateway.new_key("other", role)) as other:  # pyright: ignore[reportArgumentType]
+            usage, storage, audit = [
+                (await other.get(PREFIX + path, params=params)).json() for path, params in asked.items()
+            ]
+            assert (usage["data"] == seen[0]["data"]) == sees and bool(usage["data"]) == sees
+            assert [(item["org_user_urn"], item["checkpoint_count"]) for item in storage["data"]] == (
+                [("owner", 1)] if sees else []
+            )
+            entries = [(entry["event"], entry["event_details"].get("tenant")) for entry in audit["entries"]]
+            assert (("checkpoint_create", "owner") in entries) == sees
+            for path in (f"/training_runs/{own.names['run_id']}", f"/sessions/{own.names['session_id']}"):
+                assert (await other.get(PREFIX + path)).status_code == 404
+            assert (await other.get(f"{PREFIX}/checkpoints")).json()["checkpoints"] == []
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat()
 
 
 async def test_a_key_that_was_made_a_moment_ago_is_let_in(gateway: KeyedGateway):

@@ -20,7 +20,7 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
-from twinkle.server.keys import KeyRing, create_key
+from twinkle.server.keys import KeyRing, Role, create_key
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -43,8 +43,8 @@ class KeyedGateway:
             self.service, LimitsSection(max_request_bytes=2**20), self.signer, keys=KeyRing(self.database)
         )
 
-    def new_key(self, tenant: str | None = None) -> str:
-        return create_key(self.database, tenant)[1]
+    def new_key(self, tenant: str | None = None, role: Role = "user") -> str:
+        return create_key(self.database, tenant, role)[1]
 
     def client(self, key: str | None, **more: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(

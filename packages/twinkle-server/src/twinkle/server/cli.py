@@ -63,7 +63,8 @@ def create_key(
         typer.Option(help="Whose key it is. Keys of one tenant see the same runs; a new tenant if not said."),
     ] = None,
     role: Annotated[
-        Literal["user", "admin"], typer.Option(help="What it is for; both may do the same so far.")
+        Literal["user", "admin"],
+        typer.Option(help="An admin sees usage, storage and the audit log of all tenants."),
     ] = "user",
     label: Annotated[str | None, typer.Option(help="To tell it from others in the list.")] = None,
 ) -> None:

@@ -223,7 +223,7 @@ class AdapterKeeper:
                 limits.max_checkpoints_per_tenant,
                 limits.max_checkpoint_bytes_per_tenant,
             ),
-            ("", None, limits.max_checkpoints, limits.max_checkpoint_bytes),
+            ("", tables.EVERYBODY, limits.max_checkpoints, limits.max_checkpoint_bytes),
         ):
             if most is None and most_bytes is None:
                 continue

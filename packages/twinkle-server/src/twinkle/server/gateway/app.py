@@ -180,7 +180,9 @@ def _query(
             fields["idempotency_key"] = request.headers["x-idempotency-key"]
         query = codec.decode_query(endpoint.request, await read_body(request, limit), fields)
         query = await doorkeeper.with_access(query)
-        reply = await doorkeeper.answer(request, query) or await service.ask(tenant, query)
+        reply = await doorkeeper.answer(request, query)
+        if reply is None:
+            reply = await service.ask(await doorkeeper.asked_of(request, tenant, query), query)
         if isinstance(reply, m.ExternalWeightsUrls):
             reply = downloads.with_base(reply, request, public_url)
         return Response(codec.encode_json(reply), media_type=JSON)

@@ -11,7 +11,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unauthorized
 from twinkle.server.keys import KeyRing
 from twinkle.server.scheduling.limits import RateLimit
-from twinkle.server.store.tables import ApiKey
+from twinkle.server.store.tables import EVERYBODY, ApiKey
 from twinkle.server.tokens import JWT_PREFIX, Signer, tenant_of_key
 
 T = TypeVar("T")
@@ -72,6 +72,17 @@ class Doorkeeper:
             return _described(key)
         await self._keys.revoke(key)
         return m.Acknowledged()
+
+    async def asked_of(self, request: Request, tenant: str, query: m.Query) -> str:
+        """Whose the answer is: the tenant's own, or everybody's where an admin asks what was used or done.
+
+        Raises:
+            Unauthorized, Unavailable: as `tenant_of`.
+        """
+        if self._keys is None or not isinstance(query, m.GetAuditLog | m.GetUsage | m.GetStorageUsage):
+            return tenant
+        key = await self._key(self._keys, _credential(request))
+        return EVERYBODY if key.role == "admin" else tenant
 
     async def with_access(self, request: T) -> T:
         """The request with its `weights_access_token`, another's key that opens a checkpoint, as the service reads it:

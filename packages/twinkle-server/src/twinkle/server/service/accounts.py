@@ -1,5 +1,6 @@
-"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. Nothing is made up: the
-server knows no prices, and no people. Where the SDK insists on a name or address, the tenant's id stands for it.
+"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. An admin is told of all
+tenants (`tables.EVERYBODY`). Nothing is made up: the server knows no prices, and no people. Where the SDK insists on a
+name or address, the tenant's id stands for it.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ async def _audit_log(database: Database, tenant: str, query: m.GetAuditLog) -> m
     rows = await asyncio.to_thread(
         database.audit, tenant, start, start + 86_400, _RESOURCES[query.event_type]
     )
-    return m.AuditLog(entries=[_entry(row) for row in rows])
+    return m.AuditLog(entries=[_entry(row, tenant) for row in rows])
 
 
-def _entry(row: tables.Audit) -> m.AuditEntry:
+def _entry(row: tables.Audit, asked_of: str) -> m.AuditEntry:
+    details = {**row.details, "tenant": row.tenant} if asked_of == tables.EVERYBODY else row.details
     return m.AuditEntry(
         timestamp=iso(row.time),
         event=row.event,
-        event_details=row.details,
+        event_details=details,
         model_id=row.details.get("model_id"),
         tinker_path=row.details.get("tinker_path"),
         purpose=row.details.get("purpose"),
@@ -140,7 +142,7 @@ async def _storage(database: Database, tenant: str, query: m.GetStorageUsage) ->
         data=[
             m.StorageUsageItem(
                 project_id=total.project_id,
-                org_user_urn=tenant,
+                org_user_urn=total.tenant,
                 checkpoint_count=total.count,
                 size_bytes=total.size_bytes,
                 size_gigabytes=total.size_bytes / 1e9,

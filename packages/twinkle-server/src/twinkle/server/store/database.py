@@ -7,15 +7,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Engine, create_engine, event, func, inspect, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    create_engine,
+    event,
+    func,
+    inspect,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import InstrumentedAttribute, sessionmaker
 from sqlalchemy.orm import Session as OrmSession
-from sqlalchemy.orm import sessionmaker
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
 from twinkle.server.store.tables import (
+    EVERYBODY,
     UNNAMED_PREFIX,
     ApiKey,
     Audit,
@@ -34,11 +47,12 @@ _NEWER = 1e-6
 
 @dataclass(frozen=True)
 class StorageTotal:
-    """The checkpoints of one project."""
+    """The checkpoints of a tenant's project."""
 
     project_id: str | None
     count: int
     size_bytes: int
+    tenant: str
 
 
 class Database:
@@ -121,7 +135,7 @@ class Database:
             return list(session.scalars(query))
 
     def session_metadata(self, tenant: str, session_ids: Sequence[str]) -> dict[str, Session]:
-        query = select(Session).where(Session.tenant == tenant, Session.id.in_(session_ids))
+        query = select(Session).where(_of(tenant, Session.tenant), Session.id.in_(session_ids))
         with self._transaction() as session:
             return {row.id: row for row in session.scalars(query)}
 
@@ -334,37 +348,38 @@ class Database:
                 session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
 
     def usage(self, tenant: str, first_hour: int, end_hour: int) -> list[Usage]:
-        """By hour, then what there is most of."""
-        query = select(Usage).where(Usage.tenant == tenant, Usage.hour >= first_hour, Usage.hour < end_hour)
+        """By hour, then what there is most of; of a tenant, or of `EVERYBODY`, as `storage` and `audit`."""
+        query = select(Usage).where(
+            _of(tenant, Usage.tenant), Usage.hour >= first_hour, Usage.hour < end_hour
+        )
         with self._transaction() as session:
             return list(session.scalars(query.order_by(Usage.hour, Usage.count.desc(), Usage.kind)))
 
     def storage(self, tenant: str, now: float, project_id: str | None) -> list[StorageTotal]:
-        """The checkpoints that there are now, by project."""
+        """The checkpoints that there are now, by tenant and project."""
         query = (
-            select(Session.project_id, func.count(), func.sum(Checkpoint.size_bytes))
+            select(Session.project_id, func.count(), func.sum(Checkpoint.size_bytes), Checkpoint.tenant)
             .join(Run, Run.session_id == Session.id)
             .join(Checkpoint, Checkpoint.run_id == Run.id)
-            .where(Checkpoint.tenant == tenant, *_listed(now))
-            .group_by(Session.project_id)
+            .where(_of(tenant, Checkpoint.tenant), *_listed(now))
+            .group_by(Checkpoint.tenant, Session.project_id)
         )
         if project_id is not None:
             query = query.where(Session.project_id == project_id)
         with self._transaction() as session:
-            return [StorageTotal(row[0], row[1], int(row[2] or 0)) for row in session.execute(query)]
+            return [StorageTotal(row[0], row[1], int(row[2] or 0), row[3]) for row in session.execute(query)]
 
-    def checkpoint_total(self, tenant: str | None, now: float) -> StorageTotal:
-        """How many checkpoints there are with a name, and their bytes: a tenant's, or everybody's."""
-        query = select(func.count(), func.sum(Checkpoint.size_bytes)).where(*_listed(now))
-        if tenant is not None:
-            query = query.where(Checkpoint.tenant == tenant)
+    def checkpoint_total(self, tenant: str, now: float) -> StorageTotal:
+        """How many checkpoints there are with a name, and their bytes: a tenant's, or `EVERYBODY`'s."""
+        query = select(func.count(), func.sum(Checkpoint.size_bytes))
+        query = query.where(_of(tenant, Checkpoint.tenant), *_listed(now))
         with self._transaction() as session:
             count, size = session.execute(query).one()
-            return StorageTotal(None, count, int(size or 0))
+            return StorageTotal(None, count, int(size or 0), tenant)
 
     def audit(self, tenant: str, start: float, end: float, resource: str | None) -> list[Audit]:
         """Entries of a span of time, oldest first; `resource` is what the event's name begins with."""
-        query = select(Audit).where(Audit.tenant == tenant, Audit.time >= start, Audit.time < end)
+        query = select(Audit).where(_of(tenant, Audit.tenant), Audit.time >= start, Audit.time < end)
         if resource is not None:
             query = query.where(Audit.event.startswith(resource, autoescape=True))
         with self._transaction() as session:
@@ -407,6 +422,10 @@ class Database:
 
 def _not_expired(now: float) -> ColumnElement[bool]:
     return or_(Checkpoint.expires_at.is_(None), Checkpoint.expires_at > now)
+
+
+def _of(tenant: str, column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    return true() if tenant == EVERYBODY else column == tenant
 
 
 def _listed(now: float) -> list[ColumnElement[bool]]:

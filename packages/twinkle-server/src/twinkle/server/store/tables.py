@@ -11,6 +11,8 @@ from twinkle.protocol.uris import CheckpointKind, CheckpointUri
 
 # Unnamed sampler snapshots are checkpoints too, so that they can leave the sampler and come back; no list shows them.
 UNNAMED_PREFIX = "unnamed-"
+# Stands for all tenants where an admin asks what was used or done; no tenant can be called so.
+EVERYBODY = "*"
 # What a run is saved as whose client has vanished.
 RELEASED_NAME = "twinkle-released"
 
