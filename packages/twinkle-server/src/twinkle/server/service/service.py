@@ -243,9 +243,11 @@ class Service:
         for task in self._chores:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
+        await (
+            self._keeper.settle()
+        )  # what comes of these is still written down: the runs' copies have them behind them
         self._futures.keep = None  # samples that are stopped now are drawn again by the next process
         await self._samples.close()
-        await self._keeper.settle()
         await self._snapshots.close()
         self._log.close()
         try:
