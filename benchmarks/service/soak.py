@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 import threading
 import time
@@ -60,8 +61,8 @@ def soak(served: programs.Served, directory: Path, tenants: int, minutes: float)
         cells = [f"{(time.monotonic() - began) / 60:.1f}", f"{done.total():,}"]
         for pid in pids.values():
             cells += [f"{resident_bytes(pid) / 1e6:.0f}", str(len(list(Path(f"/proc/{pid}/fd").iterdir())))]
-        parts = [disk_bytes(directory, f"**/{name}/**/*") for name in ("journal", "runs", "checkpoints")]
-        cells += [f"{disk_bytes(directory, 'storage-*/**/*') / 1e6:.1f}"]
+        parts = [disk_bytes(directory, name) for name in ("journal", "runs", "checkpoints")]
+        cells += [f"{disk_bytes(directory) / 1e6:.1f}"]
         cells += [", ".join(f"{size / 1e6:.1f}" for size in parts)]
         print("| " + " | ".join(cells) + " |", flush=True)
     over.set()
@@ -105,11 +106,14 @@ def resident_bytes(pid: int) -> int:
     return pages * 4096
 
 
-def disk_bytes(directory: Path, pattern: str) -> int:
+def disk_bytes(directory: Path, name: str | None = None) -> int:
+    """Of all files in the server's storage, or of those below the folders of that name."""
     total = 0
-    for path in directory.glob(pattern):
-        with contextlib.suppress(OSError):  # it has just been deleted
-            total += path.stat().st_size if path.is_file() else 0
+    for folder, _, files in os.walk(directory):  # goes on where something has just been deleted
+        if "storage-" in folder and (name is None or name in Path(folder).parts):
+            for file in files:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(folder, file)).st_size
     return total
 
 
