@@ -153,3 +153,15 @@ def test_what_waits_for_no_pass_is_done_first():
         scheduler.submit(job)
     halves = scheduler.take_tick().quick_first()
     assert [[job.request_id for job in half.jobs] for half in halves] == [["b-0"], ["a-0", "a-1"]]
+
+
+def test_a_tenants_runs_take_turns_however_much_one_of_them_has_queued():
+    scheduler = Scheduler(TICK, OVERHEAD)
+    for run in ("endless", "single", "others"):
+        scheduler.add_run(run)
+    for seq_id in range(100):
+        scheduler.submit(a_pass("t1", "endless", seq_id, 90))
+        scheduler.submit(a_pass("t2", "others", seq_id, 90))
+    scheduler.submit(a_pass("t1", "single", 0, 100))
+    first, second = ({job.run_id for job in scheduler.take_tick().jobs} for _ in range(2))
+    assert "single" in first | second

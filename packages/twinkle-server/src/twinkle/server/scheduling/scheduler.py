@@ -199,7 +199,7 @@ class Scheduler:
         left, before = room, len(tick.jobs)
         for run_id in list(self._ready[tenant]):
             queue = self._queues[run_id]
-            is_open = True
+            is_open, had = True, len(tick.jobs)
             while is_open and (job := queue.head()) is not None and job.tokens <= left:
                 left -= job.tokens
                 self._leaves(job)
@@ -207,7 +207,7 @@ class Scheduler:
                 is_open = isinstance(job.request, m.ForwardBackwardRequest)
             if queue.head() is None:
                 self._set_ready(run_id, tenant, ready=False)
-            elif not is_open:
+            elif len(tick.jobs) > had:
                 self._ready[tenant].move_to_end(run_id)  # the others come first next time
         if len(tick.jobs) > before:
             self._turns.had_turn(tenant, room - left)
