@@ -6,7 +6,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import LimitReached
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.limits import RateLimit, check_room
+from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room
 
 DONE = m.OptimStepResponse(metrics={})
 
@@ -117,10 +117,10 @@ async def test_who_does_not_fetch_results_is_told_to():
     limits = LimitsSection(max_unfetched_bytes_per_tenant=5000)
     ids = [futures.create("a") for _ in range(3)]
     for request_id in ids:
-        check_room(limits, futures, "a", 1)
+        check_fetched(limits, futures, "a")
         futures.complete(request_id, DONE)
     with pytest.raises(LimitReached, match=r"limits\.max_unfetched_bytes_per_tenant: .* fetch them first"):
-        check_room(limits, futures, "a", 1)
-    check_room(limits, futures, "b", 1)
+        check_fetched(limits, futures, "a")
+    check_fetched(limits, futures, "b")
     await futures.wait("a", ids[0], 0)
-    check_room(limits, futures, "a", 1)
+    check_fetched(limits, futures, "a")

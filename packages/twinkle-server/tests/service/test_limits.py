@@ -66,6 +66,22 @@ async def test_a_full_queue_takes_what_all_in_it_waits_for_and_the_rest_when_it_
     assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
 
 
+async def test_who_never_fetches_is_stopped_also_one_request_after_the_other(begin: Begin):
+    service = await begin(max_unfetched_bytes_per_tenant=5000)
+    alice, bob = Tenant(service, "alice"), Tenant(service, "bob")
+    run = await alice.run()
+    promises: list[m.Promise] = []
+    with pytest.raises(LimitReached, match="max_unfetched_bytes_per_tenant"):
+        for seq_id in range(1, 20):
+            promises.append(await service.submit("alice", a_pass(run, seq_id)))
+            while service._futures.is_pending(promises[-1].request_id):
+                await asyncio.sleep(0.001)
+    assert isinstance(await bob.do(a_pass(await bob.run(), 1)), ForwardBackwardOutput)
+    for promise in promises:
+        await alice.outcome(promise)
+    assert isinstance(await alice.do(a_pass(run, len(promises) + 1)), ForwardBackwardOutput)
+
+
 async def test_tokens_a_minute_count_passes_prompts_and_what_is_sampled(begin: Begin):
     service = await begin(max_tokens_per_minute_per_tenant=10)
     alice = Tenant(service, "alice")

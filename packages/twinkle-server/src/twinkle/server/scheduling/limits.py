@@ -103,6 +103,20 @@ class RateLimit:
                 del self._tenants[tenant]
 
 
+def check_fetched(limits: LimitsSection, futures: FutureTable, tenant: str) -> None:
+    """
+    Raises:
+        LimitReached: if the tenant has left too many results lying.
+    """
+    unfetched, most = futures.load_of(tenant).unfetched_bytes, limits.max_unfetched_bytes_per_tenant
+    if most is not None and unfetched > most:
+        raise LimitReached(
+            f"limits.max_unfetched_bytes_per_tenant: results of {unfetched} bytes wait to be fetched, and this server "
+            f"keeps {most}; fetch them first (retrieve_future)",
+            _ROOM_SECONDS,
+        )
+
+
 def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens: int) -> None:
     """
     Args:
@@ -113,13 +127,6 @@ def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens:
         LimitReached: if there is no room for it now.
     """
     own = futures.load_of(tenant)
-    most = limits.max_unfetched_bytes_per_tenant
-    if most is not None and own.unfetched_bytes > most:
-        raise LimitReached(
-            f"limits.max_unfetched_bytes_per_tenant: results of {own.unfetched_bytes} bytes wait to be fetched, and "
-            f"this server keeps {most}; fetch them first (retrieve_future)",
-            _ROOM_SECONDS,
-        )
     if not own.requests:
         return
     for name, load, limit, more in (

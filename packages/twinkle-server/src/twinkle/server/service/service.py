@@ -35,7 +35,7 @@ from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, Outcome, new_request_id
 from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.journal import Journal
-from twinkle.server.scheduling.limits import RateLimit, check_room
+from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk, check_ttl
@@ -53,7 +53,7 @@ log = logging.getLogger("twinkle.server")
 
 DEFAULT_RANK = 32
 
-# Full micro-batches in a tick: more would make nothing faster, and others wait longer for its end.
+# Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
 # How long a server that is told to end waits for the end of what is being computed.
@@ -355,6 +355,7 @@ class Service:
         Raises:
             LimitReached: if a request of so many tokens can't be queued now.
         """
+        check_fetched(self._limits, self._futures, tenant)
         if not always_room:
             check_room(self._limits, self._futures, tenant, tokens)
         if tokens:
