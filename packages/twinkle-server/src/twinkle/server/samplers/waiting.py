@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from twinkle.server.scheduling.fairness import DeficitRoundRobin
+from twinkle.server.samplers.deficits import DeficitRoundRobin
 
 T = TypeVar("T", bound=Hashable)
 
