@@ -205,7 +205,7 @@ class AdapterKeeper:
                 await self.check_quota(job.tenant)
         elif (
             not overwrite and row.request_id != job.request_id
-        ):  # else an earlier process wrote it for this job
+        ):  # or an earlier process wrote it for this job
             raise InvalidRequest(
                 f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
             )
@@ -426,9 +426,8 @@ class AdapterKeeper:
         """Delete the oldest of a run's unnamed snapshots that are more than a run may leave."""
         try:
             rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
-            rows.sort(
-                key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX))
-            )  # not as they were written
+            # By their place in the run's order, in which they need not have been written.
+            rows.sort(key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX)))
             for row in rows[: -self._limits.max_sampler_snapshots_per_run]:
                 await self.delete(row)
         except Exception as error:  # the next snapshot is another chance

@@ -1,7 +1,8 @@
 """Deficit round robin (Shreedhar & Varghese, SIGCOMM 1995) between tenants whose samples wait, counted in tokens.
 
-(Training's turns are `scheduling/turns.py`.) Each tenant who has something ready gets a quantum a round and spends it on whole jobs; what a job costs beyond it is
-saved up for over rounds. So over time every busy tenant gets the same number of tokens, however large its jobs are.
+(Training's turns are `scheduling/turns.py`.) Each tenant who has something ready gets a quantum a round and spends it
+on whole jobs; what a job costs beyond it is saved up for over rounds. So over time every busy tenant gets the same
+number of tokens, however large its jobs are.
 """
 
 from collections import OrderedDict
