@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,9 +46,7 @@ class CommandLine:
         return json.loads(self("-f", "json", *arguments))
 
     def _said(self, done: subprocess.CompletedProcess[str], check: bool) -> str:
-        # SDK 0.30 was once, in some 300 runs, aborted as its interpreter ended, after its answer was out.
-        ended_well = done.returncode == 0 or (SDK_VERSION < (0, 36) and done.returncode == -signal.SIGABRT)
-        assert ended_well == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+        assert (done.returncode == 0) == check, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + (done.stderr if not check else "")
 
 

@@ -53,6 +53,9 @@ class ClientConfig(Value):
     custom_loss_server_side: bool = True
     sample_use_retrieve_futures: bool = True
     sample_join_sampling_session: bool = True
+    # The SDK's other transport has threads in Rust. Before Python 3.14 a reply that arrives while a program ends makes
+    # the interpreter end such a thread in the middle of a call, and the process aborts: 4 of 64 programs that sampled.
+    use_pyqwest_transport: bool = False
     # What older SDKs (0.22 to 0.36) look at; the present one passes them over.
     proto_write_fwdbwd: bool = True
     fwd_via_fwdbwd: bool = True
