@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from twinkle.protocol.errors import LimitReached
+from twinkle.protocol.errors import LimitReached, QuotaReached
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.futures import FutureTable
 
@@ -140,4 +140,23 @@ def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens:
                 f"limits.{name}: {load} are queued and {more} more asked for, but {limit} is the most that this "
                 "server keeps; it is taken once some of them are done",
                 _ROOM_SECONDS,
+            )
+
+
+def check_runs(limits: LimitsSection, tenants: Sequence[str], tenant: str) -> None:
+    """
+    Args:
+        tenants: of all live runs, of each one.
+
+    Raises:
+        QuotaReached: if one more run of the tenant were too many.
+    """
+    for name, there_are, limit in (
+        ("max_runs_per_tenant", tenants.count(tenant), limits.max_runs_per_tenant),
+        ("max_runs", len(tenants), limits.max_runs),
+    ):
+        if limit is not None and there_are >= limit:
+            raise QuotaReached(
+                f"limits.{name}: {there_are} training runs take requests, and this server allows {limit}; end one "
+                "first (unload_model, or the end of its session)"
             )

@@ -12,7 +12,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.service import sessions
+from twinkle.server.service import sessions, validation
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -35,7 +35,7 @@ class CheckpointDesk:
     def __init__(
         self, keeper: AdapterKeeper, database: Database, downloads: Downloads, limits: LimitsSection
     ) -> None:
-        self._limits = limits
+        self._longest_ttl = limits.max_checkpoint_ttl_seconds
         self._keeper = keeper
         self._database = database
         self._downloads = downloads
@@ -77,7 +77,7 @@ class CheckpointDesk:
             case m.SetCheckpointTtl():
                 event = "checkpoint_ttl_set"
                 more = {"ttl_seconds": query.ttl_seconds}
-                check_ttl(query.ttl_seconds, self._limits)
+                validation.check_ttl(query.ttl_seconds, self._longest_ttl)
                 expires_at = self._keeper.expiry(query.ttl_seconds, time.time())
                 await asyncio.to_thread(self._database.set_expiry, row.tenant, row.uri, expires_at)
         await self._keeper.audit(row.tenant, event, row.uri, **more)
@@ -106,7 +106,7 @@ class CheckpointDesk:
             if await asyncio.to_thread(self._database.checkpoint, tenant, copied, time.time()) is not None:
                 return m.CopyWeightsResponse(tinker_path=str(copied))  # the same request once more
             raise InvalidRequest(f"model_seq_id: {number} is taken by another run of this session")
-        check_ttl(request.ttl_seconds, self._limits)
+        validation.check_ttl(request.ttl_seconds, self._longest_ttl)
         await self._keeper.check_quota(tenant)
         run = _run_of_copy(run_id, tenant, session_id, source)
         await asyncio.to_thread(self._database.put, run)
@@ -138,19 +138,6 @@ def _uri_of(query: _OneCheckpoint) -> CheckpointUri:
         InvalidRequest: if the path names no checkpoint.
     """
     return uris.parse(str(CheckpointUri(query.name, query.run_id, query.kind)))
-
-
-def check_ttl(ttl_seconds: int | None, limits: LimitsSection) -> None:
-    """
-    Raises:
-        InvalidRequest: if a checkpoint may not be kept for so long.
-    """
-    longest = limits.max_checkpoint_ttl_seconds
-    if ttl_seconds is not None and longest is not None and ttl_seconds > longest:
-        raise InvalidRequest(
-            f"ttl_seconds: {ttl_seconds} is longer than this server keeps a checkpoint; ask for at most {longest} "
-            "(limits.max_checkpoint_ttl_seconds)"
-        )
 
 
 def _weights_info(row: tables.Checkpoint) -> m.WeightsInfo:

@@ -12,18 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.protocol import messages as m
-from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest, NotFound, QuotaReached, TwinkleError, Unavailable
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.records import Accepted
+from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.restore import Found, Restore
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun
@@ -32,15 +30,16 @@ from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
-from twinkle.server.scheduling.futures import FutureTable, Outcome, new_request_id
-from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.futures import FutureTable, new_request_id
+from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.journal import Journal
-from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room
+from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import accounts, queries, sessions, validation
-from twinkle.server.service.checkpoints import CheckpointDesk, check_ttl
+from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.restart import Restart
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
@@ -111,6 +110,7 @@ class Service:
         self._log = RunLog(self._runs, self._futures, self._snapshots)
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
         self._residency = Residency(self._runs, worker, self._snapshots, budget)
+        self._live = self._build_live_runs()
         self._keeper = self._build_keeper(sampler_adapters, files)
         completions = CompletionLog()
         self._snapshots.settled = self._keeper.settled
@@ -123,6 +123,17 @@ class Service:
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
 
+    def _build_live_runs(self) -> LiveRuns:
+        return LiveRuns(
+            self._runs,
+            self._scheduler,
+            self._futures,
+            self._log,
+            self._snapshots,
+            self._residency,
+            self._tokens,
+        )
+
     def _build_keeper(self, sampler_adapters: SamplerAdapters, files: CheckpointFiles) -> AdapterKeeper:
         return AdapterKeeper(
             self._runs,
@@ -133,7 +144,7 @@ class Service:
             self._residency,
             files,
             self._database,
-            self._forget_run,
+            self._live.forget,
             self._ledger,
             self._tenant_of_token,
             self._limits,
@@ -159,7 +170,7 @@ class Service:
             self._samples,
             self._samplers,
             self._losses,
-            self._enqueue_last,
+            self._live.enqueue_last,
             self._limits.max_session_idle_seconds,
         )
 
@@ -176,66 +187,35 @@ class Service:
             self._record_pass,
         )
 
+    def _restart(self, run_files: RunFiles) -> Restart:
+        return Restart(
+            self._runs,
+            self._scheduler,
+            self._futures,
+            self._worker,
+            self._log,
+            run_files,
+            self._snapshots,
+            self._residency,
+            self._keeper,
+            self._samples,
+            self._samplers,
+            self._losses,
+            self._sessions,
+        )
+
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
         """Begin to work, and return when a training step and a sample have succeeded."""
         seconds = await warm_up(self._worker)
         self._scheduler.wait_for_company(seconds, self._worker.info.max_batch_tokens)
-        await self._restore()
+        if self._open_journal is not None and self._run_files is not None:
+            await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
         self._loop_task = asyncio.create_task(self._engine.run())
         self._chores = [
             asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run())
         ]
-
-    async def _restore(self) -> None:
-        """Go on where an earlier process ended."""
-        if self._open_journal is None or self._run_files is None:
-            return
-        journal = await asyncio.to_thread(self._open_journal)
-        found = Found()
-        for segment, record in await asyncio.to_thread(self._log.read_earlier, journal):
-            self._log.note_earlier(segment, record)
-            found.add(record)
-        await asyncio.to_thread(self._run_files.delete_all_but, set(found.runs))
-        restore = Restore(
-            self._runs,
-            self._scheduler,
-            self._futures,
-            self._snapshots,
-            self._residency,
-            self._run_files,
-            self._loss_of,
-        )
-        self._engine.repeat(await restore.apply(found))
-        self._log.open(journal)
-        for record in found.accepted.values():
-            is_snapshot = record.kind is m.SaveWeightsForSamplerRequest
-            if is_snapshot and record.run_id is not None and self._futures.is_pending(record.request_id):
-                self._keeper.expect_unnamed(record.run_id, record.seq_id)
-        for record in found.accepted.values():
-            if record.run_id is None:
-                await self._restore_on_no_run(record, found.outcomes.get(record.request_id))
-        if found.runs:
-            log.info("%d runs go on where they were", len(found.runs))
-
-    async def _loss_of(self, run: LiveRun, request: m.ForwardBackwardRequest) -> CustomLoss | None:
-        await self._losses.load(run.tenant, request)
-        return self._losses.of(run, request)
-
-    async def _restore_on_no_run(self, record: Accepted, outcome: Outcome | None) -> None:
-        """A sample is drawn again, unless it has been; a loss is kept once more."""
-        request = record.request()
-        try:
-            if isinstance(request, m.SampleRequest):
-                await self._begin_sample(record.tenant, request, record.request_id, outcome)
-            elif isinstance(request, m.CreateCustomLossRequest) and outcome is None:
-                loss_id = await self._losses.create(record.tenant, request, self._worker.loss_fns)
-                self._futures.restore(record.request_id, m.CreateCustomLossResponse(loss_id=loss_id))
-        except TwinkleError as error:
-            failure = m.Failure(error=error.message, category=error.category)
-            if outcome is None:
-                self._futures.restore(record.request_id, failure)
 
     async def close(self) -> None:
         """Stop working; what is being written is written, and what is under way goes on with the next process."""
@@ -243,10 +223,10 @@ class Service:
         for task in self._chores:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
-        await (
-            self._keeper.settle()
-        )  # what comes of these is still written down: the runs' copies have them behind them
-        self._futures.keep = None  # samples that are stopped now are drawn again by the next process
+        # What comes of saves is still written down: the runs' copies have them behind them. Samples that are stopped
+        # after that are drawn again by the next process.
+        await self._keeper.settle()
+        self._futures.keep = None
         await self._samples.close()
         await self._snapshots.close()
         self._log.close()
@@ -329,7 +309,7 @@ class Service:
                 return self._submit_ordered(tenant, request)
 
     def _submit_ordered(self, tenant: str, request: m.Ordered) -> m.Promise:
-        run = self._live_run(tenant, request.model_id)
+        run = self._live.find(tenant, request.model_id)
         self._ledger.touch(run.run_id)
         self._sessions.heard_of(run.session_id)
         seq_id = request.seq_id
@@ -341,14 +321,14 @@ class Service:
         queue.check(seq_id)
         try:
             loss = self._losses.of(run, request)
-            tokens = self._check_ordered(request, loss)
+            tokens = self._check(request, loss)
         except InvalidRequest:
             self._scheduler.reject(run.run_id, tenant, seq_id)
             self._log.rejected(run.run_id, seq_id)
             raise
         # All else that the run has queued waits for the next one, so that is let in.
         self._check_limits(tenant, tokens, always_room=seq_id == queue.next_id)
-        return self._enqueue(run, seq_id, request, tokens, loss)
+        return self._live.enqueue(run, seq_id, request, tokens, loss)
 
     def _check_limits(self, tenant: str, tokens: int, always_room: bool = False) -> None:
         """
@@ -361,71 +341,22 @@ class Service:
         if tokens:
             self._tokens.check(tenant)
 
-    def _check_ordered(self, request: m.Ordered, loss: CustomLoss | None) -> int:
+    def _check(self, request: m.Ordered, loss: CustomLoss | None) -> int:
         """Validate a request on a run; returns its cost in tokens."""
-        match request:
-            case m.ForwardBackwardRequest():
-                return validation.check_pass(request, self._worker.info, self._worker.loss_fns, loss)
-            case m.OptimStepRequest():
-                if request.optimizer_params is not None:
-                    validation.check_optimizer(request.optimizer_params, "optimizer_params.type")
-            case m.SaveWeightsRequest():
-                self._check_new(request.path, request.ttl_seconds)
-            case m.SaveWeightsForSamplerRequest():
-                if request.path is not None:
-                    self._check_new(request.path, request.ttl_seconds)
-                elif request.sampling_session_seq_id is None:
-                    raise InvalidRequest(
-                        "path: missing; give a name, or sampling_session_seq_id for a snapshot"
-                    )
-            case m.SaveWeightsExternalRequest():
-                self._check_new(request.path, request.ttl_seconds)
-                validation.check_not_encrypted(request)
-            case m.LoadWeightsRequest():
-                uris.parse(request.path)
+        if isinstance(request, m.ForwardBackwardRequest):
+            return validation.check_pass(request, self._worker.info, self._worker.loss_fns, loss)
+        validation.check_on_run(request, self._limits.max_checkpoint_ttl_seconds)
         return 0
 
-    def _check_new(self, name: str, ttl_seconds: int | None) -> None:
-        """
-        Raises:
-            InvalidRequest: if no checkpoint may be called so, or kept for so long.
-        """
-        uris.check_name(name, "path")
-        if name.startswith(tables.UNNAMED_PREFIX) or name == tables.RELEASED_NAME:
-            raise InvalidRequest(f"path: {name[:80]!r} is a name of the server's own; choose another")
-        check_ttl(ttl_seconds, self._limits)
-
-    def _enqueue(
-        self,
-        run: LiveRun,
-        seq_id: int,
-        request: RunRequest,
-        tokens: int = 0,
-        loss: CustomLoss | None = None,
-    ) -> m.Promise:
-        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss)
-        self._log.accepted(job)
-        self._tokens.charge(run.tenant, tokens)
-        self._futures.create(job.tenant, job.run_id, job.request_id, tokens)
-        self._scheduler.submit(job)
-        return m.Promise(request_id=job.request_id, model_id=run.run_id)
-
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
-        run = self._live_run(tenant, request.model_id)
+        run = self._live.find(tenant, request.model_id)
         if request.seq_id is None:
-            return self._enqueue_last(run.run_id, lambda _seq_id: request)
+            return self._live.enqueue_last(run.run_id, lambda _seq_id: request)
         queue = self._scheduler.queue(run.run_id)
         if (first := queue.duplicate_of(request.seq_id, request)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(request.seq_id)
-        return self._enqueue(run, request.seq_id, request)
-
-    def _enqueue_last(self, run_id: str, make: Callable[[int], RunRequest]) -> m.Promise:
-        """Queue a request, made for its `seq_id`, behind all others of the run."""
-        queue = self._scheduler.queue(run_id)
-        queue.close_gaps()  # nobody is going to send what is missing
-        seq_id = queue.next_free
-        return self._enqueue(self._runs[run_id], seq_id, make(seq_id))
+        return self._live.enqueue(run, request.seq_id, request)
 
     # ------------------------------------------------------------ runs
 
@@ -483,58 +414,13 @@ class Service:
         self._sessions.heard_of(session_id)
         if run.run_id not in self._runs:
             self._check_limits(tenant, 0)
-            self._check_runs(tenant)
+            check_runs(self._limits, [other.tenant for other in self._runs.values()], tenant)
             await asyncio.to_thread(self._database.put, row)
         if run.run_id in self._runs:  # before, or meanwhile
             first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
             assert first is not None, "creation is a run's first request"
             return m.Promise(request_id=first, model_id=run.run_id)
-        self._log.begun(run)
-        self._runs[run.run_id] = run
-        self._scheduler.add_run(run.run_id)
-        try:
-            return self._enqueue(run, 0, request)
-        except Unavailable:
-            self._forget_run(run.run_id)
-            raise
-
-    def _check_runs(self, tenant: str) -> None:
-        """
-        Raises:
-            QuotaReached: if one more run were too many.
-        """
-        own = sum(run.tenant == tenant for run in self._runs.values())
-        for name, there_are, limit in (
-            ("max_runs_per_tenant", own, self._limits.max_runs_per_tenant),
-            ("max_runs", len(self._runs), self._limits.max_runs),
-        ):
-            if limit is not None and there_are >= limit:
-                raise QuotaReached(
-                    f"limits.{name}: {there_are} training runs take requests, and this server allows {limit}; end one "
-                    "first (unload_model, or the end of its session)"
-                )
-
-    def _forget_run(self, run_id: str) -> None:
-        """Take a run out of the scheduler; what it still had queued fails."""
-        run = self._runs.pop(run_id, None)
-        if run is None:
-            return
-        self._log.ended(run_id)
-        self._snapshots.forget(run_id)
-        self._residency.forget(run_id)
-        for job in self._scheduler.remove_run(run_id, run.tenant):
-            failure = m.Failure(error=f"model_id: run {run_id} has ended", category="user")
-            self._futures.complete(job.request_id, failure)
-
-    def _live_run(self, tenant: str, run_id: str | None) -> LiveRun:
-        run = self._runs.get(run_id or "")
-        if run is None or run.tenant != tenant:
-            raise NotFound(
-                f"model_id: no live run {(run_id or '')[:200]!r}; it never was, or has ended: begin one with "
-                "create_model, or from a checkpoint with create_training_client_from_state (a run whose client was "
-                f"away for too long was saved as {tables.RELEASED_NAME!r})"
-            )
-        return run
+        return self._live.begin(run, request)
 
     def _record_pass(self, job: Job) -> None:
         run = self._runs.get(job.run_id)
@@ -549,33 +435,18 @@ class Service:
 
     # ------------------------------------------------------------ samples and losses
 
-    async def _begin_sample(
-        self,
-        tenant: str,
-        request: m.SampleRequest,
-        request_id: str | None = None,
-        outcome: Outcome | None = None,
-    ) -> m.Promise:
-        """
-        Args:
-            request_id: of a sample that an earlier process accepted.
-            outcome: that it had.
-        """
+    async def _begin_sample(self, tenant: str, request: m.SampleRequest) -> m.Promise:
         sampler = await self._samplers.find(tenant, request.sampling_session_id)
         self._sessions.heard_of(sampler.session_id)
-        if outcome is not None:
-            assert request_id is not None, "what has an outcome was accepted"
-            return self._samples.restore(sampler, request, request_id, outcome)
         validation.check_sample(request, self._worker.info)
         targets = validation.target_tokens(request, self._worker.info)
-        if request_id is None:
-            if (first := self._samples.first_of(request)) is not None:
-                return first
-            self._check_limits(tenant, request.prompt.length)
-            request_id = new_request_id()
-            self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
-            self._tokens.charge(tenant, request.prompt.length)
-            self._futures.create(tenant, request_id=request_id, tokens=request.prompt.length)
+        if (first := self._samples.first_of(request)) is not None:
+            return first
+        self._check_limits(tenant, request.prompt.length)
+        request_id = new_request_id()
+        self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
+        self._tokens.charge(tenant, request.prompt.length)
+        self._futures.create(tenant, request_id=request_id, tokens=request.prompt.length)
         return self._samples.begin(sampler, request, request_id, targets)
 
     async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
@@ -610,7 +481,7 @@ class Service:
             case m.GetServerCapabilities():
                 return queries.capabilities(self._model_name, self._worker.info)
             case m.GetInfoRequest():
-                run = self._live_run(tenant, query.model_id)
+                run = self._live.find(tenant, query.model_id)
                 return queries.run_info(run, self._worker.info)
             case m.CreateSamplingSessionRequest():
                 return await self._samplers.create(tenant, query)

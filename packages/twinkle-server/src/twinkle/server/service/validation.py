@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from twinkle.protocol import messages as m
+from twinkle.protocol import uris
 from twinkle.protocol.codec import tensor_of_json
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Datum, Int32Array, LoraConfig, SparseTensor, TensorData
@@ -18,6 +19,7 @@ from twinkle.server.backends.protocol import (
     LossSpec,
     LossSpecs,
 )
+from twinkle.server.store import tables
 
 MAX_SAMPLES = 1024
 # Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
@@ -64,6 +66,47 @@ def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
         raise InvalidRequest(
             "age_encryption_recipients: this server does not encrypt exports; leave it out, and encrypt what you "
             "download"
+        )
+
+
+def check_on_run(request: m.Ordered, longest_ttl: int | None) -> None:
+    """What is asked of a run beside training passes.
+
+    Args:
+        longest_ttl: seconds that a checkpoint may be kept; None is no limit.
+    """
+    match request:
+        case m.OptimStepRequest(optimizer_params=params) if params is not None:
+            check_optimizer(params, "optimizer_params.type")
+        case m.SaveWeightsRequest():
+            _check_new(request.path, request.ttl_seconds, longest_ttl)
+        case m.SaveWeightsForSamplerRequest():
+            if request.path is not None:
+                _check_new(request.path, request.ttl_seconds, longest_ttl)
+            elif request.sampling_session_seq_id is None:
+                raise InvalidRequest("path: missing; give a name, or sampling_session_seq_id for a snapshot")
+        case m.SaveWeightsExternalRequest():
+            _check_new(request.path, request.ttl_seconds, longest_ttl)
+            check_not_encrypted(request)
+        case m.LoadWeightsRequest():
+            uris.parse(request.path)
+        case _:
+            pass
+
+
+def _check_new(name: str, ttl_seconds: int | None, longest_ttl: int | None) -> None:
+    """That a checkpoint may be called so, and kept for so long."""
+    uris.check_name(name, "path")
+    if name.startswith(tables.UNNAMED_PREFIX) or name == tables.RELEASED_NAME:
+        raise InvalidRequest(f"path: {name[:80]!r} is a name of the server's own; choose another")
+    check_ttl(ttl_seconds, longest_ttl)
+
+
+def check_ttl(ttl_seconds: int | None, longest: int | None) -> None:
+    if ttl_seconds is not None and longest is not None and ttl_seconds > longest:
+        raise InvalidRequest(
+            f"ttl_seconds: {ttl_seconds} is longer than this server keeps a checkpoint; ask for at most {longest} "
+            "(limits.max_checkpoint_ttl_seconds)"
         )
 
 
