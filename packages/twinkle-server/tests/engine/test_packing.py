@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinkle.server.engine.packing import cuts
@@ -18,10 +18,15 @@ def cost(lengths: list[int], ends: list[int], overhead: int) -> int:
     return sum((end - start) * lengths[start] + overhead for start, end in bounds)
 
 
-def cheapest(lengths: list[int], overhead: int) -> int:
+def cheapest(lengths: list[int], budget: int, overhead: int) -> int:
     places = range(1, len(lengths))
     ways = (list(way) for count in range(len(lengths)) for way in combinations(places, count))
-    return min(cost(lengths, way, overhead) for way in ways)
+    return min(cost(lengths, way, overhead) for way in ways if is_within(lengths, way, budget))
+
+
+def is_within(lengths: list[int], ends: list[int], budget: int) -> bool:
+    bounds = zip([0, *ends], [*ends, len(lengths)], strict=True)
+    return all((end - start) * lengths[start] <= budget or end - start == 1 for start, end in bounds)
 
 
 @given(
@@ -35,16 +40,31 @@ def test_every_micro_batch_keeps_within_the_budget_or_is_one_row(
     falling = sorted(lengths, reverse=True)
     ends = cuts(np.array(falling), budget, overhead)
     assert ends == sorted(set(ends)) and all(0 < end < len(falling) for end in ends)
-    for start, end in zip([0, *ends], [*ends, len(falling)], strict=True):
-        assert (end - start) * falling[start] <= budget or end - start == 1
+    assert is_within(falling, ends, budget)
 
 
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), overhead=st.integers(0, 400))
-def test_what_it_costs_is_close_to_the_best_way_to_cut(lengths: list[int], overhead: int):
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    budget=st.integers(1, 2000),
+    overhead=st.integers(0, 400),
+)
+def test_no_other_way_to_cut_costs_less(lengths: list[int], budget: int, overhead: int):
     falling = sorted(lengths, reverse=True)
-    ends = cuts(np.array(falling), 10**9, overhead)
-    assert cost(falling, ends, overhead) <= 1.1 * cheapest(falling, overhead)
-    assert cost(falling, ends, overhead) <= cost(falling, [], overhead)
+    ends = cuts(np.array(falling), budget, overhead)
+    assert cost(falling, ends, overhead) == cheapest(falling, budget, overhead)
+
+
+@given(seed=st.integers(0, 2**32 - 1), longest=st.integers(1, 12))
+@settings(max_examples=20)
+def test_many_short_rows_cost_hardly_more_than_at_best(seed: int, longest: int):
+    falling = np.sort(np.random.default_rng(seed).integers(1, longest + 1, 3000))[::-1]
+    lengths, overhead = falling.tolist(), 609
+    ends = cuts(falling, 8192, overhead)
+    assert is_within(lengths, ends, 8192)
+    # No less than the tokens themselves, in as few micro-batches as hold them.
+    at_least = sum(lengths) + overhead * -(-sum(lengths) // 8192)
+    one_length_each = [end for end in range(1, len(lengths)) if lengths[end] != lengths[end - 1]]
+    assert at_least <= cost(lengths, ends, overhead) <= 1.02 * cost(lengths, one_length_each, overhead)
 
 
 @pytest.mark.parametrize(
