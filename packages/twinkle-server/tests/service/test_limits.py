@@ -136,6 +136,43 @@ async def test_checkpoints_too_many_or_too_large_are_refused_by_name_and_snapsho
     assert isinstance(saved, m.SaveWeightsResponse)
 
 
+async def test_checkpoints_that_are_being_written_count(begin: Begin):
+    service = await begin(max_checkpoints_per_tenant=3)
+    alice = Tenant(service, "alice")
+    run = await alice.run()
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="before"))
+    write = service._keeper._files.write
+
+    def slowly(*args: Any) -> int:
+        time.sleep(0.3)
+        return write(*args)
+
+    service._keeper._files.write = slowly
+    saves = [m.SaveWeightsRequest(model_id=run, seq_id=2 + i, path=f"at-once-{i}") for i in range(5)]
+    promises = [await service.submit("alice", save) for save in saves]
+    outcomes = [await alice.outcome(promise) for promise in promises]
+    refused = [outcome.error for outcome in outcomes if isinstance(outcome, m.Failure)]
+    assert len(refused) == 3 and all(
+        error.startswith("limits.max_checkpoints_per_tenant: ") for error in refused
+    )
+    listed = (await alice.ask(m.ListCheckpoints(run_id=run))).checkpoints
+    assert len(listed) == 3
+    # A place whose save has ended is free, be it by deletion or by a failure.
+    await alice.ask(m.DeleteCheckpoint(run_id=run, kind="weights", name="before"))
+
+    def failing(*args: Any) -> int:
+        raise RuntimeError("no such luck")
+
+    service._keeper._files.write = failing
+    assert isinstance(await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=7, path="fails")), m.Failure)
+    service._keeper._files.write = write
+    assert not isinstance(
+        await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=8, path="last")), m.Failure
+    )
+    refused = await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=9, path="one-too-many"))
+    assert isinstance(refused, m.Failure)
+
+
 async def test_bytes_of_checkpoints_count_in_all(begin: Begin):
     service = await begin(max_checkpoint_bytes=1)
     alice, bob = Tenant(service, "alice"), Tenant(service, "bob")

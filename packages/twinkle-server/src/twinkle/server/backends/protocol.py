@@ -212,6 +212,14 @@ class AdapterState:
     optimizer: OptimizerState | None = None
     gradients: dict[str, Float32Array] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        parts = [self.weights, self.gradients or {}]
+        if self.optimizer is not None:
+            parts += [self.optimizer.exp_avg, self.optimizer.exp_avg_sq]
+        return sum(array.nbytes for arrays in parts for array in arrays.values())
+
 
 class TrainingBackend(Protocol):
     """One base model, many adapters. Calls come one at a time, from one thread."""

@@ -10,10 +10,11 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import InvalidRequest, NotFound, QuotaReached
+from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.config import LimitsSection
+from twinkle.server.engine.checkpoint_quota import CheckpointQuota
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
@@ -77,6 +78,7 @@ class AdapterKeeper:
         self._tenant_of_key = tenant_of_key
         self._steady_clock = SteadyClock()
         self._limits = limits
+        self._quota = CheckpointQuota(database, limits)
         self._writes: dict[str, asyncio.Task[None]] = {}
         self._drops: set[asyncio.Task[None]] = set()
         self._expected: dict[
@@ -189,54 +191,24 @@ class AdapterKeeper:
         await self._residency.bring_in([run_id])
         return await self._worker.export_adapter(run_id, with_optimizer)
 
-    async def _check_free(self, job: Job, uri: CheckpointUri, overwrite: bool) -> None:
-        """
+    async def _is_new(self, job: Job, uri: CheckpointUri, overwrite: bool) -> bool:
+        """Whether it is one more checkpoint, and not one in the place of another.
+
         Raises:
             InvalidRequest: if there is a checkpoint of that name, and it is not to be replaced.
-            QuotaReached: if it would be one too many.
         """
         row = await patiently(lambda: self._database.checkpoint_row(uri))
-        # One whose time is over gives its name away, unless it only looks like that.
-        is_over = row is not None and row.expires_at is not None and row.expires_at <= time.time()
-        if is_over and not self._steady_clock.has_leapt():
-            row = None
         if row is None:
-            if uri.name != tables.RELEASED_NAME:
-                await self.check_quota(job.tenant)
-        elif (
-            not overwrite and row.request_id != job.request_id
-        ):  # or an earlier process wrote it for this job
-            raise InvalidRequest(
-                f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
-            )
-
-    async def check_quota(self, tenant: str) -> None:
-        """
-        Raises:
-            QuotaReached: if one more checkpoint with a name were too many.
-        """
-        limits, now = self._limits, time.time()
-        for suffix, whose, most, most_bytes in (
-            (
-                "_per_tenant",
-                tenant,
-                limits.max_checkpoints_per_tenant,
-                limits.max_checkpoint_bytes_per_tenant,
-            ),
-            ("", tables.EVERYBODY, limits.max_checkpoints, limits.max_checkpoint_bytes),
-        ):
-            if most is None and most_bytes is None:
-                continue
-            total = await patiently(lambda whose=whose: self._database.checkpoint_total(whose, now))
-            for name, used, limit in (
-                ("max_checkpoints", total.count, most),
-                ("max_checkpoint_bytes", total.size_bytes, most_bytes),
-            ):
-                if limit is not None and used >= limit:
-                    raise QuotaReached(
-                        f"limits.{name}{suffix}: checkpoints take {used} already, and this server allows {limit}; "
-                        "delete some first, or give them a ttl"
-                    )
+            return True
+        # One whose time is over gives its name away, unless it only looks like that.
+        is_over = row.expires_at is not None and row.expires_at <= time.time()
+        if is_over and not self._steady_clock.has_leapt():
+            return True
+        if overwrite or row.request_id == job.request_id:  # an earlier process wrote it for this job
+            return False
+        raise InvalidRequest(
+            f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
+        )
 
     def _complete_when_written(
         self,
@@ -252,8 +224,10 @@ class AdapterKeeper:
 
         async def write_and_complete() -> None:
             try:
-                await self._check_free(job, uri, overwrite)
-                size = await self._write(job, uri, state, run, request)
+                counts = await self._is_new(job, uri, overwrite) and uri.name != tables.RELEASED_NAME
+                place = self._quota.place_for(job.tenant, uri, state.nbytes)
+                async with place if counts else contextlib.nullcontext():
+                    size = await self._write(job, uri, state, run, request)
             except Exception as error:
                 self._futures.complete(job.request_id, to_failure(error, f"saving {uri}"))
             else:
@@ -407,13 +381,21 @@ class AdapterKeeper:
     async def copy(
         self, source: tables.Checkpoint, run: tables.Run, expires_at: float | None
     ) -> tables.Checkpoint:
-        """A copy of a checkpoint under another run, which belongs to nobody live."""
+        """A copy of a checkpoint under another run, which belongs to nobody live.
+
+        Raises:
+            QuotaReached: if it would be one too many.
+        """
         uri = CheckpointUri(source.name, run.id, source.uri.kind)
-        await asyncio.to_thread(self._files.copy, source.uri, uri)
-        columns = {column.key: getattr(source, column.key) for column in tables.Checkpoint.__table__.columns}
-        changed = {"run_id": run.id, "tenant": run.tenant, "created_at": time.time(), "public": False}
-        row = tables.Checkpoint(**{**columns, **changed, "expires_at": expires_at})
-        await asyncio.to_thread(self._database.put_checkpoint, row)
+        async with self._quota.place_for(run.tenant, uri, source.size_bytes):
+            await asyncio.to_thread(self._database.put, run)
+            await asyncio.to_thread(self._files.copy, source.uri, uri)
+            columns = {
+                column.key: getattr(source, column.key) for column in tables.Checkpoint.__table__.columns
+            }
+            changed = {"run_id": run.id, "tenant": run.tenant, "created_at": time.time(), "public": False}
+            row = tables.Checkpoint(**{**columns, **changed, "expires_at": expires_at})
+            await asyncio.to_thread(self._database.put_checkpoint, row)
         return row
 
     def _drop_behind(self, run: LiveRun) -> None:

@@ -107,9 +107,7 @@ class CheckpointDesk:
                 return m.CopyWeightsResponse(tinker_path=str(copied))  # the same request once more
             raise InvalidRequest(f"model_seq_id: {number} is taken by another run of this session")
         validation.check_ttl(request.ttl_seconds, self._longest_ttl)
-        await self._keeper.check_quota(tenant)
         run = _run_of_copy(run_id, tenant, session_id, source)
-        await asyncio.to_thread(self._database.put, run)
         row = await self._keeper.copy(source, run, self._keeper.expiry(request.ttl_seconds, time.time()))
         await self._keeper.audit(tenant, "checkpoint_read", source.uri, purpose="copy")
         await self._keeper.audit(tenant, "checkpoint_create", row.uri, source=str(source.uri))

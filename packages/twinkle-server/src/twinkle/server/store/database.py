@@ -369,10 +369,19 @@ class Database:
         with self._transaction() as session:
             return [StorageTotal(row[0], row[1], int(row[2] or 0), row[3]) for row in session.execute(query)]
 
-    def checkpoint_total(self, tenant: str, now: float) -> StorageTotal:
-        """How many checkpoints there are with a name, and their bytes: a tenant's, or `EVERYBODY`'s."""
+    def checkpoint_total(
+        self, tenant: str, now: float, besides: Sequence[CheckpointUri] = ()
+    ) -> StorageTotal:
+        """How many checkpoints there are with a name, and their bytes: a tenant's, or `EVERYBODY`'s.
+
+        Args:
+            besides: are not counted.
+        """
+        key = tuple_(Checkpoint.run_id, Checkpoint.kind, Checkpoint.name)
         query = select(func.count(), func.sum(Checkpoint.size_bytes))
         query = query.where(_of(tenant, Checkpoint.tenant), *_listed(now))
+        if besides:
+            query = query.where(key.not_in([(uri.run_id, uri.kind, uri.name) for uri in besides]))
         with self._transaction() as session:
             count, size = session.execute(query).one()
             return StorageTotal(None, count, int(size or 0), tenant)
