@@ -1,7 +1,9 @@
 """Order, idempotency, isolation and failure, through the service's own face, on the fake backend."""
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_service import MODEL, Tenant, make_service
@@ -10,7 +12,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.protocol import AdapterState, ModelConfig
 
 
 def a_pass(
@@ -181,6 +183,45 @@ async def test_a_save_and_a_load_that_follows_at_once_keep_their_order(alice: Te
     )
     loss = (await alice.do(a_pass(saved.model_id, 1, forward_only=True))).metrics["loss:sum"]
     assert outcomes[-1].metrics["loss:sum"] == pytest.approx(loss)
+
+
+async def test_nobody_else_waits_while_a_checkpoint_is_read(
+    alice: Tenant, bob: Tenant, monkeypatch: pytest.MonkeyPatch
+):
+    run, other = await alice.run(), await bob.run()
+    await alice.do(a_pass(run, 1))
+    await alice.do(a_step(run, 2))
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
+    before = (await alice.do(a_pass(run, 4, forward_only=True))).metrics["loss:sum"]
+    files = alice.service._keeper._files
+    read, has_come = files.read, threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> AdapterState:
+        assert has_come.wait(20)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(files, "read", slowly)
+    requests = [
+        a_pass(run, 5),
+        a_step(run, 6, lr=1.0),
+        m.LoadWeightsRequest(model_id=run, seq_id=7, path="twinkle://here", optimizer=True),
+        a_pass(run, 8, forward_only=True),
+        m.LoadWeightsRequest(model_id=run, seq_id=9, path="twinkle://not-there"),
+        a_pass(run, 10, forward_only=True),
+    ]
+    promises = [await alice.service.submit("alice", request) for request in requests]
+    for seq_id in range(1, 6):
+        assert isinstance(await bob.do(a_pass(other, seq_id)), ForwardBackwardOutput)
+    waiting = await alice.service.retrieve("alice", promises[2].request_id, timeout=0.1)
+    assert isinstance(waiting, m.Pending)
+    assert (waiting.queue_state_reason or "").startswith("its checkpoint is being read")
+    assert isinstance(await alice.service.retrieve("alice", promises[3].request_id, timeout=0.1), m.Pending)
+    has_come.set()
+    outcomes = [await alice.outcome(promise) for promise in promises]
+    assert isinstance(outcomes[2], m.LoadWeightsResponse)
+    assert outcomes[3].metrics["loss:sum"] == outcomes[5].metrics["loss:sum"] == pytest.approx(before)
+    assert isinstance(outcomes[4], m.Failure) and "not-there" in outcomes[4].error
+    assert not alice.service._engine._reading
 
 
 async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
@@ -30,6 +30,7 @@ from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.store.patience import DatabaseGone, patiently
 
+ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
 Save: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
 _SWEEP_AT_ONCE = 100
@@ -299,13 +300,25 @@ class AdapterKeeper:
 
     # ------------------------------------------------------------ load
 
-    async def load(self, job: Job, request: m.LoadWeightsRequest) -> None:
+    async def read_for(self, job: Job, request: m.LoadWeightsRequest) -> ReadCheckpoint:
+        """What a load is to put in place; it may be long in coming, from a disk that is slow or a database that is
+        locked.
+
+        Raises:
+            InvalidRequest, NotFound: if there is nothing that could be loaded.
+        """
+        checkpoint = await self.find(job.tenant, request.path, token=request.weights_access_token)
+        self._check_base_model(checkpoint, job.run_id)
+        return checkpoint.uri, await self.read(checkpoint.uri, with_optimizer=request.optimizer)
+
+    async def load(self, job: Job, request: m.LoadWeightsRequest, reading: Awaitable[ReadCheckpoint]) -> None:
+        """
+        Args:
+            reading: `read_for` the same job.
+        """
         is_new_run = request.model_id is None
         try:
-            checkpoint = await self.find(job.tenant, request.path, token=request.weights_access_token)
-            self._check_base_model(checkpoint, job.run_id)
-            uri = checkpoint.uri
-            state = await self.read(uri, with_optimizer=request.optimizer)
+            uri, state = await reading
             await self._residency.bring_in([job.run_id])
             if is_new_run:
                 await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)

@@ -11,7 +11,7 @@ from typing import cast
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import pack, unpack
 from twinkle.server.engine.recovery import Recovery
@@ -75,6 +75,8 @@ class Engine:
         # Calls that are to be made again, before all else, and how often a job in them has ended the process.
         self._repeat: deque[list[Job]] = deque()
         self._losses: Counter[str] = Counter()
+        # By request: checkpoints that are being read, or have been, for loads that are held until then.
+        self._reading: dict[str, asyncio.Task[ReadCheckpoint]] = {}
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -89,13 +91,17 @@ class Engine:
 
     async def run(self) -> None:
         """Step for ever; cancelled from outside."""
-        while not self._has_failed:
-            try:
-                await self.step()
-            except WorkerLost as loss:
-                await self._recover(loss)
-        while True:
-            self._fail_all(await self._scheduler.next_tick())
+        try:
+            while not self._has_failed:
+                try:
+                    await self.step()
+                except WorkerLost as loss:
+                    await self._recover(loss)
+            while True:
+                self._fail_all(await self._scheduler.next_tick())
+        finally:
+            for reading in self._reading.values():
+                reading.cancel()
 
     async def step(self) -> None:
         self._idle.clear()
@@ -103,7 +109,7 @@ class Engine:
         tick = await self._next_tick()
         await self._together(tick.passes, self._run_passes)
         await self._together(tick.optim_steps, self._run_optim_steps)
-        await self._one_by_one(tick.others, self._run_other)
+        await self._one_by_one(tick.others, self._run_or_put_off)
 
     async def between_ticks(self) -> None:
         """Returns when nothing is being computed; a tick can begin as soon as the loop goes on."""
@@ -164,6 +170,7 @@ class Engine:
             except WorkerLost:
                 if self._is_repeated:  # it was alone, and has been under way each time
                     self._futures.complete(job.request_id, m.Failure(error=_ENDED_TWICE, category="server"))
+                    self._reading.pop(job.request_id, None)
                     jobs.remove(job)
                 raise
             except Exception as error:
@@ -285,6 +292,32 @@ class Engine:
             for job, metrics in zip(jobs, all_metrics, strict=True)
         )
 
+    async def _run_or_put_off(self, jobs: list[Job]) -> None:
+        """A load first has its checkpoint read while the ticks go on: nobody else waits for that."""
+        [job] = jobs
+        if isinstance(job.request, m.LoadWeightsRequest) and job.request_id not in self._reading:
+            self._read_beside(job, job.request)
+            return
+        is_over = True
+        try:
+            await self._run_other(jobs)
+        except WorkerLost:
+            is_over = False
+            raise
+        finally:
+            if is_over:
+                self._reading.pop(job.request_id, None)
+
+    def _read_beside(self, job: Job, request: m.LoadWeightsRequest) -> None:
+        self._scheduler.hold(job)
+        reading = self._reading[job.request_id] = asyncio.create_task(self._adapters.read_for(job, request))
+
+        def give_back(_reading: object) -> None:
+            if not self._scheduler.give_back(job):
+                del self._reading[job.request_id]
+
+        reading.add_done_callback(give_back)
+
     async def _run_other(self, jobs: list[Job]) -> None:
         [job] = jobs
         match job.request:
@@ -299,7 +332,8 @@ class Engine:
             case m.SaveWeightsExternalRequest():
                 await self._adapters.save_external(job, job.request)
             case m.LoadWeightsRequest():
-                await self._adapters.load(job, job.request)
+                reading = self._reading.get(job.request_id) or self._adapters.read_for(job, job.request)
+                await self._adapters.load(job, job.request, reading)
             case m.ForwardBackwardRequest() | m.OptimStepRequest():
                 raise AssertionError("the scheduler puts these elsewhere")
 

@@ -19,6 +19,8 @@ class RunQueue:
         self._next = first_seq_id
         self._waiting: dict[int, Job | None] = {}  # None: rejected
         self._seen: OrderedDict[int, tuple[str, type[RunRequest]]] = OrderedDict()
+        self._held: Job | None = None  # was taken, and is going to come back
+        self._back: Job | None = None  # has come back
 
     def duplicate_of(self, seq_id: int, request: RunRequest) -> str | None:
         """The request id under which `seq_id` was accepted before, if it was.
@@ -84,17 +86,32 @@ class RunQueue:
 
     def head(self) -> Job | None:
         """The next job, if all before it are done with."""
-        return self._waiting.get(self._next)
+        if self._held is not None:
+            return None
+        return self._back or self._waiting.get(self._next)
 
     def pop(self) -> Job:
+        if self._back is not None:
+            job, self._back = self._back, None
+            return job
         job = self._waiting.pop(self._next)
         assert job is not None, "head() is checked before pop()"
         self._next += 1
         self._skip_rejected()
         return job
 
+    def hold(self, job: Job) -> None:
+        """Nothing goes on until this job, which was just taken, is given back."""
+        self._held = job
+
+    def give_back(self, job: Job) -> None:
+        """It is the next one again."""
+        self._held, self._back = None, job
+
     def why_waiting(self, request_id: str) -> str:
         """Why a request of this run has no result yet, in words."""
+        if any(job is not None and job.request_id == request_id for job in (self._held, self._back)):
+            return "its checkpoint is being read"
         places = [seq_id for seq_id, job in self._waiting.items() if job and job.request_id == request_id]
         if not places:
             return "it is being computed"
@@ -105,7 +122,9 @@ class RunQueue:
 
     def drain(self) -> list[Job]:
         """All jobs, taken out: the run is gone."""
-        jobs = [job for _, job in sorted(self._waiting.items()) if job is not None]
+        waiting = [job for _, job in sorted(self._waiting.items())]
+        jobs = [job for job in (self._held, self._back, *waiting) if job is not None]
+        self._held = self._back = None
         self._waiting.clear()
         return jobs
 

@@ -76,6 +76,21 @@ class Scheduler:
         if queue.head() is not None:
             self._set_ready(job.run_id, job.tenant, ready=True)
 
+    def hold(self, job: Job) -> None:
+        """A job that was taken can't be done yet: nothing of its run is taken before it is given back."""
+        self._queues[job.run_id].hold(job)
+        self._set_ready(job.run_id, job.tenant, ready=False)
+
+    def give_back(self, job: Job) -> bool:
+        """It can be done now; False if its run has ended meanwhile."""
+        queue = self._queues.get(job.run_id)
+        if queue is None:
+            return False
+        queue.give_back(job)
+        self._arrived.set()
+        self._set_ready(job.run_id, job.tenant, ready=True)
+        return True
+
     def reject(self, run_id: str, tenant: str, seq_id: int) -> None:
         """Count a refused request's id as consumed."""
         queue = self._queues[run_id]
