@@ -19,7 +19,7 @@ MODELS = {
         head_dim=16,
         max_position_embeddings=8192,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=None,  # its embedding would be zeros, and the gradients of rows with it not finite
         tie_word_embeddings=True,
     ),
     # HuggingFaceTB/SmolLM2-135M
@@ -33,7 +33,7 @@ MODELS = {
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=None,  # its embedding would be zeros, and the gradients of rows with it not finite
         tie_word_embeddings=True,
     ),
 }
