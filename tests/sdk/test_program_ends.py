@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from tinker_sdk import MODEL
 
 PROGRAM = """
@@ -50,11 +49,6 @@ answering.wait(3.0)
 ends_slowly = EndsSlowly()
 print("all said", flush=True)
 """
-
-
-@pytest.fixture(params=["unpatched"])
-def sdk(request):
-    """Only the program talks to the server."""
 
 
 def test_with_replies_under_way(base_url: str):

@@ -41,8 +41,8 @@ _EXPECTED_SECONDS = 60.0
 class AdapterKeeper:
     """Runs the jobs that are not computation. Called by the engine, one job at a time; disks are written meanwhile.
 
-    A save takes its copy of the adapter in order; the files are written while the engine goes on. A later load waits
-    for writes that are under way.
+    A save takes its copy of the adapter in order; the files are written while the engine goes on. What a load needs is
+    read while the engine goes on with other runs, behind writes that are under way.
     """
 
     def __init__(
@@ -205,7 +205,8 @@ class AdapterKeeper:
         is_over = row.expires_at is not None and row.expires_at <= time.time()
         if is_over and not self._steady_clock.has_leapt():
             return True
-        if overwrite or row.request_id == job.request_id:  # an earlier process wrote it for this job
+        was_written_for_this_job = row.request_id == job.request_id  # by an earlier process
+        if overwrite or was_written_for_this_job:
             return False
         raise InvalidRequest(
             f"path: this run already has a checkpoint {uri.name!r}; choose another name, or pass overwrite=True"
