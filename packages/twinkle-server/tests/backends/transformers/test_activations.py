@@ -12,6 +12,7 @@ from torch.nn import functional
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend, activations
 from twinkle.server.backends.transformers.activations import SavedBytes, token_bytes
+from twinkle.server.backends.transformers.passes import PassLimits
 
 SPECS = {
     "ada": AdapterSpec(rank=4, seed=1),
@@ -56,7 +57,7 @@ def test_recomputed_activations_give_the_same_numbers_from_less_memory(
     model_dir: Path, random_row: Any
 ) -> None:
     plain, recomputing = (TransformersBackend(ModelConfig(model_dir)) for _ in range(2))
-    recomputing._affordable_tokens = 0
+    recomputing._limits = PassLimits(affordable_tokens=0, overhead_tokens=1)
     for backend in (plain, recomputing):
         for who, spec in SPECS.items():
             backend.add_adapter(who, spec)
@@ -90,7 +91,7 @@ def test_only_a_micro_batch_over_the_budget_is_recomputed(
 ) -> None:
     backend = TransformersBackend(ModelConfig(tiny_model_dir))
     backend.add_adapter("ada", SPECS["ada"])
-    backend._affordable_tokens = 20
+    backend._limits = PassLimits(affordable_tokens=20, overhead_tokens=1)
     lengths: list[int] = []
     original = activations.checkpoint
 

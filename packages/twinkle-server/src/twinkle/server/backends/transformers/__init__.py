@@ -4,7 +4,7 @@
     banks         where adapters live        expert_lora    routed experts with many adapters' terms
     logprobs, losses, adamw   arithmetic     passes         micro-batches to results and gradients
     activations   what a pass keeps, measured; computed again where it would be too much
-    threads       how many of them compute it
+    threads, lanes   how many threads compute a pass, and how it is shared out among them
 
 Not here: routed experts that are not plain gated layers get no low-rank term.
 """
@@ -52,13 +52,14 @@ from twinkle.server.backends.transformers.base_model import (
     load_base_model,
 )
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
+from twinkle.server.backends.transformers.lanes import MOST_LANES, Lanes
 from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
 from twinkle.server.backends.transformers.model_facts import (
     affordable_adapter_bytes,
     affordable_tokens,
     bounded_batch_tokens,
 )
-from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, run_pass
+from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, PassLimits, run_pass
 from twinkle.server.backends.transformers.threads import Threads
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
@@ -78,15 +79,18 @@ class TransformersBackend:
             InvalidRequest: if the model can't be loaded as `config` says.
         """
         self._loaded = loaded if loaded is not None else load_base_model(config)
-        self._network = _network(self._loaded)
+        self._threads = Threads(self._loaded.model)
+        most = min(self._threads.most, MOST_LANES)
+        self._lanes = Lanes([_network(self._loaded) for _ in range(most)])
         self._adapters: dict[str, Adapter] = {}
         self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
         device = self._loaded.device
-        self._affordable_tokens = affordable_tokens(_token_bytes(self._loaded, self._network), device)
+        affordable = affordable_tokens(_token_bytes(self._loaded, self._lanes.first), device)
+        self._limits = PassLimits(affordable, self._loaded.info.overhead_tokens)
         self._info = replace(
             self._loaded.info,
             max_lora_rank=config.max_lora_rank,
-            max_batch_tokens=bounded_batch_tokens(self._affordable_tokens, device),
+            max_batch_tokens=bounded_batch_tokens(affordable, device),
             max_adapter_bytes=affordable_adapter_bytes(device),
         )
 
@@ -162,7 +166,7 @@ class TransformersBackend:
                     raise KeyError(f"there is no adapter {row.adapter_id!r}")
                 check_row(row, self._info.vocab_size)
         try:
-            return run_pass(self._network, self._adapters, micro_batches, self._affordable_tokens)
+            return run_pass(self._lanes, self._threads, self._adapters, micro_batches, self._limits)
         except torch.OutOfMemoryError as error:
             out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
         except RuntimeError as error:
@@ -243,6 +247,7 @@ class TransformersBackend:
         """Forget all adapters. The base model goes with whoever holds it last."""
         self._adapters.clear()
         self._banks.clear()
+        self._lanes.close()
         self._release_memory()
 
 
@@ -259,7 +264,7 @@ def _network(loaded: LoadedModel) -> Network:
     weight = cast("Tensor", output.weight)
     body, recomputation = decoder(model), Recomputation()
     recompute_layers(body, recomputation)
-    return Network(body, head, weight.shape[0], route, recomputation, Threads(loaded.model), loaded.device)
+    return Network(body, head, weight.shape[0], route, recomputation, loaded.device)
 
 
 def _token_bytes(loaded: LoadedModel, network: Network) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
 Inputs: TypeAlias = Mapping[str, Tensor]
 Result: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
-# Whether a mask picks values in it, for each loss and shapes that have been rehearsed.
+# Whether a mask picks values in it, for each loss and shapes that have been rehearsed; of all lanes, under its lock.
 _rehearsed: OrderedDict[tuple[str, Shapes], bool] = OrderedDict()
+_rehearsed_lock = threading.Lock()
 
 
 def run(loss: CustomLoss, logprobs: Tensor, inputs: Inputs) -> Result:
@@ -96,9 +98,10 @@ class _Differentiated(torch.autograd.Function):
 def _rehearse_once(loss: CustomLoss, values: Inputs) -> bool:
     """Whether a mask picks values in it."""
     key = loss.loss_id, tuple((wanted.name, *_signature(values[wanted.name])) for wanted in loss.inputs)
-    if key in _rehearsed:
-        _rehearsed.move_to_end(key)
-        return _rehearsed[key]
+    with _rehearsed_lock:
+        if key in _rehearsed:
+            _rehearsed.move_to_end(key)
+            return _rehearsed[key]
     budget = _Budget(values)
     empty = {name: _on_meta(value) for name, value in values.items()}
     with torch.enable_grad():
@@ -107,9 +110,10 @@ def _rehearse_once(loss: CustomLoss, values: Inputs) -> bool:
         raise InvalidRequest(
             f"custom loss {loss.name!r}: its value does not depend on logprobs in a way that can be differentiated"
         )
-    _rehearsed[key] = budget.picked
-    if len(_rehearsed) > _MAX_REMEMBERED:
-        _rehearsed.popitem(last=False)
+    with _rehearsed_lock:
+        _rehearsed[key] = budget.picked
+        if len(_rehearsed) > _MAX_REMEMBERED:
+            _rehearsed.popitem(last=False)
     return budget.picked
 
 

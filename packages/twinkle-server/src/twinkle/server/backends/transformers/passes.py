@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from twinkle.server.backends.protocol import TARGETS, AdapterSpec, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation
 from twinkle.server.backends.transformers.banks import Bank, consecutive
+from twinkle.server.backends.transformers.lanes import Lanes, padded_tokens, share_out
 from twinkle.server.backends.transformers.logprobs import chunked_logprobs
 from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
 from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
@@ -45,7 +47,6 @@ class Network:
         head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
         route: what its layers look at.
         recomputation: whether they keep their activations.
-        threads: how many compute them.
     """
 
     body: nn.Module
@@ -53,7 +54,6 @@ class Network:
     vocab_size: int
     route: Route
     recomputation: Recomputation
-    threads: Threads
     device: torch.device
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -67,6 +67,19 @@ class Network:
         needed, and attention takes its fastest way.
         """
         return chunked_logprobs(self.head, self.hidden(tokens), targets, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class PassLimits:
+    """
+    Attributes:
+        affordable_tokens: of a micro-batch with more (rows x longest row) activations are computed again; those that
+            are computed at the same time share it.
+        overhead_tokens: what a micro-batch costs beside its tokens.
+    """
+
+    affordable_tokens: int
+    overhead_tokens: int
 
 
 class BankScratch:
@@ -156,9 +169,10 @@ class BankScratch:
     def add(self, new: dict[int, Tensor]) -> None:
         """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
         for slot, i in self._index.items():
-            if slot not in new:
+            if slot in self._bank.grads:
                 self._bank.grads[slot].add_(self._grads[i])
-        self._bank.grads |= new
+            else:
+                self._bank.grads[slot] = new[slot]
 
 
 def commit(scratches: Iterable[BankScratch]) -> None:
@@ -176,55 +190,72 @@ def _rows(members: list[int], device: torch.device) -> slice | Tensor:
 
 
 def run_pass(
-    network: Network,
+    lanes: Lanes[Network],
+    threads: Threads,
     adapters: dict[str, Adapter],
     micro_batches: Sequence[Sequence[Row]],
-    affordable_tokens: int,
+    limits: PassLimits,
 ) -> list[list[RowResult]]:
     """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done.
 
-    Args:
-        affordable_tokens: of a micro-batch with more (rows x longest row), activations are computed again.
+    The same micro-batches are shared out alike each time, so that the same gradients come of them, to the bit.
     """
-    keeps_gradients = any(not row.forward_only for rows in micro_batches for row in rows)
-    active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
-    banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
-    scratches = [
-        BankScratch(bank, [adapter for adapter in active.values() if adapter.bank is bank], keeps_gradients)
-        for bank in banks
-    ]
-    results: list[list[RowResult]] = []
-    try:
-        for rows in micro_batches:
-            size = len(rows) * max((len(row.tokens) for row in rows), default=0)
-            network.recomputation.is_on = size > affordable_tokens
-            network.threads.fit(size)
-            results.append(_run_micro_batch(network, active, banks, scratches, rows))
-    finally:
-        network.route.segments = []
-        network.recomputation.is_on = False
-        network.threads.restore()
-    if keeps_gradients:
-        commit(scratches)
-    return results
+    tokens = sum(padded_tokens(rows) for rows in micro_batches)
+    shares = share_out(micro_batches, min(len(lanes), threads.worth(tokens)), limits.overhead_tokens)
+    affordable = limits.affordable_tokens // len(shares)
+
+    def run_share(network: Network, share: Sequence[Sequence[Row]]) -> _Computed:
+        computed = _Computed.begin(adapters, share)
+        try:
+            for rows in share:
+                size = padded_tokens(rows)
+                network.recomputation.is_on = size > affordable
+                threads.fit(size, len(shares))
+                computed.results.extend(_run_micro_batch(network, adapters, computed.scratches, rows))
+        finally:
+            network.route.segments = []
+            network.recomputation.is_on = False
+            threads.restore()
+        return computed
+
+    done = lanes.run(run_share, shares)
+    if any(not row.forward_only for rows in micro_batches for row in rows):
+        commit(scratch for computed in done for scratch in computed.scratches.values())
+    results = chain.from_iterable(computed.results for computed in done)
+    return [list(islice(results, len(rows))) for rows in micro_batches]
+
+
+@dataclass(frozen=True, eq=False)
+class _Computed:
+    """What comes of a share of a pass: its rows' results in order, and gradients by bank."""
+
+    scratches: dict[Bank, BankScratch]
+    results: list[RowResult]
+
+    @classmethod
+    def begin(cls, adapters: dict[str, Adapter], share: Sequence[Sequence[Row]]) -> _Computed:
+        keeps_gradients = any(not row.forward_only for rows in share for row in rows)
+        by_bank: dict[Bank, dict[int, Adapter]] = {}
+        for row in chain.from_iterable(share):
+            adapter = adapters[row.adapter_id]
+            by_bank.setdefault(adapter.bank, {})[adapter.slot] = adapter
+        scratches = {
+            bank: BankScratch(bank, list(active.values()), keeps_gradients)
+            for bank, active in by_bank.items()
+        }
+        return cls(scratches, [])
 
 
 def _run_micro_batch(
-    network: Network,
-    adapters: dict[str, Adapter],
-    banks: list[Bank],
-    scratches: list[BankScratch],
-    rows: Sequence[Row],
+    network: Network, adapters: dict[str, Adapter], scratches: dict[Bank, BankScratch], rows: Sequence[Row]
 ) -> list[RowResult]:
-    if not rows:
-        return []
-    place = {id(bank): i for i, bank in enumerate(banks)}
-    keys = [(place[id(adapters[row.adapter_id].bank)], adapters[row.adapter_id].slot) for row in rows]
+    place = {bank: i for i, bank in enumerate(scratches)}
+    keys = [(place[adapters[row.adapter_id].bank], adapters[row.adapter_id].slot) for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
     needs_grad = any(not row.forward_only for row in rows)
     network.route.segments = [
         scratch.segment(slots, needs_grad)
-        for i, scratch in enumerate(scratches)
+        for i, scratch in enumerate(scratches.values())
         if (slots := [keys[k][1] for k in order if keys[k][0] == i])
     ]
     results = _forward_backward(network, [rows[k] for k in order], needs_grad)

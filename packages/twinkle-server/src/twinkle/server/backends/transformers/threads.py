@@ -8,23 +8,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Multiplications of weights with tokens in a forward pass, below which one thread does it alone. On two cores a second
-# one begins to pay between 64 and 128 million with 2 layers of hidden size 64, and at 135 million with SmolLM2-135M.
-_ENOUGH_FOR_TWO = 64_000_000
+# Multiplications of weights with tokens in a forward pass that are enough work for a thread. On two cores a second one
+# begins to pay between 64 and 128 million with 2 layers of hidden size 64, and at 135 million with SmolLM2-135M.
+_ENOUGH = 64_000_000
 
 
 class Threads:
-    """Sets the calling thread's number of threads by what it is about to compute; on a GPU it does nothing."""
+    """How many threads a computation gets by what it is about to compute; on a GPU always one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._weights = matrix_weights(model)
         self._most = torch.get_num_threads() if model.device.type == "cpu" else 1
 
-    def fit(self, tokens: int) -> None:
-        """The forward pass of so many tokens is next."""
+    @property
+    def most(self) -> int:
+        return self._most
+
+    def worth(self, tokens: int) -> int:
+        """How many have enough to do with the forward pass of so many tokens."""
+        return max(1, min(self._most, tokens * self._weights // _ENOUGH))
+
+    def fit(self, tokens: int, lanes: int = 1) -> None:
+        """The forward pass of so many tokens is next in the calling thread, while other lanes have their own."""
         if self._most > 1:
-            enough = tokens * self._weights >= _ENOUGH_FOR_TWO
-            torch.set_num_threads(self._most if enough else 1)
+            torch.set_num_threads(max(1, min(self._most // lanes, self.worth(tokens))))
 
     def restore(self) -> None:
         """All of them again."""
