@@ -1,6 +1,8 @@
 """A pass in several lanes: what each of them gets, and the numbers of one."""
 
 import threading
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,23 @@ def test_lanes_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...]
             for result, want in zip(results, wanted, strict=True):
                 np.testing.assert_allclose(result.logprobs, want.logprobs, rtol=1e-6, atol=1e-6)
                 assert result.loss == pytest.approx(want.loss, rel=1e-5)
+    of_one, of_three = gradients(one), gradients(three)
+    for who in SPECS:
+        for name, gradient in of_one[who].items():
+            error = np.linalg.norm(of_three[who][name] - gradient)
+            assert error <= 1e-5 * np.linalg.norm(gradient) != 0
+
+
+def test_lanes_that_only_look_leave_gradients_to_those_that_train(
+    backends: tuple[TransformersBackend, ...], random_row: Any
+) -> None:
+    one, three = backends
+    rows = [random_row(who, 9, seed=i) for i, who in enumerate(["ada", "bob", "cyd"] * 3)]
+    looking = [replace(row, forward_only=True) for row in rows]
+    for micro_batches in ([looking[:6], rows[6:]], [looking]):
+        found, expected = (backend.forward_backward(micro_batches) for backend in (three, one))
+        for result, want in zip(chain(*found), chain(*expected), strict=True):
+            np.testing.assert_allclose(result.logprobs, want.logprobs, rtol=1e-6, atol=1e-6)
     of_one, of_three = gradients(one), gradients(three)
     for who in SPECS:
         for name, gradient in of_one[who].items():

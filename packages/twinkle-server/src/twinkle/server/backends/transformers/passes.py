@@ -219,8 +219,7 @@ def run_pass(
         return computed
 
     done = lanes.run(run_share, shares)
-    if any(not row.forward_only for rows in micro_batches for row in rows):
-        commit(scratch for computed in done for scratch in computed.scratches.values())
+    commit(scratch for computed in done if computed.has_gradients for scratch in computed.scratches.values())
     results = chain.from_iterable(computed.results for computed in done)
     return [list(islice(results, len(rows))) for rows in micro_batches]
 
@@ -230,20 +229,20 @@ class _Computed:
     """What comes of a share of a pass: its rows' results in order, and gradients by bank."""
 
     scratches: dict[Bank, BankScratch]
+    has_gradients: bool
     results: list[RowResult]
 
     @classmethod
     def begin(cls, adapters: dict[str, Adapter], share: Sequence[Sequence[Row]]) -> _Computed:
-        keeps_gradients = any(not row.forward_only for rows in share for row in rows)
+        has_gradients = any(not row.forward_only for row in chain.from_iterable(share))
         by_bank: dict[Bank, dict[int, Adapter]] = {}
         for row in chain.from_iterable(share):
             adapter = adapters[row.adapter_id]
             by_bank.setdefault(adapter.bank, {})[adapter.slot] = adapter
         scratches = {
-            bank: BankScratch(bank, list(active.values()), keeps_gradients)
-            for bank, active in by_bank.items()
+            bank: BankScratch(bank, list(active.values()), has_gradients) for bank, active in by_bank.items()
         }
-        return cls(scratches, [])
+        return cls(scratches, has_gradients, [])
 
 
 def _run_micro_batch(
