@@ -288,7 +288,8 @@ def test_cancelling_one_that_runs_frees_its_rows_and_leaves_the_others_as_they_a
     engine, monkeypatch: pytest.MonkeyPatch
 ):
     def long() -> Any:
-        return ask(engine, [1, 2, 3], "small", seed=42, num_samples=2, max_tokens=40, stop=[])
+        # So few tokens that it doesn't wait for company.
+        return ask(engine, [1, 2, 3], "small", seed=42, num_samples=2, max_tokens=7, stop=[])
 
     alone = long().result(60).sequences
     gate = Gate(engine, monkeypatch)
@@ -307,6 +308,46 @@ def test_cancelling_one_that_runs_frees_its_rows_and_leaves_the_others_as_they_a
     # The step that was under way was the last with its rows.
     assert gate.rows[:2] == [3, 5] and set(gate.rows[2:]) == {2}
     assert not engine._under_way and not engine._unwanted
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "steps"),
+    [(40, 5), (90, 8), (7, 0)],  # an eighth of its own, at most eight
+)
+def test_prompts_that_come_while_others_generate_are_read_together_when_the_first_is_due(
+    engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int, steps: int
+):
+    def short(seed: int) -> Any:
+        return ask(engine, [1, 2, seed], "small", seed=seed, max_tokens=max_tokens, stop=[])
+
+    alone = [short(seed).result(60).sequences[0].tokens for seed in (5, 6)]
+    gate = Gate(engine, monkeypatch)
+    running = ask(engine, [4] * 9, "other", max_tokens=200, stop=[], request_id="running")
+    gate.wait_for_step()
+    first, second = short(5), short(6)
+    gate.let_one_through()  # the step that was under way when they came counts
+    for _ in range(max(1, steps) - 1):
+        gate.wait_for_step()
+        gate.let_one_through()
+    gate.wait_for_step()
+    gate.open()
+    assert [each.result(60).sequences[0].tokens for each in (first, second)] == alone
+    running.result(60)
+    expected = max(1, steps)
+    assert gate.rows[: expected + 1] == [1] * expected + [3]
+
+
+def test_one_that_waits_for_company_begins_at_once_when_the_others_have_ended(
+    engine, monkeypatch: pytest.MonkeyPatch
+):
+    gate = Gate(engine, monkeypatch)
+    running = ask(engine, [4] * 9, "other", max_tokens=3, stop=[])
+    gate.wait_for_step()
+    waiting = ask(engine, [1, 2], "small", max_tokens=64, stop=[])
+    gate.open()
+    assert len(running.result(60).sequences[0].tokens) == 3
+    assert len(waiting.result(60).sequences[0].tokens) == 64
+    assert gate.rows == [1] * (2 + 63)
 
 
 def test_cancelling_one_that_waits_takes_it_out_of_the_line(

@@ -24,11 +24,17 @@ from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sh
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import Batch, SingleBatch, make_batch
+from twinkle.server.samplers.transformers.batches import (
+    PREFILL_TOKENS_BETWEEN,
+    Batch,
+    SingleBatch,
+    make_batch,
+)
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.network import Network, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
+from twinkle.server.samplers.transformers.patience import Patience
 from twinkle.server.samplers.transformers.prompt_scores import check_targets
 from twinkle.server.samplers.transformers.sequences import Sequence, Task
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
@@ -74,7 +80,10 @@ class TransformersEngine:
         self._reading: dict[Prompt, Task] = {}  # whose prompts are on their way into the batch
         self._next_tokens = NextTokens()
         self._line: WaitingLine[Task] = WaitingLine()
-        self._wake = threading.Condition()  # held wherever the line or one of the three below is touched
+        self._patience = Patience(PREFILL_TOKENS_BETWEEN)
+        self._wake = (
+            threading.Condition()
+        )  # held wherever the line, patience or one of the three below is touched
         self._under_way: dict[str, set[Task]] = {}  # by request id, those that can be cancelled
         self._unwanted: set[Task] = set()  # cancelled, not taken out yet
         self._gone: list[ResidentAdapter] = []  # removed, not forgotten by the batch yet
@@ -120,6 +129,7 @@ class TransformersEngine:
                     raise ServerFault("the sampling engine has been closed")
                 task = self._accept(request, future)
                 self._line.add(Waiting(request.tenant, task, task.longest, request.num_samples))
+                self._patience.arrived(len(request.prompt), task.max_tokens)
                 if request.request_id:
                     self._under_way.setdefault(request.request_id, set()).add(task)
                 self._wake.notify()
@@ -228,18 +238,19 @@ class TransformersEngine:
             self._end({task: CancelledError() for task in tasks})
 
     def _admit(self) -> None:
-        """Who waits and may come in is read from now on."""
+        """Who waits and may come in is read from now on; while others generate not before there is company, or soon."""
         one_at_a_time = isinstance(self._batch, SingleBatch)
         if one_at_a_time and (self._sequences or self._reading):
             return
         with self._wake:
-            if not self._line:
+            if not self._line or (self._sequences and not self._reading and not self._patience.is_over):
                 return
             rows = self._batch.rows + sum(prompt.rows for prompt in self._reading)
             longest = max((task.longest for task in self._tasks()), default=0)
             taken = self._line.take(
                 self._batch.max_rows - rows, longest, rows, self._max_tokens, 1 if one_at_a_time else None
             )
+            self._patience.admitted(all_of_them=not self._line)
         prompts = {waiting.item.prompt(samples): waiting.item for waiting, samples in taken}
         self._reading |= prompts
         self._batch.add(list(prompts))
@@ -306,11 +317,14 @@ class TransformersEngine:
             return None
         newest = [sequence.tokens[-1] for sequence in self._sequences]
         try:
-            return self._sequences, self._batch.step(newest)
+            logits = self._batch.step(newest)
         except Exception as error:  # most likely memory: the newest request makes room for the others
             self._free_memory()
             self._fail(self._sequences[-1].task, error)
             return None
+        with self._wake:
+            self._patience.stepped()
+        return self._sequences, logits
 
     def _advance(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
         """Draw the next token of each sequence, and take out those that have ended."""
