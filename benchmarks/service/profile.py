@@ -3,7 +3,8 @@
     python -m service.profile [--tenants 1] [--sequences 1] [--tokens 32] [--steps 50]
 
 Gateway, service and worker are the server's own, without the sockets between its processes. Prints the milliseconds of
-a step of all tenants by stop; what a stop does on behalf of another one is counted there.
+a step of all tenants by stop; what a stop does on behalf of another one is counted there. A pass has one lane, so that
+its stops follow one another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -43,21 +45,22 @@ class Clocks:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._inner: list[float] = [0.0]
+        self._inner: defaultdict[int, list[float]] = defaultdict(lambda: [0.0])  # by thread
 
     def around(self, stop: str, owner: Any, name: str) -> None:
         """Count the time of `owner.name` (a plain function or method) under `stop`."""
         plain: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            inner = self._inner[threading.get_ident()]
             began = time.perf_counter()
-            self._inner.append(0.0)
+            inner.append(0.0)
             try:
                 return plain(*args, **kwargs)
             finally:
                 took = time.perf_counter() - began
-                self.seconds[stop] += took - self._inner.pop()
-                self._inner[-1] += took
+                self.seconds[stop] += took - inner.pop()
+                inner[-1] += took
 
         setattr(owner, name, timed)
 
@@ -75,6 +78,7 @@ def main() -> None:
 
 
 async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: str) -> None:
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         path = make_model(model, Path(directory))
         config = parse_config({"model": {"model_id": str(path)}, "storage": {"root": directory}})
@@ -94,7 +98,7 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
                 await step_of_all(http, runs, next(numbers), sequences, tokens)
             whole = time.perf_counter() - began
         await service.close()
-    print(f"{tenants} tenants x ({sequences} x {tokens}), model {model}, {torch.get_num_threads()} threads\n")
+    print(f"{tenants} tenants x ({sequences} x {tokens}), model {model}\n")
     print("| stop | ms a step of all |\n|---|---|")
     for stop, seconds in sorted(clocks.seconds.items(), key=lambda item: -item[1]):
         print(f"| {stop} | {1000 * seconds / steps:.2f} |")
