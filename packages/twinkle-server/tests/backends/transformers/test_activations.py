@@ -54,18 +54,12 @@ def run_all(backend: TransformersBackend, micro_batches: list[list[Row]]) -> tup
 
 
 def test_recomputed_activations_give_the_same_numbers_from_less_memory(
-    model_dir: Path, random_row: Any
+    model_dir: Path, random_row: Any, add_trained: Any
 ) -> None:
     plain, recomputing = (TransformersBackend(ModelConfig(model_dir)) for _ in range(2))
     recomputing._limits = PassLimits(affordable_tokens=0, overhead_tokens=1)
     for backend in (plain, recomputing):
-        for who, spec in SPECS.items():
-            backend.add_adapter(who, spec)
-            state = backend.export_adapter(who, with_optimizer=False)
-            draw = np.random.default_rng(spec.seed)  # B is not zero, so that A's gradient isn't either
-            for matrix in state.weights.values():
-                matrix += 0.02 * draw.normal(size=matrix.shape).astype(np.float32)
-            backend.import_adapter(who, state)
+        add_trained(backend, SPECS)
     rows = [
         random_row(who, 40 + 5 * i, seed=i, vocab_size=100)
         for i, who in enumerate(("ada", "bob", "bob", "cyd"))

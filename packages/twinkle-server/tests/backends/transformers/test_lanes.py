@@ -46,8 +46,8 @@ def test_all_rows_are_in_one_lane_each_in_order_and_no_lane_has_much_more_than_t
     assert all(piece for share in shares for piece in share)
     found = [id(row) for share in shares for piece in share for row in piece]
     assert found == [id(row) for rows in micro_batches for row in rows]
-    # No lane's own pieces go beyond the mean by more than half a row, or what is too small to be cut off, and what the
-    # lanes before it were short of ends up in the last.
+    # No lane goes beyond the mean by more than a row, or what is too small to be cut off; what the others were short of
+    # ends up in the last.
     most = max(50, overhead)
     mean = sum(map(padded_tokens, micro_batches)) / lanes
     for share in shares[:-1]:
@@ -109,7 +109,9 @@ def test_an_error_comes_when_all_lanes_have_ended() -> None:
 
 
 @pytest.fixture
-def backends(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[TransformersBackend, ...]:
+def backends(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, add_trained: Any
+) -> tuple[TransformersBackend, ...]:
     """With one lane, and with three."""
     monkeypatch.setattr(threads, "_ENOUGH", 1)
     made: list[TransformersBackend] = []
@@ -118,13 +120,7 @@ def backends(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tra
         backend = TransformersBackend(ModelConfig(tiny_model_dir))
         torch.set_num_threads(1)
         backend._limits = PassLimits(backend._limits.affordable_tokens, overhead_tokens=1)
-        for who, spec in SPECS.items():
-            backend.add_adapter(who, spec)
-            state = backend.export_adapter(who, with_optimizer=False)
-            draw = np.random.default_rng(spec.seed)  # B is not zero, so that A's gradient isn't either
-            for matrix in state.weights.values():
-                matrix += 0.02 * draw.normal(size=matrix.shape).astype(np.float32)
-            backend.import_adapter(who, state)
+        add_trained(backend, SPECS)
         made.append(backend)
     return tuple(made)
 
@@ -133,6 +129,33 @@ def gradients(backend: TransformersBackend) -> dict[str, Any]:
     return {
         who: backend.export_adapter(who, with_optimizer=False, with_gradients=True).gradients for who in SPECS
     }
+
+
+def check_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for who in SPECS:
+        assert set(found[who]) == set(expected[who])
+        for name, gradient in expected[who].items():
+            error = np.linalg.norm(found[who][name] - gradient)
+            assert error <= 1e-5 * np.linalg.norm(gradient) != 0, (who, name)
+
+
+def test_gradients_of_lanes_are_those_of_peft_alone(
+    backends: tuple[TransformersBackend, ...],
+    tiny_model_dir: Path,
+    random_row: Any,
+    make_peft: Any,
+    peft_loss: Any,
+    peft_parameters: Any,
+) -> None:
+    _, backend = backends
+    rows = [random_row(who, 5 + 2 * i, seed=i) for i, who in enumerate(["ada", "bob", "cyd"] * 3)]
+    backend.forward_backward([rows[:1], rows[1:7], rows[7:]])
+    expected: dict[str, Any] = {}
+    for who in SPECS:
+        model = make_peft(tiny_model_dir, backend.export_adapter(who, with_optimizer=False))
+        peft_loss(model, [row for row in rows if row.adapter_id == who]).backward()
+        expected[who] = {name: matrix.grad.numpy() for name, matrix in peft_parameters(model).items()}
+    check_close(gradients(backend), expected)
 
 
 def test_lanes_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...], random_row: Any) -> None:
@@ -146,11 +169,7 @@ def test_lanes_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...]
             for result, want in zip(results, wanted, strict=True):
                 np.testing.assert_allclose(result.logprobs, want.logprobs, rtol=1e-6, atol=1e-6)
                 assert result.loss == pytest.approx(want.loss, rel=1e-5)
-    of_one, of_three = gradients(one), gradients(three)
-    for who in SPECS:
-        for name, gradient in of_one[who].items():
-            error = np.linalg.norm(of_three[who][name] - gradient)
-            assert error <= 1e-5 * np.linalg.norm(gradient) != 0
+    check_close(gradients(three), gradients(one))
 
 
 def test_lanes_that_only_look_leave_gradients_to_those_that_train(
@@ -163,11 +182,7 @@ def test_lanes_that_only_look_leave_gradients_to_those_that_train(
         found, expected = (backend.forward_backward(micro_batches) for backend in (three, one))
         for result, want in zip(chain(*found), chain(*expected), strict=True):
             np.testing.assert_allclose(result.logprobs, want.logprobs, rtol=1e-6, atol=1e-6)
-    of_one, of_three = gradients(one), gradients(three)
-    for who in SPECS:
-        for name, gradient in of_one[who].items():
-            error = np.linalg.norm(of_three[who][name] - gradient)
-            assert error <= 1e-5 * np.linalg.norm(gradient) != 0
+    check_close(gradients(three), gradients(one))
 
 
 def test_the_same_pass_gives_the_same_bits(
