@@ -240,7 +240,7 @@ def test_a_signal_between_two_starts_ends_it(program: Path):
 
 def test_a_program_that_does_not_end_is_killed(program: Path):
     process = outer(program, ["watch; deaf; ready; wait"], stop_seconds=0.1)
-    wait_for(lambda: len(lives(program.parent)) == 1)
+    assert process.stderr is not None and process.stderr.readline() == "ready\n", "it is deaf by now"
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 0 and "killed" in said
