@@ -52,7 +52,8 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Pa
     """Rows of all jobs in micro-batches of like length; each is padded to its longest row.
 
     Forward-only rows get micro-batches of their own, which keep nothing for a backward pass; so do rows with several
-    candidates at each position, by their number. Within a micro-batch rows of one adapter stand together.
+    candidates at each position, by their number. Within a micro-batch the longest row stands first, so that one that
+    is cut again is cut between lengths.
 
     Args:
         max_batch_tokens: rows x longest row stays within it, unless a single row is longer.
@@ -64,15 +65,13 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Pa
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)
     ]
-    rows.sort(key=lambda item: (*_kind(item[0]), -len(item[0].tokens)))
+    rows.sort(key=lambda item: (*_kind(item[0]), -len(item[0].tokens), item[0].adapter_id, item[1]))
     groups: list[list[tuple[Row, tuple[int, int]]]] = []
     for _, alike in groupby(rows, key=lambda item: _kind(item[0])):
         together = list(alike)
         lengths = np.array([len(row.tokens) for row, _ in together])
         ends = cuts(lengths, max_batch_tokens, overhead_tokens)
         groups += [together[start:end] for start, end in zip([0, *ends], [*ends, len(together)], strict=True)]
-    for group in groups:
-        group.sort(key=lambda item: (item[0].adapter_id, item[1]))
     return Packed(
         micro_batches=[[row for row, _ in group] for group in groups],
         origins=[[origin for _, origin in group] for group in groups],

@@ -15,6 +15,9 @@ from twinkle.server.backends.protocol import Row
 # Each lane holds gradients of its own, and a micro-batch's activations.
 MOST_LANES = 4
 
+# What a lane is filled up to, as shares of the mean; of equals the first is taken.
+_FILLINGS = tuple(1 - i / 20 for i in range(10))
+
 Network = TypeVar("Network")
 Share = TypeVar("Share")
 Result = TypeVar("Result")
@@ -69,7 +72,8 @@ def share_out(
     """Micro-batches by lane, so that all lanes have about as many tokens; each share goes on where the last one ends.
 
     A lane is filled up to the mean, and what does not fit begins the next (McNaughton 1959, Management Science 6(1)):
-    so at most one micro-batch a lane is cut in two, between rows.
+    so at most one micro-batch a lane is cut in two, between rows. Where what is left of one has shorter rows it takes
+    less than before, so lower fillings than the mean are tried too.
 
     Args:
         overhead_tokens: what a micro-batch costs beside its tokens: none is cut that small.
@@ -78,26 +82,37 @@ def share_out(
         At most `lanes` shares, none of them empty, unless there are no rows: then one.
     """
     mean = sum(map(padded_tokens, micro_batches)) / lanes
+    are_ragged = any(len({len(row.tokens) for row in rows}) > 1 for rows in micro_batches)
+    tries = _FILLINGS if are_ragged else _FILLINGS[:1]
+    filled = (_fill(micro_batches, lanes, filling * mean, overhead_tokens) for filling in tries)
+    return min(filled, key=lambda shares: max(sum(map(padded_tokens, share)) for share in shares))
+
+
+def _fill(
+    micro_batches: Sequence[Sequence[Row]], lanes: int, filling: float, overhead_tokens: int
+) -> list[list[Sequence[Row]]]:
+    """As `share_out`, with so many tokens a lane at most, to the nearest row; the last takes what is left."""
     shares: list[list[Sequence[Row]]] = [[]]
-    room = mean
+    room = filling
     for rows in micro_batches:
-        width = max((len(row.tokens) for row in rows), default=0)
         while rows:
-            count = len(rows) if len(shares) == lanes else _fitting(len(rows), width, room, overhead_tokens)
-            if not shares[-1]:
-                count = max(1, count)
+            width = max(len(row.tokens) for row in rows)
+            count = len(rows)
+            if len(shares) < lanes:
+                count = _fitting(count, width, room, overhead_tokens, is_empty=not shares[-1])
             if count:
                 shares[-1].append(rows[:count])
                 rows, room = rows[count:], room - count * width
             if rows:
                 shares.append([])
-                room = mean
+                room = filling
     return shares
 
 
-def _fitting(count: int, width: int, room: float, overhead_tokens: int) -> int:
-    """How many of `count` rows go into what is left of a lane, to the nearest row."""
-    fitting = min(count, max(0, round(room / max(1, width))))
-    if (count - fitting) * width < overhead_tokens:
+def _fitting(count: int, width: int, room: float, overhead_tokens: int, is_empty: bool) -> int:
+    """How many of `count` rows go into what is left of a lane, to the nearest row; at least one if it is empty."""
+    least = max(1, -(-overhead_tokens // max(1, width)))
+    fitting = min(count, max(least if is_empty else 0, round(room / max(1, width))))
+    if count - fitting < least:
         return count if fitting else 0
-    return 0 if fitting * width < overhead_tokens else fitting
+    return fitting if fitting >= least else 0
