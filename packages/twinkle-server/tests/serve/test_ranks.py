@@ -7,13 +7,14 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, SamplingParams
@@ -51,15 +52,21 @@ def process_of(group: RankGroup, rank: int) -> int:
 
 
 async def train_and_compare(group: RankGroup) -> None:
-    """One step on an adapter "a", against the same backend without Ray."""
+    """Two steps on an adapter "a", against the same backend without Ray."""
     alone = FakeBackend(ModelConfig(Path("fake")))
     alone.add_adapter("a", AdapterSpec(rank=2))
+    await group.add_adapter("a", AdapterSpec(rank=2))
     [[expected]] = alone.forward_backward([[ROW]])
     alone.optim_step([STEP])
-    await group.add_adapter("a", AdapterSpec(rank=2))
     [[result]] = await group.forward_backward([[ROW]])
     np.testing.assert_array_equal(result.logprobs, expected.logprobs)
     await group.optim_step([STEP])
+
+    [[expected]] = alone.forward_backward([[ROW]])
+    expected_metrics = alone.optim_step([STEP])
+    [[result]], metrics = await group.train([[ROW]], [STEP])
+    np.testing.assert_array_equal(result.logprobs, expected.logprobs)
+    assert metrics == expected_metrics
     state = await group.export_adapter("a", with_optimizer=True)
     for name, weights in alone.export_adapter("a", with_optimizer=False).weights.items():
         np.testing.assert_array_equal(state.weights[name], weights)
@@ -109,6 +116,28 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
     await train_and_compare(group)
     await group.close()
     group._generation.end()
+
+
+@pytest.mark.usefixtures("placement")
+async def test_one_rank_takes_a_pass_and_steps_in_one_call():
+    place = placement_group([{"CPU": 1.0}])
+    ray.get(place.ready(), timeout=60)
+    group = await RankGroup.start(place, ModelConfig(Path("fake")), "fake", "fake")
+    await train_and_compare(group)
+    with pytest.raises(KeyError):
+        await group.train([[replace(ROW, adapter_id="b")]], [STEP])
+    before = await group.export_adapter("a", with_optimizer=True, with_gradients=True)
+    [[_]], metrics = await group.train([[ROW]], [STEP, replace(STEP, adapter_id="b")])
+    assert metrics is None
+    after = await group.export_adapter("a", with_optimizer=True, with_gradients=True)
+    for name, weights in before.weights.items():
+        np.testing.assert_array_equal(after.weights[name], weights)
+    assert before.gradients is not None and after.gradients is not None
+    assert not any(gradient.any() for gradient in before.gradients.values())
+    assert any(gradient.any() for gradient in after.gradients.values()), "the pass stays done"
+    await group.close()
+    group._generation.end()
+    remove_placement_group(place)
 
 
 async def test_a_model_that_no_rank_can_load_is_said_as_the_ranks_said_it(placement: PlacementGroup):

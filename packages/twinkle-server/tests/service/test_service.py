@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,75 @@ async def test_a_job_that_fails_in_company_fails_alone(tmp_path: Path):
     assert "did not fit" in bad.error
     norms = [(await t.do(a_step(r, 2))).metrics["grad_norm:mean"] for t, r in zip(tenants, runs, strict=True)]
     assert norms[0] == pytest.approx(norms[2]) and norms[0] > 0 and norms[1] == 0
+    await service.close()
+
+
+class Fragile(FakeBackend):
+    """Notes its calls; `breaks` is asked whether one with these adapters can't be done."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.calls: list[str] = []
+        self.breaks: Callable[[str, set[str]], bool] = lambda _call, _adapters: False
+
+    def forward_backward(self, micro_batches):
+        self._note("pass", {row.adapter_id for rows in micro_batches for row in rows})
+        return super().forward_backward(micro_batches)
+
+    def optim_step(self, steps):
+        self._note("step", {step.adapter_id for step in steps})
+        return super().optim_step(steps)
+
+    def _note(self, call: str, adapters: set[str]) -> None:
+        self.calls.append(call)
+        if self.breaks(call, adapters):
+            raise RuntimeError("it can't be done")
+
+
+@pytest.mark.parametrize(
+    ("broken", "calls"),
+    [
+        (None, ["pass", "step"]),
+        ("pass", ["pass", *["pass"] * 3, "step"]),
+        ("step", ["pass", "step", "step", *["step"] * 3]),
+    ],
+)
+async def test_passes_and_steps_that_are_one_call_fail_as_if_each_were_its_own(
+    tmp_path: Path, broken: str | None, calls: list[str]
+):
+    backend = Fragile(ModelConfig(Path("fake")))
+    service = make_service(tmp_path, backend)
+    await service.start()
+    tenants = [Tenant(service, name) for name in ("a", "b", "c")]
+    runs = [await tenant.run() for tenant in tenants]
+    backend.calls.clear()
+    backend.breaks = lambda call, adapters: call == broken and runs[1] in adapters
+    promises = [
+        [await service.submit(tenant.name, request) for request in (a_pass(run, 1), a_step(run, 2))]
+        for tenant, run in zip(tenants, runs, strict=True)
+    ]
+    outcomes = [
+        [await tenant.outcome(promise) for promise in pair]
+        for tenant, pair in zip(tenants, promises, strict=True)
+    ]
+    assert backend.calls == calls
+    backend.breaks = lambda _call, _adapters: False
+
+    alone = Tenant(service, "d")
+    run = await alone.run()
+    expected = [await alone.do(request) for request in (a_pass(run, 1), a_step(run, 2), a_pass(run, 3))]
+    for i, tenant in enumerate(tenants):
+        outcome = [*outcomes[i], await tenant.do(a_pass(runs[i], 3))]
+        if i != 1 or broken is None:
+            assert [one.metrics for one in outcome] == [pytest.approx(one.metrics) for one in expected]
+            continue
+        assert [isinstance(one, m.Failure) for one in outcome] == [broken == "pass", broken == "step", False]
+        assert outcome[2].metrics == pytest.approx(expected[0].metrics), (
+            "no step was made, or without a gradient"
+        )
+        gradients = 1 if broken == "pass" else 2  # of two passes the first failed, or neither
+        norm = (await tenant.do(a_step(runs[i], 4))).metrics["grad_norm:mean"]
+        assert norm == pytest.approx(gradients * expected[1].metrics["grad_norm:mean"])
     await service.close()
 
 

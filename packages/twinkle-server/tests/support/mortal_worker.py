@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fake_service import MODEL
 
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
 from twinkle.server.engine.run_files import RunFiles
-from twinkle.server.engine.worker import LocalWorker, WorkerLost
+from twinkle.server.engine.worker import LocalWorker, Trained, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.journal import Journal
@@ -89,6 +89,16 @@ class MortalWorker(LocalWorker):
         if self.hangs(method.__name__):
             await asyncio.Event().wait()
         return result
+
+    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
+        """As two calls, so that either can be the one that ends the process."""
+        results = await self.forward_backward(micro_batches)
+        try:
+            return results, await self.optim_step(steps)
+        except WorkerLost:
+            raise
+        except Exception:
+            return results, None
 
     async def generate(self, request: GenerateRequest) -> Any:
         self._note("generate", request)

@@ -10,10 +10,10 @@ from typing import cast
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends.protocol import AdamStep
+from twinkle.server.backends.protocol import AdamStep, RowResult
 from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
 from twinkle.server.engine.failures import to_failure
-from twinkle.server.engine.packing import pack, unpack
+from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.snapshots import Snapshots
@@ -107,6 +107,8 @@ class Engine:
         self._idle.clear()
         await self._catch_up()
         tick = await self._next_tick()
+        if tick.passes and tick.optim_steps and not self._is_repeated:
+            await self._train(tick)
         await self._together(tick.passes, self._run_passes)
         await self._together(tick.optim_steps, self._run_optim_steps)
         await self._one_by_one(tick.others, self._run_or_put_off)
@@ -148,6 +150,22 @@ class Engine:
         finally:
             ready.cancel()
             lost.cancel()
+
+    async def _train(self, tick: Tick) -> None:
+        """Passes and the steps behind them in one call, as far as that goes; what is left is in the tick still."""
+        try:
+            packed = await self._pack(tick.passes)
+            results, metrics = await self._worker.train(packed.micro_batches, _steps(tick.optim_steps))
+        except WorkerLost:
+            raise
+        except Exception:  # nothing has changed, and it comes again where it belongs
+            await self._one_by_one(tick.passes, self._run_passes)
+            return
+        self._passes_done(tick.passes, packed, results)
+        tick.passes.clear()
+        if metrics is not None:
+            self._optim_steps_done(tick.optim_steps, metrics)
+            tick.optim_steps.clear()
 
     async def _together(self, jobs: list[Job], run: Callable[[list[Job]], Awaitable[None]]) -> None:
         """Run the jobs as one. If that fails nothing has changed, so each is run alone: only the one at fault fails."""
@@ -266,9 +284,16 @@ class Engine:
     # ------------------------------------------------------------ jobs of one kind
 
     async def _run_passes(self, jobs: list[Job]) -> None:
-        await self._residency.bring_in((job.run_id for job in jobs), adding_gradients=True)
-        packed = pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
+        packed = await self._pack(jobs)
         results = await self._worker.forward_backward(packed.micro_batches)
+        self._passes_done(jobs, packed, results)
+
+    async def _pack(self, jobs: list[Job]) -> Packed:
+        """The passes in micro-batches, their adapters on the worker."""
+        await self._residency.bring_in((job.run_id for job in jobs), adding_gradients=True)
+        return pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
+
+    def _passes_done(self, jobs: list[Job], packed: Packed, results: list[list[RowResult]]) -> None:
         self._snapshots.changed([job for job in jobs if not _is_forward_only(job)], has_gradient=True)
         for job in jobs:
             if self._futures.is_pending(job.request_id):
@@ -280,12 +305,9 @@ class Engine:
 
     async def _run_optim_steps(self, jobs: list[Job]) -> None:
         await self._residency.bring_in(job.run_id for job in jobs)
-        requests = [cast(m.OptimStepRequest, job.request) for job in jobs]
-        steps = [
-            AdamStep(job.run_id, request.adam_params or AdamParams())
-            for job, request in zip(jobs, requests, strict=True)
-        ]
-        all_metrics = await self._worker.optim_step(steps)
+        self._optim_steps_done(jobs, await self._worker.optim_step(_steps(jobs)))
+
+    def _optim_steps_done(self, jobs: list[Job], all_metrics: list[dict[str, float]]) -> None:
         self._snapshots.changed(jobs, has_gradient=False)
         self._futures.complete_together(
             (job.request_id, m.OptimStepResponse(metrics=metrics))
@@ -336,6 +358,13 @@ class Engine:
                 await self._adapters.load(job, job.request, reading)
             case m.ForwardBackwardRequest() | m.OptimStepRequest():
                 raise AssertionError("the scheduler puts these elsewhere")
+
+
+def _steps(jobs: list[Job]) -> list[AdamStep]:
+    return [
+        AdamStep(job.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
+        for job in jobs
+    ]
 
 
 def _is_forward_only(job: Job) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import SampleResponse
@@ -30,6 +30,10 @@ from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Results of a pass, and metrics of the optimizer steps behind it; None if no step was made: called alone they are, or
+# say why they can't be.
+Trained: TypeAlias = tuple[list[list[RowResult]], list[dict[str, float]] | None]
 
 
 class WorkerLost(ServerFault):
@@ -63,6 +67,14 @@ class WorkerPort(Protocol):
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]: ...
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]: ...
+
+    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
+        """`forward_backward`, and right after it `optim_step`: one way there and back instead of two.
+
+        Raises:
+            Exception: what the pass raised; then no step was made.
+        """
+        ...
 
     async def export_adapter(
         self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
@@ -143,6 +155,9 @@ class LocalWorker:
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return await self._train(self._backend.optim_step, steps)
 
+    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
+        return await self._train(_train, self._backend, micro_batches, steps)
+
     async def export_adapter(
         self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
     ) -> AdapterState:
@@ -191,6 +206,16 @@ class LocalWorker:
     async def _train(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = partial(method, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._training_thread, call)
+
+
+def _train(
+    backend: TrainingBackend, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]
+) -> Trained:
+    results = backend.forward_backward(micro_batches)
+    try:
+        return results, backend.optim_step(steps)
+    except Exception:  # it comes again when the steps are called alone
+        return results, None
 
 
 def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:

@@ -23,7 +23,7 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
-from twinkle.server.engine.worker import LocalWorker, build_worker
+from twinkle.server.engine.worker import LocalWorker, Trained, build_worker
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.calls import Address, listen
 
@@ -97,6 +97,10 @@ class Rank:
     async def optim_step(self, steps: list[AdamStep]) -> list[dict[str, float]] | None:
         metrics = await self._worker.optim_step(steps)
         return metrics if self._is_first else None
+
+    async def train(self, micro_batches: list[list[Row]], steps: list[AdamStep]) -> Trained:
+        """Only where there is one rank: several would not notice that they disagree about the steps."""
+        return await self._worker.train(micro_batches, steps)
 
     async def export_adapter(
         self, adapter_id: str, with_optimizer: bool, with_gradients: bool

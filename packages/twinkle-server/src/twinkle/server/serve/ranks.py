@@ -25,7 +25,7 @@ from twinkle.server.backends.protocol import (
     Row,
     RowResult,
 )
-from twinkle.server.engine.worker import WorkerLost
+from twinkle.server.engine.worker import Trained, WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.calls import Call, Line, LineBroken
 from twinkle.server.serve.generation import Generation, ProcessEnded
@@ -87,6 +87,7 @@ class RankGroup:
         self._info = info
         self._loss_fns = loss_fns
         self._is_given_up = False
+        self._training = asyncio.Lock()
         self._restarted = asyncio.Event()  # set and replaced by each restart, whatever came of it
 
     @classmethod
@@ -156,6 +157,18 @@ class RankGroup:
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return await self._generation.all_ranks("optim_step", steps)
+
+    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
+        if self._recipe.config.num_ranks == 1:
+            return await self._generation.all_ranks("train", micro_batches, steps)
+        async with self._training:  # in two calls, in each of which the ranks agree
+            results = await self.forward_backward(micro_batches)
+            try:
+                return results, await self.optim_step(steps)
+            except WorkerLost:
+                raise
+            except Exception:  # it comes again when the steps are called alone
+                return results, None
 
     async def export_adapter(
         self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
