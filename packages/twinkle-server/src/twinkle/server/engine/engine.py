@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,6 +13,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, RowResult
 from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
+from twinkle.server.engine.ahead import Begun, Pace
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import Recovery
@@ -71,6 +73,10 @@ class Engine:
         # which the others wait.
         self._tick = Tick([], [], [])
         self._waiting: list[Tick] = []
+        # The first of those that wait, if it has been sent already.
+        self._ahead: Begun | None = None
+        self._pace = Pace()
+        self._may_look_ahead = True
         self._is_repeated = False
         # Calls that are to be made again, before all else, and how often a job in them has ended the process.
         self._repeat: deque[list[Job]] = deque()
@@ -100,6 +106,7 @@ class Engine:
             while True:
                 self._fail_all(await self._scheduler.next_tick())
         finally:
+            self._drop_ahead()
             for reading in self._reading.values():
                 reading.cancel()
 
@@ -114,7 +121,8 @@ class Engine:
         await self._one_by_one(tick.others, self._run_or_put_off)
 
     async def between_ticks(self) -> None:
-        """Returns when nothing is being computed; a tick can begin as soon as the loop goes on."""
+        """Returns when nothing is being computed, until the loop goes on. From now on no tick is sent ahead."""
+        self._may_look_ahead = False
         await self._idle.wait()
 
     async def _next_tick(self) -> Tick:
@@ -125,13 +133,17 @@ class Engine:
         """
         if not self._tick.jobs:
             self._is_repeated = False
-            await self._snapshots.take_due()
+            if self._ahead is None:  # a copy would have what has been sent
+                await self._snapshots.take_due()
             if not self._waiting:
-                halves = (await self._wait_for_tick()).quick_first()
-                self._waiting = [part for half in halves for part in self._residency.split(half)]
+                self._waiting = self._parts(await self._wait_for_tick())
             self._tick = self._waiting.pop(0) if self._waiting else Tick([], [], [])
         self._residency.expect(self._tick)
         return self._tick
+
+    def _parts(self, tick: Tick) -> list[Tick]:
+        """What is run one after the other."""
+        return [part for half in tick.quick_first() for part in self._residency.split(half)]
 
     async def _wait_for_tick(self) -> Tick:
         """A tick, or an empty one when a snapshot is due."""
@@ -153,19 +165,67 @@ class Engine:
 
     async def _train(self, tick: Tick) -> None:
         """Passes and the steps behind them in one call, as far as that goes; what is left is in the tick still."""
+        begun, self._ahead = self._ahead, None
         try:
-            packed = await self._pack(tick.passes)
-            results, metrics = await self._worker.train(packed.micro_batches, _steps(tick.optim_steps))
+            begun = begun or await self._begin(tick)
+            looking = asyncio.create_task(self._look_ahead(begun))
+            try:
+                results, metrics = await begun.call
+            finally:
+                looking.cancel()
         except WorkerLost:
             raise
         except Exception:  # nothing has changed, and it comes again where it belongs
             await self._one_by_one(tick.passes, self._run_passes)
             return
-        self._passes_done(tick.passes, packed, results)
+        self._pace.ended(begun, asyncio.get_running_loop().time())
+        self._passes_done(tick.passes, begun.packed, results)
         tick.passes.clear()
         if metrics is not None:
             self._optim_steps_done(tick.optim_steps, metrics)
             tick.optim_steps.clear()
+
+    async def _begin(self, tick: Tick) -> Begun:
+        packed = await self._pack(tick.passes)
+        call = asyncio.create_task(self._worker.train(packed.micro_batches, _steps(tick.optim_steps)))
+        cost = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in packed.micro_batches)
+        cost += len(packed.micro_batches) * self._worker.info.overhead_tokens
+        return Begun(tick, packed, call, asyncio.get_running_loop().time(), cost)
+
+    async def _look_ahead(self, begun: Begun) -> None:
+        """Late in a tick, take the next one if it need not wait for company; send it if nothing comes between the two.
+
+        Its runs are others than this one's, so neither depends on what becomes of the other.
+        """
+        late_at = self._pace.late_in(begun)
+        if late_at is None or self._waiting or self._repeat or begun.tick.others:
+            return
+        await asyncio.sleep(late_at - asyncio.get_running_loop().time())
+        await self._scheduler.company()
+        if not self._may_look_ahead or self._snapshots.seconds_until_due() == 0:
+            return
+        # From here to its end nothing else runs: no call is waited for.
+        self._waiting = self._parts(self._scheduler.take_tick())
+        if not self._waiting:
+            return
+        tick = self._waiting[0]
+        runs = {job.run_id for job in tick.jobs}
+        under_way = {job.run_id for job in begun.tick.jobs}
+        if (
+            tick.passes
+            and tick.optim_steps
+            and not tick.others
+            and not runs & under_way
+            and self._residency.has(runs)
+        ):
+            with contextlib.suppress(Exception):  # it comes again when the tick's turn has come
+                self._ahead = await self._begin(tick)
+
+    def _drop_ahead(self) -> None:
+        """Nobody asks any more what becomes of what has been sent ahead; the tick waits still."""
+        if self._ahead is not None:
+            self._ahead.call.add_done_callback(lambda call: call.cancelled() or call.exception())
+            self._ahead = None
 
     async def _together(self, jobs: list[Job], run: Callable[[list[Job]], Awaitable[None]]) -> None:
         """Run the jobs as one. If that fails nothing has changed, so each is run alone: only the one at fault fails."""
@@ -203,6 +263,7 @@ class Engine:
         alone, in case one of them ended it.
         """
         self._is_repeated = True
+        self._drop_ahead()
         try:
             await self._recovery.recover(loss)
         except Exception as error:

@@ -146,6 +146,15 @@ class Residency:
             if job.run_id in self._resident:
                 self._resident.move_to_end(job.run_id)
 
+    def has(self, run_ids: Iterable[str]) -> bool:
+        """Whether these runs are on the worker, with room for a gradient each: `bring_in` calls nobody then."""
+        room = self._budget - self._total
+        for run_id in run_ids:
+            if run_id not in self._resident:
+                return False
+            room -= self._bytes(run_id, has_gradient=True) - self._resident[run_id]
+        return room >= 0
+
     async def bring_in(self, run_ids: Iterable[str], adding_gradients: bool = False) -> None:
         """Have these runs' adapters on the worker, or room for those that are about to be made; others may leave.
 

@@ -112,12 +112,17 @@ class Scheduler:
         await self._work.wait()
         try:
             async with asyncio.timeout(self._patience_seconds):
-                while self._is_short_of_company():
-                    self._arrived.clear()
-                    await self._arrived.wait()
+                await self.company()
         except TimeoutError:
             pass
         return self.take_tick()
+
+    async def company(self) -> None:
+        """Returns when there is something to do, for so many runs that a tick need not wait for more."""
+        await self._work.wait()
+        while self._is_short_of_company():
+            self._arrived.clear()
+            await self._arrived.wait()
 
     def _is_short_of_company(self) -> bool:
         return self._ready_runs < self._company.wanted and self._queued_tokens < self._enough_tokens

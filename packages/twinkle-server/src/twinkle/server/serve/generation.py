@@ -7,6 +7,7 @@ order. The group is lost when one of its processes ends, and when its ranks no l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -76,7 +77,8 @@ class Generation:
         return await self._each([Call(method, args) for args in arguments])
 
     async def _each(self, of_ranks: list[Call]) -> Any:
-        async with self._turn:
+        # One process takes its calls in order; several might take them in several.
+        async with self._turn if len(self._ranks) > 1 else contextlib.nullcontext():
             self._check()
             calls = [asyncio.create_task(self._call(rank, call)) for rank, call in enumerate(of_ranks)]
             ended = asyncio.create_task(_ended(calls))
