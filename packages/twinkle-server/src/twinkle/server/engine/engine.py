@@ -224,6 +224,7 @@ class Engine:
     def _drop_ahead(self) -> None:
         """Nobody asks any more what becomes of what has been sent ahead; the tick waits still."""
         if self._ahead is not None:
+            self._ahead.call.cancel()
             self._ahead.call.add_done_callback(lambda call: call.cancelled() or call.exception())
             self._ahead = None
 

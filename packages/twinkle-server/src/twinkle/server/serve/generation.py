@@ -81,11 +81,11 @@ class Generation:
         async with self._turn if len(self._ranks) > 1 else contextlib.nullcontext():
             self._check()
             calls = [asyncio.create_task(self._call(rank, call)) for rank, call in enumerate(of_ranks)]
+            for call in calls:
+                call.add_done_callback(_look_at)  # so that asyncio reports none that nobody asks any more
             ended = asyncio.create_task(_ended(calls))
             await asyncio.wait({ended, self._lost}, return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
-            for call in calls:
-                call.add_done_callback(_look_at)  # so that asyncio reports none that nobody asks any more
             self._check()
             return self._agreed(of_ranks[0].method, calls)
 
