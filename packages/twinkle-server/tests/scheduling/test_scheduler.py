@@ -78,6 +78,32 @@ async def test_a_tick_does_not_wait_in_vain_for_long_nor_with_enough_to_do_nor_f
     assert ids(await asyncio.wait_for(scheduler.next_tick(), 10)) == ["a-19"]
 
 
+async def test_the_next_tick_is_complete_when_all_others_are_there_or_it_is_full():
+    runs = ["a", "b", "c", "d"]
+    scheduler = new_scheduler(*runs, tick_tokens=100)
+    for run in runs:
+        scheduler.submit(a_pass("t", run, 0, 10))
+    scheduler.take_tick()
+
+    async def is_complete() -> bool:
+        complete = asyncio.create_task(scheduler.complete_beside({"a", "b"}))
+        await asyncio.sleep(0.02)
+        done = complete.done()
+        complete.cancel()
+        return done
+
+    assert not await is_complete()
+    scheduler.submit(a_pass("t", "c", 1, 10))
+    assert not await is_complete(), "d may come"
+    scheduler.submit(a_pass("t", "d", 1, 10))
+    assert await is_complete()
+    assert len(scheduler.take_tick().passes) == 2
+    scheduler.submit(a_pass("t", "c", 2, 99))
+    assert not await is_complete()
+    scheduler.submit(a_pass("t", "c", 3, 1))
+    assert await is_complete(), "there is no room for d"
+
+
 async def test_what_was_queued_by_a_run_that_is_gone_counts_no_more():
     scheduler = new_scheduler("a", "b", "c", "d", "gone")
     for run in ("a", "b", "c", "d"):

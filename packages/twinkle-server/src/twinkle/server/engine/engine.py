@@ -193,15 +193,16 @@ class Engine:
         return Begun(tick, packed, call, asyncio.get_running_loop().time(), cost)
 
     async def _look_ahead(self, begun: Begun) -> None:
-        """Late in a tick, take the next one if it need not wait for company; send it if nothing comes between the two.
+        """Late in a tick, take the next one if it is complete, and send it if nothing comes between the two.
 
         Its runs are others than this one's, so neither depends on what becomes of the other.
         """
         late_at = self._pace.late_in(begun)
         if late_at is None or self._waiting or self._repeat or begun.tick.others:
             return
+        under_way = {job.run_id for job in begun.tick.jobs}
         await asyncio.sleep(late_at - asyncio.get_running_loop().time())
-        await self._scheduler.company()
+        await self._scheduler.complete_beside(under_way)
         if not self._may_look_ahead or self._snapshots.seconds_until_due() == 0:
             return
         # From here to its end nothing else runs: no call is waited for.
@@ -210,7 +211,6 @@ class Engine:
             return
         tick = self._waiting[0]
         runs = {job.run_id for job in tick.jobs}
-        under_way = {job.run_id for job in begun.tick.jobs}
         if (
             tick.passes
             and tick.optim_steps

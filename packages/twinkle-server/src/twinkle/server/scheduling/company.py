@@ -7,6 +7,7 @@ been coming are wanted: while they are computed, the other half's clients prepar
 
 from collections import Counter, deque
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 # A run that was in none of so many ticks is not expected any more.
 _REMEMBERED_TICKS = 16
@@ -29,6 +30,10 @@ class Company:
                 self._active[run_id] -= 1
                 if not self._active[run_id]:
                     del self._active[run_id]
+
+    def beside(self, run_ids: AbstractSet[str]) -> int:
+        """How many of them are not these."""
+        return len(self._active.keys() - run_ids)
 
     @property
     def wanted(self) -> int:

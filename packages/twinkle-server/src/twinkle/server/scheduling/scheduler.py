@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter, OrderedDict
+from collections.abc import Set as AbstractSet
 
 from twinkle.protocol import messages as m
 from twinkle.server.scheduling.company import Company
@@ -112,15 +113,19 @@ class Scheduler:
         await self._work.wait()
         try:
             async with asyncio.timeout(self._patience_seconds):
-                await self.company()
+                while self._is_short_of_company():
+                    self._arrived.clear()
+                    await self._arrived.wait()
         except TimeoutError:
             pass
         return self.take_tick()
 
-    async def company(self) -> None:
-        """Returns when there is something to do, for so many runs that a tick need not wait for more."""
+    async def complete_beside(self, under_way: AbstractSet[str]) -> None:
+        """Returns when the next tick will not grow while these runs' clients wait for results: it is full, or all other
+        runs that have been coming are there.
+        """
         await self._work.wait()
-        while self._is_short_of_company():
+        while self._ready_runs < self._company.beside(under_way) and self._queued_tokens < self._tick_tokens:
             self._arrived.clear()
             await self._arrived.wait()
 
