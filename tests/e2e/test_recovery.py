@@ -205,6 +205,9 @@ def test_a_run_goes_on_when_the_whole_server_has_ended_and_is_started_again(
             for pid in began if number == signal.SIGKILL else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            port = int(server.base_url.rpartition(":")[2])
+            # What was killed is not gone at once where other tests keep the cores busy.
+            wait_for("its port to be let go of", lambda: running_server.is_free(port))
             pending = client.forward_backward(random_batch(502, (9, 5)))
             their_step = theirs.optim_step(tinker.AdamParams(learning_rate=1e-2))
             server = start(config, hub_root)

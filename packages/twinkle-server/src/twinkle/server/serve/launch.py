@@ -5,10 +5,12 @@ Light on purpose: this process stays for as long as the server does, and what Ra
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
 import sys
+import time
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
@@ -18,6 +20,9 @@ from twinkle.server.serve.tls import check_tls
 
 # -P: the directory in which the server is started holds no modules of it.
 _COMMAND = (sys.executable, "-P", "-m", "twinkle.server.serve.cluster")
+
+# A server that was killed has its port until its last thread is gone, which takes a while on a busy machine.
+_DYING_SECONDS = 5.0
 
 
 class TwinkleServer:
@@ -59,16 +64,26 @@ class TwinkleServer:
 
 
 def _check_port(host: str, port: int) -> None:
+    deadline = time.monotonic() + _DYING_SECONDS
+    while (error := _try_port(host, port)) is not None:
+        if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+            raise InvalidRequest(
+                f"server.port: can't listen on {host}:{port} ({error.strerror}); "
+                "choose another port, or end the program that has it"
+            ) from error
+        time.sleep(0.1)
+
+
+def _try_port(host: str, port: int) -> OSError | None:
+    """Why nobody can listen there just now, if nobody can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InvalidRequest(
-                f"server.port: can't listen on {host}:{port} ({error.strerror}); "
-                "choose another port, or end the program that has it"
-            ) from error
+            return error
+    return None
 
 
 def _ready_lines(config: ServerConfig) -> str:
