@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -52,10 +53,11 @@ def process_of(group: RankGroup, rank: int) -> int:
 
 
 async def train_and_compare(group: RankGroup) -> None:
-    """Two steps on an adapter "a", against the same backend without Ray."""
+    """Steps on the adapters "a" and "c", against the same backend without Ray."""
     alone = FakeBackend(ModelConfig(Path("fake")))
-    alone.add_adapter("a", AdapterSpec(rank=2))
-    await group.add_adapter("a", AdapterSpec(rank=2))
+    for who in ("a", "c"):
+        alone.add_adapter(who, AdapterSpec(rank=2))
+        await group.add_adapter(who, AdapterSpec(rank=2))
     [[expected]] = alone.forward_backward([[ROW]])
     alone.optim_step([STEP])
     [[result]] = await group.forward_backward([[ROW]])
@@ -67,9 +69,21 @@ async def train_and_compare(group: RankGroup) -> None:
     [[result]], metrics = await group.train([[ROW]], [STEP])
     np.testing.assert_array_equal(result.logprobs, expected.logprobs)
     assert metrics == expected_metrics
-    state = await group.export_adapter("a", with_optimizer=True)
-    for name, weights in alone.export_adapter("a", with_optimizer=False).weights.items():
-        np.testing.assert_array_equal(state.weights[name], weights)
+
+    calls: list[tuple[list[list[Row]], list[AdamStep]]] = [
+        ([[replace(ROW, adapter_id=who)]], [replace(STEP, adapter_id=who)]) for who in ("a", "c")
+    ]
+    both = await asyncio.gather(
+        *(group.train(*call) for call in calls)
+    )  # the second is sent before the first is done
+    for (rows, steps), ([[result]], metrics) in zip(calls, both, strict=True):
+        [[expected]] = alone.forward_backward(rows)
+        np.testing.assert_array_equal(result.logprobs, expected.logprobs)
+        assert metrics == alone.optim_step(steps)
+    for who in ("a", "c"):
+        state = await group.export_adapter(who, with_optimizer=True)
+        for name, weights in alone.export_adapter(who, with_optimizer=False).weights.items():
+            np.testing.assert_array_equal(state.weights[name], weights)
 
 
 async def test_a_group_computes_like_one_survives_its_users_errors_and_is_started_anew_when_a_rank_is_killed(
