@@ -49,7 +49,7 @@ class Pace:
             seconds_a_token = _WEIGHT * seconds_a_token + (1 - _WEIGHT) * self._seconds_a_token
         self._seconds_a_token = seconds_a_token
 
-    def late_in(self, begun: Begun) -> float | None:
+    def late_at(self, begun: Begun) -> float | None:
         """When most of it will have been computed, in the event loop's time; None if nothing is known yet."""
         if self._seconds_a_token is None:
             return None

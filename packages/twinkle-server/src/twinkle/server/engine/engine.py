@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -197,7 +196,7 @@ class Engine:
 
         Its runs are others than this one's, so neither depends on what becomes of the other.
         """
-        late_at = self._pace.late_in(begun)
+        late_at = self._pace.late_at(begun)
         if late_at is None or self._waiting or self._repeat or begun.tick.others:
             return
         under_way = {job.run_id for job in begun.tick.jobs}
@@ -218,8 +217,10 @@ class Engine:
             and not runs & under_way
             and self._residency.has(runs)
         ):
-            with contextlib.suppress(Exception):  # it comes again when the tick's turn has come
+            try:
                 self._ahead = await self._begin(tick)
+            except Exception:  # it comes again when the tick's turn has come, and is told to whom it concerns
+                log.exception("a tick could not be sent ahead; it waits for its turn")
 
     def _drop_ahead(self) -> None:
         """Nobody asks any more what becomes of what has been sent ahead; the tick waits still."""
