@@ -25,6 +25,12 @@ def real_tokenizers() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def chat_templates() -> dict[str, str]:
+    """Real models' chat templates by name, from `tests/support/chat_templates.py`."""
+    return _load("chat_templates").sources()
+
+
+@pytest.fixture(scope="session")
 def write_tiny_tokenizer() -> Callable[..., Path]:
     """`tests/support/tiny_tokenizer.py`'s function: (folder, chat_template) -> folder."""
     return _load("tiny_tokenizer").write_tiny_tokenizer

@@ -331,3 +331,37 @@ def test_a_message_that_is_not_the_assistants_is_refused(folder: Path) -> None:
             Template(folder).continuation(SHORT, index, [])
     with pytest.raises(InvalidRequest, match="none"):
         Template(folder).continuation({"messages": [user("a")]}, 0, [])
+
+
+# What ends a turn, where it isn't what the template ends the last one with: as Phi-3, GLM-4.5 and gpt-oss have it.
+ENDS_TEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+NEXT_MARK = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|endoftext|>' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|endoftext|>{% endif %}"
+)
+OTHER_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}"
+    "{{ '<|endoftext|>' if loop.last and not add_generation_prompt else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "sampled", "expected"),
+    [
+        (ENDS_TEXT, "b<|im_end|>", AFTER),
+        (ENDS_TEXT, "b<|im_end|>\n<|endoftext|>", AFTER),
+        (ENDS_TEXT, "b", "<|im_end|>" + AFTER),
+        (NEXT_MARK, "b<|im_start|>", "c<|endoftext|>"),
+        (NEXT_MARK, "b", "<|im_start|>c<|endoftext|>"),
+        (OTHER_END, "b<|endoftext|>", "<|im_start|>user:c<|im_end|><|im_start|>assistant:"),
+        (OTHER_END, "b<|im_end|>", "<|im_start|>user:c<|im_end|><|im_start|>assistant:"),
+        (OTHER_END, "b", "<|im_end|><|im_start|>user:c<|im_end|><|im_start|>assistant:"),
+    ],
+)
+def test_no_turn_is_ended_twice(folder: Path, source: str, sampled: str, expected: str) -> None:
+    template = Template(folder, chat_template=source)
+    assert template.decode(template.continuation(SHORT, 1, ids_of(template, sampled))) == expected

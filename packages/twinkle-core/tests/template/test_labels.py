@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from twinkle.template.conversation import Conversation, read_conversation
-from twinkle.template.labels import assistant_spans
-from twinkle.template.rendering import ChatTemplate, RenderingFailed
+from twinkle.template.labels import assistant_turns
+from twinkle.template.rendering import ChatTemplate, RenderingFailed, Traced
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -63,8 +63,8 @@ def turns(source: str, messages: list[dict[str, Any]], add_generation_prompt: bo
     template = ChatTemplate({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}, "test")
     conversation = read_conversation({"messages": messages})
     text = template.render(conversation, add_generation_prompt)
-    spans = assistant_spans(template, conversation, add_generation_prompt)
-    return [text[span.start : span.end] for span in spans]
+    found = assistant_turns(template, conversation, add_generation_prompt)
+    return ["".join(text[span.start : span.end] for span in turn.spans) for turn in found]
 
 
 def user(content: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ TWO = [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")]
         (CALLS, ["b<|eot|>", "d<|eot|>"]),
         (CALLS_SHORTENED, ["b<|eot|>", "d<|eot|>"]),
         (NOTE_MOVES.replace("m == users[-1]", "loop.last"), ["b</s>", "d</s>"]),
-        (NO_END, ["b", "d"]),
+        (NO_END, ["b<|user|>", "d"]),
     ],
 )
 def test_a_turn_is_what_the_model_has_to_say(
@@ -205,3 +205,160 @@ def test_conversation_parts_leave_the_whole_as_it_is() -> None:
     assert len(conversation.first(1).messages) == 1
     assert conversation.with_message(0, {"role": "system"}).messages[0] == {"role": "system"}
     assert conversation.messages[0] == {"role": "user"}
+
+
+# Like Qwen3.5's: the prompt opens the thinking, turns before the last question have none.
+THINKING_DROPPED = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# Like Phi-3's: a token of its own ends the whole.
+ENDS_TEXT = CHATML.removesuffix("{% endif %}") + "{% else %}</s>{% endif %}"
+# Like gpt-oss's: the last turn ends otherwise, and a turn may have two headers.
+CHANNELS = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>"
+    "{% elif loop.last and not add_generation_prompt %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Like Gemma 4's: the turn that calls has the results within it, by a loop over numbers, and goes on behind them.
+RESULTS_WITHIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|turn>user\n{{ m.content }}<turn|>\n"
+    "{% elif m.role == 'assistant' %}{% if loop.index0 == 0 or messages[loop.index0 - 1].role == 'user' %}"
+    "<|turn>model\n{% endif %}{% for c in m.tool_calls or [] %}<|call>{{ c.function.name }}<call|>{% endfor %}"
+    "{% set ns = namespace(any=false, go=true) %}"
+    "{% for k in range(loop.index0 + 1, messages | length) if m.tool_calls %}"
+    "{% if messages[k].role != 'tool' %}{% set ns.go = false %}{% elif ns.go %}{% set result = messages[k] %}"
+    "<|response>{{ result.content }}<response|>{% set ns.any = true %}{% endif %}{% endfor %}"
+    "{{ m.content }}{% if m.tool_calls and not ns.any %}<|response>{% elif not m.tool_calls %}<turn|>\n{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|turn>model\n{% endif %}"
+)
+RESULT = {"role": "tool", "content": "r"}
+
+
+def test_markup_that_the_prompt_has_and_the_turn_has_not_is_left_to_it() -> None:
+    messages = [
+        user("a"),
+        assistant("", tool_calls=[called(x=1)]),
+        RESULT,
+        assistant("b"),
+        user("c"),
+        assistant("", tool_calls=[called(x=2)], reasoning_content="why"),
+    ]
+    assert turns(THINKING_DROPPED, messages) == [
+        '<tool_call>f{"x": 1}</tool_call><|im_end|>',
+        "b<|im_end|>",
+        'why\n</think>\n\n<tool_call>f{"x": 2}</tool_call><|im_end|>',
+    ]
+    assert turns(THINKING_DROPPED, [assistant("b"), user("c")]) == ["b<|im_end|>"]
+
+
+def test_thinking_that_a_prompt_rules_out_is_the_turns_own() -> None:
+    source = THINKING.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+    messages = [
+        user("a"),
+        assistant("b", reasoning_content="why"),
+        user("c"),
+        assistant("d", reasoning_content="so"),
+    ]
+    assert turns(source, messages) == ["b<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
+    assert turns(source, messages[:3] + [assistant("d")]) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_token_that_ends_the_text_does_not_hide_what_ends_a_turn() -> None:
+    assert turns(ENDS_TEXT, [*TWO, user("e")]) == ["b<|im_end|>", "d<|im_end|>"]
+    assert turns(ENDS_TEXT, TWO) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
+
+
+def test_a_turn_that_ends_otherwise_at_last_is_whole_before_that() -> None:
+    messages = [user("a"), assistant("b"), user("c"), assistant("d", thinking="t")]
+    assert turns(CHANNELS, messages) == [
+        "<|channel|>final<|message|>b<|end|>",
+        "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>d<|return|>",
+    ]
+    assert turns(CHANNELS, messages, add_generation_prompt=True)[1] == "<|channel|>final<|message|>d<|end|>"
+
+
+def test_what_is_written_for_others_within_a_turn_is_not_its() -> None:
+    both = assistant("", tool_calls=[called(), called()])
+    assert turns(RESULTS_WITHIN, [user("a"), both, RESULT, RESULT, assistant("b"), user("c")]) == [
+        "<|call>f<call|><|call>f<call|><|response>",
+        "b<turn|>",
+    ]
+    assert turns(RESULTS_WITHIN, [user("a"), both]) == ["<|call>f<call|><|call>f<call|><|response>"]
+
+
+def test_words_behind_the_results_are_the_turns_too() -> None:
+    talk = read_conversation({"messages": [user("a"), assistant("b", tool_calls=[called()]), RESULT]})
+    template = ChatTemplate({"default": RESULTS_WITHIN}, {}, "test")
+    text = template.render(talk)
+    [turn] = assistant_turns(template, talk)
+    assert [text[span.start : span.end] for span in turn.spans] == ["<|call>f<call|><|response>", "b"]
+    assert text == "<|turn>user\na<turn|>\n<|turn>model\n<|call>f<call|><|response>r<response|>b"
+
+
+def test_what_a_template_begins_every_text_with_is_no_part_of_a_first_turn() -> None:
+    source = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages %}{{ 'Be good.\n' if loop.first }}"
+    )
+    assert turns(source, [assistant("b"), user("c")]) == ["b<|im_end|>"]
+
+
+def test_a_prompt_that_is_always_written_is_no_part_of_the_last_turn() -> None:
+    source = CHATML.partition("{% if add")[0] + "<|im_start|>assistant{{ '\n' }}"
+    assert turns(source, TWO) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_template_that_trims_its_own_text_is_read_while_turns_stay_as_they_were() -> None:
+    source = (
+        "{% set text %}  " + CHATML.replace("assistant\n", "assistant:") + "  {% endset %}{{ text | trim }}"
+    )
+    source = source.replace("{{ m.role }}\n", "{{ m.role }}:")
+    assert turns(source, TWO) == ["b<|im_end|>", "d<|im_end|>"]
+    changing = source.replace("{{ m.content }}", "{{ m.content }}{{ messages | length }}")
+    with pytest.raises(RenderingFailed, match=r"messages\[2\].*before others followed.*train_on='all'"):
+        turns(changing, TWO)
+
+
+class _Counting(ChatTemplate):
+    """Counts the characters that it renders."""
+
+    rendered = 0
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        text = super().render(conversation, add_generation_prompt)
+        self.rendered += len(text)
+        return text
+
+    def trace(self, conversation: Conversation, add_generation_prompt: bool = False) -> Traced | None:
+        traced = super().trace(conversation, add_generation_prompt)
+        self.rendered += len(traced.text) if traced else 0
+        return traced
+
+
+@pytest.mark.parametrize("source", [THINKING, THINKING_DROPPED, CHANNELS, NOTE_MOVES, RESULTS_WITHIN])
+def test_the_work_for_a_long_conversation_is_linear(source: str) -> None:
+    def work(rounds: int) -> float:
+        messages: list[dict[str, Any]] = []
+        for i in range(rounds):
+            messages += [
+                user(f"q{i:03}"),
+                assistant("", tool_calls=[called(x=i)]),
+                RESULT,
+                assistant(f"a{i:03}"),
+            ]
+        template = _Counting({"default": source}, {}, "test")
+        talk = read_conversation({"messages": messages})
+        assert len(assistant_turns(template, talk)) == 2 * rounds
+        return template.rendered / len(template.render(talk))
+
+    assert work(80) <= work(20) * 1.1

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
-from twinkle.template.labels import assistant_spans
+from twinkle.template.labels import Turn, assistant_turns
 from twinkle.template.rendering import ChatTemplate
 from twinkle.template.turn_forms import TurnForm
 
@@ -46,29 +46,54 @@ def continuation_ids(
     if form.calls is not None and form.calls.arguments_as_text:
         conversation = _with_text_arguments(conversation)
     text = template.render(conversation, add_generation_prompt=True)
-    earlier = sum(message["role"] == "assistant" for message in messages[:turn_index])
-    span = assistant_spans(template, conversation, add_generation_prompt=True)[earlier]
-    end = _end_of(text[span.start : span.end], form, has_calls=bool(messages[turn_index].get("tool_calls")))
-    return _ids_after(tokenizer, sampled, end, text[span.end :])
+    turns = assistant_turns(template, conversation, add_generation_prompt=True)
+    turn = next(turn for turn in turns if turn.message == turn_index)
+    end = _end_of(text, turn, form, has_calls=bool(messages[turn_index].get("tool_calls")))
+    ends = (form.content_end, form.calls_end)
+    return _ids_after(tokenizer, sampled, end, _rest(text, turn), ends)
 
 
-def _end_of(turn: str, form: TurnForm, has_calls: bool) -> str:
+def _end_of(text: str, turn: Turn, form: TurnForm, has_calls: bool) -> str:
     """What the template ended this turn with; empty if nothing."""
-    ends = (form.calls_end, form.content_end) if has_calls else (form.content_end, form.calls_end)
-    return next((end for end in ends if end and turn.endswith(end)), "")
+    said = text[turn.spans[0].start : turn.spans[0].end]
+    ends = (form.calls_end, turn.end) if has_calls else (turn.end, form.content_end, form.calls_end)
+    return next((end for end in ends if end and said.endswith(end)), "")
 
 
-def _ids_after(tokenizer: Tokenizer, sampled: Sequence[int], end: str, rest: str) -> list[int]:
-    """The tokens of `rest`, and before them those of the turn's `end` unless it was sampled."""
+def _rest(text: str, turn: Turn) -> str:
+    """What stands behind the turn, where another message is written within it too.
+
+    All of the turn was sampled before that, so words of it that come later are left out; its end stays.
+    """
+    rest = ""
+    position = turn.spans[0].end
+    for span in turn.spans[1:]:
+        rest += text[position : span.start]
+        position = span.end - (len(turn.end) if text.endswith(turn.end, span.start, span.end) else 0)
+    return rest + text[position:]
+
+
+def _ids_after(
+    tokenizer: Tokenizer, sampled: Sequence[int], end: str, rest: str, ends: Sequence[str]
+) -> list[int]:
+    """The tokens of `rest`, and before them those of the turn's `end`, unless one of the `ends` was sampled."""
     end_ids = _encode(tokenizer, end)
-    if end_ids and list(sampled[-len(end_ids) :]) == end_ids:
+    if _ends_with(sampled, end_ids):
         # Tokenised behind the end, not alone: some tokenizers treat the beginning of a text in a way of its own.
         ids = _encode(tokenizer, end + rest)
         return ids[len(end_ids) :] if ids[: len(end_ids)] == end_ids else _encode(tokenizer, rest)
+    # A model may end a turn otherwise than the template ends an earlier one (gpt-oss: <|return|>, and <|end|>).
+    others = [_encode(tokenizer, other) for other in ends]
+    if any(_ends_with(sampled, ids) and _special(tokenizer, ids) for ids in others):
+        return _encode(tokenizer, rest)
     # An end that is ordinary text may have been sampled as other tokens.
     if end and not _special(tokenizer, end_ids) and tokenizer.decode(list(sampled)).endswith(end):
         return _encode(tokenizer, rest)
     return _encode(tokenizer, end + rest)
+
+
+def _ends_with(sampled: Sequence[int], ids: Sequence[int]) -> bool:
+    return bool(ids) and list(sampled[-len(ids) :]) == list(ids)
 
 
 def _special(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:

@@ -3,162 +3,209 @@ r"""Where the assistant's turns lie in a rendered conversation.
 A turn reaches from the end of what the model is given (the opening of the turn, such as `<|im_start|>assistant\n`)
 to the end of what it has to say, the token that ends the turn included, the line break that follows it not.
 
-Templates say nothing about this, so it is found by rendering again:
+Templates say nothing about this. So what is written for which message is traced (`tracing`), and of what is written for
+one of the assistant's, the model is given
 
-1. Render the messages before the turn with a generation prompt, and the messages up to and including it. If the
-   whole text begins with both, the turn is what the second has more than the first.
-2. Some templates write a turn, or what comes before it, differently once more turns follow (Qwen3's leaves out the
-   thinking of earlier turns). Then render the whole conversation with that one message exchanged for a mark: what is
-   the same before and after it is not the turn.
+- the generation prompt, if the text has it there;
+- else what the turns of this template begin with, whatever they hold (`turn_habits`): an earlier turn of Qwen3.5 has no
+  `<think>`, though its generation prompt does.
 
-Either way the spans are of the text as it is really rendered for the whole conversation.
+What another message is written in between is no part of the turn (Gemma 4 has the tools' results within the turn that
+called them). Where a template has no token that ends a turn, the mark of who comes next is what stops the model
+(GLM-4.5's `<|user|>`), and the turn reaches to its end.
 """
 
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
-from twinkle.template.conversation import REASONING_KEYS, Conversation
-from twinkle.template.rendering import ChatTemplate, RenderingFailed, Span
+from twinkle.template.conversation import Conversation
+from twinkle.template.rendering import ChatTemplate, RenderingFailed, Span, Traced
+from twinkle.template.turn_habits import (
+    TurnHabits,
+    common_beginning,
+    first_piece,
+    generation_prompt,
+    turn_habits,
+)
+
+_TAG: Final = re.compile(r"\s*(<[^<>\s]+>)")
+
+# Most generation prompts that are looked up for turns of one kind in one conversation. They hardly ever differ, and
+# each is a rendering: the time for a conversation must not grow with the square of its turns.
+_MOST_PROMPTS: Final = 4
 
 
-def assistant_spans(
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the assistant.
+
+    Attributes:
+        message: which of the messages it is.
+        spans: what the model has to say, one span unless another message is written in between.
+        end: what ends the turn, where that is known; the last characters of the spans.
+    """
+
+    message: int
+    spans: tuple[Span, ...]
+    end: str
+
+
+def assistant_turns(
     template: ChatTemplate, conversation: Conversation, add_generation_prompt: bool = False
-) -> list[Span]:
+) -> list[Turn]:
     """The assistant's turns in what `template` renders for `conversation`, first to last.
 
     Raises:
         RenderingFailed: if a turn can't be found.
     """
-    text = template.render(conversation, add_generation_prompt)
-    spans: list[Span] = []
-    position = 0
-    for index, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if not turns:
+        return []
+    traced = template.trace(conversation, add_generation_prompt)
+    if traced is None:
+        text = template.render(conversation, add_generation_prompt)
+        return [_as_it_was_new(template, conversation, text, index) for index in turns]
+    finder = _Finder(template, conversation, traced, add_generation_prompt)
+    return [finder.turn(index) for index in turns]
+
+
+class _Finder:
+    """Finds the turns of one conversation."""
+
+    def __init__(
+        self, template: ChatTemplate, conversation: Conversation, traced: Traced, prompted: bool
+    ) -> None:
+        self._template = template
+        self._conversation = conversation
+        self._text = traced.text
+        self._prompted = prompted
+        self._stretches = traced.stretches
+        self._starts = [stretch.start for stretch in traced.stretches]
+        self._written = _by_message(traced)
+        self._first_written = min((s.start for s in traced.stretches if s.owner is not None), default=0)
+        self._habits: TurnHabits = turn_habits(template, conversation.tools is not None)
+        self._prompts: dict[object, list[str]] = {}
+
+    def turn(self, index: int) -> Turn:
+        """The assistant's message `index`.
+
+        Raises:
+            RenderingFailed: if the template writes nothing for it.
+        """
+        written = self._written.get(index)
+        if not written:
+            raise _not_found(index, "the template does not show it")
+        start = self._said_from(index, written[0])
+        first = Span(start, max(start, written[0].end))
+        spans, stop = self._cut([first, *written[1:]], index)
+        if stop is None:
+            last = self._text[spans[-1].start : spans[-1].end]
+            stop = next((end for end in self._habits.ends if last.endswith(end)), "")
+        return Turn(index, tuple(spans), stop)
+
+    def _said_from(self, index: int, written: Span) -> int:
+        """Where in what is `written` the model goes on."""
+        here = self._text[written.start : written.end]
+        begins = self._begins(here, first=written.start == self._first_written)
+        for prompt in self._possible_prompts(index, here):
+            for at, opening in ((0, prompt), (begins, prompt.lstrip())):
+                if opening and here.startswith(opening, at):
+                    return written.start + at + len(opening)
+        given = common_beginning(here[begins:], self._habits.opening.lstrip())
+        return written.start + (begins + len(given) if given else 0)
+
+    def _begins(self, here: str, first: bool) -> int:
+        """Where in what is written for a message its turn's opening begins: behind white space, and, for the first
+        message, behind what the template begins every conversation with (Qwen2.5-VL's system prompt).
+        """
+        opening = self._habits.opening.strip()
+        if first and opening in here:
+            return here.index(opening)
+        return len(here) - len(here.lstrip())
+
+    def _possible_prompts(self, index: int, here: str) -> Iterator[str]:
+        """Generation prompts that may have been given: those of turns of the same kind, then this one's own.
+
+        That one is a rendering, so it is left out where it would not fit either: where the turn goes on behind its
+        opening with something that none of the others has there.
+        """
+        before = self._conversation.messages[index - 1] if index else {}
+        kind = (before.get("role"), bool(before.get("tool_calls")), index == 0)
+        known = self._prompts.setdefault(kind, [])
+        yield from known
+        opening = self._habits.opening
+        goes_on = first_piece(here, len(opening)) if here.startswith(opening) else None
+        if known and goes_on not in (None, *(first_piece(prompt, len(opening)) for prompt in known)):
+            return
+        if len(known) < _MOST_PROMPTS:
+            prompt = generation_prompt(self._template, self._conversation.first(index))
+            if prompt is None:  # some templates want a question to begin with
+                prompt = generation_prompt(self._template, self._conversation) or ""
+            known.append(prompt)
+            yield prompt
+
+    def _cut(self, spans: list[Span], index: int) -> tuple[list[Span], str | None]:
+        """The spans up to where the model stops, and the mark of another that stops it, if one does."""
+        kept: list[Span] = []
+        stop: str | None = None
+        for number, span in enumerate(spans):
+            last = number + 1 == len(spans)
+            if last and index + 1 == len(self._conversation.messages) and self._ends_text(span.end):
+                span = Span(span.start, len(self._text))
+            end = span.start + len(self._text[span.start : span.end].rstrip())
+            stop = self._stop_behind(end, index)
+            if stop is not None:
+                end = self._text.index(stop, end) + len(stop)
+            if end > span.start or number == 0:
+                kept.append(Span(span.start, end))
+        return kept, stop
+
+    def _ends_text(self, end: int) -> bool:
+        """Whether what stands behind the last message ends its turn, rather than ask for another."""
+        opening = self._habits.opening.strip()
+        return not self._prompted and not (opening and self._text[end:].lstrip().startswith(opening))
+
+    def _stop_behind(self, end: int, index: int) -> str | None:
+        """The mark of another message, if it comes right behind `end` and is what a model stops at."""
+        tag = _TAG.match(self._text, end)
+        if tag is None:
+            return None
+        owner = self._stretches[bisect_right(self._starts, tag.start(1)) - 1].owner
+        if owner is None or owner == index or self._conversation.messages[owner]["role"] == "assistant":
+            return None
+        if not self._habits.ends_turns:
+            return tag[1]
+        stop = self._habits.calls_stop
+        return stop if tag[1] == stop and not self._text.endswith(stop, 0, end) else None
+
+
+def _by_message(traced: Traced) -> dict[int, list[Span]]:
+    """Where each message is written by itself; what is written without a break is one span."""
+    written: dict[int, list[Span]] = {}
+    for owner, within, start, end in traced.stretches:
+        if owner is None or within is not None:
             continue
-        newest = _as_newest(template, conversation, index)
-        if newest is not None and text.startswith(newest.before + newest.turn):
-            span = Span(len(newest.before), len(newest.before) + len(newest.turn))
+        spans = written.setdefault(owner, [])
+        if spans and spans[-1].end == start:
+            spans[-1] = Span(spans[-1].start, end)
         else:
-            exchanged = _exchange(template, conversation, index, text, add_generation_prompt)
-            opening = _generation_prompt(template, conversation)
-            span = _by_exchange(text, exchanged, newest.turn if newest else None, opening, after=position)
-        if not position <= span.start <= span.end:
-            raise _not_found(index, "it overlaps the turn before it")
-        spans.append(span)
-        position = span.end
-    return spans
+            spans.append(Span(start, end))
+    return written
 
 
-@dataclass(frozen=True)
-class _Newest:
-    """A turn as the template writes it while nothing follows.
-
-    Attributes:
-        before: what the model is given.
-        turn: what it has to say.
-    """
-
-    before: str
-    turn: str
-
-
-def _as_newest(template: ChatTemplate, conversation: Conversation, index: int) -> _Newest | None:
-    """None if the template refuses the beginning of the conversation, or writes it differently once it goes on."""
+def _as_it_was_new(template: ChatTemplate, conversation: Conversation, text: str, index: int) -> Turn:
+    """A turn of a template that can't be traced, if it is written as it was while nothing followed it."""
     try:
         before = template.render(conversation.first(index), add_generation_prompt=True)
-        through = template.render(conversation.first(index + 1))
-    except RenderingFailed:
-        return None
-    return _Newest(before, through[len(before) :].rstrip()) if through.startswith(before) else None
-
-
-@dataclass(frozen=True)
-class _Exchanged:
-    """The whole conversation rendered with one message exchanged for a mark.
-
-    Attributes:
-        text: with the mark in it, more than once where the message has several parts.
-        turn_end: where the turn ends, counting the token that ends it.
-    """
-
-    text: str
-    turn_end: int
-
-
-def _exchange(
-    template: ChatTemplate, conversation: Conversation, index: int, text: str, add_generation_prompt: bool
-) -> _Exchanged:
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    marked = conversation.with_message(index, _marked(conversation.messages[index], mark))
-    try:
-        whole = template.render(marked, add_generation_prompt)
-        through = template.render(marked.first(index + 1))
+        through = template.render(conversation.first(index + 1)).rstrip()
     except RenderingFailed as error:
         raise _not_found(index, str(error)) from error
-    if mark not in whole or mark not in through:
-        raise _not_found(index, "the template does not show it")
-    body_end = whole.rindex(mark) + 1
-    closing = through[through.rindex(mark) + 1 :].rstrip()
-    closes = whole.startswith(closing, body_end)
-    return _Exchanged(whole, body_end + len(closing) if closes else body_end)
-
-
-def _by_exchange(text: str, exchanged: _Exchanged, newest: str | None, opening: str, after: int) -> Span:
-    """The turn by what differs between the text and its copy with the mark.
-
-    That tells the end, but the beginning only roughly: what is the same may reach into the turn (both copies may open
-    with the same empty thinking), or up to it. So it is, if one fits: where the turn begins as it was written while it
-    was the `newest`; behind the last `opening`; else where the difference begins.
-    """
-    same_before = _common_length(text, exchanged.text)
-    same_after = _common_length(text[::-1], exchanged.text[::-1])
-    end = len(text) - min(len(exchanged.text) - exchanged.turn_end, same_after)
-    if newest is not None and text.endswith(newest, after, end) and end - len(newest) <= same_before:
-        return Span(end - len(newest), end)
-    at_opening = text.rfind(opening, after, same_before) if opening else -1
-    return Span(at_opening + len(opening) if at_opening >= 0 else same_before, end)
-
-
-def _common_length(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginnings."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _generation_prompt(template: ChatTemplate, conversation: Conversation) -> str:
-    """What a generation prompt adds to the text; empty if it can't be told apart."""
-    whole = template.render(conversation)
-    prompted = template.render(conversation, add_generation_prompt=True)
-    return prompted[len(whole) :] if prompted.startswith(whole) else ""
-
-
-def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """The message with `mark` in place of everything the assistant says in it, and otherwise of the same shape."""
-    marked = dict(message)
-    for key in REASONING_KEYS:
-        if message.get(key):
-            marked[key] = mark
-    if isinstance(message.get("content"), list):
-        marked["content"] = [{"type": "text", "text": mark}]
-    elif message.get("content") or not message.get("tool_calls"):
-        marked["content"] = mark
-    if message.get("tool_calls"):
-        marked["tool_calls"] = [_marked_call(call, mark) for call in message["tool_calls"]]
-    return marked
-
-
-def _marked_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    """A tool call with name and arguments exchanged; the OpenAI form keeps them under `function`."""
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _marked_call(call["function"], mark)}
-    arguments = mark if isinstance(call.get("arguments"), str) else {mark: mark}
-    return {**call, "name": mark, "arguments": arguments}
+    if not (through.startswith(before) and text.startswith(through)):
+        raise _not_found(index, "it is not written as it was before others followed")
+    return Turn(index, (Span(len(before), len(through)),), "")
 
 
 def _not_found(index: int, reason: str) -> RenderingFailed:

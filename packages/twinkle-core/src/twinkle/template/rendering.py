@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
 
 import jinja2
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
+from twinkle.template.tracing import Stretch, Trace, instrument
 
 # Two code points of the private use area, put around the text of a `{% generation %}` block.
 _OPEN: Final = "\U0010fff0"
@@ -32,6 +34,13 @@ class Span(NamedTuple):
 
     start: int
     end: int
+
+
+class Traced(NamedTuple):
+    """A rendered conversation with the stretches that it consists of."""
+
+    text: str
+    stretches: list[Stretch]
 
 
 class RenderingFailed(InvalidRequest):
@@ -63,6 +72,7 @@ class ChatTemplate:
             for name, source in sources.items()
             if _GENERATION_TAG.search(source)
         }
+        self._tracing: dict[str, jinja2.Template] = {}  # made when they are first asked for
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled templates can't be pickled; a process that gets this one compiles them anew.
@@ -100,6 +110,28 @@ class ChatTemplate:
         unmarked = "".join(piece for piece in pieces if piece not in (_OPEN, _CLOSE))
         return spans if unmarked == self.render(conversation, add_generation_prompt) else None
 
+    def trace(self, conversation: Conversation, add_generation_prompt: bool = False) -> Traced | None:
+        """What `render` gives, and which message each stretch of it was written for; None if that can't be told.
+
+        It can't where the template works on its own text in a way that the marks put into it disturb.
+
+        Raises:
+            RenderingFailed: like `render`.
+        """
+        text = self.render(conversation, add_generation_prompt)
+        mark = next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        trace = Trace(conversation.messages, mark)
+        name = self._name_for(conversation)
+        if name not in self._tracing:
+            environment = _environment(_Generation)
+            self._tracing[name] = environment.from_string(instrument(environment.parse(self.sources[name])))
+        try:
+            marked = self._run(self._tracing[name], conversation, add_generation_prompt, trace.variables)
+        except RenderingFailed:
+            return None
+        unmarked, stretches = trace.read(marked)
+        return Traced(text, stretches) if unmarked == text else None
+
     def _name_for(self, conversation: Conversation) -> str:
         return "tool_use" if conversation.tools is not None and "tool_use" in self._templates else "default"
 
@@ -109,11 +141,18 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise InvalidRequest(f"the chat template of {self._owner} is not valid: {error}") from error
 
-    def _run(self, template: jinja2.Template, conversation: Conversation, add_generation_prompt: bool) -> str:
+    def _run(
+        self,
+        template: jinja2.Template,
+        conversation: Conversation,
+        add_generation_prompt: bool,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         try:
             return template.render(
                 {
                     **self.variables,
+                    **more,
                     "messages": list(conversation.messages),
                     "tools": conversation.tools,
                     "documents": None,

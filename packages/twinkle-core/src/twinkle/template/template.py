@@ -20,7 +20,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
 from twinkle.template.files import TEMPLATE_FILES, read_chat_templates, read_special_tokens, read_tokenizer
-from twinkle.template.labels import assistant_spans
+from twinkle.template.labels import assistant_turns
 from twinkle.template.parsing import ParsedTurn, parse_turn
 from twinkle.template.rendering import ChatTemplate, Span
 from twinkle.template.turn_forms import TurnForm
@@ -228,10 +228,10 @@ class Template:
         marked = self._chat_template.generation_spans(conversation, add_generation_prompt)
         if marked is not None and self.train_on == "assistant":
             return marked
-        turns = assistant_spans(self._chat_template, conversation, add_generation_prompt)
+        turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
         if self.train_on == "assistant":
-            return turns
-        last = turns[-1:]
+            return [span for turn in turns for span in turn.spans]
+        last = [span for turn in turns[-1:] for span in turn.spans]
         if marked is None:
             return last
         return [span for span in marked for turn in last if span.start < turn.end and turn.start < span.end]

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 from twinkle.data_format import Message
 from twinkle.data_format.messages import FunctionCall, ToolCall
 from twinkle.template.conversation import read_conversation
-from twinkle.template.labels import assistant_spans
+from twinkle.template.labels import assistant_turns
 from twinkle.template.rendering import ChatTemplate, RenderingFailed
 from twinkle.template.strict_json import DECODER, decoded
 from twinkle.template.turn_forms import (
@@ -131,8 +131,9 @@ def _turn(template: ChatTemplate, **message: Any) -> str:
     said = {"role": "assistant", **message}
     conversation = read_conversation({"messages": [_QUESTION, said], "tools": functions})
     try:
-        [span] = assistant_spans(template, conversation)
-        return template.render(conversation)[span.start : span.end]
+        [turn] = assistant_turns(template, conversation)
+        text = template.render(conversation)
+        return "".join(text[span.start : span.end] for span in turn.spans)
     except RenderingFailed:
         return ""
 

@@ -1,0 +1,157 @@
+"""Which message each stretch of a rendered conversation is written for.
+
+A chat template goes through the messages in loops. Here such a template is compiled a second time, with a call put into
+each loop that writes a mark where the loop comes to a message, and another where the loop ends. What stands between two
+marks was written for the message of the first: exact, whatever the template does with its words, and for all messages
+in one rendering.
+
+A loop inside a loop interrupts what is written for the message outside: Gemma 4's template writes the tools' results
+from within the turn that called them, and Command A's looks through the assistant's calls while it writes a result. A
+loop over numbers counts by the first message that its body takes by `{% set ... %}`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, cast
+
+import jinja2.nodes
+
+_ENTER: Final = "_twinkle_enter"
+_TAKE: Final = "_twinkle_take"
+_LEAVE: Final = "_twinkle_leave"
+
+
+class Stretch(NamedTuple):
+    """Text from character `start` up to, not including, `end`.
+
+    Attributes:
+        owner: the message that it is written for; None is for no message.
+        within: the message within which that is written, if it is another.
+    """
+
+    owner: int | None
+    within: int | None
+    start: int
+    end: int
+
+
+def instrument(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """The template, changed in place so that rendering it with the `variables` of a `Trace` writes its marks."""
+    loops = [loop for loop in tree.find_all(jinja2.nodes.For) if loop.find(jinja2.nodes.Output) is not None]
+    numbers = {id(loop): number for number, loop in enumerate(loops)}
+    _instrument(tree, numbers, around=None)
+    return tree
+
+
+def _instrument(node: jinja2.nodes.Node, numbers: Mapping[int, int], around: int | None) -> None:
+    """Marks in what lies in `node`, itself directly (conditions apart) in the body of loop `around`."""
+    for field in node.fields:
+        body = cast(object, getattr(node, field))
+        if not isinstance(body, list):
+            continue
+        marked: list[object] = []
+        for child in cast(list[object], body):
+            marked.append(child)
+            if id(child) in numbers:
+                marked.append(_written(_LEAVE, numbers[id(child)]))
+            elif around is not None and isinstance(child, jinja2.nodes.Assign):
+                name = child.target.name if isinstance(child.target, jinja2.nodes.Name) else None
+                marked += [_written(_TAKE, around, name)] if name is not None else []
+        body[:] = marked
+    for child in list(node.iter_child_nodes()):
+        inside = around if isinstance(child, jinja2.nodes.If) else numbers.get(id(child))
+        _instrument(child, numbers, inside)
+    if (
+        id(node) in numbers
+        and isinstance(node, jinja2.nodes.For)
+        and isinstance(node.target, jinja2.nodes.Name)
+    ):
+        node.body.insert(0, _written(_ENTER, numbers[id(node)], node.target.name))
+
+
+def _written(function: str, loop_number: int, variable: str | None = None) -> jinja2.nodes.Output:
+    arguments: list[jinja2.nodes.Expr] = [jinja2.nodes.Const(loop_number)]
+    if variable is not None:
+        arguments.append(jinja2.nodes.Name(variable, "load"))
+    call = jinja2.nodes.Call(jinja2.nodes.Name(function, "load"), arguments, [], None, None)
+    return jinja2.nodes.Output([call])
+
+
+class Trace:
+    """The marks of one rendering.
+
+    Args:
+        messages: the very objects that the template is given.
+        mark: a character that occurs in nothing that is rendered.
+    """
+
+    def __init__(self, messages: Sequence[dict[str, Any]], mark: str) -> None:
+        self._numbers = {id(message): number for number, message in enumerate(messages)}
+        self._mark = mark
+        # Of each loop that runs, whether it has come to a message: not so one over numbers that has taken none yet.
+        self._arrived: dict[int, bool] = {}
+        self._marked: set[int] = set()  # the loops that run and have written a mark
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """What the instrumented template has to see."""
+        return {_ENTER: self._enter, _TAKE: self._take, _LEAVE: self._leave}
+
+    def _enter(self, loop: int, item: object) -> str:
+        number = self._numbers.get(id(item))
+        before = self._arrived.get(loop, False)
+        if number is not None or isinstance(item, int):
+            self._arrived[loop] = number is not None
+        # A loop that goes on to nobody's text says so once.
+        return self._written(loop, number) if number is not None or before else ""
+
+    def _take(self, loop: int, item: object) -> str:
+        number = self._numbers.get(id(item))
+        if number is None or self._arrived.get(loop, True):
+            return ""
+        self._arrived[loop] = True
+        return self._written(loop, number)
+
+    def _leave(self, loop: int) -> str:
+        self._arrived.pop(loop, None)
+        if loop not in self._marked:
+            return ""
+        self._marked.remove(loop)
+        return f"{self._mark}{loop}{self._mark}"
+
+    def _written(self, loop: int, message: int | None) -> str:
+        self._marked.add(loop)
+        return f"{self._mark}{loop},{'' if message is None else message}{self._mark}"
+
+    def read(self, marked: str) -> tuple[str, list[Stretch]]:
+        """The text without its marks, and its stretches in their order; none is empty or more of the one before."""
+        parts = re.split(f"{self._mark}([0-9]+)(?:,([0-9]*))?{self._mark}", marked)
+        stretches: list[Stretch] = []
+        for stretch in _stretches(parts):
+            before = stretches[-1] if stretches else None
+            if before is not None and before[:2] == stretch[:2]:
+                stretches[-1] = before._replace(end=stretch.end)
+            else:
+                stretches.append(stretch)
+        return "".join(parts[::3]), stretches
+
+
+def _stretches(parts: Sequence[str | None]) -> Iterator[Stretch]:
+    """From text, loop, message, text, ...: a message of None says that the loop has ended."""
+    around: list[tuple[str, int | None]] = []  # the loops around, each with the message that it has come to
+    position = 0
+    for number in range(0, len(parts), 3):
+        text = parts[number] or ""
+        if text:
+            owners = [owner for _, owner in around if owner is not None]
+            owner = owners[-1] if owners else None
+            within = next((other for other in owners if other != owner), None)
+            yield Stretch(owner, within, position, position + len(text))
+            position += len(text)
+        if number + 1 == len(parts):
+            return
+        loop, message = parts[number + 1] or "", parts[number + 2]
+        depth = next((depth for depth, (other, _) in enumerate(around) if other == loop), len(around))
+        del around[depth:]
+        if message is not None:
+            around.append((loop, int(message) if message else None))

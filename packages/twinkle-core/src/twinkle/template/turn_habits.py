@@ -1,0 +1,139 @@
+"""What the turns of a chat template have in common, learnt from conversations made of words that no template holds."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from twinkle.template.conversation import Conversation, read_conversation
+from twinkle.template.rendering import ChatTemplate, RenderingFailed
+
+# What texts have in common is told by these: tags whole (`<|end|>` and `<|endoftext|>` have nothing in common), white
+# space whole, the rest by the character.
+_PIECES: Final = re.compile(r"<[^<>\s]*>|\s+|.", re.DOTALL)
+_LAST_TAG: Final = re.compile(r"<[^<>\s]+>\s*$")
+
+_WORD: Final = "zqwordqz"
+_REASONING: Final = "zqreasonqz"
+_QUESTION: Final = {"role": "user", "content": "zqquestionqz"}
+_CALL: Final = {
+    "type": "function",
+    "id": "zqcall001",
+    "function": {"name": "zqnameqz", "arguments": {"zqkeyqz": "zqvalueqz"}},
+}
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "zqnameqz",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"zqkeyqz": {"type": "string"}}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class TurnHabits:
+    """What the turns of a template have in common.
+
+    Attributes:
+        opening: what the generation prompt and all turns begin with; empty if that is nothing.
+        ends: what ends a turn of words, the longest first; it may be something else where nothing follows.
+        ends_turns: whether a turn, or at least the last, has an end of its own.
+        calls_stop: the mark that the template ends a turn of calls with while no result follows, if one does.
+    """
+
+    opening: str
+    ends: tuple[str, ...]
+    ends_turns: bool
+    calls_stop: str
+
+
+@lru_cache(maxsize=32)
+def turn_habits(template: ChatTemplate, with_tools: bool) -> TurnHabits:
+    """The habits of `template`; what it refuses tells nothing."""
+    tools = [_TOOL] if with_tools else None
+    said = {"role": "assistant", "content": _WORD}
+    plain = _written(template, tools, [_QUESTION, said, _QUESTION, said])
+    reasoned = _written(template, tools, [_QUESTION, {**said, "reasoning_content": _REASONING}])
+    called = _written(
+        template, tools, [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+    )
+    behind = [turn.partition(_WORD)[2].rstrip() for turn in plain if _WORD in turn]
+    tag = _LAST_TAG.search(called[0]) if called and "zqnameqz" in called[0] else None
+    return TurnHabits(
+        opening=_opening(template, tools, plain, reasoned, called),
+        ends=tuple(sorted({end for end in behind if end}, key=len, reverse=True)),
+        ends_turns=any(behind) or not behind,
+        calls_stop=tag[0].strip() if tag else "",
+    )
+
+
+def _opening(template: ChatTemplate, tools: list[dict[str, Any]] | None, *turns: list[str]) -> str:
+    prompt = generation_prompt(template, _conversation(tools, [_QUESTION]))
+    opening = prompt or ""
+    for turn in (turn for kind in turns for turn in kind):
+        opening = common_beginning(opening, turn)
+        # What opens the reasoning is the turn's own, though the prompt and some turns have it.
+        before = turn.partition(_REASONING)[0] if _REASONING in turn else ""
+        tag = _LAST_TAG.search(before)
+        if tag is not None and tag.start() < len(opening):
+            opening = opening[: tag.start()]
+    return opening
+
+
+def _written(
+    template: ChatTemplate, tools: list[dict[str, Any]] | None, messages: list[dict[str, Any]]
+) -> list[str]:
+    """What is written for each of the assistant's messages, and, behind the last, when all messages are written."""
+    try:
+        traced = template.trace(_conversation(tools, messages))
+    except RenderingFailed:
+        return []
+    if traced is None:
+        return []
+    ends = max((stretch.end for stretch in traced.stretches if stretch.owner is not None), default=0)
+    texts = {index: "" for index, message in enumerate(messages) if message["role"] == "assistant"}
+    for owner, within, start, end in traced.stretches:
+        if owner in texts and within is None:
+            texts[owner] += traced.text[start:end]
+    if texts and max(texts) == len(messages) - 1:
+        texts[max(texts)] += traced.text[ends:]
+    return [text for text in texts.values() if text]
+
+
+def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str | None:
+    """What the template adds for the model to go on from; None if it refuses the conversation, or can't be traced."""
+    try:
+        prompted = template.trace(conversation, add_generation_prompt=True)
+        if prompted is None:
+            return None
+        ends = max((stretch.end for stretch in prompted.stretches if stretch.owner is not None), default=0)
+        if prompted.text[ends:].strip():
+            return prompted.text[ends:]
+        # Most write it when all messages are written, some with the last message.
+        plain = template.render(conversation)
+    except RenderingFailed:
+        return None
+    return prompted.text[len(common_beginning(plain, prompted.text)) :]
+
+
+def common_beginning(first: str, second: str) -> str:
+    """What two texts begin with, by whole tags and white space."""
+    length = min(len(first), len(second))
+    same = 0
+    for one, two in zip(_PIECES.finditer(first), _PIECES.finditer(second), strict=False):
+        if one[0] != two[0] or one.end() > length:
+            break
+        same = one.end()
+    return first[:same]
+
+
+def first_piece(text: str, start: int) -> str:
+    """The tag, white space or character at `start`; empty at the end."""
+    piece = _PIECES.match(text, start)
+    return piece[0] if piece else ""
+
+
+def _conversation(tools: list[dict[str, Any]] | None, messages: Iterable[dict[str, Any]]) -> Conversation:
+    return read_conversation({"messages": list(messages), **({"tools": tools} if tools else {})})
