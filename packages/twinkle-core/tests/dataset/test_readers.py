@@ -99,3 +99,31 @@ def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, name: str, text
 def test_text_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is not UTF-8"):
         rows(write(tmp_path / name, '{"a": "ü"}', "latin-1"))
+
+
+def test_parquet_rows_are_those_of_json_lines_whatever_arrow_fills_in(tmp_path: Path) -> None:
+    def call(name: str, **arguments: Any) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return {"role": "assistant", "tool_calls": calls}
+
+    def tool(name: str, **parameters: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "parameters": {"properties": parameters}}}
+
+    given = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                call("weather", city="Rome"),
+                call("send", text="hi", to=["a"]),
+            ],
+            "tools": [
+                tool("weather", city={"type": "string"}),
+                tool("send", text={"type": "string", "default": "x"}),
+            ],
+        },
+        {"messages": [{"role": "user", "content": "q"}, call("now", hour={"h": 1})], "tools": None},
+    ]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), path)
+    lines = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in given))
+    assert rows(path) == rows(lines) == given

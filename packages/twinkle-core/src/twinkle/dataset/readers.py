@@ -95,7 +95,21 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
         for batch in file.iter_batches():
             for row in cast(list[Row], batch.to_pylist()):
                 number += 1
-                yield number, row
+                yield number, {column: without_filler(value) for column, value in row.items()}
+
+
+def without_filler(value: object) -> object:
+    """A column's value as JSON lines would have it, without the nulls of nested objects.
+
+    Arrow gives every object of a column all fields that any of them has, so null is what an absent field reads as. In a
+    list, null stays: it holds a place there.
+    """
+    if isinstance(value, dict):
+        items = cast("dict[str, object]", value).items()
+        return {key: without_filler(item) for key, item in items if item is not None}
+    if isinstance(value, list):
+        return [without_filler(item) for item in cast("list[object]", value)]
+    return value
 
 
 READERS: Final[Mapping[str, Callable[[Path], Iterator[Numbered]]]] = {
