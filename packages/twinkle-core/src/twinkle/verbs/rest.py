@@ -196,7 +196,7 @@ def _fetch(url: str, target: Path) -> None:
             with partial.open("wb") as file:
                 for chunk in response.iter_bytes():
                     file.write(chunk)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ImportError, ValueError) as error:  # the latter: a proxy that httpx can't use
         raise ConnectionFailed(
             f"{target.name} could not be downloaded{through(url)} ({error}); try again"
         ) from error
