@@ -160,6 +160,18 @@ def test_a_turn_of_calls_as_datasets_name_it_is_an_assistants(make: Callable[...
     assert feature["labels"].tolist() == expected["labels"].tolist()
 
 
+def test_a_call_under_its_older_name_is_one(make: Callable[..., Template]) -> None:
+    said = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+    row = {"messages": [user("q"), said]}
+    assert make(AS_JSON).render(row) == make(AS_JSON).render(called(nested({"a": 1})))
+
+
+@pytest.mark.parametrize("source", [AS_JSON, AS_JSON.replace("m.content or ''", "m.content")])
+def test_an_empty_list_of_parts_is_no_words(make: Callable[..., Template], source: str) -> None:
+    row = called(nested({"a": 1}), [])
+    assert make(source).render(row) == make(source).render(called(nested({"a": 1}), ""))
+
+
 # As Llama-3.1 and Mistral: tools are asked for by `is not none`.
 TOOLS_IF_GIVEN = "{% if tools is not none %}Tools: {{ tools | tojson }}\n{% endif %}" + NO_CALLS
 
@@ -315,6 +327,11 @@ def test_what_a_template_folds_strips_and_leaves_out_on_purpose_is_let_through(
     ]
     text = make(FOLDING).render({"messages": messages})
     assert " be brief \nq<" in text and "early" not in text and "words" not in text and "late|" in text
+
+
+def test_what_a_template_writes_in_capitals_is_shown(make: Callable[..., Template]) -> None:
+    row = {"messages": [user("q"), assistant("a")]}
+    assert make("{% for m in messages %}[{{ m.content | upper }}]{% endfor %}").render(row) == "[Q][A]"
 
 
 # Mistral's: the system prompt stands in the last question, where that is the last message.

@@ -142,6 +142,10 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     if role in CALL_ROLES and "tool_calls" not in kept:
         kept["tool_calls"] = read_calls(kept.pop("content", None), f"{where}.content")
         role = "assistant"
+    if (
+        "function_call" in kept and "tool_calls" not in kept
+    ):  # as the OpenAI API had it before there were several
+        kept["tool_calls"] = read_calls(kept.pop("function_call"), f"{where}.function_call")
     kept["role"] = ROLES.get(role, role)
     if "tool_calls" in kept:
         kept["tool_calls"] = _read_calls(kept["tool_calls"], f"{where}.tool_calls")

@@ -31,12 +31,10 @@ def fitted(conversation: Conversation, habits: Habits) -> Conversation:
 
 
 def _fitted_message(message: dict[str, Any], where: str, habits: Habits, with_tools: bool) -> dict[str, Any]:
-    content = message.get("content")
-    if content:
-        message = {
-            **message,
-            "content": _fitted_content(content, habits.content_form(message["role"], with_tools)),
-        }
+    content = cast("str | list[dict[str, str]] | None", message.get("content"))
+    if content is not None and content != "":
+        form = habits.content_form(message["role"], with_tools)
+        message = {**message, "content": _fitted_content(content, form)}
     return _with_fitted_calls(message, where, habits, with_tools) if message.get("tool_calls") else message
 
 

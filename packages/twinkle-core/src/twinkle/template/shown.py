@@ -50,7 +50,8 @@ class ShownMessages:
             return
         marked = tuple(_marked(message, index) for index, message in enumerate(conversation.messages))
         try:
-            text = self._template.render(Conversation(marked, conversation.tools))
+            # In lower case, as the words are: what a template writes in capitals is shown.
+            text = self._template.render(Conversation(marked, conversation.tools)).lower()
         except RenderingFailed:
             return  # the conversation itself is about to be rendered, and refused by the template's own words
         marked_conversation = Conversation(marked, conversation.tools)
@@ -92,7 +93,9 @@ class ShownMessages:
         )
         role = marked.messages[index]["role"]
         try:
-            elsewhere = "" if end is None or role == "user" else self._template.render(marked.first(end))
+            elsewhere = (
+                "" if end is None or role == "user" else self._template.render(marked.first(end)).lower()
+            )
         except RenderingFailed:
             elsewhere = ""
         if _word(index) not in elsewhere:
