@@ -56,7 +56,7 @@ class ChatTemplate:
             )
         self.sources = dict(sources)
         self.variables = dict(variables)
-        self.owner = owner
+        self._owner = owner
         self._templates = {name: self._compile(source, _Generation) for name, source in sources.items()}
         self._marking = {
             name: self._compile(source, _MarkedGeneration)
@@ -66,7 +66,12 @@ class ChatTemplate:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled templates can't be pickled; a process that gets this one compiles them anew.
-        return type(self), (self.sources, self.variables, self.owner)
+        return type(self), (self.sources, self.variables, self._owner)
+
+    @property
+    def owner(self) -> str:
+        """Whose templates these are."""
+        return self._owner
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as text, ending with the opening of an assistant's turn if asked for.
@@ -107,7 +112,7 @@ class ChatTemplate:
         try:
             return _environment(generation).from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise InvalidRequest(f"the chat template of {self.owner} is not valid: {error}") from error
+            raise InvalidRequest(f"the chat template of {self._owner} is not valid: {error}") from error
 
     def _run(self, template: jinja2.Template, conversation: Conversation, add_generation_prompt: bool) -> str:
         try:
@@ -126,7 +131,7 @@ class ChatTemplate:
             if any(message.get("content") is None for message in conversation.messages):
                 hint = " (a message without content is in it; some templates need content='' there)"
             raise RenderingFailed(
-                f"messages: the chat template of {self.owner} refused the conversation: {error}{hint}"
+                f"messages: the chat template of {self._owner} refused the conversation: {error}{hint}"
             ) from error
 
 
