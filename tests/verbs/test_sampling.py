@@ -1,5 +1,9 @@
 """Sampling through the verbs against Transformers and PEFT."""
 
+import json
+import os
+import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +93,40 @@ def test_a_checkpoint_is_found_by_its_bare_name_also_right_after_an_unawaited_sa
 def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(verbs):
     with pytest.raises(NotFound, match="no checkpoint 'twinkle://never-saved'"):
         verbs.connect("sampling").create_sampling_client(model_path="twinkle://never-saved", base_model=MODEL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
+def test_a_forked_process_samples_too_or_is_told_why_not(verbs):
+    sampler = verbs.connect("sampling").create_sampling_client(base_model=MODEL)
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    expected = [sampler.sample(prompt, 1, greedy).sequences[0].tokens for prompt in prompts]
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of forks where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            answer = sampler.sample(prompts[0], 1, greedy).sequences[0].tokens
+        except BaseException as error:
+            answer = str(error)
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    # The parent goes on meanwhile, with the number that the child's sample would have had.
+    assert sampler.sample(prompts[1], 1, greedy).sequences[0].tokens == expected[1]
+    with os.fdopen(reading, "rb") as said:
+        answer = json.loads(said.read())
+    os.waitpid(child, 0)
+    if verbs.has_tenants:
+        assert answer == expected[0]
+        assert (
+            pickle.loads(pickle.dumps(sampler)).sample(prompts[1], 1, greedy).sequences[0].tokens
+            == expected[1]
+        )
+    else:
+        assert "runs in the process that forked" in answer
+        with pytest.raises(TypeError, match="clients of local mode can't be pickled"):
+            pickle.dumps(sampler)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar, cast
@@ -19,6 +22,8 @@ from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, QUERY,
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
 from twinkle.protocol.operations import Posted
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
 from twinkle_client.outbox import Item, Outbox
 from twinkle_client.settings import Settings
@@ -31,6 +36,8 @@ R = TypeVar("R")
 PATIENCE_SECONDS = 300.0
 # ... and before it has been reached at all, when the address is more likely wrong than the server down.
 FIRST_PATIENCE_SECONDS = 10.0
+# ... and when the program ends, which nobody wants to go on without its server.
+LAST_PATIENCE_SECONDS = 30.0
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 10.0
 
@@ -49,6 +56,11 @@ class HttpChannel:
         self._patience_seconds = patience_seconds
         self._reached = False
         self._closed = False
+        self._parents: list[object] = []
+        self._begin()
+        begin_anew_when_forked(self)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -56,6 +68,24 @@ class HttpChannel:
         # Both are used on the loop alone.
         self._outbox = Outbox(self._send_together)
         self._sending: set[asyncio.Task[None]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _channel_to, (self._settings, self._patience_seconds)
+
+    def after_fork(self) -> None:
+        """Begin anew, with a thread and connections of this process."""
+        # Kept, since to collect them would close what the parent uses.
+        self._parents.append((self._loop, self._client, self._sending, self._outbox))
+        self._begin()
+
+    def hurry(self) -> None:
+        """Wait no longer than `LAST_PATIENCE_SECONDS` for a server that can't be reached."""
+        self._patience_seconds = min(self._patience_seconds, LAST_PATIENCE_SECONDS)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def prepare(self, base_model: str | None) -> None:
         """Nothing to do: the server holds its model."""
@@ -80,7 +110,10 @@ class HttpChannel:
             self._loop = self._thread = self._client = None
         if loop is None or thread is None or client is None:
             return
-        asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(client), loop).result(5.0)
+        with contextlib.suppress(
+            concurrent.futures.TimeoutError
+        ):  # a server that is gone is told of no cancelled sample
+            asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(client), loop).result(5.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5.0)
         if not thread.is_alive():
@@ -101,12 +134,11 @@ class HttpChannel:
             if self._closed:
                 raise TwinkleError("this ServiceClient is closed; make a new one")
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="twinkle-client", daemon=True
-                )
+                self._client = _http_client(self._settings)  # first: with a wrong proxy there is none
+                loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=loop.run_forever, name="twinkle-client", daemon=True)
                 self._thread.start()
-                self._client = _http_client(self._settings)
+                self._loop = loop
             return self._loop
 
     async def _cancel_all_and_close(self, client: httpx.AsyncClient) -> None:
@@ -217,10 +249,7 @@ class HttpChannel:
             TwinkleError: what the server said, or that it could not be reached.
         """
         assert self._client is not None, "the loop only runs with a client"
-        patience = (
-            self._patience_seconds if self._reached else min(FIRST_PATIENCE_SECONDS, self._patience_seconds)
-        )
-        give_up = time.monotonic() + patience
+        begun = time.monotonic()
         delay = FIRST_DELAY_SECONDS
         while True:
             try:
@@ -230,26 +259,45 @@ class HttpChannel:
             except httpx.TransportError as failure:
                 error, wanted = self._unreachable(failure), delay
             else:
-                self._reached = True
                 error = _error_of(response)
+                wanted = getattr(error, "retry_after", delay)
+                if _is_from_a_server(response):
+                    self._reached = True
+                else:
+                    error = self._another(response)
                 if error is None:
                     return response
                 if not _may_retry(response):
                     raise error
-                wanted = getattr(error, "retry_after", delay)
-            if time.monotonic() + wanted > give_up:
+            if time.monotonic() + wanted > begun + self._patience():
                 raise error
             log.info("%s %s: %s; trying again in %.1f s", method, path, error, wanted)
             await asyncio.sleep(wanted)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+
+    def _patience(self) -> float:
+        """For how long a request is tried; asked each time, since the program may end meanwhile."""
+        return (
+            self._patience_seconds if self._reached else min(FIRST_PATIENCE_SECONDS, self._patience_seconds)
+        )
+
+    def _another(self, response: httpx.Response) -> TwinkleError:
+        """The error for an answer that no Twinkle server gave."""
+        url = self._settings.base_url
+        start = " ".join(response.text[:200].split())
+        return ConnectionFailed(
+            f"what answers at {url}{through(url)} is no Twinkle server, or something in front of one: HTTP "
+            f"{response.status_code}, {start!r}; is base_url (or TWINKLE_BASE_URL) right, and the server running?"
+        )
 
     def _unreachable(self, failure: httpx.TransportError) -> TwinkleError:
         hint = ""
         if self._settings.base_url.startswith("https://") and "SSL" in str(failure):
             hint = " A server without certificates is reached by http://."
         return ConnectionFailed(
-            f"the server at {self._settings.base_url} can't be reached ({failure or type(failure).__name__}); is it "
-            f"running, and is base_url (or TWINKLE_BASE_URL) right?{hint}"
+            f"the server at {self._settings.base_url} can't be reached{through(self._settings.base_url)} "
+            f"({str(failure) or type(failure).__name__}); is it running, and is base_url (or "
+            f"TWINKLE_BASE_URL) right?{hint}"
         )
 
 
@@ -259,7 +307,33 @@ def _http_client(settings: Settings) -> httpx.AsyncClient:
         headers["X-API-Key"] = settings.api_key
     # Each operation under way holds a connection for its long poll: no limit but what is under way.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
+    try:
+        return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ConnectionFailed(
+            f"the server at {settings.base_url} can't be asked{through(settings.base_url)}: {error}; mend the "
+            "variable, or name the server's host in NO_PROXY (a SOCKS proxy needs: pip install 'httpx[socks]')"
+        ) from error
+
+
+_channels: weakref.WeakValueDictionary[Settings, HttpChannel] = weakref.WeakValueDictionary()
+
+
+def _channel_to(settings: Settings, patience_seconds: float) -> HttpChannel:
+    """The channel of what was pickled elsewhere; one to a server, however many clients come."""
+    channel = _channels.get(settings)
+    if channel is None or channel.is_closed:
+        channel = _channels[settings] = HttpChannel(settings, patience_seconds)
+    return channel
+
+
+def _is_from_a_server(response: httpx.Response) -> bool:
+    """Whether a Twinkle server gave this answer, and no proxy or other server: success in one of its own types, or an
+    error in its own form.
+    """
+    if response.status_code < 300 or response.status_code == 408:
+        return _content_type(response).startswith((JSON, PROTOBUF))
+    return _error_body(response.content) is not None
 
 
 def _encode(request: m.Operation) -> bytes:

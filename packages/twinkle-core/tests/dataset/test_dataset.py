@@ -331,3 +331,13 @@ def test_a_split_that_leaves_a_part_empty_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         Dataset.from_rows([{"n": n} for n in range(rows)]).split(fraction, seed)
+
+
+def test_rows_of_hugging_faces_datasets_are_read_as_those_of_a_parquet_file() -> None:
+    # Their library is no dependency of these tests; a row of it holds null for every field that another row has.
+    class Foreign(list[dict[str, Any]]):
+        __module__ = "datasets.arrow_dataset"
+
+    filled = {"messages": [{"role": "user", "content": "q", "tool_calls": None}], "label": None}
+    expected = {"messages": [{"role": "user", "content": "q"}], "label": None}
+    assert list(Dataset.from_rows(Foreign([filled]))) == [expected]

@@ -99,3 +99,87 @@ def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, name: str, text
 def test_text_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is not UTF-8"):
         rows(write(tmp_path / name, '{"a": "ü"}', "latin-1"))
+
+
+def test_parquet_rows_are_those_of_json_lines_whatever_arrow_fills_in(tmp_path: Path) -> None:
+    def call(name: str, **arguments: Any) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return {"role": "assistant", "tool_calls": calls}
+
+    def tool(name: str, **parameters: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "parameters": {"properties": parameters}}}
+
+    given = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                call("weather", city="Rome"),
+                call("send", text="hi", to=["a"]),
+            ],
+            "tools": [
+                tool("weather", city={"type": "string"}),
+                tool("send", text={"type": "string", "default": "x"}),
+            ],
+        },
+        {"messages": [{"role": "user", "content": "q"}, call("now", hour={"h": 1})], "tools": None},
+    ]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), path)
+    lines = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in given))
+    assert rows(path) == rows(lines) == given
+
+
+DEEP = '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}"
+LONG = '{"a": ' + "1" * 5_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", f'{{"a": 1}}\n{DEEP}\n', "a.jsonl:2: objects and lists are nested too deeply"),
+        ("a.jsonl", f'{{"a": 1}}\n\n{LONG}\n', "a.jsonl:3: a number can't be read .*4300"),
+        ("a.json", f'{{"a": 1}}\n{DEEP}\n', "a.json:2: objects and lists are nested too deeply"),
+        ("a.json", f'[{{"a": 1}},\n{DEEP}]\n', "a.json:2: objects and lists are nested too deeply"),
+        ("a.json", f'[{{"a": 1}}, {{"a": 2}},\n\n{LONG}]\n', "a.json:3: a number can't be read"),
+        ("a.json", LONG, "a.json:1: a number can't be read"),
+        ("a.csv", 'q,r\nb,c\n"a\nb"x,c\n', r"a.csv: not CSV \(line 3: "),
+        ("a.csv", 'q,r\nb,c\n"a', r"a.csv: not CSV \(line 3: "),
+    ],
+)
+def test_what_python_can_not_read_is_reported_by_file_and_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        rows(write(tmp_path / name, text))
+
+
+def test_rows_before_a_line_that_is_no_text_are_read_and_its_number_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": "\xff"}\n')
+    reading = read_rows(path)
+    assert next(reading) == (1, {"a": 1})
+    with pytest.raises(InvalidRequest, match="a.jsonl is not UTF-8 text: line 2"):
+        next(reading)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -8])
+def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": index} for index in range(1_000)]), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InvalidRequest, match=r"a.parquet: row 1 can't be read as Parquet"):
+        rows(path)
+
+
+def test_a_parquet_file_with_a_broken_page_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"a": f"text {index}"} for index in range(1_000)]),
+        path,
+        compression="zstd",
+    )
+    data = bytearray(path.read_bytes())
+    data[40:400] = bytes(360)
+    path.write_bytes(data)
+    with pytest.raises(InvalidRequest, match=r"a.parquet: row \d+ can't be read as Parquet"):
+        rows(path)

@@ -186,3 +186,47 @@ def test_policy_metrics_count_the_tokens_with_an_advantage_alone():
     assert set(policy_metrics(output, data)) == {"kl", "entropy"}
     with pytest.raises(InvalidRequest, match="2 datums for 1 outputs"):
         policy_metrics(output, data * 2)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "expected"),
+    [
+        # ratios 1.3, 1.3, 0.7, 0.7, 1.0 with advantages +, -, +, -, +: the gradient is 0 at the first and the fourth
+        ("ppo", [1, 0, 0, 1, 0]),
+        # the weight is bounded wherever the ratio is outside
+        ("cispo", [1, 1, 1, 1, 0]),
+    ],
+)
+def test_clipped_counts_the_tokens_that_the_loss_clips(loss_fn: Any, expected: list[int]) -> None:
+    ratios, advantages = np.array([1.3, 1.3, 0.7, 0.7, 1.0]), np.array([1.0, -1.0, 1.0, -1.0, 1.0])
+    sampled = np.log(np.full(5, 0.5))
+    trained = sampled + np.log(ratios)
+    inputs = {"logprobs": TensorData.from_numpy(sampled), "advantages": TensorData.from_numpy(advantages)}
+    data = [Datum(ModelInput.from_ints([1, 2, 3, 4, 5]), inputs)]
+    output = ForwardBackwardOutput([{"logprobs": TensorData.from_numpy(trained)}], {})
+    metrics = policy_metrics(output, data, 0.8, 1.2, loss_fn)
+    assert metrics["clipped"] == pytest.approx(np.mean(expected))
+    if loss_fn == "ppo":  # by the definition: where another log-probability gives the same objective
+        objective = lambda ratio: np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)  # noqa: E731
+        assert (objective(ratios) == objective(ratios + 1e-6)).tolist() == [bool(one) for one in expected]
+        assert policy_metrics(output, data, 0.8, 1.2) == metrics
+        assert policy_metrics(output, data, clip_high_threshold=1.2)["clipped"] == pytest.approx(0.2)
+
+
+def test_clipped_of_gspo_is_by_the_ratio_of_the_sequence() -> None:
+    data: list[Datum] = []
+    outputs: list[dict[str, TensorData]] = []
+    # Geometric means of the marked ratios: sqrt(1.5 * 1.5) = 1.5 with advantage +, and 1 with -.
+    for ratios, advantage in (([9.0, 1.5, 1.5], 1.0), ([9.0, 2.0, 0.5], -1.0)):
+        sampled = np.log(np.full(3, 0.1))
+        inputs = {
+            "logprobs": TensorData.from_numpy(sampled),
+            "advantages": TensorData.from_numpy(np.array([0.0, advantage, advantage])),
+            "sequence_ratio_mask": TensorData.from_numpy(np.array([0.0, 1.0, 1.0])),
+        }
+        data.append(Datum(ModelInput.from_ints([1, 2, 3]), inputs))
+        outputs.append({"logprobs": TensorData.from_numpy(sampled + np.log(ratios))})
+    output = ForwardBackwardOutput(outputs, {})
+    assert policy_metrics(output, data, 0.8, 1.2, "gspo")["clipped"] == pytest.approx(0.5)
+    with pytest.raises(InvalidRequest, match="loss_fn: 'dro'; allowed are ppo, cispo, gspo"):
+        policy_metrics(output, data, 0.8, 1.2, "dro")  # pyright: ignore[reportArgumentType]

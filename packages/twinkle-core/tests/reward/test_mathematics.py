@@ -63,12 +63,85 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("truth", "completion"), EQUAL)
+# Numbers that six decimals say nothing of, in the ways they are written; and what is near to that.
+EQUAL_NUMBERS = [
+    ("6.63e-34", "\\boxed{6.63 \\times 10^{-34}}"),
+    ("6.63e-34", "\\boxed{6.63e-34}"),
+    ("6.63 \\times 10^{-34}", "\\boxed{0.663 \\times 10^{-33}}"),
+    ("1e-7", "\\boxed{0.0000001}"),
+    ("1e-7", "The answer is 1e-7."),
+    ("1e-7", "$\\frac{1}{10000000}$"),
+    ("1e-07", "\\boxed{10^{-7}}"),
+    ("1/3", "\\boxed{0.333333}"),
+    ("1/30", "\\boxed{0.033333}"),
+    ("6.02\\times 10^{23}", "\\boxed{60.2\\times 10^{22}}"),
+    ("1.5e20", "\\boxed{150000000000000000000}"),
+    ("1e10", "\\boxed{10000000000}"),
+    ("0.00001%", "\\boxed{0.0000001}"),
+    ("[0,0.0000001)", "$[0, 1\\times 10^{-7})$"),
+    ("\\{1e-7,2\\}", "\\boxed{\\{2, 0.0000001\\}}"),
+    ("(0.0000001, 1)", "\\boxed{(0.0000001, 1)}"),
+    ("\\begin{pmatrix}0.0000001 & 1\\end{pmatrix}", "\\boxed{\\begin{pmatrix}0.0000001 & 1\\end{pmatrix}}"),
+    ("x=0.0000001", "\\boxed{0.0000001}"),
+    ("2e-3", "\\boxed{-3+2e}"),
+    ("0.002", "\\boxed{2e-3}"),
+    ("50%", "\\boxed{0.5}"),
+    ("0.5", "50%"),
+    ("50%", "50"),
+    ("12.5%", "\\boxed{0.125}"),
+    ("\\sqrt{2}", "\\boxed{1.414214}"),
+    ("1.0000001e-7", "\\boxed{1e-7}"),
+    ("0", "\\boxed{0.0}"),
+    ("0.0000001x", "\\boxed{10^{-7}x}"),
+    ("-1e-7", "\\boxed{-0.0000001}"),
+    ("3.14159", "\\boxed{3.14159}"),
+    ("1,000.5", "\\boxed{1000.5}"),
+    ("10^{-34}", "\\boxed{1\\times10^{-34}}"),
+    ("1e-07", "\\boxed{1.0 \\cdot 10^{-7}}"),
+    ("\\frac{2}{3}", "\\boxed{0.666667}"),
+    ("e", "\\boxed{2.718282}"),
+    ("2e^{3}", "\\boxed{2e^3}"),
+]
+
+DIFFERENT_NUMBERS = [
+    ("6.63e-34", "\\boxed{9.11e-31}"),
+    ("6.63 \\times 10^{-34}", "\\boxed{9.11 \\times 10^{-31}}"),
+    ("1e-7", "\\boxed{2e-7}"),
+    ("0.0000001", "\\boxed{0.0000002}"),
+    ("0", "$10^{-7}$"),
+    ("0", "\\boxed{0.0000001}"),
+    ("1e-7", "\\boxed{0}"),
+    ("0.00001%", "\\boxed{0.00002\\%}"),
+    ("1e-7", "\\boxed{-1e-7}"),
+    ("10^{-34}", "\\boxed{2 \\times 10^{-34}}"),
+    ("[0,0.0000001)", "$[0, 0.0000002)$"),
+    ("\\{0.0000001,2\\}", "\\boxed{\\{2, 0.0000002\\}}"),
+    ("(0.0000001, 1)", "\\boxed{(0.0000002, 1)}"),
+    ("\\begin{pmatrix}0.0000001 & 1\\end{pmatrix}", "\\boxed{\\begin{pmatrix}0.0000002 & 1\\end{pmatrix}}"),
+    ("x=0.0000001", "\\boxed{x=0.0000002}"),
+    ("x=0.0000001", "\\boxed{0.0000002}"),
+    ("1.2345e-7", "\\boxed{1.2346e-7}"),
+    ("0.0000001x", "\\boxed{0.0000002x}"),
+    ("1e10", "\\boxed{1e11}"),
+    ("6.02\\times 10^{23}", "\\boxed{6.03\\times 10^{23}}"),
+    ("12345678901234567890", "\\boxed{12345678901234567891}"),
+    ("\\frac{1}{10000000}", "\\boxed{\\frac{1}{20000000}}"),
+    ("1e-7", "The answer is 2e-7."),
+    ("1/3", "\\boxed{0.3333}"),
+    ("10^{-20}\\sqrt{2}", "\\boxed{10^{-20}\\sqrt{3}}"),
+    ("\\{10^{-20},1\\}", "\\boxed{\\{2\\cdot10^{-20},1\\}}"),
+    ("1234567.891", "\\boxed{1234567.892}"),
+    ("0.0012345", "\\boxed{0.0012346}"),
+    ("0 < x < 0.0000001", "$0 < x < 0.0000002$"),
+]
+
+
+@pytest.mark.parametrize(("truth", "completion"), [*EQUAL, *EQUAL_NUMBERS])
 def test_equal_answers_are_right(truth: Any, completion: str) -> None:
     assert MathReward(timeout_seconds=60)(completion, {"answer": truth}) == 1.0
 
 
-@pytest.mark.parametrize(("truth", "completion"), DIFFERENT)
+@pytest.mark.parametrize(("truth", "completion"), [*DIFFERENT, *DIFFERENT_NUMBERS])
 def test_other_answers_are_wrong(truth: Any, completion: str) -> None:
     assert MathReward(timeout_seconds=60)(completion, {"answer": truth}) == 0.0
 

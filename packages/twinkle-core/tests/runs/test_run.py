@@ -18,6 +18,7 @@ import pytest
 from twinkle.dataloader import DataLoader
 from twinkle.protocol.errors import InvalidRequest, NotFound, RequestFailed
 from twinkle.runs import Run, read_metrics
+from twinkle.runs.programs import takes_option
 from twinkle.runs.records import read_state
 from twinkle.verbs.futures import Pending
 
@@ -220,6 +221,56 @@ def test_the_command_to_go_on_is_the_one_of_the_program_without_an_older_resume(
         assert command.count("--resume") == 1
         assert command[2:4] == ["--rank", "8"]
     assert items == [str(item[0]) for item in DataLoader(list(range(9)), batch_size=1)]
+
+
+def test_a_program_without_arguments_is_told_what_to_write(tmp_path: Path):
+    program = tmp_path / "program.py"
+    text = textwrap.dedent(
+        """
+        import os, signal
+        from types import SimpleNamespace
+        from twinkle.dataloader import DataLoader
+        from twinkle.runs import Run
+
+        class Saver:
+            def save_state(self, name, ttl_seconds=None, overwrite=False):
+                return SimpleNamespace(result=lambda: SimpleNamespace(path="twinkle://run/weights/x"))
+
+        with Run("program") as run:
+            for step, batch in run.steps(DataLoader(list(range(5)), batch_size=1), Saver(), epochs=1):
+                print("step", step, batch[0])
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+        """
+    )
+    program.write_text(text)
+    first = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 130 and "--resume" not in first.stderr, first.stderr
+    [told] = [line for line in first.stderr.splitlines() if "To go on" in line]
+    program.write_text(text.replace('Run("program")', told[told.index("Run(") :]))
+    second = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
+    assert (second.returncode, second.stderr.count("Interrupted")) == (0, 0), second.stderr
+    items = [line.split()[2] for line in (first.stdout + second.stdout).splitlines()]
+    assert items == [str(item[0]) for item in DataLoader(list(range(5)), batch_size=1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import argparse\nparser.add_argument('--resume')", True),
+        ("import typer\ndef main(resume: str | None = None): ...", True),
+        ("import argparse\nparser.add_argument('--rank')", False),
+        ("Run('a', resume=None)", False),
+        ("from mine import main\nmain()", False),
+    ],
+)
+def test_a_script_shows_whether_it_takes_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
+):
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(script), __spec__=None))  # type: ignore
+    assert takes_option("--resume") is expected
 
 
 def test_a_run_in_another_thread_takes_no_signals(tmp_path: Path):

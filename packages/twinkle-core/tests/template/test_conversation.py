@@ -1,5 +1,6 @@
 """What is let through to a chat template."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_reasoning_is_read_under_all_its_names(key: str) -> None:
     [
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
         {"role": "assistant", "content": None, "reasoning_content": "r"},
-        {"role": "moderator", "content": [{"type": "text", "text": "a"}, {"type": "image"}]},
+        {"role": "moderator", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ],
 )
 def test_parts_are_content_and_calls_or_reasoning_need_none(message: dict[str, Any]) -> None:
@@ -107,3 +108,48 @@ ONE = [{"role": "user", "content": "a"}]
 def test_what_is_no_conversation_is_refused_by_its_place(trajectory: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         read_conversation(trajectory)
+
+
+def test_what_arrow_fills_structs_with_is_left_out_where_it_can_not_be_meant() -> None:
+    def schema(**rest: Any) -> dict[str, Any]:
+        properties = {"city": {"type": "string", **rest}}
+        return {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+
+    filled = schema(enum=None, description=None)
+    filled["function"]["parameters"]["properties"]["text"] = None
+    filled["function"]["strict"] = None
+    call = {"id": None, "function": {"name": "f", "arguments": {"city": "Rome", "text": None}}}
+    row = {
+        "messages": [*ONE, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [filled, schema(default=None)],
+    }
+    conversation = read_conversation(row)
+    assert conversation.tools == [schema(), schema(default=None)]
+    assert conversation.messages[1]["tool_calls"] == [
+        {"function": {"name": "f", "arguments": {"city": "Rome"}}}
+    ]
+
+
+@pytest.mark.parametrize(
+    "tools", [None, [{"name": "f", "parameters": {"properties": {"unit": {"type": "string"}}}}]]
+)
+def test_an_argument_that_is_null_stays_null(tools: Any) -> None:
+    call = {"name": "f", "arguments": {"unit": None, "deep": {"x": None}, "list": [None]}}
+    row = {"messages": [*ONE, {"role": "assistant", "tool_calls": [call]}], "tools": tools}
+    assert read_conversation(row).messages[1]["tool_calls"] == [call]
+
+
+def test_calls_may_be_json_text() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    row = {"messages": [*ONE, {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}]}
+    assert read_conversation(row).messages[1]["tool_calls"] == calls
+    row = {"messages": [*ONE, {"role": "assistant", "content": "a", "tool_calls": ""}]}
+    assert read_conversation(row).messages[1]["tool_calls"] == []
+
+
+@pytest.mark.parametrize(
+    "calls", ["f()", "5", [{"function": {"arguments": {}}}], ["f"], [{"function": "f"}], {"a": 1}]
+)
+def test_what_is_no_call_is_refused_by_its_place(calls: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages\[1\].tool_calls"):
+        read_conversation({"messages": [*ONE, {"role": "assistant", "content": "", "tool_calls": calls}]})

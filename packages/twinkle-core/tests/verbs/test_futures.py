@@ -66,3 +66,24 @@ def test_a_chain_waits_for_all_and_keeps_their_order():
 def test_a_chain_fails_as_soon_as_one_of_its_parts_has():
     combined = chain([Future(), failed()], list)
     assert isinstance(combined.exception(), InvalidRequest)
+
+
+def test_what_jupyter_and_debuggers_probe_for_waits_for_nothing():
+    pending = Pending(Future(), "sample")  # under way for ever
+    probes = [
+        "_repr_html_",
+        "_repr_mimebundle_",
+        "_repr_png_",
+        "_ipython_display_",
+        "__wrapped__",
+        "__dataclass_fields__",
+    ]
+    probes += [
+        "_ipython_canary_method_should_not_exist_",
+        "_repr_pretty_",
+        "__rich_repr__",
+        "__html__",
+        "__array__",
+    ]
+    assert [name for name in probes if hasattr(pending, name)] == []
+    assert repr(pending) == "<sample: under way>"

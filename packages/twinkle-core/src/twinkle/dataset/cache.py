@@ -24,7 +24,7 @@ from twinkle.template import Template
 logger = logging.getLogger(__name__)
 
 # Part of every key: to be raised when what is written here, or what encoding means, changes.
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 _LEFT_OUT, _WHOLE, _CUT = 0, 1, 2
 

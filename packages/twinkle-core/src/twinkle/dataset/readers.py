@@ -1,8 +1,10 @@
 """From one file to its rows. JSONL, JSON and CSV need nothing; Parquet needs pyarrow (twinkle-core[parquet])."""
 
+import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -10,6 +12,9 @@ from twinkle.protocol.errors import InvalidRequest
 
 Row: TypeAlias = dict[str, Any]
 Numbered: TypeAlias = tuple[int, Row]
+
+# Where an object of a list begins.
+_OBJECT: Final = re.compile(r"[^\s,\]]")
 
 # A CSV field may be as long as a document; the csv module stops at 128 KiB unless told otherwise.
 _LONGEST_CSV_FIELD: Final = 2**31 - 1
@@ -33,9 +38,10 @@ def read_rows(path: Path) -> Iterator[Numbered]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Numbered]:
-    # Lines end at \n only: U+2028 and its like are common inside JSON strings.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
+    # Lines end at \n only: U+2028 and its like are common inside JSON strings. Bytes, so that a line that is no text is
+    # one of a known number.
+    with path.open("rb") as file:
+        for number, line in enumerate(_text_lines(file, path), start=1):
             if line.strip():
                 yield number, _object(_parse(line, path, number), path, number)
 
@@ -52,6 +58,11 @@ def _read_json(path: Path) -> Iterator[Numbered]:
             ) from error
         yield from _read_json_lines(path)
         return
+    except (RecursionError, ValueError):
+        if text.lstrip().startswith("["):
+            _find_unreadable(text, path)
+        yield from _read_json_lines(path)  # which knows the line
+        return
     if isinstance(value, dict) and len(text.strip().splitlines()) == 1:
         value = [cast(object, value)]
     if not isinstance(value, list):
@@ -64,11 +75,13 @@ def _read_json(path: Path) -> Iterator[Numbered]:
 def _read_csv(path: Path) -> Iterator[Numbered]:
     """All values are text; the first line names the columns."""
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
+    number = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, list[str]())
             for values in reader:
+                number = reader.line_num + 1
                 if not values:
                     continue
                 if len(values) != len(header):
@@ -77,13 +90,14 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                     )
                 yield reader.line_num, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise InvalidRequest(f"{path}: not CSV ({error})") from error
+        raise InvalidRequest(f"{path}: not CSV (line {number}: {error})") from error
     finally:
         csv.field_size_limit(before)
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:
     try:
+        import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InvalidRequest(
@@ -91,11 +105,29 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
         ) from error
     number = 0
     # pyarrow has no complete type information.
-    with cast(Any, ParquetFile)(path) as file:
-        for batch in file.iter_batches():
-            for row in cast(list[Row], batch.to_pylist()):
-                number += 1
-                yield number, row
+    broken = cast(type[Exception], cast(Any, pyarrow).ArrowException)
+    try:
+        with cast(Any, ParquetFile)(path) as file:
+            for batch in file.iter_batches():
+                for row in cast(list[Row], batch.to_pylist()):
+                    number += 1
+                    yield number, {column: without_filler(value) for column, value in row.items()}
+    except (broken, OSError) as error:
+        raise InvalidRequest(f"{path}: row {number + 1} can't be read as Parquet ({error})") from error
+
+
+def without_filler(value: object) -> object:
+    """A column's value as JSON lines would have it, without the nulls of nested objects.
+
+    Arrow gives every object of a column all fields that any of them has, so null is what an absent field reads as. In a
+    list, null stays: it holds a place there.
+    """
+    if isinstance(value, dict):
+        items = cast("dict[str, object]", value).items()
+        return {key: without_filler(item) for key, item in items if item is not None}
+    if isinstance(value, list):
+        return [without_filler(item) for item in cast("list[object]", value)]
+    return value
 
 
 READERS: Final[Mapping[str, Callable[[Path], Iterator[Numbered]]]] = {
@@ -113,6 +145,38 @@ def _parse(line: str, path: Path, number: int) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from error
+    except (RecursionError, ValueError) as error:
+        raise _unreadable(error, path, number) from error
+
+
+def _find_unreadable(text: str, path: Path) -> None:
+    """Raise for the first object of a list that Python can't read, with its line."""
+    decoder = json.JSONDecoder()
+    position = text.index("[") + 1
+    while True:
+        start = _OBJECT.search(text, position)
+        if start is None:
+            return
+        number = text.count("\n", 0, start.start()) + 1
+        try:
+            _, position = decoder.raw_decode(text, start.start())
+        except (RecursionError, ValueError) as error:
+            raise _unreadable(error, path, number) from error
+
+
+def _unreadable(error: Exception, path: Path, number: int) -> InvalidRequest:
+    if isinstance(error, RecursionError):
+        return InvalidRequest(f"{path}:{number}: objects and lists are nested too deeply to be read")
+    # Python reads no whole number of more than 4,300 digits.
+    return InvalidRequest(f"{path}:{number}: a number can't be read ({error})")
+
+
+def _text_lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        try:
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{path} is not UTF-8 text: line {number}: {error}") from error
 
 
 def _object(value: object, path: Path, number: int) -> Row:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 from twinkle import hub
 from twinkle.dataset.files import DATA_FILES, find_files
 from twinkle.dataset.meta import DatasetMeta
-from twinkle.dataset.readers import Row, read_rows
+from twinkle.dataset.readers import Row, read_rows, without_filler
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template import Template, get_template_class
 
@@ -114,16 +114,23 @@ def require_template(template: Template | None, method: str) -> Template:
 def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]:
     """Items of rows that are in no file; `name` stands for it in messages.
 
+    Rows of a dataset of Hugging Face's library are read from Arrow, as those of a Parquet file are.
+
     Raises:
         InvalidRequest: while they are read, naming the row's number, if one is no object with columns.
     """
+    is_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
                 f"{name}:{number}: expected a row, an object with columns such as {{'messages': [...]}}, got "
                 f"{type(row).__name__}"
             )
-        yield Item(dict(row), name, number)
+        yield Item(
+            {column: without_filler(value) for column, value in row.items()} if is_arrow else dict(row),
+            name,
+            number,
+        )
 
 
 def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[Item]]]:

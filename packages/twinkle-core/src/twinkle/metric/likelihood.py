@@ -1,14 +1,16 @@
 """How likely a model finds tokens: negative log-likelihood, perplexity, entropy, divergence. All in nats a token."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from twinkle.metric.inputs import TrainingDatum, TrainingOutput, logprobs_and_weights, selected
 from twinkle.protocol.errors import InvalidRequest
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3"]
+ClippedLoss: TypeAlias = Literal["ppo", "cispo", "gspo"]
 
 
 def nll(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]]) -> float:
@@ -121,6 +123,7 @@ def policy_metrics(
     data: Sequence[TrainingDatum],
     clip_low_threshold: float | None = None,
     clip_high_threshold: float | None = None,
+    loss_fn: ClippedLoss = "ppo",
 ) -> dict[str, float]:
     """How far the trainer is from the sampler, and how sure the sampler was, from a policy gradient's pass.
 
@@ -128,15 +131,21 @@ def policy_metrics(
         output: what `forward_backward` with importance_sampling, ppo, cispo, dro or gspo returned.
         data: what was given to it, as `twinkle.rollout.to_training_data` makes it: a token counts where its advantage
             is not 0.
-        clip_low_threshold, clip_high_threshold: the loss's, for the share of tokens whose ratio lies beyond them.
+        clip_low_threshold, clip_high_threshold: the loss's, for the share of tokens that it clips.
+        loss_fn: whose thresholds these are. "ppo" clips a ratio above the upper one where the advantage is positive,
+            and one below the lower one where it is negative: there the token has no gradient. "gspo" does the same with
+            the ratio of the whole sequence (of its `sequence_ratio_mask`). "cispo" bounds the weight of every token
+            whose ratio lies outside.
 
     Returns:
         `kl`, KL(sampler || trainer) (k3 of `kl_divergence`) and `entropy`, in nats a token; with thresholds also
         `clipped`, a share.
 
     Raises:
-        InvalidRequest: if output and data don't belong together, or no token counts.
+        InvalidRequest: if output and data don't belong together, no token counts, or the loss is another.
     """
+    if loss_fn not in get_args(ClippedLoss):
+        raise InvalidRequest(f"loss_fn: {loss_fn!r}; allowed are {', '.join(get_args(ClippedLoss))}")
     if len(output.loss_fn_outputs) != len(data):
         raise InvalidRequest(
             f"data: {len(data)} datums for {len(output.loss_fn_outputs)} outputs; give what was passed"
@@ -148,8 +157,25 @@ def policy_metrics(
     if clip_low_threshold is not None or clip_high_threshold is not None:
         low = -np.inf if clip_low_threshold is None else clip_low_threshold
         high = np.inf if clip_high_threshold is None else clip_high_threshold
-        ratios = np.concatenate(
-            [np.exp(new - old)[mask] for new, old, mask in zip(trained, sampled, masks, strict=True)]
-        )
-        metrics["clipped"] = float(((ratios < low) | (ratios > high)).mean())
+        clipped = [
+            _clipped(datum, new - old, loss_fn, low, high)[mask]
+            for datum, new, old, mask in zip(data, trained, sampled, masks, strict=True)
+        ]
+        metrics["clipped"] = float(np.concatenate(clipped).mean())
     return metrics
+
+
+def _clipped(
+    datum: TrainingDatum, log_ratios: npt.NDArray[Any], loss_fn: ClippedLoss, low: float, high: float
+) -> npt.NDArray[np.bool_]:
+    """Which tokens a loss clips, bool [T]."""
+    with np.errstate(over="ignore"):
+        ratios = np.exp(log_ratios)
+        if loss_fn == "gspo":
+            marked = datum.loss_fn_inputs["sequence_ratio_mask"].to_numpy() != 0
+            ratios = np.full_like(ratios, np.exp(log_ratios[marked].mean()) if marked.any() else 1.0)
+    above, below = ratios > high, ratios < low
+    if loss_fn == "cispo":
+        return above | below
+    advantages = datum.loss_fn_inputs["advantages"].to_numpy()
+    return (above & (advantages > 0)) | (below & (advantages < 0))

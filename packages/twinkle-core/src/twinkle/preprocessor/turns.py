@@ -1,29 +1,12 @@
 """From what datasets call the turns of a conversation to messages; which columns hold them is `formats`' business."""
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
+from twinkle.data_format.roles import CALL_ROLES, ROLES, read_calls
 from twinkle.protocol.errors import InvalidRequest
-
-# Who speaks, by the names that ShareGPT and what came after it use. A call is an assistant's message without words.
-_CALLS: Final = frozenset({"function_call", "tool_call"})
-_ROLES: Final = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
 
 
 def read_text(value: object, field: str) -> str:
@@ -62,19 +45,21 @@ def read_message(turn: object, field: str) -> dict[str, Any]:
         if not (content is None or isinstance(content, str) or is_list(content)):
             raise InvalidRequest(f"{field}.content: expected text, got {describe(content)}")
         others = {key: item for key, item in keys.items() if key not in ("role", "content", "value")}
+        if role in CALL_ROLES and others.get("tool_calls") is None:
+            return _call_turn(content, f"{field}.content", others)
         # Templates know more roles than these, such as "developer": what is no alias stays.
-        return {"role": _ROLES.get(role, role), "content": content, **others}
+        return {"role": ROLES.get(role, role), "content": content, **others}
     for key, other in (("from", "role"), ("value", "content")):
         if key not in keys and other not in keys:
             raise InvalidRequest(f"{field}.{key} is missing; a turn has from and value, or role and content")
     name = read_text(keys.get("from"), f"{field}.from")
     others = {key: item for key, item in keys.items() if key not in ("from", "value", "role", "content")}
     value = keys.get("value", keys.get("content"))
-    if name in _CALLS:
-        return {"role": "assistant", "tool_calls": _calls(value, f"{field}.value"), **others}
-    if name not in _ROLES:
-        raise InvalidRequest(f"{field}.from: {name!r}; known are {', '.join(sorted({*_ROLES, *_CALLS}))}")
-    return {"role": _ROLES[name], "content": read_text(value, f"{field}.value"), **others}
+    if name in CALL_ROLES:
+        return _call_turn(value, f"{field}.value", others)
+    if name not in ROLES:
+        raise InvalidRequest(f"{field}.from: {name!r}; known are {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
+    return {"role": ROLES[name], "content": read_text(value, f"{field}.value"), **others}
 
 
 def read_history(value: object, field: str) -> list[dict[str, Any]]:
@@ -119,20 +104,5 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def _calls(value: object, field: str) -> list[dict[str, Any]]:
-    """The functions called, `{name, arguments}` or a list of these, as objects or as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = cast(object, json.loads(value))
-        except ValueError as error:
-            raise InvalidRequest(f"{field}: expected the call as JSON, got other text ({error})") from error
-    calls = value if is_list(value) else [value]
-    return [{"type": "function", "function": {"arguments": {}, **_function(call, field)}} for call in calls]
-
-
-def _function(call: object, field: str) -> Mapping[str, Any]:
-    if not isinstance(call, Mapping):
-        raise InvalidRequest(f"{field}: expected an object with name and arguments, got {describe(call)}")
-    function = cast(Mapping[str, Any], call)
-    read_text(function.get("name"), f"{field}.name")
-    return function
+def _call_turn(value: object, field: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    return {**others, "role": "assistant", "tool_calls": read_calls(value, field)}

@@ -20,10 +20,11 @@ class MathReward:
     r"""1.0 if a completion's final answer equals the true one mathematically, else 0.0.
 
     The library `math_verify` (extra `math`) finds and compares answers: fractions, decimals, thousands separators,
-    percentages (50% equals 0.5, and 50 too), intervals, sets, equations. The last `\boxed{...}` is the final answer
-    (several close to each other are a set); without one, what follows "the final answer is" or "answer:"; else the
-    last formula or number. Only what comes after `</think>` counts, and a completion cut off while it was thinking has
-    no answer.
+    percentages (50% equals 0.5, and 50 too), intervals, sets, equations. Decimals are compared to six places, and to
+    six digits where the true answer is smaller than 1 (a fraction or root: than 0.001). The last `\boxed{...}` is the
+    final answer (several close to each other are a set); without one, what follows "the final answer is" or "answer:";
+    else the last formula or number. Only what comes after `</think>` counts, and a completion cut off while it was
+    thinking has no answer.
 
     Comparing runs in processes of its own, which start with the first call (about a second) and are ended when an
     answer takes too long, such as a tower of powers: that counts as wrong. So it works in any thread, several at once

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from twinkle.dataloader import DataLoader
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.runs import records
+from twinkle.runs.programs import takes_option
 from twinkle.runs.records import RunState
 from twinkle.runs.sinks import JsonLines, Sink, TensorBoard, WandB
 from twinkle.verbs.futures import Pending
@@ -64,7 +65,8 @@ class Run:
         config: hyperparameters, kept in config.json.
         tensorboard: also write event files (`twinkle-core[tensorboard]`).
         wandb: project of Weights & Biases to log to as well (`twinkle-core[wandb]`).
-        resume_option: option of the program that takes the folder, for the message that says how to go on.
+        resume_option: option of the program that takes the folder, for the message that says how to go on. Where the
+            program reads none, the message says what to write instead.
 
     Raises:
         NotFound: if there is nothing to resume in that folder.
@@ -100,6 +102,7 @@ class Run:
         """Steps that are done; in a loop over `steps`, the number of the step under way, from 0."""
         self._in_step = False
         self._is_finished = False
+        self._name = name
         self._resume_option = resume_option
         self._saves = 0
         self._sinks: list[Sink] = [JsonLines(self.directory)]
@@ -218,12 +221,15 @@ class Run:
     def _how_to_go_on(self) -> str:
         if self.state is None:
             return f"nothing was saved yet, so there is nothing to resume in {self.directory}."
+        saved = f"the state after step {self.state.step} is saved as {self.state.checkpoint}.\n"
+        if not takes_option(self._resume_option):
+            return (
+                f"{saved}To go on, give Run the folder and start again: Run({self._name!r}, "
+                f"resume={str(self.directory)!r})"
+            )
         arguments = _without_option(sys.argv[1:], self._resume_option)
         command = [sys.executable, sys.argv[0], *arguments, self._resume_option, str(self.directory)]
-        return (
-            f"the state after step {self.state.step} is saved as {self.state.checkpoint}.\n"
-            f"To go on: {shlex.join(command)}"
-        )
+        return f"{saved}To go on: {shlex.join(command)}"
 
     # ------------------------------------------------------------ metrics
 

@@ -5,10 +5,7 @@ tokenised to, and chat templates write earlier turns differently (Qwen3's leaves
 tokens that were really sampled, so only what comes after them is rendered.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -43,8 +40,6 @@ def continuation_ids(
         raise InvalidRequest(
             f"turn_index: {turn_index} is no message of the assistant; these are: {', '.join(turns) or 'none'}"
         )
-    if form.calls is not None and form.calls.arguments_as_text:
-        conversation = _with_text_arguments(conversation)
     text = template.render(conversation, add_generation_prompt=True)
     turns = assistant_turns(template, conversation, add_generation_prompt=True)
     turn = next(turn for turn in turns if turn.message == turn_index)
@@ -103,29 +98,3 @@ def _special(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _with_text_arguments(conversation: Conversation) -> Conversation:
-    """The same with the arguments of calls as JSON text, for templates that want them so."""
-
-    def converted(call: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(call.get("function"), dict):
-            return {**call, "function": converted(call["function"])}
-        arguments = call.get("arguments")
-        return (
-            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            if _is_object(arguments)
-            else call
-        )
-
-    messages = tuple(
-        {**message, "tool_calls": [converted(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in conversation.messages
-    )
-    return replace(conversation, messages=messages)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)

@@ -1,13 +1,16 @@
 """From a trajectory, whatever it was read from, to the plain data that chat templates see."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeGuard, cast
 
 import numpy as np
 
+from twinkle.data_format.roles import CALL_ROLES, ROLES, read_calls
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.template.marks import is_left_out
 
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called. Templates read the first, gpt-oss's reads the second."""
@@ -15,10 +18,16 @@ REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and tools as plain JSON data; made by `read_conversation`."""
+    """Messages and tools as plain JSON data; made by `read_conversation`.
+
+    Attributes:
+        tools: None where there are none; never an empty list, which some templates write as if there were some.
+        left_out: the indices of messages that are marked as not to be trained on.
+    """
 
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None = None
+    left_out: frozenset[int] = frozenset()
 
     def first(self, count: int) -> "Conversation":
         """The conversation up to, not including, message `count`."""
@@ -33,7 +42,9 @@ def read_conversation(trajectory: Mapping[str, Any]) -> Conversation:
     """A trajectory's messages and tools, copied.
 
     A key of a message that holds None is left out, as Transformers does: columnar files and some APIs give None for
-    what is not there, and templates ask whether a key is there.
+    what is not there, and templates ask whether a key is there. For the same reason it is left out of a tool's schema
+    wherever null can't be meant, and of the arguments of a call whose schema knows no such parameter. A role goes by
+    its usual name ("human" is "user"), and a turn of the role "tool_call" is an assistant's call.
 
     Raises:
         InvalidRequest: if there are no messages, or something is not what a chat template can read.
@@ -44,17 +55,80 @@ def read_conversation(trajectory: Mapping[str, Any]) -> Conversation:
             f"messages: expected a list of messages, got {_describe(messages)}; the columns are "
             f"{', '.join(trajectory) or 'none'}: a preprocessor (dataset.map) makes messages of others"
         )
-    tools = cast(object, trajectory.get("tools"))
-    if isinstance(tools, str):  # as columnar files have it, whose columns must be of one type
-        tools = _parse_tools(tools)
-    if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise InvalidRequest("tools: expected a list of JSON schemas (objects), or the same as JSON text")
-    return Conversation(
-        messages=tuple(
-            _read_message(message, f"messages[{index}]") for index, message in enumerate(messages)
-        ),
-        tools=cast("list[dict[str, Any]] | None", _plain(tools, "tools")),
+    tools = _read_tools(cast(object, trajectory.get("tools")))
+    read = [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    left_out = frozenset(
+        index for index, message in enumerate(read) if is_left_out(message, f"messages[{index}]")
     )
+    return Conversation(tuple(_without_unknown_nulls(message, tools) for message in read), tools, left_out)
+
+
+def _read_tools(tools: object) -> list[dict[str, Any]] | None:
+    """The tools' schemas; None where there are none, in whatever way that is said."""
+    if isinstance(tools, str):  # as columnar files have it, whose columns must be of one type
+        tools = _parse_json(tools, "tools")
+    if tools is None or (
+        isinstance(tools, float) and math.isnan(tools)
+    ):  # pandas has NaN for what is not there
+        return None
+    if not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InvalidRequest("tools: expected a list of JSON schemas (objects), or the same as JSON text")
+    return cast("list[dict[str, Any]]", _without_nulls(_plain(tools, "tools"))) or None
+
+
+# What holds a value of a parameter, which may well be null, and no part of the schema itself.
+_VALUES: Final = frozenset({"default", "const", "example"})
+
+
+def _without_nulls(schema: object, by_name: bool = False) -> object:
+    """A JSON schema without the keys that hold null, where null means nothing: columnar files fill structs so.
+
+    Args:
+        by_name: whether the keys are names of parameters, not words of JSON schema.
+    """
+    if isinstance(schema, dict):
+        items = cast("dict[str, object]", schema).items()
+        return {
+            key: _without_nulls(value, by_name=key == "properties" and not by_name)
+            if by_name or key not in _VALUES
+            else value
+            for key, value in items
+            if value is not None or (not by_name and key in _VALUES)
+        }
+    return [_without_nulls(item) for item in schema] if _is_list(schema) else schema
+
+
+def _without_unknown_nulls(message: dict[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The message without arguments that are null and that the function's schema does not have."""
+    if not tools or not message.get("tool_calls"):
+        return message
+    known = {function.get("name"): _parameters(function) for function in map(_function_of, tools)}
+
+    def cleaned(call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": cleaned(call["function"])}
+        arguments, parameters = call.get("arguments"), known.get(call.get("name"))
+        if not isinstance(arguments, dict) or not parameters:
+            return call
+        items = cast("dict[str, object]", arguments).items()
+        kept = {key: value for key, value in items if value is not None or key in parameters}
+        return {**call, "arguments": kept}
+
+    return {**message, "tool_calls": [cleaned(call) for call in message["tool_calls"]]}
+
+
+def _function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    return cast("dict[str, Any]", function) if isinstance(function, dict) else tool
+
+
+def _parameters(function: dict[str, Any]) -> set[str]:
+    """The names of a function's parameters; none where the schema leaves them open."""
+    parameters: object = function.get("parameters")
+    if not isinstance(parameters, dict):
+        return set()
+    properties = cast("dict[str, object]", parameters).get("properties")
+    return set(cast("dict[str, object]", properties)) if isinstance(properties, dict) else set()
 
 
 def _read_message(message: object, where: str) -> dict[str, Any]:
@@ -65,6 +139,16 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(role, str):
         raise InvalidRequest(f"{where}.role: expected text such as 'user', got {_describe(role)}")
     kept = {key: value for key, value in plain.items() if value is not None}
+    if role in CALL_ROLES and "tool_calls" not in kept:
+        kept["tool_calls"] = read_calls(kept.pop("content", None), f"{where}.content")
+        role = "assistant"
+    if (
+        "function_call" in kept and "tool_calls" not in kept
+    ):  # as the OpenAI API had it before there were several
+        kept["tool_calls"] = read_calls(kept.pop("function_call"), f"{where}.function_call")
+    kept["role"] = ROLES.get(role, role)
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _read_calls(kept["tool_calls"], f"{where}.tool_calls")
     reasoning = next((kept[key] for key in REASONING_KEYS if key in kept), None)
     if "content" in kept:
         _check_content(kept["content"], f"{where}.content")
@@ -75,6 +159,33 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     if reasoning is None:
         return kept
     return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _read_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """The calls of a message, each with a name; the OpenAI form keeps it under `function`."""
+    if isinstance(calls, str):
+        calls = _parse_json(calls, where) or []
+    if not _is_list(calls):
+        raise InvalidRequest(f"{where}: expected a list of calls, got {_describe(calls)}")
+    for index, call in enumerate(calls):
+        if not isinstance(call, dict) or not isinstance(
+            _function_of(cast("dict[str, Any]", call)).get("name"), str
+        ):
+            raise InvalidRequest(
+                f"{where}[{index}]: expected a call, an object with a function's name and arguments: "
+                '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+            )
+    return [_without_none(cast("dict[str, Any]", call)) for call in calls]
+
+
+def _without_none(call: dict[str, Any]) -> dict[str, Any]:
+    """A call without keys that hold None; what its arguments hold is left as it is."""
+    kept = {key: value for key, value in call.items() if value is not None}
+    return (
+        {**kept, "function": _without_none(kept["function"])}
+        if isinstance(kept.get("function"), dict)
+        else kept
+    )
 
 
 def _check_content(content: object, where: str) -> None:
@@ -88,18 +199,28 @@ def _check_content(content: object, where: str) -> None:
             f'{where}: a list of plain text; join it to one text, or give parts: [{{"type": "text", "text": ...}}]'
         )
     for index, part in enumerate(content):
-        if not isinstance(part, Mapping) or not isinstance(cast(Mapping[str, object], part).get("type"), str):
+        kind = cast(Mapping[str, object], part).get("type") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or not isinstance(kind, str):
             raise InvalidRequest(
                 f'{where}[{index}]: expected a part with a type, such as {{"type": "text", "text": ...}}, got '
                 f"{'an object without type' if isinstance(part, Mapping) else _describe(part)}"
             )
+        if kind != "text":
+            raise InvalidRequest(
+                f"{where}[{index}]: a part of type {kind!r}; only text can be trained on and sampled from: "
+                '{"type": "text", "text": ...}'
+            )
+        text = cast(Mapping[str, object], part).get("text")
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where}[{index}].text: expected text, got {_describe(text)}")
 
 
-def _parse_tools(text: str) -> object:
+def _parse_json(text: str, where: str) -> object:
+    """What JSON text holds; None for nothing but white space."""
     try:
         return json.loads(text) if text.strip() else None
-    except ValueError as error:
-        raise InvalidRequest(f"tools: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}: not JSON ({error})") from error
 
 
 def _plain(value: object, where: str) -> object:

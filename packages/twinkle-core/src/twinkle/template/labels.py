@@ -7,7 +7,7 @@ Templates say nothing about this. So what is written for which message is traced
 one of the assistant's, the model is given
 
 - the generation prompt, if the text has it there;
-- else what the turns of this template begin with, whatever they hold (`turn_habits`): an earlier turn of Qwen3.5 has no
+- else what the turns of this template begin with, whatever they hold (`turn_bounds`): an earlier turn of Qwen3.5 has no
   `<think>`, though its generation prompt does.
 
 What another message is written in between is no part of the turn (Gemma 4 has the tools' results within the turn that
@@ -23,12 +23,12 @@ from typing import Final
 
 from twinkle.template.conversation import Conversation
 from twinkle.template.rendering import ChatTemplate, RenderingFailed, Span, Traced
-from twinkle.template.turn_habits import (
-    TurnHabits,
+from twinkle.template.turn_bounds import (
+    TurnBounds,
     common_beginning,
     first_piece,
     generation_prompt,
-    turn_habits,
+    turn_bounds,
 )
 
 _TAG: Final = re.compile(r"\s*(<[^<>\s]+>)")
@@ -86,7 +86,7 @@ class _Finder:
         self._starts = [stretch.start for stretch in traced.stretches]
         self._written = _by_message(traced)
         self._first_written = min((s.start for s in traced.stretches if s.owner is not None), default=0)
-        self._habits: TurnHabits = turn_habits(template, conversation.tools is not None)
+        self._bounds: TurnBounds = turn_bounds(template, conversation.tools is not None)
         self._prompts: dict[object, list[str]] = {}
 
     def turn(self, index: int) -> Turn:
@@ -103,7 +103,7 @@ class _Finder:
         spans, stop = self._cut([first, *written[1:]], index)
         if stop is None:
             last = self._text[spans[-1].start : spans[-1].end]
-            stop = next((end for end in self._habits.ends if last.endswith(end)), "")
+            stop = next((end for end in self._bounds.ends if last.endswith(end)), "")
         return Turn(index, tuple(spans), stop)
 
     def _said_from(self, index: int, written: Span) -> int:
@@ -114,14 +114,14 @@ class _Finder:
             for at, opening in ((0, prompt), (begins, prompt.lstrip())):
                 if opening and here.startswith(opening, at):
                     return written.start + at + len(opening)
-        given = common_beginning(here[begins:], self._habits.opening.lstrip())
+        given = common_beginning(here[begins:], self._bounds.opening.lstrip())
         return written.start + (begins + len(given) if given else 0)
 
     def _begins(self, here: str, first: bool) -> int:
         """Where in what is written for a message its turn's opening begins: behind white space, and, for the first
         message, behind what the template begins every conversation with (Qwen2.5-VL's system prompt).
         """
-        opening = self._habits.opening.strip()
+        opening = self._bounds.opening.strip()
         if first and opening in here:
             return here.index(opening)
         return len(here) - len(here.lstrip())
@@ -136,7 +136,7 @@ class _Finder:
         kind = (before.get("role"), bool(before.get("tool_calls")), index == 0)
         known = self._prompts.setdefault(kind, [])
         yield from known
-        opening = self._habits.opening
+        opening = self._bounds.opening
         goes_on = first_piece(here, len(opening)) if here.startswith(opening) else None
         if known and goes_on not in (None, *(first_piece(prompt, len(opening)) for prompt in known)):
             return
@@ -165,7 +165,7 @@ class _Finder:
 
     def _ends_text(self, end: int) -> bool:
         """Whether what stands behind the last message ends its turn, rather than ask for another."""
-        opening = self._habits.opening.strip()
+        opening = self._bounds.opening.strip()
         return not self._prompted and not (opening and self._text[end:].lstrip().startswith(opening))
 
     def _stop_behind(self, end: int, index: int) -> str | None:
@@ -176,9 +176,9 @@ class _Finder:
         owner = self._stretches[bisect_right(self._starts, tag.start(1)) - 1].owner
         if owner is None or owner == index or self._conversation.messages[owner]["role"] == "assistant":
             return None
-        if not self._habits.ends_turns:
+        if not self._bounds.ends_turns:
             return tag[1]
-        stop = self._habits.calls_stop
+        stop = self._bounds.calls_stop
         return stop if tag[1] == stop and not self._text.endswith(stop, 0, end) else None
 
 

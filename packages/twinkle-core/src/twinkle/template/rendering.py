@@ -78,6 +78,11 @@ class ChatTemplate:
         # Compiled templates can't be pickled; a process that gets this one compiles them anew.
         return type(self), (self.sources, self.variables, self._owner)
 
+    @property
+    def owner(self) -> str:
+        """Whose templates these are."""
+        return self._owner
+
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as text, ending with the opening of an assistant's turn if asked for.
 

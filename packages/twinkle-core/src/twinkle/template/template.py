@@ -20,9 +20,12 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
 from twinkle.template.files import TEMPLATE_FILES, read_chat_templates, read_special_tokens, read_tokenizer
+from twinkle.template.fitting import fitted
+from twinkle.template.habits import Habits
 from twinkle.template.labels import assistant_turns
 from twinkle.template.parsing import ParsedTurn, parse_turn
 from twinkle.template.rendering import ChatTemplate, Span
+from twinkle.template.shown import ShownMessages
 from twinkle.template.turn_forms import TurnForm
 from twinkle.template.turn_learning import learn_turn_form
 
@@ -41,7 +44,8 @@ class Template:
         model_id: whose; an id that `twinkle.hub.resolve` knows, or a folder. Only its tokenizer files are fetched.
         train_on: what labels mark. "assistant": each turn of the assistant, the token that ends it included;
             "last_assistant": only the last of these; "all": every token. Turns are taken as the chat template
-            writes them: Qwen3's, for one, leaves out the thinking of all turns before the last question.
+            writes them: Qwen3's, for one, leaves out the thinking of all turns before the last question. A message
+            with `weight: 0`, or `loss`, `train` or `trainable: false`, is not trained on.
         max_length: most tokens of a sequence; None is no limit.
         truncation_strategy: what becomes of longer ones. "raise": an error; "left": the beginning is cut off;
             "right": the end is cut off; "delete": `batch_encode` and datasets leave the row out.
@@ -85,14 +89,16 @@ class Template:
         self.tokenizer: Tokenizer = read_tokenizer(folder)
         self._eos_token = special_tokens.get("eos_token", "")
         self._chat_template = ChatTemplate(sources, variables, owner=self.model_id)
+        self._habits = Habits(self._chat_template)
+        self._shown = ShownMessages(self._chat_template)
 
     def render(self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False) -> str:
         """The conversation as the model's text.
 
         Raises:
-            InvalidRequest: if it is no conversation, or the chat template refuses it.
+            InvalidRequest: if it is no conversation, or the chat template refuses it or would leave a message out.
         """
-        return self._chat_template.render(read_conversation(trajectory), add_generation_prompt)
+        return self._chat_template.render(self._read(trajectory), add_generation_prompt)
 
     def encode(
         self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False
@@ -103,18 +109,19 @@ class Template:
             add_generation_prompt: end with the opening of an assistant's turn, to sample what follows.
 
         Raises:
-            InvalidRequest: if it is no conversation, or the chat template refuses it.
+            InvalidRequest: if it is no conversation, or the chat template refuses it or would leave a message out.
             SequenceTooLong: if it is longer than `max_length` and is not to be cut.
         """
-        conversation = read_conversation(trajectory)
+        conversation = self._read(trajectory)
         text = self._chat_template.render(conversation, add_generation_prompt)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         input_ids = np.array(encoding.ids, dtype=np.int64)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         if self.train_on == "all":
-            labels = input_ids.copy()
+            left_out = self._left_out_spans(conversation, add_generation_prompt)
+            labels = np.where(_labels(input_ids, offsets, left_out) == NOT_TRAINED, input_ids, NOT_TRAINED)
         else:
-            spans = self._trained_spans(conversation, add_generation_prompt)
-            labels = _labels(input_ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), spans)
+            labels = _labels(input_ids, offsets, self._trained_spans(conversation, add_generation_prompt))
         kept = self._kept(len(input_ids))
         return InputFeature(input_ids=input_ids[kept], labels=labels[kept])
 
@@ -189,7 +196,7 @@ class Template:
             InvalidRequest: if message `turn_index` is not the assistant's, or the chat template refuses the
                 conversation.
         """
-        conversation = read_conversation(trajectory)
+        conversation = self._read(trajectory)
         tokens = [int(token) for token in sampled]
         ids = continuation_ids(
             self._chat_template, self.tokenizer, self._turn_form, conversation, turn_index, tokens
@@ -216,6 +223,12 @@ class Template:
         ]
         return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
 
+    def _read(self, trajectory: Trajectory | Mapping[str, Any]) -> Conversation:
+        """The conversation in the forms that the chat template wants; refused if it would leave a message out."""
+        conversation = fitted(read_conversation(trajectory), self._habits)
+        self._shown.check(conversation)
+        return conversation
+
     @cached_property
     def _turn_form(self) -> TurnForm:
         """How the model writes a turn; learnt when it is first asked for."""
@@ -226,15 +239,30 @@ class Template:
     def _trained_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
         """The stretches of the rendered text that are trained on: what the chat template marks, or the turns found."""
         marked = self._chat_template.generation_spans(conversation, add_generation_prompt)
-        if marked is not None and self.train_on == "assistant":
+        if marked is not None and self.train_on == "assistant" and not conversation.left_out:
             return marked
         turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
-        if self.train_on == "assistant":
-            return [span for turn in turns for span in turn.spans]
-        last = [span for turn in turns[-1:] for span in turn.spans]
+        if self.train_on == "last_assistant":
+            turns = turns[-1:]
+        trained = [span for turn in turns if turn.message not in conversation.left_out for span in turn.spans]
         if marked is None:
-            return last
-        return [span for span in marked for turn in last if span.start < turn.end and turn.start < span.end]
+            return trained
+        return [
+            span for span in marked for turn in trained if span.start < turn.end and turn.start < span.end
+        ]
+
+    def _left_out_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
+        """The stretches of messages that are marked as not to be trained on, where all else is."""
+        if not conversation.left_out:
+            return []
+        turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
+        others = conversation.left_out - {turn.message for turn in turns}
+        if others:
+            raise InvalidRequest(
+                f"messages[{min(others)}]: marked as not to be trained on, and train_on='all' trains every message "
+                "that is not the assistant's; take the mark out, or train on 'assistant'"
+            )
+        return [span for turn in turns if turn.message in conversation.left_out for span in turn.spans]
 
     def _kept(self, length: int) -> slice:
         """Which tokens of a sequence of that length stay."""

@@ -7,7 +7,10 @@ from twinkle.protocol import messages as m
 
 
 class Channel(Protocol):
-    """Sends requests. May be called from any thread; returns at once."""
+    """Sends requests. May be called from any thread; returns at once.
+
+    One with threads of its own begins anew, or refuses what is asked, in a forked process: see `forks`.
+    """
 
     def prepare(self, base_model: str | None) -> None:
         """Told before anything is asked of a base model, so that local mode can load it."""
@@ -19,6 +22,10 @@ class Channel(Protocol):
 
     def ask(self, query: m.Query) -> Future[m.Reply]:
         """Send a query; the future ends with its reply, or with a `TwinkleError`."""
+        ...
+
+    def hurry(self) -> None:
+        """Told when the program ends: a server that can't be reached is not waited for any longer than that takes."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
@@ -10,6 +11,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Generic, TypeVar, cast
 
 from tqdm import tqdm
+
+from twinkle.protocol.errors import TwinkleError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -34,6 +37,7 @@ class Pending(Generic[T]):
         self._future = future
         self._doing = doing
         self._seen = seen or threading.Event()
+        self._process = os.getpid()
 
     def result(self, timeout: float | None = None) -> T:
         """The result; waits for it.
@@ -42,9 +46,10 @@ class Pending(Generic[T]):
             timeout: seconds; None waits as long as it takes.
 
         Raises:
-            TwinkleError: if the operation failed.
+            TwinkleError: if the operation failed; or, in a forked process, if it was still under way.
             TimeoutError: if it is not done in time; it goes on.
         """
+        self._require_answer_here()
         try:
             return wait(self._future, self._doing, timeout)
         finally:
@@ -74,6 +79,7 @@ class Pending(Generic[T]):
     def wait_done(self) -> None:
         """Wait until the operation has ended, well or not, without looking at the result."""
         try:
+            self._require_answer_here()
             wait(self._future, self._doing, None)
         except Exception:
             return  # it stays to be looked at
@@ -83,11 +89,19 @@ class Pending(Generic[T]):
         return Pending(chain([self._future], lambda results: change(results[0])), self._doing, self._seen)
 
     def __await__(self) -> Generator[Any, None, T]:
+        self._require_answer_here()
         self._seen.set()
         return asyncio.wrap_future(self._future).__await__()
 
+    def _require_answer_here(self) -> None:
+        if self._process != os.getpid() and not self._future.done():
+            raise TwinkleError(
+                f"{self._doing}: it was under way when this process was forked, and is answered in the parent "
+                "alone; look at the result before forking, or ask again here"
+            )
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy, pickle and the like probe for these
+        if name.startswith("_"):  # copy, pickle, Jupyter and the like probe for these; no result has such
             raise AttributeError(name)
         return getattr(self.result(), name)
 

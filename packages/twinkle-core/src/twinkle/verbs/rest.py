@@ -17,6 +17,7 @@ from twinkle.protocol.errors import ConnectionFailed, InvalidRequest
 from twinkle.protocol.uris import CheckpointKind, as_twinkle
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.futures import wait
+from twinkle.verbs.proxies import through
 
 R = TypeVar("R")
 
@@ -195,6 +196,8 @@ def _fetch(url: str, target: Path) -> None:
             with partial.open("wb") as file:
                 for chunk in response.iter_bytes():
                     file.write(chunk)
-    except httpx.HTTPError as error:
-        raise ConnectionFailed(f"{target.name} could not be downloaded ({error}); try again") from error
+    except (httpx.HTTPError, ImportError, ValueError) as error:  # the latter: a proxy that httpx can't use
+        raise ConnectionFailed(
+            f"{target.name} could not be downloaded{through(url)} ({error}); try again"
+        ) from error
     partial.replace(target)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import JsonTensor, ModelInput, SampleResponse, SamplingParams, TensorData
 from twinkle.protocol.validation import make
 from twinkle.verbs.channel import Channel
+from twinkle.verbs.forks import first_number_elsewhere
 from twinkle.verbs.futures import Pending, wait
 
 
@@ -18,12 +20,18 @@ class SamplingClient:
     """Samples from fixed weights. Made by `ServiceClient.create_sampling_client` and
     `TrainingClient.save_weights_and_get_sampling_client`.
 
-    Every verb returns at once with a `Pending`; send many and they are generated together.
+    Every verb returns at once with a `Pending`; send many and they are generated together. A client of a server can be
+    pickled, with the API key in it: what comes of it samples from the same weights, in whatever process.
     """
 
-    def __init__(self, channel: Channel, sampling_session_id: str) -> None:
+    def __init__(self, channel: Channel, sampling_session_id: str, first_number: int = 0) -> None:
+        """
+        Args:
+            first_number: where it begins to count its samples; no two clients of a sampling session may count alike.
+        """
         self._channel = channel
-        self._seq_ids = itertools.count()
+        self._seq_ids = itertools.count(first_number)
+        self._process = os.getpid()
         self.sampling_session_id = sampling_session_id
         """The sampler's id on the server."""
 
@@ -55,6 +63,8 @@ class SamplingClient:
         Returns:
             `sequences`, `num_samples` of them, each with `tokens`, `logprobs` and `stop_reason`.
         """
+        if self._process != os.getpid():  # forked: the parent goes on with the numbers that follow
+            self._process, self._seq_ids = os.getpid(), itertools.count(first_number_elsewhere())
         request = make(
             m.SampleRequest,
             sampling_session_id=self.sampling_session_id,
@@ -76,10 +86,17 @@ class SamplingClient:
         sampled = self.sample(prompt, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True)
         return sampled.then(lambda response: response.prompt_logprobs or [])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client_elsewhere, (self._channel, self.sampling_session_id)
+
     def get_base_model(self) -> str:
         """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
         return wait(cast(Future[m.SamplerInfo], reply), "get_base_model").base_model
+
+
+def _client_elsewhere(channel: Channel, sampling_session_id: str) -> SamplingClient:
+    return SamplingClient(channel, sampling_session_id, first_number_elsewhere())
 
 
 def _json_tensor(values: object) -> JsonTensor | None:

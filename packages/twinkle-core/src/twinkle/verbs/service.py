@@ -19,6 +19,7 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import LossHandle, Rank
+from twinkle.verbs.forks import begin_anew_when_forked
 from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
@@ -30,21 +31,33 @@ R = TypeVar("R")
 class ServiceClientBase:
     """The verbs over a channel: `twinkle_client.ServiceClient` (a server), `twinkle.ServiceClient` (this process).
 
-    Nothing is sent before the first verb. What is still under way when the program ends is waited for; `close`, or a
-    `with` block, does so earlier and gives the adapters' places back.
+    Nothing is sent before the first verb. What is still under way when the program ends is waited for, unless the
+    server can't be reached for half a minute; `close`, or a `with` block, does so earlier and gives the adapters'
+    places back.
+
+    In a forked process it has a session of its own; training clients stay with the parent, sampling clients work in
+    both.
     """
 
     def __init__(self, channel: Channel, user_metadata: dict[str, Any] | None = None) -> None:
         self._channel = channel
         self._user_metadata = user_metadata
+        self._closed = False
+        self._begin()
+        atexit.register(self._close_at_exit)
+        begin_anew_when_forked(self)
+
+    def _begin(self) -> None:
         self._session: str | None = None
         self._session_lock = threading.Lock()
         self._run_counter = SequenceCounter()
         self._sampling_counter = SequenceCounter()
         self._loss_counter = SequenceCounter()
         self._training_clients: list[TrainingClient] = []
-        self._closed = False
-        atexit.register(self._close_at_exit)
+
+    def after_fork(self) -> None:
+        """In a forked process: the session, with its runs, stays the parent's; the next verb begins another."""
+        self._begin()
 
     # ------------------------------------------------------------ training clients
 
@@ -259,6 +272,7 @@ class ServiceClientBase:
 
     def _close_at_exit(self) -> None:
         try:
+            self._channel.hurry()
             self.close()
         except Exception as error:
             print(f"twinkle: a request that was still under way failed: {error}", file=sys.stderr)

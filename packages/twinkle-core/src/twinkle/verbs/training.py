@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,11 @@ Batch: TypeAlias = Sequence[Datum | Mapping[str, Any]]
 
 CUSTOM_LOSS = "custom"
 
+_ONE_PROCESS = (
+    "a run's requests are numbered, by one process alone. To go on with its weights in another, save_state() here and "
+    "create_training_client_from_state(path) there; sampling clients can be used in both"
+)
+
 # Calls return before their work is done; beyond so many under way they wait for the oldest.
 MAX_UNDER_WAY = 32
 
@@ -41,6 +47,8 @@ class TrainingClient:
     Every verb returns at once with a `Pending`, and the server works through them in the order of the calls; so a
     plain loop keeps the server busy. An operation that failed, and whose `Pending` nobody looked at, is raised by the
     next call (or printed when the program ends).
+
+    It counts what it asks, so it is used in one process alone: in a forked one it refuses, and it can't be pickled.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class TrainingClient:
         self._seq_ids = SequenceCounter(first=1)
         self._under_way: deque[Pending[Any]] = deque()
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self.model_id = run_id
         """The run's id on the server."""
 
@@ -264,6 +273,7 @@ class TrainingClient:
         Raises:
             TwinkleError: the first failure that nobody has looked at.
         """
+        self._require_own_process()
         with self._lock:
             waiting = list(self._under_way)
         for pending in tqdm(
@@ -294,7 +304,17 @@ class TrainingClient:
             oldest.wait_done()
         return pending
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"a training client can't be pickled: {_ONE_PROCESS}")
+
+    def _require_own_process(self) -> None:
+        if self._process != os.getpid():  # asked before the lock is taken, which the parent may have held
+            raise InvalidRequest(
+                f"model_id: {self.model_id} is trained by the process that forked: {_ONE_PROCESS}"
+            )
+
     def _raise_unseen_failures(self) -> None:
+        self._require_own_process()
         with self._lock:
             ended = [pending for pending in self._under_way if pending.done()]
             self._under_way = deque(pending for pending in self._under_way if not pending.done())

@@ -21,6 +21,7 @@ from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
 from twinkle.server.service.service import Service
 from twinkle.server.service.validation import normal_model_id
+from twinkle.verbs.forks import begin_anew_when_forked
 from twinkle.verbs.service import ServiceClientBase
 
 R = TypeVar("R")
@@ -54,6 +55,11 @@ class LocalChannel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._service: Service | None = None
+        self._is_forked = False
+        begin_anew_when_forked(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("clients of local mode can't be pickled: their model is in this process")
 
     def prepare(self, base_model: str | None) -> None:
         """Load the base model, once.
@@ -62,6 +68,7 @@ class LocalChannel:
             InvalidRequest: if no model is named and none is loaded, or it would take several processes.
             NotFound: if the model can't be found.
         """
+        self._refuse_if_forked()
         with self._lock:
             if self._service is not None:
                 return
@@ -89,6 +96,17 @@ class LocalChannel:
             self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-local", daemon=True)
             self._thread.start()
             self._service = asyncio.run_coroutine_threadsafe(_start(plan, worker), self._loop).result()
+
+    def hurry(self) -> None:
+        """Nothing to do: there is no server that may be gone."""
+
+    def after_fork(self) -> None:
+        """The service's threads are the parent's; what is asked here is refused."""
+        # Kept, since to collect it would touch what the parent uses.
+        self._parents = self._loop, self._thread, self._service
+        self._is_forked = self._loop is not None
+        self._lock = threading.Lock()
+        self._loop = self._thread = self._service = None
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
         return self._run(self._operate(request))
@@ -125,7 +143,15 @@ class LocalChannel:
             if not isinstance(outcome, m.Pending):
                 return outcome
 
+    def _refuse_if_forked(self) -> None:
+        if self._is_forked:
+            raise TwinkleError(
+                "this ServiceClient runs in the process that forked; local mode is one process: use it there, or start "
+                "a server (twinkle-server launch) for several"
+            )
+
     def _opened(self) -> Service:
+        self._refuse_if_forked()
         if self._service is None:
             raise InvalidRequest(
                 "no base model is loaded yet: create a training client or a sampling client first"
@@ -135,6 +161,7 @@ class LocalChannel:
     def _run(self, work: Coroutine[Any, Any, R]) -> Future[R]:
         if self._loop is None:
             work.close()
+            self._refuse_if_forked()
             raise TwinkleError("this ServiceClient is closed, or has loaded no model yet")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 

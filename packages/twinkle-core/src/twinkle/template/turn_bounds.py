@@ -33,7 +33,7 @@ _TOOL: Final = {
 
 
 @dataclass(frozen=True)
-class TurnHabits:
+class TurnBounds:
     """What the turns of a template have in common.
 
     Attributes:
@@ -50,8 +50,8 @@ class TurnHabits:
 
 
 @lru_cache(maxsize=32)
-def turn_habits(template: ChatTemplate, with_tools: bool) -> TurnHabits:
-    """The habits of `template`; what it refuses tells nothing."""
+def turn_bounds(template: ChatTemplate, with_tools: bool) -> TurnBounds:
+    """What the turns of `template` have in common; what it refuses tells nothing."""
     tools = [_TOOL] if with_tools else None
     said = {"role": "assistant", "content": _WORD}
     plain = _written(template, tools, [_QUESTION, said, _QUESTION, said])
@@ -61,7 +61,7 @@ def turn_habits(template: ChatTemplate, with_tools: bool) -> TurnHabits:
     )
     behind = [turn.partition(_WORD)[2].rstrip() for turn in plain if _WORD in turn]
     tag = _LAST_TAG.search(called[0]) if called and "zqnameqz" in called[0] else None
-    return TurnHabits(
+    return TurnBounds(
         opening=_opening(template, tools, plain, reasoned, called),
         ends=tuple(sorted({end for end in behind if end}, key=len, reverse=True)),
         ends_turns=any(behind) or not behind,

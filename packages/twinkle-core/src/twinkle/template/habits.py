@@ -1,0 +1,185 @@
+"""What a chat template wants of a message, found by asking it: words that no template holds are rendered in each form.
+
+Templates differ in the form of a call (its arguments as an object or as JSON text, its name under `function` or not,
+what the content beside it has to be) and of content (text, or a list of parts). One that gets another form than it was
+written for seldom refuses it: the words are left out, or written as Python or JSON would have them. Nothing is changed
+here; `fitting` does that.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+from twinkle.template.conversation import Conversation
+from twinkle.template.rendering import ChatTemplate, RenderingFailed
+
+Beside: TypeAlias = Literal["text", "empty", "absent", "null"]
+"""The content of a message with calls: text, empty text, no such key, or that key with null."""
+
+ContentForm: TypeAlias = Literal["text", "part", "parts", "either"]
+"""What content has to be: text, a list of one text part, a list of such parts, or either of text and a list."""
+
+_NAME: Final = "zqnameqz"
+_KEY: Final = "zqkeyqz"
+_VALUE: Final = "zqvalueqz"
+_WORDS: Final = ("zqoneqz", "zqtwoqz")
+_QUESTION: Final = {"role": "user", "content": "zqquestionqz"}
+# Another function than the one that is called, whose words may not be taken for those of the call.
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "zqtoolqz",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"zqparameterqz": {"type": "string"}}},
+    },
+}
+
+
+class CallForm(NamedTuple):
+    """A form of calls in a message.
+
+    Attributes:
+        as_text: whether arguments are JSON text.
+        nested: whether name and arguments lie under `function`.
+        beside: what the content is.
+    """
+
+    as_text: bool
+    nested: bool
+    beside: Beside
+
+
+class Habits:
+    """What one chat template wants; each question is put to it once."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._calls: dict[tuple[CallForm, bool], str] = {}
+        self._wanted_calls: dict[tuple[CallForm, bool], CallForm | None] = {}
+        self._contents: dict[tuple[str, bool], ContentForm] = {}
+
+    def call_form(self, given: CallForm, with_tools: bool) -> CallForm | None:
+        """The form in which the template shows calls that are in the form `given`; None if it shows none.
+
+        Args:
+            with_tools: whether the conversation has tools, for which a model may have another template.
+        """
+        key = given, with_tools
+        if key not in self._wanted_calls:
+            self._wanted_calls[key] = next(
+                (form for form in _by_likeness(given) if self._shows_call(form, with_tools)), None
+            )
+        return self._wanted_calls[key]
+
+    def content_form(self, role: str, with_tools: bool) -> ContentForm:
+        """The form in which the template shows content in messages of that role."""
+        key = role, with_tools
+        if key not in self._contents:
+            self._contents[key] = self._find_content_form(role, with_tools)
+        return self._contents[key]
+
+    def _shows_call(self, form: CallForm, with_tools: bool) -> bool:
+        text = self._call_text(form, with_tools)
+        if not _is_call(text):
+            return False
+        if not form.as_text:
+            return True
+        # Text that is put where an object's keys would be is shown too, in another form than the object.
+        other = self._call_text(form._replace(as_text=False), with_tools)
+        return not _is_call(other) or _squashed(other) == _squashed(text)
+
+    def _call_text(self, form: CallForm, with_tools: bool) -> str:
+        """A conversation with a call of that form; empty if the template refuses it."""
+        key = form, with_tools
+        if key not in self._calls:
+            self._calls[key] = self._render(with_tools, _QUESTION, _call_message(form))
+        return self._calls[key]
+
+    def _find_content_form(self, role: str, with_tools: bool) -> ContentForm:
+        first, second = _WORDS
+        text = self._render_as(role, first + second, with_tools)
+        parts = self._render_as(role, [_part(first), _part(second)], with_tools)
+        if first + second in text:
+            return "either" if _squashed(parts) == _squashed(text) else "text"
+        if first in parts and second in parts and not re.search(rf"text['\"]:\s*['\"]{first}", parts):
+            return "parts"
+        # Where nothing is shown in any form, the conversation may be the wrong one for that role.
+        return "part" if first in parts else "text"
+
+    def _render_as(self, role: str, content: object, with_tools: bool) -> str:
+        message = {"role": role, "content": content}
+        if role == "user":
+            return self._render(with_tools, message)
+        question = _QUESTION
+        if self.content_form("user", with_tools) in ("parts", "part"):
+            question = {"role": "user", "content": [_part(_QUESTION["content"])]}
+        if role == "system":
+            return self._render(with_tools, message, question)
+        if role == "assistant":
+            return self._render(with_tools, question, message)
+        if role == "tool":
+            form = self.call_form(CallForm(False, True, "empty"), with_tools) or CallForm(
+                False, True, "empty"
+            )
+            id_and_name = {"tool_call_id": "zqcall001", "name": _NAME}
+            return self._render(with_tools, question, _call_message(form), {**message, **id_and_name})
+        return self._render(with_tools, message, question)
+
+    def _render(self, with_tools: bool, *messages: Mapping[str, Any]) -> str:
+        conversation = Conversation(
+            tuple(dict(message) for message in messages), [_TOOL] if with_tools else None
+        )
+        try:
+            return self._template.render(conversation)
+        except RenderingFailed:
+            return ""
+
+
+def _by_likeness(given: CallForm) -> Iterator[CallForm]:
+    """All forms that calls can be brought to, those like the given first."""
+    besides: tuple[Beside, ...] = (given.beside,) if given.beside == "text" else ("empty", "absent", "null")
+    forms = [
+        CallForm(as_text, nested, beside)
+        for beside in besides
+        for nested in (True, False)
+        for as_text in (False, True)
+    ]
+    # False sorts before True; the order above holds among equals.
+    yield from sorted(
+        forms,
+        key=lambda form: (
+            (form.beside != given.beside) + (form.nested != given.nested) + (form.as_text != given.as_text),
+            form.beside != given.beside,
+            form.nested != given.nested,
+        ),
+    )
+
+
+def _call_message(form: CallForm) -> dict[str, Any]:
+    arguments = {_KEY: _VALUE}
+    function = {"name": _NAME, "arguments": json.dumps(arguments) if form.as_text else arguments}
+    # Ids have nine characters, as Mistral's templates demand.
+    start = {"type": "function", "id": "zqcall001"}
+    call = {**start, "function": function} if form.nested else {**start, **function}
+    content = {
+        "text": {"content": _WORDS[0]},
+        "empty": {"content": ""},
+        "absent": {},
+        "null": {"content": None},
+    }
+    return {"role": "assistant", **content[form.beside], "tool_calls": [call]}
+
+
+def _is_call(text: str) -> bool:
+    """Whether the call is shown, and not as Python writes an object, nor as JSON in a JSON text."""
+    at = text.find(_KEY)
+    return at >= 0 and _NAME in text and _VALUE in text[at:] and not text[:at].endswith(('\\"', "{'"))
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,34 @@
+"""Which proxy the environment puts between a client and an address: errors of connections name it."""
+
+import urllib.request
+from urllib.parse import urlsplit, urlunsplit
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY name for an address, without name and password; None if none.
+
+    As httpx reads them: NO_PROXY excepts addresses.
+    """
+    parts = urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or not parts.hostname or _is_excepted(parts.hostname, parts.port, proxies.get("no", "")):
+        return None
+    address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2]))
+
+
+def through(url: str) -> str:
+    """The words that name the proxy in a sentence on an address, such as " through the proxy ..."; empty if none."""
+    proxy = proxy_of(url)
+    if proxy is None:
+        return ""
+    return f" through the proxy {proxy} (of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY; NO_PROXY excepts addresses)"
+
+
+def _is_excepted(host: str, port: int | None, exceptions: str) -> bool:
+    for name in (name.strip().lower() for name in exceptions.split(",")):
+        name = name.rpartition("://")[2].lstrip(".")
+        if name == "*" or (name and (host == name or host.endswith(f".{name}") or f"{host}:{port}" == name)):
+            return True
+    return False
