@@ -145,6 +145,9 @@ class LimitsSection(_Section):
     # `model.max_resident_adapter_bytes`.
     max_request_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Largest body in bytes, before and after decompression."""
+    max_connections: int | None = Field(default=16_384, ge=16)
+    """Connections at each process that reads HTTP; fewer where it may not open so many files, a quarter of which it
+    keeps for all else. Where there are more, the one that has been silent longest gives way."""
     max_requests_per_second_per_tenant: float | None = Field(default=1000, gt=0)
     """HTTP requests, polls included, at each process that reads HTTP; after a pause ten times as many at once."""
     max_requests_per_second: float | None = Field(default=10_000, gt=0)

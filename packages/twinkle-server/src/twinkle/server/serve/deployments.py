@@ -142,7 +142,7 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
         build_keys(config),
         server.tls is not None,
     )
-    return await HttpServer.start(app, server.host, server.port, server.tls)
+    return await HttpServer.start(app, server.host, server.port, server.tls, config.limits.max_connections)
 
 
 def _check_listens(http: HttpServer) -> None:
