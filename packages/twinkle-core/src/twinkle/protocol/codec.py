@@ -254,6 +254,11 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
+        if body.lstrip()[:1] == b"{":
+            raise InvalidRequest(
+                "body: this is JSON, and training passes are taken as application/x-protobuf only; the Tinker SDK "
+                "sends that from 0.22 on (pip install 'tinker>=0.22')"
+            ) from error
         raise InvalidRequest(f"body: not a protobuf ForwardBackwardRequest ({error})") from error
     _check_counts(message)
     _check_sparse_size(message)
@@ -493,6 +498,15 @@ def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
 
 def compress(body: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(body)
+
+
+def decompressed_size(body: bytes) -> int | None:
+    """How many bytes a zstd body says that it becomes; None if it doesn't say, or is none."""
+    try:
+        size = zstandard.frame_content_size(body)
+    except zstandard.ZstdError:
+        return None
+    return size if size >= 0 else None
 
 
 def decompress(body: bytes, max_bytes: int) -> bytes:

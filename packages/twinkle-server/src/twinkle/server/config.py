@@ -145,6 +145,10 @@ class LimitsSection(_Section):
     # `model.max_resident_adapter_bytes`.
     max_request_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Largest body in bytes, before and after decompression."""
+    max_body_bytes_per_tenant: int | None = Field(default=512 * 2**20, ge=1024)
+    """Bytes of bodies that are being read and decoded at once, at each process that reads HTTP."""
+    max_body_bytes: int | None = Field(default=2**30, ge=1024)
+    """The same for all tenants together."""
     max_connections: int | None = Field(default=16_384, ge=16)
     """Connections at each process that reads HTTP; fewer where it may not open so many files, a quarter of which it
     keeps for all else. Where there are more, the one that has been silent longest gives way."""
