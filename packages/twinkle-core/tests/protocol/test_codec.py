@@ -18,6 +18,8 @@ from twinkle.protocol.types import (
     SampledSequence,
     SampleResponse,
     TensorData,
+    TopkRow,
+    TopkTable,
 )
 
 
@@ -186,3 +188,15 @@ def test_damaged_bytes_are_refused_with_our_own_errors_or_read(noise: bytes, at:
             codec.decode_forward_backward(body)
         except TwinkleError as error:
             assert error.status == 400
+
+
+def test_a_table_is_the_list_of_its_rows():
+    rows: list[TopkRow] = [None, [(9, -0.25)], [(5, -0.5), (1, -2.0)]]
+    table = TopkTable.of(rows)
+    assert table == rows and rows == table and table != rows[1:]
+    assert [*table] == rows and table[1:] == rows[1:] and table[-1] == rows[-1] and len(table) == 3
+    assert table.token_ids.tolist() == [[0, 0], [9, 0], [5, 1]]
+    assert TopkTable.of(table) is table and TopkTable.of([]) == []
+    assert TopkTable.joined([table, TopkTable.empty(2, 2)]) == [*rows, None, None]
+    with pytest.raises(IndexError):
+        table[3]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
@@ -35,6 +36,7 @@ from twinkle.protocol.types import (
     SparseTensor,
     TensorData,
     TopkRow,
+    TopkTable,
 )
 from twinkle.protocol.validation import MAX_NAME, describe_validation
 
@@ -45,9 +47,6 @@ _DTYPES: dict[int, np.dtype] = {
     pb.DTYPE_INT64: np.dtype("<i8"),
     pb.DTYPE_INT32: np.dtype("<i4"),
 }
-
-# An empty cell of a top-k table on the wire.
-_EMPTY_LOGPROB = -99999.0
 
 # A sparse tensor of a few bytes may stand for a large dense one: at most so many values in a request, 256 MiB as int64.
 MAX_DENSE_ELEMENTS = 2**25
@@ -407,12 +406,12 @@ def encode_sample(response: SampleResponse) -> bytes:
         if sequence.logprobs is not None:
             encoded.logprobs = np.asarray(sequence.logprobs, "<f4").tobytes()
         if sequence.topk_logprobs is not None:
-            encoded.topk_sampled_logprobs.CopyFrom(_encode_topk(sequence.topk_logprobs))
+            _fill_topk(encoded.topk_sampled_logprobs, sequence.topk_logprobs)
     if response.prompt_logprobs is not None:
         values = [math.nan if value is None else value for value in response.prompt_logprobs]
         message.prompt_logprobs = np.asarray(values, "<f4").tobytes()
     if response.topk_prompt_logprobs is not None:
-        message.topk_prompt_logprobs.CopyFrom(_encode_topk(response.topk_prompt_logprobs))
+        _fill_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
     targets = response.target_prompt_logprobs
     if targets is not None:
         encoded = _encode_sparse(targets) if isinstance(targets, SparseTensor) else _encode_tensor(targets)
@@ -423,14 +422,12 @@ def encode_sample(response: SampleResponse) -> bytes:
     return message.SerializeToString()
 
 
-def _encode_topk(rows: list[TopkRow]) -> pb.TopkLogprobs:
-    k = max((len(row) for row in rows if row is not None), default=0)
-    token_ids = np.zeros((len(rows), k), "<i4")
-    logprobs = np.full((len(rows), k), _EMPTY_LOGPROB, "<f4")
-    for i, row in enumerate(rows):
-        for j, (token_id, logprob) in enumerate(row or []):
-            token_ids[i, j], logprobs[i, j] = token_id, logprob
-    return pb.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=logprobs.tobytes(), k=k, length=len(rows))
+def _fill_topk(message: pb.TopkLogprobs, rows: Sequence[TopkRow]) -> None:
+    table = TopkTable.of(rows)
+    message.SetInParent()
+    message.token_ids = np.ascontiguousarray(table.token_ids, "<i4").tobytes()
+    message.logprobs = np.ascontiguousarray(table.logprobs, "<f4").tobytes()
+    message.length, message.k = table.token_ids.shape
 
 
 def decode_sample(body: bytes) -> SampleResponse:
@@ -483,14 +480,88 @@ def _decode_alt_tokens(message: pb.SampleResponse) -> PromptAltTokens | None:
     )
 
 
-def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
-    token_ids = np.frombuffer(table.token_ids, "<i4").reshape(table.length, table.k)
-    logprobs = np.frombuffer(table.logprobs, "<f4").reshape(table.length, table.k)
-    rows: list[TopkRow] = []
-    for ids, values in zip(token_ids.tolist(), logprobs.tolist(), strict=True):
-        row = [(i, value) for i, value in zip(ids, values, strict=True) if value != _EMPTY_LOGPROB]
-        rows.append(row or None)
-    return rows
+def _decode_topk(table: pb.TopkLogprobs) -> TopkTable:
+    shape = table.length, table.k
+    return TopkTable(
+        np.frombuffer(table.token_ids, "<i4").reshape(shape), np.frombuffer(table.logprobs, "<f4").reshape(shape)
+    )
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A result as it travels, in protobuf: encoded once, for whoever reads it.
+
+    Attributes:
+        kind: name of its type.
+    """
+
+    kind: Literal["ForwardBackwardOutput", "SampleResponse"]
+    body: bytes
+
+
+def encode_result(result: ForwardBackwardOutput | SampleResponse) -> Encoded:
+    if isinstance(result, SampleResponse):
+        return Encoded("SampleResponse", encode_sample(result))
+    return Encoded("ForwardBackwardOutput", encode_forward_backward_output(result))
+
+
+def decode_result(encoded: Encoded) -> ForwardBackwardOutput | SampleResponse:
+    decode = decode_sample if encoded.kind == "SampleResponse" else decode_forward_backward_output
+    return decode(encoded.body)
+
+
+def result_as_json(encoded: Encoded) -> bytes:
+    """The result for those who ask for JSON; numbers that JSON has no word for are null."""
+    result = decode_result(encoded)
+    if isinstance(result, SampleResponse):
+        fields: dict[str, object] = {
+            "type": "sample",
+            "sequences": [
+                {
+                    "stop_reason": sequence.stop_reason,
+                    "tokens": sequence.tokens,
+                    "logprobs": sequence.logprobs,
+                    "topk_logprobs": sequence.topk_logprobs and list(sequence.topk_logprobs),
+                }
+                for sequence in result.sequences
+            ],
+            "prompt_logprobs": result.prompt_logprobs,
+            "topk_prompt_logprobs": result.topk_prompt_logprobs and list(result.topk_prompt_logprobs),
+            "prompt_cache_hit_tokens": result.prompt_cache_hit_tokens,
+            "target_prompt_logprobs": _tensor_as_json(result.target_prompt_logprobs),
+            "prompt_alt_tokens": result.prompt_alt_tokens
+            and {
+                "tokens": _tensor_as_json(result.prompt_alt_tokens.tokens),
+                "logprobs": _tensor_as_json(result.prompt_alt_tokens.logprobs),
+            },
+        }
+    else:
+        fields = {
+            "loss_fn_output_type": result.loss_fn_output_type,
+            "loss_fn_outputs": [
+                {name: _tensor_as_json(tensor) for name, tensor in output.items()}
+                for output in result.loss_fn_outputs
+            ],
+            "metrics": result.metrics,
+        }
+    return to_json(fields, inf_nan_mode="null")
+
+
+def _tensor_as_json(tensor: TensorData | SparseTensor | None) -> dict[str, object] | None:
+    if tensor is None:
+        return None
+    if isinstance(tensor, SparseTensor):
+        return {
+            "data": tensor.values.tolist(),
+            "dtype": "int64" if tensor.values.dtype.kind == "i" else "float32",
+            "shape": list(tensor.shape),
+            "sparse_crow_indices": tensor.crow_indices.tolist(),
+            "sparse_col_indices": tensor.col_indices.tolist(),
+        }
+    return {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
 
 
 # ---------------------------------------------------------------- compression

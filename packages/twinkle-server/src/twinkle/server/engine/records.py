@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
 import msgpack
+from pydantic import BaseModel
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.scheduling.futures import Outcome
+from twinkle.server.scheduling.futures import Outcome, encoded
 
 
 @dataclass(frozen=True)
@@ -147,19 +149,14 @@ def accepted(
 
 
 def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
-    match outcome:
-        case ForwardBackwardOutput():
-            body = codec.encode_forward_backward_output(outcome)
-        case SampleResponse():
-            body = codec.encode_sample(outcome)
-        case _:
-            body = codec.encode_json(outcome)
-    return request_id, type(outcome).__name__, body
+    outcome = encoded(outcome)
+    if isinstance(outcome, Encoded):
+        return request_id, outcome.kind, outcome.body
+    return request_id, type(outcome).__name__, codec.encode_json(cast("BaseModel", outcome))
 
 
 def decode_outcome(kind: str, body: bytes) -> Outcome:
-    if kind == ForwardBackwardOutput.__name__:
-        return codec.decode_forward_backward_output(body)
-    if kind == SampleResponse.__name__:
-        return codec.decode_sample(body)
+    """As it is kept: what travels as protobuf stays so."""
+    if kind == "ForwardBackwardOutput" or kind == "SampleResponse":
+        return Encoded(kind, body)
     return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))

@@ -53,6 +53,7 @@ class RunLog:
     def open(self, journal: Journal) -> None:
         """Write to `journal` from now on."""
         self._journal = journal
+        self._futures.encodes = True
 
     def read_earlier(self, journal: Journal) -> list[tuple[int, Record]]:
         """All that earlier processes wrote, with its segments, oldest first. Blocking."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
+from twinkle.protocol.codec import encode_result
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
@@ -25,12 +26,14 @@ from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.futures import FutureTable, Outcome
+from twinkle.server.scheduling.futures import FutureTable, Outcome, memory_of
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
 # How many accepted samples are remembered for retries of the same (sampling session, seq_id).
 MAX_REMEMBERED = 65_536
+
+_LARGE_BYTES = 2**18
 
 # The sequence ids of the n-th client that joined a sampling session begin at n times this.
 IDS_OF_A_CLIENT = 1_000_000_000
@@ -143,7 +146,10 @@ class SampleRunner:
         is_failure = True
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
-            self._futures.complete(request_id, response)
+            # Large ones not on the event loop, which would keep all others waiting.
+            is_large = memory_of(response) > _LARGE_BYTES
+            outcome = await asyncio.to_thread(encode_result, response) if is_large else response
+            self._futures.complete(request_id, outcome)
             self._record(sampler, request, response)
             is_failure = False
         except asyncio.CancelledError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
@@ -13,6 +14,7 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
 from twinkle.protocol.operations import PATH
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
@@ -158,25 +160,32 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, bodies: Bodie
             body = await bodies.read(request, share)
         check_json(body, m.RetrieveFutureRequest)
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
-        response = await _result(service, tenant, wanted.request_id)
-        if wanted.allow_metadata_only and len(response.body) > INLINE_BYTES:
-            size = m.CompleteMetadata(response_payload_size=len(response.body))
-            return Response(codec.encode_json(size), media_type=JSON)
-        return response
+        most = INLINE_BYTES if wanted.allow_metadata_only else None
+        outcome = await service.fetch(tenant, wanted.request_id, LONG_POLL_SECONDS, most)
+        if isinstance(outcome, Encoded) and _wants_json(request):
+            size, in_json = len(outcome.body), functools.partial(codec.result_as_json, outcome)
+            return Response(await bodies.do(tenant, size, in_json), media_type=JSON)
+        return _encode_outcome(outcome)
 
     return handle
 
 
+def _wants_json(request: Request) -> bool:
+    """Whether the client reads JSON and no protobuf; one that says nothing of either reads both."""
+    accepted = request.headers.get("accept", "")
+    return JSON in accepted and PROTOBUF not in accepted and "*/*" not in accepted
+
+
 async def _result(service: ServicePort, tenant: str, request_id: str) -> Response:
-    return _encode_outcome(await service.retrieve(tenant, request_id, LONG_POLL_SECONDS))
+    return _encode_outcome(await service.fetch(tenant, request_id, LONG_POLL_SECONDS))
 
 
-def _encode_outcome(outcome: m.Result | m.Failure | m.Pending) -> Response:
+def _encode_outcome(outcome: Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata) -> Response:
     match outcome:
-        case ForwardBackwardOutput():
-            return Response(codec.encode_forward_backward_output(outcome), media_type=PROTOBUF)
-        case SampleResponse():
-            return Response(codec.encode_sample(outcome), media_type=PROTOBUF)
+        case Encoded():
+            return Response(outcome.body, media_type=PROTOBUF)
+        case ForwardBackwardOutput() | SampleResponse():
+            return Response(codec.encode_result(outcome).body, media_type=PROTOBUF)
         case m.Pending():
             # The SDK takes 408 for "ask again" without a warning in the user's log.
             return Response(codec.encode_json(outcome), 408, media_type=JSON)

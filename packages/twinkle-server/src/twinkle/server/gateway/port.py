@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.server.tokens import Download
 
 
@@ -11,9 +12,9 @@ class ServicePort(Protocol):
 
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise: ...
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending: ...
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata: ...
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply: ...
 

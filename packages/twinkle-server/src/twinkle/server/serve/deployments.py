@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
@@ -79,10 +80,10 @@ class EngineDeployment:
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
         return await _or_error(lambda: self._running().submit(tenant, request))
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending | TwinkleError:
-        return await _or_error(lambda: self._running().retrieve(tenant, request_id, timeout))
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata | TwinkleError:
+        return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
@@ -159,10 +160,10 @@ class HandleService:
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
         return await self._call(self._engine.submit.remote(tenant, request))
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        return await self._call(self._engine.retrieve.remote(tenant, request_id, timeout))
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+        return await self._call(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         return await self._call(self._engine.ask.remote(tenant, query))

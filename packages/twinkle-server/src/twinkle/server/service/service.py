@@ -10,10 +10,12 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import LoraConfig
+from twinkle.protocol.types import ForwardBackwardOutput, LoraConfig, SampleResponse
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
@@ -30,7 +32,7 @@ from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
-from twinkle.server.scheduling.futures import FutureTable, new_request_id
+from twinkle.server.scheduling.futures import FutureTable, memory_of, new_request_id
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
@@ -48,6 +50,8 @@ from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
+T = TypeVar("T")
+
 log = logging.getLogger("twinkle.server")
 
 DEFAULT_RANK = 32
@@ -55,6 +59,8 @@ DEFAULT_RANK = 32
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
+# Results that are larger are encoded in a thread.
+_LARGE_BYTES = 2**18
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
 
@@ -465,9 +471,36 @@ class Service:
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
         outcome = await self._futures.wait(tenant, request_id, timeout)
+        if isinstance(outcome, Encoded):
+            return await self._off_loop(len(outcome.body), lambda: decode_result(outcome))
+        return self._pending(request_id) if outcome is None else outcome
+
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+        """As `retrieve`, as it travels.
+
+        Args:
+            most_bytes: a larger result is announced by its size alone, and not fetched by that.
+        """
+        outcome = await self._futures.look(tenant, request_id, timeout)
+        if outcome is None:
+            return self._pending(request_id)
+        if isinstance(outcome, ForwardBackwardOutput | SampleResponse):
+            result = outcome
+            outcome = await self._off_loop(memory_of(result), lambda: encode_result(result))
+            self._futures.replace(request_id, outcome)
+        if isinstance(outcome, Encoded) and most_bytes is not None and len(outcome.body) > most_bytes:
+            return m.CompleteMetadata(response_payload_size=len(outcome.body))
+        self._futures.fetched(request_id)
+        return outcome
+
+    @staticmethod
+    async def _off_loop(size: int, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work) if size > _LARGE_BYTES else work()
+
+    def _pending(self, request_id: str) -> m.Pending:
         run_id = self._futures.run_of(request_id)
-        if outcome is not None:
-            return outcome
         reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
         return m.Pending(request_id=request_id, queue_state_reason=reason)
 
