@@ -172,6 +172,11 @@ class LimitsSection(_Section):
     """Tokens of training passes, of prompts, and sampled. Busy tenants get equal shares without it."""
     max_tokens_per_minute: float | None = Field(default=None, gt=0)
     """The same for all tenants together."""
+    max_metadata_bytes: int | None = Field(default=16_384, ge=2)
+    """Of the `user_metadata` of a session, run or checkpoint, as JSON."""
+    max_sessions_per_tenant: int | None = Field(default=10_000, ge=1)
+    """Sessions that are not finished and were begun within a day (or `max_session_idle_seconds`). Where there are as
+    many in all, those go that are over and left nothing behind, no run, sampler or loss."""
     max_runs_per_tenant: int | None = Field(default=1000, ge=1)
     """Training runs that take requests."""
     max_runs: int | None = Field(default=10_000, ge=1)

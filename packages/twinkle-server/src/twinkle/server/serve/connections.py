@@ -89,6 +89,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_head = True  # of a request that has begun, or may begin
         self._head_bytes = 0
         self._has_begun = False
+        self._is_answering = False
         self._bytes_around_body = 0
         self._body_came = False
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +137,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return b""
 
     def _refuse(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if not self._is_answering:
             self.transport.write(
                 b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             )
@@ -156,6 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._is_in_head = self._has_begun = False
         self._head_bytes = self._bytes_around_body = 0
+        self._is_answering = True
         self._connections_open.is_busy(self)
         super().on_headers_complete()
 
@@ -170,7 +172,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete:
+        self._is_answering = not self.cycle.response_complete  # where the next one was sent before this answer
+        if not self._is_answering:
             self._connections_open.is_idle(self)
             if not self._is_in_head:
                 self._start_timer(UNREAD_BODY_SECONDS)

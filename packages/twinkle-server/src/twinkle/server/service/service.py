@@ -37,10 +37,12 @@ from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
@@ -108,6 +110,9 @@ class Service:
         self._signer = signer
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
+        # What tenants ask for at any time has threads of its own, and each tenant few of them.
+        self._queries = TenantThreads("queries", threads=4, per_tenant=2)
+        self._files_asked_for = TenantThreads("downloads", threads=4, per_tenant=2)
         self._runs: dict[str, LiveRun] = {}
         self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
@@ -123,8 +128,10 @@ class Service:
         self._samples = self._build_samples(sampler_adapters, completions)
         self._samplers = Samplers(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
-        self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads, limits)
         self._sessions = self._build_sessions()
+        self._checkpoints = CheckpointDesk(
+            self._keeper, database, self._downloads, limits, self._sessions.create
+        )
         self._engine = self._build_engine(sampler_adapters)
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -177,7 +184,8 @@ class Service:
             self._samplers,
             self._losses,
             self._live.enqueue_last,
-            self._limits.max_session_idle_seconds,
+            self._limits,
+            self._queries,
         )
 
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
@@ -241,6 +249,8 @@ class Service:
         except Exception:
             log.exception("what was used last could not be written")
         await self._worker.close()
+        self._queries.close()
+        self._files_asked_for.close()
         self._database.close()
 
     async def _stop_engine(self) -> None:
@@ -351,7 +361,8 @@ class Service:
         """Validate a request on a run; returns its cost in tokens."""
         if isinstance(request, m.ForwardBackwardRequest):
             return validation.check_pass(request, self._worker.info, self._worker.loss_fns, loss)
-        validation.check_on_run(request, self._limits.max_checkpoint_ttl_seconds)
+        limits = self._limits
+        validation.check_on_run(request, limits.max_checkpoint_ttl_seconds, limits.max_metadata_bytes)
         return 0
 
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
@@ -404,6 +415,7 @@ class Service:
         spec: AdapterSpec,
         request: m.CreateModelRequest | m.LoadWeightsRequest,
     ) -> m.Promise:
+        check_metadata(request.user_metadata, self._limits.max_metadata_bytes)
         await sessions.find_open(self._database, tenant, session_id)
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         now = time.time()
@@ -527,10 +539,10 @@ class Service:
                 return m.Acknowledged()
             case m.GetTokenizerUrls():
                 validation.check_base_model(query.base_model, self._model_name)
-                return await asyncio.to_thread(self._downloads.tokenizer, tenant)
+                return await self._files_asked_for.run(tenant, lambda: self._downloads.tokenizer(tenant))
             case m.GetApiKey() | m.DeleteApiKey() | m.GetAuditLog() | m.GetUsage() | m.GetStorageUsage():
                 await self._ledger.flush()
-                return await accounts.answer(self._database, tenant, query)
+                return await accounts.answer(self._database, self._queries, tenant, query)
             case (
                 m.CreateSessionRequest()
                 | m.SessionHeartbeatRequest()
@@ -555,7 +567,7 @@ class Service:
                 return await self._checkpoints.answer(tenant, query)
             case _:
                 await self._ledger.flush()
-                return await queries.answer(self._database, tenant, query)
+                return await queries.answer(self._database, self._queries, tenant, query)
 
     # ------------------------------------------------------------ downloads
 
@@ -565,11 +577,13 @@ class Service:
         Raises:
             NotFound: if they are not there (any more).
         """
-        return await asyncio.to_thread(self._downloads.sizes, download)
+        return await self._files_asked_for.run(download.tenant, lambda: self._downloads.sizes(download))
 
     async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
         """At most `size` bytes of one of those files."""
-        return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
+        return await self._files_asked_for.run(
+            download.tenant, lambda: self._downloads.read(download, name, offset, size)
+        )
 
 
 def _rate_of_tokens(limits: LimitsSection) -> RateLimit:
