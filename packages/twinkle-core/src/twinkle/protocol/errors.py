@@ -6,6 +6,7 @@
     ├── Unauthorized          401  no or unknown API key
     ├── QuotaReached          403  so many are there already that one has to go first; waiting alone doesn't help
     ├── NotFound              404  no such thing, or it belongs to another tenant: the two are never told apart
+    ├── Conflict              409  a number was used before, for a request that asks for something else
     ├── Gone                  410  it was there, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
     ├── LimitReached          429  a limit that waiting helps with; carries `retry_after` seconds
@@ -13,8 +14,9 @@
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
     └── ConnectionFailed       -   client side only: the server could not be reached
 
-There is no 402: the Tinker SDK waits an hour for it to pass. There is no 409: the SDK retries it. There is no 501: a
-missing capability is a 400 that names it, since the SDK retries every 5xx. An operation that fails after it was
+There is no 402: the Tinker SDK waits an hour for it to pass. The SDK tries a 409 again, so it stands for nothing but a
+client's mistake with its own numbers, which the SDK doesn't make. There is no 501: a missing capability is a 400 that
+names it, since the SDK retries every 5xx. An operation that fails after it was
 accepted is a `RequestFailed`: it travels inside a 200 as `{error, category}`.
 """
 
@@ -64,6 +66,13 @@ class NotFound(TwinkleError):
     """No such thing, as far as this tenant may know."""
 
     status = 404
+    category: Category = "user"
+
+
+class Conflict(TwinkleError):
+    """The number that says which request this is was used before, for one that asks for something else."""
+
+    status = 409
     category: Category = "user"
 
 
@@ -135,7 +144,16 @@ class RequestFailed(TwinkleError):
 
 _BY_STATUS: dict[int, type[TwinkleError]] = {
     error.status: error
-    for error in (InvalidRequest, Unauthorized, QuotaReached, NotFound, Gone, TooLarge, ServerFault)
+    for error in (
+        InvalidRequest,
+        Unauthorized,
+        QuotaReached,
+        NotFound,
+        Conflict,
+        Gone,
+        TooLarge,
+        ServerFault,
+    )
 }
 
 

@@ -36,6 +36,7 @@ class Accepted:
         seq_id: its place in the run's order.
         path: of its endpoint.
         body: as the endpoint takes it; None once nothing but its id and its result matter.
+        digest: of the request, by which it is known again; empty in what earlier versions wrote, and on no run.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class Accepted:
     tokens: int
     path: str
     body: bytes | None
+    digest: bytes = b""
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
@@ -104,6 +106,7 @@ def encode(record: Record) -> bytes:
                 record.tokens,
                 record.path,
                 record.body,
+                record.digest,
             ]
         case Rejected(run_id, seq_id):
             values = ["R", run_id, seq_id]
@@ -135,7 +138,13 @@ def decode(payload: bytes) -> Record:
 
 
 def accepted(
-    request_id: str, tenant: str, run_id: str | None, seq_id: int, request: m.Operation, tokens: int = 0
+    request_id: str,
+    tenant: str,
+    run_id: str | None,
+    seq_id: int,
+    request: m.Operation,
+    tokens: int = 0,
+    digest: bytes = b"",
 ) -> Accepted:
     """A request as it is written: without keys, which are kept nowhere."""
     if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
@@ -145,7 +154,7 @@ def accepted(
         if isinstance(request, m.ForwardBackwardRequest)
         else codec.encode_json(request)
     )
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body)
+    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body, digest)
 
 
 def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:

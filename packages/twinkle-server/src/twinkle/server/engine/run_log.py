@@ -75,7 +75,9 @@ class RunLog:
         """
         if self._journal is not None:
             self._append(
-                records.accepted(job.request_id, job.tenant, job.run_id, job.seq_id, job.request, job.tokens)
+                records.accepted(
+                    job.request_id, job.tenant, job.run_id, job.seq_id, job.request, job.tokens, job.digest
+                )
             )
             self._note(self._journal.segment, job.run_id, job.seq_id)
 

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.protocol.errors import Conflict, LimitReached, TwinkleError, Unauthorized, Unavailable
 from twinkle.server.store import patience
 
 log = logging.getLogger("twinkle.gateway")
@@ -20,6 +20,8 @@ def twinkle_error(error: TwinkleError) -> Response:
     headers: dict[str, str] | None = None
     if isinstance(error, LimitReached | Unavailable):
         headers = {"Retry-After": f"{error.retry_after:g}"}
+    elif isinstance(error, Conflict):  # the SDK would try again otherwise
+        headers = {"X-Should-Retry": "false"}
     elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)

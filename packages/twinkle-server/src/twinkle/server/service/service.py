@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded, decode_result, encode_result
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.protocol.types import ForwardBackwardOutput, LoraConfig, SampleResponse
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
@@ -435,10 +435,23 @@ class Service:
             check_runs(self._limits, [other.tenant for other in self._runs.values()], tenant)
             await asyncio.to_thread(self._database.put, row)
         if run.run_id in self._runs:  # before, or meanwhile
-            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
+            first = self._first_of_run(run, request)
             assert first is not None, "creation is a run's first request"
             return m.Promise(request_id=first, model_id=run.run_id)
         return self._live.begin(run, request)
+
+    def _first_of_run(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str | None:
+        """
+        Raises:
+            Conflict: if the run was begun by a request that asks for something else.
+        """
+        try:
+            return self._scheduler.queue(run.run_id).duplicate_of(0, request)
+        except Conflict as error:
+            raise Conflict(
+                f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
+                "else: a request that is sent again must be the same, and another run needs the next number"
+            ) from error
 
     def _record_pass(self, job: Job) -> None:
         run = self._runs.get(job.run_id)
