@@ -20,6 +20,7 @@ names it, since the SDK retries every 5xx. An operation that fails after it was
 accepted is a `RequestFailed`: it travels inside a 200 as `{error, category}`.
 """
 
+import re
 from typing import ClassVar, Literal
 
 Category = Literal["user", "server", "unknown"]
@@ -140,6 +141,15 @@ class RequestFailed(TwinkleError):
         super().__init__(message)
         self.category = category
         self.request_id = request_id
+
+
+# A path has no letter, colon, dot or other slash before it, as in tinker://RUN/weights/NAME or "and/or".
+_PATH = re.compile(r"(?<![\w:/.])(?:file://)?/[^\s'\"<>|:;,()]+")
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, without paths of this machine: those are for its log, and not for whoever asked."""
+    return _PATH.sub("...", getattr(error, "strerror", None) or str(error))
 
 
 _BY_STATUS: dict[int, type[TwinkleError]] = {

@@ -84,6 +84,7 @@ def create_app(
         *downloads.routes(service, doorkeeper, signer, public_url),
         _post("/auth/token", _auth_token(doorkeeper)),
         Route(PREFIX + "/healthz", _healthz, methods=["GET"]),
+        Route(PREFIX + "/readyz", _readyz(service), methods=["GET"]),
         _post("/client/config", _client_config),
         _post("/client/dynamic_config", _dynamic_config),
         _post("/telemetry", _telemetry),
@@ -198,6 +199,14 @@ def _encode_outcome(outcome: Encoded | m.Result | m.Failure | m.Pending | m.Comp
 
 async def _healthz(_request: Request) -> Response:
     return JSONResponse({"status": "ok"})
+
+
+def _readyz(service: ServicePort) -> Handler:
+    async def handle(_request: Request) -> Response:
+        await service.ready()
+        return JSONResponse({"status": "ready"})
+
+    return handle
 
 
 async def _client_config(_request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Errors to replies: `{"error": sentence, "category": who can do something about it}`."""
 
 import logging
+import re
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,10 +10,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import Conflict, LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.protocol.errors import Conflict, InvalidRequest, LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.protocol.uris import KINDS
 from twinkle.server.store import patience
 
 log = logging.getLogger("twinkle.gateway")
+
+# A checkpoint of a run by its name alone.
+_BARE_NAME = re.compile(r"/training_runs/[^/]+/checkpoints/[^/]+(/(publish|ttl|archive|external_weights_urls))?/?$")
+_BARE_NAME_MESSAGE = (
+    "checkpoint_id: a checkpoint of a run is KIND/NAME, with KIND one of " + ", ".join(KINDS) + ", such as "
+    "weights/step-100: see what list_checkpoints shows as checkpoint_id"
+)
 
 
 def twinkle_error(error: TwinkleError) -> Response:
@@ -35,6 +44,8 @@ async def _twinkle_error(_request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
+    if error.status_code in (404, 405) and _BARE_NAME.search(request.url.path):
+        return twinkle_error(InvalidRequest(_BARE_NAME_MESSAGE))
     if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path[:200]} is not offered by this server"
     return _reply(error.status_code, message, "user", error.headers)

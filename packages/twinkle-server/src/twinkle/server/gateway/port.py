@@ -10,6 +10,10 @@ from twinkle.server.tokens import Download
 class ServicePort(Protocol):
     """All of them raise `TwinkleError`s as the service raised them."""
 
+    async def ready(self) -> None:
+        """Raises `Unavailable` if it isn't."""
+        ...
+
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise: ...
 
     async def fetch(

@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded
-from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.errors import TwinkleError, Unavailable
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.ranks import RankGroup
@@ -34,6 +34,9 @@ APP_NAME = "twinkle"
 # An engine that could not start counts as healthy for so long, for the one who starts the server to ask why; an engine
 # that took another's place is then replaced in turn.
 _FAILURE_SHOWN_SECONDS = 30.0
+
+# An engine that is there answers at once whether it is ready.
+_READY_SECONDS = 2.0
 
 # Long polls wait in the engine: each holds one of these, so they must never be what runs out.
 _MAX_ONGOING = 1_000_000
@@ -76,6 +79,9 @@ class EngineDeployment:
     async def start_failure(self) -> TwinkleError | None:
         """Why the service could not start, if it couldn't."""
         return self._start_failure
+
+    async def ready(self) -> None | TwinkleError:
+        return await _or_error(lambda: self._running().ready())
 
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
         return await _or_error(lambda: self._running().submit(tenant, request))
@@ -156,6 +162,13 @@ class HandleService:
 
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._engine = cast(Any, engine)
+
+    async def ready(self) -> None:
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await self._call(self._engine.ready.remote())
+        except TimeoutError as error:
+            raise Unavailable("the engine doesn't answer", 2.0) from error
 
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
         return await self._call(self._engine.submit.remote(tenant, request))

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded, decode_result, encode_result
-from twinkle.protocol.errors import Conflict, InvalidRequest
+from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
 from twinkle.protocol.types import ForwardBackwardOutput, LoraConfig, SampleResponse
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
@@ -291,6 +291,23 @@ class Service:
             raise RuntimeError("the engine's loop has ended")
         if self._engine.has_failed:
             raise RuntimeError("the model could not be started anew")
+
+    async def ready(self) -> None:
+        """
+        Raises:
+            Unavailable: if what is asked for now would have to wait: the model is being loaded, or tried for the first
+                time, or its process has ended.
+        """
+        if self._loop_task is None:
+            raise Unavailable("the model is not ready yet: a training step and a sample come first", 2.0)
+        try:
+            self.check()
+            async with asyncio.timeout(0):  # what is there already is there at once
+                await self._worker.available()
+        except (RuntimeError, ServerFault) as error:
+            raise Unavailable("the model's process has ended, and could not be started anew", 30.0) from error
+        except TimeoutError as error:
+            raise Unavailable("the model's process has ended, and is being started anew", 2.0) from error
 
     # ------------------------------------------------------------ operations
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
 
-from twinkle.protocol.errors import Unavailable
+from twinkle.protocol.errors import Unavailable, words_of
 
 T = TypeVar("T")
 
@@ -53,9 +53,7 @@ def unavailable(error: BaseException) -> Unavailable:
     """What a caller is told who would have to wait."""
     if isinstance(error, DatabaseGone):
         return Unavailable(error.message, error.retry_after)
-    # Of the words of a system error alone: what it was about is a path of this machine.
-    said = getattr(error, "strerror", None) or str(getattr(error, "orig", None) or error)
-    reason = next((sign for sign in _SIGNS if sign in said), said.splitlines()[0][:200])
+    reason = words_of(getattr(error, "orig", None) or error).splitlines()[0][:200]
     return Unavailable(
         f"the server's storage can't be written to just now ({reason}): nothing was changed; try again later",
         retry_after=5.0,
