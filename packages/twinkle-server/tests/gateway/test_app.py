@@ -59,7 +59,8 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     expected = {("POST", PREFIX + endpoint.path) for endpoint in OPERATIONS}
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
     expected |= {
-        ("GET", PREFIX + path) for path in ("/healthz", "/readyz", CHECKPOINT + "/archive", "/download/{token}/{name}")
+        ("GET", PREFIX + path)
+        for path in ("/healthz", "/readyz", CHECKPOINT + "/archive", "/download/{token}/{name}")
     }
     expected |= {
         ("POST", f"{PREFIX}/{path}")

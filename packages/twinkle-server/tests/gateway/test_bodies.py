@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -67,9 +68,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
 
 
 def a_sample(sampler: str, tokens: str = "1,2", more: str = "") -> bytes:
-    prompt = '{"chunks":[{"type":"encoded_text","tokens":[%s]}]}' % tokens
-    text = '{"sampling_session_id":"%s","seq_id":0,"prompt":%s,"sampling_params":{"max_tokens":1}%s}'
-    return (text % (sampler, prompt, more)).encode()
+    begin = f'{{"sampling_session_id":"{sampler}","seq_id":0,"sampling_params":{{"max_tokens":1}},'
+    prompt = f'"prompt":{{"chunks":[{{"type":"encoded_text","tokens":[{tokens}]}}]}}'
+    return f"{begin}{prompt}{more}}}".encode()
 
 
 def streamed(body: bytes) -> bytes:
@@ -87,7 +88,7 @@ async def test_a_few_bytes_that_become_many_millions_are_refused_unread(
     sampler = await gateway.sampler()
     many = 20_000_000 // len(filling)
     for body in (
-        a_sample(sampler, more=',"unknown":[%s1]' % (filling * many)),
+        a_sample(sampler, more=f',"unknown":[{filling * many}1]'),
         a_sample(sampler, tokens=filling * many + "1"),
     ):
         sent = compress(body)
@@ -125,7 +126,7 @@ async def test_json_of_more_values_than_it_can_mean_is_not_parsed(
     for name in ("decode_json", "decode_query"):
         monkeypatch.setattr(codec, name, parse)
     async with gateway.client() as http:
-        response = await http.post(path, content=('{"x":[%s{}]}' % filling).encode())
+        response = await http.post(path, content=f'{{"x":[{filling}{{}}]}}'.encode())
     assert response.status_code == 413 and " values, more than" in response.text.replace("objects", "values")
 
 
@@ -135,10 +136,8 @@ async def test_the_longest_prompt_with_a_target_at_each_token_is_read(start: Cal
     longest = gateway.service._worker.info.max_context_length - 1  # pyright: ignore[reportPrivateUsage]
     wide = 2**20 // (longest - 1)
     targets = np.full((longest - 1, wide), 100, np.int64)
-    more = ',"prompt_logprobs":true,"target_prompt_logprobs":{"dtype":"int64","shape":[%d,%d],"data":%s}' % (
-        *targets.shape,
-        targets.ravel().tolist(),
-    )
+    values = {"dtype": "int64", "shape": list(targets.shape), "data": targets.ravel().tolist()}
+    more = f',"prompt_logprobs":true,"target_prompt_logprobs":{json.dumps(values)}'
     body = a_sample(sampler, ", ".join(["100"] * longest), more)
     async with gateway.client() as http:
         response = await http.post("/asample", content=codec.compress(body), headers=ZSTD)
@@ -170,7 +169,9 @@ class Slow:
 
     async def _receive(self) -> Any:
         part = await self._parts.get()
-        return {"type": "http.request", "body": part, "more_body": True} if part else {"type": "http.disconnect"}
+        return (
+            {"type": "http.request", "body": part, "more_body": True} if part else {"type": "http.disconnect"}
+        )
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)

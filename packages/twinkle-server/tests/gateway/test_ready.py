@@ -25,7 +25,9 @@ from twinkle.server.tokens import ARCHIVE, Download, Signer
 
 
 def client(service: Service) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(service, LimitsSection(), Signer("secret")), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        create_app(service, LimitsSection(), Signer("secret")), raise_app_exceptions=False
+    )
     return httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}")
 
 
@@ -81,7 +83,9 @@ async def test_a_checkpoint_by_its_name_alone_is_told_what_a_name_looks_like(
 ):
     service = make_mortal_service(tmp_path, MortalWorker(), HARDLY_EVER)
     async with client(service) as http:
-        reply = await http.request(method, f"/training_runs/s:train:0/checkpoints/step-100{end}", json={"ttl_seconds": 60})
+        reply = await http.request(
+            method, f"/training_runs/s:train:0/checkpoints/step-100{end}", json={"ttl_seconds": 60}
+        )
         assert reply.status_code == 400, reply.text
         assert "sampler_weights" in reply.json()["error"] and reply.json()["category"] == "user"
     await service.close()
@@ -90,10 +94,14 @@ async def test_a_checkpoint_by_its_name_alone_is_told_what_a_name_looks_like(
 # ---------------------------------------------------------------- what belongs to this machine
 
 
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def rewrite(path: Path, change: Callable[[Any], None]) -> None:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
-    path.write_text(json.dumps(values))
+    write(path, json.dumps(values))
 
 
 def into_a_directory(path: Path) -> None:
@@ -112,11 +120,11 @@ def list_another(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "no manifest": lambda directory: (directory / "manifest.json").unlink(),
     "a manifest that is no file": lambda directory: into_a_directory(directory / "manifest.json"),
-    "no JSON": lambda directory: (directory / "manifest.json").write_text("{") and None,
-    "another JSON": lambda directory: (directory / "manifest.json").write_text("[]") and None,
+    "no JSON": lambda directory: write(directory / "manifest.json", "{"),
+    "another JSON": lambda directory: write(directory / "manifest.json", "[]"),
     "no adapter": lambda directory: (directory / "adapter_model.safetensors").unlink(),
     "an adapter that is no file": lambda directory: into_a_directory(directory / "adapter_model.safetensors"),
-    "nothing": shutil.rmtree,
+    "nothing": lambda directory: shutil.rmtree(directory),
     "a path": list_another("../../../../etc/passwd"),
     "an absolute path": list_another("/etc/passwd"),
     "the directory": list_another(".."),
@@ -145,9 +153,7 @@ async def test_a_damaged_checkpoint_says_nothing_of_this_machine_and_offers_only
             said.append(outcome.error if isinstance(outcome, m.Failure) else str(outcome))
 
     await ask(tenant.do(m.LoadWeightsRequest(model_id=run, seq_id=2, path=uri)))
-    await ask(
-        tenant.do(m.LoadWeightsRequest(session_id=await tenant.session(), model_seq_id=0, path=uri))
-    )
+    await ask(tenant.do(m.LoadWeightsRequest(session_id=await tenant.session(), model_seq_id=0, path=uri)))
     await ask(tenant.ask(m.CopyWeightsRequest(source_path=uri)))
     await ask(service.download_sizes(Download("a", uri, ARCHIVE)))
     for text in said:
@@ -161,9 +167,16 @@ def test_names_in_a_manifest_are_names(tmp_path: Path):
 
     files, uri = CheckpointFiles(tmp_path), parse("tinker://run/weights/one")
     files.path(uri).mkdir(parents=True)
-    for name, is_name in (("a.safetensors", True), ("../a", False), ("/a", False), ("a/b", False), ("..", False), ("", False)):
+    for name, is_name in (
+        ("a.safetensors", True),
+        ("../a", False),
+        ("/a", False),
+        ("a/b", False),
+        ("..", False),
+        ("", False),
+    ):
         manifest = {"format": 1, "files": {name: {"sha256": "", "size_bytes": 1}}}
-        (files.path(uri) / "manifest.json").write_text(json.dumps(manifest))
+        write(files.path(uri) / "manifest.json", json.dumps(manifest))
         if is_name:
             assert files.sizes(uri) == {name: 1}
         else:

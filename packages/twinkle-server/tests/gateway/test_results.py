@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_service import MODEL, Tenant, make_service
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.endpoints import JSON, PREFIX, PROTOBUF
@@ -83,10 +83,12 @@ async def test_a_large_result_is_encoded_once_in_a_thread_however_often_it_is_as
     request_id = await sampled(
         tenant, num_samples=64, sampling_params=SamplingParams(max_tokens=32), topk_sample_logprobs=200
     )
-    cells = 64 * 32 * 200
+    cells, size = 64 * 32 * 200, 0
     load = tenant.service._futures.load_of(tenant.name)  # pyright: ignore[reportPrivateUsage]
     for _ in range(10):
-        poll = await http.post("/retrieve_future", json={"request_id": request_id, "allow_metadata_only": True})
+        poll = await http.post(
+            "/retrieve_future", json={"request_id": request_id, "allow_metadata_only": True}
+        )
         size = poll.json()["response_payload_size"]
         assert poll.json()["status"] == "complete_metadata" and len(poll.content) < 100
         # It was announced, not fetched: it still counts as waiting, by its real bytes.
@@ -158,15 +160,19 @@ async def test_a_training_pass_in_json_says_what_it_says_in_protobuf(http: httpx
     values = (await http.post("/retrieve_future", json=body, headers={"Accept": JSON})).json()
     assert values["metrics"] == plain.metrics
     logprobs = plain.loss_fn_outputs[0]["logprobs"]
-    assert values["loss_fn_outputs"][0]["logprobs"] == {"data": logprobs.data, "dtype": "float32", "shape": [2]}
+    assert values["loss_fn_outputs"][0]["logprobs"] == {
+        "data": logprobs.data,
+        "dtype": "float32",
+        "shape": [2],
+    }
 
 
 def test_json_has_no_numbers_that_json_does_not_know():
     message = pb.ForwardBackwardOutput(metrics={"loss:sum": float("inf"), "grad:max": float("nan")})
-    encoded = codec.Encoded("ForwardBackwardOutput", message.SerializeToString())
+    encoded = results.Encoded("ForwardBackwardOutput", message.SerializeToString())
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    values = json.loads(codec.result_as_json(encoded), parse_constant=refuse)
+    values = json.loads(results.result_as_json(encoded), parse_constant=refuse)
     assert values["metrics"] == {"loss:sum": None, "grad:max": None}

@@ -44,7 +44,10 @@ def in_another_order(body: bytes) -> bytes:
     """The same message with its maps written from their end."""
     message = pb.ForwardBackwardRequest.FromString(body)
     for datum in message.data:
-        inputs = {name: pb.Tensor.FromString(value.SerializeToString()) for name, value in datum.loss_fn_inputs.items()}
+        inputs = {
+            name: pb.Tensor.FromString(value.SerializeToString())
+            for name, value in datum.loss_fn_inputs.items()
+        }
         datum.ClearField("loss_fn_inputs")
         for name in sorted(inputs, reverse=True):
             datum.loss_fn_inputs[name].CopyFrom(inputs[name])
@@ -63,13 +66,19 @@ SAMPLE = m.SampleRequest(
     prompt=ModelInput.from_ints([1, 2]),
     sampling_params=SamplingParams(max_tokens=4, seed=1),
 )
-LOADED = m.LoadWeightsRequest(model_id="run", seq_id=1, path="tinker://a/weights/b", weights_access_token="one")
+LOADED = m.LoadWeightsRequest(
+    model_id="run", seq_id=1, path="tinker://a/weights/b", weights_access_token="one"
+)
 JSON_REQUESTS: list[Any] = [
     SAMPLE,
     LOADED,
     m.OptimStepRequest(model_id="run", seq_id=1),
     m.CreateModelRequest(
-        session_id="s", model_seq_id=0, base_model="m", lora_config=LoraConfig(rank=4), user_metadata={"b": 1, "a": 2}
+        session_id="s",
+        model_seq_id=0,
+        base_model="m",
+        lora_config=LoraConfig(rank=4),
+        user_metadata={"b": 1, "a": 2},
     ),
 ]
 
@@ -92,7 +101,9 @@ def test_a_used_id_on_another_request_of_the_kind_is_no_retry():
     queue.offer(Job("first", "t", "run", 1, PASS, digest=digest(PASS)))
     assert queue.duplicate_of(1, PASS) == "first"
     for other in OTHER_PASSES:
-        with pytest.raises(Conflict, match="seq_id: 1 was used before .* ForwardBackwardRequest .* free one is 2"):
+        with pytest.raises(
+            Conflict, match="seq_id: 1 was used before .* ForwardBackwardRequest .* free one is 2"
+        ):
             queue.duplicate_of(1, other)
     queue.remember(0, "of an earlier version", m.ForwardBackwardRequest)
     assert queue.duplicate_of(0, PASS) == "of an earlier version"

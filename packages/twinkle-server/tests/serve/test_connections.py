@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import pytest
 from starlette.applications import Starlette
@@ -16,7 +17,7 @@ from twinkle.server.serve import connections
 from twinkle.server.serve.connections import MAX_HEAD_BYTES
 from twinkle.server.serve.http import HttpServer
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Connection: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def _echo(request: Request) -> Response:
@@ -29,8 +30,17 @@ async def _unread(_request: Request) -> Response:
     return PlainTextResponse("unread")
 
 
+async def _large(_request: Request) -> Response:
+    return PlainTextResponse("l" * LARGE)
+
+
+LARGE = 2**25
 APP = Starlette(
-    routes=[Route("/echo", _echo, methods=["GET", "POST"]), Route("/unread", _unread, methods=["POST"])]
+    routes=[
+        Route("/echo", _echo, methods=["GET", "POST"]),
+        Route("/unread", _unread, methods=["POST"]),
+        Route("/large", _large),
+    ]
 )
 
 
@@ -47,11 +57,11 @@ async def start(most: int | None = None) -> tuple[HttpServer, int]:
     return server, listening.sockets[0].getsockname()[1]
 
 
-async def connect(port: int) -> tuple[Reader, Writer]:
+async def connect(port: int) -> Connection:
     return await asyncio.open_connection("127.0.0.1", port)
 
 
-async def ask(connection: tuple[Reader, Writer], request: bytes) -> bytes:
+async def ask(connection: Connection, request: bytes) -> bytes:
     """The head and body of the next reply; empty if the connection was ended."""
     reader, writer = connection
     writer.write(request)
@@ -67,7 +77,7 @@ GET = b"GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST /echo HTTP/1.1\r\nHost: a\r\n"
 
 
-async def flood(connection: tuple[Reader, Writer], beginning: bytes, part: bytes) -> tuple[int, bytes]:
+async def flood(connection: Connection, beginning: bytes, part: bytes) -> tuple[int, bytes]:
     """How many bytes of `beginning` and parts without end are taken, and what is answered."""
     reader, writer = connection
     answer = asyncio.create_task(reader.read())
@@ -162,6 +172,28 @@ async def test_silence_is_ended_by_a_timer(monkeypatch: pytest.MonkeyPatch):
     assert b"unread" in await ask(unread, b"POST /unread HTTP/1.1\r\nContent-Length: 5\r\n\r\n123")
     for reader, _ in (silent, slow, second, unread):
         assert await reader.read() == b""
+    await server.close()
+
+
+async def test_who_reads_nothing_of_an_answer_is_ended_and_who_reads_slowly_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(connections, "UNREAD_ANSWER_SECONDS", 0.3)
+    server, port = await start()
+    deaf, slow = [await asyncio.open_connection("127.0.0.1", port, limit=2**12) for _ in range(2)]
+    for _, writer in (deaf, slow):
+        writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+    got = 0
+    while got < LARGE // 2:
+        got += len(await slow[0].read(2**18))
+        await asyncio.sleep(0.005)
+    while len(server._server.server_state.connections) > 1:  # pyright: ignore[reportPrivateUsage]
+        if got < LARGE:
+            got += len(await slow[0].read(2**16))
+        await asyncio.sleep(0.005)
+    while got < LARGE:
+        got += len(await slow[0].read(2**20))
+    deaf[1].close()
     await server.close()
 
 

@@ -125,7 +125,10 @@ async def test_what_is_no_repeated_request_is_refused_by_its_number(server: Serv
         (a_pass(run, 1, forward_only=True), "seq_id: 1"),
         (bigger, "model_seq_id: 0"),
         (sample.model_copy(update={"num_samples": 2}), "seq_id: 0"),
-        (m.OptimStepRequest(model_id=run, seq_id=2, adam_params=m.AdamParams(learning_rate=0.5)), "seq_id: 2"),
+        (
+            m.OptimStepRequest(model_id=run, seq_id=2, adam_params=m.AdamParams(learning_rate=0.5)),
+            "seq_id: 2",
+        ),
     ):
         with pytest.raises(Conflict, match=f"{field} was used before"):
             await alice.service.submit("alice", other)

@@ -1,4 +1,4 @@
-"""Sessions and notes on them: bounded in number and bytes, found without reading all of them, by threads of their own."""
+"""Sessions and notes on them: bounded in number and bytes, and found by threads of their own that read few of them."""
 
 from __future__ import annotations
 

@@ -97,13 +97,13 @@ async def test_writes_wait_while_this_process_may_open_no_more_files(tmp_path: P
     database.engine.dispose()  # the next write opens the file again
     tensors = {"a": np.zeros(3, np.float32)}
     works: list[Callable[[], object]] = [
-        lambda: (tmp_path / "manifest.json").write_text("{}"),
+        lambda: (tmp_path / "manifest.json").write_text("{}", encoding="utf-8"),
         lambda: save_file(tensors, tmp_path / "a.safetensors"),
         lambda: database.put(Session(id="s", tenant="t", created_at=0.0)),
     ]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for work in works:
-        held = [open(os.devnull) for _ in range(3)]  # noqa: SIM115
+        held = [open(os.devnull, encoding="utf-8") for _ in range(3)]  # noqa: SIM115
         tries = 0
 
         def full_at_first(work: Callable[[], object] = work) -> object:

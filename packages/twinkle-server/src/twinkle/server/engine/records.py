@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
+from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.engine.runs import LiveRun

@@ -82,8 +82,8 @@ class RunFiles:
                 }
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ServerFault(
-                f"the state of run {run_id} can't be read from the disk ({words_of(error)}); begin a new run from its last "
-                "checkpoint"
+                f"the state of run {run_id} can't be read from the disk ({words_of(error)}); begin a new run from "
+                "its last checkpoint"
             ) from error
         optimizer = None
         if rest["step"] is not None:

@@ -16,8 +16,8 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.codec import encode_result
 from twinkle.protocol.errors import Conflict, NotFound
+from twinkle.protocol.results import encode_result
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.adapters import AdapterKeeper
@@ -27,14 +27,12 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.futures import FutureTable, Outcome, memory_of
+from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, Outcome, memory_of
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
 # How many accepted samples are remembered for retries of the same (sampling session, seq_id).
 MAX_REMEMBERED = 65_536
-
-_LARGE_BYTES = 2**18
 
 # The sequence ids of the n-th client that joined a sampling session begin at n times this.
 IDS_OF_A_CLIENT = 1_000_000_000
@@ -161,7 +159,7 @@ class SampleRunner:
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
             # Large ones not on the event loop, which would keep all others waiting.
-            is_large = memory_of(response) > _LARGE_BYTES
+            is_large = memory_of(response) > LARGE_BYTES
             outcome = await asyncio.to_thread(encode_result, response) if is_large else response
             self._futures.complete(request_id, outcome)
             self._record(sampler, request, response)

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
 from twinkle.protocol.operations import PATH
+from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import downloads, errors, openapi, operations
@@ -164,7 +164,7 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, bodies: Bodie
         most = INLINE_BYTES if wanted.allow_metadata_only else None
         outcome = await service.fetch(tenant, wanted.request_id, LONG_POLL_SECONDS, most)
         if isinstance(outcome, Encoded) and _wants_json(request):
-            size, in_json = len(outcome.body), functools.partial(codec.result_as_json, outcome)
+            size, in_json = len(outcome.body), functools.partial(results.result_as_json, outcome)
             return Response(await bodies.do(tenant, size, in_json), media_type=JSON)
         return _encode_outcome(outcome)
 
@@ -186,7 +186,7 @@ def _encode_outcome(outcome: Encoded | m.Result | m.Failure | m.Pending | m.Comp
         case Encoded():
             return Response(outcome.body, media_type=PROTOBUF)
         case ForwardBackwardOutput() | SampleResponse():
-            return Response(codec.encode_result(outcome).body, media_type=PROTOBUF)
+            return Response(results.encode_result(outcome).body, media_type=PROTOBUF)
         case m.Pending():
             # The SDK takes 408 for "ask again" without a warning in the user's log.
             return Response(codec.encode_json(outcome), 408, media_type=JSON)

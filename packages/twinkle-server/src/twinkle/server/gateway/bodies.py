@@ -40,9 +40,7 @@ class Bodies:
     """Reads and decodes the bodies of a process. Called on one event loop."""
 
     def __init__(self, limits: LimitsSection) -> None:
-        self._budget = ByteBudget(
-            "max_body_bytes", limits.max_body_bytes_per_tenant, limits.max_body_bytes
-        )
+        self._budget = ByteBudget("max_body_bytes", limits.max_body_bytes_per_tenant, limits.max_body_bytes)
         self.most = int(min(limits.max_request_bytes, self._budget.most))
         """Bytes of the largest body that is ever taken."""
         self._threads = TenantThreads("bodies", _DECODING_THREADS, per_tenant=1)

@@ -10,14 +10,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import Conflict, InvalidRequest, LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.protocol.errors import (
+    Conflict,
+    InvalidRequest,
+    LimitReached,
+    TwinkleError,
+    Unauthorized,
+    Unavailable,
+)
 from twinkle.protocol.uris import KINDS
 from twinkle.server.store import patience
 
 log = logging.getLogger("twinkle.gateway")
 
 # A checkpoint of a run by its name alone.
-_BARE_NAME = re.compile(r"/training_runs/[^/]+/checkpoints/[^/]+(/(publish|ttl|archive|external_weights_urls))?/?$")
+_BARE_NAME = re.compile(
+    r"/training_runs/[^/]+/checkpoints/[^/]+(/(publish|ttl|archive|external_weights_urls))?/?$"
+)
 _BARE_NAME_MESSAGE = (
     "checkpoint_id: a checkpoint of a run is KIND/NAME, with KIND one of " + ", ".join(KINDS) + ", such as "
     "weights/step-100: see what list_checkpoints shows as checkpoint_id"

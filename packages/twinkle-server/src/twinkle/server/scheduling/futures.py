@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded, encode_result
 from twinkle.protocol.errors import NotFound
+from twinkle.protocol.results import Encoded, encode_result
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData, TopkTable
 
 # As it was computed, or as it travels.
@@ -41,6 +41,8 @@ class _Entry:
 
 
 _NO_LOAD = Load()
+# Results that are larger are encoded and decoded in a thread.
+LARGE_BYTES = 2**18
 # Of results that were fetched: they are of use only where a reply was lost.
 _KEEP_BYTES = 256 * 2**20
 
@@ -73,7 +75,7 @@ class FutureTable:
         self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
         """Told of the outcomes of a call before anybody else."""
         self.encodes = False
-        """Whether outcomes are encoded before that: then it is done once, for whoever keeps them and for all replies."""
+        """Whether outcomes are encoded before that: it is done once then, for whoever keeps them and for replies."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()

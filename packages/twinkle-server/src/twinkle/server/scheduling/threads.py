@@ -74,3 +74,20 @@ class TenantThreads:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class Threads:
+    """Those of a service for what tenants may ask at any time.
+
+    Attributes:
+        queries: of the database.
+        downloads: of files.
+    """
+
+    def __init__(self) -> None:
+        self.queries = TenantThreads("queries", threads=4, per_tenant=2)
+        self.downloads = TenantThreads("downloads", threads=4, per_tenant=2)
+
+    def close(self) -> None:
+        self.queries.close()
+        self.downloads.close()

@@ -20,6 +20,8 @@ MAX_HEAD_BYTES = 64 * 2**10
 # a body may go on that nobody reads, because its request was answered before.
 HEAD_SECONDS = 20.0
 UNREAD_BODY_SECONDS = 60.0
+# ... and how long a client may read nothing of what it is answered.
+UNREAD_ANSWER_SECONDS = 60.0
 
 # Files that are kept for all else (checkpoints, the journal, the database, ranks): a part of those that there may be.
 _KEPT_FILES = 4
@@ -93,10 +95,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._bytes_around_body = 0
         self._body_came = False
         self._timer: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
 
     def end(self) -> None:
         """At once, without a word."""
-        self._stop_timer()
+        self._stop_timers()
         self.transport.abort()
 
     # ------------------------------------------------------------ asyncio's calls
@@ -107,7 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._connections_open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop_timers()
         self._connections_open.discard(self)
         super().connection_lost(exc)
 
@@ -143,6 +146,14 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         self.transport.close()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
     # ------------------------------------------------------------ the parser's calls
 
     def on_message_begin(self) -> None:
@@ -172,13 +183,36 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._is_answering = not self.cycle.response_complete  # where the next one was sent before this answer
+        self._is_answering = (
+            not self.cycle.response_complete
+        )  # where the next one was sent before this answer
         if not self._is_answering:
             self._connections_open.is_idle(self)
             if not self._is_in_head:
                 self._start_timer(UNREAD_BODY_SECONDS)
 
     # ------------------------------------------------------------ time
+
+    def _watch_reader(self, left: int) -> None:
+        """End the connection if its client goes on to read nothing of the `left` bytes."""
+        self._stop_watching()
+        self._writing = self.loop.call_later(UNREAD_ANSWER_SECONDS, self._has_it_read, left)
+
+    def _has_it_read(self, before: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < before:
+            self._watch_reader(left)
+        else:
+            self.end()
+
+    def _stop_watching(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def _stop_timers(self) -> None:
+        self._stop_timer()
+        self._stop_watching()
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()

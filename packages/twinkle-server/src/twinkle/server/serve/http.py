@@ -84,7 +84,7 @@ class HttpServer:
 async def _listen(
     listener: socket.socket, config: uvicorn.Config, server: uvicorn.Server, most: int
 ) -> asyncio.Server:
-    """uvicorn's own way knows no bound on what comes before the application is asked."""
+    """Instead of what uvicorn listens with, which knows no bound on what comes before the application is asked."""
     connections = Connections(most)
     return await asyncio.get_running_loop().create_server(
         lambda: GuardedProtocol(connections, config, server.server_state, {}),

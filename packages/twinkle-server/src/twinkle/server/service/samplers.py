@@ -58,7 +58,9 @@ class Samplers:
         first = await asyncio.to_thread(self._database.sampler, tenant, sampler_id)
         path = str(checkpoint.uri) if checkpoint else None
         is_bare = request.model_path is not None and uris.parse(request.model_path).run_id is None
-        if first is not None and first.model_path != path and not is_bare:  # a bare name's newest may be another by now
+        if (
+            first is not None and first.model_path != path and not is_bare
+        ):  # a bare name's newest may be another by now
             raise Conflict(
                 f"sampling_session_seq_id: {request.sampling_session_seq_id} was used before in this session, for "
                 f"{first.model_path or 'the base model'}; another sampling session needs the next number"

@@ -10,12 +10,11 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
-from twinkle.protocol.types import ForwardBackwardOutput, LoraConfig, SampleResponse
+from twinkle.protocol.results import Encoded
+from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
@@ -32,18 +31,19 @@ from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
-from twinkle.server.scheduling.futures import FutureTable, memory_of, new_request_id
+from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.scheduler import Scheduler
-from twinkle.server.scheduling.threads import TenantThreads
+from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.restart import Restart
+from twinkle.server.service.results import Results
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
@@ -52,8 +52,6 @@ from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
-T = TypeVar("T")
-
 log = logging.getLogger("twinkle.server")
 
 DEFAULT_RANK = 32
@@ -61,8 +59,6 @@ DEFAULT_RANK = 32
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
-# Results that are larger are encoded in a thread.
-_LARGE_BYTES = 2**18
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
 
@@ -110,12 +106,11 @@ class Service:
         self._signer = signer
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
-        # What tenants ask for at any time has threads of its own, and each tenant few of them.
-        self._queries = TenantThreads("queries", threads=4, per_tenant=2)
-        self._files_asked_for = TenantThreads("downloads", threads=4, per_tenant=2)
+        self._threads = Threads()
         self._runs: dict[str, LiveRun] = {}
         self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
+        self._results = Results(self._futures, self._scheduler)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
         self._log = RunLog(self._runs, self._futures, self._snapshots)
@@ -129,9 +124,7 @@ class Service:
         self._samplers = Samplers(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
         self._sessions = self._build_sessions()
-        self._checkpoints = CheckpointDesk(
-            self._keeper, database, self._downloads, limits, self._sessions.create
-        )
+        self._checkpoints = self._build_checkpoints()
         self._engine = self._build_engine(sampler_adapters)
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -174,6 +167,10 @@ class Service:
             self._tokens.charge,
         )
 
+    def _build_checkpoints(self) -> CheckpointDesk:
+        make = self._sessions.create
+        return CheckpointDesk(self._keeper, self._database, self._downloads, self._limits, make)
+
     def _build_sessions(self) -> SessionDesk:
         return SessionDesk(
             self._database,
@@ -185,7 +182,7 @@ class Service:
             self._losses,
             self._live.enqueue_last,
             self._limits,
-            self._queries,
+            self._threads.queries,
         )
 
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
@@ -249,8 +246,7 @@ class Service:
         except Exception:
             log.exception("what was used last could not be written")
         await self._worker.close()
-        self._queries.close()
-        self._files_asked_for.close()
+        self._threads.close()
         self._database.close()
 
     async def _stop_engine(self) -> None:
@@ -512,10 +508,7 @@ class Service:
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
-        outcome = await self._futures.wait(tenant, request_id, timeout)
-        if isinstance(outcome, Encoded):
-            return await self._off_loop(len(outcome.body), lambda: decode_result(outcome))
-        return self._pending(request_id) if outcome is None else outcome
+        return await self._results.retrieve(tenant, request_id, timeout)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
@@ -525,26 +518,7 @@ class Service:
         Args:
             most_bytes: a larger result is announced by its size alone, and not fetched by that.
         """
-        outcome = await self._futures.look(tenant, request_id, timeout)
-        if outcome is None:
-            return self._pending(request_id)
-        if isinstance(outcome, ForwardBackwardOutput | SampleResponse):
-            result = outcome
-            outcome = await self._off_loop(memory_of(result), lambda: encode_result(result))
-            self._futures.replace(request_id, outcome)
-        if isinstance(outcome, Encoded) and most_bytes is not None and len(outcome.body) > most_bytes:
-            return m.CompleteMetadata(response_payload_size=len(outcome.body))
-        self._futures.fetched(request_id)
-        return outcome
-
-    @staticmethod
-    async def _off_loop(size: int, work: Callable[[], T]) -> T:
-        return await asyncio.to_thread(work) if size > _LARGE_BYTES else work()
-
-    def _pending(self, request_id: str) -> m.Pending:
-        run_id = self._futures.run_of(request_id)
-        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
-        return m.Pending(request_id=request_id, queue_state_reason=reason)
+        return await self._results.fetch(tenant, request_id, timeout, most_bytes)
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         """Answer a query.
@@ -569,10 +543,10 @@ class Service:
                 return m.Acknowledged()
             case m.GetTokenizerUrls():
                 validation.check_base_model(query.base_model, self._model_name)
-                return await self._files_asked_for.run(tenant, lambda: self._downloads.tokenizer(tenant))
+                return await self._threads.downloads.run(tenant, lambda: self._downloads.tokenizer(tenant))
             case m.GetApiKey() | m.DeleteApiKey() | m.GetAuditLog() | m.GetUsage() | m.GetStorageUsage():
                 await self._ledger.flush()
-                return await accounts.answer(self._database, self._queries, tenant, query)
+                return await accounts.answer(self._database, self._threads.queries, tenant, query)
             case (
                 m.CreateSessionRequest()
                 | m.SessionHeartbeatRequest()
@@ -597,7 +571,7 @@ class Service:
                 return await self._checkpoints.answer(tenant, query)
             case _:
                 await self._ledger.flush()
-                return await queries.answer(self._database, self._queries, tenant, query)
+                return await queries.answer(self._database, self._threads.queries, tenant, query)
 
     # ------------------------------------------------------------ downloads
 
@@ -607,11 +581,11 @@ class Service:
         Raises:
             NotFound: if they are not there (any more).
         """
-        return await self._files_asked_for.run(download.tenant, lambda: self._downloads.sizes(download))
+        return await self._threads.downloads.run(download.tenant, lambda: self._downloads.sizes(download))
 
     async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
         """At most `size` bytes of one of those files."""
-        return await self._files_asked_for.run(
+        return await self._threads.downloads.run(
             download.tenant, lambda: self._downloads.read(download, name, offset, size)
         )
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Unavailable
+from twinkle.protocol.results import Encoded
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.runs import LiveRun
@@ -109,9 +109,7 @@ class SessionDesk:
                 return await self._threads.run(tenant, lambda: sessions.info(self._database, tenant, query))
             case m.SearchSessions():
                 active = self._active()
-                return await self._threads.run(
-                    tenant, lambda: search(self._database, tenant, query, active)
-                )
+                return await self._threads.run(tenant, lambda: search(self._database, tenant, query, active))
             case m.AssignSessionProject():
                 return await self._assign_project(tenant, query)
             case m.ExportTrace():

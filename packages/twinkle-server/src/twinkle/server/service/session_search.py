@@ -91,7 +91,11 @@ def _matching(
         return rows
     whole = database.session_metadata(tenant, [row.id for row in rows])
     wanted = query.user_metadata.items()
-    return [row for row in rows if row.id in whole and wanted <= (texts(whole[row.id].user_metadata) or {}).items()]
+    return [
+        row
+        for row in rows
+        if row.id in whole and wanted <= (texts(whole[row.id].user_metadata) or {}).items()
+    ]
 
 
 def _matches(row: FoundSession, query: m.SearchSessions, status: Status) -> bool:

@@ -70,9 +70,7 @@ def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
         )
 
 
-def check_on_run(
-    request: m.Ordered, longest_ttl: int | None, most_metadata_bytes: int | None = None
-) -> None:
+def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_bytes: int | None = None) -> None:
     """What is asked of a run beside training passes.
 
     Args:

@@ -129,7 +129,9 @@ def _read_manifest(directory: Path, uri: CheckpointUri) -> dict[str, Any]:
 
 
 def _incomplete(uri: CheckpointUri, error: Exception) -> ServerFault:
-    return ServerFault(f"checkpoint {uri}: its files are incomplete ({words_of(error)}); restore them or save again")
+    return ServerFault(
+        f"checkpoint {uri}: its files are incomplete ({words_of(error)}); restore them or save again"
+    )
 
 
 def _check_manifest(directory: Path, uri: CheckpointUri) -> None:

@@ -117,7 +117,9 @@ class Database:
             row = session.get(Session, session_id)
             return row if row is not None and row.tenant == tenant else None
 
-    def session_ids(self, tenant: str, limit: int, offset: int = 0, project_id: str | None = None) -> list[str]:
+    def session_ids(
+        self, tenant: str, limit: int, offset: int = 0, project_id: str | None = None
+    ) -> list[str]:
         """A page of sessions, newest first."""
         query = select(Session.id).where(Session.tenant == tenant)
         if project_id is not None:
@@ -160,7 +162,10 @@ class Database:
             besides: these are not over.
         """
         is_over = or_(Session.finished_at.is_not(None), Session.created_at < since)
-        left = [~select(other.id).where(other.session_id == Session.id).exists() for other in (Run, Sampler, CustomLoss)]
+        left = [
+            ~select(other.id).where(other.session_id == Session.id).exists()
+            for other in (Run, Sampler, CustomLoss)
+        ]
         query = select(Session.id).where(Session.tenant == tenant, is_over, *left)
         query = query.order_by(Session.created_at).limit(_DELETED_AT_ONCE + len(besides))
         with self._transaction() as session:

@@ -63,4 +63,6 @@ class SessionFilter:
         # SQLite knows the lower case of ASCII alone: the other words are left to whoever reads the rows.
         known = [word for word in self.words if word.isascii()]
         name = func.lower(Session.display_name)
-        return and_(Session.display_name.is_not(None), *(name.contains(word, autoescape=True) for word in known))
+        return and_(
+            Session.display_name.is_not(None), *(name.contains(word, autoescape=True) for word in known)
+        )

@@ -100,4 +100,6 @@ class Sequence:
     def result(self, stopped: bool) -> SampledSequence:
         wants_topk = self.task.request.topk_sample_logprobs > 0
         reason = "stop" if stopped else "length"
-        return SampledSequence(reason, self.tokens, self.logprobs, TopkTable.joined(self.topk) if wants_topk else None)
+        return SampledSequence(
+            reason, self.tokens, self.logprobs, TopkTable.joined(self.topk) if wants_topk else None
+        )
