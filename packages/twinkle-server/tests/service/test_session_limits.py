@@ -133,6 +133,10 @@ async def test_a_search_for_what_is_nowhere_reads_no_rows_and_one_for_notes_few(
     found = await alice.ask(m.SearchSessions(display_name="RUN 499 äö"))
     assert [row.display_name for row in found.sessions] == ["Run 499 ÄÖ"]
     assert rows.light == rows.whole == 1
+    # As many words, and as many projects, as one may ask for.
+    words = " ".join(chr(97 + i % 26) + chr(97 + i // 26 % 26) for i in range(340))
+    assert (await alice.ask(m.SearchSessions(display_name=words))).sessions == []
+    assert (await alice.ask(m.SearchSessions(project_ids=[str(i) for i in range(1000)]))).sessions == []
     # Where all must be read that is bounded, and the cursor goes on from there.
     monkeypatch.setattr(session_search, "MOST_READ", 200)
     query, pages, found_ids = m.SearchSessions(user_metadata={"number": "7"}), 0, []

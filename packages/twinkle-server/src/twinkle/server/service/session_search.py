@@ -67,7 +67,7 @@ def search(
 
 def _filter(query: m.SearchSessions) -> SessionFilter:
     """What the database can tell."""
-    words = query.display_name.lower().split() if query.display_name is not None else None
+    words = sorted(_words(query)) if query.display_name is not None else None
     kinds = None if query.statuses is None else {status.type for status in query.statuses}
     return SessionFilter(
         project_ids=query.project_ids,
@@ -86,7 +86,8 @@ def _matching(
     now: float,
 ) -> list[FoundSession]:
     """Those of a page that fulfil also what the database can't tell."""
-    rows = [row for row in page if _matches(row, query, _status(row, active, now))]
+    words = _words(query)
+    rows = [row for row in page if _matches(row, query, words, _status(row, active, now))]
     if not query.user_metadata or not rows:
         return rows
     whole = database.session_metadata(tenant, [row.id for row in rows])
@@ -98,13 +99,15 @@ def _matching(
     ]
 
 
-def _matches(row: FoundSession, query: m.SearchSessions, status: Status) -> bool:
+def _words(query: m.SearchSessions) -> set[str]:
+    return set((query.display_name or "").lower().split())
+
+
+def _matches(row: FoundSession, query: m.SearchSessions, words: set[str], status: Status) -> bool:
     if query.statuses is not None and not any(_has_status(status, wanted) for wanted in query.statuses):
         return False
     name = (row.display_name or "").lower()
-    named = query.display_name is not None and all(
-        word in name for word in query.display_name.lower().split()
-    )
+    named = query.display_name is not None and all(word in name for word in words)
     return named or row.id == query.session_id or query.display_name is query.session_id is None
 
 
