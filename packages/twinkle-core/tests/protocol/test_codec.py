@@ -11,6 +11,7 @@ from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
+from twinkle.protocol.results import with_plain_rows
 from twinkle.protocol.types import (
     Datum,
     ForwardBackwardOutput,
@@ -200,3 +201,12 @@ def test_a_table_is_the_list_of_its_rows():
     assert TopkTable.joined([table, TopkTable.empty(2, 2)]) == [*rows, None, None]
     with pytest.raises(IndexError):
         table[3]
+
+
+def test_clients_are_given_plain_rows():
+    rows: list[TopkRow] = [None, [(9, -0.25)]]
+    table = TopkTable.of(rows)
+    response = SampleResponse([SampledSequence("stop", [9], None, table)], topk_prompt_logprobs=table)
+    for plain in (codec.decode_sample(codec.encode_sample(response)), with_plain_rows(response)):
+        for given in (plain.topk_prompt_logprobs, plain.sequences[0].topk_logprobs):
+            assert type(given) is list and given == rows

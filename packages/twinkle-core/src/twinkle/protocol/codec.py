@@ -479,12 +479,10 @@ def _decode_alt_tokens(message: pb.SampleResponse) -> PromptAltTokens | None:
     )
 
 
-def _decode_topk(table: pb.TopkLogprobs) -> TopkTable:
+def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
     shape = table.length, table.k
-    return TopkTable(
-        np.frombuffer(table.token_ids, "<i4").reshape(shape),
-        np.frombuffer(table.logprobs, "<f4").reshape(shape),
-    )
+    ids, logprobs = np.frombuffer(table.token_ids, "<i4"), np.frombuffer(table.logprobs, "<f4")
+    return TopkTable(ids.reshape(shape), logprobs.reshape(shape)).rows()
 
 
 # ---------------------------------------------------------------- compression

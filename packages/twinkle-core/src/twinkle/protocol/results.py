@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic_core import to_json
 
 from twinkle.protocol import codec
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData
+from twinkle.protocol.types import (
+    ForwardBackwardOutput,
+    SampleResponse,
+    SparseTensor,
+    TensorData,
+    TopkRow,
+    TopkTable,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,16 @@ def encode_result(result: ForwardBackwardOutput | SampleResponse) -> Encoded:
 def decode_result(encoded: Encoded) -> ForwardBackwardOutput | SampleResponse:
     decode = codec.decode_sample if encoded.kind == "SampleResponse" else codec.decode_forward_backward_output
     return decode(encoded.body)
+
+
+def with_plain_rows(response: SampleResponse) -> SampleResponse:
+    """As a client is given it that reads it without an encoding in between: with lists instead of tables."""
+
+    def plain(rows: Sequence[TopkRow] | None) -> Sequence[TopkRow] | None:
+        return rows.rows() if isinstance(rows, TopkTable) else rows
+
+    sequences = [replace(each, topk_logprobs=plain(each.topk_logprobs)) for each in response.sequences]
+    return replace(response, sequences=sequences, topk_prompt_logprobs=plain(response.topk_prompt_logprobs))
 
 
 def result_as_json(encoded: Encoded) -> bytes:

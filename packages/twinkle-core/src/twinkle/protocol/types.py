@@ -485,6 +485,10 @@ class TopkTable(Sequence[TopkRow]):
             np.concatenate([table.logprobs for table in tables]),
         )
 
+    def rows(self) -> list[TopkRow]:
+        """As plain lists, which is what clients are given."""
+        return list(self)
+
     @property
     def nbytes(self) -> int:
         return self.token_ids.nbytes + self.logprobs.nbytes
