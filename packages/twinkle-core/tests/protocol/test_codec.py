@@ -208,5 +208,5 @@ def test_clients_are_given_plain_rows():
     table = TopkTable.of(rows)
     response = SampleResponse([SampledSequence("stop", [9], None, table)], topk_prompt_logprobs=table)
     for plain in (codec.decode_sample(codec.encode_sample(response)), with_plain_rows(response)):
-        for given in (plain.topk_prompt_logprobs, plain.sequences[0].topk_logprobs):
-            assert type(given) is list and given == rows
+        for table in (plain.topk_prompt_logprobs, plain.sequences[0].topk_logprobs):
+            assert type(table) is list and table == rows
