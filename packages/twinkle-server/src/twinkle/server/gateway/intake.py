@@ -45,7 +45,7 @@ class Intake:
         if len(body) > (most := most_bytes(endpoint.request, context)):
             raise TooLarge(f"{endpoint.path}: a body of {len(body)} bytes; at most {most}")
         try:
-            operation = await self.bodies.do(tenant, len(body), lambda: _decode(endpoint, body, context))
+            operation = await self.bodies.do(tenant, len(body), lambda: decode(endpoint, body, context))
         except InvalidRequest:
             await self._take_place(tenant, posted)
             raise
@@ -79,7 +79,11 @@ class Intake:
         return self._context_length
 
 
-def _decode(endpoint: Endpoint, body: bytes, context_length: int) -> m.Operation:
+def decode(endpoint: Endpoint, body: bytes, context_length: int) -> m.Operation:
+    """
+    Raises:
+        InvalidRequest, TooLarge: if it can't be read, or is not worth it.
+    """
     if endpoint.request is m.ForwardBackwardRequest:
         return codec.decode_forward_backward(body)
     check_json(body, endpoint.request, context_length)
