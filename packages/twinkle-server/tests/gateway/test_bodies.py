@@ -223,8 +223,16 @@ async def test_bodies_but_for_the_last_byte_hold_no_more_than_the_budget(
     third = Slow(gateway.app, "third", length)
     await third.send(20)
     assert third.status == 429
-    async with gateway.client("fourth") as http:
+    # A small one is taken even where nothing is left.
+    fourth = Slow(gateway.app, "fourth", 0)
+    await fourth.send(10)
+    assert fourth.status == 429 and made[0].bytes_held == 51 * PART
+    filler = Slow(gateway.app, "filler", 0)
+    await filler.send(9)
+    assert filler.status is None and made[0].bytes_held == 60 * PART
+    async with gateway.client("fifth") as http:
         assert (await http.post("/create_session", json={})).status_code == 200
+    await filler.hang_up()
     for slow in (attack[0], other):
         await slow.hang_up()
     assert made[0].bytes_held == 0
@@ -245,6 +253,16 @@ async def test_a_body_that_comes_too_slowly_ends_and_a_long_one_that_comes_does_
     assert b"it comes too slowly" in slow.sent[1]["body"]
     assert steady.status is None
     await steady.hang_up()
+
+
+async def test_a_body_has_an_end_though_it_comes(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "PART_BYTES", PART)
+    steady = Slow((await start()).app, "a", 0)
+    while not steady.task.done():
+        await steady.send(1)
+        await asyncio.sleep(0.01)
+    assert steady.status == 408
 
 
 async def test_a_client_that_hangs_up_leaves_no_line_in_the_log(

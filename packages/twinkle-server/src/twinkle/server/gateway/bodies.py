@@ -27,9 +27,10 @@ _MAX_OBJECTS = 2**13
 _MAX_TARGETS = 2**20
 _TOKEN_BYTES = 8
 
-# Each such part of a body, and what is left of it in the end, must have come within so many seconds.
+# Each such part of a body, and what is left of it in the end, must have come within so many seconds; and all of it.
 PART_BYTES = 2**19
 PART_SECONDS = 30.0
+BODY_SECONDS = 900.0
 
 # What is larger is decompressed and decoded in a thread: a large body must not keep all others waiting.
 INLINE_BYTES = 2**16
@@ -88,6 +89,7 @@ async def read_raw(request: Request, most: int, share: Share) -> bytes:
             raise _too_large(most)
         share.check(int(stated))
     received = bytearray()  # not a list of chunks: each would cost more than a chunk of a few bytes
+    end = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
         async with asyncio.timeout(PART_SECONDS) as deadline:
             part_end = PART_BYTES
@@ -98,12 +100,13 @@ async def read_raw(request: Request, most: int, share: Share) -> bytes:
                 received += chunk
                 if len(received) >= part_end:
                     part_end = len(received) + PART_BYTES
-                    deadline.reschedule(asyncio.get_running_loop().time() + PART_SECONDS)
+                    deadline.reschedule(min(asyncio.get_running_loop().time() + PART_SECONDS, end))
     except TimeoutError as error:
         raise HTTPException(
             408,
             f"body: it comes too slowly: each {PART_BYTES} bytes of it, and its end, must come within "
-            f"{PART_SECONDS:g} s; send fewer datums at once, or find a faster line",
+            f"{PART_SECONDS:g} s, and all of it within {BODY_SECONDS:g} s; send fewer datums at once, or find a faster "
+            "line",
             {"Connection": "close"},
         ) from error
     return bytes(received)

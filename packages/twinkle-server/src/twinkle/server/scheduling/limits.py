@@ -15,6 +15,8 @@ from twinkle.server.scheduling.futures import FutureTable
 # Results come at any moment; clients that are told to wait longer leave the server idle.
 _ROOM_SECONDS = 2.0
 _MAX_RETRY_SECONDS = 30.0
+# What a tenant may always hold of a budget of bytes.
+SMALL_BYTES = 2**16
 # Tenants whose buckets are looked at when another one comes.
 _LOOKED_AT = 2
 
@@ -105,7 +107,11 @@ class RateLimit:
 
 
 class ByteBudget:
-    """Bytes that tenants hold at once, each and all together. Single-threaded."""
+    """Bytes that tenants hold at once, each and all together. Single-threaded.
+
+    Where all together hold what they may, a tenant may still hold `SMALL_BYTES`: others' large ones must not keep out
+    small ones.
+    """
 
     def __init__(self, name: str, per_tenant: int | None, in_all: int | None) -> None:
         """
@@ -129,9 +135,11 @@ class ByteBudget:
         Raises:
             LimitReached: if there is no room for so many more.
         """
+        own = self._tenants.get(tenant, 0)
+        in_all = None if own + amount <= SMALL_BYTES else self._in_all
         for name, held, limit in (
-            (f"{self._name}_per_tenant", self._tenants.get(tenant, 0), self._per_tenant),
-            (self._name, self.held, self._in_all),
+            (f"{self._name}_per_tenant", own, self._per_tenant),
+            (self._name, self.held, in_all),
         ):
             if limit is not None and held + amount > limit:
                 raise LimitReached(
