@@ -36,6 +36,7 @@ from twinkle.server.config import LimitsSection, parse_config
 from twinkle.server.engine import engine
 from twinkle.server.engine.worker import build_worker
 from twinkle.server.gateway import app as gateway
+from twinkle.server.gateway import intake
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.tokens import Signer
 
@@ -109,7 +110,7 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
 
 def put_clocks() -> Clocks:
     clocks = Clocks()
-    clocks.around("decode", gateway, "_decode_operation")
+    clocks.around("decode", intake, "decode")
     clocks.around("queue", Scheduler, "submit")
     clocks.around("tick", Scheduler, "take_tick")
     clocks.around("pack", engine, "pack")

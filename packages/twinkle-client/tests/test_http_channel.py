@@ -105,12 +105,13 @@ def test_a_broken_connection_a_limit_and_a_dying_proxy_are_tried_again_with_the_
         None,
         (429, {"error": "slow down", "category": "user"}),
         (503, {"unrelated": "Service Unavailable"}),
+        (408, {"error": "body: it comes too slowly", "category": "user"}),
         (200, {"request_id": "r"}),
         None,
         SAVED,
     ]
     channel.submit(SAVE).result(20)
-    assert script.paths() == ["/save_weights"] * 4 + ["/retrieve_future"] * 2
+    assert script.paths() == ["/save_weights"] * 5 + ["/retrieve_future"] * 2
     bodies = [body for path, _, body in script.seen if path.endswith("save_weights")]
     assert bodies[0] == bodies[-1] and bodies[0]["seq_id"] == 1
 

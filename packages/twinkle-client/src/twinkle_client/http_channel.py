@@ -378,10 +378,10 @@ def _content_type(response: httpx.Response) -> str:
 
 
 def _may_retry(response: httpx.Response) -> bool:
-    """Limits pass, and so does what the service says it can't do just now; so do 5xx that don't come from the service
-    itself but from a process of it that is gone.
+    """Limits pass, and so does what the service says it can't do just now, or didn't get in time; so do 5xx that don't
+    come from the service itself but from a process of it that is gone.
     """
-    return response.status_code in (429, 503) or (
+    return response.status_code in (408, 429, 503) or (
         response.status_code >= 500 and _error_body(response.content) is None
     )
 
@@ -403,7 +403,8 @@ def _message(status: int, body: bytes) -> str:
 
 def _error_of(response: httpx.Response) -> TwinkleError | None:
     """The error that the server answered with, if it is one."""
-    if response.status_code < 400 or response.status_code == 408:
+    is_pending = response.status_code == 408 and _error_body(response.content) is None
+    if response.status_code < 400 or is_pending:
         return None
     retry_after = response.headers.get("retry-after", "")
     seconds = float(retry_after) if retry_after.replace(".", "", 1).isdigit() else None

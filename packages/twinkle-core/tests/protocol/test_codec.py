@@ -11,6 +11,7 @@ from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
+from twinkle.protocol.results import with_plain_rows
 from twinkle.protocol.types import (
     Datum,
     ForwardBackwardOutput,
@@ -18,6 +19,8 @@ from twinkle.protocol.types import (
     SampledSequence,
     SampleResponse,
     TensorData,
+    TopkRow,
+    TopkTable,
 )
 
 
@@ -186,3 +189,24 @@ def test_damaged_bytes_are_refused_with_our_own_errors_or_read(noise: bytes, at:
             codec.decode_forward_backward(body)
         except TwinkleError as error:
             assert error.status == 400
+
+
+def test_a_table_is_the_list_of_its_rows():
+    rows: list[TopkRow] = [None, [(9, -0.25)], [(5, -0.5), (1, -2.0)]]
+    table = TopkTable.of(rows)
+    assert table == rows and rows == table and table != rows[1:]
+    assert [*table] == rows and table[1:] == rows[1:] and table[-1] == rows[-1] and len(table) == 3
+    assert table.token_ids.tolist() == [[0, 0], [9, 0], [5, 1]]
+    assert TopkTable.of(table) is table and TopkTable.of([]) == []
+    assert TopkTable.joined([table, TopkTable.empty(2, 2)]) == [*rows, None, None]
+    with pytest.raises(IndexError):
+        table[3]
+
+
+def test_clients_are_given_plain_rows():
+    rows: list[TopkRow] = [None, [(9, -0.25)]]
+    table = TopkTable.of(rows)
+    response = SampleResponse([SampledSequence("stop", [9], None, table)], topk_prompt_logprobs=table)
+    for plain in (codec.decode_sample(codec.encode_sample(response)), with_plain_rows(response)):
+        for table in (plain.topk_prompt_logprobs, plain.sequences[0].topk_logprobs):
+            assert type(table) is list and table == rows

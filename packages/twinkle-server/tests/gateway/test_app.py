@@ -59,7 +59,8 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     expected = {("POST", PREFIX + endpoint.path) for endpoint in OPERATIONS}
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
     expected |= {
-        ("GET", PREFIX + path) for path in ("/healthz", CHECKPOINT + "/archive", "/download/{token}/{name}")
+        ("GET", PREFIX + path)
+        for path in ("/healthz", "/readyz", CHECKPOINT + "/archive", "/download/{token}/{name}")
     }
     expected |= {
         ("POST", f"{PREFIX}/{path}")
@@ -254,3 +255,28 @@ async def test_a_run_too_many_is_403_by_name(tmp_path: Path):
     await service.close()
     assert refused.status_code == 403 and refused.json()["category"] == "user"
     assert refused.json()["error"].startswith("limits.max_runs_per_tenant: 1 training runs take requests")
+
+
+async def test_a_number_that_was_used_for_something_else_is_409_and_not_tried_again(http: httpx.AsyncClient):
+    run = await new_run(http)
+    first = (await http.post("/forward_backward", content=a_pass(run))).json()
+    [together] = await post_together(http, ("/forward_backward", a_pass(run)))
+    compressed = await http.post(
+        "/forward_backward", content=codec.compress(a_pass(run)), headers={"Content-Encoding": "zstd"}
+    )
+    assert first["request_id"] == together.request_id == compressed.json()["request_id"]
+    datum = Datum(ModelInput.from_ints([9, 9]), {"target_tokens": [2, 3], "weights": [1.0, 1.0]})
+    other = codec.encode_forward_backward(m.ForwardBackwardRequest(run, 1, [datum], "cross_entropy"))
+    refused = await http.post("/forward_backward", content=other)
+    assert refused.status_code == 409 and refused.headers["x-should-retry"] == "false"
+    assert refused.json()["error"].startswith("seq_id: 1 was used before on this run")
+    [together] = await post_together(http, ("/forward_backward", other))
+    assert together.status == 409
+    session = run.split(":")[0]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 2}}
+    assert (await http.post("/create_model", json=body)).json()["model_id"] == run
+    body["lora_config"] = {"rank": 3}
+    assert (await http.post("/create_model", json=body)).status_code == 409
+    sampler = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    for _ in range(2):
+        assert (await http.post("/create_sampling_session", json=sampler)).status_code == 200

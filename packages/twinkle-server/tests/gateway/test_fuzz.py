@@ -47,8 +47,9 @@ from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway import app as gateway_app
 from twinkle.server.gateway import openapi
 from twinkle.server.gateway.app import create_app
-from twinkle.server.gateway.bodies import read_body
+from twinkle.server.gateway.bodies import Bodies
 from twinkle.server.samplers.fake import FakeEngine
+from twinkle.server.scheduling.limits import ByteBudget, Share
 from twinkle.server.service import samplers as service_samplers
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -593,7 +594,7 @@ def test_texts_and_lists_among_tokens_take_no_more_room_than_they_have(host: Hos
 
 
 def test_a_list_of_wrong_values_is_one_mistake(host: Host):
-    body = json.dumps({"tags": [1] * 100_000, "user_metadata": {}}).encode()
+    body = json.dumps({"tags": [1] * 60_000, "user_metadata": {}}).encode()
     with little_memory(10 * len(body)):
         response = host.post("/create_session", body)
     assert response.json()["error"].startswith("tags.0: Input should be a valid string")
@@ -840,8 +841,8 @@ async def test_a_body_in_tiny_chunks_takes_no_more_than_a_few_times_the_limit():
         return {"type": "http.request", "body": bytes([sent % 256, 1]), "more_body": True}
 
     request = Request({"type": "http", "headers": [], "method": "POST"}, receive)
-    with little_memory(3 * limit), pytest.raises(TooLarge):
-        await read_body(request, limit)
+    with little_memory(3 * limit), pytest.raises(TooLarge), Share(ByteBudget("", None, None), "") as share:
+        await Bodies(LimitsSection(max_request_bytes=limit)).read(request, share, limit)
     assert sent == limit + 2
 
 

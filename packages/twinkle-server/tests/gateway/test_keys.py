@@ -28,6 +28,7 @@ from twinkle.server.store.database import Database
 # Open to everybody, and why.
 PUBLIC = {
     ("GET", PREFIX + "/healthz"): "says nothing but that the process is there",
+    ("GET", PREFIX + "/readyz"): "says nothing but whether requests are taken",
     ("POST", PREFIX + "/client/config"): "is the same for all, and asked for before there is a token",
     ("POST", PREFIX + "/client/dynamic_config"): "is the same for all",
     ("POST", PREFIX + "/telemetry"): "is dropped unread",

@@ -9,6 +9,9 @@ from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.samplers.fake import LOGPROB, FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
 
+# Tables are float32.
+LISTED = float(np.float32(LOGPROB))
+
 
 def ask(
     params: SamplingParams | None = None, adapter: str | None = None, **more: Any
@@ -24,14 +27,14 @@ def test_what_was_asked_about_the_prompt_is_answered_in_the_real_shapes():
         prompt_alt_tokens_k=3, topk_sample_logprobs=1, request_id="r",
     ).result(0)  # fmt: skip
     assert response.prompt_logprobs == [None, None, LOGPROB, LOGPROB]
-    assert response.topk_prompt_logprobs == [None, None, *([[(0, LOGPROB), (1, LOGPROB)]] * 2)]
+    assert response.topk_prompt_logprobs == [None, None, *([[(0, LISTED), (1, LISTED)]] * 2)]
     assert response.target_prompt_logprobs is not None and response.prompt_alt_tokens is not None
     expected = np.array([[LOGPROB, 0], [0, 0], [LOGPROB, LOGPROB]], np.float32)
     np.testing.assert_array_equal(response.target_prompt_logprobs.to_numpy(), expected, strict=True)
     assert response.prompt_alt_tokens.tokens.tolist() == [[10, 11, 12], [11, 12, 13], [12, 13, 14]]
     assert response.prompt_alt_tokens.logprobs.tolist() == np.full((3, 3), LOGPROB, np.float32).tolist()
     [sequence] = response.sequences
-    assert sequence.topk_logprobs == [[(0, LOGPROB)]] * len(sequence.tokens)
+    assert sequence.topk_logprobs == [[(0, LISTED)]] * len(sequence.tokens)
 
 
 def test_what_was_not_asked_is_not_answered():

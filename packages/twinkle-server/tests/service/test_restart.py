@@ -18,7 +18,7 @@ from restarted_service import AT_ONCE, HARDLY_EVER, Server
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest, Unavailable
+from twinkle.protocol.errors import Conflict, InvalidRequest, Unavailable
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
 from twinkle.server.engine import run_log
 
@@ -95,6 +95,44 @@ async def test_results_can_be_fetched_and_repeated_requests_find_the_first(serve
     )
     with pytest.raises(InvalidRequest, match="used before .* OptimStepRequest; the next free one is 3"):
         await alice.service.submit("alice", a_pass(run, 2))
+
+
+@ends
+async def test_what_is_no_repeated_request_is_refused_by_its_number(server: Server, end: End):
+    """Also where the journal was written once more, without what the copies of runs have."""
+    server.seconds, server.segment_bytes = AT_ONCE, 1
+    alice = await server.start()
+    session = await alice.session()
+    create = m.CreateModelRequest(
+        session_id=session, model_seq_id=0, base_model=MODEL, lora_config=m.LoraConfig(rank=2, seed=0)
+    )
+    run = (await alice.do(create)).model_id
+    await train(alice, run, 2)
+    sampler = m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, base_model=MODEL)
+    sample = m.SampleRequest(
+        sampling_session_id=(await alice.ask(sampler)).sampling_session_id,
+        seq_id=0,
+        prompt=ModelInput.from_ints([1, 2]),
+    )
+    await alice.do(sample)
+    repeated: list[Any] = [create, sample, a_pass(run, 1)]
+    first = [await alice.service.submit("alice", request) for request in repeated]
+    await server.service._log.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
+    alice = await end(server)
+    assert [await alice.service.submit("alice", request) for request in repeated] == first
+    bigger = create.model_copy(update={"lora_config": m.LoraConfig(rank=4, seed=0)})
+    for other, field in (
+        (a_pass(run, 1, forward_only=True), "seq_id: 1"),
+        (bigger, "model_seq_id: 0"),
+        (sample.model_copy(update={"num_samples": 2}), "seq_id: 0"),
+        (
+            m.OptimStepRequest(model_id=run, seq_id=2, adam_params=m.AdamParams(learning_rate=0.5)),
+            "seq_id: 2",
+        ),
+    ):
+        with pytest.raises(Conflict, match=f"{field} was used before"):
+            await alice.service.submit("alice", other)
+    await train(alice, run, 1, first_seq_id=5)
 
 
 async def test_what_waits_is_done_by_the_next_and_what_is_missing_may_come_late(server: Server):

@@ -10,7 +10,7 @@ import pytest
 from fake_service import MODEL, Tenant, make_service
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
@@ -65,8 +65,10 @@ async def test_a_rejected_request_consumes_its_id_and_the_next_one_runs(alice: T
 async def test_a_retry_is_answered_from_the_first_and_applied_once(alice: Tenant):
     run = await alice.run()
     first = await alice.service.submit("alice", a_pass(run, 1))
-    again = await alice.service.submit("alice", a_pass(run, 1, tokens=(9, 9, 9, 9)))
+    again = await alice.service.submit("alice", a_pass(run, 1))
     assert again.request_id == first.request_id
+    with pytest.raises(Conflict, match="seq_id: 1 was used before"):
+        await alice.service.submit("alice", a_pass(run, 1, tokens=(9, 9, 9, 9)))
     norm = (await alice.do(a_step(run, 2))).metrics["grad_norm:mean"]
     other = await alice.run()
     await alice.do(a_pass(other, 1))

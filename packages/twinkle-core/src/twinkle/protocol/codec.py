@@ -35,6 +35,7 @@ from twinkle.protocol.types import (
     SparseTensor,
     TensorData,
     TopkRow,
+    TopkTable,
 )
 from twinkle.protocol.validation import MAX_NAME, describe_validation
 
@@ -45,9 +46,6 @@ _DTYPES: dict[int, np.dtype] = {
     pb.DTYPE_INT64: np.dtype("<i8"),
     pb.DTYPE_INT32: np.dtype("<i4"),
 }
-
-# An empty cell of a top-k table on the wire.
-_EMPTY_LOGPROB = -99999.0
 
 # A sparse tensor of a few bytes may stand for a large dense one: at most so many values in a request, 256 MiB as int64.
 MAX_DENSE_ELEMENTS = 2**25
@@ -254,6 +252,11 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
+        if body.lstrip()[:1] == b"{":
+            raise InvalidRequest(
+                "body: this is JSON, and training passes are taken as application/x-protobuf only; the Tinker SDK "
+                "sends that from 0.22 on (pip install 'tinker>=0.22')"
+            ) from error
         raise InvalidRequest(f"body: not a protobuf ForwardBackwardRequest ({error})") from error
     _check_counts(message)
     _check_sparse_size(message)
@@ -402,12 +405,12 @@ def encode_sample(response: SampleResponse) -> bytes:
         if sequence.logprobs is not None:
             encoded.logprobs = np.asarray(sequence.logprobs, "<f4").tobytes()
         if sequence.topk_logprobs is not None:
-            encoded.topk_sampled_logprobs.CopyFrom(_encode_topk(sequence.topk_logprobs))
+            _fill_topk(encoded.topk_sampled_logprobs, sequence.topk_logprobs)
     if response.prompt_logprobs is not None:
         values = [math.nan if value is None else value for value in response.prompt_logprobs]
         message.prompt_logprobs = np.asarray(values, "<f4").tobytes()
     if response.topk_prompt_logprobs is not None:
-        message.topk_prompt_logprobs.CopyFrom(_encode_topk(response.topk_prompt_logprobs))
+        _fill_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
     targets = response.target_prompt_logprobs
     if targets is not None:
         encoded = _encode_sparse(targets) if isinstance(targets, SparseTensor) else _encode_tensor(targets)
@@ -418,14 +421,12 @@ def encode_sample(response: SampleResponse) -> bytes:
     return message.SerializeToString()
 
 
-def _encode_topk(rows: list[TopkRow]) -> pb.TopkLogprobs:
-    k = max((len(row) for row in rows if row is not None), default=0)
-    token_ids = np.zeros((len(rows), k), "<i4")
-    logprobs = np.full((len(rows), k), _EMPTY_LOGPROB, "<f4")
-    for i, row in enumerate(rows):
-        for j, (token_id, logprob) in enumerate(row or []):
-            token_ids[i, j], logprobs[i, j] = token_id, logprob
-    return pb.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=logprobs.tobytes(), k=k, length=len(rows))
+def _fill_topk(message: pb.TopkLogprobs, rows: Sequence[TopkRow]) -> None:
+    table = TopkTable.of(rows)
+    message.SetInParent()
+    message.token_ids = np.ascontiguousarray(table.token_ids, "<i4").tobytes()
+    message.logprobs = np.ascontiguousarray(table.logprobs, "<f4").tobytes()
+    message.length, message.k = table.token_ids.shape
 
 
 def decode_sample(body: bytes) -> SampleResponse:
@@ -479,13 +480,9 @@ def _decode_alt_tokens(message: pb.SampleResponse) -> PromptAltTokens | None:
 
 
 def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
-    token_ids = np.frombuffer(table.token_ids, "<i4").reshape(table.length, table.k)
-    logprobs = np.frombuffer(table.logprobs, "<f4").reshape(table.length, table.k)
-    rows: list[TopkRow] = []
-    for ids, values in zip(token_ids.tolist(), logprobs.tolist(), strict=True):
-        row = [(i, value) for i, value in zip(ids, values, strict=True) if value != _EMPTY_LOGPROB]
-        rows.append(row or None)
-    return rows
+    shape = table.length, table.k
+    ids, logprobs = np.frombuffer(table.token_ids, "<i4"), np.frombuffer(table.logprobs, "<f4")
+    return TopkTable(ids.reshape(shape), logprobs.reshape(shape)).rows()
 
 
 # ---------------------------------------------------------------- compression
@@ -493,6 +490,15 @@ def _decode_topk(table: pb.TopkLogprobs) -> list[TopkRow]:
 
 def compress(body: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(body)
+
+
+def decompressed_size(body: bytes) -> int | None:
+    """How many bytes a zstd body says that it becomes; None if it doesn't say, or is none."""
+    try:
+        size = zstandard.frame_content_size(body)
+    except zstandard.ZstdError:
+        return None
+    return size if size >= 0 else None
 
 
 def decompress(body: bytes, max_bytes: int) -> bytes:

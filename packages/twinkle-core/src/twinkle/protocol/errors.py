@@ -6,6 +6,7 @@
     ├── Unauthorized          401  no or unknown API key
     ├── QuotaReached          403  so many are there already that one has to go first; waiting alone doesn't help
     ├── NotFound              404  no such thing, or it belongs to another tenant: the two are never told apart
+    ├── Conflict              409  a number was used before, for a request that asks for something else
     ├── Gone                  410  it was there, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
     ├── LimitReached          429  a limit that waiting helps with; carries `retry_after` seconds
@@ -13,11 +14,13 @@
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
     └── ConnectionFailed       -   client side only: the server could not be reached
 
-There is no 402: the Tinker SDK waits an hour for it to pass. There is no 409: the SDK retries it. There is no 501: a
-missing capability is a 400 that names it, since the SDK retries every 5xx. An operation that fails after it was
+There is no 402: the Tinker SDK waits an hour for it to pass. The SDK tries a 409 again, so it stands for nothing but a
+client's mistake with its own numbers, which the SDK doesn't make. There is no 501: a missing capability is a 400 that
+names it, since the SDK retries every 5xx. An operation that fails after it was
 accepted is a `RequestFailed`: it travels inside a 200 as `{error, category}`.
 """
 
+import re
 from typing import ClassVar, Literal
 
 Category = Literal["user", "server", "unknown"]
@@ -64,6 +67,13 @@ class NotFound(TwinkleError):
     """No such thing, as far as this tenant may know."""
 
     status = 404
+    category: Category = "user"
+
+
+class Conflict(TwinkleError):
+    """The number that says which request this is was used before, for one that asks for something else."""
+
+    status = 409
     category: Category = "user"
 
 
@@ -133,9 +143,27 @@ class RequestFailed(TwinkleError):
         self.request_id = request_id
 
 
+# A path has no letter, colon, dot or other slash before it, as in tinker://RUN/weights/NAME or "and/or".
+_PATH = re.compile(r"(?<![\w:/.])(?:file://)?/[^\s'\"<>|:;,()]+")
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, without paths of this machine: those are for its log, and not for whoever asked."""
+    return _PATH.sub("...", getattr(error, "strerror", None) or str(error))
+
+
 _BY_STATUS: dict[int, type[TwinkleError]] = {
     error.status: error
-    for error in (InvalidRequest, Unauthorized, QuotaReached, NotFound, Gone, TooLarge, ServerFault)
+    for error in (
+        InvalidRequest,
+        Unauthorized,
+        QuotaReached,
+        NotFound,
+        Conflict,
+        Gone,
+        TooLarge,
+        ServerFault,
+    )
 }
 
 

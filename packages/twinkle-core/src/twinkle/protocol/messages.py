@@ -703,9 +703,9 @@ class SearchSessions(Value):
     """
 
     session_id: str | None = None
-    project_ids: list[str] | None = None
+    project_ids: list[str] | None = Field(default=None, max_length=1000)
     user_metadata: dict[str, str] = Field(default_factory=dict[str, str])
-    display_name: str | None = Field(default=None, min_length=1)
+    display_name: str | None = Field(default=None, min_length=1, max_length=1024)
     owner: SearchOwner = SearchOwner()
     statuses: list[StatusQuery] | None = None
     limit: int = Field(default=50, ge=1, le=200)

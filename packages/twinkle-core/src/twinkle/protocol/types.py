@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -444,6 +444,77 @@ StopReason: TypeAlias = Literal["stop", "length"]
 
 TopkRow: TypeAlias = list[tuple[int, float]] | None
 
+EMPTY_LOGPROB: Final = -99999.0
+"""Of an empty cell of a top-k table, as on the wire."""
+
+
+@dataclass(frozen=True, eq=False)
+class TopkTable(Sequence[TopkRow]):
+    """The likeliest tokens at each of n positions: a list of rows, held as two arrays.
+
+    Attributes:
+        token_ids: int32 [n, k].
+        logprobs: float32 [n, k]; `EMPTY_LOGPROB` where there is no token.
+    """
+
+    token_ids: Int32Array
+    logprobs: Float32Array
+
+    @classmethod
+    def of(cls, rows: Sequence[TopkRow]) -> TopkTable:
+        """From rows of any lengths, or none."""
+        if isinstance(rows, TopkTable):
+            return rows
+        table = cls.empty(len(rows), max((len(row) for row in rows if row is not None), default=0))
+        for i, row in enumerate(rows):
+            if row:
+                table.token_ids[i, : len(row)], table.logprobs[i, : len(row)] = zip(*row, strict=True)
+        return table
+
+    @classmethod
+    def empty(cls, rows: int, k: int) -> TopkTable:
+        return cls(np.zeros((rows, k), np.int32), np.full((rows, k), EMPTY_LOGPROB, np.float32))
+
+    @classmethod
+    def joined(cls, tables: Sequence[TopkTable]) -> TopkTable:
+        """One below the other; all have the same k."""
+        if not tables:
+            return cls.empty(0, 0)
+        return cls(
+            np.concatenate([table.token_ids for table in tables]),
+            np.concatenate([table.logprobs for table in tables]),
+        )
+
+    def rows(self) -> list[TopkRow]:
+        """As plain lists, which is what clients are given."""
+        return list(self)
+
+    @property
+    def nbytes(self) -> int:
+        return self.token_ids.nbytes + self.logprobs.nbytes
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> TopkRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TopkRow]: ...
+
+    def __getitem__(self, index: int | slice) -> TopkRow | list[TopkRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        ids, logprobs = self.token_ids[index].tolist(), self.logprobs[index].tolist()
+        row = [(i, value) for i, value in zip(ids, logprobs, strict=True) if value != EMPTY_LOGPROB]
+        return row or None
+
+    def __eq__(self, other: object) -> bool:
+        """As a list of rows."""
+        return isinstance(other, Sequence) and list(self) == list(cast("Sequence[object]", other))
+
+    __hash__ = None  # pyright: ignore
+
 
 @dataclass(frozen=True, eq=False)
 class SampledSequence:
@@ -459,7 +530,7 @@ class SampledSequence:
     stop_reason: StopReason
     tokens: list[int]
     logprobs: list[float] | None = None
-    topk_logprobs: list[TopkRow] | None = None
+    topk_logprobs: Sequence[TopkRow] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,7 +563,7 @@ class SampleResponse:
 
     sequences: Sequence[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: list[TopkRow] | None = None
+    topk_prompt_logprobs: Sequence[TopkRow] | None = None
     prompt_cache_hit_tokens: int = 0
     target_prompt_logprobs: TensorData | SparseTensor | None = None
     prompt_alt_tokens: PromptAltTokens | None = None

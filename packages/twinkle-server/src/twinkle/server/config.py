@@ -145,6 +145,13 @@ class LimitsSection(_Section):
     # `model.max_resident_adapter_bytes`.
     max_request_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Largest body in bytes, before and after decompression."""
+    max_body_bytes_per_tenant: int | None = Field(default=512 * 2**20, ge=1024)
+    """Bytes of bodies that are being read and decoded at once, at each process that reads HTTP."""
+    max_body_bytes: int | None = Field(default=2**30, ge=1024)
+    """The same for all tenants together."""
+    max_connections: int | None = Field(default=16_384, ge=16)
+    """Connections at each process that reads HTTP; fewer where it may not open so many files, a quarter of which it
+    keeps for all else. Where there are more, the one that has been silent longest gives way."""
     max_requests_per_second_per_tenant: float | None = Field(default=1000, gt=0)
     """HTTP requests, polls included, at each process that reads HTTP; after a pause ten times as many at once."""
     max_requests_per_second: float | None = Field(default=10_000, gt=0)
@@ -165,6 +172,11 @@ class LimitsSection(_Section):
     """Tokens of training passes, of prompts, and sampled. Busy tenants get equal shares without it."""
     max_tokens_per_minute: float | None = Field(default=None, gt=0)
     """The same for all tenants together."""
+    max_metadata_bytes: int | None = Field(default=16_384, ge=2)
+    """Of the `user_metadata` of a session, run or checkpoint, as JSON."""
+    max_sessions_per_tenant: int | None = Field(default=10_000, ge=1)
+    """Sessions that are not finished and were begun within a day (or `max_session_idle_seconds`). Where there are as
+    many in all, those go that are over and left nothing behind, no run, sampler or loss."""
     max_runs_per_tenant: int | None = Field(default=1000, ge=1)
     """Training runs that take requests."""
     max_runs: int | None = Field(default=10_000, ge=1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import re
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,6 +26,12 @@ KEY_PREFIX = "tml-"
 
 # A key that is revoked by another process stops working so many seconds later.
 _REVOKED_WITHIN = 2.0
+
+# At what part of that time keys are read again in the background; how long a request that comes later waits for it; and
+# how long the keys from before are good where they can't be read.
+_READ_AGAIN_AT = 0.5
+_PATIENCE = 0.25
+_GOOD_FOR = 30.0
 
 # A key that isn't known may have been made a moment ago, so the database is asked once more, but not more often than
 # this, for all who wait together: whoever tries keys can't make it busy.
@@ -100,7 +108,9 @@ class KeyRing:
         self._by_digest: dict[str, ApiKey] = {}
         self._by_id: dict[int, ApiKey] = {}
         self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
+        # Of its own: whatever else keeps this process's threads busy, who asks is known.
+        self._thread = ThreadPoolExecutor(1, "twinkle-keys")
 
     async def of_key(self, key: str) -> ApiKey:
         """
@@ -115,7 +125,7 @@ class KeyRing:
             )
         digest = _digest(key)
         began = time.monotonic()
-        await self._read_since(began - _REVOKED_WITHIN)
+        await self._be_fresh(began)
         if digest not in self._by_digest:
             await self._read_since(began, self._read_at + _UNKNOWN_AGAIN)
         row = self._by_digest.get(digest)
@@ -132,32 +142,64 @@ class KeyRing:
         Raises:
             Unauthorized, Unavailable: as `of_key`.
         """
-        await self._read_since(time.monotonic() - _REVOKED_WITHIN)
+        await self._be_fresh(time.monotonic())
         row = None if key_id is None else self._by_id.get(key_id)
         if row is None or row.tenant != tenant:
             raise Unauthorized("X-API-Key: the key that this token stands for is not valid (any more) here")
         return row
 
     async def revoke(self, key: ApiKey) -> None:
-        await asyncio.to_thread(self._database.revoke_key, key.id, time.time())
+        revoke = functools.partial(self._database.revoke_key, key.id, time.time())
+        await asyncio.get_running_loop().run_in_executor(self._thread, revoke)
         self._read_at = float("-inf")
 
-    async def _read_since(self, moment: float, not_before: float = 0.0) -> None:
-        """Have the keys as the database had them at `moment` or later; if it must be asked, not before that time."""
-        if self._read_at >= moment:
+    async def _be_fresh(self, now: float) -> None:
+        """Have the keys as they were a moment ago. Where reading them takes long, those from before are good for a
+        while: a database that is busy or locked has nobody wait.
+        """
+        if now < self._read_at + _READ_AGAIN_AT * _REVOKED_WITHIN:
             return
-        async with self._reading:
-            if self._read_at >= moment:
-                return  # another request has read them meanwhile
-            await asyncio.sleep(max(0.0, not_before - time.monotonic()))
-            now = time.monotonic()
-            try:
-                rows = await asyncio.to_thread(self._database.keys, valid_only=True)
-            except SQLAlchemyError as error:
-                raise Unavailable("the server can't read its keys just now; try again") from error
-            self._by_digest = {row.sha256: row for row in rows}
-            self._by_id = {row.id: row for row in rows}
-            self._read_at = now
+        reading = self._read()
+        if now < self._read_at + _REVOKED_WITHIN:
+            return  # they are there before they are needed
+        await asyncio.wait([reading], timeout=_PATIENCE)
+        if self._read_at < now - _GOOD_FOR:
+            await self._read_since(now - _REVOKED_WITHIN)
+
+    async def _read_since(self, moment: float, not_before: float = 0.0) -> None:
+        """Have the keys as the database had them at `moment` or later; if it must be asked, not before that time.
+
+        Raises:
+            Unavailable: if they can't be read.
+        """
+        while self._read_at < moment:
+            reading = self._read(not_before)
+            await asyncio.wait([reading])
+            reading.result()
+
+    def _read(self, not_before: float = 0.0) -> asyncio.Task[None]:
+        """The task that reads the keys: the one that is under way, or a new one."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_now(not_before))
+            self._reading.add_done_callback(self._has_read)
+        return self._reading
+
+    def _has_read(self, task: asyncio.Task[None]) -> None:
+        self._reading = None
+        if not task.cancelled():
+            task.exception()  # whoever waits for it is told
+
+    async def _read_now(self, not_before: float) -> None:
+        await asyncio.sleep(max(0.0, not_before - time.monotonic()))
+        now = time.monotonic()
+        read = functools.partial(self._database.keys, valid_only=True)
+        try:
+            rows = await asyncio.get_running_loop().run_in_executor(self._thread, read)
+        except SQLAlchemyError as error:
+            raise Unavailable("the server can't read its keys just now; try again") from error
+        self._by_digest = {row.sha256: row for row in rows}
+        self._by_id = {row.id: row for row in rows}
+        self._read_at = now
 
 
 def _digest(key: str) -> str:

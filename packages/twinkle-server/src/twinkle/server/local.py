@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
+from twinkle.protocol.results import with_plain_rows
+from twinkle.protocol.types import SampleResponse
 from twinkle.server.app import build_service
 from twinkle.server.config import LimitsSection, ModelSection, ServerConfig, load_config
 from twinkle.server.engine.worker import WorkerPort, build_worker
@@ -141,7 +143,7 @@ class LocalChannel:
             if isinstance(outcome, m.Failure):
                 raise RequestFailed(outcome.error, outcome.category, promise.request_id)
             if not isinstance(outcome, m.Pending):
-                return outcome
+                return with_plain_rows(outcome) if isinstance(outcome, SampleResponse) else outcome
 
     def _refuse_if_forked(self) -> None:
         if self._is_forked:

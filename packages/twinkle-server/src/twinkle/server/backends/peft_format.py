@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import InvalidRequest, words_of
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
 from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
@@ -182,7 +182,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidRequest(
-            f"{CONFIG}: can't be read ({error}); an adapter in PEFT's layout has it"
+            f"{CONFIG}: can't be read ({words_of(error)}); an adapter in PEFT's layout has it"
         ) from error
     if not isinstance(config, dict):
         raise InvalidRequest(f"{CONFIG}: must be a JSON object")
@@ -221,7 +221,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
     except (OSError, SafetensorError, TypeError) as error:
         # A TypeError is a type that numpy lacks, such as bfloat16.
         raise InvalidRequest(
-            f"{path.name}: can't be read ({error}); it must be safetensors of float32"
+            f"{path.name}: can't be read ({words_of(error)}); it must be safetensors of float32"
         ) from error
     return {name: _as_float32(name, array, path.name) for name, array in arrays.items()}, metadata
 

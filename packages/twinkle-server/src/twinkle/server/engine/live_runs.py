@@ -11,6 +11,7 @@ from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.limits import RateLimit
@@ -84,7 +85,7 @@ class LiveRuns:
         Raises:
             Unavailable: if it can't be written down; then it is not queued.
         """
-        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss)
+        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss, digest(request))
         self._log.accepted(job)
         self._tokens.charge(run.tenant, tokens)
         self._futures.create(job.tenant, job.run_id, job.request_id, tokens)

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
 import msgpack
+from pydantic import BaseModel
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
+from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.scheduling.futures import Outcome
+from twinkle.server.scheduling.futures import Outcome, encoded
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Accepted:
         seq_id: its place in the run's order.
         path: of its endpoint.
         body: as the endpoint takes it; None once nothing but its id and its result matter.
+        digest: of the request, by which it is known again; empty in what earlier versions wrote, and on no run.
     """
 
     request_id: str
@@ -43,6 +46,7 @@ class Accepted:
     tokens: int
     path: str
     body: bytes | None
+    digest: bytes = b""
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
@@ -102,6 +106,7 @@ def encode(record: Record) -> bytes:
                 record.tokens,
                 record.path,
                 record.body,
+                record.digest,
             ]
         case Rejected(run_id, seq_id):
             values = ["R", run_id, seq_id]
@@ -133,7 +138,13 @@ def decode(payload: bytes) -> Record:
 
 
 def accepted(
-    request_id: str, tenant: str, run_id: str | None, seq_id: int, request: m.Operation, tokens: int = 0
+    request_id: str,
+    tenant: str,
+    run_id: str | None,
+    seq_id: int,
+    request: m.Operation,
+    tokens: int = 0,
+    digest: bytes = b"",
 ) -> Accepted:
     """A request as it is written: without keys, which are kept nowhere."""
     if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
@@ -143,23 +154,18 @@ def accepted(
         if isinstance(request, m.ForwardBackwardRequest)
         else codec.encode_json(request)
     )
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body)
+    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body, digest)
 
 
 def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
-    match outcome:
-        case ForwardBackwardOutput():
-            body = codec.encode_forward_backward_output(outcome)
-        case SampleResponse():
-            body = codec.encode_sample(outcome)
-        case _:
-            body = codec.encode_json(outcome)
-    return request_id, type(outcome).__name__, body
+    outcome = encoded(outcome)
+    if isinstance(outcome, Encoded):
+        return request_id, outcome.kind, outcome.body
+    return request_id, type(outcome).__name__, codec.encode_json(cast("BaseModel", outcome))
 
 
 def decode_outcome(kind: str, body: bytes) -> Outcome:
-    if kind == ForwardBackwardOutput.__name__:
-        return codec.decode_forward_backward_output(body)
-    if kind == SampleResponse.__name__:
-        return codec.decode_sample(body)
+    """As it is kept: what travels as protobuf stays so."""
+    if kind == "ForwardBackwardOutput" or kind == "SampleResponse":
+        return Encoded(kind, body)
     return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))

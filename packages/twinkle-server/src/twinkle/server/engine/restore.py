@@ -130,7 +130,8 @@ class Restore:
             if record is None:
                 self.scheduler.reject(run_id, run.tenant, seq_id)
                 continue
-            queue.remember(seq_id, record.request_id, record.kind)  # pyright: ignore[reportArgumentType]
+            kind: type[RunRequest] = record.kind  # pyright: ignore[reportAssignmentType]
+            queue.remember(seq_id, record.request_id, kind, record.digest)
             if seq_id > last:
                 if record.body is not None:
                     self.scheduler.submit(await self._job(run, record))
@@ -156,7 +157,16 @@ class Restore:
     async def _job(self, run: LiveRun, record: Accepted) -> Job:
         request: RunRequest = record.request()  # pyright: ignore[reportAssignmentType]
         loss = await self.loss_of(run, request) if isinstance(request, m.ForwardBackwardRequest) else None
-        return Job(record.request_id, record.tenant, run.run_id, record.seq_id, request, record.tokens, loss)
+        return Job(
+            record.request_id,
+            record.tenant,
+            run.run_id,
+            record.seq_id,
+            request,
+            record.tokens,
+            loss,
+            record.digest,
+        )
 
     def _fail(self, record: Accepted, error: str, category: str) -> None:
         failure = m.Failure(error=error, category=category)  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.errors import ServerFault, words_of
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
 
@@ -82,8 +82,8 @@ class RunFiles:
                 }
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ServerFault(
-                f"the state of run {run_id} can't be read from the disk ({error}); begin a new run from its last "
-                "checkpoint"
+                f"the state of run {run_id} can't be read from the disk ({words_of(error)}); begin a new run from "
+                "its last checkpoint"
             ) from error
         optimizer = None
         if rest["step"] is not None:

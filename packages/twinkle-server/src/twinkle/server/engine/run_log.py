@@ -53,6 +53,7 @@ class RunLog:
     def open(self, journal: Journal) -> None:
         """Write to `journal` from now on."""
         self._journal = journal
+        self._futures.encodes = True
 
     def read_earlier(self, journal: Journal) -> list[tuple[int, Record]]:
         """All that earlier processes wrote, with its segments, oldest first. Blocking."""
@@ -74,7 +75,9 @@ class RunLog:
         """
         if self._journal is not None:
             self._append(
-                records.accepted(job.request_id, job.tenant, job.run_id, job.seq_id, job.request, job.tokens)
+                records.accepted(
+                    job.request_id, job.tenant, job.run_id, job.seq_id, job.request, job.tokens, job.digest
+                )
             )
             self._note(self._journal.segment, job.run_id, job.seq_id)
 

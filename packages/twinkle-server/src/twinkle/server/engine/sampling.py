@@ -16,7 +16,8 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import NotFound
+from twinkle.protocol.errors import Conflict, NotFound
+from twinkle.protocol.results import encode_result
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.adapters import AdapterKeeper
@@ -25,7 +26,8 @@ from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.futures import FutureTable, Outcome
+from twinkle.server.scheduling.digests import digest
+from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, Outcome, memory_of
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
@@ -60,15 +62,28 @@ class SampleRunner:
         self._completions = completions
         self._ledger = ledger
         self._charge = charge
-        self._accepted: OrderedDict[tuple[str, int], str] = OrderedDict()
+        # (sampling session, seq_id) -> request id and the request's digest
+        self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         # request id -> tenant, session, its task
         self._under_way: dict[str, tuple[str, str, asyncio.Task[None]]] = {}
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest) -> m.Promise | None:
-        """The promise of the first request that had this one's (sampling session, seq_id), if there was one."""
-        request_id = self._accepted.get((request.sampling_session_id, request.seq_id))
-        return None if request_id is None else _promise(request_id, request)
+        """The promise of the first request that had this one's (sampling session, seq_id), if there was one.
+
+        Raises:
+            Conflict: if that one asked for something else.
+        """
+        first = self._accepted.get((request.sampling_session_id, request.seq_id))
+        if first is None:
+            return None
+        request_id, known = first
+        if digest(request) != known:
+            raise Conflict(
+                f"seq_id: {request.seq_id} was used before in this sampling session, for a sample that asks for "
+                "something else: a request that is sent again must be the same, and another needs a new number"
+            )
+        return _promise(request_id, request)
 
     def begin(
         self,
@@ -97,7 +112,7 @@ class SampleRunner:
         return _promise(request_id, request)
 
     def _remember(self, request: m.SampleRequest, request_id: str) -> None:
-        self._accepted[request.sampling_session_id, request.seq_id] = request_id
+        self._accepted[request.sampling_session_id, request.seq_id] = request_id, digest(request)
         if len(self._accepted) > MAX_REMEMBERED:
             self._accepted.popitem(last=False)
 
@@ -143,7 +158,10 @@ class SampleRunner:
         is_failure = True
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
-            self._futures.complete(request_id, response)
+            # Large ones not on the event loop, which would keep all others waiting.
+            is_large = memory_of(response) > LARGE_BYTES
+            outcome = await asyncio.to_thread(encode_result, response) if is_large else response
+            self._futures.complete(request_id, outcome)
             self._record(sampler, request, response)
             is_failure = False
         except asyncio.CancelledError:

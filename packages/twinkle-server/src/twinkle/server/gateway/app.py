@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
-from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
-from twinkle.protocol.operations import PATH, Posted
+from twinkle.protocol.operations import PATH
+from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import downloads, errors, openapi, operations
-from twinkle.server.gateway.bodies import MAX_PLAIN_BYTES, read_body
+from twinkle.server.gateway.bodies import Bodies, check_json
 from twinkle.server.gateway.headers import SecurityHeaders
+from twinkle.server.gateway.intake import Intake
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
 from twinkle.server.keys import KeyRing
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.tokens import Signer
-
-# Requests that carry tokens, tensors or graphs; the others are small.
-_LARGE = (m.ForwardBackwardRequest, m.SampleRequest, m.CreateCustomLossRequest)
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -60,34 +58,33 @@ def create_app(
         tls: whether clients reach it by https.
     """
     doorkeeper = Doorkeeper(signer, _rate_of_requests(limits), keys)
-    max_request_bytes = limits.max_request_bytes
-    singly = [
-        _post(endpoint.path, _operation(endpoint, service, doorkeeper, max_request_bytes))
-        for endpoint in OPERATIONS
-    ]
+    bodies = Bodies(limits)
+    intake = Intake(service, doorkeeper, bodies)
+    singly = [_post(endpoint.path, _operation(endpoint, doorkeeper, intake)) for endpoint in OPERATIONS]
     queries = [
         Route(
             PREFIX + query.path,
-            _query(query, service, doorkeeper, max_request_bytes, public_url),
+            _query(query, service, doorkeeper, bodies, public_url),
             methods=[query.method],
         )
         for query in QUERIES
     ]
     together = operations.handler(
         doorkeeper,
-        max_request_bytes,
-        lambda tenant, posted: _submit(service, doorkeeper, tenant, posted),
+        bodies,
+        intake.submit,
         lambda tenant, request_id: _result(service, tenant, request_id),
     )
     # Routes are tried in order: what a training loop asks for comes first.
     routes = [
         _post(PATH, together),
-        _post("/retrieve_future", _retrieve_future(service, doorkeeper, max_request_bytes)),
+        _post("/retrieve_future", _retrieve_future(service, doorkeeper, bodies)),
         *singly,
         *queries,
         *downloads.routes(service, doorkeeper, signer, public_url),
         _post("/auth/token", _auth_token(doorkeeper)),
         Route(PREFIX + "/healthz", _healthz, methods=["GET"]),
+        Route(PREFIX + "/readyz", _readyz(service), methods=["GET"]),
         _post("/client/config", _client_config),
         _post("/client/dynamic_config", _dynamic_config),
         _post("/telemetry", _telemetry),
@@ -117,68 +114,32 @@ def _post(path: str, handler: Handler) -> Route:
 # ---------------------------------------------------------------- operations and queries
 
 
-def _operation(endpoint: Endpoint, service: ServicePort, doorkeeper: Doorkeeper, max_bytes: int) -> Handler:
-    limit = max_bytes if endpoint.request in _LARGE else min(max_bytes, MAX_PLAIN_BYTES)
-
+def _operation(endpoint: Endpoint, doorkeeper: Doorkeeper, intake: Intake) -> Handler:
     async def handle(request: Request) -> Response:
-        tenant = await doorkeeper.tenant_of(request)
-        promise = await _submit(
-            service, doorkeeper, tenant, Posted(endpoint, await read_body(request, limit))
-        )
+        promise = await intake.post(request, endpoint, await doorkeeper.tenant_of(request))
         return Response(codec.encode_json(promise), media_type=JSON)
 
     return handle
-
-
-async def _submit(service: ServicePort, doorkeeper: Doorkeeper, tenant: str, posted: Posted) -> m.Promise:
-    if posted.endpoint.request not in _LARGE and len(posted.body) > MAX_PLAIN_BYTES:
-        raise TooLarge(
-            f"{posted.endpoint.path}: a body of {len(posted.body)} bytes; at most {MAX_PLAIN_BYTES}"
-        )
-    try:
-        operation = _decode_operation(posted.endpoint, posted.body)
-    except InvalidRequest:
-        await _take_place(posted.endpoint, service, tenant, posted.body)
-        raise
-    return await service.submit(tenant, await doorkeeper.with_access(operation))
-
-
-def _decode_operation(endpoint: Endpoint, body: bytes) -> m.Operation:
-    if endpoint.request is m.ForwardBackwardRequest:
-        return codec.decode_forward_backward(body)
-    return codec.decode_json(endpoint.request, body)  # pyright: ignore
-
-
-async def _take_place(endpoint: Endpoint, service: ServicePort, tenant: str, body: bytes) -> None:
-    """An unreadable request on a run still takes its place in the run's order: its client goes on to the next
-    `seq_id`, which would wait for this one for ever.
-    """
-    if endpoint.request not in get_args(m.Ordered):
-        return
-    is_pass = endpoint.request is m.ForwardBackwardRequest
-    place = codec.place_of_forward_backward(body) if is_pass else codec.place_of_json(body)
-    if place is not None:
-        # A pass without datums is always refused, and its id consumed.
-        with contextlib.suppress(TwinkleError):
-            await service.submit(tenant, m.ForwardBackwardRequest(place.model_id, place.seq_id, [], ""))
 
 
 def _query(
     endpoint: QueryEndpoint,
     service: ServicePort,
     doorkeeper: Doorkeeper,
-    max_bytes: int,
+    bodies: Bodies,
     public_url: str | None,
 ) -> Handler:
     takes_key = "idempotency_key" in endpoint.request.model_fields
-    limit = min(max_bytes, MAX_PLAIN_BYTES)
 
     async def handle(request: Request) -> Response:
         tenant = await doorkeeper.tenant_of(request)
         fields = {**request.query_params, **request.path_params}
         if takes_key and "x-idempotency-key" in request.headers:
             fields["idempotency_key"] = request.headers["x-idempotency-key"]
-        query = codec.decode_query(endpoint.request, await read_body(request, limit), fields)
+        with bodies.share(tenant) as share:
+            body = await bodies.read(request, share)
+        check_json(body, endpoint.request)
+        query = codec.decode_query(endpoint.request, body, fields)
         query = await doorkeeper.with_access(query)
         reply = await doorkeeper.answer(request, query)
         if reply is None:
@@ -193,30 +154,39 @@ def _query(
 # ---------------------------------------------------------------- results
 
 
-def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: int) -> Handler:
+def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, bodies: Bodies) -> Handler:
     async def handle(request: Request) -> Response:
         tenant = await doorkeeper.tenant_of(request)
-        body = await read_body(request, min(max_bytes, MAX_PLAIN_BYTES))
+        with bodies.share(tenant) as share:
+            body = await bodies.read(request, share)
+        check_json(body, m.RetrieveFutureRequest)
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
-        response = await _result(service, tenant, wanted.request_id)
-        if wanted.allow_metadata_only and len(response.body) > INLINE_BYTES:
-            size = m.CompleteMetadata(response_payload_size=len(response.body))
-            return Response(codec.encode_json(size), media_type=JSON)
-        return response
+        most = INLINE_BYTES if wanted.allow_metadata_only else None
+        outcome = await service.fetch(tenant, wanted.request_id, LONG_POLL_SECONDS, most)
+        if isinstance(outcome, Encoded) and _wants_json(request):
+            size, in_json = len(outcome.body), functools.partial(results.result_as_json, outcome)
+            return Response(await bodies.do(tenant, size, in_json), media_type=JSON)
+        return _encode_outcome(outcome)
 
     return handle
 
 
+def _wants_json(request: Request) -> bool:
+    """Whether the client reads JSON and no protobuf; one that says nothing of either reads both."""
+    accepted = request.headers.get("accept", "")
+    return JSON in accepted and PROTOBUF not in accepted and "*/*" not in accepted
+
+
 async def _result(service: ServicePort, tenant: str, request_id: str) -> Response:
-    return _encode_outcome(await service.retrieve(tenant, request_id, LONG_POLL_SECONDS))
+    return _encode_outcome(await service.fetch(tenant, request_id, LONG_POLL_SECONDS))
 
 
-def _encode_outcome(outcome: m.Result | m.Failure | m.Pending) -> Response:
+def _encode_outcome(outcome: Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata) -> Response:
     match outcome:
-        case ForwardBackwardOutput():
-            return Response(codec.encode_forward_backward_output(outcome), media_type=PROTOBUF)
-        case SampleResponse():
-            return Response(codec.encode_sample(outcome), media_type=PROTOBUF)
+        case Encoded():
+            return Response(outcome.body, media_type=PROTOBUF)
+        case ForwardBackwardOutput() | SampleResponse():
+            return Response(results.encode_result(outcome).body, media_type=PROTOBUF)
         case m.Pending():
             # The SDK takes 408 for "ask again" without a warning in the user's log.
             return Response(codec.encode_json(outcome), 408, media_type=JSON)
@@ -229,6 +199,14 @@ def _encode_outcome(outcome: m.Result | m.Failure | m.Pending) -> Response:
 
 async def _healthz(_request: Request) -> Response:
     return JSONResponse({"status": "ok"})
+
+
+def _readyz(service: ServicePort) -> Handler:
+    async def handle(_request: Request) -> Response:
+        await service.ready()
+        return JSONResponse({"status": "ready"})
+
+    return handle
 
 
 async def _client_config(_request: Request) -> Response:

@@ -1,18 +1,36 @@
 """Errors to replies: `{"error": sentence, "category": who can do something about it}`."""
 
 import logging
+import re
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized, Unavailable
+from twinkle.protocol.errors import (
+    Conflict,
+    InvalidRequest,
+    LimitReached,
+    TwinkleError,
+    Unauthorized,
+    Unavailable,
+)
+from twinkle.protocol.uris import KINDS
 from twinkle.server.store import patience
 
 log = logging.getLogger("twinkle.gateway")
+
+# A checkpoint of a run by its name alone.
+_BARE_NAME = re.compile(
+    r"/training_runs/[^/]+/checkpoints/[^/]+(/(publish|ttl|archive|external_weights_urls))?/?$"
+)
+_BARE_NAME_MESSAGE = (
+    "checkpoint_id: a checkpoint of a run is KIND/NAME, with KIND one of " + ", ".join(KINDS) + ", such as "
+    "weights/step-100: see what list_checkpoints shows as checkpoint_id"
+)
 
 
 def twinkle_error(error: TwinkleError) -> Response:
@@ -20,6 +38,8 @@ def twinkle_error(error: TwinkleError) -> Response:
     headers: dict[str, str] | None = None
     if isinstance(error, LimitReached | Unavailable):
         headers = {"Retry-After": f"{error.retry_after:g}"}
+    elif isinstance(error, Conflict):  # the SDK would try again otherwise
+        headers = {"X-Should-Retry": "false"}
     elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)
@@ -33,9 +53,16 @@ async def _twinkle_error(_request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
+    if error.status_code in (404, 405) and _BARE_NAME.search(request.url.path):
+        return twinkle_error(InvalidRequest(_BARE_NAME_MESSAGE))
     if error.status_code in (404, 405):
         message = f"{request.method} {request.url.path[:200]} is not offered by this server"
     return _reply(error.status_code, message, "user", error.headers)
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    """The client hung up while it sent its request: nobody reads this."""
+    return Response(status_code=400)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
@@ -65,6 +92,7 @@ def _reply(status: int, message: str, category: str, headers: object = None) -> 
 HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     TwinkleError: _twinkle_error,
     HTTPException: _http_error,
+    ClientDisconnect: _gone,
     Exception: _unexpected,
 }
 """Makes an application answer every error in the one form."""

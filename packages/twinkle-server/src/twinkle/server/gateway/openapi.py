@@ -174,6 +174,9 @@ def _beside_the_tables() -> Iterable[tuple[str, str, Json]]:
     yield PATH, "post", _together()
     yield "/auth/token", "post", _plain("/auth/token", "post", _ref(m.AuthTokenResponse))
     yield "/healthz", "get", _plain("/healthz", "get", {"type": "object"})
+    ready = _plain("/readyz", "get", {"type": "object"})
+    ready["responses"]["503"] = _reply("Not yet, or not just now: requests would wait.", _ref(m.Failure))
+    yield "/readyz", "get", ready
     config = _plain("/client/config", "post", _ref(m.ClientConfig))
     config["requestBody"] = {"content": {JSON: {"schema": _ref(m.ClientConfigRequest)}}}
     yield "/client/config", "post", config

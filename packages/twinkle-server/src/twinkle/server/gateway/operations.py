@@ -13,14 +13,14 @@ from twinkle.protocol import operations
 from twinkle.protocol.endpoints import PROTOBUF
 from twinkle.protocol.errors import TwinkleError
 from twinkle.protocol.operations import Posted, Reply
-from twinkle.server.gateway.bodies import read_body
+from twinkle.server.gateway.bodies import Bodies
 from twinkle.server.gateway.errors import twinkle_error
 from twinkle.server.gateway.tenants import Doorkeeper
 
 
 def handler(
     doorkeeper: Doorkeeper,
-    max_bytes: int,
+    bodies: Bodies,
     submit: Callable[[str, Posted], Awaitable[m.Promise]],
     result: Callable[[str, str], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -32,13 +32,15 @@ def handler(
 
     async def handle(request: Request) -> Response:
         tenant = await doorkeeper.tenant_of(request)
-        posted = operations.decode_request(await read_body(request, max_bytes))
         accepted: list[m.Promise | Response] = []
-        for operation in posted:  # one after the other: that is their order
-            try:
-                accepted.append(await submit(tenant, operation))
-            except TwinkleError as error:
-                accepted.append(twinkle_error(error))
+        with bodies.share(tenant) as share:
+            body = await bodies.read(request, share, bodies.most)
+            for operation in operations.decode_request(body):  # one after the other: that is their order
+                try:
+                    accepted.append(await submit(tenant, operation))
+                except TwinkleError as error:
+                    accepted.append(twinkle_error(error))
+            del body
 
         async def reply(promise: m.Promise | Response) -> Reply:
             if isinstance(promise, Response):

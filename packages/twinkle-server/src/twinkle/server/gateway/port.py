@@ -3,17 +3,22 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.results import Encoded
 from twinkle.server.tokens import Download
 
 
 class ServicePort(Protocol):
     """All of them raise `TwinkleError`s as the service raised them."""
 
+    async def ready(self) -> None:
+        """Raises `Unavailable` if it isn't."""
+        ...
+
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise: ...
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending: ...
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata: ...
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply: ...
 

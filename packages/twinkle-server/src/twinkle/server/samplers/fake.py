@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, TopkRow
+from twinkle.protocol.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, TopkTable
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 
@@ -73,7 +73,7 @@ def _sample(request: GenerateRequest) -> SampleResponse:
             stop_reason="length",
             tokens=[(start + sample + i) % VOCAB for i in range(length)],
             logprobs=[LOGPROB] * length,
-            topk_logprobs=_topk_rows(length, request.topk_sample_logprobs),
+            topk_logprobs=_topk(0, length, request.topk_sample_logprobs),
         )
         for sample in range(request.num_samples)
     ]
@@ -81,18 +81,21 @@ def _sample(request: GenerateRequest) -> SampleResponse:
     last_n = request.prompt_logprobs_last_n
     listed = rows if last_n is None else min(last_n, rows)
     unlisted = [None] * (rows + 1 - listed)
-    topk = _topk_rows(listed, request.topk_prompt_logprobs)
     return SampleResponse(
         sequences,
         prompt_logprobs=[*unlisted, *([LOGPROB] * listed)] if request.prompt_logprobs else None,
-        topk_prompt_logprobs=None if topk is None else [*unlisted, *topk],
+        topk_prompt_logprobs=_topk(len(unlisted), listed, request.topk_prompt_logprobs),
         target_prompt_logprobs=_target_logprobs(request),
         prompt_alt_tokens=_alternatives(request, start) if request.prompt_alt_tokens_k else None,
     )
 
 
-def _topk_rows(rows: int, k: int) -> list[TopkRow] | None:
-    return [[(token, LOGPROB) for token in range(k)] for _ in range(rows)] if k else None
+def _topk(unlisted: int, listed: int, k: int) -> TopkTable | None:
+    if not k:
+        return None
+    table = TopkTable.empty(unlisted + listed, k)
+    table.token_ids[unlisted:], table.logprobs[unlisted:] = np.arange(k), LOGPROB
+    return table
 
 
 def _target_logprobs(request: GenerateRequest) -> TensorData | None:

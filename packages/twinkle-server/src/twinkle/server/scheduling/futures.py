@@ -10,9 +10,11 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData
+from twinkle.protocol.results import Encoded, encode_result
+from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData, TopkTable
 
-Outcome: TypeAlias = m.Result | m.Failure
+# As it was computed, or as it travels.
+Outcome: TypeAlias = m.Result | m.Failure | Encoded
 
 
 @dataclass
@@ -39,6 +41,8 @@ class _Entry:
 
 
 _NO_LOAD = Load()
+# Results that are larger are encoded and decoded in a thread.
+LARGE_BYTES = 2**18
 # Of results that were fetched: they are of use only where a reply was lost.
 _KEEP_BYTES = 256 * 2**20
 
@@ -70,6 +74,8 @@ class FutureTable:
         self._loads: dict[str, Load] = {}
         self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
         """Told of the outcomes of a call before anybody else."""
+        self.encodes = False
+        """Whether outcomes are encoded before that: it is done once then, for whoever keeps them and for replies."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
@@ -131,6 +137,8 @@ class FutureTable:
     def complete_together(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
         """`complete` for what came of one call."""
         new = [(request_id, outcome) for request_id, outcome in outcomes if self.is_pending(request_id)]
+        if self.encodes:
+            new = [(request_id, encoded(outcome)) for request_id, outcome in new]
         if new and self.keep is not None:
             self.keep(new)
         for request_id, outcome in new:
@@ -150,11 +158,18 @@ class FutureTable:
             self.keep([(request_id, entry.outcome)])
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
-        """The outcome, or None if there is none after `timeout` seconds.
+        """The outcome, or None if there is none after `timeout` seconds. It counts as fetched.
 
         Raises:
             NotFound: no such future, or another tenant's.
         """
+        outcome = await self.look(tenant, request_id, timeout)
+        if outcome is not None:
+            self.fetched(request_id)
+        return outcome
+
+    async def look(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
+        """As `wait`, but it has not been fetched by that."""
         entry = self._entries.get(request_id)
         if entry is None or entry.tenant != tenant:
             raise NotFound(
@@ -166,13 +181,31 @@ class FutureTable:
                 await asyncio.wait_for(entry.done.wait(), timeout)
             except TimeoutError:
                 return None
+        return entry.outcome
+
+    def fetched(self, request_id: str) -> None:
+        """Somebody has come for the outcome."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return
         if self._unfetched.pop(request_id, None) is not None:
             self._is_unfetched_no_more(entry)
             self._fetched_bytes += entry.size
-        if request_id in self._entries:
-            self._fetched[request_id] = self._clock() + self._keep_seconds
-            self._fetched.move_to_end(request_id)
-        return entry.outcome
+        self._fetched[request_id] = self._clock() + self._keep_seconds
+        self._fetched.move_to_end(request_id)
+
+    def replace(self, request_id: str, outcome: Encoded) -> None:
+        """Keep an outcome as it travels from now on, instead of what it was."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.outcome is None:
+            return
+        more = memory_of(outcome) - entry.size
+        entry.outcome, entry.size = outcome, entry.size + more
+        if request_id in self._unfetched:
+            for load in (self.load, self._loads[entry.tenant]):
+                load.unfetched_bytes += more
+        else:
+            self._fetched_bytes += more
 
     def _is_unfetched_no_more(self, entry: _Entry) -> None:
         own = self._loads[entry.tenant]
@@ -196,20 +229,30 @@ class FutureTable:
             self._is_unfetched_no_more(self._entries.pop(request_id))
 
 
+def encoded(outcome: Outcome) -> Outcome:
+    """As it travels, where that is protobuf."""
+    return encode_result(outcome) if isinstance(outcome, ForwardBackwardOutput | SampleResponse) else outcome
+
+
 # What Python takes for a number in a list, for a pair (token, log-probability), and for a result with all around it.
 _NUMBER_BYTES, _PAIR_BYTES, _RESULT_BYTES = 32, 128, 2048
 
 
 def memory_of(outcome: Outcome) -> int:
     """About what an outcome takes in memory, in bytes."""
-    numbers, pairs = 0, 0
+    numbers, pairs, of_tables = 0, 0, 0
     tensors: list[TensorData | SparseTensor] = []
     match outcome:
+        case Encoded():
+            return _RESULT_BYTES + len(outcome.body)
         case ForwardBackwardOutput():
             tensors = [tensor for item in outcome.loss_fn_outputs for tensor in item.values()]
         case SampleResponse():
-            rows = [outcome.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in outcome.sequences)]
-            pairs = sum(len(row or ()) for some in rows for row in some or ())
+            for rows in (outcome.topk_prompt_logprobs, *(each.topk_logprobs for each in outcome.sequences)):
+                if isinstance(rows, TopkTable):
+                    of_tables += rows.nbytes
+                else:
+                    pairs += sum(len(row or ()) for row in rows or ())
             numbers = 2 * sum(len(sequence.tokens) for sequence in outcome.sequences)
             numbers += len(outcome.prompt_logprobs or ())
             if outcome.target_prompt_logprobs is not None:
@@ -219,7 +262,7 @@ def memory_of(outcome: Outcome) -> int:
         case _:
             pass
     of_arrays = sum((t.values if isinstance(t, SparseTensor) else t.array).nbytes for t in tensors)
-    return _RESULT_BYTES + _NUMBER_BYTES * numbers + _PAIR_BYTES * pairs + of_arrays
+    return _RESULT_BYTES + _NUMBER_BYTES * numbers + _PAIR_BYTES * pairs + of_tables + of_arrays
 
 
 def new_request_id() -> str:

@@ -18,6 +18,7 @@ class Job:
         seq_id: its place in the run's order; creation is 0.
         tokens: what it costs in fairness: tokens of a training pass, 0 for the rest.
         custom_loss: what a pass with the loss "custom" names by its id.
+        digest: of the request; empty where it isn't known.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Job:
     request: RunRequest
     tokens: int = 0
     custom_loss: CustomLoss | None = None
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)

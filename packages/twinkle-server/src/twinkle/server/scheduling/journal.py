@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from twinkle.protocol.errors import ServerFault, Unavailable
+from twinkle.protocol.errors import ServerFault, Unavailable, words_of
 
 log = logging.getLogger("twinkle.server")
 
@@ -141,7 +141,9 @@ class Journal:
                 self._flushing = None
             if (error := flushing.exception()) is not None:
                 self._unflushed = True
-                raise Unavailable(f"the server can't flush its journal to the disk ({error}); try again")
+                raise Unavailable(
+                    f"the server can't flush its journal to the disk ({words_of(error)}); try again"
+                )
             if not self._unflushed:
                 return
 

@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import Conflict, InvalidRequest
+from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.jobs import Job, RunRequest
 
 # How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
@@ -18,7 +19,7 @@ class RunQueue:
     def __init__(self, first_seq_id: int = 0) -> None:
         self._next = first_seq_id
         self._waiting: dict[int, Job | None] = {}  # None: rejected
-        self._seen: OrderedDict[int, tuple[str, type[RunRequest]]] = OrderedDict()
+        self._seen: OrderedDict[int, tuple[str, type[RunRequest], bytes]] = OrderedDict()
         self._held: Job | None = None  # was taken, and is going to come back
         self._back: Job | None = None  # has come back
 
@@ -27,14 +28,20 @@ class RunQueue:
 
         Raises:
             InvalidRequest: if that was a request of another kind, whose result is none of this one.
+            Conflict: if it was one of this kind that asked for something else.
         """
         if seq_id not in self._seen:
             return None
-        request_id, kind = self._seen[seq_id]
+        request_id, kind, first = self._seen[seq_id]
         if not isinstance(request, kind):
             raise InvalidRequest(
                 f"seq_id: {seq_id} was used before on this run, for {kind.__name__}; the next free one is "
                 f"{self.next_free}"
+            )
+        if first and digest(request) != first:
+            raise Conflict(
+                f"seq_id: {seq_id} was used before on this run, for a {kind.__name__} that asks for something else: a "
+                f"request that is sent again must be the same; the next free one is {self.next_free}"
             )
         return request_id
 
@@ -64,11 +71,11 @@ class RunQueue:
     def offer(self, job: Job) -> None:
         """Queue a job whose id `check` has passed."""
         self._waiting[job.seq_id] = job
-        self.remember(job.seq_id, job.request_id, type(job.request))
+        self.remember(job.seq_id, job.request_id, type(job.request), job.digest)
 
-    def remember(self, seq_id: int, request_id: str, kind: type[RunRequest]) -> None:
+    def remember(self, seq_id: int, request_id: str, kind: type[RunRequest], digest: bytes = b"") -> None:
         """Have a repeated request answered from the first."""
-        self._seen[seq_id] = request_id, kind
+        self._seen[seq_id] = request_id, kind, digest
         while len(self._seen) > MAX_REMEMBERED:
             self._seen.popitem(last=False)
 

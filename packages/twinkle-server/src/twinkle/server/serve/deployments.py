@@ -14,7 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.errors import TwinkleError, Unavailable
+from twinkle.protocol.results import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.ranks import RankGroup
@@ -33,6 +34,9 @@ APP_NAME = "twinkle"
 # An engine that could not start counts as healthy for so long, for the one who starts the server to ask why; an engine
 # that took another's place is then replaced in turn.
 _FAILURE_SHOWN_SECONDS = 30.0
+
+# An engine that is there answers at once whether it is ready.
+_READY_SECONDS = 2.0
 
 # Long polls wait in the engine: each holds one of these, so they must never be what runs out.
 _MAX_ONGOING = 1_000_000
@@ -76,13 +80,16 @@ class EngineDeployment:
         """Why the service could not start, if it couldn't."""
         return self._start_failure
 
+    async def ready(self) -> None | TwinkleError:
+        return await _or_error(lambda: self._running().ready())
+
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
         return await _or_error(lambda: self._running().submit(tenant, request))
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending | TwinkleError:
-        return await _or_error(lambda: self._running().retrieve(tenant, request_id, timeout))
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata | TwinkleError:
+        return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
@@ -142,7 +149,7 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
         build_keys(config),
         server.tls is not None,
     )
-    return await HttpServer.start(app, server.host, server.port, server.tls)
+    return await HttpServer.start(app, server.host, server.port, server.tls, config.limits.max_connections)
 
 
 def _check_listens(http: HttpServer) -> None:
@@ -156,13 +163,20 @@ class HandleService:
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._engine = cast(Any, engine)
 
+    async def ready(self) -> None:
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await self._call(self._engine.ready.remote())
+        except TimeoutError as error:
+            raise Unavailable("the engine doesn't answer", 2.0) from error
+
     async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
         return await self._call(self._engine.submit.remote(tenant, request))
 
-    async def retrieve(
-        self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        return await self._call(self._engine.retrieve.remote(tenant, request_id, timeout))
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+        return await self._call(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         return await self._call(self._engine.ask.remote(tenant, query))

@@ -13,9 +13,12 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
+from twinkle.server.serve.connections import Connections, GuardedProtocol, most_connections
+
 # Clients keep a connection longer between two steps than uvicorn's 5 s.
 _KEEP_ALIVE_SECONDS = 90
 _BACKLOG = 2048
+_HANDSHAKE_SECONDS = 10.0
 
 
 class HttpServer:
@@ -27,7 +30,12 @@ class HttpServer:
 
     @classmethod
     async def start(
-        cls, app: Starlette, host: str, port: int, tls: tuple[Path, Path] | None = None
+        cls,
+        app: Starlette,
+        host: str,
+        port: int,
+        tls: tuple[Path, Path] | None = None,
+        max_connections: int | None = None,
     ) -> HttpServer:
         """Returns when requests are taken.
 
@@ -35,6 +43,7 @@ class HttpServer:
 
         Args:
             tls: files of a certificate and its key; clients use plain http if None.
+            max_connections: at once; None is as many as this process may open files, but for a reserve.
 
         Raises:
             OSError: if `host` and `port` can't be had.
@@ -47,17 +56,18 @@ class HttpServer:
             log_config=None,
             access_log=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            backlog=_BACKLOG,
             server_header=False,
+            ws="none",
             ssl_certfile=certificate,
             ssl_keyfile=key,
         )
         server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving = asyncio.create_task(server.serve(sockets=[]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
         if serving.done():
             serving.result()
+        server.servers.append(await _listen(listener, config, server, most_connections(max_connections)))
         return cls(server, serving)
 
     @property
@@ -69,6 +79,20 @@ class HttpServer:
         self._server.should_exit = self._server.force_exit = True
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving
+
+
+async def _listen(
+    listener: socket.socket, config: uvicorn.Config, server: uvicorn.Server, most: int
+) -> asyncio.Server:
+    """Instead of what uvicorn listens with, which knows no bound on what comes before the application is asked."""
+    connections = Connections(most)
+    return await asyncio.get_running_loop().create_server(
+        lambda: GuardedProtocol(connections, config, server.server_state, {}),
+        sock=listener,
+        ssl=config.ssl,
+        backlog=_BACKLOG,
+        ssl_handshake_timeout=_HANDSHAKE_SECONDS if config.ssl else None,
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:

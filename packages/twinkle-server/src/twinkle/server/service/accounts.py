@@ -5,13 +5,13 @@ name or address, the tenant's id stands for it.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service.metadata import iso, texts
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -32,7 +32,7 @@ _RESOURCES = {
 AccountQuery: TypeAlias = m.GetApiKey | m.DeleteApiKey | m.GetAuditLog | m.GetUsage | m.GetStorageUsage
 
 
-async def answer(database: Database, tenant: str, query: AccountQuery) -> m.Reply:
+async def answer(database: Database, threads: TenantThreads, tenant: str, query: AccountQuery) -> m.Reply:
     """
     Raises:
         InvalidRequest: if there is nothing such here.
@@ -46,11 +46,11 @@ async def answer(database: Database, tenant: str, query: AccountQuery) -> m.Repl
                 "it is stored"
             )
         case m.GetAuditLog():
-            return await _audit_log(database, tenant, query)
+            return await threads.run(tenant, lambda: _audit_log(database, tenant, query))
         case m.GetUsage():
-            return await _usage(database, tenant, query)
+            return await threads.run(tenant, lambda: _usage(database, tenant, query))
         case m.GetStorageUsage():
-            return await _storage(database, tenant, query)
+            return await threads.run(tenant, lambda: _storage(database, tenant, query))
 
 
 def _api_key(tenant: str) -> m.ApiKeyInfo:
@@ -65,13 +65,11 @@ def _api_key(tenant: str) -> m.ApiKeyInfo:
     )
 
 
-async def _audit_log(database: Database, tenant: str, query: m.GetAuditLog) -> m.AuditLog:
+def _audit_log(database: Database, tenant: str, query: m.GetAuditLog) -> m.AuditLog:
     """One day, midnight to midnight UTC."""
     day = query.day or datetime.now(UTC).date()
     start = datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
-    rows = await asyncio.to_thread(
-        database.audit, tenant, start, start + 86_400, _RESOURCES[query.event_type]
-    )
+    rows = database.audit(tenant, start, start + 86_400, _RESOURCES[query.event_type])
     return m.AuditLog(entries=[_entry(row, tenant) for row in rows])
 
 
@@ -87,7 +85,7 @@ def _entry(row: tables.Audit, asked_of: str) -> m.AuditEntry:
     )
 
 
-async def _usage(database: Database, tenant: str, query: m.GetUsage) -> m.Usage:
+def _usage(database: Database, tenant: str, query: m.GetUsage) -> m.Usage:
     """Tokens and checkpoints by hour.
 
     Raises:
@@ -104,10 +102,8 @@ async def _usage(database: Database, tenant: str, query: m.GetUsage) -> m.Usage:
     if start.timestamp() > time.time():
         raise InvalidRequest(f"starting_on: {start.isoformat()} is in the future")
     hours = int(start.timestamp()) // 3600, int(end.timestamp()) // 3600
-    rows = await asyncio.to_thread(database.usage, tenant, *hours)
-    sessions = await asyncio.to_thread(
-        database.session_metadata, tenant, sorted({row.session_id for row in rows})
-    )
+    rows = database.usage(tenant, *hours)
+    sessions = database.session_metadata(tenant, sorted({row.session_id for row in rows}))
     return m.Usage(
         data=[_event(row, sessions.get(row.session_id)) for row in rows],
         sessions={
@@ -136,8 +132,8 @@ def _info(row: tables.Usage) -> m.UsageInfo:
     return m.UsageInfo(type=kind, token_count=row.count, cached=False if kind == "sampling_prefill" else None)
 
 
-async def _storage(database: Database, tenant: str, query: m.GetStorageUsage) -> m.StorageUsage:
-    totals = await asyncio.to_thread(database.storage, tenant, time.time(), query.project_id)
+def _storage(database: Database, tenant: str, query: m.GetStorageUsage) -> m.StorageUsage:
+    totals = database.storage(tenant, time.time(), query.project_id)
     return m.StorageUsage(
         data=[
             m.StorageUsageItem(

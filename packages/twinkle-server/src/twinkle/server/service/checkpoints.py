@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
@@ -33,8 +34,14 @@ class CheckpointDesk:
     """Answers queries about checkpoints, and notes what was done in the audit log."""
 
     def __init__(
-        self, keeper: AdapterKeeper, database: Database, downloads: Downloads, limits: LimitsSection
+        self,
+        keeper: AdapterKeeper,
+        database: Database,
+        downloads: Downloads,
+        limits: LimitsSection,
+        create_session: Callable[[str, m.CreateSessionRequest], Awaitable[m.CreateSessionResponse]],
     ) -> None:
+        self._create_session = create_session
         self._longest_ttl = limits.max_checkpoint_ttl_seconds
         self._keeper = keeper
         self._database = database
@@ -123,7 +130,7 @@ class CheckpointDesk:
                 display_name=f"copy of {source.name}",
                 idempotency_key=request.idempotency_key,
             )
-            return (await sessions.create(self._database, tenant, session)).session_id, 0
+            return (await self._create_session(tenant, session)).session_id, 0
         if request.model_seq_id is None:
             raise InvalidRequest("model_seq_id: missing; number the runs of a session 0, 1, 2, ...")
         await sessions.find_open(self._database, tenant, request.session_id)

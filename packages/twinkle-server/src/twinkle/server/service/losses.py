@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.server.backends import custom_loss
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss, LossSpecs
 from twinkle.server.engine.runs import LiveRun
@@ -25,6 +25,7 @@ class CustomLosses:
 
         Raises:
             InvalidRequest: if the backend runs no custom losses, or not this one.
+            Conflict: if the number was used for another loss.
         """
         if CUSTOM_LOSS not in loss_fns:
             raise InvalidRequest(
@@ -33,11 +34,16 @@ class CustomLosses:
             )
         custom_loss.check(request.inputs, request.graph)
         loss_id = f"{_prefix(request.session_id)}{request.custom_loss_seq_id}"
-        if await asyncio.to_thread(self._database.custom_loss, tenant, loss_id) is None:
-            row = tables.CustomLoss(
-                id=loss_id, tenant=tenant, session_id=request.session_id, body=request.model_dump_json()
-            )
+        body = request.model_dump_json()
+        first = await asyncio.to_thread(self._database.custom_loss, tenant, loss_id)
+        if first is None:
+            row = tables.CustomLoss(id=loss_id, tenant=tenant, session_id=request.session_id, body=body)
             await asyncio.to_thread(self._database.put, row)
+        elif first.body != body:
+            raise Conflict(
+                f"custom_loss_seq_id: {request.custom_loss_seq_id} was used before in this session, for another loss: "
+                "a request that is sent again must be the same, and another loss needs the next number"
+            )
         return loss_id
 
     async def load(self, tenant: str, request: m.ForwardBackwardRequest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Literal, cast
 
@@ -11,6 +10,7 @@ from twinkle.protocol.errors import NotFound
 from twinkle.protocol.uris import CheckpointKind
 from twinkle.server.backends.protocol import BaseModelInfo
 from twinkle.server.engine.runs import LiveRun
+from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service.metadata import iso, texts
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -90,9 +90,9 @@ def _training_run(
 # ---------------------------------------------------------------- lists
 
 
-async def answer(database: Database, tenant: str, query: m.Query) -> m.Reply:
+async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query) -> m.Reply:
     """The queries that read rows and do nothing else."""
-    return await asyncio.to_thread(_answer, database, tenant, query)
+    return await threads.run(tenant, lambda: _answer(database, tenant, query))
 
 
 def _answer(database: Database, tenant: str, query: m.Query) -> m.Reply:

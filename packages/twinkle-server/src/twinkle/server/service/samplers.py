@@ -6,7 +6,8 @@ import asyncio
 import time
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest, NotFound
+from twinkle.protocol import uris
+from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.service import sessions, validation
@@ -37,6 +38,7 @@ class Samplers:
         """
         Raises:
             InvalidRequest, NotFound: if the base model or the checkpoint isn't there.
+            Conflict: if the number was used for another.
         """
         await sessions.find_open(self._database, tenant, request.session_id)
         if request.base_model is not None:
@@ -53,13 +55,23 @@ class Samplers:
             )
             await self._keeper.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="sample")
         sampler_id = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
-        if await asyncio.to_thread(self._database.sampler, tenant, sampler_id) is None:
+        first = await asyncio.to_thread(self._database.sampler, tenant, sampler_id)
+        path = str(checkpoint.uri) if checkpoint else None
+        is_bare = request.model_path is not None and uris.parse(request.model_path).run_id is None
+        if (
+            first is not None and first.model_path != path and not is_bare
+        ):  # a bare name's newest may be another by now
+            raise Conflict(
+                f"sampling_session_seq_id: {request.sampling_session_seq_id} was used before in this session, for "
+                f"{first.model_path or 'the base model'}; another sampling session needs the next number"
+            )
+        if first is None:
             row = tables.Sampler(
                 id=sampler_id,
                 tenant=tenant,
                 session_id=request.session_id,
                 base_model=self._model_name,
-                model_path=str(checkpoint.uri) if checkpoint else None,
+                model_path=path,
                 checkpoint_time=checkpoint.created_at if checkpoint else None,
                 created_at=time.time(),
                 clients=0,

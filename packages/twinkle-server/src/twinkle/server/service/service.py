@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
+from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
@@ -35,11 +36,14 @@ from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.restart import Restart
+from twinkle.server.service.results import Results
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
@@ -102,9 +106,11 @@ class Service:
         self._signer = signer
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
+        self._threads = Threads()
         self._runs: dict[str, LiveRun] = {}
         self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
+        self._results = Results(self._futures, self._scheduler)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
         self._log = RunLog(self._runs, self._futures, self._snapshots)
@@ -117,8 +123,8 @@ class Service:
         self._samples = self._build_samples(sampler_adapters, completions)
         self._samplers = Samplers(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
-        self._checkpoints = CheckpointDesk(self._keeper, database, self._downloads, limits)
         self._sessions = self._build_sessions()
+        self._checkpoints = self._build_checkpoints()
         self._engine = self._build_engine(sampler_adapters)
         self._loop_task: asyncio.Task[None] | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -161,6 +167,10 @@ class Service:
             self._tokens.charge,
         )
 
+    def _build_checkpoints(self) -> CheckpointDesk:
+        make = self._sessions.create
+        return CheckpointDesk(self._keeper, self._database, self._downloads, self._limits, make)
+
     def _build_sessions(self) -> SessionDesk:
         return SessionDesk(
             self._database,
@@ -171,7 +181,8 @@ class Service:
             self._samplers,
             self._losses,
             self._live.enqueue_last,
-            self._limits.max_session_idle_seconds,
+            self._limits,
+            self._threads.queries,
         )
 
     def _build_engine(self, sampler_adapters: SamplerAdapters) -> Engine:
@@ -235,6 +246,7 @@ class Service:
         except Exception:
             log.exception("what was used last could not be written")
         await self._worker.close()
+        self._threads.close()
         self._database.close()
 
     async def _stop_engine(self) -> None:
@@ -275,6 +287,23 @@ class Service:
             raise RuntimeError("the engine's loop has ended")
         if self._engine.has_failed:
             raise RuntimeError("the model could not be started anew")
+
+    async def ready(self) -> None:
+        """
+        Raises:
+            Unavailable: if what is asked for now would have to wait: the model is being loaded, or tried for the first
+                time, or its process has ended.
+        """
+        if self._loop_task is None:
+            raise Unavailable("the model is not ready yet: a training step and a sample come first", 2.0)
+        try:
+            self.check()
+            async with asyncio.timeout(0):  # what is there already is there at once
+                await self._worker.available()
+        except (RuntimeError, ServerFault) as error:
+            raise Unavailable("the model's process has ended, and could not be started anew", 30.0) from error
+        except TimeoutError as error:
+            raise Unavailable("the model's process has ended, and is being started anew", 2.0) from error
 
     # ------------------------------------------------------------ operations
 
@@ -345,7 +374,8 @@ class Service:
         """Validate a request on a run; returns its cost in tokens."""
         if isinstance(request, m.ForwardBackwardRequest):
             return validation.check_pass(request, self._worker.info, self._worker.loss_fns, loss)
-        validation.check_on_run(request, self._limits.max_checkpoint_ttl_seconds)
+        limits = self._limits
+        validation.check_on_run(request, limits.max_checkpoint_ttl_seconds, limits.max_metadata_bytes)
         return 0
 
     def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
@@ -398,6 +428,7 @@ class Service:
         spec: AdapterSpec,
         request: m.CreateModelRequest | m.LoadWeightsRequest,
     ) -> m.Promise:
+        check_metadata(request.user_metadata, self._limits.max_metadata_bytes)
         await sessions.find_open(self._database, tenant, session_id)
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         now = time.time()
@@ -417,10 +448,23 @@ class Service:
             check_runs(self._limits, [other.tenant for other in self._runs.values()], tenant)
             await asyncio.to_thread(self._database.put, row)
         if run.run_id in self._runs:  # before, or meanwhile
-            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
+            first = self._first_of_run(run, request)
             assert first is not None, "creation is a run's first request"
             return m.Promise(request_id=first, model_id=run.run_id)
         return self._live.begin(run, request)
+
+    def _first_of_run(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str | None:
+        """
+        Raises:
+            Conflict: if the run was begun by a request that asks for something else.
+        """
+        try:
+            return self._scheduler.queue(run.run_id).duplicate_of(0, request)
+        except Conflict as error:
+            raise Conflict(
+                f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
+                "else: a request that is sent again must be the same, and another run needs the next number"
+            ) from error
 
     def _record_pass(self, job: Job) -> None:
         run = self._runs.get(job.run_id)
@@ -464,12 +508,17 @@ class Service:
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
-        outcome = await self._futures.wait(tenant, request_id, timeout)
-        run_id = self._futures.run_of(request_id)
-        if outcome is not None:
-            return outcome
-        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
-        return m.Pending(request_id=request_id, queue_state_reason=reason)
+        return await self._results.retrieve(tenant, request_id, timeout)
+
+    async def fetch(
+        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
+    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+        """As `retrieve`, as it travels.
+
+        Args:
+            most_bytes: a larger result is announced by its size alone, and not fetched by that.
+        """
+        return await self._results.fetch(tenant, request_id, timeout, most_bytes)
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         """Answer a query.
@@ -494,10 +543,10 @@ class Service:
                 return m.Acknowledged()
             case m.GetTokenizerUrls():
                 validation.check_base_model(query.base_model, self._model_name)
-                return await asyncio.to_thread(self._downloads.tokenizer, tenant)
+                return await self._threads.downloads.run(tenant, lambda: self._downloads.tokenizer(tenant))
             case m.GetApiKey() | m.DeleteApiKey() | m.GetAuditLog() | m.GetUsage() | m.GetStorageUsage():
                 await self._ledger.flush()
-                return await accounts.answer(self._database, tenant, query)
+                return await accounts.answer(self._database, self._threads.queries, tenant, query)
             case (
                 m.CreateSessionRequest()
                 | m.SessionHeartbeatRequest()
@@ -522,7 +571,7 @@ class Service:
                 return await self._checkpoints.answer(tenant, query)
             case _:
                 await self._ledger.flush()
-                return await queries.answer(self._database, tenant, query)
+                return await queries.answer(self._database, self._threads.queries, tenant, query)
 
     # ------------------------------------------------------------ downloads
 
@@ -532,11 +581,13 @@ class Service:
         Raises:
             NotFound: if they are not there (any more).
         """
-        return await asyncio.to_thread(self._downloads.sizes, download)
+        return await self._threads.downloads.run(download.tenant, lambda: self._downloads.sizes(download))
 
     async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
         """At most `size` bytes of one of those files."""
-        return await asyncio.to_thread(self._downloads.read, download, name, offset, size)
+        return await self._threads.downloads.run(
+            download.tenant, lambda: self._downloads.read(download, name, offset, size)
+        )
 
 
 def _rate_of_tokens(limits: LimitsSection) -> RateLimit:

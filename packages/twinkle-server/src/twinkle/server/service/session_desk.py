@@ -10,18 +10,25 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
+from twinkle.protocol.results import Encoded
+from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import RunRequest
+from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
 log = logging.getLogger("twinkle.server")
+
+# Of what a client says about the end of a session; the rest is cut off.
+_MAX_DETAIL = 4096
 
 SessionQuery: TypeAlias = (
     m.CreateSessionRequest
@@ -52,14 +59,15 @@ class SessionDesk:
         samplers: Samplers,
         losses: CustomLosses,
         enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
-        idle_seconds: float | None,
+        limits: LimitsSection,
+        threads: TenantThreads,
     ) -> None:
         """
         Args:
             runs: the live ones.
             enqueue_last: queues a request behind all that a run, named by its id, has queued; given its `seq_id` it
                 is made.
-            idle_seconds: None lets no session go.
+            threads: for what tenants ask.
         """
         self._database = database
         self._runs = runs
@@ -69,7 +77,9 @@ class SessionDesk:
         self._samplers = samplers
         self._losses = losses
         self._enqueue_last = enqueue_last
-        self._idle_seconds = idle_seconds
+        self._limits = limits
+        self._idle_seconds = limits.max_session_idle_seconds
+        self._threads = threads
         # Of the monotonic clock: one that is set anew must not make clients look as if they had vanished.
         self._last_seen: dict[str, float] = {}
 
@@ -84,7 +94,7 @@ class SessionDesk:
         """
         match query:
             case m.CreateSessionRequest():
-                reply = await sessions.create(self._database, tenant, query)
+                reply = await self.create(tenant, query)
                 self.heard_of(reply.session_id)
                 return reply
             case m.SessionHeartbeatRequest():
@@ -94,19 +104,29 @@ class SessionDesk:
             case m.FinishSessionRequest():
                 return await self._finish(tenant, query)
             case m.ListSessions():
-                return await sessions.listed(self._database, tenant, query)
+                return await self._threads.run(tenant, lambda: sessions.listed(self._database, tenant, query))
             case m.GetSession():
-                return await sessions.info(self._database, tenant, query)
+                return await self._threads.run(tenant, lambda: sessions.info(self._database, tenant, query))
             case m.SearchSessions():
-                return await sessions.search(self._database, tenant, query, self._active())
+                active = self._active()
+                return await self._threads.run(tenant, lambda: search(self._database, tenant, query, active))
             case m.AssignSessionProject():
                 return await self._assign_project(tenant, query)
             case m.ExportTrace():
                 await sessions.find(self._database, tenant, query.session_id)
                 return m.TraceExport(status="failed", error="this server records no traces of sessions")
 
+    async def create(self, tenant: str, request: m.CreateSessionRequest) -> m.CreateSessionResponse:
+        """
+        Raises:
+            InvalidRequest: if its metadata is too long.
+            QuotaReached: if it would be a session too many.
+        """
+        known = set(self._last_seen)
+        return await asyncio.to_thread(sessions.create, self._database, tenant, request, self._limits, known)
+
     def _active(self) -> set[str]:
-        since = time.monotonic() - sessions.ACTIVE_SECONDS
+        since = time.monotonic() - ACTIVE_SECONDS
         return {session_id for session_id, moment in self._last_seen.items() if moment > since}
 
     async def _assign_project(self, tenant: str, query: m.AssignSessionProject) -> m.Acknowledged:
@@ -125,7 +145,7 @@ class SessionDesk:
             session.id,
             time.time(),
             request.reason.type,
-            request.detail,
+            request.detail and request.detail[:_MAX_DETAIL],
         )
         for run in self._runs_of(session.id):
             await self._unload(run)
@@ -143,6 +163,7 @@ class SessionDesk:
         promise = self._enqueue_last(run.run_id, make)
         while (outcome := await self._futures.wait(run.tenant, promise.request_id, 60.0)) is None:
             pass
+        assert not isinstance(outcome, Encoded), "no training pass and no sample is asked for here"
         return outcome
 
     def _forget(self, session_id: str) -> None:

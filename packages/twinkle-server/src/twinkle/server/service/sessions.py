@@ -1,4 +1,4 @@
-"""Sessions: made, heard of, finished, listed, searched."""
+"""Sessions: made, found, listed. Searches are `session_search`'s."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import Set as AbstractSet
-from datetime import UTC, datetime
-from typing import cast
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import Gone, NotFound
-from twinkle.server.service.metadata import iso, texts
+from twinkle.protocol.errors import Gone, NotFound, QuotaReached
+from twinkle.server.config import LimitsSection
+from twinkle.server.service.metadata import check_metadata, texts
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
-# A client that was not heard of for so long (the SDK sends a heartbeat every 10 s) no longer counts as active.
-ACTIVE_SECONDS = 120.0
-
-_SEARCH_PAGE = 200
+# A session that nobody has finished counts for so long, where sessions are not let go.
+_COUNTS_SECONDS = 86_400.0
 
 
 def id_from_key(tenant: str, key: str | None) -> str:
@@ -26,9 +23,26 @@ def id_from_key(tenant: str, key: str | None) -> str:
     return uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {key}").hex if key else uuid.uuid4().hex
 
 
-async def create(database: Database, tenant: str, request: m.CreateSessionRequest) -> m.CreateSessionResponse:
+def create(
+    database: Database,
+    tenant: str,
+    request: m.CreateSessionRequest,
+    limits: LimitsSection,
+    in_use: AbstractSet[str],
+) -> m.CreateSessionResponse:
+    """A new session, or that of the same idempotency key. Blocking.
+
+    Args:
+        in_use: sessions, of all tenants, that may still be asked for something.
+
+    Raises:
+        InvalidRequest: if its metadata is too long.
+        QuotaReached: if it would be a session too many.
+    """
+    check_metadata(request.user_metadata, limits.max_metadata_bytes)
     session_id = id_from_key(tenant, request.idempotency_key)
-    if await asyncio.to_thread(database.session, tenant, session_id) is None:
+    if database.session(tenant, session_id) is None:
+        _make_room(database, tenant, limits, in_use)
         row = tables.Session(
             id=session_id,
             tenant=tenant,
@@ -37,8 +51,23 @@ async def create(database: Database, tenant: str, request: m.CreateSessionReques
             display_name=request.display_name,
             project_id=request.project_id,
         )
-        await asyncio.to_thread(database.put, row)
+        database.put(row)
     return m.CreateSessionResponse(session_id=session_id)
+
+
+def _make_room(database: Database, tenant: str, limits: LimitsSection, in_use: AbstractSet[str]) -> None:
+    most = limits.max_sessions_per_tenant
+    if most is None or database.count_sessions(tenant) < most:
+        return
+    since = time.time() - (limits.max_session_idle_seconds or _COUNTS_SECONDS)
+    if database.delete_empty_sessions(tenant, since, in_use):
+        return
+    open_ones = database.count_sessions(tenant, open_since=since)
+    if open_ones >= most:
+        raise QuotaReached(
+            f"limits.max_sessions_per_tenant: {open_ones} sessions are not finished, and this server allows {most}; "
+            "finish some first (close their ServiceClients)"
+        )
 
 
 async def find(database: Database, tenant: str, session_id: str) -> tables.Session:
@@ -46,7 +75,10 @@ async def find(database: Database, tenant: str, session_id: str) -> tables.Sessi
     Raises:
         NotFound: if there is no such session of the tenant's.
     """
-    row = await asyncio.to_thread(database.session, tenant, session_id)
+    return _known(await asyncio.to_thread(database.session, tenant, session_id), session_id)
+
+
+def _known(row: tables.Session | None, session_id: str) -> tables.Session:
     if row is None:
         raise NotFound(f"session_id: no session {session_id[:80]!r}; begin one with create_session")
     return row
@@ -64,112 +96,23 @@ async def find_open(database: Database, tenant: str, session_id: str) -> tables.
     return row
 
 
-# ---------------------------------------------------------------- lists and search
+# ---------------------------------------------------------------- lists; blocking
 
 
-async def listed(database: Database, tenant: str, query: m.ListSessions) -> m.SessionList:
-    rows = await asyncio.to_thread(database.sessions, tenant, query.limit, query.offset, query.project_id)
-    return m.SessionList(sessions=[row.id for row in rows])
+def listed(database: Database, tenant: str, query: m.ListSessions) -> m.SessionList:
+    ids = database.session_ids(tenant, query.limit, query.offset, query.project_id)
+    return m.SessionList(sessions=ids)
 
 
-async def info(database: Database, tenant: str, query: m.GetSession) -> m.SessionInfo:
-    row = await find(database, tenant, query.session_id)
-    return m.SessionInfo(
-        training_run_ids=await asyncio.to_thread(database.run_ids, row.id),
-        sampler_ids=await asyncio.to_thread(database.sampler_ids, row.id),
-        user_metadata=texts(row.user_metadata),
-        display_name=row.display_name,
-    )
-
-
-async def search(
-    database: Database, tenant: str, query: m.SearchSessions, active: AbstractSet[str]
-) -> m.SearchSessionsResponse:
-    """A page of the tenant's sessions that fulfil all conditions.
-
-    Args:
-        active: the sessions that have been heard of lately.
+def info(database: Database, tenant: str, query: m.GetSession) -> m.SessionInfo:
     """
-    return await asyncio.to_thread(_search, database, tenant, query, active)
-
-
-def _search(
-    database: Database, tenant: str, query: m.SearchSessions, active: AbstractSet[str]
-) -> m.SearchSessionsResponse:
-    now = time.time()
-    cursor = query.cursor
-    before = (cursor.last_created_at.timestamp(), cursor.last_session_id) if cursor else None
-    found: list[tables.Session] = []
-    while len(found) <= query.limit:
-        page = database.sessions(tenant, _SEARCH_PAGE, before=before)
-        found += [row for row in page if _matches(row, query, _status(row, active, now), tenant)]
-        if len(page) < _SEARCH_PAGE:
-            break
-        before = (page[-1].created_at, page[-1].id)
-    shown = found[: query.limit]
-    totals = database.checkpoint_totals([row.id for row in shown], now)
-    next_cursor = None
-    if len(found) > len(shown):
-        created = datetime.fromtimestamp(shown[-1].created_at, UTC)
-        next_cursor = m.SearchCursor(last_created_at=created, last_session_id=shown[-1].id)
-    return m.SearchSessionsResponse(
-        sessions=[_summary(row, _status(row, active, now), totals.get(row.id, (0, 0))) for row in shown],
-        next_cursor=next_cursor,
-    )
-
-
-def _matches(
-    row: tables.Session,
-    query: m.SearchSessions,
-    status: m.ActiveStatus | m.ClientFinishedStatus | None,
-    tenant: str,
-) -> bool:
-    if query.owner.type == "user" and tenant not in (query.owner.owner_urns or []):
-        return False
-    if query.project_ids is not None and row.project_id not in query.project_ids:
-        return False
-    own = texts(row.user_metadata) or {}
-    if any(own.get(key) != value for key, value in query.user_metadata.items()):
-        return False
-    if query.statuses is not None and not any(_has_status(status, wanted) for wanted in query.statuses):
-        return False
-    name = (row.display_name or "").lower()
-    named = query.display_name is not None and all(
-        word in name for word in query.display_name.lower().split()
-    )
-    return named or row.id == query.session_id or query.display_name is query.session_id is None
-
-
-def _has_status(status: m.ActiveStatus | m.ClientFinishedStatus | None, wanted: m.StatusQuery) -> bool:
-    if status is None or status.type != wanted.type:
-        return False
-    if isinstance(status, m.ClientFinishedStatus) and wanted.reasons is not None:
-        return status.reason.type in wanted.reasons
-    return True
-
-
-def _status(
-    row: tables.Session, active: AbstractSet[str], now: float
-) -> m.ActiveStatus | m.ClientFinishedStatus | None:
-    if row.finished_at is not None:
-        reason = m.ClientFinish(type=cast(m.FinishReason, row.finish_reason or "success"))
-        return m.ClientFinishedStatus(reason=reason, detail=row.finish_detail)
-    return m.ActiveStatus() if row.id in active or row.created_at > now - ACTIVE_SECONDS else None
-
-
-def _summary(
-    row: tables.Session,
-    status: m.ActiveStatus | m.ClientFinishedStatus | None,
-    totals: tuple[int, int],
-) -> m.SessionSummary:
-    return m.SessionSummary(
-        session_id=row.id,
-        created_at=iso(row.created_at),
-        owner=row.tenant,
-        project_id=row.project_id or "",
-        status=status,
-        checkpoints_count=totals[0],
-        display_name=row.display_name,
+    Raises:
+        NotFound: as `find`.
+    """
+    row = _known(database.session(tenant, query.session_id), query.session_id)
+    return m.SessionInfo(
+        training_run_ids=database.run_ids(row.id),
+        sampler_ids=database.sampler_ids(row.id),
         user_metadata=texts(row.user_metadata),
-        checkpoint_storage_bytes=totals[1],
+        display_name=row.display_name,
     )

@@ -19,6 +19,7 @@ from twinkle.server.backends.protocol import (
     LossSpec,
     LossSpecs,
 )
+from twinkle.server.service.metadata import check_metadata
 from twinkle.server.store import tables
 
 MAX_SAMPLES = 1024
@@ -69,12 +70,14 @@ def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
         )
 
 
-def check_on_run(request: m.Ordered, longest_ttl: int | None) -> None:
+def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_bytes: int | None = None) -> None:
     """What is asked of a run beside training passes.
 
     Args:
         longest_ttl: seconds that a checkpoint may be kept; None is no limit.
+        most_metadata_bytes: None is no limit.
     """
+    check_metadata(getattr(request, "user_metadata", None), most_metadata_bytes)
     match request:
         case m.OptimStepRequest(optimizer_params=params) if params is not None:
             check_optimizer(params, "optimizer_params.type")

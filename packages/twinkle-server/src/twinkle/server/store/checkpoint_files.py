@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.errors import ServerFault, words_of
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends import peft_format
 from twinkle.server.backends.protocol import AdapterState
@@ -119,13 +119,19 @@ def _write_manifest(directory: Path) -> int:
 
 def _read_manifest(directory: Path, uri: CheckpointUri) -> dict[str, Any]:
     try:
-        return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name in files:
+            if name in ("", ".", "..") or name != Path(name).name:
+                raise ValueError(f"{name[:80]!r} is no name of a file")
+        return files
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise _incomplete(uri, error) from error
 
 
 def _incomplete(uri: CheckpointUri, error: Exception) -> ServerFault:
-    return ServerFault(f"checkpoint {uri}: its files are incomplete ({error}); restore them or save again")
+    return ServerFault(
+        f"checkpoint {uri}: its files are incomplete ({words_of(error)}); restore them or save again"
+    )
 
 
 def _check_manifest(directory: Path, uri: CheckpointUri) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Engine,
     create_engine,
+    delete,
     event,
     func,
     inspect,
@@ -26,6 +28,7 @@ from sqlalchemy.orm import Session as OrmSession
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.store.session_filter import COLUMNS, FoundSession, SessionFilter
 from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
 from twinkle.server.store.tables import (
     EVERYBODY,
@@ -43,6 +46,8 @@ from twinkle.server.store.tables import (
 
 # By how many seconds a checkpoint is newer than the one before it, at least.
 _NEWER = 1e-6
+# Sessions.
+_DELETED_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -112,27 +117,61 @@ class Database:
             row = session.get(Session, session_id)
             return row if row is not None and row.tenant == tenant else None
 
-    def sessions(
-        self,
-        tenant: str,
-        limit: int,
-        offset: int = 0,
-        project_id: str | None = None,
-        before: tuple[float, str] | None = None,
-    ) -> list[Session]:
-        """A page of sessions, newest first.
+    def session_ids(
+        self, tenant: str, limit: int, offset: int = 0, project_id: str | None = None
+    ) -> list[str]:
+        """A page of sessions, newest first."""
+        query = select(Session.id).where(Session.tenant == tenant)
+        if project_id is not None:
+            query = query.where(Session.project_id == project_id)
+        query = query.order_by(Session.created_at.desc(), Session.id.desc()).limit(limit).offset(offset)
+        with self._transaction() as session:
+            return list(session.scalars(query))
+
+    def find_sessions(
+        self, tenant: str, wanted: SessionFilter, limit: int, before: tuple[float, str] | None = None
+    ) -> list[FoundSession]:
+        """A page of the sessions that fulfil what the database can tell, newest first.
 
         Args:
             before: only those older than (time of creation, id).
         """
-        query = select(Session).where(Session.tenant == tenant)
-        if project_id is not None:
-            query = query.where(Session.project_id == project_id)
+        query = select(*COLUMNS).where(Session.tenant == tenant, *wanted.conditions())
         if before is not None:
             query = query.where(tuple_(Session.created_at, Session.id) < before)
-        query = query.order_by(Session.created_at.desc(), Session.id.desc()).limit(limit).offset(offset)
+        query = query.order_by(Session.created_at.desc(), Session.id.desc()).limit(limit)
         with self._transaction() as session:
-            return list(session.scalars(query))
+            return [FoundSession(*row) for row in session.execute(query)]
+
+    def count_sessions(self, tenant: str, open_since: float | None = None) -> int:
+        """
+        Args:
+            open_since: only those that were begun since then and are not finished.
+        """
+        query = select(func.count()).select_from(Session).where(Session.tenant == tenant)
+        if open_since is not None:
+            query = query.where(Session.created_at >= open_since, Session.finished_at.is_(None))
+        with self._transaction() as session:
+            return session.scalar(query) or 0
+
+    def delete_empty_sessions(self, tenant: str, since: float, besides: AbstractSet[str]) -> int:
+        """Delete some of the oldest sessions that are over and left nothing behind; returns how many.
+
+        Args:
+            since: one that isn't finished is over if it was begun before.
+            besides: these are not over.
+        """
+        is_over = or_(Session.finished_at.is_not(None), Session.created_at < since)
+        left = [
+            ~select(other.id).where(other.session_id == Session.id).exists()
+            for other in (Run, Sampler, CustomLoss)
+        ]
+        query = select(Session.id).where(Session.tenant == tenant, is_over, *left)
+        query = query.order_by(Session.created_at).limit(_DELETED_AT_ONCE + len(besides))
+        with self._transaction() as session:
+            ids = [name for name in session.scalars(query) if name not in besides][:_DELETED_AT_ONCE]
+            session.execute(delete(Session).where(Session.id.in_(ids)))
+            return len(ids)
 
     def session_metadata(self, tenant: str, session_ids: Sequence[str]) -> dict[str, Session]:
         query = select(Session).where(_of(tenant, Session.tenant), Session.id.in_(session_ids))

@@ -1,4 +1,6 @@
-"""Waiting for a store that can't be used just now: its disk is full, or its database is locked or not there."""
+"""Waiting for a store that can't be used just now: its disk is full, its database is locked or not there, or this
+process has as many files open as it may.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
 
-from twinkle.protocol.errors import Unavailable
+from twinkle.protocol.errors import Unavailable, words_of
 
 T = TypeVar("T")
 
@@ -25,14 +27,23 @@ class DatabaseGone(Unavailable):
     """The database's file is not at its path just now; it may come back."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What has come through a library has its number in words only.
-_SIGNS = ("No space left on device", "Disk quota exceeded", "database or disk is full", "database is locked")
+# There is no room, or no file may be opened just now.
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+# What has come through a library has its number in words only. SQLite can't open a file that it had open before where
+# the process may open no more of them (one that is gone is `DatabaseGone`).
+_SIGNS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "database or disk is full",
+    "database is locked",
+    "Too many open files",
+    "unable to open database file",
+)
 
 
 def passes(error: BaseException) -> bool:
     """Whether the same may succeed later: there is room again, the lock is gone, or the database is back."""
-    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _FULL):
+    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _PASSING):
         return True
     is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
     return is_of_store and any(sign in str(error) for sign in _SIGNS)
@@ -42,7 +53,7 @@ def unavailable(error: BaseException) -> Unavailable:
     """What a caller is told who would have to wait."""
     if isinstance(error, DatabaseGone):
         return Unavailable(error.message, error.retry_after)
-    reason = str(getattr(error, "orig", None) or error).splitlines()[0][:200]
+    reason = words_of(getattr(error, "orig", None) or error).splitlines()[0][:200]
     return Unavailable(
         f"the server's storage can't be written to just now ({reason}): nothing was changed; try again later",
         retry_after=5.0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from twinkle.protocol.types import SamplingParams, TopkRow
+from twinkle.protocol.types import SamplingParams, TopkTable
 
 UNIFORMS_AT_ONCE = 256
 
@@ -133,12 +133,9 @@ def draw_alternatives(logprobs: Tensor, temperature: float, uniforms: Tensor) ->
     return torch.cat(drawn)
 
 
-def topk_rows(logprobs: Tensor, tokens: Tensor) -> list[TopkRow]:
-    """[n, k] each to n lists of k (token id, log-probability)."""
-    return [
-        list(zip(ids, values, strict=True))
-        for ids, values in zip(tokens.tolist(), logprobs.tolist(), strict=True)
-    ]
+def topk_table(logprobs: Tensor, tokens: Tensor) -> TopkTable:
+    """Of [n, k] each."""
+    return TopkTable(tokens.to(torch.int32).cpu().numpy(), logprobs.float().cpu().numpy())
 
 
 def _draw_filtered(logprobs: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Several
 import torch
 from torch import Tensor
 
-from twinkle.server.samplers.transformers.draw import DrawSettings, draw, tempered_logprobs, topk_rows
+from twinkle.protocol.types import TopkTable
+from twinkle.server.samplers.transformers.draw import DrawSettings, draw, tempered_logprobs, topk_table
 from twinkle.server.samplers.transformers.sequences import Sequence
 
 
@@ -47,7 +48,9 @@ def _list_likeliest(sequences: tuple[Sequence, ...], logprobs: Tensor) -> None:
     most = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
     if most == 0:
         return
-    best = topk_rows(*logprobs.topk(most, dim=-1))
-    for sequence, row in zip(sequences, best, strict=True):
+    best = topk_table(*logprobs.topk(most, dim=-1))
+    for i, sequence in enumerate(sequences):
         if k := sequence.task.request.topk_sample_logprobs:
-            sequence.topk.append((row or [])[:k])
+            # Copies: a row must not keep those of all others.
+            ids, values = best.token_ids[i : i + 1, :k].copy(), best.logprobs[i : i + 1, :k].copy()
+            sequence.topk.append(TopkTable(ids, values))

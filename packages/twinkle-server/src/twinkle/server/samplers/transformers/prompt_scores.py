@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkRow
+from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkTable
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.draw import alternatives_generator, draw_alternatives, topk_rows
+from twinkle.server.samplers.transformers.draw import alternatives_generator, draw_alternatives, topk_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class PromptAnswers:
     """The fields of `SampleResponse` that are about the prompt; None where nothing was asked."""
 
     prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: list[TopkRow] | None = None
+    topk_prompt_logprobs: TopkTable | None = None
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens: PromptAltTokens | None = None
 
@@ -51,7 +51,7 @@ class PromptScores:
         # Pieces [n, ...], one after the other, up to the last row. They stay on the model's device until they are
         # asked for: fetching each would make a GPU wait.
         self._logprobs: list[Tensor] = []
-        self._topk: list[TopkRow] = []
+        self._topk: list[TopkTable] = []
         self._targets: list[Tensor] = []
         self._alternatives: list[Tensor] = []
         self._alternatives_logprobs: list[Tensor] = []
@@ -93,7 +93,7 @@ class PromptScores:
             own = _on_device(self._next_tokens[first : first + len(logprobs)], logprobs)
             self._logprobs.append(logprobs.gather(1, own.unsqueeze(1)).squeeze(1))
         if self._request.topk_prompt_logprobs:
-            self._topk += topk_rows(*logprobs.topk(self._request.topk_prompt_logprobs, dim=-1))
+            self._topk.append(topk_table(*logprobs.topk(self._request.topk_prompt_logprobs, dim=-1)))
 
     def _score_targets(self, first: int, logprobs: Tensor) -> None:
         assert self._request.target_tokens is not None
@@ -105,8 +105,10 @@ class PromptScores:
         found = torch.cat(self._logprobs).tolist() if self._logprobs else []
         return [*([None] * (self.rows + 1 - len(found))), *found]
 
-    def _listed_topk(self) -> list[TopkRow]:
-        return [*([None] * (self.rows + 1 - len(self._topk))), *self._topk]
+    def _listed_topk(self) -> TopkTable:
+        listed = sum(len(piece) for piece in self._topk)
+        unlisted = TopkTable.empty(self.rows + 1 - listed, self._request.topk_prompt_logprobs)
+        return TopkTable.joined([unlisted, *self._topk])
 
     def _drawn_alternatives(self) -> PromptAltTokens:
         shape = (self.rows, self._request.prompt_alt_tokens_k)

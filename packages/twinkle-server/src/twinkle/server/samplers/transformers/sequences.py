@@ -6,7 +6,7 @@ import secrets
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from twinkle.protocol.types import SampledSequence, SampleResponse, TopkRow
+from twinkle.protocol.types import SampledSequence, SampleResponse, TopkTable
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
@@ -95,9 +95,11 @@ class Sequence:
     uniforms: Uniforms
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
-    topk: list[TopkRow] = field(default_factory=list[TopkRow])
+    topk: list[TopkTable] = field(default_factory=list[TopkTable])  # a row each
 
     def result(self, stopped: bool) -> SampledSequence:
         wants_topk = self.task.request.topk_sample_logprobs > 0
         reason = "stop" if stopped else "length"
-        return SampledSequence(reason, self.tokens, self.logprobs, self.topk if wants_topk else None)
+        return SampledSequence(
+            reason, self.tokens, self.logprobs, TopkTable.joined(self.topk) if wants_topk else None
+        )
