@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.errors import InvalidRequest, Unavailable
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
@@ -24,10 +24,11 @@ from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.run_log import RunLog
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
@@ -50,11 +51,18 @@ from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
 log = logging.getLogger("twinkle.server")
 
+_STUCK = (
+    "model_id: run {} is lost: its request {} never arrived after the server had been started again, though later ones "
+    "did, so it was probably accepted before and lost with the disk or the power; begin a new run from its last "
+    "checkpoint"
+)
+
 DEFAULT_RANK = 32
 
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
+_LOOK_SECONDS = 5.0
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
 
@@ -103,11 +111,13 @@ class Service:
         self._downloads = Downloads(files, model_path, signer)
         self._ledger = Ledger(database, model_name)
         self._runs: dict[str, LiveRun] = {}
+        self._lost: dict[str, LostRun] = {}
         self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
+        self._stuck_runs = StuckRuns(self._scheduler)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
-        self._log = RunLog(self._runs, self._futures, self._snapshots)
+        self._log = RunLog(self._runs, self._futures, self._snapshots, self._lost)
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
         self._residency = Residency(self._runs, worker, self._snapshots, budget)
         self._live = self._build_live_runs()
@@ -126,6 +136,7 @@ class Service:
     def _build_live_runs(self) -> LiveRuns:
         return LiveRuns(
             self._runs,
+            self._lost,
             self._scheduler,
             self._futures,
             self._log,
@@ -171,6 +182,7 @@ class Service:
             self._samplers,
             self._losses,
             self._live.enqueue_last,
+            self._live.forget_lost,
             self._limits.max_session_idle_seconds,
         )
 
@@ -190,6 +202,7 @@ class Service:
     def _restart(self, run_files: RunFiles) -> Restart:
         return Restart(
             self._runs,
+            self._lost,
             self._scheduler,
             self._futures,
             self._worker,
@@ -202,6 +215,7 @@ class Service:
             self._samplers,
             self._losses,
             self._sessions,
+            self._stuck_runs,
         )
 
     # ------------------------------------------------------------ life
@@ -214,7 +228,7 @@ class Service:
             await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
         self._loop_task = asyncio.create_task(self._engine.run())
         self._chores = [
-            asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run())
+            asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run(), self._look())
         ]
 
     async def close(self) -> None:
@@ -265,6 +279,21 @@ class Service:
             except Exception:
                 log.exception("runs of clients that have vanished could not be released")
             await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _look(self) -> None:
+        """See to who waits in vain, for ever."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                self._end_stuck_runs()
+            except Unavailable as error:  # the next time is soon
+                log.warning("%s", error.message)
+
+    def _end_stuck_runs(self) -> None:
+        for run_id, missing in self._stuck_runs.look().items():
+            reason = _STUCK.format(run_id, missing)
+            log.error("%s", reason)
+            self._live.lose(run_id, reason)
 
     def check(self) -> None:
         """
@@ -399,6 +428,7 @@ class Service:
         request: m.CreateModelRequest | m.LoadWeightsRequest,
     ) -> m.Promise:
         await sessions.find_open(self._database, tenant, session_id)
+        self._live.check_not_lost(tenant, f"{session_id}:train:{model_seq_id}")
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         now = time.time()
         row = tables.Run(

@@ -52,6 +52,7 @@ class SessionDesk:
         samplers: Samplers,
         losses: CustomLosses,
         enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
+        forget_lost: Callable[[str], None],
         idle_seconds: float | None,
     ) -> None:
         """
@@ -59,6 +60,7 @@ class SessionDesk:
             runs: the live ones.
             enqueue_last: queues a request behind all that a run, named by its id, has queued; given its `seq_id` it
                 is made.
+            forget_lost: told of a session that is over, whose lost runs nobody asks for any more.
             idle_seconds: None lets no session go.
         """
         self._database = database
@@ -69,6 +71,7 @@ class SessionDesk:
         self._samplers = samplers
         self._losses = losses
         self._enqueue_last = enqueue_last
+        self._forget_lost = forget_lost
         self._idle_seconds = idle_seconds
         # Of the monotonic clock: one that is set anew must not make clients look as if they had vanished.
         self._last_seen: dict[str, float] = {}
@@ -149,6 +152,7 @@ class SessionDesk:
         self._last_seen.pop(session_id, None)
         self._samplers.forget(session_id)
         self._losses.forget(session_id)
+        self._forget_lost(session_id)
 
     # ------------------------------------------------------------ clients that have vanished
 
