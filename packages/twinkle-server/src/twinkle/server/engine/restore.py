@@ -144,18 +144,22 @@ class Restore:
         self.lost.update(found.lost)
         for run in list(found.runs.values()):
             accepted = by_run.get(run.run_id, {})
-            known = {*accepted, *found.rejected.get(run.run_id, ())}
-            if not known and stored[run.run_id] is None:
+            copied = stored[run.run_id]
+            if not accepted and copied is None:
                 del found.runs[run.run_id]  # nobody was told of it
                 continue
-            missing = _first_missing(accepted, known, stored[run.run_id], found)
+            # What was written without its body was in a copy.
+            known = {seq_id for seq_id, record in accepted.items() if record.body or seq_id <= (copied or 0)}
+            known.update(found.rejected.get(run.run_id, ()))
+            missing = _first_missing(accepted, known, copied, found)
             if missing is not None and run.run_id not in self.lost:
                 reason = _HOLE.format(run.run_id, f"its request {missing} is missing")
                 self.lost[run.run_id] = LostRun(run.run_id, run.tenant, reason)
         for run_id, accepted in by_run.items():
             some = next(iter(accepted.values()))
             is_unknown = run_id not in found.runs and run_id not in found.ended and run_id not in self.lost
-            if found.is_damaged and is_unknown and any(record.body for record in accepted.values()):
+            # Of those that end it is always written later than what they did.
+            if is_unknown and any(record.body for record in accepted.values()):
                 reason = _HOLE.format(run_id, "its beginning is missing")
                 self.lost[run_id] = LostRun(run_id, some.tenant, reason)
         for run_id in self.lost:
