@@ -108,7 +108,7 @@ class Service:
         self._worker = worker
         self._database = database
         self._signer = signer
-        self._downloads = Downloads(files, model_path, signer)
+        self._downloads = Downloads(files, database, model_path, signer)
         self._ledger = Ledger(database, model_name)
         self._runs: dict[str, LiveRun] = {}
         self._lost: dict[str, LostRun] = {}
