@@ -134,7 +134,9 @@ class Restore:
         """The newest copy of a run that can be gone on from."""
         numbers = self.files.numbers(run_id)
         while len(numbers) > 1 and not self.files.is_whole(run_id, numbers[-1]):
-            self.files.delete(run_id, numbers.pop())  # what the older one lacks is computed again, if it is known
+            self.files.delete(
+                run_id, numbers.pop()
+            )  # what the older one lacks is computed again, if it is known
         return numbers[-1] if numbers else None
 
     def _tell_lost(

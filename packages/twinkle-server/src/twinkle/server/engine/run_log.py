@@ -69,7 +69,9 @@ class RunLog:
         """
         found = {segment: journal.examine(segment) for segment in journal.earlier}
         self._damaged = {segment for segment, read in found.items() if read.is_damaged}
-        read = [(segment, records.decode(payload)) for segment in found for payload in found[segment].payloads]
+        read = [
+            (segment, records.decode(payload)) for segment in found for payload in found[segment].payloads
+        ]
         return read, bool(self._damaged)
 
     # ------------------------------------------------------------ what happens

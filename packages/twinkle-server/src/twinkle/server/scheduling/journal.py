@@ -170,8 +170,8 @@ class Journal:
             log.warning("the journal in %s is back: the server goes on with it", self._directory)
         if not is_there and not self._is_away:
             log.error(
-                "the journal in %s was moved, replaced or deleted while the server runs on it: nothing more is accepted "
-                "(503), lest it be lost. Put that very directory back (mv, not cp) and the server goes on by itself. If "
+                "the journal in %s was moved, replaced or deleted while the server runs on it: nothing more is "
+                "accepted (503), lest it be lost. Put that very directory back (mv, not cp) and the server goes on. If "
                 "it can't be had any more, start the server again: it begins without the runs of now, whose clients go "
                 "on from their checkpoints.",
                 self._directory,
@@ -264,8 +264,8 @@ class Journal:
             log.warning("%s: %d bytes at the end are no whole record: a write was cut off", path, tail)
         if missing:
             log.error(
-                "%s is damaged: %s are no records any more. What they said is lost, and runs that they were of can't go "
-                "on; see to the disk",
+                "%s is damaged: %s are no records any more. What they said is lost, and runs that they were of "
+                "can't go on; see to the disk",
                 path,
                 " and ".join(missing),
             )

@@ -31,8 +31,8 @@ from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 
 _DAMAGED = (
-    "a part of what the server had written down of runs and requests was damaged on its disk, and this may have been in "
-    "it: then it is lost"
+    "a part of what the server had written down of runs and requests was damaged on its disk, and this may have been "
+    "in it: then it is lost"
 )
 
 log = logging.getLogger("twinkle.server")

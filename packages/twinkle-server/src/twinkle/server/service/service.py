@@ -228,7 +228,14 @@ class Service:
             await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
         self._loop_task = asyncio.create_task(self._engine.run())
         self._chores = [
-            asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run(), self._look())
+            asyncio.create_task(chore)
+            for chore in (
+                self._ledger.run(),
+                self._sweep(),
+                self._release(),
+                self._log.run(),
+                self._look(),
+            )
         ]
 
     async def close(self) -> None:
@@ -268,15 +275,20 @@ class Service:
                     await self._snapshots.take(run_id)
 
     async def _sweep(self) -> None:
-        """Delete what has expired and let go of those who have vanished, for ever."""
+        """Delete what has expired, for ever."""
         while True:
             try:
                 await self._keeper.sweep()
             except Exception:  # the next time is soon
                 log.exception("expired checkpoints could not be deleted")
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _release(self) -> None:
+        """Let go of those who have vanished, for ever. It waits for their last saves, and nothing else waits for it."""
+        while True:
             try:
                 await self._sessions.release_vanished()
-            except Exception:
+            except Exception:  # the next time is soon
                 log.exception("runs of clients that have vanished could not be released")
             await asyncio.sleep(_SWEEP_SECONDS)
 
