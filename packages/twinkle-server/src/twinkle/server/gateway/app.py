@@ -21,6 +21,7 @@ from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import downloads, errors, openapi, operations
 from twinkle.server.gateway.bodies import MAX_PLAIN_BYTES, read_body
+from twinkle.server.gateway.hang_ups import while_connected
 from twinkle.server.gateway.headers import SecurityHeaders
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
@@ -182,7 +183,9 @@ def _query(
         query = await doorkeeper.with_access(query)
         reply = await doorkeeper.answer(request, query)
         if reply is None:
-            reply = await service.ask(await doorkeeper.asked_of(request, tenant, query), query)
+            asking = service.ask(await doorkeeper.asked_of(request, tenant, query), query)
+            is_long = isinstance(query, m.RetrieveFuturesRequest)
+            reply = await (while_connected(request, asking) if is_long else asking)
         if isinstance(reply, m.ExternalWeightsUrls):
             reply = downloads.with_base(reply, request, public_url)
         return Response(codec.encode_json(reply), media_type=JSON)
@@ -198,7 +201,7 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: in
         tenant = await doorkeeper.tenant_of(request)
         body = await read_body(request, min(max_bytes, MAX_PLAIN_BYTES))
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
-        response = await _result(service, tenant, wanted.request_id)
+        response = await while_connected(request, _result(service, tenant, wanted.request_id))
         if wanted.allow_metadata_only and len(response.body) > INLINE_BYTES:
             size = m.CompleteMetadata(response_payload_size=len(response.body))
             return Response(codec.encode_json(size), media_type=JSON)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from twinkle.protocol.errors import LimitReached, TwinkleError, Unauthorized, Unavailable
@@ -38,6 +38,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _reply(error.status_code, message, "user", error.headers)
 
 
+async def _hung_up(_request: Request, _error: Exception) -> Response:
+    """Nobody is there to read it, and nothing went wrong here."""
+    return Response(status_code=499)
+
+
 async def _unexpected(request: Request, error: Exception) -> Response:
     if patience.passes(error):
         return twinkle_error(patience.unavailable(error))
@@ -65,6 +70,7 @@ def _reply(status: int, message: str, category: str, headers: object = None) -> 
 HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     TwinkleError: _twinkle_error,
     HTTPException: _http_error,
+    ClientDisconnect: _hung_up,
     Exception: _unexpected,
 }
 """Makes an application answer every error in the one form."""

@@ -123,7 +123,7 @@ class Restart:
         self, record: Accepted, request: m.SampleRequest, outcome: Outcome | None
     ) -> None:
         sampler = await self.samplers.find(record.tenant, request.sampling_session_id)
-        self.sessions.heard_of(sampler.session_id)
+        self.sessions.expect(sampler.session_id)
         if outcome is not None:
             self.samples.restore(sampler, request, record.request_id, outcome)
             return

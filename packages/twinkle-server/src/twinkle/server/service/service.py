@@ -40,6 +40,7 @@ from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
@@ -183,6 +184,7 @@ class Service:
             self._losses,
             self._live.enqueue_last,
             self._live.forget_lost,
+            Presence(self._limits.max_client_silence_seconds),
             self._limits.max_session_idle_seconds,
         )
 
@@ -296,6 +298,7 @@ class Service:
         """See to who waits in vain, for ever."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            self._sessions.pause_gone()
             try:
                 self._end_stuck_runs()
             except Unavailable as error:  # the next time is soon
@@ -506,12 +509,20 @@ class Service:
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
-        outcome = await self._futures.wait(tenant, request_id, timeout)
         run_id = self._futures.run_of(request_id)
+        with self._sessions.waiting(self._session_of(tenant, run_id, request_id)):
+            outcome = await self._futures.wait(tenant, request_id, timeout)
         if outcome is not None:
             return outcome
         reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
         return m.Pending(request_id=request_id, queue_state_reason=reason)
+
+    def _session_of(self, tenant: str, run_id: str | None, request_id: str) -> str | None:
+        """Whose client waits for this result, if there is none yet."""
+        if run_id is None:
+            return self._samples.session_of(tenant, request_id)
+        run = self._runs.get(run_id)
+        return run.session_id if run is not None and run.tenant == tenant else None
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         """Answer a query.
@@ -530,7 +541,9 @@ class Service:
             case m.JoinSamplingSessionRequest():
                 return await self._samplers.join(tenant, query)
             case m.RetrieveFuturesRequest():
-                return await self._samplers.ended_samples(tenant, query)
+                sampler = await self._samplers.find(tenant, query.target.sampling_session_id)
+                with self._sessions.waiting(sampler.session_id):
+                    return await self._samplers.ended_samples(tenant, query)
             case m.CancelFutureRequest():
                 self._samples.cancel(tenant, query.request_id)
                 return m.Acknowledged()
