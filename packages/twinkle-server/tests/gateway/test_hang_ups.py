@@ -69,7 +69,9 @@ async def until(condition: Any) -> None:
 
 
 @pytest.mark.parametrize("by", ["future", "sampler"])
-async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(tmp_path: Path, by: str, caplog: Any):
+async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(
+    tmp_path: Path, by: str, caplog: Any
+):
     worker = MortalWorker()
     service = make_mortal_service(tmp_path, worker, 3600.0)
     await service.start()
@@ -90,7 +92,10 @@ async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(tmp_pat
             session = (await post("/create_session"))["session_id"]
             sampler = (
                 await post(
-                    "/create_sampling_session", session_id=session, sampling_session_seq_id=0, base_model=MODEL
+                    "/create_sampling_session",
+                    session_id=session,
+                    sampling_session_seq_id=0,
+                    base_model=MODEL,
                 )
             )["sampling_session_id"]
             prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}

@@ -21,7 +21,6 @@ from twinkle.protocol.errors import ServerFault, Unavailable
 from twinkle.server.scheduling import journal as journals
 from twinkle.server.scheduling.journal import Journal
 
-
 # Bytes before the first record of a segment, and before each payload.
 HEADER, FRAME = 28, 16
 

@@ -1,4 +1,4 @@
-"""A disk that changes or forgets what was written: each run is whole or says that it is lost, and nobody waits for ever."""
+"""A disk that changes or forgets what was written: each run is whole or says that it is lost; nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -112,12 +112,16 @@ async def test_a_run_with_a_hole_in_its_order_is_lost_and_the_others_go_on(serve
             await Tenant(alice.service, "bob").ask(m.GetInfoRequest(model_id=runs[1]))
         alice = await server.kill_and_start()
     session = runs[1].rpartition(":train:")[0]
-    await alice.ask(m.FinishSessionRequest.model_validate({"session_id": session, "reason": {"type": "success"}}))
+    await alice.ask(
+        m.FinishSessionRequest.model_validate({"session_id": session, "reason": {"type": "success"}})
+    )
     with pytest.raises(NotFound):
         await alice.ask(m.GetInfoRequest(model_id=runs[1]))
 
 
-async def test_what_a_lost_run_had_queued_fails_with_the_reason_and_its_results_can_be_fetched(server: Server):
+async def test_what_a_lost_run_had_queued_fails_with_the_reason_and_its_results_can_be_fetched(
+    server: Server,
+):
     alice = await server.start()
     run = await alice.run()
     first = await alice.service.submit("alice", a_pass(run, 1))
@@ -143,7 +147,8 @@ async def test_a_lost_run_stays_lost_when_its_segment_has_been_cleaned_away(serv
     of_it_alone = [
         path
         for path in segments(server)
-        if runs[1].encode() in path.read_bytes() and not any(r.encode() in path.read_bytes() for r in (runs[0], runs[2]))
+        if runs[1].encode() in path.read_bytes()
+        and not any(r.encode() in path.read_bytes() for r in (runs[0], runs[2]))
     ]
     of_it_alone[0].unlink()
     shutil.rmtree(server.directory / "runs" / runs[1], ignore_errors=True)
@@ -218,7 +223,9 @@ async def test_an_older_copy_serves_if_the_newest_is_damaged(server: Server):
     await alice.do(a_pass(runs[1], 2 * STEPS + 1))
 
 
-async def test_a_request_that_was_promised_and_is_nowhere_ends_its_run_and_not_one_that_is_late(server: Server):
+async def test_a_request_that_was_promised_and_is_nowhere_ends_its_run_and_not_one_that_is_late(
+    server: Server,
+):
     """Cut off between two records, as a power cut may leave it: nothing in the journal tells."""
     alice = await server.start()
     runs = [await alice.run() for _ in range(2)]

@@ -121,9 +121,7 @@ class World:
         self.beating: list[tuple[Tenant, str]] = []
 
     async def sampler(self, tenant: Tenant, session: str) -> str:
-        made = m.CreateSamplingSessionRequest(
-            session_id=session, sampling_session_seq_id=0, base_model=MODEL
-        )
+        made = m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, base_model=MODEL)
         return (await tenant.ask(made)).sampling_session_id
 
     async def sample(self, tenant: Tenant, sampler: str, seq_id: int) -> m.Promise:
@@ -163,8 +161,7 @@ async def world(tmp_path: Path, clock: Clock) -> AsyncIterator[World]:
 async def test_the_samples_of_a_gone_client_are_stopped_and_drawn_again_when_it_is_back(world: World):
     sessions = [await tenant.session() for tenant in (world.alice, world.bob)]
     samplers = [
-        await world.sampler(tenant, s)
-        for tenant, s in zip((world.alice, world.bob), sessions, strict=True)
+        await world.sampler(tenant, s) for tenant, s in zip((world.alice, world.bob), sessions, strict=True)
     ]
     world.beating = [(world.alice, sessions[0]), (world.bob, sessions[1])]
     await world.seconds(60)
@@ -191,7 +188,9 @@ async def test_a_client_that_asks_for_its_result_again_gets_it(world: World):
     assert isinstance(pending, m.Pending)
     await world.seconds(200)
     assert world.drawing() == 0
-    again = await world.sample(world.alice, sampler, 0)  # as a client does that doesn't know whether it arrived
+    again = await world.sample(
+        world.alice, sampler, 0
+    )  # as a client does that doesn't know whether it arrived
     assert again.request_id == promise.request_id and world.drawing() == 1
     world.worker.hangs = lambda _method: False
     await world.service.retrieve("alice", promise.request_id, timeout=0.01)

@@ -1,7 +1,8 @@
 """What an earlier process knew, from its journal and its copies of the runs.
 
-Every run that had not ended takes requests again, but those of whose order something is missing: they are lost. What was accepted and has no outcome is queued again; what was
-computed behind a run's copy is to be computed again, in the same calls; results that were known can be fetched.
+Every run that had not ended takes requests again, but those of whose order something is missing: they are lost. What
+was accepted and has no outcome is queued again; what was computed behind a run's copy is to be computed again, in the
+same calls; results that were known can be fetched.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _RESULT_LOST = (
 )
 _RUN_ENDED = "model_id: run {} has ended"
 _HOLE = (
-    "model_id: run {} is lost: the server's record of what it had accepted was damaged on its disk, and {}; begin a new "
-    "run from its last checkpoint"
+    "model_id: run {} is lost: the server's record of what it had accepted was damaged on its disk, and {}; begin a "
+    "new run from its last checkpoint"
 )
 
 

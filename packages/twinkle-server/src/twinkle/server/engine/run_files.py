@@ -4,8 +4,8 @@
                               `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; what else there is to an
                               `AdapterState` is JSON in the metadata, and so is the SHA-256 of all of it
 
-A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen was written whole; the
-checksum tells whether it still is.
+A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen was written whole;
+the checksum tells whether it still is.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class SampleRunner:
         self._accepted: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._under_way: dict[str, _Sample] = {}
         self._paused: dict[str, _Sample] = {}
-        self._pausing: set[asyncio.Task[None]] = set()  # those that are stopped, and whose samples are not over
+        self._pausing: set[asyncio.Task[None]] = (
+            set()
+        )  # those that are stopped, and whose samples are not over
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest) -> m.Promise | None:

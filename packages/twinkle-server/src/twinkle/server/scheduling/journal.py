@@ -5,7 +5,7 @@
 
 A record is with the operating system when `append` returns, so it survives whatever process is killed; when it is on
 the disk itself is the business of `flush`. A frame that was cut off by a crash or a full disk counts as nothing, and
-nothing is ever appended behind one. Damage hides no record but those that it hit. Knows nothing of what the records say.
+nothing is ever appended behind one. Damage hides no record but those that it hit. Knows nothing of what they say.
 """
 
 from __future__ import annotations
