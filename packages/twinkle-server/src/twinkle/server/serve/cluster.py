@@ -23,7 +23,7 @@ from twinkle.protocol.errors import ServerFault, TwinkleError
 from twinkle.server.config import ServerConfig
 from twinkle.server.keys import with_auth_mode
 from twinkle.server.plan import Plan, make_plan
-from twinkle.server.serve.ray_place import place
+from twinkle.server.serve.ray_place import ray_directory
 from twinkle.server.serve.supervised import Supervised, say
 
 log = logging.getLogger("twinkle.server")
@@ -162,7 +162,7 @@ def _start_ray(plan: Plan) -> None:
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=True,
-            _temp_dir=str(place()),
+            _temp_dir=str(ray_directory()),
         )
     except Exception as error:
         said = f"Ray could not be started on this machine ({type(error).__name__}: {error})"

@@ -28,7 +28,7 @@ _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 # A socket's path has at most 107 bytes (macOS: 103). Ray's, with all that it puts before its sockets' names, have so
 # many beyond its directory; those of the ranks are shorter.
 _LONGEST_SOCKET = 103
-_OF_RAY = len("/session_2026-11-30_20-24-10_206472_1234567/sockets/plasma_store")
+_OF_RAY = len("/r/session_2026-11-30_20-24-10_206472_1234567/sockets/plasma_store")
 _OF_RANKS = len("/twinkle-12345678/calls")
 
 # What would have this start join another cluster, or be somebody else's: another token, address, place or job.
@@ -78,6 +78,13 @@ def place() -> Path | None:
     """The directory, in a process that was started with the environment."""
     path = os.environ.get(_TOKEN_PATH)
     return None if path is None else Path(path).parent
+
+
+def ray_directory() -> Path:
+    """What Ray may have for its own in such a process: it opens that for everybody, who can't get there."""
+    directory = place()
+    assert directory is not None, "the supervisor has made one"
+    return directory / "r"
 
 
 def _write_token(directory: Path) -> Path:
