@@ -333,7 +333,7 @@ async def test_a_session_ends_while_another_tenant_saves(busy: tuple[Service, Te
 
 
 async def test_who_has_vanished_is_let_go_of_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
-    service, alice, run = busy
+    service, _alice, run = busy
     service._sessions._last_seen[run.split(":")[0]] -= 1001
     await in_few_turns(service._sessions.release_vanished())
     assert run not in service._runs

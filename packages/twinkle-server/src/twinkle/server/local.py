@@ -51,16 +51,16 @@ class ServiceClient(ServiceClientBase):
 def _call_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:
     """Call a method, if its object is still there, when the program's main thread has ended.
 
-    What `atexit` calls comes too late: no thread of a pool takes work any more then, and the service needs some to write
-    what it still has to. So it is called before those end, as they have themselves called, by a hook without an
-    official name.
+    What `atexit` calls comes too late: no thread of a pool takes work any more then, and the service needs some to
+    write what it still has to. So it is called before those end, by the hook by which they end, which has no official
+    name.
     """
 
     def call() -> None:
         if (bound := method()) is not None:
             bound()
 
-    register: Callable[[Callable[[], None]], None] = getattr(threading, "_register_atexit", atexit.register)
+    register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
     register(call)
 
 

@@ -140,9 +140,8 @@ def _check_ray() -> None:
         raise ServerFault(
             f"ray {ray.__version__} asks nobody for a token; install ray>={'.'.join(map(str, _RAY_WITH_TOKENS))}"
         )
-    from ray._raylet import AuthenticationMode, get_authentication_mode
-
-    if cast(Any, get_authentication_mode)() != cast(Any, AuthenticationMode).TOKEN:
+    raylet = cast(Any, import_module("ray._raylet"))
+    if raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
         raise ServerFault(
             f"ray {ray.__version__} does not ask for a token, though RAY_AUTH_MODE is token; install another version"
         )

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ _NOT_OURS = (
 
 
 @contextmanager
-def ray_environment(variables: Mapping[str, str] = os.environ) -> Iterator[dict[str, str]]:
+def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
     """The environment for one start, with a directory that is there while the block runs.
 
     Args:

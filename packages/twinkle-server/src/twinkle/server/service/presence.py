@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,7 +64,7 @@ class Presence:
         self._seen[session_id].is_watched = True
 
     @contextmanager
-    def waiting(self, session_id: str | None) -> Iterator[None]:
+    def waiting(self, session_id: str | None) -> Generator[None]:
         """Its client waits for a result while the block runs; None is of no session."""
         if session_id is None:
             yield

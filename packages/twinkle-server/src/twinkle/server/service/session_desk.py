@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -90,7 +90,7 @@ class SessionDesk:
         self._samples.go_on(session_id)
 
     @contextmanager
-    def waiting(self, session_id: str | None) -> Iterator[None]:
+    def waiting(self, session_id: str | None) -> Generator[None]:
         """Its client waits for a result while the block runs; None is of no session that is known."""
         if session_id is not None:
             self._last_seen[session_id] = time.monotonic()
