@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.server.config import LimitsSection
-from twinkle.server.gateway import hang_ups
+from twinkle.server.gateway import app, hang_ups
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.http import HttpServer
 from twinkle.server.tokens import Signer
@@ -22,7 +22,7 @@ from twinkle.server.tokens import Signer
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hang_ups, "_UNWATCHED_SECONDS", 0.01)
+    monkeypatch.setattr(app, "_UNWATCHED_SECONDS", 0.01)
 
 
 def request_of(messages: asyncio.Queue[dict[str, Any]]) -> Request:

@@ -67,11 +67,12 @@ class RunLog:
         """All that earlier processes wrote, with its segments, oldest first, and whether any of it may be missing.
         Blocking.
         """
-        found = {segment: journal.examine(segment) for segment in journal.earlier}
-        self._damaged = {segment for segment, read in found.items() if read.is_damaged}
-        read = [
-            (segment, records.decode(payload)) for segment in found for payload in found[segment].payloads
-        ]
+        read: list[tuple[int, Record]] = []
+        for segment in journal.earlier:
+            found = journal.examine(segment)
+            if found.is_damaged:
+                self._damaged.add(segment)
+            read += ((segment, records.decode(payload)) for payload in found.payloads)
         return read, bool(self._damaged)
 
     # ------------------------------------------------------------ what happens

@@ -36,6 +36,8 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 # Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
 LONG_POLL_SECONDS = 25.0
+# For so long at its beginning nobody looks whether its client has hung up.
+_UNWATCHED_SECONDS = 1.0
 
 # Results larger than this are announced first to clients that ask for it: they fetch them when they have room.
 INLINE_BYTES = 2**20
@@ -201,7 +203,7 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: in
         tenant = await doorkeeper.tenant_of(request)
         body = await read_body(request, min(max_bytes, MAX_PLAIN_BYTES))
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
-        response = await while_connected(request, _result(service, tenant, wanted.request_id))
+        response = await _result(service, tenant, wanted.request_id, request)
         if wanted.allow_metadata_only and len(response.body) > INLINE_BYTES:
             size = m.CompleteMetadata(response_payload_size=len(response.body))
             return Response(codec.encode_json(size), media_type=JSON)
@@ -210,8 +212,20 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, max_bytes: in
     return handle
 
 
-async def _result(service: ServicePort, tenant: str, request_id: str) -> Response:
-    return _encode_outcome(await service.retrieve(tenant, request_id, LONG_POLL_SECONDS))
+async def _result(
+    service: ServicePort, tenant: str, request_id: str, request: Request | None = None
+) -> Response:
+    """
+    Args:
+        request: that waits, and ends with its connection; what is there soon costs nothing for that.
+    """
+    if request is None:
+        return _encode_outcome(await service.retrieve(tenant, request_id, LONG_POLL_SECONDS))
+    outcome = await service.retrieve(tenant, request_id, _UNWATCHED_SECONDS)
+    if isinstance(outcome, m.Pending):
+        longer = service.retrieve(tenant, request_id, LONG_POLL_SECONDS - _UNWATCHED_SECONDS)
+        outcome = await while_connected(request, longer)
+    return _encode_outcome(outcome)
 
 
 def _encode_outcome(outcome: m.Result | m.Failure | m.Pending) -> Response:

@@ -10,9 +10,6 @@ from starlette.requests import ClientDisconnect, Request
 
 T = TypeVar("T")
 
-# What is answered within this time costs nothing more.
-_UNWATCHED_SECONDS = 1.0
-
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What comes of `work`, which ends with the connection.
@@ -23,20 +20,15 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: if the client hung up first.
     """
-    working = asyncio.ensure_future(work)
-    leaving: asyncio.Future[None] | None = None
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
-        done, _ = await asyncio.wait({working}, timeout=_UNWATCHED_SECONDS)
-        if not done:
-            leaving = asyncio.ensure_future(_left(request))
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientDisconnect
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
-        if leaving is not None:
-            leaving.cancel()
+        leaving.cancel()
 
 
 async def _left(request: Request) -> None:
