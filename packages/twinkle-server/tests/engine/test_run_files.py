@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
@@ -98,6 +102,49 @@ def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(tmp_path: Path
     damage(tmp_path / "e" / RUN / "1.safetensors")
     with pytest.raises(ServerFault, match=f"{RUN}.*begin a new run from its last checkpoint"):
         files.read(RUN, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), size=st.sampled_from([1, 4, 512]))
+def test_changed_bytes_are_never_taken_for_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, place: float, flip: int, size: int
+):
+    files = RunFiles(tmp_path_factory.mktemp("e"))
+    files.write(RUN, 1, STATE)
+    path = files._path(RUN, 1)
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content))
+    for i in range(at, min(at + size, len(content))):
+        content[i] ^= flip
+    path.write_bytes(content)
+    try:
+        read = files.read(RUN, 1)
+    except ServerFault as error:
+        assert RUN in error.message and not files.is_whole(RUN, 1)
+    else:  # a byte that says nothing, as blanks behind the header
+        check_same(read, STATE)
+
+
+def test_a_flipped_bit_of_a_weight_is_told_of(tmp_path: Path):
+    files = RunFiles(tmp_path)
+    files.write(RUN, 1, STATE)
+    path = files._path(RUN, 1)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ServerFault, match=f"{RUN}.*differs from its checksum.*last checkpoint"):
+        files.read(RUN, 1)
+
+
+def test_a_file_of_an_earlier_version_without_checksum_is_read(tmp_path: Path):
+    files = RunFiles(tmp_path)
+    files.write(RUN, 1, STATE)
+    path = files._path(RUN, 1)
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        state = file.metadata()["state"]
+    save_file(arrays, path, metadata={"state": state})
+    check_same(files.read(RUN, 1), STATE)
 
 
 def test_of_other_runs_nothing_stays(tmp_path: Path):

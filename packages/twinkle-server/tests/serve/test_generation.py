@@ -103,6 +103,53 @@ async def test_ranks_that_disagree_or_lost_their_connection_are_lost(first: Any,
         await group.first_rank("work")
 
 
+DEVICE_ERRORS = [
+    "CUDA error: device-side assert triggered",
+    "CUDA error: an illegal memory access was encountered",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "HIP error: unspecified launch failure",
+]
+
+
+@pytest.mark.parametrize("said", DEVICE_ERRORS)
+async def test_a_device_that_fails_under_a_sample_is_lost_like_one_that_fails_under_a_pass(said: str):
+    """A server that only samples would go on without it for ever."""
+    group = Generation([StandIn(raises(RuntimeError(said))), StandIn(lambda: None)])
+    for _ in range(2):
+        with pytest.raises(WorkerLost):
+            await group.first_rank("work")
+    assert (await group.lost()).reason == f"work: rank 0 failed with RuntimeError: {said}"
+    with pytest.raises(WorkerLost):
+        await group.all_ranks("work")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("stop: 'CUDA error' is no list"),
+        KeyError("CUDA error"),
+        ValueError("NCCL"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+async def test_what_else_a_sample_raises_is_its_own(error: Exception):
+    answers: list[Callable[[], Any]] = [raises(error)]
+    group = Generation([StandIn(lambda: answers[0]())])
+    with pytest.raises(type(error)) as raised:
+        await group.first_rank("work")
+    assert raised.value is error and not group.is_lost
+    answers[:] = [lambda: 1]
+    assert await group.first_rank("work") == 1
+
+
+async def test_a_device_that_fails_as_an_adapter_is_handed_over_is_lost():
+    group = Generation([StandIn(lambda: None)])
+    group.check_device("publish", ValueError("not finite"))
+    with pytest.raises(WorkerLost):
+        group.check_device("publish", RuntimeError(DEVICE_ERRORS[0]))
+    assert group.is_lost
+
+
 async def test_a_slow_rank_is_waited_for_as_long_as_none_has_failed():
     async def slow() -> str:
         await asyncio.sleep(0.2)  # longer than the time of grace

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from fake_service import MODEL, Tenant, make_service
@@ -17,8 +17,10 @@ from twinkle.protocol.errors import InvalidRequest, LimitReached, NotFound, Quot
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, SamplingParams
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
+from twinkle.server.scheduling.jobs import Job
 from twinkle.server.service.service import Service
 
+T = TypeVar("T")
 Begin = Callable[..., Any]
 
 
@@ -287,6 +289,66 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
     service._keeper._write = write
     await service._sessions.release_vanished()
     assert list(service._runs) == []
+
+
+@pytest.fixture
+async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
+    """Another tenant's checkpoint takes for ever to write; alice has a run with a snapshot and one checkpoint."""
+    service = await begin(max_session_idle_seconds=1000)
+    alice, bob = Tenant(service, "alice"), Tenant(service, "bob")
+    theirs, run = await bob.run(), await alice.run()
+    held, write = asyncio.Event(), service._keeper._write
+
+    async def slow(job: Job, *args: Any) -> int:
+        if job.tenant == "bob":
+            await held.wait()
+        return await write(job, *args)
+
+    service._keeper._write = slow
+    saving = [
+        await service.submit("bob", m.SaveWeightsRequest(model_id=theirs, seq_id=1, path="name")),
+        await service.submit(
+            "bob", m.SaveWeightsForSamplerRequest(model_id=theirs, seq_id=2, sampling_session_seq_id=0)
+        ),
+    ]
+    await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="name", ttl_seconds=60))
+    await alice.do(m.SaveWeightsForSamplerRequest(model_id=run, seq_id=2, sampling_session_seq_id=0))
+    yield service, alice, run
+    outcome = await service.retrieve("bob", saving[0].request_id, timeout=0)
+    assert isinstance(outcome, m.Pending), "it is being written still"
+    held.set()
+    assert isinstance(await bob.outcome(saving[0]), m.SaveWeightsResponse)
+
+
+async def in_few_turns(work: Coroutine[Any, Any, T]) -> T:
+    """What comes of `work`, which waits for threads of its own, and for nothing that never ends."""
+    return await asyncio.wait_for(work, 20)
+
+
+async def test_a_session_ends_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
+    service, alice, run = busy
+    await in_few_turns(alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0])))
+    assert run not in service._runs
+    assert service._database.unnamed_checkpoints("alice", run) == []
+
+
+async def test_who_has_vanished_is_let_go_of_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
+    service, _alice, run = busy
+    service._sessions._last_seen[run.split(":")[0]] -= 1001
+    await in_few_turns(service._sessions.release_vanished())
+    assert run not in service._runs
+    assert service._database.unnamed_checkpoints("alice", run) == []
+
+
+async def test_a_checkpoint_is_found_while_another_tenant_saves_one_of_that_name(
+    busy: tuple[Service, Tenant, str],
+):
+    service, alice, run = busy
+    theirs = next(other for other in service._runs if other != run)
+    for path in ("twinkle://name", f"twinkle://{run}/weights/name"):
+        await in_few_turns(alice.ask(m.WeightsInfoRequest(tinker_path=path)))
+    with pytest.raises(NotFound):
+        await in_few_turns(alice.ask(m.WeightsInfoRequest(tinker_path=f"twinkle://{theirs}/weights/name")))
 
 
 async def test_a_name_of_the_servers_own_can_not_be_taken(begin: Begin):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,25 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError):
         files.write(URI, a_state(), "org/model")
     assert list(files.path(URI).parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/b", ".."])
+def test_a_manifest_offers_nothing_outside_its_checkpoint(tmp_path: Path, name: str):
+    files = CheckpointFiles(tmp_path / "checkpoints")
+    files.write(URI, a_state(), "org/model")
+    (tmp_path / "secret").write_text("secret")
+    manifest = files.path(URI) / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    entries["files"][name] = {"sha256": "0" * 64, "size_bytes": 6}
+    manifest.write_text(json.dumps(entries))
+    with pytest.raises(ServerFault, match="incomplete"):
+        files.sizes(URI)
+
+
+def test_a_file_that_became_shorter_is_not_offered(tmp_path: Path):
+    files = CheckpointFiles(tmp_path)
+    files.write(URI, a_state(), "org/model")
+    path = files.path(URI) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ServerFault, match=r"adapter_model.safetensors is not as long"):
+        files.sizes(URI)

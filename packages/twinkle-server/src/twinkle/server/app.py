@@ -14,13 +14,16 @@ from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.private import private_directory, tighten_if_there
 from twinkle.server.tokens import Signer, read_secret
 
 
 def build_signer(config: ServerConfig) -> Signer:
     """What signs this server's tokens, with the secret that is kept beside its checkpoints."""
-    config.storage.directory.mkdir(parents=True, exist_ok=True)
-    return Signer(read_secret(config.storage.directory / "secret"))
+    private_directory(config.storage.directory)
+    secret = config.storage.directory / "secret"
+    tighten_if_there(secret)
+    return Signer(read_secret(secret))
 
 
 def build_keys(config: ServerConfig) -> KeyRing | None:
@@ -44,7 +47,7 @@ def build_service(
             as this process is there, and the worker can't be lost without it.
     """
     storage = config.storage
-    storage.directory.mkdir(parents=True, exist_ok=True)
+    private_directory(storage.directory)
     place = live or storage.directory / "live" / f"process-{os.getpid()}"
     return Service(
         config.model.model_id,

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server._version import __version__
 from twinkle.server.config import ServerConfig, load_config
+from twinkle.server.store.private import private_directory
 
 if TYPE_CHECKING:
     from twinkle.server.store.database import Database
@@ -120,7 +121,7 @@ def _database(path: Path) -> Generator[Database]:
     from twinkle.server.store.database import Database  # imports sqlalchemy, which takes a moment
 
     storage = load_config(path).storage
-    storage.directory.mkdir(parents=True, exist_ok=True)
+    private_directory(storage.directory)
     database = Database(storage.url)
     try:
         yield database

@@ -194,6 +194,9 @@ class LimitsSection(_Section):
     max_session_idle_seconds: int | None = Field(default=86_400, ge=1)
     """A session whose client asks for nothing for so long, not even a heartbeat, is let go: its runs are saved as
     checkpoints named 'twinkle-released', with optimizer, and end."""
+    max_client_silence_seconds: float | None = Field(default=25, ge=15)
+    """A client that has sent heartbeats (the SDK's come every 10 s), or waited for results, and isn't heard of for so
+    long: its samples are stopped, and drawn again if it comes back within a quarter of an hour."""
     max_sampler_snapshots_per_run: int = Field(default=64, ge=1)
     """Snapshots without a name that a run leaves for sampling (one at each `save_weights_and_get_sampling_client`); the
     oldest go."""

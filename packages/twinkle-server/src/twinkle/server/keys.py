@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from twinkle.protocol.errors import InvalidRequest, NotFound, Unauthorized, Unavailable
 from twinkle.server.config import AuthSection, ServerConfig
 from twinkle.server.store.database import Database
+from twinkle.server.store.private import private_directory
 from twinkle.server.store.tables import ApiKey
 
 Role = Literal["user", "admin"]
@@ -88,7 +89,7 @@ def with_auth_mode(config: ServerConfig) -> ServerConfig:
     """
     if config.auth.mode is not None:
         return config
-    config.storage.directory.mkdir(parents=True, exist_ok=True)
+    private_directory(config.storage.directory)
     database = Database(config.storage.url)
     try:
         mode = "keys" if database.keys() else "open"

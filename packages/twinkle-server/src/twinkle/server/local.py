@@ -7,9 +7,11 @@ training_client = ServiceClient().create_lora_training_client(base_model="Qwen/Q
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
-from collections.abc import Coroutine
+import weakref
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -46,6 +48,23 @@ class ServiceClient(ServiceClientBase):
         """
         loaded = config if config is None or isinstance(config, ServerConfig) else load_config(config)
         super().__init__(LocalChannel(loaded), user_metadata)
+        _call_at_exit(weakref.WeakMethod(self._close_at_exit))
+
+
+def _call_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Call a method, if its object is still there, when the program's main thread has ended.
+
+    What `atexit` calls comes too late: no thread of a pool takes work any more then, and the service needs some to
+    write what it still has to. So it is called before those end, by the hook by which they end, which has no official
+    name.
+    """
+
+    def call() -> None:
+        if (bound := method()) is not None:
+            bound()
+
+    register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
+    register(call)
 
 
 class LocalChannel:

@@ -56,11 +56,13 @@ class Download:
         tenant: in whose name.
         place: a checkpoint, by its full name, or `TOKENIZER`.
         file: its name there, or `ARCHIVE` for all of them in one tar.
+        stamp: which of all checkpoints that have had this name; empty for a tokenizer.
     """
 
     tenant: str
     place: str
     file: str
+    stamp: str = ""
 
 
 TOKENIZER = "tokenizer"
@@ -114,7 +116,12 @@ class Signer:
             ) from error
 
     def download_token(self, download: Download) -> str:
-        claims = {"sub": download.tenant, "place": download.place, "file": download.file}
+        claims = {
+            "sub": download.tenant,
+            "place": download.place,
+            "file": download.file,
+            "stamp": download.stamp,
+        }
         return self._sign("download", DOWNLOAD_SECONDS, claims)
 
     def read_download(self, token: str) -> Download:
@@ -128,7 +135,9 @@ class Signer:
             raise NotFound(
                 f"this download address is not valid (any more): {error}; ask for a new one"
             ) from error
-        return Download(str(claims["sub"]), str(claims["place"]), str(claims["file"]))
+        return Download(
+            str(claims["sub"]), str(claims["place"]), str(claims["file"]), str(claims.get("stamp", ""))
+        )
 
     def _sign(self, audience: str, seconds: int, claims: dict[str, str]) -> str:
         now = int(time.time())

@@ -205,6 +205,22 @@ def test_what_cannot_be_fails_alone(engine):
     assert len(good.result(60).sequences[0].tokens) == 20
 
 
+def test_a_device_that_fails_for_good_is_told_to_everybody(engine, monkeypatch: pytest.MonkeyPatch):
+    """Also to free its memory fails then; a thread that ended of that would leave all who come waiting for ever."""
+
+    def dead(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(engine._network, "forward", dead)
+    monkeypatch.setattr(engine, "_free_memory", dead)
+    monkeypatch.setattr(engine, "_make_batch", dead)
+    for _ in range(2):
+        futures = [ask(engine, prompt, max_tokens=3) for prompt in ([1, 2], [3])]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                future.result(timeout=60)
+
+
 def test_an_error_in_one_prompt_leaves_the_others(engine, monkeypatch: pytest.MonkeyPatch):
     forward = engine._network.forward
 

@@ -75,7 +75,7 @@ class ModelConfig:
         sequence_parallel: whether the ranks that share a layer share out what lies between its matrix products, too,
             along the sequence; None is where it is needed.
         rank: this process's place in the group of ranks, below `num_ranks`.
-        rendezvous: where the ranks of the group meet, "tcp://host:port"; None where there is one rank.
+        rendezvous: where the ranks of the group meet, "tcp://host:port" or "file://path"; None where there is one rank.
     """
 
     path: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
@@ -21,6 +21,7 @@ from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
+from twinkle.server.engine.writes import Writes
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.store import tables
@@ -80,8 +81,8 @@ class AdapterKeeper:
         self._steady_clock = SteadyClock()
         self._limits = limits
         self._quota = CheckpointQuota(database, limits)
-        self._writes: dict[str, asyncio.Task[None]] = {}
-        self._drops: set[asyncio.Task[None]] = set()
+        self._writes = Writes()
+        self._drops: dict[asyncio.Task[None], str] = {}  # with the run that each is of
         self._expected: dict[
             str, asyncio.Event
         ] = {}  # checkpoints that an earlier process had not written yet
@@ -170,7 +171,7 @@ class AdapterKeeper:
                 await self._sampler_adapters.release(str(uri))
                 self._drop_behind(run)
 
-        self._write_behind(uri, write_and_release())
+        self._writes.begin(uri, run.tenant, write_and_release())
         self._no_longer_expected(uri)
 
     def expect_unnamed(self, run_id: str, seq_id: int) -> None:
@@ -235,23 +236,7 @@ class AdapterKeeper:
             else:
                 self._futures.complete(job.request_id, result(size))
 
-        self._write_behind(uri, write_and_complete())
-
-    def _write_behind(self, uri: CheckpointUri, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Start `work`, which writes or deletes `uri`, after any earlier work on the same checkpoint."""
-        previous = self._writes.get(str(uri))
-
-        async def after_previous() -> None:
-            if previous is not None:
-                await asyncio.wait({previous})
-            try:
-                await work
-            finally:
-                if self._writes.get(str(uri)) is asyncio.current_task():
-                    del self._writes[str(uri)]
-
-        task = self._writes[str(uri)] = asyncio.create_task(after_previous())
-        return task
+        self._writes.begin(uri, run.tenant, write_and_complete())
 
     async def _write(
         self, job: Job, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save
@@ -290,14 +275,14 @@ class AdapterKeeper:
         return now + seconds if seconds else None
 
     async def settled(self, run_id: str) -> None:
-        """Wait until everything that a run's requests write is written."""
-        while own := {task for name, task in self._writes.items() if uris.parse(name).run_id == run_id}:
-            await asyncio.wait(own)
+        """Wait until everything is written that a run's requests have begun to write."""
+        await self._writes.of_run(run_id)
 
     async def settle(self) -> None:
         """Wait until everything that is being written is written."""
-        while self._writes or self._drops:
-            await asyncio.wait({*self._writes.values(), *self._drops})
+        await self._writes.all()
+        while self._drops:
+            await asyncio.wait(set(self._drops))
 
     # ------------------------------------------------------------ load
 
@@ -359,11 +344,12 @@ class AdapterKeeper:
         """
         uri = uris.parse(path, field)
         await self.arrived(uri)
-        under_way = {task for name, task in self._writes.items() if uri.name == uris.parse(name).name}
-        if under_way:
-            await asyncio.wait(under_way)
         reader = tenant if token is None else self._tenant_of_key(token)
-        row = await patiently(lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True))
+        await self._writes.of(uri, reader)
+        row = await self._row(reader, uri)
+        # Whether another tenant writes is told only of what it has published.
+        if row is not None and row.tenant != reader and await self._writes.of_exactly(row.uri):
+            row = await self._row(reader, uri)
         if row is None and uri.name.startswith(tables.UNNAMED_PREFIX):
             raise NotFound(
                 f"{field}: the weights that this was made of are gone; of each run the newest "
@@ -375,6 +361,9 @@ class AdapterKeeper:
                 f"{field}: there is no checkpoint {path!r}; list_checkpoints shows those that there are"
             )
         return row
+
+    async def _row(self, reader: str, uri: CheckpointUri) -> tables.Checkpoint | None:
+        return await patiently(lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True))
 
     async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:
         return await asyncio.to_thread(self._files.read, uri, with_optimizer)
@@ -415,8 +404,8 @@ class AdapterKeeper:
     def _drop_behind(self, run: LiveRun) -> None:
         """Not within what writes a snapshot: that may be one of those that are to go."""
         task = asyncio.create_task(self._drop_old_unnamed(run))
-        self._drops.add(task)
-        task.add_done_callback(self._drops.discard)
+        self._drops[task] = run.run_id
+        task.add_done_callback(lambda done: self._drops.pop(done, None))
 
     async def _drop_old_unnamed(self, run: LiveRun) -> None:
         """Delete the oldest of a run's unnamed snapshots that are more than a run may leave."""
@@ -431,7 +420,9 @@ class AdapterKeeper:
 
     async def drop_unnamed(self, run_id: str, tenant: str) -> None:
         """Delete a run's unnamed snapshots: no one is left to sample them."""
-        await self.settle()
+        await self.settled(run_id)
+        while own := {drop for drop, of_run in self._drops.items() if of_run == run_id}:
+            await asyncio.wait(own)
         rows = await asyncio.to_thread(self._database.unnamed_checkpoints, tenant, run_id)
         for row in rows:
             await self.delete(row)
@@ -446,7 +437,7 @@ class AdapterKeeper:
             await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
             await asyncio.to_thread(self._files.delete, row.uri)
 
-        await self._write_behind(row.uri, delete_row_and_files())
+        await self._writes.begin(row.uri, row.tenant, delete_row_and_files())
 
     async def sweep(self) -> None:
         """Delete checkpoints whose time is over, if the clock is sure of that."""

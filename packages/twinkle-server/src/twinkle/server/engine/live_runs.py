@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import NotFound, Unavailable
+from twinkle.protocol.errors import Gone, NotFound, Unavailable
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_log import RunLog
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
@@ -25,6 +25,7 @@ class LiveRuns:
     def __init__(
         self,
         runs: dict[str, LiveRun],
+        lost: dict[str, LostRun],
         scheduler: Scheduler,
         futures: FutureTable,
         run_log: RunLog,
@@ -35,9 +36,11 @@ class LiveRuns:
         """
         Args:
             runs: by id; others read it.
+            lost: those that can't go on, by id.
             tokens: charged for what is queued.
         """
         self._runs = runs
+        self._lost = lost
         self._scheduler = scheduler
         self._futures = futures
         self._log = run_log
@@ -49,15 +52,26 @@ class LiveRuns:
         """
         Raises:
             NotFound: if the tenant has no such run.
+            Gone: if it is lost.
         """
+        self.check_not_lost(tenant, run_id)
         run = self._runs.get(run_id or "")
         if run is None or run.tenant != tenant:
             raise NotFound(
                 f"model_id: no live run {(run_id or '')[:200]!r}; it never was, or has ended: begin one with "
                 "create_model, or from a checkpoint with create_training_client_from_state (a run whose client was "
-                f"away for too long was saved as {RELEASED_NAME!r})"
+                f"away for too long was saved as {RELEASED_NAME!r}){self._futures.note}"
             )
         return run
+
+    def check_not_lost(self, tenant: str, run_id: str | None) -> None:
+        """
+        Raises:
+            Gone: if the tenant's run is lost.
+        """
+        lost = self._lost.get(run_id or "")
+        if lost is not None and lost.tenant == tenant:
+            raise Gone(lost.reason)
 
     def begin(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> m.Promise:
         """
@@ -98,6 +112,22 @@ class LiveRuns:
         queue.close_gaps()  # nobody is going to send what is missing
         seq_id = queue.next_free
         return self.enqueue(self._runs[run_id], seq_id, make(seq_id))
+
+    def lose(self, run_id: str, reason: str) -> None:
+        """The run can't go on: what it has queued fails for this reason, as does all that is asked of it later."""
+        run = self._runs[run_id]
+        self._lost[run_id] = LostRun(run_id, run.tenant, reason)
+        self._log.lost(self._lost[run_id])
+        first_seq_id = self._scheduler.queue(run_id).next_free
+        for job in self._scheduler.remove_run(run_id, run.tenant):
+            self._futures.complete(job.request_id, m.Failure(error=reason, category="server"))
+        self._scheduler.add_run(run_id, first_seq_id)
+        self.enqueue_last(run_id, lambda seq_id: m.UnloadModelRequest(model_id=run_id, seq_id=seq_id))
+
+    def forget_lost(self, session_id: str) -> None:
+        """Nobody asks any more for the lost runs of this session."""
+        for run_id in [run.run_id for run in self._lost.values() if run.session_id == session_id]:
+            del self._lost[run_id]
 
     def forget(self, run_id: str) -> None:
         """Take a run out of the scheduler; what it still had queued fails."""

@@ -16,7 +16,7 @@ from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.scheduling.futures import Outcome, encoded
 
 
@@ -82,7 +82,14 @@ class Ended:
     run_id: str
 
 
-Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended
+@dataclass(frozen=True)
+class Lost:
+    """A run can't go on; who asks for it is told so."""
+
+    run: LostRun
+
+
+Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
 _REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
 _JSON_OUTCOMES: dict[str, Any] = {
@@ -114,6 +121,8 @@ def encode(record: Record) -> bytes:
             values = ["D", [list(outcome) for outcome in outcomes]]
         case Ended(run_id):
             values = ["E", run_id]
+        case Lost(run):
+            values = ["L", run.run_id, run.tenant, run.reason]
     return cast("bytes", msgpack.packb(values))
 
 
@@ -131,6 +140,8 @@ def decode(payload: bytes) -> Record:
             return Done([(request_id, kind, body) for request_id, kind, body in fields[0]])
         case "E":
             return Ended(*fields)
+        case "L":
+            return Lost(LostRun(*fields))
         case _:
             raise ValueError(
                 f"the journal has a record of an unknown kind, {tag!r}: a later version wrote it"

@@ -1,11 +1,13 @@
 """What an earlier process knew, from its journal and its copies of the runs.
 
-Every run that had not ended takes requests again. What was accepted and has no outcome is queued again; what was
-computed behind a run's copy is to be computed again, in the same calls; results that were known can be fetched.
+Every run that had not ended takes requests again, but those of whose order something is missing: they are lost. What
+was accepted and has no outcome is queued again; what was computed behind a run's copy is to be computed again, in the
+same calls; results that were known can be fetched.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,14 +15,16 @@ from dataclasses import dataclass, field
 from twinkle.protocol import messages as m
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine import records
-from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Record, Rejected
+from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_files import RunFiles
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.scheduler import Scheduler
+
+log = logging.getLogger("twinkle.server")
 
 _LOST = (
     "the state of this run is lost: the server ended before the checkpoint that had been loaded into it was kept, for "
@@ -31,6 +35,10 @@ _RESULT_LOST = (
     "server's storage.root"
 )
 _RUN_ENDED = "model_id: run {} has ended"
+_HOLE = (
+    "model_id: run {} is lost: the server's record of what it had accepted was damaged on its disk, and {}; begin a "
+    "new run from its last checkpoint"
+)
 
 
 @dataclass
@@ -42,6 +50,9 @@ class Found:
         accepted: by request id, the first time that it is there whole.
         outcomes: by request id.
         calls: request ids of what was computed together, in order.
+        ended: runs that have.
+        lost: runs that an earlier process could not bring back.
+        is_damaged: records may be missing.
     """
 
     runs: dict[str, LiveRun] = field(default_factory=dict[str, LiveRun])
@@ -49,6 +60,9 @@ class Found:
     rejected: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
     outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
     calls: list[list[str]] = field(default_factory=list[list[str]])
+    ended: set[str] = field(default_factory=set[str])
+    lost: dict[str, LostRun] = field(default_factory=dict[str, LostRun])
+    is_damaged: bool = False
 
     def add(self, record: Record) -> None:
         match record:
@@ -68,6 +82,9 @@ class Found:
                 self.calls.append([request_id for request_id, _, _ in new])
             case Ended(run_id):
                 self.runs.pop(run_id, None)
+                self.ended.add(run_id)
+            case Lost(run):
+                self.lost[run.run_id] = run
 
     def succeeded(self, request_id: str) -> bool:
         outcome = self.outcomes.get(request_id)
@@ -79,10 +96,12 @@ class Restore:
     """Where it all goes. Called on the event loop of these, before anything else is asked of them.
 
     Attributes:
+        lost: the runs that can't go on, by id.
         loss_of: the custom loss of a pass, if it names one.
     """
 
     runs: dict[str, LiveRun]
+    lost: dict[str, LostRun]
     scheduler: Scheduler
     futures: FutureTable
     snapshots: Snapshots
@@ -94,20 +113,66 @@ class Restore:
         """Returns the calls that are to be made again, in order."""
         by_run: dict[str, dict[int, Accepted]] = {}
         for record in found.accepted.values():
+            if record.run_id is not None:
+                by_run.setdefault(record.run_id, {})[record.seq_id] = record
+        stored = {run_id: self._stored(run_id) for run_id in found.runs}
+        self._tell_lost(found, by_run, stored)
+        for record in found.accepted.values():
             self.futures.create(record.tenant, record.run_id, record.request_id, record.tokens)
             if (outcome := found.outcomes.get(record.request_id)) is not None:
                 self.futures.restore(record.request_id, outcome)
+            elif record.run_id in self.lost:
+                self._fail(record, self.lost[record.run_id].reason, "server")
             elif record.run_id is not None and record.run_id not in found.runs:
                 self._fail(record, _RUN_ENDED.format(record.run_id), "user")
-            if record.run_id in found.runs:
-                by_run.setdefault(record.run_id, {})[record.seq_id] = record
         again = {
-            run.run_id: await self._apply_run(run, by_run.get(run.run_id, {}), found)
+            run.run_id: await self._apply_run(run, by_run.get(run.run_id, {}), found, stored[run.run_id])
             for run in list(found.runs.values())
         }
         return list(in_order(found.calls, again))
 
-    async def _apply_run(self, run: LiveRun, accepted: dict[int, Accepted], found: Found) -> deque[Job]:
+    def _stored(self, run_id: str) -> int | None:
+        """The newest copy of a run that can be gone on from."""
+        numbers = self.files.numbers(run_id)
+        while len(numbers) > 1 and not self.files.is_whole(run_id, numbers[-1]):
+            self.files.delete(
+                run_id, numbers.pop()
+            )  # what the older one lacks is computed again, if it is known
+        return numbers[-1] if numbers else None
+
+    def _tell_lost(
+        self, found: Found, by_run: dict[str, dict[int, Accepted]], stored: dict[str, int | None]
+    ) -> None:
+        """Take the runs out of `found` that can't go on."""
+        self.lost.update(found.lost)
+        for run in list(found.runs.values()):
+            accepted = by_run.get(run.run_id, {})
+            copied = stored[run.run_id]
+            if not accepted and copied is None:
+                del found.runs[run.run_id]  # nobody was told of it
+                continue
+            # What was written without its body was in a copy.
+            known = {seq_id for seq_id, record in accepted.items() if record.body or seq_id <= (copied or 0)}
+            known.update(found.rejected.get(run.run_id, ()))
+            missing = _first_missing(accepted, known, copied, found)
+            if missing is not None and run.run_id not in self.lost:
+                reason = _HOLE.format(run.run_id, f"its request {missing} is missing")
+                self.lost[run.run_id] = LostRun(run.run_id, run.tenant, reason)
+        for run_id, accepted in by_run.items():
+            some = next(iter(accepted.values()))
+            is_unknown = run_id not in found.runs and run_id not in found.ended and run_id not in self.lost
+            # Of those that end it is always written later than what they did.
+            if is_unknown and any(record.body for record in accepted.values()):
+                reason = _HOLE.format(run_id, "its beginning is missing")
+                self.lost[run_id] = LostRun(run_id, some.tenant, reason)
+        for run_id in self.lost:
+            found.runs.pop(run_id, None)
+            if run_id not in found.lost:
+                log.error("%s", self.lost[run_id].reason)
+
+    async def _apply_run(
+        self, run: LiveRun, accepted: dict[int, Accepted], found: Found, stored: int | None
+    ) -> deque[Job]:
         """Bring back one run; returns what is to be done again before anything else is done of it, in order.
 
         That is what was computed behind its copy, and what had no outcome though later requests had one: saves are
@@ -116,10 +181,8 @@ class Restore:
         again: deque[Job] = deque()
         run_id = run.run_id
         done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
-        numbers = self.files.numbers(run_id)
-        stored = numbers[-1] if numbers else None
         # Without an outcome of any request its adapter was not made, or is made once more.
-        last = max([*done, stored or 0]) if done else -1
+        last = max([*done, stored or 0]) if done or stored is not None else -1
         self.runs[run_id] = run
         if last >= 0:
             self.snapshots.begin(run, stored)
@@ -171,6 +234,20 @@ class Restore:
     def _fail(self, record: Accepted, error: str, category: str) -> None:
         failure = m.Failure(error=error, category=category)  # pyright: ignore[reportArgumentType]
         self.futures.restore(record.request_id, failure)
+
+
+def _first_missing(
+    accepted: dict[int, Accepted], known: set[int], stored: int | None, found: Found
+) -> int | None:
+    """The first request of a run that it had behind its copy, and of which nothing is known.
+
+    What was done was done in order, so nothing before it may be missing. What comes behind may be late; but not where
+    records are missing: then its client may have been told that it was accepted.
+    """
+    done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
+    last = max(known if found.is_damaged else done, default=-1)
+    first = 0 if stored is None else stored + 1
+    return next((seq_id for seq_id in range(first, last + 1) if seq_id not in known), None)
 
 
 def _outcome_of(record: Accepted) -> Outcome:

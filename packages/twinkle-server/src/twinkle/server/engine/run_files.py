@@ -2,15 +2,18 @@
 
     ROOT/RUN/N.safetensors    the state after the run's request N: `weights.{name}`, `exp_avg.{name}`,
                               `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; what else there is to an
-                              `AdapterState` is JSON in the metadata
+                              `AdapterState` is JSON in the metadata, and so is the SHA-256 of all of it
 
-A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen is whole.
+A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen was written whole;
+the checksum tells whether it still is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -24,6 +27,8 @@ from safetensors import numpy as safetensors_numpy
 from twinkle.protocol.errors import ServerFault, words_of
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+
+log = logging.getLogger("twinkle.server")
 
 _SUFFIX = ".safetensors"
 
@@ -57,7 +62,9 @@ class RunFiles:
             for name, matrix in matrices.items()
         }
         try:
-            safetensors_numpy.save_file(arrays, partial, metadata={"state": json.dumps(rest)})
+            text = json.dumps(rest)
+            metadata = {"state": text, "sha256": _checksum(text, kinds)}
+            safetensors_numpy.save_file(arrays, partial, metadata=metadata)
             _flush(partial)
             os.replace(partial, self._path(run_id, number))
             _flush(directory)
@@ -68,11 +75,12 @@ class RunFiles:
         """What was written, to the bit.
 
         Raises:
-            ServerFault: if the file can't be read.
+            ServerFault: if the file can't be read, or isn't what was written.
         """
         try:
             with cast("Any", safe_open)(self._path(run_id, number), framework="numpy") as file:
-                rest = cast("dict[str, Any]", json.loads(file.metadata()["state"]))
+                metadata = file.metadata()
+                rest = cast("dict[str, Any]", json.loads(metadata["state"]))
                 kinds = {
                     kind: {
                         name: cast("Float32Array", file.get_tensor(f"{kind}.{name}"))
@@ -80,6 +88,9 @@ class RunFiles:
                     }
                     for kind in rest["kinds"]
                 }
+            # Files of earlier versions have no checksum.
+            if metadata.get("sha256", checksum := _checksum(metadata["state"], kinds)) != checksum:
+                raise ValueError("it differs from its checksum: the disk has changed it")
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ServerFault(
                 f"the state of run {run_id} can't be read from the disk ({words_of(error)}); begin a new run from "
@@ -95,6 +106,18 @@ class RunFiles:
             optimizer,
             kinds.get("gradients"),
         )
+
+    def is_whole(self, run_id: str, number: int) -> bool:
+        """Whether a file is what was written."""
+        try:
+            self.read(run_id, number)
+        except ServerFault as error:
+            log.error("%s", error.message)
+            return False
+        return True
+
+    def delete(self, run_id: str, number: int) -> None:
+        self._path(run_id, number).unlink(missing_ok=True)
 
     def numbers(self, run_id: str) -> list[int]:
         """Of the files that there are of a run, rising."""
@@ -119,6 +142,16 @@ class RunFiles:
 
     def _path(self, run_id: str, number: int) -> Path:
         return self._root / run_id / f"{number}{_SUFFIX}"
+
+
+def _checksum(state: str, kinds: dict[str, dict[str, Float32Array]]) -> str:
+    """Of what is not a matrix, and of all matrices in their order, each with its name and shape."""
+    digest = hashlib.sha256(state.encode())
+    for kind, matrices in kinds.items():
+        for name, matrix in matrices.items():
+            digest.update(f"{kind}.{name}{matrix.shape}{matrix.dtype}".encode())
+            digest.update(np.ascontiguousarray(matrix).data)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

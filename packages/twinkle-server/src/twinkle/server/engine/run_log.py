@@ -16,8 +16,8 @@ from dataclasses import replace
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
 from twinkle.server.engine import records
-from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Record, Rejected
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job
@@ -40,14 +40,23 @@ class RunLog:
         runs: Mapping[str, LiveRun],
         futures: FutureTable,
         snapshots: Snapshots,
+        lost: Mapping[str, LostRun],
     ) -> None:
+        """
+        Args:
+            lost: runs that can't go on, by id.
+        """
         self._journal: Journal | None = None
         self._runs = runs
         self._futures = futures
         self._snapshots = snapshots
+        self._lost = lost
+        self._damaged: set[int] = set()  # segments that were found so
         self._latest: dict[int, dict[str, int]] = {}  # segment -> run -> its last request in there
         self._sealed_since: dict[int, float] = {}
         self._is_full = False
+        # One that was damaged since: what it said is in memory here, and the next process is to see that it is missing.
+        self._unknown_damage: int | None = None
         futures.keep = self.done
 
     def open(self, journal: Journal) -> None:
@@ -55,9 +64,17 @@ class RunLog:
         self._journal = journal
         self._futures.encodes = True
 
-    def read_earlier(self, journal: Journal) -> list[tuple[int, Record]]:
-        """All that earlier processes wrote, with its segments, oldest first. Blocking."""
-        return [(segment, record) for segment in journal.earlier for record in _read(journal, segment)]
+    def read_earlier(self, journal: Journal) -> tuple[list[tuple[int, Record]], bool]:
+        """All that earlier processes wrote, with its segments, oldest first, and whether any of it may be missing.
+        Blocking.
+        """
+        read: list[tuple[int, Record]] = []
+        for segment in journal.earlier:
+            found = journal.examine(segment)
+            if found.is_damaged:
+                self._damaged.add(segment)
+            read += ((segment, records.decode(payload)) for payload in found.payloads)
+        return read, bool(self._damaged)
 
     # ------------------------------------------------------------ what happens
 
@@ -99,6 +116,9 @@ class RunLog:
 
     def ended(self, run_id: str) -> None:
         self._try(Ended(run_id))
+
+    def lost(self, run: LostRun) -> None:
+        self._try(Lost(run))
 
     async def answered(self) -> None:
         """Wait until what was accepted may be answered."""
@@ -145,7 +165,7 @@ class RunLog:
         Args:
             max_resting: so many of the newest are left alone for a while.
         """
-        if self._journal is None:
+        if self._journal is None or self._unknown_damage is not None:
             return
         sealed, now = self._journal.sealed(), time.monotonic()
         self._sealed_since = {segment: self._sealed_since.get(segment, now) for segment in sealed}
@@ -157,8 +177,12 @@ class RunLog:
                 self._snapshots.hurry(run_id)
             if waited_for:
                 return
-            for record in await asyncio.to_thread(_read, self._journal, segment):
-                self._keep_if_needed(record)
+            found = await asyncio.to_thread(self._journal.examine, segment)
+            if found.is_damaged and segment not in self._damaged:
+                self._unknown_damage = segment
+                return
+            for payload in found.payloads:
+                self._keep_if_needed(records.decode(payload))
             await self._journal.answered()
             self._journal.delete(segment)
             self._latest.pop(segment, None)
@@ -183,7 +207,9 @@ class RunLog:
             case Begun(run) if run.run_id in self._runs:
                 self._append(record)
             case Accepted(request_id=request_id):
-                is_on_disk = record.run_id is None or record.seq_id <= self._snapshots.stored(record.run_id)
+                # Of a run without a copy its creation is all that there is.
+                stored = self._snapshots.stored(record.run_id or "")
+                is_on_disk = record.run_id is None or 0 < stored >= record.seq_id
                 is_pending = self._futures.is_pending(request_id)
                 if is_pending or not is_on_disk and record.run_id in self._runs:
                     self._rewrite(record)
@@ -192,6 +218,8 @@ class RunLog:
             case Rejected(run_id, seq_id):
                 if run_id in self._runs and seq_id > self._snapshots.stored(run_id):
                     self._append(record)
+            case Lost(run) if run.run_id in self._lost:
+                self._append(record)
             case Done(outcomes):
                 known = [outcome for outcome in outcomes if self._futures.is_known(outcome[0])]
                 if known:
@@ -207,7 +235,3 @@ class RunLog:
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
-
-
-def _read(journal: Journal, segment: int) -> list[Record]:
-    return [records.decode(payload) for payload in journal.read(segment)]

@@ -1,4 +1,4 @@
-"""The training runs whose adapters are on the worker."""
+"""The training runs that take requests, and those that can take none any more."""
 
 from dataclasses import dataclass
 
@@ -14,3 +14,20 @@ class LiveRun:
     session_id: str
     base_model: str
     spec: AdapterSpec
+
+
+@dataclass(frozen=True)
+class LostRun:
+    """A run that was live, and whose state or order can't be known any more.
+
+    Attributes:
+        reason: what is said to whoever asks for it.
+    """
+
+    run_id: str
+    tenant: str
+    reason: str
+
+    @property
+    def session_id(self) -> str:
+        return self.run_id.rpartition(":train:")[0]

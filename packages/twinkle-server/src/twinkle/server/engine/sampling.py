@@ -6,10 +6,11 @@ Samples have no order between them; the sampling engine batches those of all ten
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -31,11 +32,37 @@ from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, Outcome,
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
+log = logging.getLogger("twinkle.server")
+
 # How many accepted samples are remembered for retries of the same (sampling session, seq_id).
 MAX_REMEMBERED = 65_536
 
 # The sequence ids of the n-th client that joined a sampling session begin at n times this.
 IDS_OF_A_CLIENT = 1_000_000_000
+
+
+_AWAY = (
+    "the sample was stopped: its client sent no heartbeat and asked for nothing for a quarter of an hour; send the "
+    "request again"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """One that was accepted and has not ended, with the task that sees it through, or did until it was paused."""
+
+    sampler: tables.Sampler
+    request: m.SampleRequest
+    targets: TensorData | SparseTensor | None
+    task: asyncio.Task[None]
+
+    @property
+    def tenant(self) -> str:
+        return self.sampler.tenant
+
+    @property
+    def session_id(self) -> str:
+        return self.sampler.session_id
 
 
 class SampleRunner:
@@ -64,8 +91,10 @@ class SampleRunner:
         self._charge = charge
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
-        # request id -> tenant, session, its task
-        self._under_way: dict[str, tuple[str, str, asyncio.Task[None]]] = {}
+        self._under_way: dict[str, _Sample] = {}
+        self._paused: dict[str, _Sample] = {}
+        # Those that are stopped, and whose samples are not over.
+        self._pausing: set[asyncio.Task[None]] = set()
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest) -> m.Promise | None:
@@ -98,10 +127,24 @@ class SampleRunner:
             targets: the request's `target_prompt_logprobs`, decoded and checked.
         """
         self._remember(request, request_id)
-        task = asyncio.create_task(self._run(request_id, sampler, request, targets))
-        self._under_way[request_id] = (sampler.tenant, sampler.session_id, task)
-        task.add_done_callback(lambda _task: self._under_way.pop(request_id, None))
+        self._start(request_id, sampler, request, targets)
         return _promise(request_id, request)
+
+    def _start(
+        self,
+        request_id: str,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        targets: TensorData | SparseTensor | None,
+    ) -> None:
+        task = asyncio.create_task(self._run(request_id, sampler, request, targets))
+        sample = self._under_way[request_id] = _Sample(sampler, request, targets, task)
+
+        def ended(_task: object) -> None:
+            if self._under_way.get(request_id) is sample:
+                del self._under_way[request_id]
+
+        task.add_done_callback(ended)
 
     def restore(
         self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, outcome: Outcome
@@ -125,25 +168,75 @@ class SampleRunner:
 
     def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
-        owner, _, task = self._under_way.get(request_id, ("", "", None))
-        if task is None or owner != tenant:
+        if self.session_of(tenant, request_id) is None:
             return
         failure = m.Failure(error="the sample was cancelled by its client", category="user")
+        self._end(request_id, failure)
+
+    def _end(self, request_id: str, failure: m.Failure) -> None:
+        """A sample that is under way, or paused, fails."""
         self._futures.complete(request_id, failure)
-        task.cancel()
+        paused = self._paused.pop(request_id, None)
+        if paused is not None:
+            self._note_end(paused.sampler, paused.request, request_id, is_failure=True)
+        else:
+            self._stop(request_id)
+
+    def _stop(self, request_id: str) -> None:
+        """Draw no more of a sample."""
+        self._under_way[request_id].task.cancel()
         cancelling = asyncio.create_task(self._worker.cancel(request_id))
         self._cancelling.add(cancelling)
         cancelling.add_done_callback(self._cancelling.discard)
 
     def cancel_all(self, session_id: str) -> None:
         """Stop all samples of a session: nobody is left to wait for them."""
-        for request_id, (tenant, of_session, _) in list(self._under_way.items()):
-            if of_session == session_id:
-                self.cancel(tenant, request_id)
+        for request_id, sample in [*self._under_way.items(), *self._paused.items()]:
+            if sample.session_id == session_id:
+                self.cancel(sample.tenant, request_id)
+
+    # ------------------------------------------------------------ clients that are away
+
+    def session_of(self, tenant: str, request_id: str) -> str | None:
+        """Of a tenant's sample that has not ended; None if it has, is unknown or another's."""
+        sample = self._under_way.get(request_id) or self._paused.get(request_id)
+        return sample.session_id if sample is not None and sample.tenant == tenant else None
+
+    def sessions(self) -> set[str]:
+        """Those with samples that have not ended."""
+        return {sample.session_id for sample in (*self._under_way.values(), *self._paused.values())}
+
+    def pause(self, session_id: str) -> None:
+        """Stop a session's samples; they are still promised, and `go_on` draws them anew."""
+        stopped = [name for name, sample in self._under_way.items() if sample.session_id == session_id]
+        for request_id in stopped:
+            self._paused[request_id] = self._under_way[request_id]
+            task = self._under_way[request_id].task
+            self._pausing.add(task)
+            task.add_done_callback(self._pausing.discard)
+            self._stop(request_id)
+            del self._under_way[request_id]
+        if stopped:
+            log.info("%d samples of session %s stopped: its client is gone", len(stopped), session_id)
+
+    def go_on(self, session_id: str) -> None:
+        """Draw a session's samples that were paused."""
+        if not self._paused:
+            return
+        for request_id, sample in list(self._paused.items()):
+            if sample.session_id == session_id:
+                del self._paused[request_id]
+                self._start(request_id, sample.sampler, sample.request, sample.targets)
+
+    def give_up(self, session_id: str) -> None:
+        """The samples that were paused fail: their client has been away for too long."""
+        for request_id, sample in list(self._paused.items()):
+            if sample.session_id == session_id:
+                self._end(request_id, m.Failure(error=_AWAY, category="server"))
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        tasks = [task for *_, task in self._under_way.values()]
+        tasks = [sample.task for sample in self._under_way.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._cancelling, return_exceptions=True)
@@ -156,6 +249,7 @@ class SampleRunner:
         targets: TensorData | SparseTensor | None,
     ) -> None:
         is_failure = True
+        is_over = True
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
             # Large ones not on the event loop, which would keep all others waiting.
@@ -165,6 +259,9 @@ class SampleRunner:
             self._record(sampler, request, response)
             is_failure = False
         except asyncio.CancelledError:
+            if asyncio.current_task() in self._pausing:
+                is_over = False
+                raise
             stopped = m.Failure(
                 error="the sampling engine stopped before the sample was done", category="server"
             )
@@ -173,7 +270,8 @@ class SampleRunner:
         except Exception as error:
             self._futures.complete(request_id, to_failure(error, f"sample {request.seq_id} of {sampler.id}"))
         finally:
-            self._note_end(sampler, request, request_id, is_failure)
+            if is_over:
+                self._note_end(sampler, request, request_id, is_failure)
 
     def _record(self, sampler: tables.Sampler, request: m.SampleRequest, response: SampleResponse) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)

@@ -21,6 +21,7 @@ from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import downloads, errors, openapi, operations
 from twinkle.server.gateway.bodies import Bodies, check_json
+from twinkle.server.gateway.hang_ups import while_connected
 from twinkle.server.gateway.headers import SecurityHeaders
 from twinkle.server.gateway.intake import Intake
 from twinkle.server.gateway.port import ServicePort
@@ -33,6 +34,8 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 # Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
 LONG_POLL_SECONDS = 25.0
+# For so long at its beginning nobody looks whether its client has hung up.
+_UNWATCHED_SECONDS = 1.0
 
 # Results larger than this are announced first to clients that ask for it: they fetch them when they have room.
 INLINE_BYTES = 2**20
@@ -143,7 +146,9 @@ def _query(
         query = await doorkeeper.with_access(query)
         reply = await doorkeeper.answer(request, query)
         if reply is None:
-            reply = await service.ask(await doorkeeper.asked_of(request, tenant, query), query)
+            asking = service.ask(await doorkeeper.asked_of(request, tenant, query), query)
+            is_long = isinstance(query, m.RetrieveFuturesRequest)
+            reply = await (while_connected(request, asking) if is_long else asking)
         if isinstance(reply, m.ExternalWeightsUrls):
             reply = downloads.with_base(reply, request, public_url)
         return Response(codec.encode_json(reply), media_type=JSON)
@@ -162,7 +167,7 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, bodies: Bodie
         check_json(body, m.RetrieveFutureRequest)
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
         most = INLINE_BYTES if wanted.allow_metadata_only else None
-        outcome = await service.fetch(tenant, wanted.request_id, LONG_POLL_SECONDS, most)
+        outcome = await _fetch(service, tenant, wanted.request_id, request, most)
         if isinstance(outcome, Encoded) and _wants_json(request):
             size, in_json = len(outcome.body), functools.partial(results.result_as_json, outcome)
             return Response(await bodies.do(tenant, size, in_json), media_type=JSON)
@@ -175,6 +180,20 @@ def _wants_json(request: Request) -> bool:
     """Whether the client reads JSON and no protobuf; one that says nothing of either reads both."""
     accepted = request.headers.get("accept", "")
     return JSON in accepted and PROTOBUF not in accepted and "*/*" not in accepted
+
+
+async def _fetch(
+    service: ServicePort, tenant: str, request_id: str, request: Request, most_bytes: int | None
+) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    """As `ServicePort.fetch`, for as long as the client of `request` waits.
+
+    Whether it still does is looked at for what is not there soon alone: that costs a task.
+    """
+    outcome = await service.fetch(tenant, request_id, _UNWATCHED_SECONDS, most_bytes)
+    if isinstance(outcome, m.Pending):
+        longer = service.fetch(tenant, request_id, LONG_POLL_SECONDS - _UNWATCHED_SECONDS, most_bytes)
+        outcome = await while_connected(request, longer)
+    return outcome
 
 
 async def _result(service: ServicePort, tenant: str, request_id: str) -> Response:

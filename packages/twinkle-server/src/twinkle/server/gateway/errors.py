@@ -60,9 +60,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _reply(error.status_code, message, "user", error.headers)
 
 
-async def _gone(_request: Request, _error: Exception) -> Response:
-    """The client hung up while it sent its request: nobody reads this."""
-    return Response(status_code=400)
+async def _hung_up(_request: Request, _error: Exception) -> Response:
+    """Nobody is there to read it, and nothing went wrong here."""
+    return Response(status_code=499)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
@@ -92,7 +92,7 @@ def _reply(status: int, message: str, category: str, headers: object = None) -> 
 HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     TwinkleError: _twinkle_error,
     HTTPException: _http_error,
-    ClientDisconnect: _gone,
+    ClientDisconnect: _hung_up,
     Exception: _unexpected,
 }
 """Makes an application answer every error in the one form."""

@@ -79,6 +79,8 @@ class FutureTable:
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
+        self.note = ""
+        """What else is said to whoever asks for a future that is not known."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -175,6 +177,7 @@ class FutureTable:
             raise NotFound(
                 f"request_id: {request_id[:80]!r} is not known here; results are kept for "
                 f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and for a day where nobody came"
+                f"{self.note}"
             )
         if entry.outcome is None:
             try:

@@ -65,6 +65,12 @@ class RunQueue:
         return self._next
 
     @property
+    def missing(self) -> int | None:
+        """The `seq_id` that has not arrived, though later ones wait for it."""
+        is_waiting = self._waiting and self._held is None and self._back is None
+        return self._next if is_waiting and self._next not in self._waiting else None
+
+    @property
     def next_free(self) -> int:
         return max(self._waiting, default=self._next - 1) + 1
 

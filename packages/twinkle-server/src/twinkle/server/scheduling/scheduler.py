@@ -65,6 +65,9 @@ class Scheduler:
             self._leaves(job)
         return drained
 
+    def has_run(self, run_id: str) -> bool:
+        return run_id in self._queues
+
     def queue(self, run_id: str) -> RunQueue:
         return self._queues[run_id]
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,9 +23,15 @@ from twinkle.protocol.errors import ServerFault, TwinkleError
 from twinkle.server.config import ServerConfig
 from twinkle.server.keys import with_auth_mode
 from twinkle.server.plan import Plan, make_plan
+from twinkle.server.serve.ray_place import ray_directory
 from twinkle.server.serve.supervised import Supervised, say
 
 log = logging.getLogger("twinkle.server")
+
+# Before this one there are no tokens.
+_RAY_WITH_TOKENS = [2, 52]
+# How Ray says that something of it took too long.
+_BUSY = re.compile("time(d )?out|within|deadline", re.IGNORECASE)
 
 _LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
@@ -34,6 +42,7 @@ _LOOKS = 2
 
 def main() -> int:
     """Serve until the supervisor, or a signal, asks for the end; the exit code."""
+    os.umask(0o077)  # what it writes is for its user alone
     supervised = Supervised(int(sys.argv[1]))
     ready, stop, over = threading.Event(), threading.Event(), threading.Event()
 
@@ -121,24 +130,54 @@ def _start(plan: Plan) -> None:
         raise ServerFault(f"the server could not start: {failure.message}")
 
 
+def _check_ray() -> None:
+    """
+    Raises:
+        ServerFault: if this Ray would run code for whoever reaches its ports.
+    """
+    numbers = [int(number) for number in re.findall(r"\d+", ray.__version__)[:2]]
+    if numbers < _RAY_WITH_TOKENS:
+        raise ServerFault(
+            f"ray {ray.__version__} asks nobody for a token; install ray>={'.'.join(map(str, _RAY_WITH_TOKENS))}"
+        )
+    raylet = cast(Any, import_module("ray._raylet"))
+    if raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
+        raise ServerFault(
+            f"ray {ray.__version__} does not ask for a token, though RAY_AUTH_MODE is token; install another version"
+        )
+
+
 def _start_ray(plan: Plan) -> None:
+    _check_ray()
     # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's processes give way to all others of the machine, unless told that they are what it is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
+            address="local",  # whatever cluster there is
             num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
             num_gpus=plan.num_ranks * plan.gpus_per_rank,
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=True,
+            _temp_dir=str(ray_directory()),
         )
     except Exception as error:
-        raise ServerFault(
-            f"Ray could not be started on this machine ({type(error).__name__}: {error}); its processes have half a "
-            "minute, which may be too little while other programs keep the machine busy"
-        ) from error
+        said = f"Ray could not be started on this machine ({type(error).__name__}: {error})"
+        if _BUSY.search(str(error)):
+            said += "; its processes have half a minute, which may be too little while others keep the machine busy"
+        raise ServerFault(said) from error
+    _warn_of_open_ports()
+
+
+def _warn_of_open_ports() -> None:
+    others = {host for host, _port in _ray_addresses().values() if not ipaddress.ip_address(host).is_loopback}
+    if others:
+        say(
+            f"WARNING: Ray listens on {', '.join(sorted(others))}, not on this machine's loopback alone. It asks for a "
+            "token; keep its ports behind a firewall all the same."
+        )
 
 
 def _cause() -> str:

@@ -18,6 +18,7 @@ from twinkle.protocol.errors import TwinkleError, Unavailable
 from twinkle.protocol.results import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
+from twinkle.server.serve.loopback import keep_grpc_local
 from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.tokens import Download
 
@@ -52,6 +53,7 @@ class EngineDeployment:
             placement: where the ranks go.
             ranks: the first of them, which were started beside Serve.
         """
+        keep_grpc_local()
         self._start_failure: TwinkleError | None = None
         try:
             await self._start(plan, placement, ranks)
@@ -126,6 +128,7 @@ class GatewayDeployment:
     """Reads and writes HTTP beside the engine, on the same port."""
 
     async def __init__(self, engine: DeploymentHandle[Any], config: ServerConfig) -> None:  # Serve awaits it
+        keep_grpc_local()
         # The engine listens last of all, when it is ready: nobody is to be answered before.
         await cast(Any, engine).start_failure.remote()
         self._http = await listen(HandleService(engine), config)

@@ -18,8 +18,16 @@ from twinkle.server.serve.calls import Call
 # When one rank has failed, the others either fail likewise or wait for it in vain.
 GRACE_SECONDS = 10.0
 
-# Errors after which a process can't compute any more, though it lives: PyTorch has them as plain RuntimeErrors.
-_BEYOND_REPAIR = ("CUDA error", "NCCL", "gloo")
+# Errors after which a process can't compute any more, though it lives: PyTorch has them as RuntimeErrors.
+_BEYOND_REPAIR = (
+    "CUDA error",
+    "HIP error",
+    "cuDNN error",
+    "CUBLAS_STATUS",
+    "device-side assert",
+    "NCCL",
+    "gloo",
+)
 
 
 class RankProcess(Protocol):
@@ -92,11 +100,27 @@ class Generation:
     async def first_rank(self, method: str, *args: Any) -> Any:
         """
         Raises:
-            WorkerLost: if the group is lost.
-            Exception: what the rank raised.
+            WorkerLost: if the group is lost, or the rank can't compute any more.
+            Exception: what else the rank raised.
         """
         self._check()
-        return await self._call(0, Call(method, args))
+        try:
+            return await self._call(0, Call(method, args))
+        except Exception as error:
+            self.check_device(method, error)
+            raise
+
+    def check_device(self, method: str, error: Exception) -> None:
+        """
+        Args:
+            error: of the first rank's sampler.
+
+        Raises:
+            WorkerLost: if its process can't compute any more: who trains on that device can't either, and it has to be
+                started anew with the others.
+        """
+        if _is_beyond_repair(error):
+            raise self._lose(f"{method}: rank 0 failed with {type(error).__name__}: {error}") from error
 
     def end(self) -> None:
         """End the processes, without asking them."""
@@ -167,7 +191,7 @@ def _look_at(call: asyncio.Task[Any]) -> None:
 
 
 def _is_beyond_repair(error: BaseException) -> bool:
-    return not isinstance(error, TwinkleError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
 
 
 def _outcome(call: asyncio.Task[Any], error: BaseException | None) -> str:

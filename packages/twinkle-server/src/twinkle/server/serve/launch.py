@@ -14,6 +14,7 @@ import time
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
+from twinkle.server.serve.ray_place import ray_environment
 from twinkle.server.serve.supervised import say
 from twinkle.server.serve.supervisor import Supervisor
 from twinkle.server.serve.tls import check_tls
@@ -53,6 +54,7 @@ class TwinkleServer:
             _COMMAND,
             self.config.model_dump_json(),
             check=self._check,
+            surroundings=ray_environment,
             on_ready=lambda configuration: say(_ready_lines(ServerConfig.model_validate_json(configuration))),
         ).run()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
+import tempfile
 from typing import cast
 
 import ray
@@ -26,6 +26,7 @@ from twinkle.server.backends.protocol import (
 from twinkle.server.engine.worker import LocalWorker, Trained, build_worker
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.calls import Address, listen
+from twinkle.server.serve.ray_place import place
 
 
 class Rank:
@@ -66,10 +67,8 @@ class Rank:
         await asyncio.Event().wait()
 
     async def find_rendezvous(self) -> str:
-        """Where the group can meet: a free port of this rank's machine."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        """Where the group can meet, all of which is on this machine: a file that no other user can get at."""
+        return f"file://{tempfile.mkdtemp(prefix='twinkle-', dir=place())}/meeting"
 
     async def start(self, config: ModelConfig, backend: str, sampler: str) -> tuple[BaseModelInfo, LossSpecs]:
         """Load the model. (Not in the constructor: an error there would reach nobody as what it is.)"""

@@ -181,6 +181,7 @@ class RankGroup:
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
         error = await self._generation.all_ranks("publish", adapter_id, sampler_adapter_id)
         if error is not None:
+            self._generation.check_device("publish", error)
             raise error
 
     async def close(self) -> None:

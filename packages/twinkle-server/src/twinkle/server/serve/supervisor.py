@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Self
@@ -68,7 +69,9 @@ class StopSignals:
 class _Life:
     """One process of the program, and what it has reported."""
 
-    def __init__(self, command: Sequence[str], configuration: str) -> None:
+    def __init__(
+        self, command: Sequence[str], configuration: str, environment: dict[str, str] | None
+    ) -> None:
         """
         Raises:
             ServerFault: if the system starts no process.
@@ -87,6 +90,7 @@ class _Life:
                     [*command, str(number)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=(number,),
+                    env=environment,
                     start_new_session=True,
                 )
             except OSError as error:
@@ -139,6 +143,7 @@ class Supervisor:
         *,
         check: Callable[[], None],
         on_ready: Callable[[str], None],
+        surroundings: Callable[[], AbstractContextManager[dict[str, str] | None]] = nullcontext,
         pauses: Sequence[float] = _PAUSES,
         steady_seconds: float = _STEADY_SECONDS,
         stop_seconds: float = _STOP_SECONDS,
@@ -148,6 +153,8 @@ class Supervisor:
             command: of the program; the number of its line's descriptor is added.
             check: called before each start; raises a `TwinkleError` if there is no use in it.
             on_ready: called each time the program is ready, with the configuration that it reports.
+            surroundings: entered for each process of the program: the environment that it gets, this process's own if
+                None.
             pauses: seconds before a further start, by how many have come to nothing; the last one from then on.
             steady_seconds: after so long of being ready, `pauses` begin anew.
             stop_seconds: how long the program may take to end in order.
@@ -156,6 +163,7 @@ class Supervisor:
         self._configuration = configuration
         self._check = check
         self._on_ready = on_ready
+        self._surroundings = surroundings
         self._pauses = pauses
         self._steady_seconds = steady_seconds
         self._stop_seconds = stop_seconds
@@ -186,11 +194,12 @@ class Supervisor:
         Raises:
             TwinkleError: if it ended before it was ready.
         """
-        life = _Life(self._command, self._configuration)
-        try:
-            self._follow(life, signals)
-        finally:
-            code = life.end(self._stop_seconds if life.error or signals.asked else 1.0)
+        with self._surroundings() as environment:
+            life = _Life(self._command, self._configuration, environment)
+            try:
+                self._follow(life, signals)
+            finally:
+                code = life.end(self._stop_seconds if life.error or signals.asked else 1.0)
         if life.ready is not None:
             if time.monotonic() - life.ready_at >= self._steady_seconds:
                 self._tries = 0

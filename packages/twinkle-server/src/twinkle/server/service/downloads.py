@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
-from twinkle.protocol.errors import NotFound
+from twinkle.protocol.errors import NotFound, ServerFault
 from twinkle.server.service.metadata import iso
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.database import Database
 from twinkle.server.tokens import ARCHIVE, DOWNLOAD_SECONDS, TOKENIZER, Download, Signer
 
 # What a tokenizer is loaded from, by Transformers or by `tokenizers`.
@@ -33,12 +35,15 @@ TOKENIZER_FILES = (
 class Downloads:
     """Addresses of files, and what is behind them. Without a signer (local mode) addresses are file:// ones."""
 
-    def __init__(self, files: CheckpointFiles, model_path: Path | None, signer: Signer | None) -> None:
+    def __init__(
+        self, files: CheckpointFiles, database: Database, model_path: Path | None, signer: Signer | None
+    ) -> None:
         """
         Args:
             model_path: where the base model's tokenizer is, if it has one.
         """
         self._files = files
+        self._database = database
         self._model_path = model_path
         self._signer = signer
 
@@ -46,11 +51,11 @@ class Downloads:
 
     def checkpoint(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
         """An address for each of the checkpoint's files."""
-        return self._urls(tenant, str(row.uri), list(self._files.sizes(row.uri)))
+        return self._urls(tenant, str(row.uri), list(self._files.sizes(row.uri)), self._stamp(row))
 
     def archive(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
         """One address, of a tar of all files."""
-        return self._urls(tenant, str(row.uri), [ARCHIVE])
+        return self._urls(tenant, str(row.uri), [ARCHIVE], self._stamp(row))
 
     def tokenizer(self, tenant: str) -> m.ExternalWeightsUrls:
         """
@@ -59,8 +64,15 @@ class Downloads:
         """
         return self._urls(tenant, TOKENIZER, list(self._tokenizer_files()))
 
-    def _urls(self, tenant: str, place: str, files: list[str]) -> m.ExternalWeightsUrls:
-        urls = {name: self._url(Download(tenant, place, name)) for name in files}
+    def _stamp(self, row: tables.Checkpoint) -> str:
+        """What no later checkpoint of the same name has.
+
+        When it was saved, by its row, and what its files are: of one that is overwritten the files are there first.
+        """
+        return f"{row.created_at!r} {self._files.digest(row.uri)}"
+
+    def _urls(self, tenant: str, place: str, files: list[str], stamp: str = "") -> m.ExternalWeightsUrls:
+        urls = {name: self._url(Download(tenant, place, name, stamp)) for name in files}
         return m.ExternalWeightsUrls(urls=urls, expires=iso(time.time() + DOWNLOAD_SECONDS))
 
     def _url(self, download: Download) -> str:
@@ -75,14 +87,15 @@ class Downloads:
         """The files that a download gives, with their sizes in bytes: one, or all that are in an archive.
 
         Raises:
-            NotFound: if they are not there (any more).
+            NotFound: if they are not there (any more), or not for this reader.
         """
         if download.place == TOKENIZER:
             files = {name: path.stat().st_size for name, path in self._tokenizer_files().items()}
         else:
             uri = uris.parse(download.place)
-            if not self._files.path(uri).is_dir():
-                raise NotFound(f"{download.place} is not there any more; it was deleted")
+            row = self._database.checkpoint(download.tenant, uri, time.time(), or_public=True)
+            if row is None or not self._files.path(uri).is_dir() or self._stamp(row) != download.stamp:
+                raise _not_there(download)
             files = self._files.sizes(uri)
         if download.file == ARCHIVE:
             return files
@@ -96,14 +109,25 @@ class Downloads:
         Raises:
             NotFound: if it is not there (any more).
         """
-        if name not in self.sizes(download):
-            raise NotFound(f"{download.place} has no file {name!r}")
+        assert download.file in (ARCHIVE, name), "names come from `sizes`"
         try:
-            with self._path(Download(download.tenant, download.place, name)).open("rb") as file:
+            with self._path(replace(download, file=name)).open("rb") as file:
+                # Once it is open: it may be replaced at any moment, and what is open then is the old one still.
+                self._check_is_it(download)
                 file.seek(offset)
                 return file.read(size)
-        except OSError as error:
-            raise NotFound(f"{download.place}: {name} can't be read any more; it was deleted") from error
+        except (OSError, ServerFault) as error:
+            raise _not_there(download) from error
+
+    def _check_is_it(self, download: Download) -> None:
+        """
+        Raises:
+            NotFound: if what is at the download's place is another checkpoint.
+        """
+        if download.place == TOKENIZER:
+            return
+        if self._files.digest(uris.parse(download.place)) != download.stamp.rpartition(" ")[2]:
+            raise _not_there(download)
 
     def _path(self, download: Download) -> Path:
         if download.place == TOKENIZER:
@@ -119,6 +143,13 @@ class Downloads:
         if not found:
             raise NotFound("base_model: this server's model came without tokenizer files")
         return found
+
+
+def _not_there(download: Download) -> NotFound:
+    return NotFound(
+        f"{download.place} is not there any more as it was when this address was made: it was deleted, overwritten or "
+        "is no longer published; ask for a new address"
+    )
 
 
 def shown_name(download: Download) -> str:

@@ -16,9 +16,10 @@ from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.restore import Found, Restore
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.run_log import RunLog
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job
@@ -29,6 +30,11 @@ from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 
+_DAMAGED = (
+    "a part of what the server had written down of runs and requests was damaged on its disk, and this may have been "
+    "in it: then it is lost"
+)
+
 log = logging.getLogger("twinkle.server")
 
 
@@ -37,6 +43,7 @@ class Restart:
     """What an earlier process knew is put back here, before anything is asked of this one."""
 
     runs: dict[str, LiveRun]
+    lost: dict[str, LostRun]
     scheduler: Scheduler
     futures: FutureTable
     worker: WorkerPort
@@ -49,6 +56,7 @@ class Restart:
     samplers: Samplers
     losses: CustomLosses
     sessions: SessionDesk
+    stuck_runs: StuckRuns
 
     async def go_on(
         self, open_journal: Callable[[], Journal], repeat: Callable[[list[list[Job]]], None]
@@ -60,12 +68,14 @@ class Restart:
         """
         journal = await asyncio.to_thread(open_journal)
         found = Found()
-        for segment, record in await asyncio.to_thread(self.run_log.read_earlier, journal):
+        read, found.is_damaged = await asyncio.to_thread(self.run_log.read_earlier, journal)
+        for segment, record in read:
             self.run_log.note_earlier(segment, record)
             found.add(record)
         await asyncio.to_thread(self.run_files.delete_all_but, set(found.runs))
         restore = Restore(
             self.runs,
+            self.lost,
             self.scheduler,
             self.futures,
             self.snapshots,
@@ -75,6 +85,12 @@ class Restart:
         )
         repeat(await restore.apply(found))
         self.run_log.open(journal)
+        for run in self.lost.values():
+            if run.run_id not in found.lost:
+                self.run_log.lost(run)
+        if found.is_damaged:
+            self.futures.note = f"; {_DAMAGED}"
+        self.stuck_runs.restored(found.runs)
         for record in found.accepted.values():
             is_snapshot = record.kind is m.SaveWeightsForSamplerRequest
             if is_snapshot and record.run_id is not None and self.futures.is_pending(record.request_id):
@@ -107,7 +123,7 @@ class Restart:
         self, record: Accepted, request: m.SampleRequest, outcome: Outcome | None
     ) -> None:
         sampler = await self.samplers.find(record.tenant, request.sampling_session_id)
-        self.sessions.heard_of(sampler.session_id)
+        self.sessions.expect(sampler.session_id)
         if outcome is not None:
             self.samples.restore(sampler, request, record.request_id, outcome)
             return

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from twinkle.protocol import messages as m
@@ -25,10 +26,11 @@ from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.run_log import RunLog
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
@@ -42,6 +44,7 @@ from twinkle.server.service.checkpoints import CheckpointDesk
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.metadata import check_metadata
+from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.results import Results
 from twinkle.server.service.samplers import Samplers
@@ -54,11 +57,18 @@ from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
 log = logging.getLogger("twinkle.server")
 
+_STUCK = (
+    "model_id: run {} is lost: its request {} never arrived after the server had been started again, though later ones "
+    "did, so it was probably accepted before and lost with the disk or the power; begin a new run from its last "
+    "checkpoint"
+)
+
 DEFAULT_RANK = 32
 
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 _SWEEP_SECONDS = 60.0
+_LOOK_SECONDS = 5.0
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
 
@@ -104,16 +114,18 @@ class Service:
         self._worker = worker
         self._database = database
         self._signer = signer
-        self._downloads = Downloads(files, model_path, signer)
+        self._downloads = Downloads(files, database, model_path, signer)
         self._ledger = Ledger(database, model_name)
         self._threads = Threads()
         self._runs: dict[str, LiveRun] = {}
+        self._lost: dict[str, LostRun] = {}
         self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
         self._results = Results(self._futures, self._scheduler)
+        self._stuck_runs = StuckRuns(self._scheduler)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
-        self._log = RunLog(self._runs, self._futures, self._snapshots)
+        self._log = RunLog(self._runs, self._futures, self._snapshots, self._lost)
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
         self._residency = Residency(self._runs, worker, self._snapshots, budget)
         self._live = self._build_live_runs()
@@ -132,6 +144,7 @@ class Service:
     def _build_live_runs(self) -> LiveRuns:
         return LiveRuns(
             self._runs,
+            self._lost,
             self._scheduler,
             self._futures,
             self._log,
@@ -181,6 +194,8 @@ class Service:
             self._samplers,
             self._losses,
             self._live.enqueue_last,
+            self._live.forget_lost,
+            Presence(self._limits.max_client_silence_seconds),
             self._limits,
             self._threads.queries,
         )
@@ -201,6 +216,7 @@ class Service:
     def _restart(self, run_files: RunFiles) -> Restart:
         return Restart(
             self._runs,
+            self._lost,
             self._scheduler,
             self._futures,
             self._worker,
@@ -213,6 +229,7 @@ class Service:
             self._samplers,
             self._losses,
             self._sessions,
+            self._stuck_runs,
         )
 
     # ------------------------------------------------------------ life
@@ -225,7 +242,14 @@ class Service:
             await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
         self._loop_task = asyncio.create_task(self._engine.run())
         self._chores = [
-            asyncio.create_task(chore) for chore in (self._ledger.run(), self._sweep(), self._log.run())
+            asyncio.create_task(chore)
+            for chore in (
+                self._ledger.run(),
+                self._sweep(),
+                self._release(),
+                self._log.run(),
+                self._look(),
+            )
         ]
 
     async def close(self) -> None:
@@ -266,17 +290,38 @@ class Service:
                     await self._snapshots.take(run_id)
 
     async def _sweep(self) -> None:
-        """Delete what has expired and let go of those who have vanished, for ever."""
+        """Delete what has expired, for ever."""
         while True:
             try:
                 await self._keeper.sweep()
             except Exception:  # the next time is soon
                 log.exception("expired checkpoints could not be deleted")
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _release(self) -> None:
+        """Let go of those who have vanished, for ever. It waits for their last saves, and nothing else waits for it."""
+        while True:
             try:
                 await self._sessions.release_vanished()
-            except Exception:
+            except Exception:  # the next time is soon
                 log.exception("runs of clients that have vanished could not be released")
             await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _look(self) -> None:
+        """See to who waits in vain, for ever."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._sessions.pause_gone()
+            try:
+                self._end_stuck_runs()
+            except Unavailable as error:  # the next time is soon
+                log.warning("%s", error.message)
+
+    def _end_stuck_runs(self) -> None:
+        for run_id, missing in self._stuck_runs.look().items():
+            reason = _STUCK.format(run_id, missing)
+            log.error("%s", reason)
+            self._live.lose(run_id, reason)
 
     def check(self) -> None:
         """
@@ -430,6 +475,7 @@ class Service:
     ) -> m.Promise:
         check_metadata(request.user_metadata, self._limits.max_metadata_bytes)
         await sessions.find_open(self._database, tenant, session_id)
+        self._live.check_not_lost(tenant, f"{session_id}:train:{model_seq_id}")
         run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         now = time.time()
         row = tables.Run(
@@ -508,7 +554,8 @@ class Service:
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.Pending:
         """The result, or `Pending` after `timeout` seconds without one."""
-        return await self._results.retrieve(tenant, request_id, timeout)
+        with self._waiting(tenant, request_id):
+            return await self._results.retrieve(tenant, request_id, timeout)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
@@ -518,7 +565,20 @@ class Service:
         Args:
             most_bytes: a larger result is announced by its size alone, and not fetched by that.
         """
-        return await self._results.fetch(tenant, request_id, timeout, most_bytes)
+        with self._waiting(tenant, request_id):
+            return await self._results.fetch(tenant, request_id, timeout, most_bytes)
+
+    def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
+        """That a result is waited for keeps its session's client among those who are there."""
+        run_id = self._futures.run_of(request_id)
+        return self._sessions.waiting(self._session_of(tenant, run_id, request_id))
+
+    def _session_of(self, tenant: str, run_id: str | None, request_id: str) -> str | None:
+        """Whose client waits for this result, if there is none yet."""
+        if run_id is None:
+            return self._samples.session_of(tenant, request_id)
+        run = self._runs.get(run_id)
+        return run.session_id if run is not None and run.tenant == tenant else None
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
         """Answer a query.
@@ -537,7 +597,9 @@ class Service:
             case m.JoinSamplingSessionRequest():
                 return await self._samplers.join(tenant, query)
             case m.RetrieveFuturesRequest():
-                return await self._samplers.ended_samples(tenant, query)
+                sampler = await self._samplers.find(tenant, query.target.sampling_session_id)
+                with self._sessions.waiting(sampler.session_id):
+                    return await self._samplers.ended_samples(tenant, query)
             case m.CancelFutureRequest():
                 self._samples.cancel(tenant, query.request_id)
                 return m.Acknowledged()

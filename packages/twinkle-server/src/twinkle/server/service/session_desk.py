@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
@@ -20,10 +21,14 @@ from twinkle.server.scheduling.jobs import RunRequest
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
+from twinkle.server.service.presence import Presence
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
+
+# Samples that were stopped because their client was away fail when it has been for so long.
+_GIVE_UP_SECONDS = 900.0
 
 log = logging.getLogger("twinkle.server")
 
@@ -45,8 +50,8 @@ SessionQuery: TypeAlias = (
 class SessionDesk:
     """Answers what is asked of sessions, and knows when each was last heard of. Single-threaded.
 
-    A session whose client has vanished costs no computation: what was accepted is done, and then nothing is left to
-    do. After `idle_seconds` its runs are saved as checkpoints and end, so that they take no memory either.
+    A session whose client has vanished costs no computation: what was accepted on its runs is done, and its samples are
+    stopped. After `idle_seconds` its runs are saved as checkpoints and end, so that they take no memory either.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class SessionDesk:
         samplers: Samplers,
         losses: CustomLosses,
         enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
+        forget_lost: Callable[[str], None],
+        presence: Presence,
         limits: LimitsSection,
         threads: TenantThreads,
     ) -> None:
@@ -67,6 +74,7 @@ class SessionDesk:
             runs: the live ones.
             enqueue_last: queues a request behind all that a run, named by its id, has queued; given its `seq_id` it
                 is made.
+            forget_lost: told of a session that is over, whose lost runs nobody asks for any more.
             threads: for what tenants ask.
         """
         self._database = database
@@ -77,15 +85,33 @@ class SessionDesk:
         self._samplers = samplers
         self._losses = losses
         self._enqueue_last = enqueue_last
+        self._forget_lost = forget_lost
+        self._presence = presence
         self._limits = limits
         self._idle_seconds = limits.max_session_idle_seconds
         self._threads = threads
         # Of the monotonic clock: one that is set anew must not make clients look as if they had vanished.
         self._last_seen: dict[str, float] = {}
 
-    def heard_of(self, session_id: str) -> None:
+    def heard_of(self, session_id: str, heartbeat: bool = False) -> None:
         """Its client has asked for something."""
         self._last_seen[session_id] = time.monotonic()
+        self._presence.heard_of(session_id, heartbeat)
+        self._samples.go_on(session_id)
+
+    @contextmanager
+    def waiting(self, session_id: str | None) -> Generator[None]:
+        """Its client waits for a result while the block runs; None is of no session that is known."""
+        if session_id is not None:
+            self._last_seen[session_id] = time.monotonic()
+            self._samples.go_on(session_id)
+        with self._presence.waiting(session_id):
+            yield
+
+    def expect(self, session_id: str) -> None:
+        """Its client was there when an earlier process was."""
+        self._last_seen[session_id] = time.monotonic()
+        self._presence.expect(session_id)
 
     async def answer(self, tenant: str, query: SessionQuery) -> m.Reply:
         """
@@ -99,7 +125,7 @@ class SessionDesk:
                 return reply
             case m.SessionHeartbeatRequest():
                 row = await sessions.find_open(self._database, tenant, query.session_id)
-                self.heard_of(row.id)
+                self.heard_of(row.id, heartbeat=True)
                 return m.SessionHeartbeatResponse()
             case m.FinishSessionRequest():
                 return await self._finish(tenant, query)
@@ -170,8 +196,23 @@ class SessionDesk:
         self._last_seen.pop(session_id, None)
         self._samplers.forget(session_id)
         self._losses.forget(session_id)
+        self._presence.forget(session_id)
+        self._forget_lost(session_id)
 
     # ------------------------------------------------------------ clients that have vanished
+
+    def pause_gone(self) -> None:
+        """Stop the samples of clients that are not there any more; nobody waits for them.
+
+        What was accepted stays promised: a client that comes back has them drawn again. (Passes and steps are done
+        anyway: they are what a run is.)
+        """
+        self._presence.look()
+        for session_id in self._samples.sessions():
+            if self._presence.is_gone(session_id):
+                self._samples.pause(session_id)
+            if self._presence.silent_for(session_id) >= _GIVE_UP_SECONDS:
+                self._samples.give_up(session_id)
 
     async def release_vanished(self) -> None:
         """Let go of the sessions that nobody has been heard of for long."""

@@ -17,8 +17,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from twinkle.protocol.errors import ServerFault, words_of
-from twinkle.protocol.uris import CheckpointUri
+from twinkle.protocol.errors import InvalidRequest, ServerFault, words_of
+from twinkle.protocol.uris import CheckpointUri, check_name
 from twinkle.server.backends import peft_format
 from twinkle.server.backends.protocol import AdapterState
 
@@ -87,9 +87,28 @@ class CheckpointFiles:
         """The checkpoint's files by name, and their sizes in bytes.
 
         Raises:
-            ServerFault: if the manifest is missing or unreadable.
+            ServerFault: if the manifest is missing or unreadable, or a file hasn't its size.
         """
-        return {name: entry["size_bytes"] for name, entry in _read_manifest(self.path(uri), uri).items()}
+        directory = self.path(uri)
+        try:
+            sizes = {name: int(entry["size_bytes"]) for name, entry in _read_manifest(directory, uri).items()}
+            wrong = [name for name, size in sizes.items() if (directory / name).stat().st_size != size]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise _incomplete(uri, error) from error
+        if wrong:
+            raise _incomplete(uri, ValueError(f"{', '.join(wrong)} is not as long as it was"))
+        return sizes
+
+    def digest(self, uri: CheckpointUri) -> str:
+        """SHA-256 of the manifest, which has those of all files: another checkpoint has another.
+
+        Raises:
+            ServerFault: if the manifest is missing.
+        """
+        try:
+            return _sha256(self.path(uri) / MANIFEST)
+        except OSError as error:
+            raise _incomplete(uri, error) from error
 
     def delete(self, uri: CheckpointUri) -> None:
         shutil.rmtree(self.path(uri), ignore_errors=True)
@@ -119,13 +138,12 @@ def _write_manifest(directory: Path) -> int:
 
 def _read_manifest(directory: Path, uri: CheckpointUri) -> dict[str, Any]:
     try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name in files:
-            if name in ("", ".", "..") or name != Path(name).name:
-                raise ValueError(f"{name[:80]!r} is no name of a file")
-        return files
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            check_name(name)
+    except (OSError, ValueError, LookupError, TypeError, InvalidRequest) as error:
         raise _incomplete(uri, error) from error
+    return files
 
 
 def _incomplete(uri: CheckpointUri, error: Exception) -> ServerFault:

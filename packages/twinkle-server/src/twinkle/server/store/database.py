@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from sqlalchemy.orm import Session as OrmSession
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.store.private import private_file, tighten_if_there
 from twinkle.server.store.session_filter import COLUMNS, FoundSession, SessionFilter
 from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
 from twinkle.server.store.tables import (
@@ -78,6 +80,7 @@ class Database:
         path = _path_of(self._engine)
         if path is not None:
             check_not_lost(path)
+            _make_private(path)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _tune_sqlite)
         try:
@@ -536,6 +539,15 @@ def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
         f"storage: the database {path} can't be used ({reason}); see that this user may write it and its directory, "
         "that there is room, and that no other program holds it, or set another storage.root or database_url"
     )
+
+
+def _make_private(path: Path) -> None:
+    """Keys' hashes and tenants' metadata are for nobody else to read; SQLite's further files get the same mode."""
+    if path.parent.is_dir():  # else it can't be used, which is said where it is opened
+        with contextlib.suppress(OSError):
+            private_file(path)
+            for suffix in ("-wal", "-shm"):
+                tighten_if_there(Path(f"{path}{suffix}"))
 
 
 def _tune_sqlite(connection: object, _record: object) -> None:

@@ -209,9 +209,13 @@ class TransformersEngine:
         tasks = self._tasks()
         self._sequences = ()
         self._reading = {}
-        self._batch = self._make_batch()
-        self._free_memory()
-        self._end({task: error.with_traceback(None) for task in tasks})
+        try:
+            self._batch = self._make_batch()
+            self._free_memory()
+        except Exception:  # a device that has failed fails here too; then the next one to come is told so
+            log.exception("the sampling engine could not start over")
+        finally:
+            self._end({task: error.with_traceback(None) for task in tasks})
 
     def _wait_for_work(self) -> bool:
         with self._wake:

@@ -1,0 +1,33 @@
+"""Keeps what Ray Serve opens in a replica's process to this machine.
+
+A replica takes calls of other deployments on a port of all interfaces, and unpickles what comes there. Newer versions
+ask for Ray's token before that; nothing that isn't on this machine has any business there in any case, and the port is
+not used where deployments call each other by Ray's actors. There is no setting for the address.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_ALL = ("[::]:", "0.0.0.0:", ":::")
+
+
+def keep_grpc_local() -> None:
+    """From now on no server of gRPC's in this process listens on all interfaces."""
+    server: Any = import_module("grpc.aio._server").Server
+    if hasattr(server, "twinkle_kept_local"):
+        return
+    for name in ("add_insecure_port", "add_secure_port"):
+        setattr(server, name, _on_loopback(getattr(server, name)))
+    server.twinkle_kept_local = True
+
+
+def _on_loopback(add_port: Any) -> Any:
+    def add(self: Any, address: str, *more: Any) -> int:
+        for everywhere in _ALL:
+            if address.startswith(everywhere):
+                address = f"127.0.0.1:{address.removeprefix(everywhere)}"
+        return add_port(self, address, *more)
+
+    return add

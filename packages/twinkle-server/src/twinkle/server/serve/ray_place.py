@@ -1,0 +1,135 @@
+"""Where one start of Ray is at home: a directory that only the server's user can enter, and the environment that goes
+with it.
+
+Whoever can speak with Ray runs code as the server's user. So each start has a token of its own, which all of Ray's
+processes ask for; its sockets and files lie in a directory of its own; and its ports are those of this machine alone.
+What is set for other programs, or other clusters, changes none of that. Knows Ray by its settings alone: they have to
+be there before it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from twinkle.protocol.errors import ServerFault
+
+_PREFIX = "twinkle-ray-"
+_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+
+# A socket's path has at most 107 bytes (macOS: 103). Ray's, with all that it puts before its sockets' names, have so
+# many beyond its directory; those of the ranks are shorter.
+_LONGEST_SOCKET = 103
+_OF_RAY = len("/r/session_2026-11-30_20-24-10_206472_1234567/sockets/plasma_store")
+_OF_RANKS = len("/twinkle-12345678/calls")
+
+# What would have this start join another cluster, or be somebody else's: another token, address, place or job.
+_NOT_OURS = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_GCS_SERVER_ADDRESS",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_NAMESPACE",
+    "RAY_REDIS_ADDRESS",
+    "RAY_RUNTIME_ENV",
+    "RAY_TMPDIR",
+)
+
+
+@contextmanager
+def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
+    """The environment for one start, with a directory that is there while the block runs.
+
+    Args:
+        variables: of the caller's environment.
+
+    Raises:
+        ServerFault: if there is no place for the directory.
+    """
+    directory, lock = _make_directory()
+    try:
+        environment = {name: value for name, value in variables.items() if name not in _NOT_OURS}
+        environment |= {
+            "RAY_AUTH_MODE": "token",
+            _TOKEN_PATH: str(_write_token(directory)),
+            # A cluster of one machine, as on macOS and Windows: all ports are those of the loopback interface.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+        # Ranks of a group meet on this machine as well.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        if len(os.fsencode(tempfile.gettempdir())) + _OF_RANKS > _LONGEST_SOCKET:
+            environment["TMPDIR"] = str(directory)
+        yield environment
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def place() -> Path | None:
+    """The directory, in a process that was started with the environment."""
+    path = os.environ.get(_TOKEN_PATH)
+    return None if path is None else Path(path).parent
+
+
+def ray_directory() -> Path:
+    """What Ray may have for its own in such a process: it opens that for everybody, who can't get there."""
+    directory = place()
+    assert directory is not None, "the supervisor has made one"
+    return directory / "r"
+
+
+def _write_token(directory: Path) -> Path:
+    path = directory / "token"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _make_directory() -> tuple[Path, int]:
+    """A new one, and the descriptor that tells others that it is in use."""
+    errors: list[str] = []
+    for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
+        if len(os.fsencode(f"{base}/{_PREFIX}12345678")) + _OF_RAY > _LONGEST_SOCKET:
+            errors.append(f"{base}: too long for the paths of sockets")
+            continue
+        try:
+            _remove_left(Path(base))
+            directory = Path(
+                tempfile.mkdtemp(prefix=_PREFIX, dir=base)
+            )  # for its owner alone, whatever the umask
+            return directory, _lock(directory)
+        except OSError as error:
+            errors.append(f"{base}: {error.strerror or error}")
+    raise ServerFault(
+        f"Ray needs a directory for its sockets, and there is no place for one ({'; '.join(errors)}): set TMPDIR to a "
+        "directory with a short path that this user may write to"
+    )
+
+
+def _lock(directory: Path) -> int:
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_left(base: Path) -> None:
+    """Delete what starts of this user have left whose supervisor was killed: the lock ends with it."""
+    for directory in base.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or in use
+            if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(directory / "lock", os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(descriptor)

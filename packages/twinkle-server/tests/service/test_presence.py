@@ -1,0 +1,270 @@
+"""A client that is gone keeps no sampler busy, and one that comes back has what it was promised."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fake_service import MODEL, Tenant
+from mortal_worker import MortalWorker, make_mortal_service
+from trained_states import a_pass, a_step, check_state
+
+from twinkle.protocol import messages as m
+from twinkle.protocol.types import ModelInput, SampleResponse, SamplingParams
+from twinkle.server.service.presence import Presence
+from twinkle.server.service.service import Service
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def looks(presence: Presence, clock: Clock, seconds: float) -> None:
+    for _ in range(int(seconds / 5)):
+        clock.now += 5
+        presence.look()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_one_whose_heartbeats_end_is_gone_and_is_back_with_the_next(clock: Clock):
+    presence = Presence(25, clock)
+    for _ in range(10):
+        presence.heard_of("a", heartbeat=True)
+        looks(presence, clock, 10)
+        assert not presence.is_gone("a")
+    looks(presence, clock, 10)
+    assert not presence.is_gone("a")
+    looks(presence, clock, 5)
+    assert presence.is_gone("a")
+    presence.heard_of("a", heartbeat=True)
+    assert not presence.is_gone("a")
+
+
+def test_one_that_never_waited_for_anything_may_come_at_any_time(clock: Clock):
+    presence = Presence(25, clock)
+    presence.heard_of("a")
+    looks(presence, clock, 10_000)
+    assert not presence.is_gone("a") and not presence.is_gone("unknown")
+
+
+def test_one_that_waits_is_there_however_long_that_takes(clock: Clock):
+    presence = Presence(25, clock)
+    with presence.waiting("a"), presence.waiting("a"):
+        looks(presence, clock, 500)
+        assert not presence.is_gone("a")
+    looks(presence, clock, 20)
+    assert not presence.is_gone("a")
+    looks(presence, clock, 5)
+    assert presence.is_gone("a")
+
+
+def test_one_that_hangs_up_was_there_when_it_began_to_wait(clock: Clock):
+    presence = Presence(25, clock)
+    with pytest.raises(asyncio.CancelledError), presence.waiting("a"):
+        looks(presence, clock, 25)
+        raise asyncio.CancelledError
+    assert presence.is_gone("a")
+
+
+def test_one_that_polls_seldom_is_taken_for_gone_once(clock: Clock):
+    presence = Presence(25, clock)
+    gone = []
+    for _ in range(5):
+        with presence.waiting("a"):
+            pass
+        looks(presence, clock, 60)
+        gone.append(presence.is_gone("a"))
+    assert gone == [True, False, False, False, False]
+    presence.heard_of("a", heartbeat=True)  # from now on these tell
+    looks(presence, clock, 25)
+    assert presence.is_gone("a")
+
+
+def test_a_server_that_stood_still_takes_nobody_for_gone(clock: Clock):
+    presence = Presence(25, clock)
+    presence.heard_of("a", heartbeat=True)
+    for _ in range(2):
+        clock.now += 3600
+        presence.look()
+    assert not presence.is_gone("a")
+
+
+def test_without_a_limit_nobody_is_gone(clock: Clock):
+    presence = Presence(None, clock)
+    presence.heard_of("a", heartbeat=True)
+    looks(presence, clock, 10_000)
+    assert not presence.is_gone("a")
+
+
+# ---------------------------------------------------------------- what becomes of its samples
+
+
+class World:
+    """A service whose samples never end, and two clients with heartbeats."""
+
+    def __init__(self, service: Service, worker: MortalWorker, clock: Clock) -> None:
+        self.service, self.worker, self.clock = service, worker, clock
+        self.alice, self.bob = Tenant(service, "alice"), Tenant(service, "bob")
+        self.beating: list[tuple[Tenant, str]] = []
+
+    async def sampler(self, tenant: Tenant, session: str) -> str:
+        made = m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, base_model=MODEL)
+        return (await tenant.ask(made)).sampling_session_id
+
+    async def sample(self, tenant: Tenant, sampler: str, seq_id: int) -> m.Promise:
+        request = m.SampleRequest(
+            sampling_session_id=sampler,
+            seq_id=seq_id,
+            prompt=ModelInput.from_ints([1]),
+            sampling_params=SamplingParams(max_tokens=3, seed=seq_id),
+        )
+        return await self.service.submit(tenant.name, request)
+
+    async def seconds(self, seconds: float) -> None:
+        for _ in range(int(seconds / 5)):
+            self.clock.now += 5
+            for tenant, session in self.beating:
+                await tenant.ask(m.SessionHeartbeatRequest(session_id=session))
+            self.service._sessions.pause_gone()
+            await asyncio.sleep(0)
+
+    def drawing(self) -> int:
+        return len(self.service._samples._under_way)
+
+
+@pytest.fixture
+async def world(tmp_path: Path, clock: Clock) -> AsyncIterator[World]:
+    worker = MortalWorker()
+    service = make_mortal_service(tmp_path, worker, 3600.0)
+    await service.start()
+    presence = service._sessions._presence
+    presence._clock, presence._looked_at = clock, clock.now
+    worker.hangs = lambda method: method == "generate"
+    yield World(service, worker, clock)
+    worker.hangs = lambda _method: False
+    await service.close()
+
+
+async def test_the_samples_of_a_gone_client_are_stopped_and_drawn_again_when_it_is_back(world: World):
+    sessions = [await tenant.session() for tenant in (world.alice, world.bob)]
+    samplers = [
+        await world.sampler(tenant, s) for tenant, s in zip((world.alice, world.bob), sessions, strict=True)
+    ]
+    world.beating = [(world.alice, sessions[0]), (world.bob, sessions[1])]
+    await world.seconds(60)
+    promises = [await world.sample(world.alice, samplers[0], seq_id) for seq_id in range(8)]
+    await world.sample(world.bob, samplers[1], 0)
+    await world.seconds(60)
+    assert world.drawing() == 9
+    del world.beating[0]
+    await world.seconds(30)
+    assert world.drawing() == 1, "the other client's goes on"
+    await asyncio.sleep(0.01)
+    world.worker.hangs = lambda _method: False
+    world.beating.append((world.alice, sessions[0]))
+    await world.seconds(5)
+    drawn = [await world.alice.outcome(promise) for promise in promises]
+    alone = await world.alice.outcome(await world.sample(world.alice, samplers[0], 100))
+    assert all(isinstance(outcome, SampleResponse) for outcome in [*drawn, alone])
+
+
+async def test_a_client_that_asks_for_its_result_again_gets_it(world: World):
+    sampler = await world.sampler(world.alice, await world.alice.session())
+    promise = await world.sample(world.alice, sampler, 0)
+    pending = await world.service.retrieve("alice", promise.request_id, timeout=0.01)
+    assert isinstance(pending, m.Pending)
+    await world.seconds(200)
+    assert world.drawing() == 0
+    again = await world.sample(
+        world.alice, sampler, 0
+    )  # as a client does that doesn't know whether it arrived
+    assert again.request_id == promise.request_id and world.drawing() == 1
+    world.worker.hangs = lambda _method: False
+    await world.service.retrieve("alice", promise.request_id, timeout=0.01)
+    await world.seconds(100)
+    assert world.drawing() == 0
+    assert isinstance(await world.alice.outcome(promise), SampleResponse)
+
+
+async def test_one_that_is_stopped_and_goes_on_at_once_is_not_said_to_have_failed(world: World):
+    session = await world.alice.session()
+    sampler = await world.sampler(world.alice, session)
+    promise = await world.sample(world.alice, sampler, 0)
+    await asyncio.sleep(0)
+    world.service._samples.pause(session)
+    world.service._samples.go_on(session)
+    world.worker.hangs = lambda _method: False
+    await asyncio.sleep(0.01)
+    world.service._samples.pause(session)
+    world.service._samples.go_on(session)
+    assert isinstance(await world.alice.outcome(promise), SampleResponse)
+    target = m.SamplingSessionTarget(sampling_session_id=sampler)
+    ended = await world.alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=5))
+    assert [completion.state for completion in ended.completions] == ["finished"]
+
+
+async def test_one_that_never_comes_back_is_told_why_and_counts_no_more(world: World):
+    session = await world.alice.session()
+    world.beating = [(world.alice, session)]
+    promise = await world.sample(world.alice, await world.sampler(world.alice, session), 0)
+    await world.seconds(10)
+    world.beating = []
+    await world.seconds(890)
+    assert world.service._futures.load_of("alice").requests == 1
+    await world.seconds(10)
+    assert world.service._futures.load_of("alice").requests == 0
+    failed = await world.alice.outcome(promise)
+    assert isinstance(failed, m.Failure) and failed.category == "server"
+    assert "quarter of an hour; send the request again" in failed.error
+
+
+async def test_who_waits_for_the_samples_of_others_is_heard_of(world: World):
+    """A sampling client that was handed to another process, while the one that made it has ended."""
+    session = await world.alice.session()
+    sampler = await world.sampler(world.alice, session)
+    await world.alice.ask(m.SessionHeartbeatRequest(session_id=session))
+    await world.sample(world.alice, sampler, 0)
+    target = m.SamplingSessionTarget(sampling_session_id=sampler)
+    waiting = asyncio.create_task(
+        world.alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=20))
+    )
+    await world.seconds(300)
+    assert world.drawing() == 1
+    waiting.cancel()  # as the gateway does when its client has hung up
+    await world.seconds(30)
+    assert world.drawing() == 0
+
+
+async def test_another_tenants_question_keeps_nothing_alive(world: World):
+    session = await world.alice.session()
+    await world.alice.ask(m.SessionHeartbeatRequest(session_id=session))
+    promise = await world.sample(world.alice, await world.sampler(world.alice, session), 0)
+    for _ in range(6):
+        with pytest.raises(Exception, match="not known here"):
+            await world.service.retrieve("bob", promise.request_id, timeout=0)
+        await world.seconds(5)
+    assert world.drawing() == 0
+
+
+async def test_what_was_accepted_on_a_run_is_done_though_its_client_is_gone(world: World):
+    run = await world.alice.run()
+    session = run.split(":")[0]
+    await world.alice.ask(m.SessionHeartbeatRequest(session_id=session))
+    waiting = await world.service.submit("alice", a_step(run, 2))
+    await world.seconds(2000)
+    await world.service.submit("alice", a_pass(run, 1))
+    assert isinstance(await world.alice.outcome(waiting), m.OptimStepResponse)
+    await check_state(world.worker, run, 1)
