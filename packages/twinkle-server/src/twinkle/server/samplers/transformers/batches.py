@@ -248,15 +248,17 @@ class SlotBatch:
         self._network.routes.keep(used)
 
 
-def make_batch(network: Network, limits: Limits, max_known_tokens: int) -> Batch:
+def make_batch(network: Network, limits: Limits, max_known_tokens: int, context: int) -> Batch:
     """The batch that fits the model's layers.
 
     Args:
         limits: of sequences in all; a batch may take fewer rows.
+        context: most tokens of a sequence. A window that is as long is none.
     """
     text = network.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    windowed = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    window = getattr(text, "sliding_window", None)
+    windowed = window is not None and window < context and getattr(text, "use_sliding_window", True)
     if kinds == {"full_attention"} and not (windowed and getattr(text, "layer_types", None) is None):
         return SlotBatch(network, limits, max_known_tokens)
     return LockstepBatch(network, replace(limits, rows=min(limits.rows, LOCKSTEP_ROWS), are_apart=True))

@@ -241,7 +241,9 @@ class TransformersEngine:
         return {*(sequence.task for sequence in self._sequences), *map(task_of, self._reading.values())}
 
     def _make_batch(self) -> Batch:
-        return make_batch(self._network, self._limits, MAX_KNOWN_TOKENS)
+        return make_batch(
+            self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length
+        )
 
     def _drop_unwanted(self) -> None:
         with self._wake:
