@@ -449,7 +449,7 @@ class TransformersEngine:
         ended: set[Sequence] = set()
         for sequence in sequences:
             task = sequence.task
-            stopped = is_stopped(task.stop, sequence.tokens, self._tokenizer)
+            stopped = is_stopped(task.stop, sequence.tokens, self._tokenizer, task.request.prompt)
             if stopped or len(sequence.tokens) >= task.max_tokens:
                 task.finished[sequence.index] = sequence.result(stopped)
                 ended.add(sequence)
