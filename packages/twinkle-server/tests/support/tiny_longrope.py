@@ -29,8 +29,8 @@ _WINDOWS = {"phi3": CONTEXT, "phi3-window": 64}
 
 
 def make(directory: Path, kind: str) -> Path:
-    """A random model: "phi3" (as published: with a window that is as long as the context), "phi3-window" (a shorter one),
-    "phimoe" (which scales by length as well), or "dynamic".
+    """A random model: "phi3" (as published: with a window that is as long as the context), "phi3-window" (a shorter
+    one), "phimoe" (which scales by length as well), or "dynamic".
     """
     torch.manual_seed(3)
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS}

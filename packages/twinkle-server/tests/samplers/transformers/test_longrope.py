@@ -73,7 +73,7 @@ def assert_as_alone(reference: Any, prompt: list[int], response: SampleResponse)
             alone(reference, prompt + sequence.tokens[:i])[-1, token].item()
             for i, token in enumerate(sequence.tokens)
         ]
-        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
+        np.testing.assert_allclose(np.array(sequence.logprobs), expected, atol=1e-4)
     if response.prompt_logprobs is not None:
         scores = alone(reference, prompt)
         expected = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
@@ -83,7 +83,8 @@ def assert_as_alone(reference: Any, prompt: list[int], response: SampleResponse)
 def test_rows_of_both_sides_are_each_as_alone(engine, reference):
     with engine._wake:
         pending = [
-            ask(engine, prompt, seed=i, num_samples=2, prompt_logprobs=True) for i, prompt in enumerate(PROMPTS)
+            ask(engine, prompt, seed=i, num_samples=2, prompt_logprobs=True)
+            for i, prompt in enumerate(PROMPTS)
         ]
     for prompt, future in zip(PROMPTS, pending, strict=True):
         assert_as_alone(reference, prompt, future.result(60))
@@ -101,7 +102,9 @@ def test_pieces_of_a_long_prompt_are_read_as_the_whole(engine, reference, monkey
 def test_what_is_known_of_one_side_is_not_taken_for_the_other(engine, reference):
     short = PROMPTS[1][:25]
     for prompt in (short, PROMPTS[1], short + [9], PROMPTS[1] + [9], PROMPTS[1][:40]):
-        response = ask(engine, prompt, max_tokens=1, prompt_logprobs_last_n=2, topk_prompt_logprobs=1).result(60)
+        response = ask(engine, prompt, max_tokens=1, prompt_logprobs_last_n=2, topk_prompt_logprobs=1).result(
+            60
+        )
         assert_as_alone(reference, prompt, response)
         best = alone(reference, prompt)[-2].max().item()
         [(_, value)] = (response.topk_prompt_logprobs or [])[-1] or []
@@ -117,7 +120,11 @@ def test_greedy_text_is_that_of_generate(engine, reference):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             whole = reference.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
             )
         assert future.result(60).sequences[0].tokens[:count] == whole[0, len(prompt) :].tolist()
 
@@ -131,7 +138,7 @@ def test_the_finished_row_is_scored_as_the_trainer_scores_it(engine, model_dir: 
     # From the token on that is drawn beyond the boundary, what was sampled agrees with it.
     first = ORIGINAL + 1 - len(prompt)
     later = (scored.prompt_logprobs or [])[len(prompt) + first :]
-    np.testing.assert_allclose(np.array(later, float), sampled.logprobs[first:], atol=1e-4)
+    np.testing.assert_allclose(np.array(later, float), np.array(sampled.logprobs)[first:], atol=1e-4)
 
 
 def test_a_full_context_beside_others_has_the_numbers_that_it_has_alone(engine, reference):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,15 @@ class Steps:
         future.add_done_callback(lambda _: self.ended.setdefault(name, len(self.rows)))
 
 
+def assert_close(found: Sequence[float | None] | None, expected: Sequence[float | None] | None) -> None:
+    assert found is not None and expected is not None
+    np.testing.assert_allclose(np.array(found, float), np.array(expected, float), atol=1e-4)
+
+
 def assert_alike(response: SampleResponse, alone: SampleResponse) -> None:
     for sequence, expected in zip(response.sequences, alone.sequences, strict=True):
         assert sequence.tokens == expected.tokens
-        np.testing.assert_allclose(sequence.logprobs, expected.logprobs, atol=1e-4)
+        assert_close(sequence.logprobs, expected.logprobs)
 
 
 def ask_while(
@@ -89,35 +94,35 @@ def ask_while(
     return asked
 
 
-@pytest.mark.parametrize("at", [2, 150])
+@pytest.mark.parametrize("at", [2, 60])
 def test_what_long_samples_may_become_keeps_nobody_out(make: Make, monkeypatch, at: int):
-    """Four of up to 250 tokens where there is room for 256 in all: at step 2 nothing is full, at 150 all is."""
-    engine = make(max_rows=8, max_cached_tokens=256)
-    alone = ask(engine, LONG, "greedy", max_tokens=250, num_samples=4).result(60)
+    """Four of up to 120 tokens where there is room for 128 in all: at step 2 nothing is full, at 60 all is."""
+    engine = make(max_rows=8, max_cached_tokens=128)
+    alone = ask(engine, LONG, "greedy", max_tokens=120, num_samples=4).result(60)
     short = ask(engine, SHORT, "modest", max_tokens=5, prompt_logprobs=True).result(60)
     steps = Steps(engine, monkeypatch)
-    long = ask(engine, LONG, "greedy", max_tokens=250, num_samples=4)
+    long = ask(engine, LONG, "greedy", max_tokens=120, num_samples=4)
     [asked] = [ask_while(engine, steps, at, SHORT, max_tokens=5, prompt_logprobs=True)]
     assert_alike(long.result(60), alone)
     assert_alike(asked[0].result(60), short)
     assert steps.ended["modest"] - at <= 1 + 5
-    np.testing.assert_allclose(
-        np.array(asked[0].result().prompt_logprobs[1:]), np.array(short.prompt_logprobs[1:]), atol=1e-4
-    )
+    assert_close(asked[0].result().prompt_logprobs, short.prompt_logprobs)
 
 
 def test_one_token_of_log_probabilities_does_not_wait(make: Make, monkeypatch):
-    engine = make(max_rows=8, max_cached_tokens=256)
+    engine = make(max_rows=8, max_cached_tokens=128)
     steps = Steps(engine, monkeypatch)
-    long = ask(engine, LONG, "greedy", max_tokens=250, num_samples=8)
+    long = ask(engine, LONG, "greedy", max_tokens=120, num_samples=8)
     asked = ask_while(engine, steps, 20, SHORT * 5, max_tokens=1, prompt_logprobs=True)
-    assert [len(s.tokens) for s in long.result(60).sequences] == [250] * 8
+    assert [len(s.tokens) for s in long.result(60).sequences] == [120] * 8
     assert len(asked[0].result(60).prompt_logprobs or []) == 10
     assert steps.ended["modest"] - 20 <= 1
 
 
 @pytest.mark.parametrize("samples", [1, 2, 9])
-def test_a_tenant_without_rows_gets_some_of_those_that_another_has_filled(make: Make, monkeypatch, samples: int):
+def test_a_tenant_without_rows_gets_some_of_those_that_another_has_filled(
+    make: Make, monkeypatch, samples: int
+):
     engine = make(max_rows=8)
     alone = ask(engine, LONG, "greedy", max_tokens=60, num_samples=8).result(60)
     short = ask(engine, SHORT, "modest", max_tokens=4, num_samples=samples).result(60)
@@ -149,21 +154,23 @@ def test_where_memory_runs_out_all_come_to_their_ends_as_if_alone(make: Make, mo
     for future, expected in zip(pending, alone, strict=True):
         assert_alike(future.result(120), expected)
     assert max(loads) <= 300
-    assert max(steps.rows) == 8 and steps.rows != sorted(steps.rows, reverse=True)  # some were paused, and went on
+    assert max(steps.rows) == 8 and steps.rows != sorted(
+        steps.rows, reverse=True
+    )  # some were paused, and went on
     # Together they take fewer steps than one after the other, whatever is read again.
     assert len(steps.rows) < sum(30 * (1 + i) for i in range(8)) / 2
 
 
 def test_the_first_of_many_is_never_paused(make: Make, monkeypatch):
-    engine = make(max_rows=4, max_cached_tokens=256)
-    first = ask(engine, LONG, "t0", max_tokens=240)
+    engine = make(max_rows=4, max_cached_tokens=128)
+    first = ask(engine, LONG, "t0", max_tokens=110)
     steps = Steps(engine, monkeypatch)
     steps.note("first", first)
-    others = [ask(engine, [i], f"t{i}", max_tokens=200) for i in range(1, 6)]
+    others = [ask(engine, [i], f"t{i}", max_tokens=90) for i in range(1, 6)]
     first.result(60)
-    assert steps.ended["first"] <= 240
+    assert steps.ended["first"] <= 110
     for other in others:
-        assert len(other.result(120).sequences[0].tokens) == 200
+        assert len(other.result(120).sequences[0].tokens) == 90
 
 
 def test_what_does_not_fit_even_alone_is_refused_by_name(make: Make):
@@ -173,7 +180,9 @@ def test_what_does_not_fit_even_alone_is_refused_by_name(make: Make):
     assert len(ask(engine, [1] * 60, "t", max_tokens=200).result(60).sequences[0].tokens) == 40
 
 
-def fail_when(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, is_too_much: Callable[..., bool]) -> list[int]:
+def fail_when(
+    monkeypatch: pytest.MonkeyPatch, target: Any, name: str, is_too_much: Callable[..., bool]
+) -> list[int]:
     """Memory runs out in a function whenever its arguments are too much; returns a list that grows with each time."""
     real, failed = getattr(target, name), list[int]()
 
@@ -248,7 +257,9 @@ def test_linear_attention_serves_others_between(linear_model_dir: Path, monkeypa
         engine.close()
 
 
-def test_a_step_that_fails_in_one_group_leaves_linear_attention_as_it_was(linear_model_dir: Path, monkeypatch):
+def test_a_step_that_fails_in_one_group_leaves_linear_attention_as_it_was(
+    linear_model_dir: Path, monkeypatch
+):
     config = ModelConfig(linear_model_dir)
     engine = TransformersEngine(TransformersBackend(config).loaded, config, max_rows=8)
     try:

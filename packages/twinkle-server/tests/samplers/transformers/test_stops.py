@@ -7,7 +7,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from twinkle.server.samplers.transformers.stops import StopRule, is_stopped
 
-WORDS = ["<s>", "▁Hello", "▁world", "lo", "▁", "<0xC3>", "<0xA9>", "!", "hello", "##ing", "world", ".", "Ġworld"]
+WORDS = [
+    "<s>",
+    "▁Hello",
+    "▁world",
+    "lo",
+    "▁",
+    "<0xC3>",
+    "<0xA9>",
+    "!",
+    "hello",
+    "##ing",
+    "world",
+    ".",
+    "Ġworld",
+]
 ID = {word: i for i, word in enumerate(WORDS)}
 
 

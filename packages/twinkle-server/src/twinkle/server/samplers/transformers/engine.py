@@ -23,22 +23,20 @@ from twinkle.server.backends.protocol import AdapterState, ModelConfig, Training
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
-from twinkle.server.backends.transformers.model_facts import affordable_cache_tokens
-from twinkle.server.backends.transformers.rope import rope_boundaries
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
-from twinkle.server.samplers.load import Limits, Load
+from twinkle.server.samplers.load import Load
 from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import PREFILL_TOKENS_BETWEEN, Batch, make_batch
 from twinkle.server.samplers.transformers.draw import Uniforms
+from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.network import Network, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
 from twinkle.server.samplers.transformers.patience import Patience
-from twinkle.server.samplers.transformers.prompt_scores import check_targets
-from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, task_of, waiting
-from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
+from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
+from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
 from twinkle.server.samplers.waiting import WaitingLine
 
 log = logging.getLogger("twinkle.sampler")
@@ -46,11 +44,6 @@ log = logging.getLogger("twinkle.sampler")
 # Sequences, and the logits [sequences, vocabulary] of the next token of each.
 Drawable: TypeAlias = tuple[tuple[Sequence, ...], Tensor]
 
-MAX_ROWS_CPU = 64
-MAX_ROWS_GPU = 256
-# Tokens whose keys and values are kept, at most: as `Load` counts them, and as far as there is memory.
-MAX_CACHED_TOKENS_CPU = 2**17
-MAX_CACHED_TOKENS_GPU = 2**20
 # Tokens of sequences that have ended, whose keys and values are kept for prompts that begin like them.
 MAX_KNOWN_TOKENS = 2**14
 
@@ -79,7 +72,7 @@ class TransformersEngine:
         self._loaded = loaded
         self._dtype = loaded.dtype
         self._network = Network(model, route)
-        self._limits = _limits(loaded, max_rows, max_cached_tokens)
+        self._limits = make_limits(loaded, max_rows, max_cached_tokens)
         self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
@@ -147,37 +140,14 @@ class TransformersEngine:
         return future
 
     def _accept(self, request: GenerateRequest, future: Future[SampleResponse]) -> Task:
-        info = self._loaded.info
         if request.adapter_id is not None and request.adapter_id not in self._adapters:
             raise NotFound(f"adapter_id: {request.adapter_id!r} is not resident in the sampler")
         adapter = self._adapters[request.adapter_id] if request.adapter_id is not None else None
-        if adapter is not None and not adapter.is_finite:
-            raise InvalidRequest(
-                f"adapter_id: {request.adapter_id!r} has weights that are not finite numbers, so its training has "
-                "failed; sample a checkpoint from before"
-            )
-        length, limit = len(request.prompt), info.max_context_length
-        if not 1 <= length <= limit:
-            raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
-        if length > (limit := min(limit, self._limits.tokens)):
-            raise InvalidRequest(
-                f"prompt: {length} tokens; the sampler's memory holds {limit} on this machine: shorten the prompt"
-            )
-        check_targets(request, info.vocab_size)
-        # One token can be drawn after a prompt that fills the context: it is never read.
-        room = max(1, limit - length)
         self._accepted += 1
-        task = Task(
-            number=self._accepted,
-            request=request,
-            future=future,
-            adapter=adapter,
-            stop=stop_rule(request.params, info.eos_token_ids, self._tokenizer is not None),
-            max_tokens=min(request.params.max_tokens or room, room),
+        has_tokenizer = self._tokenizer is not None
+        return make_task(
+            request, future, adapter, self._accepted, self._loaded.info, self._limits.tokens, has_tokenizer
         )
-        if request.params.seed is not None:
-            task.seed = request.params.seed
-        return task
 
     def cancel(self, request_id: str) -> None:
         """The request ends with `CancelledError` before the next step."""
@@ -241,9 +211,7 @@ class TransformersEngine:
         return {*(sequence.task for sequence in self._sequences), *map(task_of, self._reading.values())}
 
     def _make_batch(self) -> Batch:
-        return make_batch(
-            self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length
-        )
+        return make_batch(self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length)
 
     def _drop_unwanted(self) -> None:
         with self._wake:
@@ -516,14 +484,3 @@ class TransformersEngine:
         tasks |= self._tasks()
         self._end({task: CancelledError() for task in tasks})
         self._adapters.clear()
-
-
-def _limits(loaded: LoadedModel, max_rows: int | None, max_cached_tokens: int | None) -> Limits:
-    on_gpu = loaded.device.type == "cuda"
-    rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
-    context = loaded.info.max_context_length
-    if max_cached_tokens is None:
-        wanted = max(MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU, context)
-        text = loaded.model.config.get_text_config()
-        max_cached_tokens = min(wanted, affordable_cache_tokens(text, loaded.dtype, loaded.device))
-    return Limits(rows, max(rows, max_cached_tokens), rope_boundaries(loaded.model.config, context))

@@ -9,7 +9,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampledSequence, SampleResponse, TopkRow
+from twinkle.server.backends.protocol import BaseModelInfo
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
@@ -18,8 +20,9 @@ from twinkle.server.samplers.transformers.prompt_scores import (
     PromptAnswers,
     PromptScores,
     asks_about_prompt,
+    check_targets,
 )
-from twinkle.server.samplers.transformers.stops import StopRule
+from twinkle.server.samplers.transformers.stops import StopRule, stop_rule
 from twinkle.server.samplers.waiting import Waiting
 
 
@@ -131,6 +134,50 @@ class Sequence:
         wants_topk = self.task.request.topk_sample_logprobs > 0
         reason = "stop" if stopped else "length"
         return SampledSequence(reason, self.tokens, self.logprobs, self.topk if wants_topk else None)
+
+
+def make_task(
+    request: GenerateRequest,
+    future: Future[SampleResponse],
+    adapter: ResidentAdapter | None,
+    number: int,
+    info: BaseModelInfo,
+    max_kept_tokens: int,
+    has_tokenizer: bool,
+) -> Task:
+    """
+    Args:
+        max_kept_tokens: most tokens of a sequence that the sampler's memory holds.
+
+    Raises:
+        InvalidRequest: if the request asks for what can't be.
+    """
+    if adapter is not None and not adapter.is_finite:
+        raise InvalidRequest(
+            f"adapter_id: {request.adapter_id!r} has weights that are not finite numbers, so its training has "
+            "failed; sample a checkpoint from before"
+        )
+    length, limit = len(request.prompt), info.max_context_length
+    if not 1 <= length <= limit:
+        raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
+    if length > (limit := min(limit, max_kept_tokens)):
+        raise InvalidRequest(
+            f"prompt: {length} tokens; the sampler's memory holds {limit} on this machine: shorten the prompt"
+        )
+    check_targets(request, info.vocab_size)
+    # One token can be drawn after a prompt that fills the context: it is never read.
+    room = max(1, limit - length)
+    task = Task(
+        request=request,
+        future=future,
+        adapter=adapter,
+        stop=stop_rule(request.params, info.eos_token_ids, has_tokenizer),
+        max_tokens=min(request.params.max_tokens or room, room),
+        number=number,
+    )
+    if request.params.seed is not None:
+        task.seed = request.params.seed
+    return task
 
 
 # What waits for a place, or whose prompt is read: a request with samples that have not begun, or a paused sample.
