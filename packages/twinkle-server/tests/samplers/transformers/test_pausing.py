@@ -178,6 +178,8 @@ def test_what_does_not_fit_even_alone_is_refused_by_name(make: Make):
     with pytest.raises(InvalidRequest, match="prompt: 101 tokens; the sampler's memory holds 100"):
         ask(engine, [1] * 101, "t", max_tokens=1).result(10)
     assert len(ask(engine, [1] * 60, "t", max_tokens=200).result(60).sequences[0].tokens) == 40
+    full = ask(engine, [1] * 100, "t", max_tokens=9, prompt_logprobs=True).result(60)
+    assert len(full.sequences[0].tokens) == 1 and len(full.prompt_logprobs or []) == 100
 
 
 def fail_when(

@@ -38,6 +38,11 @@ class Batch(Protocol):
     @property
     def rows(self) -> int: ...
 
+    @property
+    def longest(self) -> int:
+        """No row has more tokens after the next step."""
+        ...
+
     def add(self, prompts: Sequence[Prompt]) -> None:
         """These are to be read."""
         ...
@@ -110,6 +115,10 @@ class SlotBatch:
     @property
     def rows(self) -> int:
         return len(self._rows)
+
+    @property
+    def longest(self) -> int:
+        return self._longest + 1
 
     def add(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

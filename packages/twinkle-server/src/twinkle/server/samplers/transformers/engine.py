@@ -227,7 +227,7 @@ class TransformersEngine:
         held = [Held(s.task.request.tenant, s.order, s.length) for s in self._sequences]
         for prompt, item in self._reading.items():
             order = item.order if isinstance(item, Sequence) else (item.number, item.admitted)
-            held += [Held(prompt.tenant, order, len(prompt.tokens) + 1, can_pause=False)] * prompt.rows
+            held += [Held(prompt.tenant, order, len(prompt.tokens), can_pause=False)] * prompt.rows
         return held
 
     def _admit(self) -> None:
@@ -389,8 +389,7 @@ class TransformersEngine:
     def _shrink(self) -> None:
         """Pause some if the next step of all would take more memory than there is."""
         limits = self._batch.limits
-        lengths = [sequence.length for sequence in self._sequences]
-        if not self._reading and len(lengths) * max(lengths, default=0) <= limits.tokens:
+        if not self._reading and self._batch.rows * self._batch.longest <= limits.tokens:
             return  # as nearly always
         held = self._held()
         while Load.of(limits, (one.length for one in held)).is_too_much:

@@ -92,6 +92,10 @@ class LockstepBatch:
     def rows(self) -> int:
         return sum(len(group.prompts) for group in self._groups)
 
+    @property
+    def longest(self) -> int:
+        return max((group.length for group in self._groups), default=0) + 1
+
     def add(self, prompts: Sequence[Prompt]) -> None:
         self._to_read += prompts
 

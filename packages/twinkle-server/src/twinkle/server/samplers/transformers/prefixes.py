@@ -19,7 +19,7 @@ from twinkle.server.samplers.transformers.lora import ResidentAdapter
 
 # Whose keys and values are whose: a tenant, an adapter as it was made, and how many rope boundaries the whole sequence
 # is beyond (all of its keys are others then).
-Owner: TypeAlias = tuple[str, ResidentAdapter | None, int]
+Owner: TypeAlias = tuple[str, ResidentAdapter | None, *tuple[int, ...]]
 
 # Fewer common tokens are read again sooner than looked for and copied.
 LEAST_COMMON = 16

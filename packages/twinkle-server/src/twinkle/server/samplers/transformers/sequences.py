@@ -193,4 +193,4 @@ def waiting(item: Item, samples: int) -> Waiting[Item]:
     request = task_of(item).request
     if isinstance(item, Sequence):
         return Waiting(request.tenant, item, 0, item.length, samples)
-    return Waiting(request.tenant, item, item.longest, len(request.prompt) + 1, samples)
+    return Waiting(request.tenant, item, item.longest, len(request.prompt), samples)
