@@ -137,8 +137,8 @@ def test_a_tenant_without_rows_gets_some_of_those_that_another_has_filled(
 
 
 def test_where_memory_runs_out_all_come_to_their_ends_as_if_alone(make: Make, monkeypatch):
-    engine = make(max_rows=8, max_cached_tokens=300)
-    asks = [([i, 5, i], f"t{i % 3}", {"max_tokens": 30 * (1 + i), "seed": i}) for i in range(8)]
+    engine = make(max_rows=8, max_cached_tokens=120)
+    asks = [([i, 5, i], f"t{i % 3}", {"max_tokens": 12 * (1 + i), "seed": i}) for i in range(8)]
     alone = [ask(engine, p, t, **more).result(60) for p, t, more in asks]
     steps = Steps(engine, monkeypatch)
     loads: list[int] = []
@@ -153,12 +153,12 @@ def test_where_memory_runs_out_all_come_to_their_ends_as_if_alone(make: Make, mo
         pending = [ask(engine, p, t, **more) for p, t, more in asks]
     for future, expected in zip(pending, alone, strict=True):
         assert_alike(future.result(120), expected)
-    assert max(loads) <= 300
+    assert max(loads) <= 120
     assert max(steps.rows) == 8 and steps.rows != sorted(
         steps.rows, reverse=True
     )  # some were paused, and went on
     # Together they take fewer steps than one after the other, whatever is read again.
-    assert len(steps.rows) < sum(30 * (1 + i) for i in range(8)) / 2
+    assert len(steps.rows) < sum(12 * (1 + i) for i in range(8)) / 2
 
 
 def test_the_first_of_many_is_never_paused(make: Make, monkeypatch):
