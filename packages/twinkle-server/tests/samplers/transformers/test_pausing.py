@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,23 @@ def test_what_does_not_fit_even_alone_is_refused_by_name(make: Make):
     assert len(ask(engine, [1] * 60, "t", max_tokens=200).result(60).sequences[0].tokens) == 40
     full = ask(engine, [1] * 100, "t", max_tokens=9, prompt_logprobs=True).result(60)
     assert len(full.sequences[0].tokens) == 1 and len(full.prompt_logprobs or []) == 100
+
+
+def test_paused_samples_are_cancelled_with_the_others(make: Make, monkeypatch):
+    engine = make(max_rows=8, max_cached_tokens=128)
+    steps = Steps(engine, monkeypatch)
+    paused: list[int] = []
+
+    def cancel() -> None:
+        paused.append(4 - len(engine._sequences))
+        engine.cancel("doomed")
+
+    steps.then[60] = cancel
+    doomed = ask(engine, LONG, "greedy", max_tokens=120, num_samples=4, request_id="doomed")
+    with pytest.raises(CancelledError):
+        doomed.result(60)
+    assert len(ask(engine, SHORT, "t", max_tokens=3).result(60).sequences[0].tokens) == 3
+    assert paused[0] > 0 and not engine._line and len(steps.rows) == 61 + 2
 
 
 def fail_when(
