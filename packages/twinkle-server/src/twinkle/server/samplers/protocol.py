@@ -68,7 +68,8 @@ class SamplingEngine(Protocol):
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         """Queue a request. The future fails alone if the request does (unknown adapter, more memory than there is).
 
-        Many at a time are no reason to fail: those that find no room wait. One tenant's samples do not keep another's out.
+        Many at a time are no reason to fail: those that find no room wait, and one tenant's keep no other
+        out.
         """
         ...
 
