@@ -55,7 +55,7 @@ def show(title, sequence):
 
 # Temperature 0 takes the likeliest token each time.
 greedy = types.SamplingParams(max_tokens=args.max_tokens, temperature=0.0)
-# The same seed gives the same answers.
+# The same seed gives the same answers; on a busy server in bfloat16 nearly always.
 seeded = types.SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
 # Without `stop` an answer ends with the model's own end token.
 stopped = types.SamplingParams(max_tokens=args.max_tokens, temperature=0.0, stop=args.stop)

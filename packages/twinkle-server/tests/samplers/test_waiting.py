@@ -1,14 +1,18 @@
 from collections import Counter
 
+from twinkle.server.samplers.load import Limits, Load
 from twinkle.server.samplers.waiting import QUANTUM, Waiting, WaitingLine
 
-
-def add(line: WaitingLine[str], tenant: str, name: str, tokens: int = 100, samples: int = 1) -> None:
-    line.add(Waiting(tenant, name, tokens, samples))
+ROWS = 64
 
 
-def take(line: WaitingLine[str], places: int, max_tokens: int = 10**9, running: int = 0, longest: int = 0):
-    return [(waiting.item, count) for waiting, count in line.take(places, longest, running, max_tokens)]
+def add(line: WaitingLine[str], tenant: str, name: str, tokens: int = 100, samples: int = 1, length: int = 1):
+    line.add(Waiting(tenant, name, tokens, length, samples))
+
+
+def take(line: WaitingLine[str], places: int, **more):
+    load = Load(Limits(places, 10**9))
+    return [(waiting.item, count) for waiting, count in line.take(load, **more)]
 
 
 def test_a_tenants_requests_are_admitted_in_order():
@@ -48,27 +52,52 @@ def test_tenants_get_like_shares_of_tokens():
     assert 0.8 < got["long"] / got["short"] < 1.25
 
 
-def test_the_rectangle_of_rows_and_longest_stays_within_the_budget():
+def test_what_finds_no_memory_waits_and_holds_up_nobody_else():
     line: WaitingLine[str] = WaitingLine()
-    for i in range(10):
-        add(line, f"t{i}", f"r{i}", tokens=300)
-    assert len(take(line, 64, max_tokens=1000)) == 3
-    assert take(line, 64, max_tokens=1000, running=3, longest=300) == []
+    limits = Limits(rows=10, tokens=1000)
+    load = Load.of(limits, [900])
+    add(line, "t", "large", length=300)
+    add(line, "t", "behind it", length=5)
+    add(line, "u", "small", length=5)
+    assert [(one.item, count) for one, count in line.take(load)] == [("small", 1)]
+    assert line.wants("t") == (300, 2)
+    assert [one.item for one, _ in line.take(Load(limits))] == ["large", "behind it"]
 
 
-def test_one_that_is_over_the_budget_alone_runs_alone_and_is_not_overtaken_for_ever():
+def test_what_most_may_come_to_is_not_reserved():
     line: WaitingLine[str] = WaitingLine()
-    add(line, "t", "huge", tokens=5000)
-    for i in range(20):
-        add(line, "u", f"small-{i}", tokens=500)
-    rounds = [dict(take(line, 64, max_tokens=1000)) for _ in range(8)]
-    assert {"huge": 1} in rounds
+    add(line, "t", "many", tokens=30_000, samples=60, length=10)
+    load = Load(Limits(ROWS, 2**17))
+    assert [count for _, count in line.take(load)] == [60]
+
+
+def test_those_who_run_keep_something_to_grow_into():
+    limits = Limits(rows=4, tokens=1600)
+    load = Load.of(limits, [1450])
+    assert load.fitting(600, 1, may_fill=False) == 0  # rows of 600 and 1450 are 2 x 1450
+    load = Load.of(limits, [700])
+    assert load.fitting(790, 1, may_fill=False) == 0 and load.fitting(790, 1, may_fill=True) == 1
+
+
+def test_a_paused_one_comes_first_and_has_been_paid_for():
+    line: WaitingLine[str] = WaitingLine()
+    add(line, "t", "new", tokens=50_000)
+    line.put_back(Waiting("t", "paused", 0, 7, 1))
+    assert take(line, 1) == [("paused", 1)]
+
+
+def test_one_tenants_may_be_taken_alone():
+    line: WaitingLine[str] = WaitingLine()
+    add(line, "t", "a")
+    add(line, "u", "b", samples=9)
+    assert take(line, 64, most=4, only="u") == [("b", 4)]
+    assert sorted(take(line, 64)) == [("a", 1), ("b", 5)]
 
 
 def test_removed_requests_are_gone():
     line: WaitingLine[str] = WaitingLine()
     for tenant, name in (("t", "a"), ("t", "b"), ("u", "c")):
         add(line, tenant, name)
-    line.remove({"a", "c", "unknown"})
+    line.remove({"a", "c", "unknown"}.__contains__)
     assert take(line, 5) == [("b", 1)]
     assert not line

@@ -424,7 +424,10 @@ class SamplingParams(Parameters):
 
     Attributes:
         max_tokens: most tokens to generate; None goes on to the model's context length.
-        seed: the same seed, prompt and weights give the same tokens; None draws one.
+        seed: of the random numbers, which are the same whoever samples at the same time; None draws one. With the same
+            prompt and weights they give the same tokens on a server in float32 (but where a draw falls within rounding,
+            about 1e-6, of the next token). In bfloat16 or float16 logits are rounded by the shape of the batch, so
+            tokens differ now and then with the company; log-probabilities are always those of the tokens returned.
         stop: strings, or token ids, that end a sequence (the stop token stays in the tokens, a stop string in the
             text); None is the model's end-of-text tokens, `[]` is nothing at all.
         temperature: 0 is greedy.

@@ -44,7 +44,8 @@ def sample_groups(
         max_tokens: of an answer.
         temperature: 0 is greedy. For training leave it at 1: log-probabilities are those of the tempered distribution,
             and the trainer's are not.
-        seed: the same seed gives the same answers; each conversation draws from its own stream.
+        seed: the same seed draws with the same random numbers, each conversation from its own stream; when that gives
+            the same answers, `SamplingParams` says.
         types: the client's; pass `tinker.types` with Tinker's SDK.
         sampling_params: top_k, top_p, stop, as SamplingParams has them.
 

@@ -66,7 +66,11 @@ class SamplingEngine(Protocol):
         ...
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
-        """Queue a request. The future fails alone if the request does (unknown adapter, out of memory)."""
+        """Queue a request. The future fails alone if the request does (unknown adapter, more memory than there is).
+
+        Many at a time are no reason to fail: those that find no room wait, and one tenant's keep no other
+        out.
+        """
         ...
 
     def cancel(self, request_id: str) -> None:

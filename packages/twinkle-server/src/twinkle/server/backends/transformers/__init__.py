@@ -60,6 +60,7 @@ from twinkle.server.backends.transformers.model_facts import (
     bounded_batch_tokens,
 )
 from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, PassLimits, run_pass
+from twinkle.server.backends.transformers.rope import rope_boundaries
 from twinkle.server.backends.transformers.threads import Threads
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 
@@ -264,7 +265,8 @@ def _network(loaded: LoadedModel) -> Network:
     weight = cast("Tensor", output.weight)
     body, recomputation = decoder(model), Recomputation()
     recompute_layers(body, recomputation)
-    return Network(body, head, weight.shape[0], route, recomputation, loaded.device)
+    boundaries = rope_boundaries(model.config, loaded.info.max_context_length)
+    return Network(body, head, weight.shape[0], route, recomputation, loaded.device, boundaries)
 
 
 def _token_bytes(loaded: LoadedModel, network: Network) -> float:

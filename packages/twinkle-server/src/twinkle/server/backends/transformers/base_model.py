@@ -85,8 +85,13 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A module tree of its own over the same parameters and buffers: layers can be replaced in it."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A module tree of its own over the same weights: layers can be replaced in it.
+
+    Buffers that are no part of a checkpoint are copied: Transformers writes a rope's frequencies into one of them in
+    each call, and copies compute at the same time.
+    """
+    weights = model.state_dict(keep_vars=True).values()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *weights)}
     return copy.deepcopy(model, memo=cast("dict[int, Any]", shared))
 
 

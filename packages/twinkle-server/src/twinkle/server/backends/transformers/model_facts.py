@@ -17,6 +17,9 @@ from twinkle.server.backends.transformers.logprobs import MAX_CHUNK_LOGITS
 _GPU_SHARE = 0.5
 _CPU_SHARE = 0.25
 _ADAPTERS_SHARE = 0.25
+# What a sampler's keys and values may take at most. More than is left beside the others, since they seldom take theirs;
+# where it is too much, samples are paused.
+_CACHE_SHARE = 0.5
 _MIN_BATCH_TOKENS = 512
 # On a CPU larger micro-batches are not faster, or even slower, since activations leave the cache.
 _MAX_BATCH_TOKENS_CPU = 2048
@@ -113,6 +116,14 @@ def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
         ranks: how many hold a part of each adapter; those on GPUs have a memory each.
     """
     return int(_ADAPTERS_SHARE * _free_memory(device)) * (ranks if device.type == "cuda" else 1)
+
+
+def affordable_cache_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Of how many tokens a sampler can keep keys and values, in a share of the memory that is free: at least one."""
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    token_bytes = int(text.num_hidden_layers) * 2 * heads * width * dtype.itemsize
+    return max(1, int(_CACHE_SHARE * _free_memory(device)) // token_bytes)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from twinkle.server.backends.transformers.banks import Bank, consecutive
 from twinkle.server.backends.transformers.lanes import Lanes, padded_tokens, share_out
 from twinkle.server.backends.transformers.logprobs import chunked_logprobs
 from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
+from twinkle.server.backends.transformers.rope import by_kind
 from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
 from twinkle.server.backends.transformers.threads import Threads
 
@@ -47,6 +48,7 @@ class Network:
         head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
         route: what its layers look at.
         recomputation: whether they keep their activations.
+        boundaries: lengths on whose two sides rows must not share a call: see `rope`.
     """
 
     body: nn.Module
@@ -55,6 +57,7 @@ class Network:
     route: Route
     recomputation: Recomputation
     device: torch.device
+    boundaries: tuple[int, ...] = ()
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """[rows, n, hidden] of `tokens`, int64 [rows, n]."""
@@ -211,7 +214,7 @@ def run_pass(
                 size = padded_tokens(rows)
                 network.recomputation.is_on = size > affordable
                 threads.fit(size, len(shares))
-                computed.results.extend(_run_micro_batch(network, adapters, computed.scratches, rows))
+                computed.results.extend(_run_by_kind(network, adapters, computed.scratches, rows))
         finally:
             network.route.segments = []
             network.recomputation.is_on = False
@@ -243,6 +246,18 @@ class _Computed:
             bank: BankScratch(bank, list(active.values()), has_gradients) for bank, active in by_bank.items()
         }
         return cls(scratches, has_gradients, [])
+
+
+def _run_by_kind(
+    network: Network, adapters: dict[str, Adapter], scratches: dict[Bank, BankScratch], rows: Sequence[Row]
+) -> list[RowResult]:
+    """Results of a micro-batch, whose rows share a call as far as each gets its own numbers there."""
+    kinds = by_kind(network.boundaries, [len(row.tokens) for row in rows])
+    found: dict[int, RowResult] = {}
+    for kind in kinds:
+        results = _run_micro_batch(network, adapters, scratches, [rows[i] for i in kind])
+        found.update(zip(kind, results, strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def _run_micro_batch(

@@ -1,42 +1,47 @@
 """The running batch, as far as the model is concerned: rows with keys and values, prompts in, logits out.
 
-`SlotBatch` holds many sequences of different lengths in one `SlotCache`. `SingleBatch` holds the samples of one prompt
-in Transformers' own cache, for models whose layers are not all full attention (sliding windows, linear attention):
-slower, since requests follow each other, but the same numbers.
+`SlotBatch` holds many sequences of different lengths. `lockstep.LockstepBatch` is for models whose layers are not all
+full attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from twinkle.protocol.types import Int64Array
-from twinkle.server.samplers.transformers.cache import SlotCache
-from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
+from twinkle.server.samplers.load import Limits, Place
+from twinkle.server.samplers.transformers.lockstep import LockstepBatch
+from twinkle.server.samplers.transformers.lora import ResidentAdapter
+from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.network import Network, Prompt
-from twinkle.server.samplers.transformers.prefixes import Prefixes, common_length
-from twinkle.server.samplers.transformers.reading import Read, Reader
+from twinkle.server.samplers.transformers.prefixes import Owner, Prefixes, common_length
+from twinkle.server.samplers.transformers.shelves import Row, Shelf
 
 # Tokens of prompts in one forward pass; longer ones are read piece by piece.
 PREFILL_TOKENS = 2048
 # As many while others generate: between two of their tokens lies one such pass.
 PREFILL_TOKENS_BETWEEN = 512
+# Most sequences of a model that takes each group of them in a pass of its own.
+LOCKSTEP_ROWS = 32
 
 
 class Batch(Protocol):
     """Rows 0, 1, 2, ... of running sequences, and prompts on their way there."""
 
-    max_rows: int
+    limits: Limits
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def longest(self) -> int:
+        """No row has more tokens after the next step."""
+        ...
 
     def add(self, prompts: Sequence[Prompt]) -> None:
         """These are to be read."""
@@ -53,6 +58,14 @@ class Batch(Protocol):
 
     def forget(self, prompts: AbstractSet[Prompt]) -> None:
         """Stop reading these."""
+        ...
+
+    def to_read_again(self) -> list[int]:
+        """Rows that have to be dropped before the next step, and read again with their next token.
+
+        What is kept of them isn't what the model would keep if it read them now: their next token takes them beyond a
+        rope boundary, or a pass has failed half-way.
+        """
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -79,114 +92,148 @@ class Batch(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class Row:
-    """A running sequence.
-
-    Attributes:
-        generated: tokens after the prompt that have been read.
-    """
-
-    prompt: Prompt
-    generated: list[int] = field(default_factory=list[int])
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.tokens) + len(self.generated)
-
-    @property
-    def tokens(self) -> Int64Array:
-        return np.concatenate([self.prompt.tokens, np.array(self.generated, np.int64)])
+# A shelf, and which rows of the batch stand there; None if they are all of them, in the same order.
+Part: TypeAlias = tuple[Shelf, list[int] | None]
 
 
 class SlotBatch:
-    """Many sequences in one cache."""
+    """Many sequences of different lengths, on shelves: most of the time on one."""
 
-    def __init__(self, network: Network, max_rows: int, max_known_tokens: int) -> None:
+    def __init__(self, network: Network, limits: Limits, max_known_tokens: int) -> None:
         """
         Args:
             max_known_tokens: of sequences that have ended, for later prompts that begin like them.
         """
-        self.max_rows = max_rows
+        self.limits = limits
         self._network = network
-        self._cache = SlotCache(network.num_layers)
+        self._shelves: dict[Place, Shelf] = {}
         self._rows: list[Row] = []
-        self._route: list[RouteGroup] | None = None  # made anew when the rows change
-        self._reader = Reader(network)
+        self._parts: list[Part] | None = None  # made anew when the rows change
+        self._longest = 0  # at least as long as the longest row
         self._known = Prefixes(max_known_tokens)
 
     @property
     def rows(self) -> int:
         return len(self._rows)
 
+    @property
+    def longest(self) -> int:
+        return self._longest + 1
+
     def add(self, prompts: Sequence[Prompt]) -> None:
-        self._reader.add(prompts)
+        for prompt in prompts:
+            self._shelf(self.limits.place(len(prompt.tokens))).reader.add([prompt])
 
     def forget(self, prompts: AbstractSet[Prompt]) -> None:
-        self._reader.remove(prompts)
+        for shelf in self._shelves.values():
+            shelf.reader.remove(prompts)
 
     def read(self) -> tuple[list[Prompt], Tensor]:
+        shelf = next((shelf for shelf in self._shelves.values() if shelf.reader.prompts), None)
+        if shelf is None:
+            return [], torch.empty(0)
+        self._shelves[shelf.place] = self._shelves.pop(shelf.place)  # another one's turn next time
         network = self._network
-        read = self._reader.read(PREFILL_TOKENS_BETWEEN if self._rows else PREFILL_TOKENS, self._find)
+        tokens = PREFILL_TOKENS_BETWEEN if self._rows else PREFILL_TOKENS
+        read = shelf.reader.read(tokens, lambda prompt: self._find(prompt, shelf))
         if not read:
             return [], torch.empty(0)
         prompts = [one.prompt for one in read]
         network.route.groups = network.routes.make([prompt.adapter for prompt in prompts])
         logits = network.logits(torch.stack([one.hidden for one in read]).unsqueeze(1)).squeeze(1)
-        self._begin_rows(read)
-        self._reader.remove(set(prompts))
+        self._rows += shelf.begin(read)
+        shelf.reader.remove(set(prompts))
         self._rows_changed()
         counts = torch.tensor([prompt.rows for prompt in prompts], device=logits.device)
         return prompts, logits.repeat_interleave(counts, dim=0)
 
-    def _begin_rows(self, read: list[Read]) -> None:
-        rows = [Row(one.prompt) for one in read for _ in range(one.prompt.rows)]
-        self._cache.reserve(self.rows + len(rows), max(row.length for row in (*self._rows, *rows)) + 1)
-        first = self.rows
-        for one in read:
-            self._cache.write_rows(list(range(first, first + one.prompt.rows)), one.contents)
-            first += one.prompt.rows
-        self._rows += rows
-
-    def _find(self, prompt: Prompt) -> tuple[int, list[Tensor]]:
+    def _find(self, prompt: Prompt, shelf: Shelf) -> tuple[int, list[Tensor]]:
         """What is known of a prompt's beginning: from sequences that have ended, or from prompts of running ones."""
-        best, contents = self._known.find(prompt.owner, prompt.tokens)
-        found: int | None = None
-        for i, row in enumerate(self._rows):
-            if row.prompt.owner == prompt.owner:
-                common = common_length(prompt.tokens, row.prompt.tokens)
-                if common > best:
-                    best, found = common, i
-        return best, contents if found is None else self._cache.row(found, best)
+        best, contents = self._known.find(_owner(prompt, shelf), prompt.tokens)
+        found: tuple[Shelf, int] | None = None
+        for other in self._shelves.values():
+            if other.kind != shelf.kind:
+                continue
+            for i, row in enumerate(other.rows):
+                if row.prompt.owner == prompt.owner:
+                    common = common_length(prompt.tokens, row.prompt.tokens)
+                    if common > best:
+                        best, found = common, (other, i)
+        return best, contents if found is None else found[0].cache.row(found[1], best)
+
+    def to_read_again(self) -> list[int]:
+        if not self.limits.boundaries:
+            return []
+        kind = self.limits.kind
+        return [i for i, row in enumerate(self._rows) if kind(row.length) != kind(row.length + 1)]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        network = self._network
-        lengths = [row.length for row in self._rows]
-        self._cache.reserve(len(lengths), max(lengths) + 1)
-        if self._route is None:
-            self._route = network.routes.make([row.prompt.adapter for row in self._rows])
-        network.route.groups = self._route
-        newest = torch.tensor(tokens, device=network.device).unsqueeze(1)
-        hidden = network.forward(self._cache, slice(0, len(lengths)), newest, lengths)
-        logits = network.logits(hidden).squeeze(1)
+        if self._longest >= self.limits.short:
+            self._move_grown()
+        if self._parts is None:
+            self._parts = self._made_parts()
+        if len(self._parts) == 1 and self._parts[0][1] is None:
+            logits = self._parts[0][0].step(list(tokens))
+        else:
+            logits = self._step_parts(self._parts, tokens)
         for row, token in zip(self._rows, tokens, strict=True):
             row.generated.append(token)
+        self._longest += 1
         return logits
 
+    def _step_parts(self, parts: list[Part], tokens: Sequence[int]) -> Tensor:
+        logits: list[Tensor] = []
+        order: list[int] = []
+        for shelf, numbers in parts:
+            own = list(range(len(shelf.rows))) if numbers is None else numbers
+            logits.append(shelf.step([tokens[row] for row in own]))
+            order += own
+        back = torch.tensor(order, device=self._network.device).argsort()
+        return torch.cat(logits)[back]
+
+    def _made_parts(self) -> list[Part]:
+        shelves = [shelf for shelf in self._shelves.values() if shelf.rows]
+        if len(shelves) == 1 and shelves[0].rows == self._rows:
+            return [(shelves[0], None)]
+        numbers = {row: i for i, row in enumerate(self._rows)}
+        return [(shelf, [numbers[row] for row in shelf.rows]) for shelf in shelves]
+
+    def _move_grown(self) -> None:
+        """Rows that become long with the next token go to the shelf for those."""
+        grown = [
+            (shelf, row)
+            for shelf in list(self._shelves.values())
+            for row in shelf.rows
+            if not shelf.is_long and row.length >= self.limits.short
+        ]
+        for shelf, row in grown:
+            self._shelf((shelf.kind, True)).take_over(row, shelf)
+            self._parts = None
+        self._longest = max(row.length for row in self._rows)
+
     def drop(self, rows: Sequence[int], known: AbstractSet[int]) -> list[int]:
-        for row in known:
-            dropped = self._rows[row]
-            self._known.add(dropped.prompt.owner, dropped.tokens, self._cache.row(row, dropped.length))
+        shelf_of = {row: shelf for shelf in self._shelves.values() for row in shelf.rows}
+        for number in known:
+            row = self._rows[number]
+            shelf = shelf_of[row]
+            contents = shelf.cache.row(shelf.rows.index(row), row.length)
+            try:
+                self._known.add(_owner(row.prompt, shelf), row.tokens, contents)
+            except Exception as error:  # it is only for speed, and a row that has ended has to go
+                if not is_out_of_memory(error):
+                    raise
+                self._known.clear()
         order = list(range(self.rows))
-        for row in sorted(rows, reverse=True):
-            last = len(order) - 1
-            if row != last:
-                order[row], self._rows[row] = order[last], self._rows[last]
-                self._cache.write_rows([row], self._cache.row(last, self._rows[last].length))
+        for number in sorted(rows, reverse=True):
+            row = self._rows[number]
+            shelf_of[row].take_out(row)
+            order[number], self._rows[number] = order[-1], self._rows[-1]
             order.pop()
             self._rows.pop()
-        if not order:
-            self._cache.clear()
+        for shelf in list(self._shelves.values()):
+            shelf.trim()
+            if not shelf.rows and not shelf.reader.prompts:
+                del self._shelves[shelf.place]
         self._rows_changed()
         return order
 
@@ -196,82 +243,36 @@ class SlotBatch:
     def free_memory(self) -> None:
         self._known.clear()
 
+    def _shelf(self, place: Place) -> Shelf:
+        if place not in self._shelves:
+            self._shelves[place] = Shelf(self._network, self.limits, place)
+        return self._shelves[place]
+
     def _rows_changed(self) -> None:
-        self._route = None
-        self._network.routes.keep({row.prompt.adapter for row in self._rows} | self._reader.adapters)
+        self._parts = None
+        self._longest = max((row.length for row in self._rows), default=0)
+        used: set[ResidentAdapter | None] = {row.prompt.adapter for row in self._rows}
+        for shelf in self._shelves.values():
+            used |= shelf.reader.adapters
+        self._network.routes.keep(used)
 
 
-class SingleBatch:
-    """The samples of one prompt, in Transformers' own cache. Rows that ended are computed on until all have."""
+def make_batch(network: Network, limits: Limits, max_known_tokens: int, context: int) -> Batch:
+    """The batch that fits the model's layers.
 
-    max_rows = 16
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._cache: DynamicCache | None = None
-        self._to_read: list[Prompt] = []
-        self._route: list[RouteGroup] = []
-        self._length = 0
-        self._live: list[int] = []
-        self._width = 0
-
-    @property
-    def rows(self) -> int:
-        return len(self._live)
-
-    def add(self, prompts: Sequence[Prompt]) -> None:
-        self._to_read += prompts
-
-    def forget(self, prompts: AbstractSet[Prompt]) -> None:
-        self._to_read = [prompt for prompt in self._to_read if prompt not in prompts]
-
-    def read(self) -> tuple[list[Prompt], Tensor]:
-        [prompt] = self._to_read
-        network = self._network
-        tokens = torch.from_numpy(prompt.tokens.copy()).to(network.device).expand(prompt.rows, -1)
-        cache = DynamicCache(config=network.config.get_text_config())
-        route = network.routes.make([prompt.adapter] * prompt.rows)
-        network.route.groups = route
-        positions = torch.arange(tokens.shape[1], device=network.device).unsqueeze(0)
-        hidden = network.body(tokens, positions, None, cache)
-        logits = network.logits(hidden[:, -1:]).squeeze(1)
-        network.read_scores(prompt, hidden[0], 0)
-        self._cache, self._route = cache, route
-        self._length, self._width = tokens.shape[1], prompt.rows
-        self._live = list(range(prompt.rows))
-        self._to_read = []
-        return [prompt], logits
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        # A cache that a failed step has half written can't be used again, so this batch's steps are not retried.
-        network = self._network
-        all_tokens = torch.zeros(self._width, 1, dtype=torch.int64)
-        all_tokens[self._live, 0] = torch.tensor(tokens)
-        positions = torch.full((1, 1), self._length, device=network.device)
-        network.route.groups = self._route
-        hidden = network.body(all_tokens.to(network.device), positions, None, self._cache)
-        self._length += 1
-        return network.logits(hidden).squeeze(1)[self._live]
-
-    def drop(self, rows: Sequence[int], known: AbstractSet[int]) -> list[int]:
-        kept = [row for row in range(self.rows) if row not in set(rows)]
-        self._live = [self._live[row] for row in kept]
-        if not self._live:
-            self._cache = None
-        return kept
-
-    def forget_adapter(self, adapter: ResidentAdapter) -> None:
-        """Nothing is kept anyway."""
-
-    def free_memory(self) -> None:
-        """Nothing is kept anyway."""
-
-
-def make_batch(network: Network, max_rows: int, max_known_tokens: int) -> Batch:
-    """The batch that fits the model's layers."""
+    Args:
+        limits: of sequences in all; a batch may take fewer rows.
+        context: most tokens of a sequence. A window that is as long is none.
+    """
     text = network.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    windowed = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    window = getattr(text, "sliding_window", None)
+    windowed = window is not None and window < context and getattr(text, "use_sliding_window", True)
     if kinds == {"full_attention"} and not (windowed and getattr(text, "layer_types", None) is None):
-        return SlotBatch(network, max_rows, max_known_tokens)
-    return SingleBatch(network)
+        return SlotBatch(network, limits, max_known_tokens)
+    return LockstepBatch(network, replace(limits, rows=min(limits.rows, LOCKSTEP_ROWS), are_apart=True))
+
+
+def _owner(prompt: Prompt, shelf: Shelf) -> Owner:
+    """Keys and values of both sides of a rope boundary are not the same."""
+    return (*prompt.owner, shelf.kind)

@@ -11,7 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from twinkle.server.samplers.transformers.memory import is_out_of_memory
+
 LENGTH_BLOCK = 64
+# What is made beyond what is asked for, so that growing is seldom: in length, and in rows x length.
+MOST_SPARE_LENGTH = 1024
+MOST_SPARE_TOKENS = 2**14
 
 
 class SlotCache:
@@ -23,29 +28,59 @@ class SlotCache:
     # Read by models that ask whether they may build their own masks around the cache.
     is_compileable = False
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, padding_position: int = 0) -> None:
+        """
+        Args:
+            padding_position: the position that the model is told of tokens that are only there to fill up a row; see
+                `Network.forward`.
+        """
+        self.padding_position = padding_position
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self._rows = slice(0, 0)
         self._positions = torch.empty(0)
-        self._lines: dict[int, Tensor] = {}
+        self._lines: dict[tuple[int, int], Tensor] = {}
         self._end = 0
         self._capacity = (0, 0)
 
     def reserve(self, rows: int, length: int) -> None:
-        """Have room for so many rows of such a length; what is there is kept."""
+        """Have room for so many rows of such a length; what is there is kept.
+
+        Where memory runs out, the capacity is what it was, and nothing is lost: layers that have grown by then are
+        larger than they need be, which does no harm. (One layer after the other, so that the old and the new memory of
+        no more than one are held at once.)
+        """
         old_rows, old_length = self._capacity
         if rows <= old_rows and length <= old_length:
             return
-        new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
-        blocks = -(-length // LENGTH_BLOCK) * LENGTH_BLOCK
-        new_length = old_length if length <= old_length else max(blocks, old_length + old_length // 2)
-        self._capacity = (new_rows, new_length)
+        new_rows, new_length = old_rows, old_length
+        if length > old_length:
+            spare = min(old_length // 2, MOST_SPARE_LENGTH)
+            new_length = max(_whole_blocks(length), old_length + spare)
+        if rows > old_rows:
+            new_rows = max(rows, min(2 * old_rows, old_rows + MOST_SPARE_TOKENS // max(1, new_length)))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                if old is not None:
-                    tensors[layer] = old.new_zeros(new_rows, old.shape[1], new_length, old.shape[3])
-                    tensors[layer][:old_rows, :, :old_length] = old  # pyright: ignore[reportOptionalSubscript]
+                if old is not None and (old.shape[0] < new_rows or old.shape[2] < new_length):
+                    tensors[layer] = _grown(old, new_rows, new_length)
+        self._capacity = (new_rows, new_length)
+
+    def trim(self, rows: int, length: int) -> None:
+        """Give back what is far more than so many rows of such a length need; they are kept."""
+        old_rows, old_length = self._capacity
+        if old_rows * old_length <= 4 * rows * length + MOST_SPARE_TOKENS:
+            return
+        # Before the layers, so that it holds wherever memory runs out: those that are left are larger.
+        self._capacity = (rows, _whole_blocks(length))
+        try:
+            for tensors in (self.keys, self.values):
+                for layer, old in enumerate(tensors):
+                    if old is not None:
+                        kept = old[: self._capacity[0], :, : self._capacity[1]]
+                        tensors[layer] = kept.clone(memory_format=torch.contiguous_format)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def clear(self) -> None:
         """Let go of the memory."""
@@ -59,19 +94,18 @@ class SlotCache:
         """
         return [tensor[row, :, :length] for tensor in (*self.keys, *self.values) if tensor is not None]
 
-    def write_rows(self, rows: list[int], contents: list[Tensor]) -> None:
-        """Begin rows with what `row` gave, here or of another cache; they must have been reserved.
+    def write_rows(self, rows: slice, contents: list[Tensor]) -> None:
+        """Begin rows with what `row` gave, of other rows, here or of another cache; they must have been reserved.
 
         Nothing is left behind it of who had the row before: attention adds its mask to the scores, and what is not a
-        number stays so whatever is added.
+        number stays so whatever is added. Takes no memory but that of layers that are not there yet.
         """
         layers = len(self.keys)
         for i, content in enumerate(contents):
             stored = self._room((self.keys, self.values)[i // layers], i % layers, content.unsqueeze(0))
             length = content.shape[1]
-            # A copy of its own: torch refuses to write into the memory that it reads from.
-            stored[rows, :, :length] = content.clone()
-            stored[rows, :, length:] = 0
+            stored[rows, :, :length].copy_(content)
+            stored[rows, :, length:].zero_()
 
     def begin(self, rows: slice, positions: Tensor, end: int) -> None:
         """
@@ -105,14 +139,25 @@ class SlotCache:
     def _lines_of(self, stored: Tensor) -> Tensor:
         """Where the new keys or values go: int64 [rows * heads * tokens], as lines of the tensor seen as a table."""
         _, heads, length, _ = stored.shape
-        lines = self._lines.get(heads)
+        lines = self._lines.get((heads, length))
         if lines is None:
             rows = torch.arange(self._rows.start, self._rows.stop, device=stored.device).view(-1, 1, 1)
             head = torch.arange(heads, device=stored.device).view(1, -1, 1)
             lines = (rows * heads + head) * length + self._positions.unsqueeze(1)
-            lines = self._lines[heads] = lines.flatten()
+            lines = self._lines[heads, length] = lines.flatten()
         return lines
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Positions are given to the model; this is only asked for by code that would work them out."""
         return self._end
+
+
+def _whole_blocks(length: int) -> int:
+    return -(-length // LENGTH_BLOCK) * LENGTH_BLOCK
+
+
+def _grown(old: Tensor, rows: int, length: int) -> Tensor:
+    """At least of so many rows and such a length, with what there is of the old one and 0 in the rest."""
+    new = old.new_zeros(max(rows, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
+    new[: old.shape[0], :, : old.shape[2]] = old
+    return new

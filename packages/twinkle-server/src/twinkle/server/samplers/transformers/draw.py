@@ -32,7 +32,7 @@ _ALTERNATIVES = 1
 
 class Uniforms:
     """A sample's stream of uniform numbers in [0, 1): a function of seed and sample index alone, whoever shares the
-    batch (Philox, Salmon et al., SC 2011).
+    batch (Philox, Salmon et al., SC 2011). (The logits are not: matrix products round by the shape of the batch.)
     """
 
     def __init__(self, seed: int, sample: int) -> None:

@@ -1,7 +1,7 @@
 """The engine's thread: admit who waits, draw a token for every row, take out who has ended; sleep when all have.
 
-Models whose layers are all full attention run many requests in one batch. Others (sliding windows, the linear attention
-of Qwen3.5) run one request at a time, its samples together: see `batches`.
+Memory is taken as sequences grow. Where it runs out, or another tenant has no place at all, some are paused (`places`):
+they stand in line again, and are read again when there is room, with the tokens that they have.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from typing import Self, TypeAlias
 
 import torch
@@ -23,33 +24,26 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
+from twinkle.server.samplers.load import Load
+from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import (
-    PREFILL_TOKENS_BETWEEN,
-    Batch,
-    SingleBatch,
-    make_batch,
-)
+from twinkle.server.samplers.transformers.batches import PREFILL_TOKENS_BETWEEN, Batch, make_batch
 from twinkle.server.samplers.transformers.draw import Uniforms
+from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
+from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.network import Network, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
 from twinkle.server.samplers.transformers.patience import Patience
-from twinkle.server.samplers.transformers.prompt_scores import check_targets
-from twinkle.server.samplers.transformers.sequences import Sequence, Task
-from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
-from twinkle.server.samplers.waiting import Waiting, WaitingLine
+from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
+from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
+from twinkle.server.samplers.waiting import WaitingLine
 
 log = logging.getLogger("twinkle.sampler")
 
 # Sequences, and the logits [sequences, vocabulary] of the next token of each.
 Drawable: TypeAlias = tuple[tuple[Sequence, ...], Tensor]
 
-MAX_ROWS_CPU = 64
-MAX_ROWS_GPU = 256
-# Rows times their longest length, at most: what the cache may come to.
-MAX_CACHED_TOKENS_CPU = 2**17
-MAX_CACHED_TOKENS_GPU = 2**20
 # Tokens of sequences that have ended, whose keys and values are kept for prompts that begin like them.
 MAX_KNOWN_TOKENS = 2**14
 
@@ -57,13 +51,20 @@ MAX_KNOWN_TOKENS = 2**14
 class TransformersEngine:
     """See `twinkle.server.samplers.protocol.SamplingEngine`."""
 
-    def __init__(self, loaded: LoadedModel, config: ModelConfig, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        max_rows: int | None = None,
+        max_cached_tokens: int | None = None,
+    ) -> None:
         """
         Args:
             loaded: its weights are shared, not copied; its module tree is left as it is.
             max_rows: most sequences in the batch; by the device if None.
+            max_cached_tokens: most tokens whose keys and values are kept of running sequences, and the longest that any
+                may become; by device, context and free memory if None.
         """
-        on_gpu = loaded.device.type == "cuda"
         model = copy_sharing_weights(loaded.model)
         route = Route()
         wrap_linears(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
@@ -71,15 +72,16 @@ class TransformersEngine:
         self._loaded = loaded
         self._dtype = loaded.dtype
         self._network = Network(model, route)
-        self._max_rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
-        self._max_tokens = MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU
+        self._limits = make_limits(loaded, max_rows, max_cached_tokens)
         self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
         self._sequences: tuple[Sequence, ...] = ()  # row i of the batch is the i-th
-        self._reading: dict[Prompt, Task] = {}  # whose prompts are on their way into the batch
+        self._reading: dict[Prompt, Item] = {}  # whose prompts are on their way into the batch
+        self._is_full = False  # memory has run out, and nothing has ended since
         self._next_tokens = NextTokens()
-        self._line: WaitingLine[Task] = WaitingLine()
+        self._line: WaitingLine[Item] = WaitingLine()
+        self._accepted = 0
         self._patience = Patience(PREFILL_TOKENS_BETWEEN)
         self._wake = (
             threading.Condition()
@@ -128,7 +130,7 @@ class TransformersEngine:
                 if self._closed:
                     raise ServerFault("the sampling engine has been closed")
                 task = self._accept(request, future)
-                self._line.add(Waiting(request.tenant, task, task.longest, request.num_samples))
+                self._line.add(waiting(task, request.num_samples))
                 self._patience.arrived(len(request.prompt), task.max_tokens)
                 if request.request_id:
                     self._under_way.setdefault(request.request_id, set()).add(task)
@@ -138,31 +140,14 @@ class TransformersEngine:
         return future
 
     def _accept(self, request: GenerateRequest, future: Future[SampleResponse]) -> Task:
-        info = self._loaded.info
         if request.adapter_id is not None and request.adapter_id not in self._adapters:
             raise NotFound(f"adapter_id: {request.adapter_id!r} is not resident in the sampler")
         adapter = self._adapters[request.adapter_id] if request.adapter_id is not None else None
-        if adapter is not None and not adapter.is_finite:
-            raise InvalidRequest(
-                f"adapter_id: {request.adapter_id!r} has weights that are not finite numbers, so its training has "
-                "failed; sample a checkpoint from before"
-            )
-        length, limit = len(request.prompt), info.max_context_length
-        if not 1 <= length <= limit:
-            raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
-        check_targets(request, info.vocab_size)
-        # One token can be drawn after a prompt that fills the context: it is never read.
-        room = max(1, limit - length)
-        task = Task(
-            request=request,
-            future=future,
-            adapter=adapter,
-            stop=stop_rule(request.params, info.eos_token_ids, self._tokenizer is not None),
-            max_tokens=min(request.params.max_tokens or room, room),
+        self._accepted += 1
+        has_tokenizer = self._tokenizer is not None
+        return make_task(
+            request, future, adapter, self._accepted, self._loaded.info, self._limits.tokens, has_tokenizer
         )
-        if request.params.seed is not None:
-            task.seed = request.params.seed
-        return task
 
     def cancel(self, request_id: str) -> None:
         """The request ends with `CancelledError` before the next step."""
@@ -227,10 +212,10 @@ class TransformersEngine:
 
     def _tasks(self) -> set[Task]:
         """Those in the batch, or on their way there."""
-        return {*(sequence.task for sequence in self._sequences), *self._reading.values()}
+        return {*(sequence.task for sequence in self._sequences), *map(task_of, self._reading.values())}
 
     def _make_batch(self) -> Batch:
-        return make_batch(self._network, self._max_rows, MAX_KNOWN_TOKENS)
+        return make_batch(self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length)
 
     def _drop_unwanted(self) -> None:
         with self._wake:
@@ -241,23 +226,67 @@ class TransformersEngine:
         if tasks:
             self._end({task: CancelledError() for task in tasks})
 
+    def _held(self) -> list[Held]:
+        """The batch's rows in order, then the samples on their way there."""
+        held = [Held(s.task.request.tenant, s.order, s.length) for s in self._sequences]
+        for prompt, item in self._reading.items():
+            order = item.order if isinstance(item, Sequence) else (item.number, item.admitted)
+            held += [Held(prompt.tenant, order, len(prompt.tokens), can_pause=False)] * prompt.rows
+        return held
+
     def _admit(self) -> None:
         """Who waits and may come in is read from now on; while others generate not before there is company, or soon."""
-        one_at_a_time = isinstance(self._batch, SingleBatch)
-        if one_at_a_time and (self._sequences or self._reading):
-            return
+        self._is_full &= bool(self._sequences or self._reading)
         with self._wake:
             if not self._line or (self._sequences and not self._reading and not self._patience.is_over):
                 return
-            rows = self._batch.rows + sum(prompt.rows for prompt in self._reading)
-            longest = max((task.longest for task in self._tasks()), default=0)
-            taken = self._line.take(
-                self._batch.max_rows - rows, longest, rows, self._max_tokens, 1 if one_at_a_time else None
-            )
+            running = {task.request.tenant for task in self._tasks()}
+            newcomers = [tenant for tenant in self._line.tenants() if tenant not in running]
+        if self._is_full:
+            return
+        for tenant in newcomers if running else []:
+            self._make_room_for(tenant)
+        self._take_in()
+        with self._wake:
             self._patience.admitted(all_of_them=not self._line)
-        prompts = {waiting.item.prompt(samples): waiting.item for waiting, samples in taken}
+
+    def _make_room_for(self, tenant: str) -> None:
+        """Nothing of this tenant runs: others make room, and it takes it."""
+        limits = self._batch.limits
+        with self._wake:
+            length, samples = self._line.wants(tenant)
+        paused = to_make_room(self._held(), limits, length, samples)
+        self._pause({self._sequences[row] for row in paused}, known=True)
+        self._take_in(max(1, limits.rows // FOR_NEWCOMERS), tenant, may_fill=True)
+
+    def _take_in(self, most: int | None = None, only: str | None = None, may_fill: bool = False) -> None:
+        """Begin to read who finds a place: see `WaitingLine.take`."""
+        limits = self._batch.limits
+        rows = len(self._sequences) + sum(prompt.rows for prompt in self._reading)
+        if rows >= limits.rows:
+            return
+        load = Load.of(limits, (one.length for one in self._held()))
+        with self._wake:
+            taken = self._line.take(load, most, only, may_fill)
+        prompts = {
+            one.item.prompt_again() if isinstance(one.item, Sequence) else one.item.prompt(samples): one.item
+            for one, samples in taken
+        }
         self._reading |= prompts
         self._batch.add(list(prompts))
+
+    def _pause(self, sequences: AbstractSet[Sequence], known: bool) -> None:
+        """Sequences leave the batch, and come before everything else of their tenants when there is room.
+
+        Args:
+            known: whether their keys and values may be kept until then, as far as those of ended ones are.
+        """
+        if not sequences:
+            return
+        self._drop(sequences, known)
+        with self._wake:
+            for sequence in sorted(sequences, key=lambda one: one.order, reverse=True):
+                self._line.put_back(waiting(sequence, 1))
 
     def _read(self) -> Drawable | None:
         """Read on; returns the sequences that begin, with their logits."""
@@ -270,31 +299,48 @@ class TransformersEngine:
         return (self._begin(prompts), logits) if prompts else None
 
     def _read_singly(self, error: Exception) -> Drawable | None:
-        """Prompts that can't be read together are read one by one; one that can't be read alone fails."""
+        """Prompts that can't be read together are read one by one; one that can't be read alone fails, or waits for
+        others to end if memory is what it lacks.
+        """
         self._free_memory()
         reading, self._reading = self._reading, {}
         self._batch.forget(reading.keys())
         if len(reading) == 1:
-            self._fail(next(iter(reading.values())), error)
+            self._not_read(*next(iter(reading.items())), error)
             return None
         begun: list[Sequence] = []
         all_logits: list[Tensor] = []
-        for prompt, task in reading.items():
+        for prompt, item in reading.items():
+            task = task_of(item)
             if task.future.done():
                 continue
             try:
-                logits = self._read_whole(task.prompt_again(prompt), task)
+                logits = self._read_whole(task.prompt_again(prompt), item)
             except Exception as own_error:
                 self._free_memory()
-                self._fail(task, own_error)
+                self._not_read(prompt, item, own_error)
             else:
                 begun += self._sequences[len(self._sequences) - len(logits) :]
                 all_logits.append(logits)
         return (tuple(begun), torch.cat(all_logits)) if begun else None
 
-    def _read_whole(self, prompt: Prompt, task: Task) -> Tensor:
+    def _not_read(self, prompt: Prompt, item: Item, error: Exception) -> None:
+        """A prompt could not be read alone."""
+        unread = {one for one, other in self._reading.items() if other is item}
+        self._batch.forget(unread)
+        self._reading = {one: other for one, other in self._reading.items() if one not in unread}
+        if not (self._sequences and is_out_of_memory(error)):
+            self._fail(task_of(item), error)
+            return
+        self._is_full = True
+        if isinstance(item, Task):
+            item.take_back(prompt)
+        with self._wake:
+            self._line.put_back(replace(waiting(item, prompt.rows), tokens=0))
+
+    def _read_whole(self, prompt: Prompt, item: Item) -> Tensor:
         """Read a prompt to its end, and begin its samples; returns their logits."""
-        self._reading[prompt] = task
+        self._reading[prompt] = item
         self._batch.add([prompt])
         read: list[Prompt] = []
         logits = torch.empty(0)
@@ -307,28 +353,66 @@ class TransformersEngine:
         """Sequences for the rows that were just made, prompt by prompt."""
         begun: list[Sequence] = []
         for prompt in prompts:
-            task = self._reading.pop(prompt)
-            task.note_prompt(prompt)
+            item = self._reading.pop(prompt)
+            if isinstance(item, Sequence):
+                begun.append(item)  # it goes on
+                continue
+            item.note_prompt(prompt)
             for _ in range(prompt.rows):
-                begun.append(Sequence(task, task.admitted, Uniforms(task.seed, task.admitted)))
-                task.admitted += 1
+                begun.append(Sequence(item, item.admitted, Uniforms(item.seed, item.admitted)))
+                item.admitted += 1
         self._sequences += tuple(begun)
         return tuple(begun)
 
     def _step(self) -> Drawable | None:
         """One more token for everybody."""
+        self._read_again()
+        self._shrink()
         if not self._sequences:
             return None
         newest = [sequence.tokens[-1] for sequence in self._sequences]
         try:
             logits = self._batch.step(newest)
-        except Exception as error:  # most likely memory: the newest request makes room for the others
-            self._free_memory()
-            self._fail(self._sequences[-1].task, error)
+        except Exception as error:
+            self._not_stepped(error)
             return None
         with self._wake:
             self._patience.stepped()
         return self._sequences, logits
+
+    def _read_again(self) -> None:
+        """What the batch keeps of some is no use for their next tokens: they are read from their beginnings."""
+        rows = self._batch.to_read_again()
+        if rows:
+            sequences = [self._sequences[row] for row in rows]
+            self._drop(set(sequences), known=False)
+            prompts: dict[Prompt, Item] = {sequence.prompt_again(): sequence for sequence in sequences}
+            self._reading |= prompts
+            self._batch.add(list(prompts))
+
+    def _shrink(self) -> None:
+        """Pause some if the next step of all would take more memory than there is."""
+        limits = self._batch.limits
+        if not self._reading and self._batch.rows * self._batch.longest <= limits.tokens:
+            return  # as nearly always
+        held = self._held()
+        while Load.of(limits, (one.length for one in held)).is_too_much:
+            row = to_shrink(held)
+            if row is None:
+                return
+            self._pause({self._sequences[row]}, known=True)
+            held = self._held()
+
+    def _not_stepped(self, error: Exception) -> None:
+        """Where memory has run out, somebody is paused until another has ended; else the newest request fails."""
+        self._free_memory()
+        row = to_shrink(self._held()) if is_out_of_memory(error) else None
+        if row is None:
+            self._fail(max(self._sequences, key=lambda sequence: sequence.order).task, error)
+            return
+        log.info("memory ran out: a sample is paused (%s)", error)
+        self._is_full = True
+        self._pause({self._sequences[row]}, known=False)
 
     def _advance(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
         """Draw the next token of each sequence, and take out those that have ended."""
@@ -336,13 +420,14 @@ class TransformersEngine:
         ended: set[Sequence] = set()
         for sequence in sequences:
             task = sequence.task
-            stopped = is_stopped(task.stop, sequence.tokens, self._tokenizer)
+            stopped = is_stopped(task.stop, sequence.tokens, self._tokenizer, task.request.prompt)
             if stopped or len(sequence.tokens) >= task.max_tokens:
                 task.finished[sequence.index] = sequence.result(stopped)
                 ended.add(sequence)
                 if task.is_complete:
                     self._forget(task)
                     task.succeed()
+        self._is_full &= not ended
         self._drop(ended, known=True)
 
     def _drop(self, ended: AbstractSet[Sequence], known: bool) -> None:
@@ -372,13 +457,13 @@ class TransformersEngine:
         for task, error in errors.items():
             self._forget(task)
             task.fail(error)
-        unread = {prompt for prompt, task in self._reading.items() if task in errors}
+        unread = {prompt for prompt, item in self._reading.items() if task_of(item) in errors}
         if unread:
             self._batch.forget(unread)
-            self._reading = {prompt: task for prompt, task in self._reading.items() if prompt not in unread}
+            self._reading = {prompt: item for prompt, item in self._reading.items() if prompt not in unread}
         self._drop({sequence for sequence in self._sequences if sequence.task in errors}, known=False)
         with self._wake:
-            self._line.remove(errors.keys())
+            self._line.remove(lambda item: task_of(item) in errors)
 
     def _forget(self, task: Task) -> None:
         """It can't be cancelled any more."""
@@ -398,7 +483,7 @@ class TransformersEngine:
     def _abandon(self) -> None:
         """The engine was closed: whatever is not done is cancelled."""
         with self._wake:
-            tasks = {waiting.item for waiting in self._line.remove_all()}
+            tasks = {task_of(one.item) for one in self._line.remove_all()}
         tasks |= self._tasks()
         self._end({task: CancelledError() for task in tasks})
         self._adapters.clear()

@@ -15,11 +15,13 @@ from twinkle.server.backends.transformers.base_model import decoder, finish_logi
 from twinkle.server.backends.transformers.threads import Threads
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
-from twinkle.server.samplers.transformers.prefixes import Owner
 from twinkle.server.samplers.transformers.prompt_scores import PromptScores
 
 # Logits of prompt tokens that are held at once, when anything is asked about these: tokens times the vocabulary.
 PROMPT_LOGITS = 2**24
+
+# Fills up rows that have fewer tokens than others.
+PADDING = -1
 
 
 @dataclass(eq=False)
@@ -39,7 +41,7 @@ class Prompt:
     scores: PromptScores | None = None
 
     @property
-    def owner(self) -> Owner:
+    def owner(self) -> tuple[str, ResidentAdapter | None]:
         return self.tenant, self.adapter
 
 
@@ -83,8 +85,11 @@ class Network:
     def forward(self, cache: SlotCache, rows: slice, tokens: Tensor, starts: list[int]) -> Tensor:
         """Read tokens into rows of a cache.
 
+        What fills up a row (`PADDING`) takes part, but for its position: some models choose their rope's frequencies by
+        the largest position of a call, which must be what it is to these rows, whoever is read beside them.
+
         Args:
-            tokens: int64 [rows, n].
+            tokens: int64 [rows, n]; `PADDING` behind a row's own, unless n is 1.
             starts: the position of each row's first.
 
         Returns:
@@ -92,10 +97,14 @@ class Network:
         """
         n = tokens.shape[1]
         first = torch.tensor(starts, device=tokens.device).unsqueeze(1)
-        positions = first + torch.arange(n, device=tokens.device) if n > 1 else first
         end = max(starts) + n
+        if n == 1:
+            cache.begin(rows, first, end)
+            return self.body(tokens, first, self._mask(first, end), cache)
+        positions = first + torch.arange(n, device=tokens.device)
         cache.begin(rows, positions, end)
-        return self.body(tokens, positions, self._mask(positions, end), cache)
+        told = positions.masked_fill(tokens < 0, cache.padding_position)
+        return self.body(tokens.clamp(min=0), told, self._mask(positions, end), cache)
 
     def _mask(self, positions: Tensor, end: int) -> Tensor:
         """What attention adds to its scores, [rows, 1, n, end]: each token sees itself and what is before it.

@@ -17,8 +17,9 @@ from torch import Tensor
 from twinkle.protocol.types import Int64Array
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 
-# Whose keys and values are whose: a tenant, and an adapter as it was made.
-Owner: TypeAlias = tuple[str, ResidentAdapter | None]
+# Whose keys and values are whose: a tenant, an adapter as it was made, and how many rope boundaries the whole sequence
+# is beyond (all of its keys are others then).
+Owner: TypeAlias = tuple[str, ResidentAdapter | None, *tuple[int, ...]]
 
 # Fewer common tokens are read again sooner than looked for and copied.
 LEAST_COMMON = 16

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
-from twinkle.server.samplers.transformers.network import Network, Prompt
+from twinkle.server.samplers.transformers.network import PADDING, Network, Prompt
 from twinkle.server.samplers.transformers.prefixes import LEAST_COMMON, common_length
 
 # What is known of a prompt's beginning elsewhere: see `Prefixes.find`.
@@ -67,9 +67,15 @@ class Read:
 class Reader:
     """Row i of its cache is the i-th of those that are being read; others wait for their leaders."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, boundary: int = 0) -> None:
+        """
+        Args:
+            boundary: prompts are longer than this, and the model is to know it from the first piece on: see
+                `rope_boundaries`. 0 if there is none to know of.
+        """
         self._network = network
-        self._cache = SlotCache(network.num_layers)
+        self._boundary = boundary
+        self._cache = SlotCache(network.num_layers, padding_position=boundary)
         self._readings: list[Reading] = []
         self._waiting: list[Reading] = []
         self._route: list[RouteGroup] | None = None  # made anew when the readings change
@@ -110,8 +116,8 @@ class Reader:
         count = len(self._readings)
         n = min(max(1, tokens // count), max(reading.left for reading in self._readings))
         starts = [reading.position for reading in self._readings]
-        self._cache.reserve(count, max(starts) + n)
-        hidden = self._forward(n, starts)
+        self._cache.reserve(count, max(starts) + n + 1)
+        hidden = self._forward(n, starts)[:, :n]
         for i, reading in enumerate(self._readings):
             self._network.read_scores(reading.prompt, hidden[i], starts[i])
         finished: list[Read] = []
@@ -140,7 +146,8 @@ class Reader:
             if reading.position < LEAST_COMMON:
                 reading.position = 0
             else:
-                self._cache.write_rows([row], [content[:, : reading.position] for content in contents])
+                begun = [content[:, : reading.position] for content in contents]
+                self._cache.write_rows(slice(row, row + 1), begun)
             self._readings.append(reading)
             self._route = None
         self._waiting = still_waiting
@@ -159,14 +166,18 @@ class Reader:
         last = len(self._readings) - 1
         if row != last:
             moved = self._readings[row] = self._readings[last]
-            self._cache.write_rows([row], self._cache.row(last, moved.position))
+            self._cache.write_rows(slice(row, row + 1), self._cache.row(last, moved.position))
         self._readings.pop()
         self._route = None
 
     def _forward(self, n: int, starts: list[int]) -> Tensor:
-        """The next n tokens of every reading; 0 stands behind the ends of those that have fewer left."""
+        """The next n tokens of every reading, and padding behind the ends of those that have fewer left.
+
+        Where all are before the boundary still, one more column of padding stands beyond it.
+        """
         network = self._network
-        tokens = torch.zeros(len(starts), n, dtype=torch.int64)
+        width = n if max(starts) + n > self._boundary or not self._boundary else n + 1
+        tokens = torch.full((len(starts), width), PADDING)
         for row, reading in zip(tokens, self._readings, strict=True):
             own = reading.prompt.tokens[reading.position : reading.position + n]
             row[: len(own)] = torch.from_numpy(own.copy())

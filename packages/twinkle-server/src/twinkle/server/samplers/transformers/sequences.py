@@ -5,8 +5,13 @@ from __future__ import annotations
 import secrets
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
+import numpy as np
+
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampledSequence, SampleResponse, TopkTable
+from twinkle.server.backends.protocol import BaseModelInfo
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
@@ -15,8 +20,10 @@ from twinkle.server.samplers.transformers.prompt_scores import (
     PromptAnswers,
     PromptScores,
     asks_about_prompt,
+    check_targets,
 )
-from twinkle.server.samplers.transformers.stops import StopRule
+from twinkle.server.samplers.transformers.stops import StopRule, stop_rule
+from twinkle.server.samplers.waiting import Waiting
 
 
 @dataclass(eq=False)
@@ -27,7 +34,8 @@ class Task:
         adapter: as it was when the request came; removing it from the engine changes nothing here.
         max_tokens: most tokens of a sample.
         seed: the request's, or one drawn for it.
-        taken: samples whose prompt is read, or has been.
+        number: rises with the time of the request.
+        has_asked: whether what is asked about the prompt is answered by a reading that there has been, or is.
         admitted: samples that have begun; `finished` holds those that have ended, by their index.
     """
 
@@ -36,8 +44,9 @@ class Task:
     adapter: ResidentAdapter | None
     stop: StopRule
     max_tokens: int
+    number: int
     seed: int = field(default_factory=lambda: secrets.randbits(63))
-    taken: int = 0
+    has_asked: bool = False
     admitted: int = 0
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
     prompt_answers: PromptAnswers = field(default_factory=PromptAnswers)
@@ -49,14 +58,19 @@ class Task:
 
     def prompt(self, samples: int) -> Prompt:
         """The prompt for `samples` more samples; what is asked about it is answered with the first ones only."""
-        asks = self.taken == 0 and asks_about_prompt(self.request)
-        self.taken += samples
+        asks = not self.has_asked and asks_about_prompt(self.request)
+        self.has_asked = True
         scores = PromptScores(self.request, self.seed) if asks else None
         return Prompt(self.request.tenant, self.request.prompt, self.adapter, samples, scores)
 
     def prompt_again(self, prompt: Prompt) -> Prompt:
         """One that couldn't be read, to be read from its beginning."""
         return replace(prompt, scores=PromptScores(self.request, self.seed) if prompt.scores else None)
+
+    def take_back(self, prompt: Prompt) -> None:
+        """A prompt that is not read now, but later."""
+        if prompt.scores is not None:
+            self.has_asked = False
 
     def note_prompt(self, prompt: Prompt) -> None:
         """Take over what was learnt of the prompt."""
@@ -88,7 +102,10 @@ class Task:
 
 @dataclass(eq=False)
 class Sequence:
-    """One running sample: a row of the batch."""
+    """A sample that has begun: a row of the batch, unless it is paused.
+
+    It goes on after a pause as if there had been none: its tokens are read again, and its uniform numbers go on.
+    """
 
     task: Task
     index: int
@@ -97,9 +114,85 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list[float])
     topk: list[TopkTable] = field(default_factory=list[TopkTable])  # a row each
 
+    @property
+    def length(self) -> int:
+        """Tokens that are kept of it once the newest has been read."""
+        return len(self.task.request.prompt) + len(self.tokens)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Rises with age: see `places.Held`."""
+        return self.task.number, self.index
+
+    def prompt_again(self) -> Prompt:
+        """Everything so far, to go on from."""
+        request = self.task.request
+        tokens = np.concatenate([request.prompt, np.array(self.tokens, np.int64)])
+        return Prompt(request.tenant, tokens, self.task.adapter, 1)
+
     def result(self, stopped: bool) -> SampledSequence:
         wants_topk = self.task.request.topk_sample_logprobs > 0
         reason = "stop" if stopped else "length"
         return SampledSequence(
             reason, self.tokens, self.logprobs, TopkTable.joined(self.topk) if wants_topk else None
         )
+
+
+def make_task(
+    request: GenerateRequest,
+    future: Future[SampleResponse],
+    adapter: ResidentAdapter | None,
+    number: int,
+    info: BaseModelInfo,
+    max_kept_tokens: int,
+    has_tokenizer: bool,
+) -> Task:
+    """
+    Args:
+        max_kept_tokens: most tokens of a sequence that the sampler's memory holds.
+
+    Raises:
+        InvalidRequest: if the request asks for what can't be.
+    """
+    if adapter is not None and not adapter.is_finite:
+        raise InvalidRequest(
+            f"adapter_id: {request.adapter_id!r} has weights that are not finite numbers, so its training has "
+            "failed; sample a checkpoint from before"
+        )
+    length, limit = len(request.prompt), info.max_context_length
+    if not 1 <= length <= limit:
+        raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
+    if length > (limit := min(limit, max_kept_tokens)):
+        raise InvalidRequest(
+            f"prompt: {length} tokens; the sampler's memory holds {limit} on this machine: shorten the prompt"
+        )
+    check_targets(request, info.vocab_size)
+    # One token can be drawn after a prompt that fills the context: it is never read.
+    room = max(1, limit - length)
+    task = Task(
+        request=request,
+        future=future,
+        adapter=adapter,
+        stop=stop_rule(request.params, info.eos_token_ids, has_tokenizer),
+        max_tokens=min(request.params.max_tokens or room, room),
+        number=number,
+    )
+    if request.params.seed is not None:
+        task.seed = request.params.seed
+    return task
+
+
+# What waits for a place, or whose prompt is read: a request with samples that have not begun, or a paused sample.
+Item: TypeAlias = Task | Sequence
+
+
+def task_of(item: Item) -> Task:
+    return item.task if isinstance(item, Sequence) else item
+
+
+def waiting(item: Item, samples: int) -> Waiting[Item]:
+    """So many samples of an item, to stand in line; a paused one costs its tenant nothing any more."""
+    request = task_of(item).request
+    if isinstance(item, Sequence):
+        return Waiting(request.tenant, item, 0, item.length, samples)
+    return Waiting(request.tenant, item, item.longest, len(request.prompt), samples)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import SamplingParams
+from twinkle.protocol.types import Int64Array, SamplingParams
 
 # A token gives at least one byte of text; a few more are looked at, since characters may straddle tokens.
 _MARGIN_TOKENS = 8
+
+# Tokens of the prompt that are decoded before the first sampled ones.
+_TOKENS_BEFORE = 4
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,38 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.from_file(str(path)) if path.is_file() else None
 
 
-def is_stopped(rule: StopRule, tokens: list[int], tokenizer: Tokenizer | None) -> bool:
-    """Whether the newest token completes a stop."""
+def is_stopped(
+    rule: StopRule,
+    tokens: Sequence[int],
+    tokenizer: Tokenizer | None,
+    prompt: Sequence[int] | Int64Array = (),
+) -> bool:
+    """Whether the newest token completes a stop.
+
+    Args:
+        tokens: what has been sampled.
+        prompt: what stands before it, or its end: a stop string is not looked for there.
+    """
     if tokens[-1] in rule.tokens:
         return True
     if not rule.strings or tokenizer is None:
         return False
     window = max(len(string.encode()) for string in rule.strings) + _MARGIN_TOKENS
-    text = tokenizer.decode(tokens[-window:], skip_special_tokens=False)
+    before = [int(token) for token in prompt[-_TOKENS_BEFORE:]]
+    text = _text_after(before, list(tokens), window, tokenizer)
     return any(string in text for string in rule.strings)
+
+
+def _text_after(before: list[int], tokens: list[int], window: int, tokenizer: Tokenizer) -> str:
+    """The text of the latest tokens, as it stands behind what is before them.
+
+    Many decoders treat the first token that they are given in another way: they take a space off it (Llama 2,
+    Metaspace), or put none before it (WordPiece). So the first sampled tokens are decoded with some of the prompt.
+    """
+    if len(tokens) > window:
+        return tokenizer.decode(tokens[-window:], skip_special_tokens=False)
+    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=False)
+    given = tokenizer.decode(before, skip_special_tokens=False) if before else ""
+    # The prompt may end in the middle of a character, which is another one with the rest.
+    common = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
+    return whole[common:]

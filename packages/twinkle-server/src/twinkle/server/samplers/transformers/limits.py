@@ -1,0 +1,30 @@
+"""How many sequences a sampler runs at a time, and how many of their tokens it keeps."""
+
+from __future__ import annotations
+
+from twinkle.server.backends.transformers.base_model import LoadedModel
+from twinkle.server.backends.transformers.model_facts import affordable_cache_tokens
+from twinkle.server.backends.transformers.rope import rope_boundaries
+from twinkle.server.samplers.load import Limits
+
+MAX_ROWS_CPU = 64
+MAX_ROWS_GPU = 256
+# Tokens whose keys and values are kept, at most: as `Load` counts them, and as far as there is memory.
+MAX_CACHED_TOKENS_CPU = 2**17
+MAX_CACHED_TOKENS_GPU = 2**20
+
+
+def make_limits(loaded: LoadedModel, max_rows: int | None, max_cached_tokens: int | None) -> Limits:
+    """
+    Args:
+        max_rows: by the device if None.
+        max_cached_tokens: by device, context and free memory if None.
+    """
+    on_gpu = loaded.device.type == "cuda"
+    rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
+    context = loaded.info.max_context_length
+    if max_cached_tokens is None:
+        wanted = max(MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU, context)
+        text = loaded.model.config.get_text_config()
+        max_cached_tokens = min(wanted, affordable_cache_tokens(text, loaded.dtype, loaded.device))
+    return Limits(rows, max(rows, max_cached_tokens), rope_boundaries(loaded.model.config, context))
