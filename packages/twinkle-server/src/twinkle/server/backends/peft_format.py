@@ -12,6 +12,10 @@ adapter's state they are named by their parameters, like all others:
     ...mlp.experts.base_layer.lora_A.weight         ...mlp.experts.gate_up_proj.lora_A.weight
     ...mlp.experts.lora_A.weight                    ...mlp.experts.down_proj.lora_A.weight
 
+In a mixture of experts the linear layers of shared experts and dense feed-forward parts are target parameters as well,
+`...mlp.gate_proj.weight`: as target modules PEFT (0.18 and later) takes what is so named for the routed experts of
+Transformers 4. The names of their matrices are the same either way.
+
 `PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
 format; where files are, and that they are whole, is the store's business. No torch.
 """
@@ -32,7 +36,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
 from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
-from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ExportFacts, OptimizerState
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +44,8 @@ OPTIMIZER = "optimizer.safetensors"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _WRAPPED = ".base_layer"
+# What PEFT takes for projections of routed experts where it finds them among the target modules of such a model.
+_LIKE_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
 # Settings of PEFT that change what an adapter computes, each with the values that mean "not used".
 _UNUSED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -56,9 +62,16 @@ _UNUSED: dict[str, tuple[object, ...]] = {
 }
 
 
-def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
+def peft_config(state: AdapterState, base_model: str, facts: ExportFacts) -> dict[str, object]:
     """What `adapter_config.json` says of an adapter."""
     alpha = state.spec.alpha
+    parameters: list[str] = []
+    for name in state.target_modules:
+        if is_expert_parameter(name):
+            parameters.append(name)
+        elif facts.has_routed_experts and name.rpartition(".")[2] in _LIKE_EXPERTS:
+            parameters.append(f"{name}.weight")
+    as_parameters = {name.removesuffix(".weight") for name in parameters}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,8 +79,8 @@ def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
         "r": state.spec.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
-        "target_modules": [name for name in state.target_modules if not is_expert_parameter(name)],
-        "target_parameters": [name for name in state.target_modules if is_expert_parameter(name)] or None,
+        "target_modules": [name for name in state.target_modules if name not in as_parameters],
+        "target_parameters": parameters or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -78,13 +91,14 @@ def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
     }
 
 
-def write(directory: Path, state: AdapterState, base_model: str) -> None:
+def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFacts = ExportFacts()) -> None:
     """Write an adapter into an existing directory.
 
     Args:
         base_model: what PEFT is to note as the base model.
+        facts: of that base model.
     """
-    config = json.dumps(peft_config(state, base_model), indent=2)
+    config = json.dumps(peft_config(state, base_model, facts), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
     # The metadata is what Transformers and PEFT mark files of PyTorch's layout with.
     names = _file_names(state.target_modules)

@@ -257,7 +257,8 @@ class AdapterKeeper:
         self, job: Job, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save
     ) -> int:
         """Files first, then the row; returns the size in bytes."""
-        size = await patiently(lambda: self._files.write(uri, state, run.base_model))
+        facts = self._worker.info.export
+        size = await patiently(lambda: self._files.write(uri, state, run.base_model, facts))
         now = time.time()
         row = tables.Checkpoint(
             run_id=run.run_id,

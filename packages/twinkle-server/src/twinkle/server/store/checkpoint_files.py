@@ -20,7 +20,7 @@ from typing import Any
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends import peft_format
-from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.backends.protocol import AdapterState, ExportFacts
 
 MANIFEST = "manifest.json"
 
@@ -38,8 +38,14 @@ class CheckpointFiles:
         )
         return self._root / uri.run_id / uri.kind / uri.name
 
-    def write(self, uri: CheckpointUri, state: AdapterState, base_model: str) -> int:
+    def write(
+        self, uri: CheckpointUri, state: AdapterState, base_model: str, facts: ExportFacts = ExportFacts()
+    ) -> int:
         """Write a checkpoint, in place of one of the same name.
+
+        Args:
+            base_model: what PEFT and tokenizers find the base model by.
+            facts: of the base model.
 
         Returns:
             Its size in bytes.
@@ -49,7 +55,7 @@ class CheckpointFiles:
         partial = target.parent / f".{uri.name}.{uuid.uuid4().hex}.partial"
         try:
             partial.mkdir()
-            peft_format.write(partial, state, base_model)
+            peft_format.write(partial, state, base_model, facts)
             size = _write_manifest(partial)
             _replace(partial, target)
         finally:
