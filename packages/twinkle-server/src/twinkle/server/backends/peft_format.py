@@ -36,7 +36,13 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
 from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
-from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ExportFacts, OptimizerState
+from twinkle.server.backends.protocol import (
+    PLAIN_MODEL,
+    AdapterSpec,
+    AdapterState,
+    ExportFacts,
+    OptimizerState,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,7 +97,7 @@ def peft_config(state: AdapterState, base_model: str, facts: ExportFacts) -> dic
     }
 
 
-def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFacts = ExportFacts()) -> None:
+def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFacts = PLAIN_MODEL) -> None:
     """Write an adapter into an existing directory.
 
     Args:

@@ -115,6 +115,10 @@ class ExportFacts:
     renamed: tuple[tuple[str, str], ...] = ()
 
 
+PLAIN_MODEL = ExportFacts()
+"""Those of a dense model with a head of its own, whose parts all programs call alike."""
+
+
 @dataclass(frozen=True)
 class BaseModelInfo:
     """Facts about the base model that requests are checked against.

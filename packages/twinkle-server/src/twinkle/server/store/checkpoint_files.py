@@ -20,7 +20,7 @@ from typing import Any
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends import peft_format
-from twinkle.server.backends.protocol import AdapterState, ExportFacts
+from twinkle.server.backends.protocol import PLAIN_MODEL, AdapterState, ExportFacts
 
 MANIFEST = "manifest.json"
 
@@ -39,7 +39,7 @@ class CheckpointFiles:
         return self._root / uri.run_id / uri.kind / uri.name
 
     def write(
-        self, uri: CheckpointUri, state: AdapterState, base_model: str, facts: ExportFacts = ExportFacts()
+        self, uri: CheckpointUri, state: AdapterState, base_model: str, facts: ExportFacts = PLAIN_MODEL
     ) -> int:
         """Write a checkpoint, in place of one of the same name.
 
