@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeAlias
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
@@ -339,7 +340,7 @@ class AdapterKeeper:
     def _check_base_model(self, checkpoint: tables.Checkpoint, run_id: str) -> None:
         """Another base model may have layers of the same shapes: only its name tells."""
         ours = self._runs[run_id].base_model
-        if checkpoint.base_model != ours:
+        if plain_name(checkpoint.base_model) != ours:
             raise InvalidRequest(
                 f"path: the checkpoint was trained on {checkpoint.base_model!r}, and can't be loaded into a run on "
                 f"{ours!r}"

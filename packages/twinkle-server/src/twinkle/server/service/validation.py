@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.codec import tensor_of_json
@@ -29,15 +30,12 @@ MAX_SAMPLE_CELLS = 2**25
 
 
 def check_base_model(name: str, served: str, field: str = "base_model") -> None:
-    if normal_model_id(name) != normal_model_id(served):
+    """
+    Args:
+        name: any id of a model: `ms://org/name` is the same as `org/name`.
+    """
+    if plain_name(name) != plain_name(served):
         raise InvalidRequest(f"{field}: {name[:200]!r} is not served here; this server's model is {served!r}")
-
-
-def normal_model_id(model_id: str) -> str:
-    """The id without the hub it comes from: `ms://org/name` and `org/name` are the same model."""
-    for scheme in ("ms://", "hf://", "file://"):
-        model_id = model_id.removeprefix(scheme)
-    return model_id.rstrip("/")
 
 
 def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:
