@@ -16,9 +16,9 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.config import parse_config
 from twinkle.server.local import ServiceClient
-from twinkle.protocol.types import Datum, ModelInput
 
 TOKENS = [5, 6, 7, 8]
 

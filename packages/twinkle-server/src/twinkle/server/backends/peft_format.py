@@ -1,7 +1,7 @@
 """An adapter as files, the way PEFT has them, with the optimizer's state beside.
 
     adapter_config.json           rank, alpha, target modules, target parameters
-    adapter_model.safetensors     A and B by PEFT name, float32
+    adapter_model.safetensors     A and B by PEFT name, float32; what `twinkle.layouts` needs is in its metadata
     optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
 
 Routed experts' parameters are PEFT's target parameters. It puts a wrapper for each around their module, the last
@@ -32,6 +32,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
+from twinkle.layouts import CONFIG, SERVING_CLASS, SERVING_NAMES, WEIGHTS
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
@@ -44,8 +45,6 @@ from twinkle.server.backends.protocol import (
     OptimizerState,
 )
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
@@ -106,10 +105,13 @@ def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFa
     """
     config = json.dumps(peft_config(state, base_model, facts), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
-    # The metadata is what Transformers and PEFT mark files of PyTorch's layout with.
+    # Transformers and PEFT mark files of PyTorch's layout so.
+    metadata = {"format": "pt"}
+    if facts.serving_class is not None:
+        metadata |= {SERVING_CLASS: facts.serving_class, SERVING_NAMES: json.dumps(facts.renamed)}
     names = _file_names(state.target_modules)
     weights = _contiguous({names[name]: array for name, array in state.weights.items()})
-    safetensors_numpy.save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    safetensors_numpy.save_file(weights, directory / WEIGHTS, metadata=metadata)
     if state.optimizer is not None:
         moments = {f"exp_avg.{names[name]}": array for name, array in state.optimizer.exp_avg.items()}
         moments |= {f"exp_avg_sq.{names[name]}": array for name, array in state.optimizer.exp_avg_sq.items()}

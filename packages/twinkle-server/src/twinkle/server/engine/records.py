@@ -118,8 +118,9 @@ def decode(payload: bytes) -> Record:
     match tag:
         case "B":
             run: dict[str, Any] = json.loads(fields[0])
-            own = {"spec": AdapterSpec(**run["spec"]), "base_model": plain_name(run["base_model"])}
-            return Begun(LiveRun(**{**run, **own}))
+            # Earlier versions noted the model as their configuration spelled it.
+            run |= {"spec": AdapterSpec(**run["spec"]), "base_model": plain_name(run["base_model"])}
+            return Begun(LiveRun(**run))
         case "A":
             return Accepted(*fields)
         case "R":
