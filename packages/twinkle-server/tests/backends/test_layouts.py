@@ -126,7 +126,7 @@ def test_each_class_loads_its_own_layout(
 def test_names_in_the_serving_layout_are_those_of_the_published_weights(
     model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """vLLM renames what begins like the published weights, `model.language_model.`, and passes over all else."""
+    """VLLM renames what begins like the published weights, `model.language_model.`, and passes over all else."""
     name = "Qwen3_5ForConditionalGeneration"
     backend, state, _ = trained(model_dirs[name], AdapterSpec(rank=3))
     peft_format.write(tmp_path, state, "org/name", backend.info.export)
@@ -135,7 +135,9 @@ def test_names_in_the_serving_layout_are_those_of_the_published_weights(
     adapter = load_file(serving / "adapter_model.safetensors").keys()
     assert len(adapter) == len(state.weights)
     for key in adapter:
-        assert key.removeprefix("base_model.model.").replace(".lora_A", "").replace(".lora_B", "") in published
+        assert (
+            key.removeprefix("base_model.model.").replace(".lora_A", "").replace(".lora_B", "") in published
+        )
     config = json.loads((serving / "adapter_config.json").read_text())
     assert {f"{module}.weight" for module in config["target_modules"]} <= published
     assert sorted(path.name for path in serving.iterdir()) == [

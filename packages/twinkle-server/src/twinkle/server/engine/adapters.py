@@ -259,7 +259,9 @@ class AdapterKeeper:
     ) -> int:
         """Files first, then the row; returns the size in bytes."""
         facts = self._worker.info.export
-        size = await patiently(lambda: self._files.write(uri, state, run.base_model, facts))
+        is_external = isinstance(request, m.SaveWeightsExternalRequest)
+        recipients = (request.age_encryption_recipients or ()) if is_external else ()
+        size = await patiently(lambda: self._files.write(uri, state, run.base_model, facts, recipients))
         now = time.time()
         row = tables.Checkpoint(
             run_id=run.run_id,
@@ -276,9 +278,7 @@ class AdapterKeeper:
             train_unembed=run.spec.train_unembed,
             public=False,
             request_id=job.request_id,
-            user_metadata=None
-            if isinstance(request, m.SaveWeightsExternalRequest)
-            else request.user_metadata,
+            user_metadata=None if is_external else request.user_metadata,
         )
         await patiently(lambda: self._database.put_checkpoint(row))
         if not uri.name.startswith(tables.UNNAMED_PREFIX):

@@ -21,6 +21,7 @@ from twinkle.server.backends.protocol import (
     LossSpecs,
 )
 from twinkle.server.store import tables
+from twinkle.server.store.encryption import check_recipients
 
 MAX_SAMPLES = 1024
 # Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
@@ -59,14 +60,6 @@ def check_optimizer(config: dict[str, object], field: str) -> None:
         raise InvalidRequest(f"{field}: optimizer {kind!r} is not available on this server; use 'adamw'")
 
 
-def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
-    if request.age_encryption_recipients:
-        raise InvalidRequest(
-            "age_encryption_recipients: this server does not encrypt exports; leave it out, and encrypt what you "
-            "download"
-        )
-
-
 def check_on_run(request: m.Ordered, longest_ttl: int | None) -> None:
     """What is asked of a run beside training passes.
 
@@ -85,7 +78,8 @@ def check_on_run(request: m.Ordered, longest_ttl: int | None) -> None:
                 raise InvalidRequest("path: missing; give a name, or sampling_session_seq_id for a snapshot")
         case m.SaveWeightsExternalRequest():
             _check_new(request.path, request.ttl_seconds, longest_ttl)
-            check_not_encrypted(request)
+            if request.age_encryption_recipients:
+                check_recipients(request.age_encryption_recipients)
         case m.LoadWeightsRequest():
             uris.parse(request.path)
         case _:
