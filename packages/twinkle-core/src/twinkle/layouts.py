@@ -3,8 +3,8 @@
     peft      as a checkpoint is: PEFT on `AutoModelForCausalLM`
     serving   the names of the class that the base model's config.json names, which differ where that class holds more
               than the text model (Qwen3.5): vLLM, SGLang, and PEFT on that class
-    tinker    routed experts as three tensors of three dimensions (w1, w2, w3): tinker-cookbook's `build_hf_model` and
-              `build_lora_adapter`. Without routed experts the same as peft
+    tinker    the text model's names, and routed experts as three tensors of three dimensions (w1, w2, w3): what
+              tinker-cookbook's `build_hf_model` and `build_lora_adapter` take
 
 `convert` goes from the first to another; what it needs is noted in adapter_model.safetensors. Owns these layouts, and
 as much of the safetensors format as they take; numbers stay the same, bit by bit.
@@ -100,7 +100,9 @@ def _serving(config: Any, tensors: _Tensors, metadata: Mapping[str, str]) -> tup
 def _tinker(config: Any, tensors: _Tensors, _metadata: Mapping[str, str]) -> tuple[Any, _Tensors]:
     rank = int(config["r"])
     made: _Tensors = {}
-    for name, (kind, array) in tensors.items():
+    for full_name, (kind, array) in tensors.items():
+        # The cookbook puts the part between in itself, where the base model has it.
+        name = full_name.replace(f"{_PREFIX}model.language_model.", f"{_PREFIX}model.")
         fused = _GATE_UP in name
         if not fused and _DOWN not in name:
             made[name] = kind, array
