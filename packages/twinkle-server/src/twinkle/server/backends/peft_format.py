@@ -2,6 +2,7 @@
 
     adapter_config.json           rank, alpha, target modules, target parameters
     adapter_model.safetensors     A and B by PEFT name, float32; what `twinkle.layouts` needs is in its metadata
+    README.md                     for whoever downloads it, see `model_card`
     optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
 
 Routed experts' parameters are PEFT's target parameters. It puts a wrapper for each around their module, the last
@@ -13,7 +14,7 @@ adapter's state they are named by their parameters, like all others:
     ...mlp.experts.lora_A.weight                    ...mlp.experts.down_proj.lora_A.weight
 
 In a mixture of experts the linear layers of shared experts and dense feed-forward parts are target parameters as well,
-`...mlp.gate_proj.weight`: as target modules PEFT (0.18 and later) takes what is so named for the routed experts of
+`...mlp.gate_proj.weight`: as target modules PEFT takes what is so named for the routed experts of
 Transformers 4. The names of their matrices are the same either way.
 
 `PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
@@ -36,6 +37,7 @@ from twinkle.layouts import CONFIG, SERVING_CLASS, SERVING_NAMES, WEIGHTS
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
+from twinkle.server.backends.model_card import model_card
 from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
 from twinkle.server.backends.protocol import (
     PLAIN_MODEL,
@@ -46,6 +48,7 @@ from twinkle.server.backends.protocol import (
 )
 
 OPTIMIZER = "optimizer.safetensors"
+README = "README.md"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _WRAPPED = ".base_layer"
@@ -105,6 +108,7 @@ def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFa
     """
     config = json.dumps(peft_config(state, base_model, facts), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
+    (directory / README).write_text(model_card(state.spec, base_model, facts), encoding="utf-8")
     # Transformers and PEFT mark files of PyTorch's layout so.
     metadata = {"format": "pt"}
     if facts.serving_class is not None:

@@ -2,6 +2,7 @@
 
     ROOT/RUN/KIND/NAME/adapter_config.json, adapter_model.safetensors    what PEFT loads
                        optimizer.safetensors                             AdamW's moments, if they were saved
+                       README.md                                         what it is
                        NAME.age                                          in place of each of them, if it is encrypted
                        manifest.json                                     sha256 and size of each file
 
