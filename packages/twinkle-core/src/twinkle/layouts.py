@@ -53,20 +53,27 @@ def convert(source: str | Path, target: str | Path, layout: Layout) -> Path:
     Raises:
         InvalidRequest: if the source is no such folder, or it does not say what the layout needs.
     """
-    made = _MAKERS.get(layout)
-    if made is None:
-        raise InvalidRequest(f"layout: {layout!r} is not one of {', '.join(_MAKERS)}")
+    check(layout)
     source, target = Path(source), Path(target)
     try:
         config = cast("dict[str, Any]", json.loads((source / CONFIG).read_text(encoding="utf-8")))
         tensors, metadata = _read(source / WEIGHTS)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidRequest(f"{source} holds no adapter in PEFT's layout ({error})") from error
-    config, tensors = made(config, tensors, metadata)
+    config, tensors = _MAKERS[layout](config, tensors, metadata)
     target.mkdir(parents=True, exist_ok=True)
     (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     _write(target / WEIGHTS, tensors)
     return target
+
+
+def check(layout: str) -> None:
+    """
+    Raises:
+        InvalidRequest: if there is no such layout.
+    """
+    if layout not in _MAKERS:
+        raise InvalidRequest(f"layout: {layout!r} is not one of {', '.join(_MAKERS)}")
 
 
 # ---------------------------------------------------------------- layouts

@@ -124,6 +124,7 @@ class RestClient:
             NotFound: if there is no such checkpoint.
             ConnectionFailed: if a file can't be fetched; those before it are there.
         """
+        layouts.check(layout)
         reply = self._ask(m.GetCheckpointUrls(**_parts(path)), m.ExternalWeightsUrls)
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
