@@ -14,7 +14,13 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from twinkle.server.backends.protocol import ExportFacts
@@ -65,10 +71,10 @@ def _serving_names(config: PretrainedConfig) -> tuple[str | None, tuple[tuple[st
     theirs = getattr(transformers, name, None)
     if theirs is None:
         return None, ()
+    if theirs is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
+        return name, ()
     with torch.device("meta"):
         ours = cast("PreTrainedModel", cast("Any", AutoModelForCausalLM).from_config(config))
-        if type(ours) is theirs:
-            return name, ()
         other = cast("PreTrainedModel", theirs._from_config(config))
     pairs = ((_decoder(ours), _decoder_in(other, type(ours.base_model))), (_head(ours), _head(other)))
     for mine, other_name in pairs:
