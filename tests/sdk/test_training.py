@@ -167,7 +167,7 @@ def test_external_weights_are_peft_files_behind_signed_addresses(sdk, train, tmp
     saved = client.save_weights_external("export").result()
     assert "/external_weights/export" in saved.path
     reply = sdk.rest().get_external_weights_urls(sdk.path(saved.path)).result()
-    assert set(reply.urls) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(reply.urls) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     for name, url in reply.urls.items():
         (tmp_path / name).write_bytes(urllib.request.urlopen(url, timeout=30).read())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
