@@ -36,7 +36,8 @@ def live_server(
                 f"port {PORT} of this machine is in use; the mission's scripts need it: free it and run again"
             )
     directory = tmp_path_factory.mktemp("server")
-    server = running_server.start(running_server.write_config(directory, PORT), hub_root, PORT)
+    config = running_server.write_config(directory, PORT, f"ms://{MODEL}")
+    server = running_server.start(config, hub_root, PORT)
     server.storage = directory / "storage"
     yield server
     server.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,31 @@ def test_tokenizers_come_from_the_server_where_there_is_no_hub(sdk, train, monke
     monkeypatch.delenv("TWINKLE_HUB_ROOT", raising=False)
     tokenizer = train().get_tokenizer()
     assert tokenizer.encode("Hi") == [72, 105], "a token is a byte"
+
+
+def test_the_sdk_alone_finds_the_tokenizer_by_the_models_name(base_url: str, model_dir: Path, tmp_path: Path):
+    """In Hugging Face's cache; the server's configuration has the id with a hub before it."""
+    cached = tmp_path / "hub" / f"models--{MODEL.replace('/', '--')}"
+    shutil.copytree(model_dir, cached / "snapshots" / "0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    program = (
+        "import tinker\n"
+        "client = tinker.ServiceClient()\n"
+        f"made = client.create_lora_training_client({MODEL!r}, rank=2)\n"
+        "made = made.result() if hasattr(made, 'result') else made\n"
+        "print('tokens', made.get_tokenizer().encode('Hi'))\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if k != "TWINKLE_HUB_ROOT" and not k.startswith("TINKER_")}
+    own = {"TINKER_BASE_URL": base_url, "TINKER_API_KEY": "tml-tokenizer", "TINKER_TELEMETRY": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=kept | own | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "tokens [72, 105]" in done.stdout, done.stderr
 
 
 def test_an_unknown_key_finds_nothing_of_others(sdk, train):

@@ -216,6 +216,7 @@ def test_an_archive_is_a_tar_of_peft_files(train, sdk, base_url):
         )
         url = urllib.request.Request(place, headers={"X-API-Key": sdk.api_key})
     with tarfile.open(fileobj=io.BytesIO(urllib.request.urlopen(url, timeout=30).read())) as archive:
-        assert sorted(archive.getnames()) == ["adapter_config.json", "adapter_model.safetensors"]
+        files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(archive.getnames()) == files
         extracted = archive.extractfile("adapter_config.json")
         assert extracted is not None and b'"r": 2' in extracted.read()

@@ -167,7 +167,7 @@ def test_external_weights_are_peft_files_behind_signed_addresses(sdk, train, tmp
     saved = client.save_weights_external("export").result()
     assert "/external_weights/export" in saved.path
     reply = sdk.rest().get_external_weights_urls(sdk.path(saved.path)).result()
-    assert set(reply.urls) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(reply.urls) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     for name, url in reply.urls.items():
         (tmp_path / name).write_bytes(urllib.request.urlopen(url, timeout=30).read())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
@@ -190,6 +190,6 @@ def test_external_weights_are_peft_files_behind_signed_addresses(sdk, train, tmp
 
 
 @pytest.mark.since(0, 36)
-def test_encrypted_exports_are_refused_with_what_is_missing(train):
-    with pytest.raises(tinker.BadRequestError, match="does not encrypt exports"):
+def test_keys_that_are_none_of_ages_are_refused_by_name(train):
+    with pytest.raises(tinker.BadRequestError, match="age_encryption_recipients"):
         train().save_weights_external("x", age_encryption_recipients=["age1abc"]).result()

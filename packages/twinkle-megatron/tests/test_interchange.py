@@ -47,6 +47,7 @@ def test_a_seed_gives_the_same_adapter_everywhere(backends: list[Any]) -> None:
     for backend in backends:
         backend.add_adapter("a", SPEC)
         states.append(backend.export_adapter("a", with_optimizer=False))
+        assert backend.info.export == backends[0].info.export, "files are written alike"
     for state in states[1:]:
         assert state.target_modules == states[0].target_modules
         contract._same(state.weights, states[0].weights)

@@ -111,3 +111,29 @@ def test_the_hubs_clients_are_not_loaded_for_local_folders(tmp_path: Path) -> No
     )
     finished = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert finished.stdout.strip() == "[]", finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("id", "name"),
+    [
+        ("ms://org/name", "org/name"),
+        ("hf://org/name/", "org/name"),
+        ("org/name", "org/name"),
+        ("hf://gpt2", "gpt2"),
+        ("file:///a/b%20c", "/a/b c"),
+        ("/a/b/", "/a/b"),
+        ("other://x", "other://x"),
+        ("", ""),
+    ],
+)
+def test_plain_names_are_what_other_programs_load(id: str, name: str) -> None:
+    assert hub.plain_name(id) == name
+    assert hub.plain_name(name) == name
+
+
+def test_the_plain_name_of_a_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for id in ("./models/a/", "~/models/a", "../" + tmp_path.name + "/models/a", "./models/./a"):
+        assert hub.plain_name(id) == str(tmp_path / "models" / "a")
+    assert hub.plain_name("my/models/a") == str(tmp_path / "my" / "models" / "a")

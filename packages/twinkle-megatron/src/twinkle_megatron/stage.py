@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
+from twinkle.server.backends.transformers.export_facts import export_facts
 from twinkle.server.backends.transformers.model_facts import (
     affordable_adapter_bytes,
     context_length,
@@ -76,6 +77,7 @@ def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
         max_batch_tokens=max_batch_tokens(hf, architecture.config.params_dtype, torch.device(config.device)),
         eos_token_ids=eos_token_ids(generation, hf),
         architecture=(hf.architectures or [hf.model_type])[0],
+        export=export_facts(config.path, architecture.is_tied),
     )
 
 

@@ -78,6 +78,21 @@ def resolve(
     raise _not_found(id, repository, kind, tried)
 
 
+def plain_name(id: str) -> str:
+    """What every loader knows a model by: `org/name` for what is on a hub, or the folder as an absolute path.
+
+    Different ids of one model have one plain name, `ms://org/name` and `org/name/` for instance. An id of a scheme
+    that is unknown here stays as it is.
+    """
+    try:
+        scheme, rest = _split(id)
+    except InvalidRequest:
+        return id
+    name = rest.rstrip("/")
+    is_folder = scheme == "path" or (scheme == "any" and name and not _REPOSITORY.fullmatch(name))
+    return os.path.abspath(rest) if is_folder else name
+
+
 def _split(id: str) -> tuple[str, str]:
     """An id as (scheme, rest), the scheme being "ms", "hf", "any" (none was given) or "path" (a path for sure)."""
     scheme, separator, rest = id.partition("://")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from datetime import date, datetime
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TypeVar, cast
 import httpx
 from tqdm import tqdm
 
+from twinkle import layouts
+from twinkle.layouts import Layout
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import ConnectionFailed, InvalidRequest
@@ -106,22 +109,35 @@ class RestClient:
         )
         return as_twinkle(self._ask(request, m.CopyWeightsResponse).tinker_path)
 
-    def download_checkpoint(self, path: str, directory: str | Path) -> Path:
-        """Download a checkpoint's files (PEFT layout) into `directory`, which is made if it isn't there.
+    def download_checkpoint(self, path: str, directory: str | Path, layout: Layout = "peft") -> Path:
+        """Download a checkpoint's files into `directory`, which is made if it isn't there.
+
+        Args:
+            layout: for whom. "peft" is all files as they were saved, for PEFT on `AutoModelForCausalLM`; "serving" is
+                the adapter under the names of the class in the base model's config.json, for vLLM and SGLang; "tinker"
+                is for tinker-cookbook's `build_hf_model` and `build_lora_adapter`. See `twinkle.layouts`.
 
         Returns:
             The directory.
 
         Raises:
+            InvalidRequest: if there is no such layout, or the checkpoint does not say what it needs.
             NotFound: if there is no such checkpoint.
             ConnectionFailed: if a file can't be fetched; those before it are there.
         """
+        layouts.check(layout)
         reply = self._ask(m.GetCheckpointUrls(**_parts(path)), m.ExternalWeightsUrls)
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        for name, url in tqdm(reply.urls.items(), desc=f"downloading {path}", unit="file", disable=None):
-            _fetch(url, target / Path(name).name)
-        return target
+        if layout == "peft":
+            _fetch_all(reply.urls, target, path)
+            return target
+        with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as fetched:
+            wanted = {
+                name: url for name, url in reply.urls.items() if name in (layouts.CONFIG, layouts.WEIGHTS)
+            }
+            _fetch_all(wanted, Path(fetched), path)
+            return layouts.convert(fetched, target, layout)
 
     # ------------------------------------------------------------ sessions and samplers
 
@@ -182,6 +198,11 @@ def _parts(path: str) -> dict[str, Any]:
         )
     kind: CheckpointKind = uri.kind
     return {"run_id": uri.run_id, "kind": kind, "name": uri.name}
+
+
+def _fetch_all(urls: Mapping[str, str], target: Path, path: str) -> None:
+    for name, url in tqdm(urls.items(), desc=f"downloading {path}", unit="file", disable=None):
+        _fetch(url, target / Path(name).name)
 
 
 def _fetch(url: str, target: Path) -> None:

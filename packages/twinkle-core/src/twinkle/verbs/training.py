@@ -230,11 +230,25 @@ class TrainingClient:
         )
 
     def save_weights_external(
-        self, name: str, ttl_seconds: int | None = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: Sequence[str] | None = None,
     ) -> Pending[m.SaveWeightsExternalResponse]:
-        """Save the weights as files to download, in PEFT's layout: see `RestClient.download_checkpoint`."""
+        """Save the weights as files to download, in PEFT's layout: see `RestClient.download_checkpoint`.
+
+        Args:
+            age_encryption_recipients: public keys of age's (`age1...`) to encrypt the files to, if the server can; it
+                can't read them again.
+        """
+        recipients = None if age_encryption_recipients is None else list(age_encryption_recipients)
         request = make(
-            m.SaveWeightsExternalRequest, model_id=self.model_id, seq_id=0, path=name, ttl_seconds=ttl_seconds
+            m.SaveWeightsExternalRequest,
+            model_id=self.model_id,
+            seq_id=0,
+            path=name,
+            ttl_seconds=ttl_seconds,
+            age_encryption_recipients=recipients,
         )
         saved = self._send(request, m.SaveWeightsExternalResponse, f"save_weights_external {name!r}")
         return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path)}))

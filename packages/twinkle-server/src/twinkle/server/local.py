@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, RequestFailed, TwinkleError
 from twinkle.protocol.results import with_plain_rows
@@ -24,7 +25,6 @@ from twinkle.server.config import LimitsSection, ModelSection, ServerConfig, loa
 from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
 from twinkle.server.service.service import Service
-from twinkle.server.service.validation import normal_model_id
 from twinkle.verbs.forks import begin_anew_when_forked
 from twinkle.verbs.service import ServiceClientBase
 
@@ -100,9 +100,7 @@ class LocalChannel:
                         "base_model: missing; local mode loads the model that is first named"
                     )
                 config = ServerConfig(model=ModelSection(model_id=base_model), limits=LimitsSection.none())
-            elif base_model is not None and normal_model_id(base_model) != normal_model_id(
-                config.model.model_id
-            ):
+            elif base_model is not None and plain_name(base_model) != plain_name(config.model.model_id):
                 raise InvalidRequest(
                     f"base_model: {base_model!r} is not the configured model, {config.model.model_id!r}"
                 )

@@ -1,7 +1,8 @@
 """An adapter as files, the way PEFT has them, with the optimizer's state beside.
 
     adapter_config.json           rank, alpha, target modules, target parameters
-    adapter_model.safetensors     A and B by PEFT name, float32
+    adapter_model.safetensors     A and B by PEFT name, float32; what `twinkle.layouts` needs is in its metadata
+    README.md                     for whoever downloads it, see `model_card`
     optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
 
 Routed experts' parameters are PEFT's target parameters. It puts a wrapper for each around their module, the last
@@ -11,6 +12,10 @@ adapter's state they are named by their parameters, like all others:
     in the file                                     in the state
     ...mlp.experts.base_layer.lora_A.weight         ...mlp.experts.gate_up_proj.lora_A.weight
     ...mlp.experts.lora_A.weight                    ...mlp.experts.down_proj.lora_A.weight
+
+In a mixture of experts the linear layers of shared experts and dense feed-forward parts are target parameters as well,
+`...mlp.gate_proj.weight`: as target modules PEFT takes what is so named for the routed experts of
+Transformers 4. The names of their matrices are the same either way.
 
 `PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
 format; where files are, and that they are whole, is the store's business. No torch.
@@ -28,18 +33,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
+from twinkle.layouts import CONFIG, SERVING_CLASS, SERVING_NAMES, WEIGHTS
 from twinkle.protocol.errors import InvalidRequest, words_of
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.adapter_state import check_arrays
+from twinkle.server.backends.model_card import model_card
 from twinkle.server.backends.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
-from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+from twinkle.server.backends.protocol import (
+    PLAIN_MODEL,
+    AdapterSpec,
+    AdapterState,
+    ExportFacts,
+    OptimizerState,
+)
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+README = "README.md"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _WRAPPED = ".base_layer"
+# What PEFT takes for projections of routed experts where it finds them among the target modules of such a model.
+_LIKE_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
 # Settings of PEFT that change what an adapter computes, each with the values that mean "not used".
 _UNUSED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -56,9 +70,16 @@ _UNUSED: dict[str, tuple[object, ...]] = {
 }
 
 
-def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
+def peft_config(state: AdapterState, base_model: str, facts: ExportFacts) -> dict[str, object]:
     """What `adapter_config.json` says of an adapter."""
     alpha = state.spec.alpha
+    parameters: list[str] = []
+    for name in state.target_modules:
+        if is_expert_parameter(name):
+            parameters.append(name)
+        elif facts.has_routed_experts and name.rpartition(".")[2] in _LIKE_EXPERTS:
+            parameters.append(f"{name}.weight")
+    as_parameters = {name.removesuffix(".weight") for name in parameters}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,8 +87,8 @@ def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
         "r": state.spec.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
-        "target_modules": [name for name in state.target_modules if not is_expert_parameter(name)],
-        "target_parameters": [name for name in state.target_modules if is_expert_parameter(name)] or None,
+        "target_modules": [name for name in state.target_modules if name not in as_parameters],
+        "target_parameters": parameters or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -78,18 +99,23 @@ def peft_config(state: AdapterState, base_model: str) -> dict[str, object]:
     }
 
 
-def write(directory: Path, state: AdapterState, base_model: str) -> None:
+def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFacts = PLAIN_MODEL) -> None:
     """Write an adapter into an existing directory.
 
     Args:
         base_model: what PEFT is to note as the base model.
+        facts: of that base model.
     """
-    config = json.dumps(peft_config(state, base_model), indent=2)
+    config = json.dumps(peft_config(state, base_model, facts), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
-    # The metadata is what Transformers and PEFT mark files of PyTorch's layout with.
+    (directory / README).write_text(model_card(state.spec, base_model, facts), encoding="utf-8")
+    # Transformers and PEFT mark files of PyTorch's layout so.
+    metadata = {"format": "pt"}
+    if facts.serving_class is not None:
+        metadata |= {SERVING_CLASS: facts.serving_class, SERVING_NAMES: json.dumps(facts.renamed)}
     names = _file_names(state.target_modules)
     weights = _contiguous({names[name]: array for name, array in state.weights.items()})
-    safetensors_numpy.save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    safetensors_numpy.save_file(weights, directory / WEIGHTS, metadata=metadata)
     if state.optimizer is not None:
         moments = {f"exp_avg.{names[name]}": array for name, array in state.optimizer.exp_avg.items()}
         moments |= {f"exp_avg_sq.{names[name]}": array for name, array in state.optimizer.exp_avg_sq.items()}

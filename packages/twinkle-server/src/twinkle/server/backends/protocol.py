@@ -97,6 +97,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ExportFacts:
+    """What other programs' names for the parts of an adapter depend on in the base model.
+
+    Attributes:
+        has_routed_experts: whether the model is of a family that has them, in whatever layers.
+        tied_head: whether the output head is the embedding's matrix.
+        serving_class: the class that the model's config.json names, if Transformers knows it and this one takes from
+            it what the text model needs.
+        renamed: (module's name here, its name in `serving_class`), each for all that lies in that module too. Empty
+            where the names are the same.
+    """
+
+    has_routed_experts: bool = False
+    tied_head: bool = False
+    serving_class: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+PLAIN_MODEL = ExportFacts()
+"""Those of a dense model with a head of its own, whose parts all programs call alike."""
+
+
+@dataclass(frozen=True)
 class BaseModelInfo:
     """Facts about the base model that requests are checked against.
 
@@ -111,6 +134,7 @@ class BaseModelInfo:
             are always packed alike.
         max_adapter_bytes: what all adapters may take together, with moments and gradients, on all ranks together.
             Beyond it those that are not in use are taken off; None: never.
+        export: what its adapters' files are written by.
     """
 
     vocab_size: int
@@ -121,6 +145,7 @@ class BaseModelInfo:
     architecture: str
     overhead_tokens: int = 64
     max_adapter_bytes: int | None = None
+    export: ExportFacts = field(default_factory=ExportFacts)
 
 
 @dataclass(frozen=True)

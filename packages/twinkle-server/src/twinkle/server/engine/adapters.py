@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
@@ -242,7 +243,10 @@ class AdapterKeeper:
         self, job: Job, uri: CheckpointUri, state: AdapterState, run: LiveRun, request: Save
     ) -> int:
         """Files first, then the row; returns the size in bytes."""
-        size = await patiently(lambda: self._files.write(uri, state, run.base_model))
+        facts = self._worker.info.export
+        is_external = isinstance(request, m.SaveWeightsExternalRequest)
+        recipients = (request.age_encryption_recipients or ()) if is_external else ()
+        size = await patiently(lambda: self._files.write(uri, state, run.base_model, facts, recipients))
         now = time.time()
         row = tables.Checkpoint(
             run_id=run.run_id,
@@ -259,9 +263,7 @@ class AdapterKeeper:
             train_unembed=run.spec.train_unembed,
             public=False,
             request_id=job.request_id,
-            user_metadata=None
-            if isinstance(request, m.SaveWeightsExternalRequest)
-            else request.user_metadata,
+            user_metadata=None if is_external else request.user_metadata,
         )
         await patiently(lambda: self._database.put_checkpoint(row))
         if not uri.name.startswith(tables.UNNAMED_PREFIX):
@@ -323,7 +325,7 @@ class AdapterKeeper:
     def _check_base_model(self, checkpoint: tables.Checkpoint, run_id: str) -> None:
         """Another base model may have layers of the same shapes: only its name tells."""
         ours = self._runs[run_id].base_model
-        if checkpoint.base_model != ours:
+        if plain_name(checkpoint.base_model) != ours:
             raise InvalidRequest(
                 f"path: the checkpoint was trained on {checkpoint.base_model!r}, and can't be loaded into a run on "
                 f"{ours!r}"

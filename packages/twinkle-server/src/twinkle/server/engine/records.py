@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import msgpack
 from pydantic import BaseModel
 
+from twinkle.hub import plain_name
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
@@ -131,7 +132,9 @@ def decode(payload: bytes) -> Record:
     match tag:
         case "B":
             run: dict[str, Any] = json.loads(fields[0])
-            return Begun(LiveRun(**{**run, "spec": AdapterSpec(**run["spec"])}))  # pyright: ignore[reportArgumentType]
+            # Earlier versions noted the model as their configuration spelled it.
+            run |= {"spec": AdapterSpec(**run["spec"]), "base_model": plain_name(run["base_model"])}
+            return Begun(LiveRun(**run))
         case "A":
             return Accepted(*fields)
         case "R":

@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.scheduling.threads import TenantThreads
@@ -117,7 +118,7 @@ def _event(row: tables.Usage, session: tables.Session | None) -> m.UsageEvent:
     return m.UsageEvent(
         bucket_start=iso(row.hour * 3600),
         bucket_end=iso((row.hour + 1) * 3600),
-        base_model=row.base_model,
+        base_model=plain_name(row.base_model),
         user_id=row.tenant,
         session_id=row.session_id,
         project_id=session.project_id if session else None,

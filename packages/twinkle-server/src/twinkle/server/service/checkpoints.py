@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest
@@ -147,7 +148,7 @@ def _uri_of(query: _OneCheckpoint) -> CheckpointUri:
 
 def _weights_info(row: tables.Checkpoint) -> m.WeightsInfo:
     return m.WeightsInfo(
-        base_model=row.base_model,
+        base_model=plain_name(row.base_model),
         lora_rank=row.rank,
         train_unembed=row.train_unembed,
         train_mlp=row.train_mlp,

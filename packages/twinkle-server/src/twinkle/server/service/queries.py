@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal, cast
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.uris import CheckpointKind
@@ -77,7 +78,7 @@ def _training_run(
 ) -> m.TrainingRun:
     return m.TrainingRun(
         training_run_id=row.id,
-        base_model=row.base_model,
+        base_model=plain_name(row.base_model),
         model_owner=row.tenant,
         lora_rank=row.rank,
         last_request_time=iso(row.last_request_at),
@@ -103,7 +104,9 @@ def _answer(database: Database, tenant: str, query: m.Query) -> m.Reply:
             if sampler is None:
                 raise NotFound(f"sampler_id: no sampler {query.sampler_id[:200]!r}")
             return m.SamplerInfo(
-                sampler_id=sampler.id, base_model=sampler.base_model, model_path=sampler.model_path
+                sampler_id=sampler.id,
+                base_model=plain_name(sampler.base_model),
+                model_path=sampler.model_path,
             )
         case m.GetTrainingRun():
             run = _run(database, tenant, query.run_id, accessible=query.access_scope == "accessible")

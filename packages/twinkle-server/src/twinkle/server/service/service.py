@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
 from twinkle.protocol.results import Encoded
@@ -96,7 +97,7 @@ class Service:
     ) -> None:
         """
         Args:
-            model_name: the id under which clients ask for the base model.
+            model_name: an id of the base model. Clients may ask for it by any other, and are told its plain name.
             model_path: where its files are, for those who want its tokenizer.
             signer: makes addresses for downloads; without one they are files of this machine.
             run_files: for copies of live runs; without them all adapters stay on the worker, and are lost with it.
@@ -106,7 +107,7 @@ class Service:
             open_journal: of this service, with what an earlier process wrote to it; needs `run_files`. Without one,
                 runs end with this process. Blocking.
         """
-        self._model_name = model_name
+        model_name = self._model_name = plain_name(model_name)
         self._limits = limits
         self._tokens = _rate_of_tokens(limits)
         self._open_journal = open_journal

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.codec import tensor_of_json
@@ -21,6 +22,7 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.service.metadata import check_metadata
 from twinkle.server.store import tables
+from twinkle.server.store.encryption import check_recipients
 
 MAX_SAMPLES = 1024
 # Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
@@ -30,15 +32,12 @@ MAX_SAMPLE_CELLS = 2**25
 
 
 def check_base_model(name: str, served: str, field: str = "base_model") -> None:
-    if normal_model_id(name) != normal_model_id(served):
+    """
+    Args:
+        name: any id of a model: `ms://org/name` is the same as `org/name`.
+    """
+    if plain_name(name) != plain_name(served):
         raise InvalidRequest(f"{field}: {name[:200]!r} is not served here; this server's model is {served!r}")
-
-
-def normal_model_id(model_id: str) -> str:
-    """The id without the hub it comes from: `ms://org/name` and `org/name` are the same model."""
-    for scheme in ("ms://", "hf://", "file://"):
-        model_id = model_id.removeprefix(scheme)
-    return model_id.rstrip("/")
 
 
 def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:
@@ -62,14 +61,6 @@ def check_optimizer(config: dict[str, object], field: str) -> None:
         raise InvalidRequest(f"{field}: optimizer {kind!r} is not available on this server; use 'adamw'")
 
 
-def check_not_encrypted(request: m.SaveWeightsExternalRequest) -> None:
-    if request.age_encryption_recipients:
-        raise InvalidRequest(
-            "age_encryption_recipients: this server does not encrypt exports; leave it out, and encrypt what you "
-            "download"
-        )
-
-
 def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_bytes: int | None = None) -> None:
     """What is asked of a run beside training passes.
 
@@ -90,7 +81,8 @@ def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_byte
                 raise InvalidRequest("path: missing; give a name, or sampling_session_seq_id for a snapshot")
         case m.SaveWeightsExternalRequest():
             _check_new(request.path, request.ttl_seconds, longest_ttl)
-            check_not_encrypted(request)
+            if request.age_encryption_recipients:
+                check_recipients(request.age_encryption_recipients)
         case m.LoadWeightsRequest():
             uris.parse(request.path)
         case _:

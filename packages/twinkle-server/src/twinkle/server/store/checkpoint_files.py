@@ -2,6 +2,8 @@
 
     ROOT/RUN/KIND/NAME/adapter_config.json, adapter_model.safetensors    what PEFT loads
                        optimizer.safetensors                             AdamW's moments, if they were saved
+                       README.md                                         what it is
+                       NAME.age                                          in place of each of them, if it is encrypted
                        manifest.json                                     sha256 and size of each file
 
 A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole.
@@ -14,13 +16,15 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault, words_of
 from twinkle.protocol.uris import CheckpointUri, check_name
 from twinkle.server.backends import peft_format
-from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.backends.protocol import PLAIN_MODEL, AdapterState, ExportFacts
+from twinkle.server.store.encryption import SUFFIX, encrypt_files
 
 MANIFEST = "manifest.json"
 
@@ -38,8 +42,20 @@ class CheckpointFiles:
         )
         return self._root / uri.run_id / uri.kind / uri.name
 
-    def write(self, uri: CheckpointUri, state: AdapterState, base_model: str) -> int:
+    def write(
+        self,
+        uri: CheckpointUri,
+        state: AdapterState,
+        base_model: str,
+        facts: ExportFacts = PLAIN_MODEL,
+        recipients: Sequence[str] = (),
+    ) -> int:
         """Write a checkpoint, in place of one of the same name.
+
+        Args:
+            base_model: what PEFT and tokenizers find the base model by.
+            facts: of the base model.
+            recipients: public keys of age's to encrypt the files to; none leaves them as they are.
 
         Returns:
             Its size in bytes.
@@ -49,7 +65,9 @@ class CheckpointFiles:
         partial = target.parent / f".{uri.name}.{uuid.uuid4().hex}.partial"
         try:
             partial.mkdir()
-            peft_format.write(partial, state, base_model)
+            peft_format.write(partial, state, base_model, facts)
+            if recipients:
+                encrypt_files(partial, recipients)
             size = _write_manifest(partial)
             _replace(partial, target)
         finally:
@@ -61,10 +79,12 @@ class CheckpointFiles:
 
         Raises:
             ServerFault: if a file is missing or has changed.
-            InvalidRequest: if the optimizer's state is asked for but was not saved.
+            InvalidRequest: if the optimizer's state is asked for but was not saved, or the files are encrypted.
         """
         directory = self.path(uri)
         _check_manifest(directory, uri)
+        if (directory / (peft_format.WEIGHTS + SUFFIX)).is_file():
+            raise InvalidRequest(f"{uri} is encrypted for whoever has its keys: the server can't read it")
         return peft_format.read(directory, with_optimizer)
 
     def copy(self, source: CheckpointUri, target: CheckpointUri) -> None:

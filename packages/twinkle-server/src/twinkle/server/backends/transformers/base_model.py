@@ -22,6 +22,7 @@ from twinkle.server.backends.module_groups import (
     module_group,
 )
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
+from twinkle.server.backends.transformers.export_facts import export_facts
 from twinkle.server.backends.transformers.model_facts import (
     context_length,
     eos_token_ids,
@@ -225,16 +226,15 @@ def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
 
 def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
     text = model.config.get_text_config()
-    vocab_size = min(
-        cast("Tensor", layer.weight).shape[0]
-        for layer in (model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings()))
-    )
+    ends = [model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())]
+    embedding, head = (cast("Tensor", layer.weight) for layer in ends)
     return BaseModelInfo(
-        vocab_size=vocab_size,
+        vocab_size=min(embedding.shape[0], head.shape[0]),
         max_context_length=context_length(text, config),
         max_lora_rank=config.max_lora_rank,
         max_batch_tokens=max_batch_tokens(text, model.dtype, model.device),
         eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), text),
         architecture=type(model).__name__,
         overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), model.device),
+        export=export_facts(config.path, tied_head=embedding is head),
     )
