@@ -62,7 +62,7 @@ def test_steps_equal_torch(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(row, gradients[slot]) for slot, row in bank.grads.items()), (
             "a plan changes nothing"
         )
-        assert plan.grad_norms() == pytest.approx(norms, rel=1e-6)
+        assert plan.norms == pytest.approx(norms, rel=1e-6)
         plan.apply()
         for slot in SETTINGS:
             torch.testing.assert_close(bank.params[slot], parameters[slot].data, rtol=1e-5, atol=1e-6)

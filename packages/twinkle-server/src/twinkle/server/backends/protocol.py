@@ -14,6 +14,7 @@ from math import lcm
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput
 from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array
 
@@ -182,6 +183,10 @@ class AdamStep:
     params: AdamParams
 
 
+StepOutcome: TypeAlias = dict[str, float] | InvalidRequest
+"""Metrics of a step: `grad_norm:mean`, the gradient's L2 norm before clipping. Or why it was not made."""
+
+
 @dataclass(frozen=True, eq=False)
 class OptimizerState:
     """AdamW's moments, by PEFT parameter name, float32; `step` counts the steps taken."""
@@ -251,11 +256,14 @@ class TrainingBackend(Protocol):
         """
         ...
 
-    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
+        A step that would leave weights or moments that are not finite is not made (see `backends.finite`): only the
+        gradient goes, and the others are made as if it were not there.
+
         Returns:
-            Metrics for each step: `grad_norm:mean`, the gradient's L2 norm before clipping.
+            For each step its metrics, or why it was refused.
         """
         ...
 
