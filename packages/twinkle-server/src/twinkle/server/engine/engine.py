@@ -14,7 +14,7 @@ from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, RowResult, StepOutcome
 from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
 from twinkle.server.engine.ahead import Begun, Pace
-from twinkle.server.engine.failures import to_failure
+from twinkle.server.engine.failures import StepRefused, to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
@@ -374,7 +374,7 @@ class Engine:
     def _optim_steps_done(self, jobs: list[Job], outcomes: list[StepOutcome]) -> None:
         self._snapshots.changed(jobs, has_gradient=False)  # one that was refused has dropped its gradient
         self._futures.complete_together(
-            (job.request_id, _step_result(outcome, job)) for job, outcome in zip(jobs, outcomes, strict=True)
+            (job.request_id, _step_result(outcome)) for job, outcome in zip(jobs, outcomes, strict=True)
         )
 
     async def _run_or_put_off(self, jobs: list[Job]) -> None:
@@ -430,9 +430,9 @@ def _steps(jobs: list[Job]) -> list[AdamStep]:
     ]
 
 
-def _step_result(outcome: StepOutcome, job: Job) -> m.OptimStepResponse | m.Failure:
+def _step_result(outcome: StepOutcome) -> m.OptimStepResponse | m.Failure:
     if isinstance(outcome, InvalidRequest):
-        return to_failure(outcome, f"step {job.seq_id} of {job.run_id}")
+        return StepRefused(error=outcome.message, category=outcome.category)
     return m.OptimStepResponse(metrics=outcome)
 
 

@@ -14,6 +14,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.engine.failures import StepRefused
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.scheduling.futures import Outcome
 
@@ -83,7 +84,7 @@ Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended
 _REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
 _JSON_OUTCOMES: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (m.Failure, *(endpoint.result for endpoint in OPERATIONS))
+    for kind in (m.Failure, StepRefused, *(endpoint.result for endpoint in OPERATIONS))
     if kind not in (ForwardBackwardOutput, SampleResponse)
 }
 
