@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -146,6 +147,37 @@ def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
     contract._train(backend, "a")
 
 
+def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
+    """As GPT-OSS is published: two numbers of 4 bits a byte, the lower half first, 32 to a scale, a power of two."""
+    sizes = {**SIZES, "intermediate_size": 64, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=2)
+    save(config, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    draw = np.random.default_rng(0)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    expected: dict[str, torch.Tensor] = {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = weights.pop(name).shape
+        codes = draw.integers(0, 16, (experts, rows, -(-columns // 32), 32))
+        scales = draw.integers(120, 128, codes.shape[:3])
+        weights[f"{name}_blocks"] = torch.from_numpy(
+            (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+        )
+        weights[f"{name}_scales"] = torch.from_numpy(scales.astype(np.uint8))
+        whole = table[codes] * 2.0 ** (scales[..., None] - 127)
+        expected[name] = torch.from_numpy(whole.reshape(experts, rows, -1)).transpose(1, 2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = load_base_model(ModelConfig(tmp_path))
+    for name, matrix in expected.items():
+        torch.testing.assert_close(loaded.model.get_parameter(name).double(), matrix)
+    backend = TransformersBackend.from_loaded(loaded, ModelConfig(tmp_path))
+    backend.add_adapter("a", AdapterSpec(rank=2))
+    contract._train(backend, "a")
+
+
 def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model_dir, broken)
@@ -158,7 +190,7 @@ def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -
     )
     for wrong, message in (
         (ModelConfig(tmp_path), "no config.json"),
-        (ModelConfig(broken), "can't be loaded"),
+        (ModelConfig(broken), "holds neither model.safetensors"),
         (ModelConfig(unknown), "can't be loaded"),
         (ModelConfig(tiny_model_dir, torch_dtype="int8"), "'int8' is not one of float32"),
         (ModelConfig(tiny_model_dir, tensor_parallel_size=2), "one device"),

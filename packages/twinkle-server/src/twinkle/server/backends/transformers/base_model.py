@@ -7,14 +7,20 @@ Trainer and sampler in one process share one copy of the weights: both take thei
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends import base_folder
 from twinkle.server.backends.module_groups import (
     EXPERT_PARAMETERS,
     ModuleGroup,
@@ -31,6 +37,21 @@ from twinkle.server.backends.transformers.model_facts import (
 from twinkle.server.backends.transformers.threads import matrix_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What Transformers raises where a directory is not what it should be.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+# GPT-OSS is published so; Transformers makes plain weights of it, if asked to.
+_DEQUANTISED = {"mxfp4": partial(Mxfp4Config, dequantize=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +95,7 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     model = _load(config)
     model.requires_grad_(False)
     model.eval()
+    _check_finite(model, config)
     targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
         raise InvalidRequest(
@@ -165,11 +187,6 @@ def _check(config: ModelConfig) -> None:
             "model: the Transformers backend holds the whole model on one device: leave out tensor_parallel_size and "
             "pipeline_parallel_size (or set them to 1)"
         )
-    if not (config.path / "config.json").is_file():
-        raise InvalidRequest(
-            f"model: {config.path} is not a model directory: it has no config.json; "
-            "give a directory with config.json and safetensors"
-        )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidRequest(
             f"model: device {config.device!r} was asked for, but torch sees no GPU; use 'cpu'"
@@ -177,22 +194,70 @@ def _check(config: ModelConfig) -> None:
 
 
 def _load(config: ModelConfig) -> PreTrainedModel:
-    where: dict[str, object] = {} if config.device == "cpu" else {"device_map": {"": config.device}}
+    method = base_folder.quantised_by(config.path)
+    base_folder.check(config.path, can_dequantise=_DEQUANTISED)
+    settings: dict[str, object] = {} if config.device == "cpu" else {"device_map": {"": config.device}}
+    if method in _DEQUANTISED:
+        settings["quantization_config"] = _DEQUANTISED[method]()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = cast("Any", AutoModelForCausalLM).from_pretrained(
             str(config.path),
             dtype=DTYPES[config.torch_dtype],
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **where,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused
+            **settings,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
         raise InvalidRequest(
-            f"model: {config.path} can't be loaded as a causal language model ({error}); "
+            f"model: {config.path} does not fit into the memory of {config.device} in {config.torch_dtype}; use a "
+            "smaller model, or bfloat16 if it isn't in that already"
+        ) from error
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InvalidRequest(
+            f"model: {config.path} can't be loaded as a causal language model ({reason[:400]}); "
             "give a directory with config.json and safetensors of an architecture that Transformers knows"
         ) from error
+    _check_report(model, report, config)
     return cast("PreTrainedModel", model)
+
+
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: ModelConfig) -> None:
+    """
+    Args:
+        report: what Transformers says of loading it; of what the class can do without, or ties, it says nothing.
+
+    Raises:
+        InvalidRequest: if the model is not what the files hold.
+    """
+    mismatched = cast("set[tuple[str, Sequence[int], Sequence[int]]]", report.get("mismatched_keys") or set())
+    for name, found, wanted in sorted(mismatched):
+        raise InvalidRequest(
+            f"model: {name} in {config.path} has shape {list(found)}, but by config.json it must be {list(wanted)}; "
+            "the weights and config.json don't belong together: download the model again, all of its files"
+        )
+    if missing := report.get("missing_keys"):
+        raise base_folder.missing(config.path, missing, type(model).__name__)
+    text = model.config.get_text_config()
+    count = int(text.num_hidden_layers)
+    # Some predict further tokens by layers that come after the others, and that nothing here computes.
+    ahead = int(getattr(text, "num_nextn_predict_layers", None) or 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            base_folder.check_layers(config.path, report.get("unexpected_keys") or (), name, count + ahead)
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
+    """One look at each weight, and one transfer for all of them."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.numel()]
+    ends = [torch.stack(torch.aminmax(weight)).isfinite().all() for _, weight in named]
+    for (name, _), is_finite in zip(named, cast("list[bool]", torch.stack(ends).tolist()), strict=True):
+        if not is_finite:
+            raise base_folder.not_finite(config.path, name)
 
 
 def _decoder_name(model: PreTrainedModel) -> str:
