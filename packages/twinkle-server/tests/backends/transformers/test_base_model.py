@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GptOssConfig,
     GraniteConfig,
@@ -38,10 +39,16 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+FALCON: dict[str, Any] = {**SIZES, "alibi": False, "ffn_hidden_size": 48}
+
 OTHERS: dict[str, Any] = {
     "Qwen2": Qwen2Config(**SIZES),
     "Gemma2 with soft caps": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, sliding_window=4),
     "Granite with scales": GraniteConfig(**SIZES, logits_scaling=3.0, embedding_multiplier=2.0),
+    "Falcon, which adds in place": FalconConfig(
+        **FALCON, new_decoder_architecture=False, parallel_attn=True, multi_query=True, bias=True
+    ),
+    "Falcon, its second form": FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
     "Qwen3.5, hybrid": Qwen3_5TextConfig(
         **SIZES,
         head_dim=8,
