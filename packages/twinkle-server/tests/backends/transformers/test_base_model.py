@@ -23,7 +23,11 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends import contract
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import copy_sharing_weights, load_base_model
+from twinkle.server.backends.transformers.base_model import (
+    copy_sharing_weights,
+    find_targets,
+    load_base_model,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -141,6 +145,27 @@ def test_targets_of_a_hybrid_and_of_a_mixture_of_experts(tmp_path: Path) -> None
         "model.layers.1.mlp.experts.down_proj",
     ]
     assert experts.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+
+
+def test_a_linear_layer_that_computes_otherwise_than_its_matrix_says_is_no_target(tmp_path: Path) -> None:
+    """As one that has a block of outputs for each group of inputs; one that only writes it otherwise is."""
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flip(-1))
+
+    class Written(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+    model = AutoModelForCausalLM.from_pretrained(save(OTHERS["Qwen2"], tmp_path))
+    attention = model.model.layers[0].self_attn
+    for name, kind in (("q_proj", Grouped), ("k_proj", Written)):
+        layer = getattr(attention, name)
+        layer.__class__ = kind
+    targets, _ = find_targets(model)
+    assert "model.layers.0.self_attn.q_proj" not in targets
+    assert "model.layers.0.self_attn.k_proj" in targets
 
 
 def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
     found: dict[str, ModuleGroup] = {}
     experts: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _is_plain(module):
             group = "unembed" if module is head else module_group(name)
             if group == "unembed" or (group is not None and name.startswith(prefix)):
                 found[name] = group
@@ -133,6 +133,21 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
                 experts.append(name)
                 found |= dict.fromkeys(parameters, "mlp")
     return found, tuple(experts)
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether this computes what its matrix says. Some inherit from a linear layer and do otherwise, in groups say."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    x = x.view(1, 2, -1)
+    try:
+        found = cast("Tensor", layer(x))
+    except LOADING_ERRORS:
+        return False
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    return found.shape == expected.shape and agree(found, expected)
 
 
 def _is_plain_experts(module: nn.Module) -> bool:
@@ -267,17 +282,40 @@ def _decoder_name(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Log-probabilities are taken from hidden states and head in chunks: make sure that this is what the model does."""
+    """Log-probabilities are taken from hidden states and head in chunks, and rows are padded at the right without mask:
+    make sure that this is what the model does.
+    """
     tokens = torch.arange(4, device=model.device).unsqueeze(0)
     head = cast("nn.Module", model.get_output_embeddings())
-    hidden = cast("Tensor", decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
-    ours = finish_logits(head(hidden), model.config)
-    theirs = cast("Tensor", model(input_ids=tokens, use_cache=False).logits)
+    try:
+        hidden = cast("Tensor", decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
+        shorter = cast("Tensor", decoder(model)(input_ids=tokens[:, :3], use_cache=False).last_hidden_state)
+        ours = finish_logits(head(hidden), model.config)
+        theirs = cast("Tensor", model(input_ids=tokens, use_cache=False).logits)
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InvalidRequest(
+            f"model: {type(model).__name__} in {config.path} can be loaded, but not run ({reason[:400]}); is its "
+            "config.json the one that belongs to its weights? Else use another model"
+        ) from error
     if not torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05):
         raise InvalidRequest(
             f"model: {type(model).__name__} in {config.path} computes its logits in a way that is not known here "
             "(neither soft cap nor scale); use another model"
         )
+    if not agree(shorter, hidden[:, :3]):
+        raise InvalidRequest(
+            f"model: {type(model).__name__} in {config.path} is not causal: what a token stands for depends on those "
+            "behind it. Use a decoder (for some families: is_decoder in config.json)"
+        )
+
+
+def agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two ways to compute the same came to the same, as far as their type tells: in 16 bits, with experts that
+    change by rounding, hardly.
+    """
+    most = 3e-3 if other.dtype == torch.float32 else 0.5
+    return bool((one - other).float().norm() <= most * other.float().norm())
 
 
 # ---------------------------------------------------------------- describing

@@ -38,6 +38,7 @@ from twinkle.server.samplers.transformers.patience import Patience
 from twinkle.server.samplers.transformers.prompt_scores import check_targets
 from twinkle.server.samplers.transformers.sequences import Sequence, Task
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer, stop_rule
+from twinkle.server.samplers.transformers.trial import first_that_fits
 from twinkle.server.samplers.waiting import Waiting, WaitingLine
 
 log = logging.getLogger("twinkle.sampler")
@@ -73,6 +74,8 @@ class TransformersEngine:
         self._network = Network(model, route)
         self._max_rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)
         self._max_tokens = MAX_CACHED_TOKENS_GPU if on_gpu else MAX_CACHED_TOKENS_CPU
+        makers = (self._preferred_batch, lambda: SingleBatch(self._network))
+        self._make_batch = makers[first_that_fits(loaded.model, makers)]
         self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
@@ -225,7 +228,7 @@ class TransformersEngine:
         """Those in the batch, or on their way there."""
         return {*(sequence.task for sequence in self._sequences), *self._reading.values()}
 
-    def _make_batch(self) -> Batch:
+    def _preferred_batch(self) -> Batch:
         return make_batch(self._network, self._max_rows, MAX_KNOWN_TOKENS)
 
     def _drop_unwanted(self) -> None:
