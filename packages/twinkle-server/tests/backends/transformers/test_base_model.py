@@ -14,9 +14,11 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     MixtralConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
+    XGLMConfig,
 )
 
 from twinkle.protocol.errors import InvalidRequest
@@ -53,6 +55,10 @@ OTHERS: dict[str, Any] = {
         **FALCON, new_decoder_architecture=False, parallel_attn=True, multi_query=True, bias=True
     ),
     "Falcon, its second form": FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "OPT, feed-forward layers in the layer itself": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "XGLM, likewise": XGLMConfig(
+        **SIZES, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0.0
+    ),
     "Qwen3.5, hybrid": Qwen3_5TextConfig(
         **SIZES,
         head_dim=8,
@@ -113,6 +119,7 @@ def test_other_decoders_train_with_the_numbers_of_the_plain_model(
     directory = save(OTHERS[name], tmp_path)
     backend = TransformersBackend(ModelConfig(directory))
     assert backend.info.eos_token_ids == (3, 4)
+    assert backend.info.trainable == ("attn", "mlp", "unembed")
     specs = {"ada": AdapterSpec(rank=3, seed=1), "bob": AdapterSpec(rank=2, seed=2)}
     for who, spec in specs.items():
         backend.add_adapter(who, spec)
@@ -175,6 +182,9 @@ def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
     )
     backend = TransformersBackend(ModelConfig(save(config, tmp_path)))
     assert set(backend.loaded.targets.values()) == {"attn", "unembed"} and not backend.loaded.experts
+    assert backend.info.trainable == ("attn", "unembed")
+    with pytest.raises(InvalidRequest, match="no linear layer is left to train"):
+        backend.add_adapter("b", AdapterSpec(rank=2, train_attn=False, train_unembed=False))
     backend.add_adapter("a", AdapterSpec(rank=2))
     contract._train(backend, "a")
 

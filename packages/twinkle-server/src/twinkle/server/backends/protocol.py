@@ -12,13 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput
 from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array
 
 DEFAULT_ALPHA = 32.0
+
+ModuleGroup: TypeAlias = Literal["attn", "mlp", "unembed"]
+"""What `train_attn`, `train_mlp` and `train_unembed` are about; see `module_groups`."""
+
+ALL_GROUPS: tuple[ModuleGroup, ...] = ("attn", "mlp", "unembed")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class BaseModelInfo:
             are always packed alike.
         max_adapter_bytes: what all adapters may take together, with moments and gradients, on all ranks together.
             Beyond it those that are not in use are taken off; None: never.
+        trainable: the groups of layers of which there are any that can be trained.
     """
 
     vocab_size: int
@@ -122,6 +128,7 @@ class BaseModelInfo:
     architecture: str
     overhead_tokens: int = 64
     max_adapter_bytes: int | None = None
+    trainable: tuple[ModuleGroup, ...] = ALL_GROUPS
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends import base_folder
 from twinkle.server.backends.module_groups import (
     EXPERT_PARAMETERS,
-    ModuleGroup,
+    groups_there_are,
     is_expert_parameter,
     module_group,
 )
-from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
+from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig, ModuleGroup
 from twinkle.server.backends.transformers.model_facts import (
     context_length,
     eos_token_ids,
@@ -103,7 +103,7 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
             "or feed-forward modules that LoRA could act on; use a decoder such as Llama, Qwen2 or Qwen3"
         )
     _check_head(model, config)
-    return LoadedModel(model, targets, _describe(model, config), experts)
+    return LoadedModel(model, targets, _describe(model, targets, config), experts)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -321,7 +321,9 @@ def agree(one: Tensor, other: Tensor) -> bool:
 # ---------------------------------------------------------------- describing
 
 
-def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
+def _describe(
+    model: PreTrainedModel, targets: Mapping[str, ModuleGroup], config: ModelConfig
+) -> BaseModelInfo:
     text = model.config.get_text_config()
     vocab_size = min(
         cast("Tensor", layer.weight).shape[0]
@@ -335,4 +337,5 @@ def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
         eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), text),
         architecture=type(model).__name__,
         overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), model.device),
+        trainable=groups_there_are(targets.values()),
     )
