@@ -140,7 +140,6 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
         # The losses are sums, so no micro-batch's is divided by their number.
         calculate_per_token_loss=True,
         # The weights are read from files, straight into where they belong.

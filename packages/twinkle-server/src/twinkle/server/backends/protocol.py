@@ -70,7 +70,7 @@ class ModelConfig:
 
     Attributes:
         path: directory with a Hugging Face config and safetensors.
-        torch_dtype: "bfloat16", "float16" or "float32": of the frozen weights and the arithmetic. Adapters, their
+        torch_dtype: "bfloat16" or "float32": of the frozen weights and the arithmetic. Adapters, their
             gradients and moments are float32 always.
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.

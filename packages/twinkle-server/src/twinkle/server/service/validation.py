@@ -63,8 +63,8 @@ def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:
 
 
 def trainable_flags(config: LoraConfig, info: BaseModelInfo) -> dict[str, bool]:
-    """`train_attn`, `train_mlp` and `train_unembed` as they come true: False where the model has no such layers that can
-    be trained. (Clients that say nothing ask for all.)
+    """`train_attn`, `train_mlp` and `train_unembed` as they come true: False where the model has no such layers that
+    can be trained. (Clients that say nothing ask for all.)
     """
     asked = _set_flags(config)
     return {f"train_{group}": f"train_{group}" in asked and group in info.trainable for group in ALL_GROUPS}

@@ -36,7 +36,8 @@ from twinkle.server.backends.transformers.model_facts import (
 )
 from twinkle.server.backends.transformers.threads import matrix_weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Not float16: backwards through a frozen model in it, gradients below 6e-8 are lost, and nothing here scales losses.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What Transformers raises where a directory is not what it should be.
 LOADING_ERRORS = (
