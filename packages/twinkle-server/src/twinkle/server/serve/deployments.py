@@ -187,7 +187,7 @@ def _in_words(error: Exception) -> TwinkleError:
     if isinstance(error, TwinkleError):
         return error
     log.error("the engine could not start", exc_info=error)
-    told = next(iter(str(error).strip().splitlines()), "")
+    told = next(iter(str(error).strip().splitlines()), "it says no more")
     return ServerFault(
         f"{type(error).__name__}: {told[:400]} (this comes from the server or a library that it uses, and was not "
         "expected; the server's log has where)"
