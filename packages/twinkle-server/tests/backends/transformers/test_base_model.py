@@ -158,12 +158,12 @@ def test_a_linear_layer_that_computes_otherwise_than_its_matrix_says_is_no_targe
     """As one that has a block of outputs for each group of inputs; one that only writes it otherwise is."""
 
     class Grouped(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x.flip(-1))
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input.flip(-1))
 
     class Written(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.weight.T + (0 if self.bias is None else self.bias)
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T + self.bias
 
     model = AutoModelForCausalLM.from_pretrained(save(OTHERS["Qwen2"], tmp_path))
     attention = model.model.layers[0].self_attn
@@ -191,7 +191,12 @@ def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
 
 def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
     """As GPT-OSS is published: two numbers of 4 bits a byte, the lower half first, 32 to a scale, a power of two."""
-    sizes = {**SIZES, "intermediate_size": 64, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    sizes: dict[str, Any] = {
+        **SIZES,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+    }
     config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=2)
     save(config, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

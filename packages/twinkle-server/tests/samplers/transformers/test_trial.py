@@ -40,6 +40,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+FIVE_LAYERS: dict[str, Any] = {**SIZES, "num_hidden_layers": 5}
+
 
 def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
     with torch.random.fork_rng():
@@ -60,7 +62,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
         # It has a size for each layer.
         (
             Gemma3nTextConfig(
-                **{**SIZES, "num_hidden_layers": 5},
+                **FIVE_LAYERS,
                 hidden_size_per_layer_input=8,
                 vocab_size_per_layer_input=128,
                 num_kv_shared_layers=0,
