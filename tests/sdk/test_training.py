@@ -90,6 +90,19 @@ def test_a_clipped_gradient_moves_less_and_dimuon_is_refused(train):
     learn(client)
 
 
+def test_a_step_with_a_gradient_that_is_not_finite_fails_with_a_sentence_and_the_next_one_is_made(train):
+    client, other = train(), train()
+    too_large = datum()
+    too_large.loss_fn_inputs["weights"] = types.TensorData.from_numpy(np.full(6, 3e38, np.float32))
+    sent = client.forward_backward([too_large], "cross_entropy").result()
+    assert not np.isfinite(sent.metrics["loss:sum"])
+    with pytest.raises(tinker.RequestFailedError, match="the gradient is not finite"):
+        client.optim_step(types.AdamParams(learning_rate=0.02)).result()
+    for one in (client, other):
+        learn(one)
+    assert loss(client, [datum()]) == pytest.approx(loss(other, [datum()]), rel=1e-6)
+
+
 def test_saved_states_resume(service, sdk, train):
     client = train()
     learn(client)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from rank_processes import RankProcesses
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends import contract
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
+from twinkle_megatron.architecture import read_hf_config
 
 
 @pytest.mark.parametrize(
@@ -72,3 +76,52 @@ def test_experts_may_be_stacked_on_disk(model: Callable[[str], Path], tmp_path: 
             found.append(backend.forward_backward([rows]))
     for one, other in zip(found[0][0], found[1][0], strict=True):
         contract._equal(one.logprobs, other.logprobs, 0.0)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+LAST = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(LAST), f"no file in it holds {LAST}"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "no file in it holds model.norm.weight"),
+        (lambda tensors: tensors[LAST][0, 0].fill_(float("nan")), f"{LAST} in .* not finite"),
+        (
+            lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": tensors[LAST].clone()}),
+            "are 2 layers",
+        ),
+        (lambda tensors: tensors.update({LAST: tensors[LAST][:5].clone()}), f"{LAST} give"),
+        (lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][1:].clone()}), f"{EMBEDDING} give"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(
+    change: Callable[[dict[str, Any]], object], message: str, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(model("qwen3"), tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidRequest, match=message):
+        RankProcesses.start(ModelConfig(directory))
+
+
+def test_a_directory_that_is_no_base_model_is_refused(model: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(model("qwen3"), tmp_path / "model")
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(InvalidRequest, match="it is cut off or damaged"):
+        read_hf_config(ModelConfig(directory))
+    weights.write_bytes(whole)
+    config.write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InvalidRequest, match="quantised .gptq."):
+        read_hf_config(ModelConfig(directory))
+    config.write_text(json.dumps(settings | {"hidden_size": "many"}))
+    with pytest.raises(InvalidRequest, match="config.json can't be read"):
+        read_hf_config(ModelConfig(directory))
+    config.write_text(json.dumps(settings))
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="holds an adapter"):
+        read_hf_config(ModelConfig(directory))

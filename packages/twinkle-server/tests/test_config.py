@@ -50,6 +50,10 @@ def test_the_missions_files_are_valid_as_they_are(tmp_path: Path, text: str):
             r"model\.max_lora_rnk: .*did you mean 'max_lora_rank'",
         ),
         ({"model": {"model_id": "x"}, "sever": {}}, r"sever: .*did you mean 'server'"),
+        (
+            {"model": {"model_id": "x", "torch_dtype": "float16"}},
+            r"model\.torch_dtype: .*float16 is not offered: .*use 'bfloat16', or 'float32'",
+        ),
         ({"model": {"model_id": "x", "torch_dtype": "int8"}}, r"model\.torch_dtype: .*'bfloat16'"),
         ({"model": {"model_id": "x"}, "server": {"port": 99999}}, r"server\.port: .*65535"),
         ({}, "model: Field required"),

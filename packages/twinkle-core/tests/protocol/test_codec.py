@@ -1,9 +1,13 @@
 """The codec against the Tinker SDK's own generated messages, and against damaged bytes."""
 
+import math
+
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tinker import types
 from tinker.proto import response_conv
 from tinker.proto import tinker_public_pb2 as sdk_pb
 
@@ -29,6 +33,20 @@ def a_pass() -> m.ForwardBackwardRequest:
     return m.ForwardBackwardRequest(
         "s:train:0", 7, [datum], "ppo", {"clip": 0.2, "id": "x"}, forward_only=True
     )
+
+
+def test_numbers_that_are_not_finite_are_json_that_the_sdk_reads():
+    """As the SDK reads it: orjson, which is strict, and its own model."""
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5}
+    body = codec.encode_json(m.OptimStepResponse(metrics=values))
+    for read in (
+        types.OptimStepResponse.model_validate(orjson.loads(body)),
+        codec.decode_json(m.OptimStepResponse, body),
+    ):
+        assert read.metrics is not None
+        np.testing.assert_equal(read.metrics, values)
+    anything = m.CreateSessionRequest(user_metadata={"a": math.nan, "b": [{"c": math.inf}]})
+    orjson.loads(codec.encode_json(anything))
 
 
 def describe(descriptor) -> dict:

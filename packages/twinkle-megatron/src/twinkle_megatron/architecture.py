@@ -15,8 +15,9 @@ from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends import base_folder
 from twinkle.server.backends.protocol import ModelConfig
-from twinkle.server.backends.transformers.base_model import DTYPES
+from twinkle.server.backends.transformers.base_model import DTYPES, LOADING_ERRORS
 from twinkle_megatron import bridge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -51,19 +52,19 @@ class Architecture:
 def read_hf_config(config: ModelConfig) -> PretrainedConfig:
     """
     Raises:
-        InvalidRequest: if the directory holds no model's configuration.
+        InvalidRequest: if the directory holds no whole model.
     """
     if config.torch_dtype not in DTYPES:
         raise InvalidRequest(f"model.torch_dtype: {config.torch_dtype!r} is not one of {', '.join(DTYPES)}")
-    if not (config.path / "config.json").is_file():
-        raise InvalidRequest(
-            f"model: {config.path} is not a model directory: it has no config.json; "
-            "give a directory with config.json and safetensors"
-        )
+    files = base_folder.check(config.path)
     try:
-        return cast("Any", AutoConfig).from_pretrained(str(config.path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidRequest(f"model: {config.path}/config.json can't be read ({error})") from error
+        hf = cast("Any", AutoConfig).from_pretrained(str(config.path), local_files_only=True)
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InvalidRequest(f"model: {config.path}/config.json can't be read ({reason})") from error
+    if isinstance(layers := getattr(hf, "num_hidden_layers", None), int):
+        base_folder.check_layers(config.path, files, "model.layers", layers)
+    return hf
 
 
 def describe(hf: PretrainedConfig, config: ModelConfig) -> Architecture:
@@ -139,7 +140,6 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
         # The losses are sums, so no micro-batch's is divided by their number.
         calculate_per_token_loss=True,
         # The weights are read from files, straight into where they belong.

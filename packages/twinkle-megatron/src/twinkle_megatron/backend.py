@@ -22,6 +22,7 @@ from torch import Tensor
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Array
 from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.finite import Fault
 from twinkle.server.backends.loss_formulas import LOSS_SPECS
 from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
 from twinkle.server.backends.protocol import (
@@ -36,9 +37,10 @@ from twinkle.server.backends.protocol import (
     OptimizerState,
     Row,
     RowResult,
+    StepOutcome,
 )
 from twinkle.server.backends.row_checks import check_row
-from twinkle.server.backends.transformers.adamw import plan_steps
+from twinkle.server.backends.transformers.adamw import PlannedSteps, is_sure_norm, plan_steps
 from twinkle.server.backends.transformers.banks import Bank, Layout
 from twinkle.server.backends.transformers.passes import Adapter
 from twinkle_megatron import shards, stage
@@ -142,10 +144,10 @@ class MegatronBackend:
             return [[] for _ in micro_batches]
         return run_pass(self._stage, self._adapters, self._parts, micro_batches)
 
-    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
-        All or nothing. Metrics: `grad_norm:mean`, the L2 norm of the adapter's whole gradient before clipping.
+        If it raises, nothing has changed. A step that would leave numbers that are not finite is refused alone.
         """
         if len({step.adapter_id for step in steps}) < len(steps):
             raise ValueError("an adapter can take one step a call")
@@ -154,22 +156,45 @@ class MegatronBackend:
         for adapter, step in zip(stepped, steps, strict=True):
             by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
         norms = self._grad_norms(by_bank)
-        planned = [plan_steps(bank, params, norms[bank]) for bank, params in by_bank.items()]
-        for plan in planned:
+        planned = {bank: plan_steps(bank, params, norms[bank]) for bank, params in by_bank.items()}
+        if any(plan.is_suspicious for plan in planned.values()):
+            planned = self._agreed(planned)
+        for plan in planned.values():
             plan.apply()
-        return [{"grad_norm:mean": norms[adapter.bank][adapter.slot]} for adapter in stepped]
+        return [planned[adapter.bank].outcome(adapter.slot) for adapter in stepped]
+
+    def _agreed(self, planned: Mapping[Bank, PlannedSteps]) -> dict[Bank, PlannedSteps]:
+        """The steps that no rank finds a fault with: each has looked at its part of the adapters."""
+        slots = [(bank, slot) for bank, plan in planned.items() for slot in plan.params]
+        codes = [int(planned[bank].faults.get(slot, Fault.NONE)) for bank, slot in slots]
+        worst = torch.tensor(codes, dtype=torch.int64, device=self._stage.groups.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._stage.groups.world.ranks)
+        faults: dict[Bank, dict[int, Fault]] = {bank: {} for bank in planned}
+        for (bank, slot), code in zip(slots, cast("list[int]", worst.tolist()), strict=True):
+            if code != Fault.NONE:
+                faults[bank][slot] = Fault(code)
+        return {bank: replace(plan, faults=faults[bank]) for bank, plan in planned.items()}
 
     def _grad_norms(self, by_bank: Mapping[Bank, Mapping[int, AdamParams]]) -> dict[Bank, dict[int, float]]:
         """By bank and slot, of the whole gradient: one sum over all ranks, for all adapters."""
         slots = [(bank, slot) for bank, params in by_bank.items() for slot in params]
         if not slots:
             return {}
-        squares = torch.stack([bank.gradient(slot).square() @ self._shares[bank] for bank, slot in slots])
-        dist.all_reduce(squares, group=self._stage.groups.world.ranks)
+        found = dict(zip(slots, self._norms(slots, torch.float32), strict=True))
+        # All ranks have the same sums, and so doubt the same ones.
+        if doubtful := [place for place, norm in found.items() if not is_sure_norm(norm)]:
+            found |= zip(doubtful, self._norms(doubtful, torch.float64), strict=True)
         norms: dict[Bank, dict[int, float]] = {bank: {} for bank in by_bank}
-        for (bank, slot), norm in zip(slots, cast("list[float]", squares.sqrt().tolist()), strict=True):
+        for (bank, slot), norm in found.items():
             norms[bank][slot] = norm
         return norms
+
+    def _norms(self, slots: Sequence[tuple[Bank, int]], dtype: torch.dtype) -> list[float]:
+        squares = torch.stack(
+            [bank.gradient(slot).to(dtype).square() @ self._shares[bank].to(dtype) for bank, slot in slots]
+        )
+        dist.all_reduce(squares, group=self._stage.groups.world.ranks)
+        return cast("list[float]", squares.sqrt().tolist())
 
     # ------------------------------------------------------------ state
 

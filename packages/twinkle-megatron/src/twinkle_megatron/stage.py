@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from twinkle.server.backends.module_groups import groups_there_are
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle.server.backends.transformers.export_facts import export_facts
 from twinkle.server.backends.transformers.model_facts import (
@@ -63,7 +64,9 @@ def load(config: ModelConfig) -> Stage:
     # Ranks that share a stage's experts have copies of all else: they make no more room.
     holders = config.tensor_parallel_size * config.pipeline_parallel_size
     info = replace(info, max_adapter_bytes=affordable_adapter_bytes(torch.device(config.device), holders))
-    return Stage(architecture, ranks, model, route, targets(architecture), info)
+    found = targets(architecture)
+    info = replace(info, trainable=groups_there_are(target.group for target in found))
+    return Stage(architecture, ranks, model, route, found, info)
 
 
 def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:

@@ -6,19 +6,19 @@ kept here, so that no rank ever holds the whole model.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends import base_folder
 from twinkle_megatron.architecture import Architecture, head_size
 from twinkle_megatron.build import first_layer
 from twinkle_megatron.experts import RoutedExperts
@@ -28,6 +28,8 @@ from twinkle_megatron.groups import Group, Groups
 Cut: TypeAlias = Literal["rows", "columns", "whole"]
 # How the parts make one parameter: one below the other, or the heads of q, k and v by their groups.
 Join: TypeAlias = Literal["stack", "heads"]
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,24 @@ def _fill(
     joined = _by_groups(parts, architecture, tensor.size) if source.join == "heads" else torch.cat(parts)
     # The last rank's share of the vocabulary may be padded; nothing looks at what is there.
     rows = joined.shape[0]
-    is_vocabulary = rows < parameter.shape[0] and source.cut == "rows"
+    is_vocabulary = (
+        source.names[0] in _VOCABULARY
+        and files.slices(source.names[0]).get_shape()[0] == architecture.vocab_size
+    )
     if joined.shape[1:] != parameter.shape[1:] or (rows != parameter.shape[0] and not is_vocabulary):
         raise InvalidRequest(
             f"model: {', '.join(source.names)} give {list(joined.shape)}, but by config.json it must be "
             f"{list(parameter.shape)}; the checkpoint and its config.json don't belong together"
         )
     parameter[:rows].copy_(joined)
+    _check_finite(parameter[:rows], files, source.names)
     parameter[rows:].zero_()
+
+
+def _check_finite(own: Tensor, files: _Checkpoint, names: Sequence[str]) -> None:
+    """Of a parameter that has been read from these tensors."""
+    if own.numel() and not bool(torch.stack(torch.aminmax(own)).isfinite().all()):
+        raise base_folder.not_finite(files.path, ", ".join(names))
 
 
 def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> Tensor:
@@ -155,12 +167,15 @@ def _load_experts(module: RoutedExperts, prefix: str, files: _Checkpoint) -> Non
     if f"{prefix}.gate_up_proj" in files:
         for name, parameter in stacked.items():
             parameter.copy_(files.slices(f"{prefix}.{name}")[first : first + count])
+            _check_finite(parameter, files, [f"{prefix}.{name}"])
         return
     for i in range(count):
         expert = f"{prefix}.{first + i}."
         gate, up = (files.part(f"{expert}{name}_proj.weight", "whole", None) for name in ("gate", "up"))
         module.gate_up_proj[i].copy_(torch.cat([gate, up]))
         module.down_proj[i].copy_(files.part(f"{expert}down_proj.weight", "whole", None))
+    for name, parameter in stacked.items():
+        _check_finite(parameter, files, [f"{prefix}.*.{part}" for part in name.split("_")[:-1]])
 
 
 @dataclass(eq=False)
@@ -168,21 +183,12 @@ class _Checkpoint:
     """The safetensors of a directory, opened when they are first needed, never read whole."""
 
     path: Path
-    _file_of: dict[str, str] = field(default_factory=dict[str, str])
-    _open: dict[str, Any] = field(default_factory=dict[str, Any])
+    _file_of: dict[str, Path] = field(default_factory=dict[str, Path])
+    _open: dict[Path, Any] = field(default_factory=dict[Path, Any])
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> _Checkpoint:
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            self._file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            files = sorted(file.name for file in self.path.glob("*.safetensors"))
-            if not files:
-                raise InvalidRequest(
-                    f"model: {self.path} holds no safetensors; save the model in that format"
-                )
-            self._file_of = {name: file for file in files for name in self._names(file)}
+        self._file_of = base_folder.tensor_files(self.path)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -197,7 +203,7 @@ class _Checkpoint:
     def slices(self, name: str) -> Any:
         """A tensor that is read as far as it is indexed."""
         if name not in self._file_of:
-            raise InvalidRequest(f"model: {self.path} has no tensor {name!r}; the checkpoint is incomplete")
+            raise base_folder.missing(self.path, [name], "the model")
         return self._opened(self._file_of[name]).get_slice(name)
 
     def part(self, name: str, cut: Cut, ranks: Group | None) -> Tensor:
@@ -211,14 +217,8 @@ class _Checkpoint:
         share = tensor.get_shape()[1] // ranks.size
         return tensor[:, ranks.index * share : (ranks.index + 1) * share]
 
-    def _names(self, file: str) -> list[str]:
-        return list(self._opened(file).keys())
-
-    def _opened(self, file: str) -> Any:
+    def _opened(self, file: Path) -> Any:
         if file not in self._open:
-            try:
-                opened = cast("Any", safe_open)(self.path / file, framework="pt")
-                self._open[file] = self._stack.enter_context(opened)
-            except (OSError, SafetensorError) as error:
-                raise InvalidRequest(f"model: {self.path / file} can't be read ({error})") from error
+            opened = cast("Any", safe_open)(file, framework="pt")
+            self._open[file] = self._stack.enter_context(opened)
         return self._open[file]

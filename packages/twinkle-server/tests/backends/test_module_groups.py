@@ -17,6 +17,9 @@ def test_names_of_common_decoders() -> None:
         "model.layers.0.mlp.gate": None,
         "model.layers.0.mlp.gate.wg": None,
         "model.layers.0.mlp.shared_expert_gate": None,
+        "model.decoder.layers.3.fc1": "mlp",
+        "model.layers.3.fc2": "mlp",
+        "model.vision.fc1": None,
         "model.embed_tokens": None,
         "lm_head": "unembed",
     }

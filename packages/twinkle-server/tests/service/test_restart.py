@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest, Unavailable
-from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
+from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.engine import run_log
 
 
@@ -366,3 +366,62 @@ async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_howeve
         alice = await server.kill_and_start()
         await alice.do(a_pass(run, seq_id, forward_only=True))
         await check_state(server.worker, run, 1)
+
+
+def too_large(run: str, seq_id: int) -> m.ForwardBackwardRequest:
+    """A pass that leaves a gradient of infinities and what is no number."""
+    data = {"target_tokens": [1, 2, 3], "weights": [3e38, -3e38, 3e38]}
+    return m.ForwardBackwardRequest(
+        run, seq_id, [Datum(ModelInput.from_ints([1, 2, 3]), data)], "cross_entropy"
+    )
+
+
+@ends
+@pytest.mark.parametrize("seconds", [AT_ONCE, HARDLY_EVER])
+async def test_a_refused_step_and_its_gradient_stay_gone(server: Server, end: End, seconds: float):
+    """Whatever of it is computed again, or in a copy: the run goes on as if the passes before it had not been."""
+    server.seconds = seconds
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    await alice.do(too_large(run, 3))
+    alice = await end(server)
+    refused = await alice.do(a_step(run, 4))
+    assert isinstance(refused, m.Failure) and refused.category == "user"
+    assert "the gradient is not finite" in refused.error
+    await alice.do(a_pass(run, 5))
+    alice = await end(server)
+    assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
+    await check_state(server.worker, run, 2)
+
+
+async def test_of_steps_in_one_tick_only_those_that_can_not_be_made_are_refused(server: Server):
+    alice = await server.start()
+    runs = [await alice.run() for _ in range(3)]
+    requests = [
+        request
+        for i, run in enumerate(runs)
+        for request in (too_large(run, 1) if i == 1 else a_pass(run, 1), a_step(run, 2))
+    ]
+    promises = [await alice.service.submit("alice", request) for request in requests]
+    outcomes = [await alice.outcome(promise) for promise in promises]
+    kinds = [m.OptimStepResponse, m.Failure, m.OptimStepResponse]
+    assert all(isinstance(outcome, kind) for outcome, kind in zip(outcomes[1::2], kinds, strict=True))
+    await alice.do(a_pass(runs[1], 3))
+    await alice.do(a_step(runs[1], 4))
+    for run in runs:
+        await check_state(server.worker, run, 1)
+
+
+async def test_a_run_whose_weights_are_not_finite_is_not_saved(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    backend = server.worker._backend  # no request leads there: put there by hand
+    next(iter(cast("Any", backend)._adapters[run].weights.values()))[0, 0] = np.nan
+    for request in (
+        m.SaveWeightsRequest(model_id=run, path="a", seq_id=1),
+        m.SaveWeightsForSamplerRequest(model_id=run, path="b", seq_id=2),
+        m.SaveWeightsExternalRequest(model_id=run, path="c", seq_id=3),
+    ):
+        refused = await alice.do(request)
+        assert isinstance(refused, m.Failure) and "holds nan" in refused.error, refused

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
 
 
 def a_pass(
@@ -81,6 +82,33 @@ async def test_creating_a_run_twice_makes_one(alice: Tenant):
     first, again = [await alice.service.submit("alice", request) for _ in range(2)]
     assert first.request_id == again.request_id
     assert (await alice.outcome(first)).model_id == f"{session}:train:0"
+
+
+async def test_what_a_model_can_not_train_is_reported_as_not_trained_or_refused(tmp_path: Path):
+    """As GPT-OSS, whose experts get no low-rank term: clients that say nothing ask for all."""
+
+    class WithoutMlp(FakeBackend):
+        @property
+        def info(self):
+            return replace(super().info, trainable=("attn", "unembed"))
+
+    service = make_service(tmp_path, WithoutMlp(ModelConfig(Path("fake"))))
+    await service.start()
+    alice = Tenant(service, "alice")
+    run = await alice.run()
+    assert alice.service._runs[run].spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
+    for save in (
+        m.SaveWeightsRequest(model_id=run, path="a", seq_id=1),
+        m.SaveWeightsForSamplerRequest(model_id=run, path="b", seq_id=2),
+    ):
+        path = (await alice.do(save)).path
+        info = await alice.ask(m.WeightsInfoRequest(tinker_path=path))
+        assert (info.train_attn, info.train_mlp, info.train_unembed) == (True, False, True)
+    with pytest.raises(
+        InvalidRequest, match="no layer of FakeForCausalLM that train_mlp asks for.*set train_attn or"
+    ):
+        await alice.run(train_attn=False, train_unembed=False)
+    await service.close()
 
 
 async def test_a_job_that_fails_in_company_fails_alone(tmp_path: Path):

@@ -45,7 +45,8 @@ class Value(BaseModel):
         arbitrary_types_allowed=True,
         extra="ignore",
         protected_namespaces=(),
-        ser_json_inf_nan="constants",  # a loss may become infinite, and the SDK reads what Python writes
+        # JSON has no number for what is infinite: "Infinity" and "NaN" as strings are read as such, by the SDK too.
+        ser_json_inf_nan="strings",
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.validation import describe_validation
@@ -34,9 +34,9 @@ class ModelSection(_Section):
     """`ms://org/name`, `hf://org/name`, `org/name`, `file:///dir` or a directory. Clients ask for it by this name."""
     use_megatron: bool = False
     """Train with Megatron (needs `pip install 'twinkle-server[megatron]'`) instead of Transformers."""
-    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    torch_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the frozen weights and the arithmetic; bfloat16 on a GPU and float32 on a CPU if not said. Adapters are
-    float32 always."""
+    float32 always. (float16 has no numbers for small gradients; weights that are saved in it are converted.)"""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer (Megatron)."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -56,6 +56,16 @@ class ModelSection(_Section):
     """Bytes that the adapters of training runs may take where the model computes, with moments and gradients, on all
     ranks together. Beyond them the least recently used are kept in `storage.root`, and come back when their runs go on.
     What the backend finds room for if not said."""
+
+    @field_validator("torch_dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ValueError(
+                "float16 is not offered: gradients of small losses are no numbers of it, and would be rounded away; "
+                "use 'bfloat16', or 'float32' where the device has no bfloat16"
+            )
+        return value
 
 
 class ServerSection(_Section):

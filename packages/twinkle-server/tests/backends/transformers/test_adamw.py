@@ -62,7 +62,7 @@ def test_steps_equal_torch(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(row, gradients[slot]) for slot, row in bank.grads.items()), (
             "a plan changes nothing"
         )
-        assert plan.grad_norms() == pytest.approx(norms, rel=1e-6)
+        assert plan.norms == pytest.approx(norms, rel=1e-6)
         plan.apply()
         for slot in SETTINGS:
             torch.testing.assert_close(bank.params[slot], parameters[slot].data, rtol=1e-5, atol=1e-6)
@@ -116,3 +116,74 @@ def test_steps_together_equal_steps_by_block(block: int, monkeypatch: pytest.Mon
                 torch.testing.assert_close(found[slot], wanted[slot], rtol=1e-6, atol=1e-6)
         for slot, row in one.exp_avg_sq.items():
             torch.testing.assert_close(other.exp_avg_sq[slot], row, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_together", [False, True])
+def test_steps_behind_a_refused_one_equal_those_of_torch_without_it(is_together: bool) -> None:
+    """Of three adapters one has a gradient now and then with which torch's optimizer would be lost for ever."""
+    bank = filled_bank()
+    parameters = {slot: torch.nn.Parameter(bank.params[slot].clone()) for slot in (0, 1, 2)}
+    optimizers = {
+        slot: torch.optim.AdamW([row], lr=0.1, eps=1e-8, weight_decay=0.1) for slot, row in parameters.items()
+    }
+    step = AdamParams(learning_rate=0.1, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    for number, bad in enumerate((None, float("nan"), float("inf"), -float("inf"), 1e19, None)):
+        for slot in parameters:
+            gradient = torch.randn(bank.layout.size)
+            bank.grads[slot] = gradient.clone()
+            if slot == 1 and bad is not None:
+                bank.grads[slot][number] = bad
+                continue
+            parameters[slot].grad = gradient
+            optimizers[slot].step()
+        plan = adamw.plan_steps(bank, dict.fromkeys(parameters, step))
+        assert list(plan.faults) == ([1] if bad is not None else [])
+        if is_together:
+            plan.apply_together()
+        else:
+            plan.apply()
+        bank.grads.clear()
+        for slot, row in parameters.items():
+            torch.testing.assert_close(bank.params[slot], row.data, rtol=1e-5, atol=1e-6)
+    assert [bank.steps[slot] for slot in parameters] == [6, 2, 6]
+
+
+def test_norms_outside_of_float32s_squares_are_those_of_float64() -> None:
+    bank = filled_bank()
+    for scale in (1e-30, 1e-13, 1.0, 1e17, 1e30, 3e37):
+        bank.grads[0] = torch.randn(bank.layout.size) * scale
+        expected = bank.grads[0].double().norm().item()
+        plan = adamw.plan_steps(bank, {0: AdamParams(grad_clip_norm=1.0)})
+        assert plan.norms[0] == pytest.approx(expected, rel=1e-6) and not plan.faults
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"learning_rate": 1e39},
+        {"learning_rate": 1e308},
+        {"learning_rate": 1e30, "weight_decay": 1e10},
+        {"learning_rate": 1.0, "weight_decay": 1e39},
+    ],
+)
+def test_a_step_too_long_for_float32_is_refused_and_a_long_one_made(params: dict[str, float]) -> None:
+    bank = filled_bank()
+    before = bank.params[0].clone()
+    bank.grads[0] = torch.ones(bank.layout.size)
+    plan = adamw.plan_steps(bank, {0: AdamParams.model_validate(params)})
+    plan.apply()
+    assert plan.faults and torch.equal(bank.params[0], before) and bank.steps[0] == 0 and not bank.grads
+    assert not bank.exp_avg[0].any() and not bank.exp_avg_sq[0].any()
+    bank.grads[0] = torch.ones(bank.layout.size)
+    adamw.plan_steps(bank, {0: AdamParams(learning_rate=1e30)}).apply()
+    torch.testing.assert_close(bank.params[0], torch.full_like(before, -1e30))
+
+
+@pytest.mark.parametrize("eps", [1e-60, 1e39])
+def test_an_eps_that_is_none_of_float32s_numbers_is_safe(eps: float) -> None:
+    bank = filled_bank()
+    before = bank.params[0].clone()
+    bank.grads[0] = torch.zeros(bank.layout.size)
+    plan = adamw.plan_steps(bank, {0: AdamParams(learning_rate=0.5, eps=eps)})
+    plan.apply()
+    assert not plan.faults and torch.equal(bank.params[0], before)

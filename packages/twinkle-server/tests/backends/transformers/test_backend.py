@@ -1,5 +1,6 @@
 """Many tenants at once on one base model: each one's numbers are those of PEFT on its data alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
+from twinkle.server.backends import contract
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend, passes
 from twinkle.server.backends.transformers.base_model import load_base_model
@@ -133,7 +135,26 @@ def test_the_shared_base_model_stays_as_it_was_loaded(tiny_model_dir: Path, rand
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_small_loss_has_the_gradient_of_a_large_one_in_small(
+    tiny_model_dir: Path, random_row: Any, dtype: str
+) -> None:
+    """To the bit, but for what sums of float32 lose, if all weights are a power of two smaller."""
+    backend = TransformersBackend(ModelConfig(tiny_model_dir, torch_dtype=dtype))
+    backend.add_adapter("a", AdapterSpec(rank=4, seed=1))
+    contract._train(backend, "a")
+    norms: list[float] = []
+    for scale in (1.0, 2.0**-20, 2.0**-40):
+        row = random_row("a", 12, 3)
+        weights = (row.loss_inputs["weights"] * scale).astype(np.float32)
+        backend.forward_backward([[replace(row, loss_inputs={**row.loss_inputs, "weights": weights})]])
+        [metrics] = backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.0))])
+        assert isinstance(metrics, dict)
+        norms.append(metrics["grad_norm:mean"] / scale)
+    assert norms[0] > 0 and norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_half_precision_models_train_with_float32_adapters(
     dtype: str, tiny_model_dir: Path, random_row: Any
 ) -> None:

@@ -6,22 +6,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GptOssConfig,
     GraniteConfig,
     MixtralConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
+    XGLMConfig,
 )
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends import contract
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import copy_sharing_weights, load_base_model
+from twinkle.server.backends.transformers.base_model import (
+    copy_sharing_weights,
+    find_targets,
+    load_base_model,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -37,10 +45,20 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+FALCON: dict[str, Any] = {**SIZES, "alibi": False, "ffn_hidden_size": 48}
+
 OTHERS: dict[str, Any] = {
     "Qwen2": Qwen2Config(**SIZES),
     "Gemma2 with soft caps": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, sliding_window=4),
     "Granite with scales": GraniteConfig(**SIZES, logits_scaling=3.0, embedding_multiplier=2.0),
+    "Falcon, which adds in place": FalconConfig(
+        **FALCON, new_decoder_architecture=False, parallel_attn=True, multi_query=True, bias=True
+    ),
+    "Falcon, its second form": FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "OPT, feed-forward layers in the layer itself": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "XGLM, likewise": XGLMConfig(
+        **SIZES, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0.0
+    ),
     "Qwen3.5, hybrid": Qwen3_5TextConfig(
         **SIZES,
         head_dim=8,
@@ -101,6 +119,7 @@ def test_other_decoders_train_with_the_numbers_of_the_plain_model(
     directory = save(OTHERS[name], tmp_path)
     backend = TransformersBackend(ModelConfig(directory))
     assert backend.info.eos_token_ids == (3, 4)
+    assert backend.info.trainable == ("attn", "mlp", "unembed")
     specs = {"ada": AdapterSpec(rank=3, seed=1), "bob": AdapterSpec(rank=2, seed=2)}
     for who, spec in specs.items():
         backend.add_adapter(who, spec)
@@ -135,6 +154,27 @@ def test_targets_of_a_hybrid_and_of_a_mixture_of_experts(tmp_path: Path) -> None
     assert experts.experts == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
 
 
+def test_a_linear_layer_that_computes_otherwise_than_its_matrix_says_is_no_target(tmp_path: Path) -> None:
+    """As one that has a block of outputs for each group of inputs; one that only writes it otherwise is."""
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input.flip(-1))
+
+    class Written(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T + self.bias
+
+    model = AutoModelForCausalLM.from_pretrained(save(OTHERS["Qwen2"], tmp_path))
+    attention = model.model.layers[0].self_attn
+    for name, kind in (("q_proj", Grouped), ("k_proj", Written)):
+        layer = getattr(attention, name)
+        layer.__class__ = kind
+    targets, _ = find_targets(model)
+    assert "model.layers.0.self_attn.q_proj" not in targets
+    assert "model.layers.0.self_attn.k_proj" in targets
+
+
 def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
     """Those of GPT-OSS are transposed, clamped and have biases."""
     config = GptOssConfig(
@@ -142,6 +182,45 @@ def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
     )
     backend = TransformersBackend(ModelConfig(save(config, tmp_path)))
     assert set(backend.loaded.targets.values()) == {"attn", "unembed"} and not backend.loaded.experts
+    assert backend.info.trainable == ("attn", "unembed")
+    with pytest.raises(InvalidRequest, match="no linear layer is left to train"):
+        backend.add_adapter("b", AdapterSpec(rank=2, train_attn=False, train_unembed=False))
+    backend.add_adapter("a", AdapterSpec(rank=2))
+    contract._train(backend, "a")
+
+
+def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
+    """As GPT-OSS is published: two numbers of 4 bits a byte, the lower half first, 32 to a scale, a power of two."""
+    sizes: dict[str, Any] = {
+        **SIZES,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+    }
+    config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=2)
+    save(config, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    draw = np.random.default_rng(0)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    expected: dict[str, torch.Tensor] = {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = weights.pop(name).shape
+        codes = draw.integers(0, 16, (experts, rows, -(-columns // 32), 32))
+        scales = draw.integers(120, 128, codes.shape[:3])
+        weights[f"{name}_blocks"] = torch.from_numpy(
+            (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+        )
+        weights[f"{name}_scales"] = torch.from_numpy(scales.astype(np.uint8))
+        whole = table[codes] * 2.0 ** (scales[..., None] - 127)
+        expected[name] = torch.from_numpy(whole.reshape(experts, rows, -1)).transpose(1, 2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = load_base_model(ModelConfig(tmp_path))
+    for name, matrix in expected.items():
+        torch.testing.assert_close(loaded.model.get_parameter(name).double(), matrix)
+    backend = TransformersBackend.from_loaded(loaded, ModelConfig(tmp_path))
     backend.add_adapter("a", AdapterSpec(rank=2))
     contract._train(backend, "a")
 
@@ -158,8 +237,9 @@ def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -
     )
     for wrong, message in (
         (ModelConfig(tmp_path), "no config.json"),
-        (ModelConfig(broken), "can't be loaded"),
+        (ModelConfig(broken), "holds neither model.safetensors"),
         (ModelConfig(unknown), "can't be loaded"),
+        (ModelConfig(tiny_model_dir, torch_dtype="float16"), "'float16' is not one of float32, bfloat16"),
         (ModelConfig(tiny_model_dir, torch_dtype="int8"), "'int8' is not one of float32"),
         (ModelConfig(tiny_model_dir, tensor_parallel_size=2), "one device"),
     ):

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,40 @@ def test_each_row_gets_its_own_adapters_term(banks: list[list[int]], shape: str)
     collected = [s.gradients for s in segments if s.gradients]
     sums = [g.a["layer"] for g in collected] + [g.b["layer"] for g in collected]
     torch.testing.assert_close(sums, [1 + matrix for matrix in matrices])
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out.add_(torch.ones(6)),
+        lambda out: out.mul_(3.0),
+        lambda out: nn.functional.relu_(out),
+        lambda out: out.view(-1, 2, 3)[:, 1].mul_(2.0),
+        lambda out: out[..., :3].add_(1.0).tanh_(),
+    ],
+)
+def test_its_output_may_be_changed_in_place(change: Callable[[torch.Tensor], object], is_flat: bool) -> None:
+    """As that of a plain linear layer, of which autograd takes its own account."""
+    torch.manual_seed(0)
+    route = Route()
+    layer = LoraLinear(nn.Linear(5, 6), "layer", route)
+    layer.requires_grad_(False)
+    segment = make_segment([0, 1], rank=2, seed=0)
+    route.segments = [segment]
+    x = torch.randn((6, 5) if is_flat else (2, 3, 5), requires_grad=True)
+    out = layer(x)
+    change(out)
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    a, b = segment.a["layer"].requires_grad_(), segment.b["layer"].requires_grad_()
+    plain = layer.base(x) + (x.view(2, 3, 5) @ a.mT @ b.mT).view(*x.shape[:-1], 6)
+    change(plain)
+    torch.testing.assert_close(out, plain)
+    wanted, *matrices = torch.autograd.grad(plain.square().sum(), [x, a, b])
+    torch.testing.assert_close(found, wanted)
+    assert segment.gradients is not None
+    collected = [segment.gradients.a["layer"], segment.gradients.b["layer"]]
+    torch.testing.assert_close(collected, [1 + matrix for matrix in matrices])
 
 
 def test_a_layer_whose_input_needs_no_gradient_still_gives_its_matrices_theirs() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array
+from twinkle.server.backends.finite import check_finite
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState
 
 
@@ -44,6 +45,7 @@ def check_fits(
         check_arrays("optimizer exp_avg_sq", state.optimizer.exp_avg_sq, shapes)
     if state.gradients is not None:
         check_arrays("gradients", state.gradients, shapes)
+    check_finite(state)
 
 
 def check_arrays(what: str, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -27,6 +27,7 @@ from twinkle.server.backends.protocol import (
     AdapterSpec,
     AdapterState,
     Row,
+    StepOutcome,
     TrainingBackend,
 )
 
@@ -148,7 +149,7 @@ def a_removed_adapter_leaves_nothing_behind(make: Factory) -> None:
         backend.add_adapter("b", SPEC)
         _same_state(fresh, _everything(backend, "b"))
         [metrics] = backend.optim_step([AdamStep("b", STEP)])
-        assert metrics["grad_norm:mean"] == 0
+        assert _grad_norm(metrics) == 0
         _same(fresh.weights, _weights(backend, "b"))
 
 
@@ -243,7 +244,7 @@ def a_loss_takes_its_parameters(make: Factory) -> None:
             [[result]] = backend.forward_backward([[row]])
             assert math.isclose(result.loss, -expected, rel_tol=1e-4)
             [metrics] = backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.0))])
-            assert (metrics["grad_norm:mean"] > 0) == (high > math.e)
+            assert (_grad_norm(metrics) > 0) == (high > math.e)
 
 
 def several_candidates_are_as_many_rows(make: Factory) -> None:
@@ -424,7 +425,7 @@ def steps_are_adamw(make: Factory) -> None:
             gradients = _gradients(backend, "a")
             norm = _norm(gradients)
             [metrics] = backend.optim_step([AdamStep("a", s)])
-            assert math.isclose(metrics["grad_norm:mean"], norm, rel_tol=1e-4)
+            assert math.isclose(_grad_norm(metrics), norm, rel_tol=1e-4)
             clip = min(1.0, s.grad_clip_norm / norm) if s.grad_clip_norm else 1.0
             for name, gradient in gradients.items():
                 g = gradient * clip
@@ -460,7 +461,7 @@ def a_step_without_gradient_is_one_with_zero_gradient(make: Factory) -> None:
             [AdamStep("a", AdamParams(learning_rate=0.0, beta1=0.5, beta2=0.75, eps=0.0))]
         )
         after = _everything(backend, "a")
-        assert metrics["grad_norm:mean"] == 0
+        assert _grad_norm(metrics) == 0
         assert before.optimizer is not None and after.optimizer is not None
         assert after.optimizer.step == before.optimizer.step + 1
         _close(after.optimizer.exp_avg, {k: x / 2 for k, x in before.optimizer.exp_avg.items()})
@@ -503,8 +504,55 @@ def steps_together_are_steps_alone(make: Factory) -> None:
                 [AdamStep(who, params) for who, params in reversed(settings.items())]
             )
             for who, one, other in zip(settings, expected, reversed(metrics), strict=True):
-                assert math.isclose(one["grad_norm:mean"], other["grad_norm:mean"], rel_tol=1e-4)
+                assert math.isclose(_grad_norm(one), _grad_norm(other), rel_tol=1e-4)
                 _close(_weights(together, who), _weights(alone, who))
+
+
+def a_step_that_would_not_be_finite_is_refused_alone(make: Factory) -> None:
+    """Others in the call step as if alone; the refused run goes on as if the passes before had not been."""
+    with _backend(make) as alone, _backend(make) as together:
+        for backend in (alone, together):
+            for i, who in enumerate(("bad", "good")):
+                backend.add_adapter(who, replace(SPEC, seed=i))
+                _train(backend, who)
+        before = _everything(alone, "bad")
+        for size, params in (
+            (3e38, STEP),  # no number is what comes of it
+            (3e38, _params(grad_clip_norm=1.0)),  # nor can it be scaled down
+            (1e25, STEP),  # finite, but not as a square
+            (1.0, _params(learning_rate=1e39)),
+            (1.0, _params(learning_rate=1e20, weight_decay=1e20)),
+        ):
+            together.forward_backward([[_row("good", seed=3), _row("bad", weights=_weights_of(size))]])
+            refused, made = together.optim_step([AdamStep("bad", params), AdamStep("good", STEP)])
+            assert isinstance(refused, InvalidRequest) and "gradient is dropped" in refused.message, refused
+            alone.forward_backward([[_row("good", seed=3)]])
+            [expected] = alone.optim_step([AdamStep("good", STEP)])
+            assert math.isclose(_grad_norm(made), _grad_norm(expected), rel_tol=1e-4)
+            _close(_weights(together, "good"), _weights(alone, "good"))
+            _same_state(before, _everything(together, "bad"))
+        for backend in (alone, together):
+            backend.forward_backward([[_row("bad", seed=4)]])
+            backend.optim_step([AdamStep("bad", STEP)])
+        _close(_weights(together, "bad"), _weights(alone, "bad"))
+
+
+def a_gradient_that_is_finite_has_a_finite_norm(make: Factory) -> None:
+    """Also where its squares are no numbers of float32; clipping it is then what clipping a smaller one is."""
+    with _backend(make) as backend:
+        backend.add_adapter("a", SPEC)
+        before = _trained_state(backend, "a")
+        weights: list[Matrices] = []
+        for size in (1.0, 1e25, 1e-25):
+            backend.import_adapter("a", before)
+            backend.forward_backward([[_row("a", weights=_weights_of(size))]])
+            norm = _norm(_gradients(backend, "a"))
+            step = _params(grad_clip_norm=1e-3, eps=1e-30)
+            [metrics] = backend.optim_step([AdamStep("a", step)])
+            assert norm > 0, (size, norm)
+            assert math.isclose(_grad_norm(metrics), norm, rel_tol=1e-4)
+            weights.append(_weights(backend, "a"))
+        _close(weights[1], weights[0], 1e-3)
 
 
 # ---------------------------------------------------------------- state
@@ -579,6 +627,38 @@ def a_state_that_does_not_fit_is_refused(make: Factory) -> None:
             _same_state(before, _everything(backend, "a"))
 
 
+def a_state_that_is_not_finite_is_refused(make: Factory) -> None:
+    """A gradient may be: the step looks at it."""
+    with _backend(make) as backend:
+        backend.add_adapter("a", SPEC)
+        before = _trained_state(backend, "a")
+        name = next(iter(before.weights))
+        moments = before.optimizer
+        assert moments is not None
+
+        def with_one(matrices: Matrices, value: float) -> dict[str, Float32Array]:
+            changed = matrices[name].copy()
+            changed[-1, -1] = value
+            return {**matrices, name: changed}
+
+        for value in (math.nan, math.inf, -math.inf):
+            for wrong in (
+                replace(before, weights=with_one(before.weights, value)),
+                replace(before, optimizer=replace(moments, exp_avg=with_one(moments.exp_avg, value))),
+                replace(before, optimizer=replace(moments, exp_avg_sq=with_one(moments.exp_avg_sq, value))),
+            ):
+                _raises(InvalidRequest, lambda wrong=wrong: backend.import_adapter("a", wrong))
+                _same_state(before, _everything(backend, "a"))
+        negative = replace(moments, exp_avg_sq=with_one(moments.exp_avg_sq, -1e-9))  # its root is no number
+        _raises(InvalidRequest, lambda: backend.import_adapter("a", replace(before, optimizer=negative)))
+        gradients = before.gradients
+        assert gradients is not None
+        backend.import_adapter("a", replace(before, gradients=with_one(gradients, math.inf)))
+        [outcome] = backend.optim_step([AdamStep("a", STEP)])
+        assert isinstance(outcome, InvalidRequest)
+        _same_state(before, _everything(backend, "a"))
+
+
 CHECKS: tuple[Check, ...] = (
     a_new_adapter_changes_nothing,
     a_seed_gives_the_same_adapter_whatever_else_is_there,
@@ -606,10 +686,13 @@ CHECKS: tuple[Check, ...] = (
     a_step_without_gradient_is_one_with_zero_gradient,
     idle_adapters_are_not_moved,
     steps_together_are_steps_alone,
+    a_step_that_would_not_be_finite_is_refused_alone,
+    a_gradient_that_is_finite_has_a_finite_norm,
     an_export_is_a_copy,
     an_import_restores_everything,
     what_a_state_leaves_out_is_reset,
     a_state_that_does_not_fit_is_refused,
+    a_state_that_is_not_finite_is_refused,
 )
 
 # ---------------------------------------------------------------- parts of checks
@@ -633,6 +716,15 @@ def _row(adapter_id: str, seed: int = 0, length: int = 6, weights: Float32Array 
         "weights": drawn if weights is None else weights,
     }
     return Row(adapter_id, draw.integers(0, 100, length), "cross_entropy", inputs)
+
+
+def _weights_of(size: float) -> Float32Array:
+    """For a row of 6 tokens."""
+    return np.array([size, -size, size, size, 0.0, size], np.float32)
+
+
+def _params(**changes: float) -> AdamParams:
+    return STEP.model_copy(update=changes)
 
 
 def _sampled(logprobs: Float32Array) -> dict[str, Array]:
@@ -670,6 +762,11 @@ def _gradients(backend: TrainingBackend, adapter_id: str) -> Matrices:
     gradients = _everything(backend, adapter_id).gradients
     assert gradients is not None
     return gradients
+
+
+def _grad_norm(outcome: StepOutcome) -> float:
+    assert isinstance(outcome, dict), outcome
+    return outcome["grad_norm:mean"]
 
 
 def _check_names(state: AdapterState) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Float32Array
 from twinkle.server.backends.adapter_state import check_fits
+from twinkle.server.backends.finite import LARGEST_GRADIENT, Fault, refusal
 from twinkle.server.backends.loss_formulas import FORMULAS, LOSS_SPECS
 from twinkle.server.backends.module_groups import module_group, wanted_groups
 from twinkle.server.backends.protocol import (
@@ -33,6 +34,7 @@ from twinkle.server.backends.protocol import (
     OptimizerState,
     Row,
     RowResult,
+    StepOutcome,
 )
 
 VOCAB_SIZE = 2**18
@@ -128,7 +130,8 @@ class FakeBackend:
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         # Row by row onto what is there already, so that sums don't depend on which calls the rows came in.
         sums = {row.adapter_id: _copy(self._adapters[row.adapter_id].grads) for row in _flat(micro_batches)}
-        results = [[self._run(row, sums[row.adapter_id]) for row in rows] for rows in micro_batches]
+        with np.errstate(over="ignore", invalid="ignore"):  # the step looks at what comes of it
+            results = [[self._run(row, sums[row.adapter_id]) for row in rows] for rows in micro_batches]
         for adapter_id, grads in sums.items():
             self._adapters[adapter_id].grads = grads
         return results
@@ -179,7 +182,7 @@ class FakeBackend:
                 grads[_name(module, "B")] += (grad_matrix @ a.T).astype(np.float32)
             grad = grad @ self._effective(adapter, module)
 
-    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         if len({step.adapter_id for step in steps}) < len(steps):
             raise ValueError("an adapter can take one step a call")
         adapters = [self._adapters[step.adapter_id] for step in steps]
@@ -214,21 +217,38 @@ class FakeBackend:
         self._adapters.clear()
 
 
-def _adamw(adapter: _Adapter, params: AdamParams) -> dict[str, float]:
+def _adamw(adapter: _Adapter, params: AdamParams) -> StepOutcome:
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; then the gradient is zero."""
-    norm = math.sqrt(sum(float((grad.astype(np.float64) ** 2).sum()) for grad in adapter.grads.values()))
-    clip = min(1.0, params.grad_clip_norm / (norm + 1e-6)) if params.grad_clip_norm else 1.0
+    grads, adapter.grads = adapter.grads, _zeros(adapter.grads)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = math.sqrt(sum(float((grad.astype(np.float64) ** 2).sum()) for grad in grads.values()))
+        if not math.isfinite(norm):
+            return refusal(Fault.GRADIENT, norm)
+        clip = min(1.0, params.grad_clip_norm / (norm + 1e-6)) if params.grad_clip_norm else 1.0
+        if any((np.abs(grad) * clip > LARGEST_GRADIENT).any() for grad in grads.values()):
+            return refusal(Fault.SQUARE, norm)
+        stepped = _stepped(adapter, {name: grad * clip for name, grad in grads.items()}, params)
+    if not all(np.isfinite(matrix).all() for matrices in stepped for matrix in matrices.values()):
+        return refusal(Fault.RESULT, norm)
+    adapter.weights, adapter.exp_avg, adapter.exp_avg_sq = stepped
     adapter.step += 1
-    correction1, correction2 = 1 - params.beta1**adapter.step, 1 - params.beta2**adapter.step
-    for name, p in adapter.weights.items():
-        g, m, v = adapter.grads[name] * clip, adapter.exp_avg[name], adapter.exp_avg_sq[name]
+    return {"grad_norm:mean": norm}
+
+
+def _stepped(
+    adapter: _Adapter, grads: _Matrices, params: AdamParams
+) -> tuple[_Matrices, _Matrices, _Matrices]:
+    """Weights and moments behind a step."""
+    weights, means, squares = _copy(adapter.weights), _copy(adapter.exp_avg), _copy(adapter.exp_avg_sq)
+    correction1, correction2 = 1 - params.beta1 ** (adapter.step + 1), 1 - params.beta2 ** (adapter.step + 1)
+    for name, p in weights.items():
+        g, m, v = grads[name], means[name], squares[name]
         m += (1 - params.beta1) * (g - m)
         v += (1 - params.beta2) * (g * g - v)
         denominator = np.maximum(np.sqrt(v / correction2) + params.eps, np.finfo(np.float32).tiny)
         p *= 1 - params.learning_rate * params.weight_decay
         p -= params.learning_rate * (m / correction1) / denominator
-        adapter.grads[name][:] = 0
-    return {"grad_norm:mean": norm}
+    return weights, means, squares
 
 
 def _name(module: str, matrix: str) -> str:

@@ -5,16 +5,16 @@ hold a matrix for each routed expert, such as `model.layers.0.mlp.experts.gate_u
 knows what it has.
 """
 
-from typing import Literal, TypeAlias
+from collections.abc import Iterable
 
-from twinkle.server.backends.protocol import AdapterSpec
-
-ModuleGroup: TypeAlias = Literal["attn", "mlp", "unembed"]
+from twinkle.server.backends.protocol import ALL_GROUPS, AdapterSpec, ModuleGroup
 
 _ATTENTION = frozenset(
     {"self_attn", "attn", "attention", "self_attention", "linear_attn", "linear_attention"}
 )
 _FEED_FORWARD = frozenset({"mlp", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp"})
+# Feed-forward layers that lie in the decoder layer itself, as OPT and XGLM have them: `...layers.0.fc1`.
+_IN_THE_LAYER = frozenset({"fc1", "fc2"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})
 _EXPERTS = "experts"
@@ -41,12 +41,20 @@ def module_group(name: str) -> ModuleGroup | None:
         return "attn"
     if not _ROUTERS.isdisjoint(parents):
         return None
+    if layer in _IN_THE_LAYER and parents and parents[-1].isdecimal():
+        return "mlp"
     return None if _FEED_FORWARD.isdisjoint(parents) else "mlp"
 
 
 def is_expert_parameter(name: str) -> bool:
     """Whether this is the name of a parameter with a matrix for each routed expert."""
     return name.endswith(tuple(f".{_EXPERTS}.{parameter}" for parameter in EXPERT_PARAMETERS))
+
+
+def groups_there_are(groups: Iterable[ModuleGroup]) -> tuple[ModuleGroup, ...]:
+    """For `BaseModelInfo.trainable`: of a model's targets, each group once."""
+    found = frozenset(groups)
+    return tuple(group for group in ALL_GROUPS if group in found)
 
 
 def wanted_groups(spec: AdapterSpec) -> frozenset[ModuleGroup]:

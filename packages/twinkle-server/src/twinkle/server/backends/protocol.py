@@ -12,12 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput
 from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array
 
 DEFAULT_ALPHA = 32.0
+
+ModuleGroup: TypeAlias = Literal["attn", "mlp", "unembed"]
+"""What `train_attn`, `train_mlp` and `train_unembed` are about; see `module_groups`."""
+
+ALL_GROUPS: tuple[ModuleGroup, ...] = ("attn", "mlp", "unembed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class ModelConfig:
 
     Attributes:
         path: directory with a Hugging Face config and safetensors.
-        torch_dtype: "bfloat16", "float16" or "float32": of the frozen weights and the arithmetic. Adapters, their
+        torch_dtype: "bfloat16" or "float32": of the frozen weights and the arithmetic. Adapters, their
             gradients and moments are float32 always.
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.
@@ -135,6 +141,7 @@ class BaseModelInfo:
         max_adapter_bytes: what all adapters may take together, with moments and gradients, on all ranks together.
             Beyond it those that are not in use are taken off; None: never.
         export: what its adapters' files are written by.
+        trainable: the groups of layers of which there are any that can be trained.
     """
 
     vocab_size: int
@@ -146,6 +153,7 @@ class BaseModelInfo:
     overhead_tokens: int = 64
     max_adapter_bytes: int | None = None
     export: ExportFacts = field(default_factory=ExportFacts)
+    trainable: tuple[ModuleGroup, ...] = ALL_GROUPS
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,10 @@ class AdamStep:
 
     adapter_id: str
     params: AdamParams
+
+
+StepOutcome: TypeAlias = dict[str, float] | InvalidRequest
+"""Metrics of a step: `grad_norm:mean`, the gradient's L2 norm before clipping. Or why it was not made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,11 +288,14 @@ class TrainingBackend(Protocol):
         """
         ...
 
-    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
+        A step that would leave weights or moments that are not finite is not made (see `backends.finite`): only the
+        gradient goes, and the others are made as if it were not there.
+
         Returns:
-            Metrics for each step: `grad_norm:mean`, the gradient's L2 norm before clipping.
+            For each step its metrics, or why it was refused.
         """
         ...
 

@@ -13,6 +13,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.backends.finite import check_finite
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.checkpoint_quota import CheckpointQuota
@@ -228,6 +229,7 @@ class AdapterKeeper:
 
         async def write_and_complete() -> None:
             try:
+                await asyncio.to_thread(check_finite, state, is_saved=False)
                 counts = await self._is_new(job, uri, overwrite) and uri.name != tables.RELEASED_NAME
                 place = self._quota.place_for(job.tenant, uri, state.nbytes)
                 async with place if counts else contextlib.nullcontext():

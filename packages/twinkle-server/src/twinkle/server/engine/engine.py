@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends.protocol import AdamStep, RowResult
+from twinkle.server.backends.protocol import AdamStep, RowResult, StepOutcome
 from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
 from twinkle.server.engine.ahead import Begun, Pace
-from twinkle.server.engine.failures import to_failure
+from twinkle.server.engine.failures import StepRefused, to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
@@ -370,11 +371,10 @@ class Engine:
         await self._residency.bring_in(job.run_id for job in jobs)
         self._optim_steps_done(jobs, await self._worker.optim_step(_steps(jobs)))
 
-    def _optim_steps_done(self, jobs: list[Job], all_metrics: list[dict[str, float]]) -> None:
-        self._snapshots.changed(jobs, has_gradient=False)
+    def _optim_steps_done(self, jobs: list[Job], outcomes: list[StepOutcome]) -> None:
+        self._snapshots.changed(jobs, has_gradient=False)  # one that was refused has dropped its gradient
         self._futures.complete_together(
-            (job.request_id, m.OptimStepResponse(metrics=metrics))
-            for job, metrics in zip(jobs, all_metrics, strict=True)
+            (job.request_id, _step_result(outcome)) for job, outcome in zip(jobs, outcomes, strict=True)
         )
 
     async def _run_or_put_off(self, jobs: list[Job]) -> None:
@@ -428,6 +428,12 @@ def _steps(jobs: list[Job]) -> list[AdamStep]:
         AdamStep(job.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
         for job in jobs
     ]
+
+
+def _step_result(outcome: StepOutcome) -> m.OptimStepResponse | m.Failure:
+    if isinstance(outcome, InvalidRequest):
+        return StepRefused(error=outcome.message, category=outcome.category)
+    return m.OptimStepResponse(metrics=outcome)
 
 
 def _is_forward_only(job: Job) -> bool:

@@ -17,6 +17,7 @@ from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
 from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.engine.failures import StepRefused
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.scheduling.futures import Outcome, encoded
 
@@ -95,7 +96,7 @@ Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 _REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
 _JSON_OUTCOMES: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (m.Failure, *(endpoint.result for endpoint in OPERATIONS))
+    for kind in (m.Failure, StepRefused, *(endpoint.result for endpoint in OPERATIONS))
     if kind not in (ForwardBackwardOutput, SampleResponse)
 }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from twinkle.protocol import messages as m
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine import records
+from twinkle.server.engine.failures import StepRefused
 from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.run_files import RunFiles
@@ -86,9 +87,12 @@ class Found:
             case Lost(run):
                 self.lost[run.run_id] = run
 
-    def succeeded(self, request_id: str) -> bool:
+    def may_have_changed(self, request_id: str) -> bool:
+        """Whether a request with this outcome can have changed its run."""
         outcome = self.outcomes.get(request_id)
-        return outcome is not None and not isinstance(outcome, m.Failure)
+        return outcome is not None and (
+            not isinstance(outcome, m.Failure) or isinstance(outcome, StepRefused)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +207,7 @@ class Restore:
                     self.futures.restore(record.request_id, _outcome_of(record))
             elif record.request_id not in found.outcomes:
                 again.append(await self._job(run, record))
-            elif found.succeeded(record.request_id):
+            elif found.may_have_changed(record.request_id):
                 again.extend(await self._computed(run, record))
         return again
 

@@ -24,6 +24,7 @@ from twinkle.server.backends.protocol import (
     ModelConfig,
     Row,
     RowResult,
+    StepOutcome,
     TrainingBackend,
 )
 from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
@@ -31,9 +32,9 @@ from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Results of a pass, and metrics of the optimizer steps behind it; None if no step was made: called alone they are, or
+# Results of a pass, and outcomes of the optimizer steps behind it; None if they raised: called alone they are made, or
 # say why they can't be.
-Trained: TypeAlias = tuple[list[list[RowResult]], list[dict[str, float]] | None]
+Trained: TypeAlias = tuple[list[list[RowResult]], list[StepOutcome] | None]
 
 
 class WorkerLost(ServerFault):
@@ -66,7 +67,7 @@ class WorkerPort(Protocol):
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]: ...
 
-    async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]: ...
+    async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]: ...
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
         """`forward_backward`, and right after it `optim_step`: one way there and back instead of two.
@@ -152,7 +153,7 @@ class LocalWorker:
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         return await self._train(self._backend.forward_backward, micro_batches)
 
-    async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         return await self._train(self._backend.optim_step, steps)
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:

@@ -5,6 +5,7 @@ is not enough to read and write it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import TwinkleError, Unavailable
+from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
 from twinkle.protocol.results import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from twinkle.server.gateway.port import ServicePort
     from twinkle.server.serve.http import HttpServer
     from twinkle.server.service.service import Service
+
+log = logging.getLogger("twinkle.server")
 
 T = TypeVar("T")
 
@@ -57,10 +60,8 @@ class EngineDeployment:
         self._start_failure: TwinkleError | None = None
         try:
             await self._start(plan, placement, ranks)
-        except (
-            TwinkleError
-        ) as error:  # raised here, it would reach the one who starts the server as a traceback
-            self._start_failure = error
+        except Exception as error:  # raised here, it would reach the one who starts the server as a traceback
+            self._start_failure = _in_words(error)
             self._failed_at = time.monotonic()
 
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
@@ -196,6 +197,18 @@ class HandleService:
         if isinstance(value, TwinkleError):
             raise value
         return value
+
+
+def _in_words(error: Exception) -> TwinkleError:
+    """What is said of an engine that can't start: one sentence. What nobody thought of is in the log with its place."""
+    if isinstance(error, TwinkleError):
+        return error
+    log.error("the engine could not start", exc_info=error)
+    told = next(iter(str(error).strip().splitlines()), "it says no more")
+    return ServerFault(
+        f"{type(error).__name__}: {told[:400]} (this comes from the server or a library that it uses, and was not "
+        "expected; the server's log has where)"
+    )
 
 
 async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:

@@ -22,6 +22,7 @@ from twinkle.server.backends.protocol import (
     ModelConfig,
     Row,
     RowResult,
+    StepOutcome,
 )
 from twinkle.server.engine.worker import LocalWorker, Trained, build_worker
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -93,7 +94,7 @@ class Rank:
         results = await self._worker.forward_backward(micro_batches)
         return results if self._is_first else None
 
-    async def optim_step(self, steps: list[AdamStep]) -> list[dict[str, float]] | None:
+    async def optim_step(self, steps: list[AdamStep]) -> list[StepOutcome] | None:
         metrics = await self._worker.optim_step(steps)
         return metrics if self._is_first else None
 

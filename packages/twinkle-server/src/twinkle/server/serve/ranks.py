@@ -24,6 +24,7 @@ from twinkle.server.backends.protocol import (
     ModelConfig,
     Row,
     RowResult,
+    StepOutcome,
 )
 from twinkle.server.engine.worker import Trained, WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -155,7 +156,7 @@ class RankGroup:
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         return await self._generation.all_ranks("forward_backward", micro_batches)
 
-    async def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         return await self._generation.all_ranks("optim_step", steps)
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:

@@ -445,9 +445,7 @@ class Service:
             rank=config.rank,
             alpha=config.alpha if config.alpha is not None else DEFAULT_ALPHA,
             seed=config.seed if config.seed is not None else secrets.randbits(63),
-            train_attn=config.train_attn,
-            train_mlp=config.train_mlp,
-            train_unembed=config.train_unembed,
+            **validation.trainable_flags(config, self._worker.info),
         )
         return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
 

@@ -13,6 +13,7 @@ from twinkle.protocol.codec import tensor_of_json
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Datum, Int32Array, LoraConfig, SparseTensor, TensorData
 from twinkle.server.backends.protocol import (
+    ALL_GROUPS,
     CUSTOM_LOSS,
     TARGETS,
     BaseModelInfo,
@@ -51,8 +52,31 @@ def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:
             "lora_config: train_attn, train_mlp and train_unembed are all false, so nothing would be trained; "
             "set one of them"
         )
+    flags = trainable_flags(config, info)
+    if not any(flags.values()):
+        raise InvalidRequest(
+            f"lora_config: no layer of {info.architecture} that {' or '.join(_set_flags(config))} asks for can be "
+            f"trained here; set {' or '.join(f'train_{group}' for group in info.trainable)}"
+        )
     if config.alpha is not None and not 0 < config.alpha < float("inf"):
         raise InvalidRequest(f"lora_config.alpha: {config.alpha} is not possible; choose a number above 0")
+
+
+def trainable_flags(config: LoraConfig, info: BaseModelInfo) -> dict[str, bool]:
+    """`train_attn`, `train_mlp` and `train_unembed` as they come true: False where the model has no such layers that
+    can be trained. (Clients that say nothing ask for all.)
+    """
+    asked = _set_flags(config)
+    return {f"train_{group}": f"train_{group}" in asked and group in info.trainable for group in ALL_GROUPS}
+
+
+def _set_flags(config: LoraConfig) -> list[str]:
+    flags = {
+        "train_attn": config.train_attn,
+        "train_mlp": config.train_mlp,
+        "train_unembed": config.train_unembed,
+    }
+    return [name for name, is_set in flags.items() if is_set]
 
 
 def check_optimizer(config: dict[str, object], field: str) -> None:

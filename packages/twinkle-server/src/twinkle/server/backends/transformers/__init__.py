@@ -35,6 +35,7 @@ from twinkle.server.backends.protocol import (
     OptimizerState,
     Row,
     RowResult,
+    StepOutcome,
 )
 from twinkle.server.backends.row_checks import check_row
 from twinkle.server.backends.transformers.activations import (
@@ -181,10 +182,10 @@ class TransformersBackend:
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
-        All or nothing. Metrics: `grad_norm:mean`, the L2 norm of the adapter's whole gradient before clipping.
+        If it raises, nothing has changed. A step that would leave numbers that are not finite is refused alone.
         """
         if len({step.adapter_id for step in steps}) < len(steps):
             raise ValueError("an adapter can take one step a call")
@@ -193,11 +194,10 @@ class TransformersBackend:
             adapter = self._adapters[step.adapter_id]
             by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
         planned = {bank: plan_steps(bank, params) for bank, params in by_bank.items()}
-        norms = {bank: plan.grad_norms() for bank, plan in planned.items()}
         for plan in planned.values():
             plan.apply()
         stepped = [self._adapters[step.adapter_id] for step in steps]
-        return [{"grad_norm:mean": norms[adapter.bank][adapter.slot]} for adapter in stepped]
+        return [planned[adapter.bank].outcome(adapter.slot) for adapter in stepped]
 
     # ------------------------------------------------------------ state
 

@@ -7,21 +7,27 @@ Trainer and sampler in one process share one copy of the weights: both take thei
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends import base_folder
 from twinkle.server.backends.module_groups import (
     EXPERT_PARAMETERS,
-    ModuleGroup,
+    groups_there_are,
     is_expert_parameter,
     module_group,
 )
-from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
+from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig, ModuleGroup
 from twinkle.server.backends.transformers.export_facts import export_facts
 from twinkle.server.backends.transformers.model_facts import (
     context_length,
@@ -31,7 +37,23 @@ from twinkle.server.backends.transformers.model_facts import (
 )
 from twinkle.server.backends.transformers.threads import matrix_weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Not float16: backwards through a frozen model in it, gradients below 6e-8 are lost, and nothing here scales losses.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What Transformers raises where a directory is not what it should be.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+# GPT-OSS is published so; Transformers makes plain weights of it, if asked to.
+_DEQUANTISED = {"mxfp4": partial(Mxfp4Config, dequantize=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +97,7 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     model = _load(config)
     model.requires_grad_(False)
     model.eval()
+    _check_finite(model, config)
     targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
         raise InvalidRequest(
@@ -82,7 +105,7 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
             "or feed-forward modules that LoRA could act on; use a decoder such as Llama, Qwen2 or Qwen3"
         )
     _check_head(model, config)
-    return LoadedModel(model, targets, _describe(model, config), experts)
+    return LoadedModel(model, targets, _describe(model, targets, config), experts)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +130,7 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
     found: dict[str, ModuleGroup] = {}
     experts: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _is_plain(module):
             group = "unembed" if module is head else module_group(name)
             if group == "unembed" or (group is not None and name.startswith(prefix)):
                 found[name] = group
@@ -117,6 +140,21 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
                 experts.append(name)
                 found |= dict.fromkeys(parameters, "mlp")
     return found, tuple(experts)
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether this computes what its matrix says. Some inherit from a linear layer and do otherwise, in groups say."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    x = x.view(1, 2, -1)
+    try:
+        found = cast("Tensor", layer(x))
+    except LOADING_ERRORS:
+        return False
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    return found.shape == expected.shape and agree(found, expected)
 
 
 def _is_plain_experts(module: nn.Module) -> bool:
@@ -171,11 +209,6 @@ def _check(config: ModelConfig) -> None:
             "model: the Transformers backend holds the whole model on one device: leave out tensor_parallel_size and "
             "pipeline_parallel_size (or set them to 1)"
         )
-    if not (config.path / "config.json").is_file():
-        raise InvalidRequest(
-            f"model: {config.path} is not a model directory: it has no config.json; "
-            "give a directory with config.json and safetensors"
-        )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidRequest(
             f"model: device {config.device!r} was asked for, but torch sees no GPU; use 'cpu'"
@@ -183,22 +216,70 @@ def _check(config: ModelConfig) -> None:
 
 
 def _load(config: ModelConfig) -> PreTrainedModel:
-    where: dict[str, object] = {} if config.device == "cpu" else {"device_map": {"": config.device}}
+    method = base_folder.quantised_by(config.path)
+    base_folder.check(config.path, can_dequantise=_DEQUANTISED)
+    settings: dict[str, object] = {} if config.device == "cpu" else {"device_map": {"": config.device}}
+    if method in _DEQUANTISED:
+        settings["quantization_config"] = _DEQUANTISED[method]()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = cast("Any", AutoModelForCausalLM).from_pretrained(
             str(config.path),
             dtype=DTYPES[config.torch_dtype],
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **where,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused
+            **settings,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
         raise InvalidRequest(
-            f"model: {config.path} can't be loaded as a causal language model ({error}); "
+            f"model: {config.path} does not fit into the memory of {config.device} in {config.torch_dtype}; use a "
+            "smaller model, or bfloat16 if it isn't in that already"
+        ) from error
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InvalidRequest(
+            f"model: {config.path} can't be loaded as a causal language model ({reason[:400]}); "
             "give a directory with config.json and safetensors of an architecture that Transformers knows"
         ) from error
+    _check_report(model, report, config)
     return cast("PreTrainedModel", model)
+
+
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: ModelConfig) -> None:
+    """
+    Args:
+        report: what Transformers says of loading it; of what the class can do without, or ties, it says nothing.
+
+    Raises:
+        InvalidRequest: if the model is not what the files hold.
+    """
+    mismatched = cast("set[tuple[str, Sequence[int], Sequence[int]]]", report.get("mismatched_keys") or set())
+    for name, found, wanted in sorted(mismatched):
+        raise InvalidRequest(
+            f"model: {name} in {config.path} has shape {list(found)}, but by config.json it must be {list(wanted)}; "
+            "the weights and config.json don't belong together: download the model again, all of its files"
+        )
+    if missing := report.get("missing_keys"):
+        raise base_folder.missing(config.path, missing, type(model).__name__)
+    text = model.config.get_text_config()
+    count = int(text.num_hidden_layers)
+    # Some predict further tokens by layers that come after the others, and that nothing here computes.
+    ahead = int(getattr(text, "num_nextn_predict_layers", None) or 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            base_folder.check_layers(config.path, report.get("unexpected_keys") or (), name, count + ahead)
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
+    """One look at each weight, and one transfer for all of them."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.numel()]
+    ends = [torch.stack(torch.aminmax(weight)).isfinite().all() for _, weight in named]
+    for (name, _), is_finite in zip(named, cast("list[bool]", torch.stack(ends).tolist()), strict=True):
+        if not is_finite:
+            raise base_folder.not_finite(config.path, name)
 
 
 def _decoder_name(model: PreTrainedModel) -> str:
@@ -208,23 +289,48 @@ def _decoder_name(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Log-probabilities are taken from hidden states and head in chunks: make sure that this is what the model does."""
+    """Log-probabilities are taken from hidden states and head in chunks, and rows are padded at the right without mask:
+    make sure that this is what the model does.
+    """
     tokens = torch.arange(4, device=model.device).unsqueeze(0)
     head = cast("nn.Module", model.get_output_embeddings())
-    hidden = cast("Tensor", decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
-    ours = finish_logits(head(hidden), model.config)
-    theirs = cast("Tensor", model(input_ids=tokens, use_cache=False).logits)
+    try:
+        hidden = cast("Tensor", decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
+        shorter = cast("Tensor", decoder(model)(input_ids=tokens[:, :3], use_cache=False).last_hidden_state)
+        ours = finish_logits(head(hidden), model.config)
+        theirs = cast("Tensor", model(input_ids=tokens, use_cache=False).logits)
+    except LOADING_ERRORS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InvalidRequest(
+            f"model: {type(model).__name__} in {config.path} can be loaded, but not run ({reason[:400]}); is its "
+            "config.json the one that belongs to its weights? Else use another model"
+        ) from error
     if not torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05):
         raise InvalidRequest(
             f"model: {type(model).__name__} in {config.path} computes its logits in a way that is not known here "
             "(neither soft cap nor scale); use another model"
         )
+    if not agree(shorter, hidden[:, :3]):
+        raise InvalidRequest(
+            f"model: {type(model).__name__} in {config.path} is not causal: what a token stands for depends on those "
+            "behind it. Use a decoder (for some families: is_decoder in config.json)"
+        )
+
+
+def agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two ways to compute the same came to the same, as far as their type tells: in 16 bits, with experts that
+    change by rounding, hardly.
+    """
+    most = 3e-3 if other.dtype == torch.float32 else 0.5
+    return bool((one - other).float().norm() <= most * other.float().norm())
 
 
 # ---------------------------------------------------------------- describing
 
 
-def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
+def _describe(
+    model: PreTrainedModel, targets: Mapping[str, ModuleGroup], config: ModelConfig
+) -> BaseModelInfo:
     text = model.config.get_text_config()
     ends = [model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())]
     embedding, head = (cast("Tensor", layer.weight) for layer in ends)
@@ -237,4 +343,5 @@ def _describe(model: PreTrainedModel, config: ModelConfig) -> BaseModelInfo:
         architecture=type(model).__name__,
         overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), model.device),
         export=export_facts(config.path, tied_head=embedding is head),
+        trainable=groups_there_are(targets.values()),
     )

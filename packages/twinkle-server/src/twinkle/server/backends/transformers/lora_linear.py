@@ -155,7 +155,8 @@ class LoraLinear(WrappedLinear):
         if not any(self._name in segment.a for segment in segments):
             return functional.linear(x, self.weight, self.bias)
         product = _Product.apply(x, self.weight, self.bias, self._route.anchor, self._name, segments)
-        return cast("Tensor", product)
+        # Here and not in there: what a model adds to this in place, as Falcon does, must be no view made by a Function.
+        return cast("Tensor", product).view(*x.shape[:-1], self.weight.shape[0])
 
 
 class _Product(torch.autograd.Function):
@@ -170,6 +171,9 @@ class _Product(torch.autograd.Function):
         """
         Args:
             args: x, the layer's weight and bias, the route's anchor, the layer's name, the segments.
+
+        Returns:
+            [all but the last dimension of x as one, out_features].
         """
         x, weight, bias, _, layer, segments = args
         flat = x.reshape(-1, x.shape[-1])
@@ -185,7 +189,7 @@ class _Product(torch.autograd.Function):
                 saved += (a, b, low)
         ctx.save_for_backward(*saved)
         ctx.layer, ctx.segments, ctx.shape = layer, segments, x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,12 +62,19 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
     of a token, one for each of its experts, adds 2 and 4.
     """
     hidden = int(text.hidden_size)
-    intermediate = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    intermediate = _largest(getattr(text, "intermediate_size", None)) or 4 * hidden
     copies = int(getattr(text, "num_experts_per_tok", None) or 0)
-    of_experts = copies * (4 * hidden + 8 * int(getattr(text, "moe_intermediate_size", None) or intermediate))
+    of_experts = copies * (
+        4 * hidden + 8 * (_largest(getattr(text, "moe_intermediate_size", None)) or intermediate)
+    )
     numbers = 16 * hidden + 8 * intermediate + of_experts
     token_bytes = int(text.num_hidden_layers) * numbers * dtype.itemsize
     return bounded_batch_tokens(affordable_tokens(token_bytes, device), device)
+
+
+def _largest(size: int | Sequence[int] | None) -> int:
+    """Of a size that some models have once, and others for each layer; 0 if there is none."""
+    return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
 def affordable_tokens(token_bytes: float, device: torch.device) -> int:

@@ -270,6 +270,11 @@ def make_batch(network: Network, limits: Limits, max_known_tokens: int, context:
     windowed = window is not None and window < context and getattr(text, "use_sliding_window", True)
     if kinds == {"full_attention"} and not (windowed and getattr(text, "layer_types", None) is None):
         return SlotBatch(network, limits, max_known_tokens)
+    return lockstep_batch(network, limits)
+
+
+def lockstep_batch(network: Network, limits: Limits) -> Batch:
+    """The batch that takes whatever cache Transformers has for the model."""
     return LockstepBatch(network, replace(limits, rows=min(limits.rows, LOCKSTEP_ROWS), are_apart=True))
 
 

@@ -27,7 +27,12 @@ from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.load import Load
 from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.batches import PREFILL_TOKENS_BETWEEN, Batch, make_batch
+from twinkle.server.samplers.transformers.batches import (
+    PREFILL_TOKENS_BETWEEN,
+    Batch,
+    lockstep_batch,
+    make_batch,
+)
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
@@ -37,6 +42,7 @@ from twinkle.server.samplers.transformers.next_tokens import NextTokens
 from twinkle.server.samplers.transformers.patience import Patience
 from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
+from twinkle.server.samplers.transformers.trial import first_that_fits
 from twinkle.server.samplers.waiting import WaitingLine
 
 log = logging.getLogger("twinkle.sampler")
@@ -73,6 +79,8 @@ class TransformersEngine:
         self._dtype = loaded.dtype
         self._network = Network(model, route)
         self._limits = make_limits(loaded, max_rows, max_cached_tokens)
+        makers = (self._preferred_batch, lambda: lockstep_batch(self._network, self._limits))
+        self._make_batch = makers[first_that_fits(loaded.model, makers)]
         self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
         self._adapters: dict[str, ResidentAdapter] = {}
@@ -214,7 +222,7 @@ class TransformersEngine:
         """Those in the batch, or on their way there."""
         return {*(sequence.task for sequence in self._sequences), *map(task_of, self._reading.values())}
 
-    def _make_batch(self) -> Batch:
+    def _preferred_batch(self) -> Batch:
         return make_batch(self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length)
 
     def _drop_unwanted(self) -> None:
