@@ -69,9 +69,9 @@ async def outcome(tenant: Tenant, promise: m.Promise) -> m.Result | m.Failure:
         return found
     service = tenant.service
     clock = service._stuck_runs._clock
-    service._end_stuck_runs()
+    service.chores.end_stuck_runs()
     service._stuck_runs._clock = lambda: clock() + 121.0
-    service._end_stuck_runs()
+    service.chores.end_stuck_runs()
     service._stuck_runs._clock = clock
     found = await service.retrieve(tenant.name, promise.request_id, timeout=20)
     assert not isinstance(found, m.Pending), found.queue_state_reason
@@ -241,7 +241,7 @@ async def test_a_request_that_was_promised_and_is_nowhere_ends_its_run_and_not_o
     with pytest.raises(NotFound):
         await alice.outcome(promised)
     late = [await alice.service.submit("alice", a_step(run, 4)) for run in runs]
-    alice.service._end_stuck_runs()
+    alice.service.chores.end_stuck_runs()
     assert not isinstance(await alice.do(a_pass(runs[1], 3)), m.Failure)
     found = await outcome(alice, late[0])
     assert isinstance(found, m.Failure) and "request 3 never arrived" in found.error

@@ -42,6 +42,7 @@ from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
 from twinkle.server.service.checkpoints import CheckpointDesk
+from twinkle.server.service.chores import Chores
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.metadata import check_metadata
@@ -58,18 +59,10 @@ from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
 log = logging.getLogger("twinkle.server")
 
-_STUCK = (
-    "model_id: run {} is lost: its request {} never arrived after the server had been started again, though later ones "
-    "did, so it was probably accepted before and lost with the disk or the power; begin a new run from its last "
-    "checkpoint"
-)
-
 DEFAULT_RANK = 32
 
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
-_SWEEP_SECONDS = 60.0
-_LOOK_SECONDS = 5.0
 # How long a server that is told to end waits for the end of what is being computed.
 _PATIENCE_SECONDS = 10.0
 
@@ -101,8 +94,7 @@ class Service:
             model_path: where its files are, for those who want its tokenizer.
             signer: makes addresses for downloads; without one they are files of this machine.
             run_files: for copies of live runs; without them all adapters stay on the worker, and are lost with it.
-            snapshot_seconds: how long after a change of a run a copy is taken; None where the worker can't be lost
-                without this process.
+            snapshot_seconds: from a run's change to its copy; None if the worker can't be lost without this process.
             max_resident_adapter_bytes: None is what the worker says.
             open_journal: of this service, with what an earlier process wrote to it; needs `run_files`. Without one,
                 runs end with this process. Blocking.
@@ -139,8 +131,8 @@ class Service:
         self._sessions = self._build_sessions()
         self._checkpoints = self._build_checkpoints()
         self._engine = self._build_engine(sampler_adapters)
+        self.chores = self._build_chores()
         self._loop_task: asyncio.Task[None] | None = None
-        self._chores: list[asyncio.Task[None]] = []
 
     def _build_live_runs(self) -> LiveRuns:
         return LiveRuns(
@@ -214,6 +206,9 @@ class Service:
             self._record_pass,
         )
 
+    def _build_chores(self) -> Chores:
+        return Chores(self._ledger, self._log, self._keeper, self._sessions, self._live, self._stuck_runs)
+
     def _restart(self, run_files: RunFiles) -> Restart:
         return Restart(
             self._runs,
@@ -242,23 +237,12 @@ class Service:
         if self._open_journal is not None and self._run_files is not None:
             await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
         self._loop_task = asyncio.create_task(self._engine.run())
-        self._chores = [
-            asyncio.create_task(chore)
-            for chore in (
-                self._ledger.run(),
-                self._sweep(),
-                self._release(),
-                self._log.run(),
-                self._look(),
-            )
-        ]
+        self.chores.start()
 
     async def close(self) -> None:
         """Stop working; what is being written is written, and what is under way goes on with the next process."""
         await self._stop_engine()
-        for task in self._chores:
-            task.cancel()
-        await asyncio.gather(*self._chores, return_exceptions=True)
+        await self.chores.close()
         # What comes of saves is still written down: the runs' copies have them behind them. Samples that are stopped
         # after that are drawn again by the next process.
         await self._keeper.settle()
@@ -289,40 +273,6 @@ class Service:
             for run_id in self._snapshots.changed_runs():
                 with contextlib.suppress(Exception):  # then it is computed again
                     await self._snapshots.take(run_id)
-
-    async def _sweep(self) -> None:
-        """Delete what has expired, for ever."""
-        while True:
-            try:
-                await self._keeper.sweep()
-            except Exception:  # the next time is soon
-                log.exception("expired checkpoints could not be deleted")
-            await asyncio.sleep(_SWEEP_SECONDS)
-
-    async def _release(self) -> None:
-        """Let go of those who have vanished, for ever. It waits for their last saves, and nothing else waits for it."""
-        while True:
-            try:
-                await self._sessions.release_vanished()
-            except Exception:  # the next time is soon
-                log.exception("runs of clients that have vanished could not be released")
-            await asyncio.sleep(_SWEEP_SECONDS)
-
-    async def _look(self) -> None:
-        """See to who waits in vain, for ever."""
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            self._sessions.pause_gone()
-            try:
-                self._end_stuck_runs()
-            except Unavailable as error:  # the next time is soon
-                log.warning("%s", error.message)
-
-    def _end_stuck_runs(self) -> None:
-        for run_id, missing in self._stuck_runs.look().items():
-            reason = _STUCK.format(run_id, missing)
-            log.error("%s", reason)
-            self._live.lose(run_id, reason)
 
     def check(self) -> None:
         """

@@ -1,0 +1,90 @@
+"""What a service sees to again and again, beside what it is asked for: each chore in a task of its own, for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from twinkle.protocol.errors import Unavailable
+from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.live_runs import LiveRuns
+from twinkle.server.engine.run_log import RunLog
+from twinkle.server.engine.stuck_runs import StuckRuns
+from twinkle.server.service.session_desk import SessionDesk
+from twinkle.server.store.ledger import Ledger
+
+log = logging.getLogger("twinkle.server")
+
+_SWEEP_SECONDS = 60.0
+_LOOK_SECONDS = 5.0
+
+_STUCK = (
+    "model_id: run {} is lost: its request {} never arrived after the server had been started again, though later ones "
+    "did, so it was probably accepted before and lost with the disk or the power; begin a new run from its last "
+    "checkpoint"
+)
+
+
+class Chores:
+    """Single-threaded: on the service's event loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        run_log: RunLog,
+        keeper: AdapterKeeper,
+        sessions: SessionDesk,
+        live: LiveRuns,
+        stuck_runs: StuckRuns,
+    ) -> None:
+        self._ledger = ledger
+        self._run_log = run_log
+        self._keeper = keeper
+        self._sessions = sessions
+        self._live = live
+        self._stuck_runs = stuck_runs
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        chores = (self._ledger.run(), self._run_log.run(), self._sweep(), self._release(), self._look())
+        self._tasks = [asyncio.create_task(chore) for chore in chores]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        """Delete what has expired."""
+        while True:
+            try:
+                await self._keeper.sweep()
+            except Exception:  # the next time is soon
+                log.exception("expired checkpoints could not be deleted")
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _release(self) -> None:
+        """Let go of those who have vanished. It waits for their last saves, and nothing else waits for it."""
+        while True:
+            try:
+                await self._sessions.release_vanished()
+            except Exception:  # the next time is soon
+                log.exception("runs of clients that have vanished could not be released")
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _look(self) -> None:
+        """See to samples that nobody waits for, and to runs that wait in vain."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._sessions.pause_gone()
+            try:
+                self.end_stuck_runs()
+            except Unavailable as error:  # the next time is soon
+                log.warning("%s", error.message)
+
+    def end_stuck_runs(self) -> None:
+        """A run whose next request is not there, and was lost if it was ever accepted, is lost."""
+        for run_id, missing in self._stuck_runs.look().items():
+            reason = _STUCK.format(run_id, missing)
+            log.error("%s", reason)
+            self._live.lose(run_id, reason)
