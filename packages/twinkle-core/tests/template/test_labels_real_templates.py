@@ -295,6 +295,16 @@ def test_the_header_of_llamas_turns_is_not_trained_though_there_are_tools(
 def test_an_opening_that_the_template_always_adds_is_not_trained(chat_templates: dict[str, str]) -> None:
     end = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     assert turns(chat_templates, "axolotl/command_a", "system prompt") == [f"w1{end}", f"w2{end}"]
+    # Jamba's opening begins with what ends the turn before.
+    assert turns(chat_templates, "axolotl/jamba", "system prompt") == [" w1<|eom|>", " w2<|eom|>"]
+
+
+def test_empty_reasoning_is_none(chat_templates: dict[str, str]) -> None:
+    for owner in ("trl/gptoss", "trl/lfm2_2_5", "trl/qwen3_6"):
+        template = compiled(owner, chat_templates[owner])
+        plain = template.render(read_conversation({"messages": [user("q1"), assistant("w1")]}))
+        row = {"messages": [user("q1"), assistant("w1", reasoning_content="")]}
+        assert template.render(read_conversation(row)) == plain
 
 
 def test_every_turn_of_phi_3_ends(chat_templates: dict[str, str]) -> None:
