@@ -265,7 +265,12 @@ def test_reasoning_is_trained_whole_though_thinking_is_off(chat_templates: dict[
 
 
 def test_no_turn_begins_within_its_generation_prompt(chat_templates: dict[str, str]) -> None:
-    for name in ("call and output", "two questions with calls", "three turns", "call before the last question"):
+    for name in (
+        "call and output",
+        "two questions with calls",
+        "three turns",
+        "call before the last question",
+    ):
         talk = conversation(name)
         for owner, source in chat_templates.items():
             template = compiled(owner, source)
