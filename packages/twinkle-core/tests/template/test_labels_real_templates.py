@@ -264,6 +264,54 @@ def test_reasoning_is_trained_whole_though_thinking_is_off(chat_templates: dict[
     assert found == ["w1<|im_end|>", "<think>\nr2\n</think>\n\nw2<|im_end|>"]
 
 
+def test_no_turn_begins_within_its_generation_prompt(chat_templates: dict[str, str]) -> None:
+    for name in (
+        "call and output",
+        "two questions with calls",
+        "three turns",
+        "call before the last question",
+    ):
+        talk = conversation(name)
+        for owner, source in chat_templates.items():
+            template = compiled(owner, source)
+            try:
+                text = template.render(talk)
+                prompts = {i: template.render(talk.first(i), True) for i in range(1, len(talk.messages))}
+            except RenderingFailed:
+                continue
+            for turn in assistant_turns(template, talk):
+                if text.startswith(prompt := prompts[turn.message]):
+                    assert turn.spans[0].start >= len(prompt), (owner, name, turn.message)
+
+
+def test_the_header_of_llamas_turns_is_not_trained_though_there_are_tools(
+    chat_templates: dict[str, str],
+) -> None:
+    # They write the first question, with the tools, outside the loop over the messages.
+    called = '{"name": "get_weather", "parameters": {"city": "c1"}}'
+    for owner in ("trl/llama3_1", "trl/llama3_2", "unsloth/llama31", "axolotl/llama3_2_vision"):
+        assert turns(chat_templates, owner, "call before the last question") == [
+            f"{called}<|eot_id|>",
+            "w1<|eot_id|>",
+            "w2<|eot_id|>",
+        ]
+
+
+def test_an_opening_that_the_template_always_adds_is_not_trained(chat_templates: dict[str, str]) -> None:
+    end = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert turns(chat_templates, "axolotl/command_a", "system prompt") == [f"w1{end}", f"w2{end}"]
+    # Jamba's opening begins with what ends the turn before.
+    assert turns(chat_templates, "axolotl/jamba", "system prompt") == [" w1<|eom|>", " w2<|eom|>"]
+
+
+def test_empty_reasoning_is_none(chat_templates: dict[str, str]) -> None:
+    for owner in ("trl/gptoss", "trl/lfm2_2_5", "trl/qwen3_6"):
+        template = compiled(owner, chat_templates[owner])
+        plain = template.render(read_conversation({"messages": [user("q1"), assistant("w1")]}))
+        row = {"messages": [user("q1"), assistant("w1", reasoning_content="")]}
+        assert template.render(read_conversation(row)) == plain
+
+
 def test_every_turn_of_phi_3_ends(chat_templates: dict[str, str]) -> None:
     for owner in ("trl/phi3", "trl/phi3_5"):
         assert turns(chat_templates, owner, "three turns") == ["w1<|end|>", "w2<|end|>", "w3<|end|>\n</s>"]

@@ -149,7 +149,8 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     kept["role"] = ROLES.get(role, role)
     if "tool_calls" in kept:
         kept["tool_calls"] = _read_calls(kept["tool_calls"], f"{where}.tool_calls")
-    reasoning = next((kept[key] for key in REASONING_KEYS if key in kept), None)
+    # Empty reasoning is none: gpt-oss's template would write it as a message of its own.
+    reasoning = next((kept[key] for key in REASONING_KEYS if kept.get(key)), None)
     if "content" in kept:
         _check_content(kept["content"], f"{where}.content")
     elif reasoning is None and not kept.get("tool_calls"):

@@ -165,8 +165,11 @@ class _Finder:
 
     def _ends_text(self, end: int) -> bool:
         """Whether what stands behind the last message ends its turn, rather than ask for another."""
-        opening = self._bounds.opening.strip()
-        return not self._prompted and not (opening and self._text[end:].lstrip().startswith(opening))
+        opening, rest = self._bounds.opening.strip(), self._text[end:].strip()
+        asks = bool(opening) and rest.startswith(opening)
+        # Command A's template begins another turn though nobody asked; Jamba's opening begins with the end of the last.
+        begins_another = bool(rest) and opening.startswith(rest) and rest not in self._bounds.ends
+        return not self._prompted and not asks and not begins_another
 
     def _stop_behind(self, end: int, index: int) -> str | None:
         """The mark of another message, if it comes right behind `end` and is what a model stops at."""

@@ -108,10 +108,12 @@ def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str
         prompted = template.trace(conversation, add_generation_prompt=True)
         if prompted is None:
             return None
-        ends = max((stretch.end for stretch in prompted.stretches if stretch.owner is not None), default=0)
-        if prompted.text[ends:].strip():
+        last = len(conversation.messages) - 1
+        ends = max((stretch.end for stretch in prompted.stretches if stretch.owner == last), default=None)
+        if ends is not None and prompted.text[ends:].strip():
             return prompted.text[ends:]
-        # Most write it when all messages are written, some with the last message.
+        # Most write it when all messages are written, some with the last message. And some write a message outside
+        # their loop (Llama-3.1's the first question, with the tools), so that its end is not known.
         plain = template.render(conversation)
     except RenderingFailed:
         return None
