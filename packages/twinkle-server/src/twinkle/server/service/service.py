@@ -104,8 +104,7 @@ class Service:
             snapshot_seconds: how long after a change of a run a copy is taken; None where the worker can't be lost
                 without this process.
             max_resident_adapter_bytes: None is what the worker says.
-            open_journal: of this service, with what an earlier process wrote to it; needs `run_files`. Without one,
-                runs end with this process. Blocking.
+            open_journal: blocking; needs `run_files`. Without a journal, runs end with this process.
         """
         model_name = self._model_name = plain_name(model_name)
         self._limits = limits
