@@ -19,6 +19,7 @@ from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.endpoints import JSON, PREFIX, PROTOBUF
 from twinkle.protocol.types import Datum, ModelInput, SamplingParams
 from twinkle.server.config import LimitsSection
+from twinkle.server.gateway import app
 from twinkle.server.gateway.app import create_app
 from twinkle.server.samplers.fake import LOGPROB
 from twinkle.server.service.service import Service
@@ -165,6 +166,16 @@ async def test_a_training_pass_in_json_says_what_it_says_in_protobuf(http: httpx
         "dtype": "float32",
         "shape": [2],
     }
+
+
+async def test_a_result_too_large_for_json_is_refused_as_such_and_there_in_protobuf(
+    http: httpx.AsyncClient, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "MAX_JSON_BYTES", 10)
+    request_id = await sampled(tenant)
+    refused = await http.post("/retrieve_future", json={"request_id": request_id}, headers={"Accept": JSON})
+    assert refused.status_code == 400 and PROTOBUF in refused.json()["error"]
+    assert (await http.post("/retrieve_future", json={"request_id": request_id})).status_code == 200
 
 
 def test_json_has_no_numbers_that_json_does_not_know():

@@ -96,6 +96,15 @@ def test_what_is_asked_for_counts_and_how_one_may_ask_for_it_does_not():
     assert digest(SAMPLE.model_copy(update={"prompt": longer})) != digest(SAMPLE)
 
 
+def test_a_later_version_that_knows_more_fields_finds_the_same():
+    class Later(m.OptimStepRequest):
+        more: int | None = None
+
+    step = m.OptimStepRequest(model_id="run", seq_id=1)
+    assert digest(Later(model_id="run", seq_id=1)) == digest(step)
+    assert digest(Later(model_id="run", seq_id=1, more=1)) != digest(step)
+
+
 def test_a_used_id_on_another_request_of_the_kind_is_no_retry():
     queue = RunQueue(first_seq_id=1)
     queue.offer(Job("first", "t", "run", 1, PASS, digest=digest(PASS)))

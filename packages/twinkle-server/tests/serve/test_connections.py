@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import TypeAlias
@@ -13,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from twinkle.server.gateway.replies import PART_BYTES, BytesReply
 from twinkle.server.serve import connections
-from twinkle.server.serve.connections import MAX_HEAD_BYTES
+from twinkle.server.serve.connections import MAX_AHEAD, MAX_HEAD_BYTES
 from twinkle.server.serve.http import HttpServer
 
 Connection: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -34,12 +36,18 @@ async def _large(_request: Request) -> Response:
     return PlainTextResponse("l" * LARGE)
 
 
+async def _bytes(_request: Request) -> Response:
+    return BytesReply(BODY)
+
+
 LARGE = 2**25
+BODY = b"l" * LARGE
 APP = Starlette(
     routes=[
         Route("/echo", _echo, methods=["GET", "POST"]),
         Route("/unread", _unread, methods=["POST"]),
         Route("/large", _large),
+        Route("/bytes", _bytes),
     ]
 )
 
@@ -195,6 +203,45 @@ async def test_who_reads_nothing_of_an_answer_is_ended_and_who_reads_slowly_is_n
         got += len(await slow[0].read(2**20))
     deaf[1].close()
     await server.close()
+
+
+async def test_requests_sent_ahead_of_their_answers_are_few(port: int):
+    connection = await connect(port)
+    few = MAX_AHEAD
+    connection[1].write(GET * few)
+    for _ in range(few):
+        assert b"200 OK" in await ask(connection, b"")
+    reader, writer = await connect(port)
+    writer.write(POST + b"Content-Length: 5\r\n\r\nhello" + GET * 10 * MAX_AHEAD)
+    with contextlib.suppress(ConnectionError):
+        assert (await reader.read()).count(b"200 OK") <= 1 + MAX_AHEAD
+
+
+async def test_of_an_answer_that_many_ask_for_and_nobody_reads_there_is_one_copy():
+    server, port = await start()
+    deaf = [await asyncio.open_connection("127.0.0.1", port, limit=2**12) for _ in range(8)]
+    for _, writer in deaf:
+        writer.write(b"GET /bytes HTTP/1.1\r\nHost: a\r\n\r\n")
+    held = list[int]()
+    while len(held) < 8 or min(held) == 0:
+        await asyncio.sleep(0.005)
+        held = bytes_held(server)
+    await asyncio.sleep(0.05)
+    assert max(bytes_held(server)) <= 2 * PART_BYTES
+    for reader, writer in deaf[:2]:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"content-length: %d\r\n" % LARGE in head
+        assert await reader.readexactly(LARGE) == b"l" * LARGE
+        assert b"200 OK" in await ask((reader, writer), GET)
+    for _, writer in deaf:
+        writer.close()
+    await server.close()
+
+
+def bytes_held(server: HttpServer) -> list[int]:
+    """For each connection, what its client has not read yet."""
+    connections = server._server.server_state.connections  # pyright: ignore
+    return [each.transport.get_write_buffer_size() for each in connections]
 
 
 async def test_the_longest_silent_gives_way_and_none_that_is_being_answered():

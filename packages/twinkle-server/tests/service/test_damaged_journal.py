@@ -254,6 +254,24 @@ async def test_a_request_that_was_promised_and_is_nowhere_ends_its_run_and_not_o
         await alice.service.submit("alice", a_pass(runs[0], 5))
 
 
+async def test_all_runs_that_wait_in_vain_are_ended_though_that_can_not_be_written_down(server: Server):
+    alice = await server.start()
+    runs = [await alice.run() for _ in range(2)]
+    alice = await server.kill_and_start()
+    waiting = [await alice.service.submit("alice", a_step(run, 2)) for run in runs]  # 1 never comes
+    journal = server.directory / "journal"
+    journal.rename(server.directory / "away")
+    for promise in waiting:
+        found = await outcome(alice, promise)
+        assert isinstance(found, m.Failure) and "request 1 never arrived" in found.error
+    (server.directory / "away").rename(journal)
+    for run in runs:
+        with pytest.raises(Gone, match=LOST):
+            await alice.service.submit("alice", a_pass(run, 1))
+        await alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0]))
+        assert run not in alice.service._runs
+
+
 async def test_damage_that_is_found_while_the_server_runs_is_left_for_the_next_to_see(server: Server):
     server.segment_bytes, server.seconds = 1500, AT_ONCE
     alice = await server.start()

@@ -164,6 +164,22 @@ async def test_what_was_under_way_is_done_once(server: Server):
     await check_state(server.worker, run, 2)
 
 
+async def test_a_number_that_was_passed_over_for_a_last_save_is_no_hole(server: Server):
+    """As for a client that has vanished, and whose run stays since it could not be saved."""
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    await alice.service.submit("alice", a_pass(run, 4))  # 3 never comes
+
+    def save(seq_id: int) -> m.SaveWeightsRequest:
+        return m.SaveWeightsRequest(model_id=run, seq_id=seq_id, path="released")
+
+    await alice.outcome(alice.service._live.enqueue_last(run, save))
+    alice = await server.kill_and_start()
+    assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
+    await check_state(server.worker, run, 2)
+
+
 async def test_runs_that_ended_stay_ended_and_their_results_are_there(server: Server):
     alice = await server.start()
     run, other = await alice.run(), await alice.run()

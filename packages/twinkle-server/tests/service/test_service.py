@@ -15,6 +15,7 @@ from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
+from twinkle.server.scheduling import run_queue
 
 
 def a_pass(
@@ -82,6 +83,19 @@ async def test_creating_a_run_twice_makes_one(alice: Tenant):
     first, again = [await alice.service.submit("alice", request) for _ in range(2)]
     assert first.request_id == again.request_id
     assert (await alice.outcome(first)).model_id == f"{session}:train:0"
+
+
+async def test_a_runs_number_that_was_used_long_ago_is_refused_by_name(
+    alice: Tenant, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_queue, "MAX_REMEMBERED", 4)
+    session = await alice.session()
+    request = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL)
+    run = (await alice.do(request)).model_id
+    for seq_id in range(1, 5):
+        await alice.service.submit(alice.name, a_step(run, seq_id))
+    with pytest.raises(InvalidRequest, match="model_seq_id: 0 was used before in this session"):
+        await alice.service.submit(alice.name, request)
 
 
 async def test_what_a_model_can_not_train_is_reported_as_not_trained_or_refused(tmp_path: Path):

@@ -13,7 +13,7 @@ from fake_service import MODEL, Tenant, make_service
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, LimitReached, QuotaReached
-from twinkle.protocol.types import LoraConfig
+from twinkle.protocol.types import LoraConfig, ModelInput, SamplingParams
 from twinkle.server.config import LimitsSection
 from twinkle.server.keys import KeyRing, create_key, revoke_key
 from twinkle.server.service import session_search
@@ -236,3 +236,25 @@ async def test_keys_are_known_while_they_are_read_again(tmp_path: Path, monkeypa
     database.may_read.set()
     assert (await asking).tenant == "bob"
     real.close()
+
+
+async def test_samples_that_were_paused_come_to_an_end_though_their_session_is_finished(tmp_path: Path):
+    service = make_service(tmp_path)
+    await service.start()
+    alice = Tenant(service, "alice")
+    session = await alice.session()
+    request = m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, base_model=MODEL)
+    sampler = (await alice.ask(request)).sampling_session_id
+    sample = m.SampleRequest(
+        sampling_session_id=sampler,
+        seq_id=0,
+        prompt=ModelInput.from_ints([1, 2]),
+        sampling_params=SamplingParams(max_tokens=2),
+    )
+    promise = await service.submit("alice", sample)
+    service._samples.pause(session)  # pyright: ignore[reportPrivateUsage]
+    await alice.ask(m.FinishSessionRequest(session_id=session))
+    while service._futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
+        await asyncio.sleep(0.005)
+    assert not isinstance(await alice.outcome(promise), m.Failure)
+    await service.close()

@@ -109,7 +109,8 @@ class LiveRuns:
     def enqueue_last(self, run_id: str, make: Callable[[int], RunRequest]) -> m.Promise:
         """Queue a request, made for its `seq_id`, behind all others of the run."""
         queue = self._scheduler.queue(run_id)
-        queue.close_gaps()  # nobody is going to send what is missing
+        for seq_id in queue.close_gaps():  # nobody is going to send what is missing
+            self._log.rejected(run_id, seq_id)
         seq_id = queue.next_free
         return self.enqueue(self._runs[run_id], seq_id, make(seq_id))
 

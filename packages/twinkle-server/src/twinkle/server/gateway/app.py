@@ -15,6 +15,7 @@ from starlette.routing import Route
 from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
+from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.operations import PATH
 from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
@@ -25,6 +26,7 @@ from twinkle.server.gateway.hang_ups import while_connected
 from twinkle.server.gateway.headers import SecurityHeaders
 from twinkle.server.gateway.intake import Intake
 from twinkle.server.gateway.port import ServicePort
+from twinkle.server.gateway.replies import BytesReply
 from twinkle.server.gateway.tenants import Doorkeeper
 from twinkle.server.keys import KeyRing
 from twinkle.server.scheduling.limits import RateLimit
@@ -39,6 +41,9 @@ _UNWATCHED_SECONDS = 1.0
 
 # Results larger than this are announced first to clients that ask for it: they fetch them when they have room.
 INLINE_BYTES = 2**20
+
+# Results larger than this, in protobuf, are not written as JSON: Python makes thirty times as much of them on the way.
+MAX_JSON_BYTES = 8 * 2**20
 
 # How many seconds' worth of requests a tenant may send at once, after a pause: a batch of samples, each with its poll.
 _BURST = 10.0
@@ -169,11 +174,23 @@ def _retrieve_future(service: ServicePort, doorkeeper: Doorkeeper, bodies: Bodie
         most = INLINE_BYTES if wanted.allow_metadata_only else None
         outcome = await _fetch(service, tenant, wanted.request_id, request, most)
         if isinstance(outcome, Encoded) and _wants_json(request):
-            size, in_json = len(outcome.body), functools.partial(results.result_as_json, outcome)
-            return Response(await bodies.do(tenant, size, in_json), media_type=JSON)
+            return BytesReply(await _in_json(bodies, tenant, outcome), media_type=JSON)
         return _encode_outcome(outcome)
 
     return handle
+
+
+async def _in_json(bodies: Bodies, tenant: str, result: Encoded) -> bytes:
+    """
+    Raises:
+        InvalidRequest: for a result that would take too much memory on its way into JSON.
+    """
+    if len(result.body) > MAX_JSON_BYTES:
+        raise InvalidRequest(
+            f"Accept: this result is {len(result.body)} bytes in {PROTOBUF}, and no more than {MAX_JSON_BYTES} are "
+            f"written as JSON; ask for {PROTOBUF}"
+        )
+    return await bodies.do(tenant, len(result.body), functools.partial(results.result_as_json, result))
 
 
 def _wants_json(request: Request) -> bool:
@@ -203,9 +220,9 @@ async def _result(service: ServicePort, tenant: str, request_id: str) -> Respons
 def _encode_outcome(outcome: Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata) -> Response:
     match outcome:
         case Encoded():
-            return Response(outcome.body, media_type=PROTOBUF)
+            return BytesReply(outcome.body, media_type=PROTOBUF)
         case ForwardBackwardOutput() | SampleResponse():
-            return Response(results.encode_result(outcome).body, media_type=PROTOBUF)
+            return BytesReply(results.encode_result(outcome).body, media_type=PROTOBUF)
         case m.Pending():
             # The SDK takes 408 for "ask again" without a warning in the user's log.
             return Response(codec.encode_json(outcome), 408, media_type=JSON)

@@ -15,6 +15,7 @@ from twinkle.protocol.errors import TwinkleError
 from twinkle.protocol.operations import Posted, Reply
 from twinkle.server.gateway.bodies import Bodies
 from twinkle.server.gateway.errors import twinkle_error
+from twinkle.server.gateway.replies import BytesReply
 from twinkle.server.gateway.tenants import Doorkeeper
 
 
@@ -51,7 +52,7 @@ def handler(
                 return _reply(promise.request_id, twinkle_error(error))
 
         replies = await asyncio.gather(*(reply(promise) for promise in accepted))
-        return Response(operations.encode_reply(replies), media_type=PROTOBUF)
+        return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
 
     return handle
 

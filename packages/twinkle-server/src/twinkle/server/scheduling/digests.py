@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+from pydantic import BaseModel
+
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import EncodedTextChunk, ModelInput
 
@@ -24,10 +26,17 @@ def digest(request: m.Operation) -> bytes:
                 found.update(tensor.array.tobytes())
     elif isinstance(request, m.SampleRequest):
         _add_tokens(found, request.prompt)
-        found.update(request.model_dump_json(exclude={"prompt"}).encode())
+        found.update(_text(request, {"prompt"}))
     else:
-        found.update(request.model_dump_json(exclude=_NOT_COMPARED).encode())
+        found.update(_text(request, _NOT_COMPARED))
     return found.digest()
+
+
+def _text(request: BaseModel, besides: set[str]) -> bytes:
+    """Without what is as it is when nothing is said: a later version of the server, which knows more fields, has to
+    find the same.
+    """
+    return request.model_dump_json(exclude=besides, exclude_defaults=True).encode()
 
 
 def _add_tokens(found: hashlib.blake2b, text: ModelInput) -> None:

@@ -91,11 +91,12 @@ class RunQueue:
             self._waiting.setdefault(seq_id, None)
             self._skip_rejected()
 
-    def close_gaps(self) -> None:
-        """Count every id that is missing before the last one as consumed."""
-        for seq_id in range(self._next, self.next_free):
-            self._waiting.setdefault(seq_id, None)
+    def close_gaps(self) -> list[int]:
+        """Count every id that is missing before the last one as consumed; returns them."""
+        missing = [seq_id for seq_id in range(self._next, self.next_free) if seq_id not in self._waiting]
+        self._waiting.update(dict.fromkeys(missing))
         self._skip_rejected()
+        return missing
 
     def head(self) -> Job | None:
         """The next job, if all before it are done with."""

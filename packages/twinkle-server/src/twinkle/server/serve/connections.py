@@ -22,6 +22,8 @@ HEAD_SECONDS = 20.0
 UNREAD_BODY_SECONDS = 60.0
 # ... and how long a client may read nothing of what it is answered.
 UNREAD_ANSWER_SECONDS = 60.0
+# Requests that may be sent before the first of them is answered: each costs a hundred times its bytes while it waits.
+MAX_AHEAD = 32
 
 # Files that are kept for all else (checkpoints, the journal, the database, ranks): a part of those that there may be.
 _KEPT_FILES = 4
@@ -171,6 +173,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_answering = True
         self._connections_open.is_busy(self)
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_AHEAD:
+            self.end()
+            raise ConnectionAbortedError  # for the parser, which would read on
 
     def on_body(self, body: bytes) -> None:
         self._body_came = True

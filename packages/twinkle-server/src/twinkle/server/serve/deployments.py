@@ -180,16 +180,28 @@ class HandleService:
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
     ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
-        return await self._call(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
+        return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query) -> m.Reply:
-        return await self._call(self._engine.ask.remote(tenant, query))
+        answer = self._engine.ask.remote(tenant, query)
+        is_long = isinstance(query, m.RetrieveFuturesRequest)
+        return await (self._wait(answer) if is_long else self._call(answer))
 
     async def download_sizes(self, download: Download) -> dict[str, int]:
         return await self._call(self._engine.download_sizes.remote(download))
 
     async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
         return await self._call(self._engine.download_part.remote(download, name, offset, size))
+
+    async def _wait(self, response: Any) -> Any:
+        """`_call` for what may take long, and ends in the engine as well where its client has hung up: else it would
+        count as one that waits. Serve forgets such a call, and lets it go on.
+        """
+        try:
+            return await self._call(response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
 
     @staticmethod
     async def _call(response: Any) -> Any:

@@ -76,15 +76,18 @@ class Chores:
         """See to samples that nobody waits for, and to runs that wait in vain."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            self._sessions.pause_gone()
             try:
+                self._sessions.pause_gone()
                 self.end_stuck_runs()
-            except Unavailable as error:  # the next time is soon
-                log.warning("%s", error.message)
+            except Exception:  # the next time is soon
+                log.exception("who waits in vain could not be seen to")
 
     def end_stuck_runs(self) -> None:
         """A run whose next request is not there, and was lost if it was ever accepted, is lost."""
         for run_id, missing in self._stuck_runs.look().items():
             reason = _STUCK.format(run_id, missing)
             log.error("%s", reason)
-            self._live.lose(run_id, reason)
+            try:
+                self._live.lose(run_id, reason)
+            except Unavailable as error:  # it takes nothing more all the same, and ends with its session
+                log.warning("%s", error.message)

@@ -96,8 +96,7 @@ class Service:
             run_files: for copies of live runs; without them all adapters stay on the worker, and are lost with it.
             snapshot_seconds: from a run's change to its copy; None if the worker can't be lost without this process.
             max_resident_adapter_bytes: None is what the worker says.
-            open_journal: of this service, with what an earlier process wrote to it; needs `run_files`. Without one,
-                runs end with this process. Blocking.
+            open_journal: blocking; needs `run_files`. Without a journal, runs end with this process.
         """
         model_name = self._model_name = plain_name(model_name)
         self._limits = limits
@@ -443,23 +442,28 @@ class Service:
             check_runs(self._limits, [other.tenant for other in self._runs.values()], tenant)
             await asyncio.to_thread(self._database.put, row)
         if run.run_id in self._runs:  # before, or meanwhile
-            first = self._first_of_run(run, request)
-            assert first is not None, "creation is a run's first request"
-            return m.Promise(request_id=first, model_id=run.run_id)
+            return m.Promise(request_id=self._first_of_run(run, request), model_id=run.run_id)
         return self._live.begin(run, request)
 
-    def _first_of_run(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str | None:
+    def _first_of_run(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str:
         """
         Raises:
             Conflict: if the run was begun by a request that asks for something else.
+            InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
         """
         try:
-            return self._scheduler.queue(run.run_id).duplicate_of(0, request)
+            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
         except Conflict as error:
             raise Conflict(
                 f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
                 "else: a request that is sent again must be the same, and another run needs the next number"
             ) from error
+        if first is None:
+            raise InvalidRequest(
+                f"model_seq_id: {request.model_seq_id} was used before in this session, for run {run.run_id}, which "
+                "takes requests; another run needs the next number"
+            )
+        return first
 
     def _record_pass(self, job: Job) -> None:
         run = self._runs.get(job.run_id)

@@ -165,6 +165,7 @@ class SessionDesk:
 
     async def _finish(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
         session = await sessions.find(self._database, tenant, request.session_id)
+        self._samples.go_on(session.id)  # whoever ends it is there, and nothing is known of it from then on
         await asyncio.to_thread(
             self._database.finish_session,
             tenant,
