@@ -11,7 +11,9 @@ from transformers import (
     BertGenerationConfig,
     BloomConfig,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     MiniMaxConfig,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen3Config,
 )
@@ -72,8 +74,23 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
             ),
             LockstepBatch,
         ),
+        # Its heads are wider in some layers than in others.
+        (
+            Gemma4TextConfig(
+                **SIZES,
+                layer_types=["sliding_attention", "full_attention"],
+                sliding_window=8,
+                global_head_dim=16,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=128,
+                num_kv_shared_layers=0,
+            ),
+            LockstepBatch,
+        ),
+        # Its routers are linear layers by their class, and give two tensors.
+        (PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), SlotBatch),
     ],
-    ids=["Qwen3", "Bloom", "Gemma 3n"],
+    ids=["Qwen3", "Bloom", "Gemma 3n", "Gemma 4", "Phi-3.5-MoE"],
 )
 def test_it_is_sampled_with_the_numbers_of_the_plain_model(
     config: PretrainedConfig, batch: type, tmp_path: Path

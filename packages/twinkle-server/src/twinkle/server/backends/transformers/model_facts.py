@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -77,6 +78,15 @@ def _largest(size: int | Sequence[int] | None) -> int:
     return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
+def _size(text: PretrainedConfig, name: str) -> int:
+    """The largest of a size that may be the layers' own (Gemma 4's heads are); 0 if there is none."""
+    try:
+        return _largest(getattr(text, name, None))
+    except RuntimeError:  # Transformers refuses to name one of several
+        layers: Any = getattr(text, "per_layer_config", ())
+        return max((_largest(getattr(layer, name, None)) for layer in layers), default=0)
+
+
 def affordable_tokens(token_bytes: float, device: torch.device) -> int:
     """How many tokens a training pass can hold: a share of the memory that is free, once the weights are in it.
 
@@ -128,8 +138,10 @@ def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
 
 def affordable_cache_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Of how many tokens a sampler can keep keys and values, in a share of the memory that is free: at least one."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    # Where heads are unknown, as many as fill the hidden size.
+    own_heads = _size(text, "num_attention_heads") or 1
+    heads = _size(text, "num_key_value_heads") or own_heads
+    width = _size(text, "head_dim") or int(text.hidden_size) // own_heads
     token_bytes = int(text.num_hidden_layers) * 2 * heads * width * dtype.itemsize
     return max(1, int(_CACHE_SHARE * _free_memory(device)) // token_bytes)
 
