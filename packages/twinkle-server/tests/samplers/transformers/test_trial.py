@@ -80,7 +80,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
                 **SIZES,
                 layer_types=["sliding_attention", "full_attention"],
                 sliding_window=8,
-                global_head_dim=16,
+                global_head_dim=16,  # pyright: ignore[reportCallIssue]
                 hidden_size_per_layer_input=8,
                 vocab_size_per_layer_input=128,
                 num_kv_shared_layers=0,
