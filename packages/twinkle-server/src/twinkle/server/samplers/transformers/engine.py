@@ -330,7 +330,10 @@ class TransformersEngine:
             else:
                 begun += self._sequences[len(self._sequences) - len(logits) :]
                 all_logits.append(logits)
-        return (tuple(begun), torch.cat(all_logits)) if begun else None
+        # A later one that failed has taken the samples of its request out.
+        left = set(self._sequences)
+        kept = [row for row, sequence in enumerate(begun) if sequence in left]
+        return (tuple(begun[row] for row in kept), torch.cat(all_logits)[kept]) if kept else None
 
     def _not_read(self, prompt: Prompt, item: Item, error: Exception) -> None:
         """A prompt could not be read alone."""
@@ -470,6 +473,7 @@ class TransformersEngine:
             self._batch.forget(unread)
             self._reading = {prompt: item for prompt, item in self._reading.items() if prompt not in unread}
         self._drop({sequence for sequence in self._sequences if sequence.task in errors}, known=False)
+        self._is_full = False  # those who wait may find room now
         with self._wake:
             self._line.remove(lambda item: task_of(item) in errors)
 
