@@ -187,8 +187,8 @@ def test_names_in_a_manifest_are_names(tmp_path: Path):
 
 def test_the_words_of_an_error_have_no_paths():
     for error, words in (
-        (FileNotFoundError(2, "No such file or directory", "/root/a/b"), "No such file or directory"),
-        (OSError("No such file or directory: /root/a/b.json"), "No such file or directory: ..."),
+        (FileNotFoundError(2, "No such file or directory", "/srv/a/b"), "No such file or directory"),
+        (OSError("No such file or directory: /srv/a/b.json"), "No such file or directory: ..."),
         (ValueError("'/x/y': bad, file:///z/w too"), "'...': bad, ... too"),
         (ValueError("tinker://run/weights/a and/or 1/2 of it"), "tinker://run/weights/a and/or 1/2 of it"),
     ):
