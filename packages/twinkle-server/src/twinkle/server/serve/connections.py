@@ -188,9 +188,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._is_answering = (
-            not self.cycle.response_complete
-        )  # where the next one was sent before this answer
+        # The next one may have been sent before this answer.
+        self._is_answering = not self.cycle.response_complete
         if not self._is_answering:
             self._connections_open.is_idle(self)
             if not self._is_in_head:

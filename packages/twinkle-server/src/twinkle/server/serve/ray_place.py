@@ -103,9 +103,8 @@ def _make_directory() -> tuple[Path, int]:
             continue
         try:
             _remove_left(Path(base))
-            directory = Path(
-                tempfile.mkdtemp(prefix=_PREFIX, dir=base)
-            )  # for its owner alone, whatever the umask
+            # For its owner alone, whatever the umask.
+            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
             return directory, _lock(directory)
         except OSError as error:
             errors.append(f"{base}: {error.strerror or error}")

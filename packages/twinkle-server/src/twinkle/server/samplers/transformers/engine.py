@@ -91,9 +91,8 @@ class TransformersEngine:
         self._line: WaitingLine[Item] = WaitingLine()
         self._accepted = 0
         self._patience = Patience(PREFILL_TOKENS_BETWEEN)
-        self._wake = (
-            threading.Condition()
-        )  # held wherever the line, patience or one of the three below is touched
+        # Held wherever the line, patience or one of the three below is touched.
+        self._wake = threading.Condition()
         self._under_way: dict[str, set[Task]] = {}  # by request id, those that can be cancelled
         self._unwanted: set[Task] = set()  # cancelled, not taken out yet
         self._gone: list[ResidentAdapter] = []  # removed, not forgotten by the batch yet
