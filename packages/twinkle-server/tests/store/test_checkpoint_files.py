@@ -1,4 +1,6 @@
 import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,27 @@ def test_a_second_write_takes_the_place_of_the_first(tmp_path: Path):
     for name, matrix in a_state(2).weights.items():
         np.testing.assert_array_equal(back.weights[name], matrix)
     assert [path.name for path in files.path(URI).parent.iterdir()] == ["name"]
+
+
+def test_who_looks_while_a_checkpoint_is_replaced_finds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A directory can't be renamed over another: between two renames there is none of that name."""
+    files = CheckpointFiles(tmp_path)
+    files.write(URI, a_state(1), "org/model")
+    first = files.digest(URI)
+    looking: list[Future[str]] = []
+    rename = os.rename
+
+    with ThreadPoolExecutor() as pool:
+
+        def rename_and_let_look(source: Path, target: Path) -> None:
+            rename(source, target)
+            if not files.path(URI).exists():
+                looking.append(pool.submit(files.digest, URI))
+                wait(looking, timeout=0.2)
+
+        monkeypatch.setattr(os, "rename", rename_and_let_look)
+        files.write(URI, a_state(2), "org/model")
+        assert [look.result() for look in looking] == [files.digest(URI)] != [first]
 
 
 @pytest.mark.parametrize(

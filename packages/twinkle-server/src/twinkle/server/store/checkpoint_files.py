@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ class CheckpointFiles:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        # A directory can't be renamed over another: for a moment the one that is replaced is gone and the new one not
+        # there. Held then, so that who looks in that moment isn't told that files are missing.
+        self._replacing = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, uri: CheckpointUri) -> Path:
@@ -69,7 +73,7 @@ class CheckpointFiles:
             if recipients:
                 encrypt_files(partial, recipients)
             size = _write_manifest(partial)
-            _replace(partial, target)
+            self._replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return size
@@ -99,7 +103,7 @@ class CheckpointFiles:
         partial = place.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
         try:
             shutil.copytree(self.path(source), partial)
-            _replace(partial, place)
+            self._replace(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -111,8 +115,11 @@ class CheckpointFiles:
         """
         directory = self.path(uri)
         try:
-            sizes = {name: int(entry["size_bytes"]) for name, entry in _read_manifest(directory, uri).items()}
-            wrong = [name for name, size in sizes.items() if (directory / name).stat().st_size != size]
+            with self._replacing:
+                manifest = _read_manifest(directory, uri)
+                found = {name: (directory / name).stat().st_size for name in manifest}
+            sizes = {name: int(entry["size_bytes"]) for name, entry in manifest.items()}
+            wrong = [name for name, size in sizes.items() if found[name] != size]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise _incomplete(uri, error) from error
         if wrong:
@@ -126,22 +133,23 @@ class CheckpointFiles:
             ServerFault: if the manifest is missing.
         """
         try:
-            return _sha256(self.path(uri) / MANIFEST)
+            with self._replacing:
+                return _sha256(self.path(uri) / MANIFEST)
         except OSError as error:
             raise _incomplete(uri, error) from error
 
     def delete(self, uri: CheckpointUri) -> None:
         shutil.rmtree(self.path(uri), ignore_errors=True)
 
-
-def _replace(partial: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(partial, target)
-        return
-    old = partial.with_suffix(".old")  # a directory can't be renamed over another
-    os.rename(target, old)
-    os.rename(partial, target)
-    shutil.rmtree(old)
+    def _replace(self, partial: Path, target: Path) -> None:
+        if not target.exists():
+            os.rename(partial, target)
+            return
+        old = partial.with_suffix(".old")
+        with self._replacing:
+            os.rename(target, old)
+            os.rename(partial, target)
+        shutil.rmtree(old)
 
 
 def _write_manifest(directory: Path) -> int:
