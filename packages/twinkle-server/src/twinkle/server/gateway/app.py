@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint, QueryEndpoint
+from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.operations import PATH
 from twinkle.protocol.results import Encoded
@@ -131,13 +131,13 @@ def _operation(endpoint: Endpoint, doorkeeper: Doorkeeper, intake: Intake) -> Ha
 
 
 def _query(
-    endpoint: QueryEndpoint,
+    kind: type[m.Query[Any]],
     service: ServicePort,
     doorkeeper: Doorkeeper,
     bodies: Bodies,
     public_url: str | None,
 ) -> Handler:
-    takes_key = "idempotency_key" in endpoint.request.model_fields
+    takes_key = "idempotency_key" in kind.model_fields
 
     async def handle(request: Request) -> Response:
         tenant = await doorkeeper.tenant_of(request)
@@ -146,8 +146,8 @@ def _query(
             fields["idempotency_key"] = request.headers["x-idempotency-key"]
         with bodies.share(tenant) as share:
             body = await bodies.read(request, share)
-        check_json(body, endpoint.request)
-        query = codec.decode_query(endpoint.request, body, fields)
+        check_json(body, kind)
+        query = codec.decode_query(kind, body, fields)
         query = await doorkeeper.with_access(query)
         reply = await doorkeeper.answer(request, query)
         if reply is None:

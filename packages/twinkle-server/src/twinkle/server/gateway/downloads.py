@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import CHECKPOINT, PREFIX
+from twinkle.protocol.endpoints import PREFIX
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.tenants import Doorkeeper
 from twinkle.server.service.downloads import archive_end, archive_header, archive_padding, archive_size
@@ -38,14 +38,13 @@ def routes(
     async def archive(request: Request) -> Response:
         query = codec.decode_query(m.GetCheckpointArchive, b"", request.path_params)
         reply = await service.ask(await doorkeeper.tenant_of(request), query)
-        assert isinstance(reply, m.ExternalWeightsUrls), "the reply to that query"
         [url] = with_base(reply, request, public_url).urls.values()
         headers = {"Location": url, "Expires": format_datetime(reply.expires_at, usegmt=True)}
         return Response(status_code=302, headers=headers)
 
     return [
         Route(PREFIX + "/download/{token}/{name}", download, methods=["GET"]),
-        Route(PREFIX + CHECKPOINT + "/archive", archive, methods=["GET"]),
+        Route(PREFIX + m.CHECKPOINT + "/archive", archive, methods=["GET"]),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -59,7 +59,7 @@ class Doorkeeper:
             return self._signer.key_token(tenant)
         return self._signer.key_token(tenant, (await self._key(self._keys, _credential(request))).id)
 
-    async def answer(self, request: Request, query: m.Query) -> m.Reply | None:
+    async def answer(self, request: Request, query: m.Query[Any]) -> m.Reply | None:
         """What is asked of the request's own key; None if that is not what is asked, or no keys are kept.
 
         Raises:
@@ -73,7 +73,7 @@ class Doorkeeper:
         await self._keys.revoke(key)
         return m.Acknowledged()
 
-    async def asked_of(self, request: Request, tenant: str, query: m.Query) -> str:
+    async def asked_of(self, request: Request, tenant: str, query: m.Query[Any]) -> str:
         """Whose the answer is: the tenant's own, or everybody's where an admin asks what was used or done.
 
         Raises:
