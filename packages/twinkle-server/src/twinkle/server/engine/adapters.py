@@ -13,7 +13,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.backends.finite import check_finite
+from twinkle.server.backends.lora.finite import check_finite
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.checkpoint_quota import CheckpointQuota
