@@ -41,7 +41,7 @@ from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_roo
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
-from twinkle.server.service.checkpoints import CheckpointDesk
+from twinkle.server.service.checkpoint_queries import CheckpointDesk
 from twinkle.server.service.chores import Chores
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
