@@ -21,7 +21,7 @@ from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.journal import Journal
+from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
 
