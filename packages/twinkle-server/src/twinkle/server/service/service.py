@@ -20,12 +20,11 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
@@ -36,6 +35,7 @@ from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
+from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
