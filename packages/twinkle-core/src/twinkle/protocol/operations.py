@@ -1,7 +1,7 @@
-"""Several operations on runs in one request, and what became of each in the reply: `POST /operations`.
+"""Several operations in one request, and the outcome of each in the reply: `POST /operations`.
 
-It is no other way to do anything: each operation is what its own path takes, and each reply what that path, or a poll
-for its result, would have said. It spares a training step three round trips of four.
+Not a second API: each operation is exactly the body of its own endpoint, and each reply what that endpoint, or a poll
+for the result, would have returned. It saves a training step three round trips of four.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twinkle.protocol.errors import InvalidRequest, TooLarge
 PATH = "/operations"
 MAX_OPERATIONS = 32
 
-# What may stand in such a request: what a run does in order.
+# Only operations that a run applies in order may be sent this way.
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.path: endpoint for endpoint in OPERATIONS if endpoint.request in get_args(m.Ordered)
 }
@@ -28,10 +28,10 @@ ENDPOINTS: dict[str, Endpoint] = {
 
 @dataclass(frozen=True)
 class Posted:
-    """An operation as it is sent.
+    """An operation to send.
 
     Attributes:
-        body: as the endpoint's own path takes it, not compressed.
+        body: the body of the endpoint's own path, uncompressed.
     """
 
     endpoint: Endpoint
@@ -40,11 +40,11 @@ class Posted:
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of an operation.
+    """The outcome of an operation.
 
     Attributes:
-        request_id: of its promise; empty if it was refused.
-        status, content_type, body: of the answer; status 408 says that there is no result yet.
+        request_id: its promise's; empty if it was refused.
+        status, content_type, body: of the response; status 408 means that there is no result yet.
     """
 
     request_id: str
@@ -62,7 +62,7 @@ def encode_request(operations: Sequence[Posted]) -> bytes:
 def decode_request(body: bytes) -> list[Posted]:
     """
     Raises:
-        InvalidRequest: if the bytes are no such request, or name a path that can't stand in one.
+        InvalidRequest: if the bytes are no such request, or name another path.
         TooLarge: if there are too many.
     """
     try:

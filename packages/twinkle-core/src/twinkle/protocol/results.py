@@ -1,4 +1,4 @@
-"""Results on their way: encoded once, whoever reads them, and as JSON for those who read nothing else."""
+"""Results in transit: encoded once for all readers, and converted to JSON for clients that read nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from twinkle.protocol.types import (
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A result as it travels, in protobuf: encoded once, for whoever reads it.
+    """A result in protobuf, encoded once for all readers.
 
     Attributes:
         kind: name of its type.
@@ -43,7 +43,9 @@ def decode_result(encoded: Encoded) -> ForwardBackwardOutput | SampleResponse:
 
 
 def with_plain_rows(response: SampleResponse) -> SampleResponse:
-    """As a client is given it that reads it without an encoding in between: with lists instead of tables."""
+    """The result in the form that a client without an encoding in between (local mode) returns: lists instead of
+    tables.
+    """
 
     def plain(rows: Sequence[TopkRow] | None) -> Sequence[TopkRow] | None:
         return rows.rows() if isinstance(rows, TopkTable) else rows
@@ -53,7 +55,7 @@ def with_plain_rows(response: SampleResponse) -> SampleResponse:
 
 
 def result_as_json(encoded: Encoded) -> bytes:
-    """The result for those who ask for JSON; numbers that JSON has no word for are null."""
+    """The result as JSON; numbers that JSON can't represent are null."""
     result = decode_result(encoded)
     if isinstance(result, SampleResponse):
         fields: dict[str, object] = {

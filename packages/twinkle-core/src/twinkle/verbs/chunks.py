@@ -1,6 +1,6 @@
-"""Large batches as several requests: cut before they are sent, put together when they come back.
+"""Splits large batches into several requests, and joins their results.
 
-Gradients add up in the adapter, so a cut changes nothing but how long others wait between the pieces.
+Gradients accumulate in the adapter, so splitting changes only how long other runs wait.
 """
 
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
 
-# One request holds at most so many datums, and so many tokens (unless a single datum is longer).
+# Most datums and tokens of one request (a single datum may be longer).
 MAX_DATUMS = 1024
 MAX_TOKENS = 131_072
 
 
 def split(data: Sequence[Datum]) -> list[list[Datum]]:
-    """The datums in order, cut into requests. An empty batch is one empty request: the server says what it thinks."""
+    """The datums of each request, in order. An empty batch is one empty request, which the server refuses."""
     chunks: list[list[Datum]] = [[]]
     tokens = 0
     for datum in data:
@@ -28,7 +28,7 @@ def split(data: Sequence[Datum]) -> list[list[Datum]]:
 
 
 def join(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-    """The result of the whole batch; of metrics, those that all requests have, means weighted by datums."""
+    """The result of the whole batch, with the metrics that all requests have; means are weighted by datums."""
     if len(outputs) == 1:
         return outputs[0]
     names = set[str].intersection(*(set(output.metrics) for output in outputs))
