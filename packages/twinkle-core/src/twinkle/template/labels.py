@@ -8,7 +8,7 @@ message's text that the model is given is
 
 - the generation prompt, if the text has it there;
 - else what all turns of this template begin with (`turn_bounds`): an earlier turn of Qwen3.5 has no `<think>`, though
-its generation prompt does.
+  its generation prompt does.
 
 Other messages written inside it are not part of the turn (Gemma 4 writes tool results within the turn that called
 them). If a template has no token that ends a turn, the next role's marker stops the model (GLM-4.5's `<|user|>`), and
