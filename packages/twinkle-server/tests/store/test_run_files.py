@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
-from twinkle.server.engine import run_files
-from twinkle.server.engine.run_files import RunFiles
+from twinkle.server.store import run_files
+from twinkle.server.store.run_files import RunFiles
 
 RUN = "session:train:0"
 # Not in the order of the alphabet.

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinkle.protocol.errors import ServerFault, Unavailable
-from twinkle.server.scheduling import journal as journals
-from twinkle.server.scheduling.journal import Journal
+from twinkle.server.store import journal as journals
+from twinkle.server.store.journal import Journal
 
 # Bytes before the first record of a segment, and before each payload.
 HEADER, FRAME = 28, 16
@@ -313,7 +313,7 @@ def test_two_processes_never_have_it_at_once_and_a_killed_one_lets_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     program = (
-        "import sys, time; from pathlib import Path; from twinkle.server.scheduling.journal import Journal;"
+        "import sys, time; from pathlib import Path; from twinkle.server.store.journal import Journal;"
         "journal = Journal(Path(sys.argv[1])); journal.append(b'theirs'); print('has it', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

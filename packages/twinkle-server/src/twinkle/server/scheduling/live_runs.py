@@ -7,8 +7,8 @@ from collections.abc import Callable
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
 from twinkle.server.backends.protocol import CustomLoss
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.digests import digest

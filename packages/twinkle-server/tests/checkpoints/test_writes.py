@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.engine.writes import Writes
+from twinkle.server.checkpoints.writes import Writes
 
 MINE, OTHER = CheckpointUri("name", "a:train:0", "weights"), CheckpointUri("name", "b:train:0", "weights")
 

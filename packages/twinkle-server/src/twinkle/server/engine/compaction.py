@@ -15,13 +15,13 @@ from dataclasses import replace
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.engine import records
-from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.scheduling import records
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.journal import Journal
+from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
+from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
 

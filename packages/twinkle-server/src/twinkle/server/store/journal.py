@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from twinkle.protocol.errors import ServerFault, Unavailable, words_of
-from twinkle.server.scheduling import segments
+from twinkle.server.store import segments
 
 log = logging.getLogger("twinkle.server")
 

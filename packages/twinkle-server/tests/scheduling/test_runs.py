@@ -3,7 +3,7 @@ import pytest
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.run_queue import MAX_AHEAD, RunQueue
+from twinkle.server.scheduling.runs import MAX_AHEAD, RunQueue
 
 
 def job(seq_id: int) -> Job:
