@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 300
 MOST_PARAMETERS = 8
 
-# Class -> its length or number of parameters when it was listed. An entry that no longer breaks the limit fails the test.
+# Class -> its length or number of parameters when it was listed. An entry that breaks the limit no more fails the test.
 TOO_LONG: dict[str, int] = {
     "server/engine/adapters.py AdapterKeeper": 419,
     "server/engine/engine.py Engine": 378,
