@@ -11,7 +11,7 @@ from twinkle.protocol.errors import Conflict
 from twinkle.protocol.types import Datum, EncodedTextChunk, LoraConfig, ModelInput, OtherChunk, SamplingParams
 from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.run_queue import RunQueue
+from twinkle.server.scheduling.runs import RunQueue
 
 
 def a_datum(tokens: list[int] | None = None, **inputs: Any) -> Datum:
