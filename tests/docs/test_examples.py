@@ -30,25 +30,29 @@ LANGUAGES = {"", "bash", "python", "yaml"}
 STAND_INS = {"Qwen/Qwen3.5-4B": MODEL, '"org/name"': repr(str(DATA / MODEL))}
 ADDRESSES = ("http://gpu-host:8000", "http://localhost:8000")
 # Programs that a reader has, and that blocks start.
-PROGRAMS = {"train.py": "import sys, tinker\nprint(tinker.ServiceClient().get_server_capabilities(), sys.argv)\n"}
+PROGRAMS = {
+    "train.py": "import sys, tinker\nprint(tinker.ServiceClient().get_server_capabilities(), sys.argv)\n"
+}
 
 # What differs from a reader's shell: nothing is installed (test_pages.py looks at these lines), what would start a
-# server only reads its configuration, and programs of the cookbook train the tiny model for a moment.
+# server only reads its configuration, and programs of the cookbook train the tiny model for a moment, once for all pages.
 SHELL = r"""
 set -euo pipefail
 pip() { :; }
+once() {
+    local done="$DONE/$(printf '%s ' "$@" | md5sum | cut -c -32)"
+    if [ ! -e "$done" ]; then "$@"; touch "$done"; fi
+}
+check_config() { once twinkle-server check-config --config "$1"; }
 twinkle-server() {
-    if [ "$1" = launch ]; then shift; set -- check-config "$@"; fi
-    command twinkle-server "$@"
+    if [ "$1" = launch ]; then check_config "$3"; else command twinkle-server "$@"; fi
 }
 python() {
-    local file=$1
-    case $file in
-        */server.py)
-            command twinkle-server check-config --config "$(dirname "$file")/${2:-server_config.yaml}" >/dev/null ;;
-        */self_cognition.py) command python "$@" --base-model "$MODEL" --epochs 1 ;;
-        */grpo.py) command python "$@" --base-model "$MODEL" --steps 1 ;;
-        cookbook/client/*) command python "$@" --base-model "$MODEL" ;;
+    case $1 in
+        */server.py) check_config "$(dirname "$1")/${2:-server_config.yaml}" ;;
+        */self_cognition.py) once command python "$@" --base-model "$MODEL" --epochs 1 ;;
+        */grpo.py) once command python "$@" --base-model "$MODEL" --steps 1 ;;
+        cookbook/client/*) once command python "$@" --base-model "$MODEL" ;;
         *) command python "$@" ;;
     esac
 }
@@ -59,7 +63,11 @@ python() {
 def test_blocks_are_of_a_known_language_and_say_why_they_do_not_run(name: str) -> None:
     for block in PAGES[name]:
         assert block.language in LANGUAGES, f"{name}:{block.line}"
-        shell_like = re.search(r"^(pip|python|scripts/hatch|twinkle runs|twinkle-server launch|export|cp) ", block.text, re.MULTILINE)
+        shell_like = re.search(
+            r"^(pip|python|scripts/hatch|twinkle runs|twinkle-server launch|export|cp) ",
+            block.text,
+            re.MULTILINE,
+        )
         assert block.language or not shell_like, f"{name}:{block.line} is shell: mark it so"
 
 
@@ -98,22 +106,30 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Marks of commands that have run."""
+    return tmp_path_factory.mktemp("done")
+
+
 def runnable(name: str, language: str) -> list[pages.Block]:
     return [block for block in PAGES[name] if block.language == language and block.why_not is None]
 
 
 @pytest.mark.serve
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", [name for name in PAGES if runnable(name, "python") or runnable(name, "bash")])
-def test_blocks_run(name: str, checkout: Path, tiny_server: RunningServer) -> None:
-    own = {"HOME": str(checkout.parent), "MODEL": MODEL, "TWINKLE_BASE_URL": tiny_server.base_url}
-    environment = cookbook_server.environment(**own, TINKER_TELEMETRY="0")
+@pytest.mark.parametrize(
+    "name", [name for name in PAGES if runnable(name, "python") or runnable(name, "bash")]
+)
+def test_blocks_run(name: str, checkout: Path, done: Path, tiny_server: RunningServer) -> None:
+    own = {"HOME": str(checkout.parent), "MODEL": MODEL, "DONE": str(done), "TINKER_TELEMETRY": "0"}
+    environment = cookbook_server.environment(**own, TWINKLE_BASE_URL=tiny_server.base_url)
 
     def run(command: list[str], what: str) -> None:
-        done = subprocess.run(
+        ended = subprocess.run(
             command, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", timeout=300
         )
-        assert done.returncode == 0, f"{what}\n{done.stdout}\n{done.stderr}"
+        assert ended.returncode == 0, f"{what}\n{ended.stdout}\n{ended.stderr}"
 
     def as_here(text: str) -> str:
         for there, here in {**STAND_INS, **dict.fromkeys(ADDRESSES, tiny_server.base_url)}.items():

@@ -37,7 +37,9 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
 
 
 def test_links_and_headings_are_read() -> None:
-    text = "# Two words: `x`\n## A\n## A\n[a](b.md) `[no](c.md)` [over\ntwo lines](#a-1)\n```\n[no](d.md)\n```\n"
+    text = (
+        "# Two words: `x`\n## A\n## A\n[a](b.md) `[no](c.md)` [over\ntwo lines](#a-1)\n```\n[no](d.md)\n```\n"
+    )
     assert pages.links(text) == ["b.md", "#a-1"]
     assert pages.anchors(text) == {"two-words-x", "a", "a-1"}
 
@@ -89,7 +91,9 @@ def needed(requirement: str) -> set[str]:
     project = tomllib.loads(read(PACKAGES / parsed.name / "pyproject.toml"))["project"]
     extras = project.get("optional-dependencies", {})
     wanted = [*project["dependencies"], *(one for extra in parsed.extras for one in extras[extra])]
-    return {parsed.name}.union(*(needed(one) for one in wanted if Requirement(one).name.startswith("twinkle-")))
+    return {parsed.name}.union(
+        *(needed(one) for one in wanted if Requirement(one).name.startswith("twinkle-"))
+    )
 
 
 def test_a_package_is_installed_with_all_that_it_needs_of_this_repository() -> None:
