@@ -35,7 +35,7 @@ PROGRAMS = {
 }
 
 # What differs from a reader's shell: nothing is installed (test_pages.py looks at these lines), what would start a
-# server only reads its configuration, and programs of the cookbook train the tiny model for a moment, once for all pages.
+# server only reads its configuration, and programs of the cookbook train the tiny model for a moment, once in all.
 SHELL = r"""
 set -euo pipefail
 pip() { :; }

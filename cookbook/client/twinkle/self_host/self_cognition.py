@@ -3,8 +3,8 @@
 What it teaches: data to batches on the client, forward_backward and optim_step on the server, a run that can be
 resumed.
 Needs: a server that holds the base model; twinkle-client.
-What to expect: the loss (nats a token) falls, and "Who are you?", asked before and after, is answered with the new name.
-The tiny model needs more than the defaults: --epochs 6 --learning-rate 2e-3. Ctrl-C saves and says how to go on.
+What to expect: the loss (nats a token) falls, and "Who are you?", asked before and after, is answered with the new
+name. (The tiny model needs --epochs 6 --learning-rate 2e-3.) Ctrl-C saves and says how to resume.
 
     python cookbook/client/server/transformer/server.py          # in one terminal
     python cookbook/client/twinkle/self_host/self_cognition.py   # in another
