@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from twinkle.protocol import messages as m
 from twinkle.protocol.operations import Encoded
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.server")
 

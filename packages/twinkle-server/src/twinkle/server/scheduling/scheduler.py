@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from twinkle.protocol import messages as m
 from twinkle.server.scheduling.company import Company
 from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.run_queue import RunQueue
+from twinkle.server.scheduling.runs import RunQueue
 from twinkle.server.scheduling.turns import Turns
 
 

@@ -12,11 +12,9 @@ from twinkle.protocol.errors import TwinkleError
 from twinkle.protocol.operations import Encoded, digest
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.engine.records import Accepted
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.restore import Found, Restore
-from twinkle.server.engine.run_files import RunFiles
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
@@ -24,12 +22,14 @@ from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.journal import Journal
+from twinkle.server.scheduling.records import Accepted
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import validation
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.samplers import Samplers
 from twinkle.server.service.session_desk import SessionDesk
+from twinkle.server.store.journal import Journal
+from twinkle.server.store.run_files import RunFiles
 
 _DAMAGED = (
     "a part of what the server had written down of runs and requests was damaged on its disk, and this may have been "

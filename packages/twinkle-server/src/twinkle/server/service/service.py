@@ -21,13 +21,11 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_files import RunFiles
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.sampling import SampleRunner
@@ -37,12 +35,12 @@ from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.jobs import Job, Received
-from twinkle.server.scheduling.journal import Journal
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
+from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
-from twinkle.server.service.checkpoints import CheckpointDesk
+from twinkle.server.service.checkpoint_queries import CheckpointDesk
 from twinkle.server.service.chores import Chores
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
@@ -55,7 +53,9 @@ from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.journal import Journal
 from twinkle.server.store.ledger import Ledger
+from twinkle.server.store.run_files import RunFiles
 from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
 
 log = logging.getLogger("twinkle.server")

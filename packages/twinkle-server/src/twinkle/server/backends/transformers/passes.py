@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from twinkle.server.backends.hf.rope import by_kind
+from twinkle.server.backends.hf.threads import Threads
+from twinkle.server.backends.lora.banks import Bank, consecutive
+from twinkle.server.backends.lora.linear import Gradients, Route, Segment, spans_of
+from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
+from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
 from twinkle.server.backends.protocol import TARGETS, AdapterSpec, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation
-from twinkle.server.backends.transformers.banks import Bank, consecutive
-from twinkle.server.backends.transformers.lanes import Lanes, padded_tokens, share_out
-from twinkle.server.backends.transformers.logprobs import chunked_logprobs
-from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
-from twinkle.server.backends.transformers.rope import by_kind
-from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
-from twinkle.server.backends.transformers.threads import Threads
+from twinkle.server.backends.transformers.thread_parallel import Lanes, padded_tokens, share_out
 
 
 @dataclass(eq=False)
