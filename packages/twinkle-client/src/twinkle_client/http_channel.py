@@ -18,7 +18,7 @@ import httpx
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, QUERY, Endpoint, QueryEndpoint
+from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
 from twinkle.protocol.operations import Encoded, Posted, Reply
 from twinkle.verbs.forks import begin_anew_when_forked
@@ -101,7 +101,7 @@ class HttpChannel:
             self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
         )
 
-    def ask(self, query: m.Query) -> Future[m.Reply]:
+    def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
         return self._start(self._query(query))
 
     def close(self) -> None:
@@ -232,14 +232,13 @@ class HttpChannel:
             raise from_status(reply.status, _message(reply.status, reply.body), None)
         return _decode_result(posted.endpoint, reply.content_type, reply.body, reply.request_id)
 
-    async def _query(self, query: m.Query) -> m.Reply:
-        endpoint = QUERY[type(query)]
-        path, body, params = _encode_query(endpoint, query)
+    async def _query(self, query: m.Query[m.ReplyT]) -> m.ReplyT:
+        path, body, params = _encode_query(query)
         headers = {"Content-Type": JSON}
         if (key := getattr(query, "idempotency_key", None)) is not None:
             headers["X-Idempotency-Key"] = key
-        response = await self._send(endpoint.method, path, body, headers, params)
-        return cast(m.Reply, codec.decode_json(endpoint.reply, response.content))  # pyright: ignore
+        response = await self._send(query.method, path, body, headers, params)
+        return codec.decode_json(query.reply_type(), response.content)
 
     # ------------------------------------------------------------ one request, retried
 
@@ -352,13 +351,13 @@ def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
     return body, headers
 
 
-def _encode_query(endpoint: QueryEndpoint, query: m.Query) -> tuple[str, bytes | None, dict[str, Any] | None]:
+def _encode_query(query: m.Query[Any]) -> tuple[str, bytes | None, dict[str, Any] | None]:
     """Path, JSON body and query string of a query."""
     # What a PUT sets may be set to nothing.
-    fields = query.model_dump(mode="json", exclude_none=endpoint.method != "PUT", exclude={"idempotency_key"})
-    in_path = {name for name in fields if f"{{{name}}}" in endpoint.path}
-    path = endpoint.path.format(**{name: fields[name] for name in in_path})
-    if endpoint.method in ("POST", "PUT"):
+    fields = query.model_dump(mode="json", exclude_none=query.method != "PUT", exclude={"idempotency_key"})
+    in_path = {name for name in fields if f"{{{name}}}" in query.path}
+    path = query.path.format(**{name: fields[name] for name in in_path})
+    if query.method in ("POST", "PUT"):
         return path, json.dumps(fields).encode(), None
     return path, None, {name: value for name, value in fields.items() if name not in in_path} or None
 

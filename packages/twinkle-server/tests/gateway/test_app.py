@@ -11,7 +11,7 @@ from fake_service import MODEL, make_service
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
 from twinkle.protocol.operations import ENDPOINTS, Posted, Reply
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.config import LimitsSection
@@ -60,7 +60,7 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
     expected |= {
         ("GET", PREFIX + path)
-        for path in ("/healthz", "/readyz", CHECKPOINT + "/archive", "/download/{token}/{name}")
+        for path in ("/healthz", "/readyz", m.CHECKPOINT + "/archive", "/download/{token}/{name}")
     }
     expected |= {
         ("POST", f"{PREFIX}/{path}")

@@ -543,7 +543,7 @@ BODIES = [
     (path, method, request)
     for path, method, request in [
         *((endpoint.path, "POST", endpoint.request) for endpoint in OPERATIONS),
-        *((query.path, query.method, query.request) for query in QUERIES),
+        *((query.path, query.method, query) for query in QUERIES),
         ("/retrieve_future", "POST", m.RetrieveFutureRequest),
     ]
     if method in ("POST", "PUT") and request is not m.ForwardBackwardRequest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -57,7 +57,7 @@ class Authenticator:
         key = await self._keys.of_credential(_credential(request), self._signer)
         return self._signer.key_token(tenant, key.id)
 
-    async def answer(self, request: Request, query: m.Query) -> m.Reply | None:
+    async def answer(self, request: Request, query: m.Query[Any]) -> m.Reply | None:
         """The reply to a query about the request's own key; None for any other query, and in open mode.
 
         Raises:
@@ -71,7 +71,7 @@ class Authenticator:
         await self._keys.revoke(key)
         return m.Acknowledged()
 
-    async def audit_scope(self, request: Request, tenant: str, query: m.Query) -> str:
+    async def audit_scope(self, request: Request, tenant: str, query: m.Query[Any]) -> str:
         """Whose records a query reads: the tenant's, or all tenants' where an admin asks for usage or the audit log.
 
         Raises:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import CHECKPOINT, PREFIX
+from twinkle.protocol.endpoints import PREFIX
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.tokens import ARCHIVE, Download, Signer
@@ -38,7 +38,7 @@ class Downloads:
     def routes(self) -> list[Route]:
         return [
             Route(PREFIX + "/download/{token}/{name}", self._download, methods=["GET"]),
-            Route(PREFIX + CHECKPOINT + "/archive", self._archive, methods=["GET"]),
+            Route(PREFIX + m.CHECKPOINT + "/archive", self._archive, methods=["GET"]),
         ]
 
     def with_base(self, reply: m.ExternalWeightsUrls, request: Request) -> m.ExternalWeightsUrls:
@@ -59,7 +59,6 @@ class Downloads:
     async def _archive(self, request: Request) -> Response:
         query = codec.decode_query(m.GetCheckpointArchive, b"", request.path_params)
         reply = await self._service.ask(await self._authenticator.tenant_of(request), query)
-        assert isinstance(reply, m.ExternalWeightsUrls), "the reply to that query"
         [url] = self.with_base(reply, request).urls.values()
         headers = {"Location": url, "Expires": format_datetime(reply.expires_at, usegmt=True)}
         return Response(status_code=302, headers=headers)

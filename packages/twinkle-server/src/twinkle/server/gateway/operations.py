@@ -134,7 +134,6 @@ class Operations:
             return 0
         if self._context_length is None:
             reply = await self._service.ask("", m.GetServerCapabilities())
-            assert isinstance(reply, m.ServerCapabilities), "the reply to that query"
             self._context_length = max(model.max_context_length or 0 for model in reply.supported_models)
         return self._context_length
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,7 +11,7 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import JSON, PREFIX, QUERIES, QueryEndpoint
+from twinkle.protocol.endpoints import JSON, PREFIX, QUERIES
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.downloads import Downloads
 from twinkle.server.gateway.hang_ups import while_connected
@@ -31,13 +32,13 @@ class Queries:
 
     def routes(self) -> list[Route]:
         return [
-            Route(PREFIX + query.path, functools.partial(self._answer, query), methods=[query.method])
-            for query in QUERIES
+            Route(PREFIX + kind.path, functools.partial(self._answer, kind), methods=[kind.method])
+            for kind in QUERIES
         ]
 
-    async def _answer(self, endpoint: QueryEndpoint, request: Request) -> Response:
+    async def _answer(self, kind: type[m.Query[Any]], request: Request) -> Response:
         tenant = await self._authenticator.tenant_of(request)
-        query = await self._authenticator.with_access(await self._read(endpoint, tenant, request))
+        query = await self._authenticator.with_access(await self._read(kind, tenant, request))
         reply = await self._authenticator.answer(request, query)
         if reply is None:
             scope = await self._authenticator.audit_scope(request, tenant, query)
@@ -48,12 +49,12 @@ class Queries:
             reply = self._downloads.with_base(reply, request)
         return Response(codec.encode_json(reply), media_type=JSON)
 
-    async def _read(self, endpoint: QueryEndpoint, tenant: str, request: Request) -> m.Query:
+    async def _read(self, kind: type[m.Query[Any]], tenant: str, request: Request) -> m.Query[Any]:
         fields = {**request.query_params, **request.path_params}
         key = request.headers.get("x-idempotency-key")
-        if key is not None and "idempotency_key" in endpoint.request.model_fields:
+        if key is not None and "idempotency_key" in kind.model_fields:
             fields["idempotency_key"] = key
         with self._bodies.share(tenant) as share:
             body = await self._bodies.read(request, share)
-        check_json(body, endpoint.request)
-        return codec.decode_query(endpoint.request, body, fields)
+        check_json(body, kind)
+        return codec.decode_query(kind, body, fields)

@@ -96,7 +96,7 @@ class EngineDeployment:
     ) -> Encoded | m.Pending | m.CompleteMetadata | TwinkleError:
         return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
 
     async def download_sizes(self, download: Download) -> dict[str, int] | TwinkleError:
@@ -186,7 +186,7 @@ class HandleService:
     ) -> Encoded | m.Pending | m.CompleteMetadata:
         return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
         answer = self._engine.ask.remote(tenant, query)
         is_long = isinstance(query, m.RetrieveFuturesRequest)
         return await (self._wait(answer) if is_long else self._call(answer))

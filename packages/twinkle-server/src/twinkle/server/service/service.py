@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
@@ -561,7 +562,7 @@ class Service:
         run = self._runs.get(run_id)
         return run.session_id if run is not None and run.tenant == tenant else None
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[Any]) -> Any:
         """Answer a query.
 
         Raises:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from twinkle.data_format import Message, Trajectory, Types
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.clients import Sampler, Scorer
+from twinkle.rollout.protocols import Sampler, Scorer
 from twinkle.rollout.rollouts import Rollout
 from twinkle.template import Template
 

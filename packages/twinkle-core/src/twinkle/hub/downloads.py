@@ -18,7 +18,7 @@ NAMES: Final[Mapping[str, str]] = {"hf": "Hugging Face", "ms": "ModelScope"}
 _PROBE_SECONDS: Final = 5.0
 
 
-class Unavailable(Exception):
+class HubUnavailable(Exception):
     """The hub does not have it, or can't be reached and has not been asked for it before; the text says which."""
 
 
@@ -32,7 +32,7 @@ def download(
     """The local folder of a repository, brought up to date if the hub can be reached.
 
     Raises:
-        Unavailable: if there is nothing to return.
+        HubUnavailable: if there is nothing to return.
     """
     patterns = None if allow_patterns is None else list(allow_patterns)
     if hub == "hf":
@@ -57,17 +57,19 @@ def _from_huggingface(repository: str, kind: Kind, patterns: list[str] | None, r
         )
     except LocalEntryNotFoundError as error:
         state = "offline (HF_HUB_OFFLINE)" if _offline() else "can't be reached"
-        raise Unavailable(f"{state}, and it has not been downloaded before ({_first_line(error)})") from error
+        raise HubUnavailable(
+            f"{state}, and it has not been downloaded before ({_first_line(error)})"
+        ) from error
     except GatedRepoError as error:
-        raise Unavailable(
+        raise HubUnavailable(
             f"gated; ask for access on its page and log in with `hf auth login` ({_first_line(error)})"
         ) from error
     except RepositoryNotFoundError as error:
-        raise Unavailable("no such repository, or a private one and you are not logged in") from error
+        raise HubUnavailable("no such repository, or a private one and you are not logged in") from error
     except RevisionNotFoundError as error:
-        raise Unavailable(f"no such revision: {revision}") from error
+        raise HubUnavailable(f"no such revision: {revision}") from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise Unavailable(_first_line(error)) from error
+        raise HubUnavailable(_first_line(error)) from error
     return Path(found)
 
 
@@ -82,7 +84,7 @@ def _from_modelscope(repository: str, kind: Kind, patterns: list[str] | None, re
     )
 
     if "/" not in repository:
-        raise Unavailable("ids are org/name there")
+        raise HubUnavailable("ids are org/name there")
     api = HubApi()
     reason = "offline (HF_HUB_OFFLINE)" if _offline() else _unreachable(get_default_config().endpoint)
     if reason is None:
@@ -92,13 +94,13 @@ def _from_modelscope(repository: str, kind: Kind, patterns: list[str] | None, re
             reason = f"can't be reached ({_first_line(error)})"
         except NotExistError as error:
             private = "no such repository or revision, or a private one and you are not logged in"
-            raise Unavailable(private) from error
+            raise HubUnavailable(private) from error
         except (HubError, OSError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise HubUnavailable(_first_line(error)) from error
     try:
         return api.download_repo(repository, kind, revision=revision, local_files_only=True)
     except CacheNotFound as error:
-        raise Unavailable(f"{reason}, and it has not been downloaded before") from error
+        raise HubUnavailable(f"{reason}, and it has not been downloaded before") from error
 
 
 def _unreachable(url: str | None) -> str | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from twinkle.dataset.files import find_files
+from twinkle.dataset.data_files import find_files
 from twinkle.protocol.errors import InvalidRequest, NotFound
 
 

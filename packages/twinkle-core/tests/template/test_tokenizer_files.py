@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from twinkle.protocol.errors import InvalidRequest, NotFound
-from twinkle.template.files import read_chat_templates, read_special_tokens, read_tokenizer
+from twinkle.template.tokenizer_files import read_chat_templates, read_special_tokens, read_tokenizer
 
 Write = Callable[..., Path]
 
