@@ -28,7 +28,7 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.engine.worker import Trained, WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.calls import Call, Line, LineBroken
+from twinkle.server.serve.rpc import Call, Line, LineBroken
 from twinkle.server.serve.generation import Generation, ProcessEnded
 from twinkle.server.serve.rank import Rank
 
