@@ -23,7 +23,7 @@ from twinkle.server.samplers.transformers.prompt_scores import (
     check_targets,
 )
 from twinkle.server.samplers.transformers.stops import StopRule, stop_rule
-from twinkle.server.samplers.waiting import Waiting
+from twinkle.server.samplers.waiting_queue import Waiting
 
 
 @dataclass(eq=False)
