@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinkle.server.samplers.load import Limits, Load
+from twinkle.server.samplers.cache_usage import Limits, Load
 from twinkle.server.samplers.waiting_queue import QUANTUM, Waiting, WaitingQueue
 
 ROWS = 64

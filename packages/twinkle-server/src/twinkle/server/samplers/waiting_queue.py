@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from twinkle.server.samplers.load import Load
+from twinkle.server.samplers.cache_usage import Load
 from twinkle.server.scheduling.fair_queue import FairQueue
 
 T = TypeVar("T", bound=Hashable)

@@ -24,8 +24,8 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.transformers.expert_lora import wrap_experts
 from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
-from twinkle.server.samplers.load import Load
-from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
+from twinkle.server.samplers.cache_usage import Load
+from twinkle.server.samplers.preemption import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import (
     PREFILL_TOKENS_BETWEEN,
@@ -37,12 +37,12 @@ from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
-from twinkle.server.samplers.transformers.network import Network, Prompt
+from twinkle.server.samplers.transformers.model_runner import Network, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
-from twinkle.server.samplers.transformers.patience import Patience
+from twinkle.server.samplers.transformers.prefill_delay import Patience
+from twinkle.server.samplers.transformers.probe import first_that_fits
 from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
-from twinkle.server.samplers.transformers.trial import first_that_fits
 from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")
