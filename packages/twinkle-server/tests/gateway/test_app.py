@@ -140,7 +140,7 @@ async def test_operations_of_another_tenants_run_are_not_found(http: httpx.Async
     ("body", "status"),
     [
         (b"\xff\xff\xff", 400),
-        (operations.pb.OperationsRequest(operations=[{"path": "/asample"}]).SerializeToString(), 400),
+        (operations.pb.OperationsRequest(operations=[{"path": "/create_model"}]).SerializeToString(), 400),
         (operations.pb.OperationsRequest(operations=[{"path": "/optim_step"}] * 33).SerializeToString(), 413),
     ],
 )

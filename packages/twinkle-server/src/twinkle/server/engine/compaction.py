@@ -62,7 +62,6 @@ class RunLog:
     def open(self, journal: Journal) -> None:
         """Write to `journal` from now on."""
         self._journal = journal
-        self._futures.encodes = True
 
     def read_earlier(self, journal: Journal) -> tuple[list[tuple[int, Record]], bool]:
         """All that earlier processes wrote, with its segments, oldest first, and whether any of it may be missing.
@@ -85,26 +84,38 @@ class RunLog:
         """
         self._append(Begun(run))
 
-    def accepted(self, job: Job) -> None:
+    def accepted(self, job: Job, body: bytes | None) -> None:
         """
+        Args:
+            body: of its request, as it was received; None if it was made here.
+
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
         """
         if self._journal is not None:
             self._append(
                 records.accepted(
-                    job.request_id, job.tenant, job.run_id, job.seq_id, job.request, job.tokens, job.digest
+                    job.request_id,
+                    job.tenant,
+                    job.run_id,
+                    job.seq_id,
+                    job.request,
+                    body,
+                    job.tokens,
+                    job.digest,
                 )
             )
             self._note(self._journal.segment, job.run_id, job.seq_id)
 
-    def accepted_on_no_run(self, request_id: str, tenant: str, seq_id: int, request: m.Operation) -> None:
+    def accepted_on_no_run(
+        self, request_id: str, tenant: str, seq_id: int, request: m.Operation, body: bytes | None
+    ) -> None:
         """
         Raises:
             Unavailable: as `accepted`.
         """
         if self._journal is not None:
-            self._append(records.accepted(request_id, tenant, None, seq_id, request))
+            self._append(records.accepted(request_id, tenant, None, seq_id, request, body))
 
     def rejected(self, run_id: str, seq_id: int) -> None:
         self._try(Rejected(run_id, seq_id))
@@ -112,7 +123,7 @@ class RunLog:
     def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
         """What came of one call; if it can't be written it is computed again after a crash."""
         if self._journal is not None:
-            self._try(Done([records.encode_outcome(*outcome) for outcome in outcomes]))
+            self._try(records.done(outcomes))
 
     def ended(self, run_id: str) -> None:
         self._try(Ended(run_id))

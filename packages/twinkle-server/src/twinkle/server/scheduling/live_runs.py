@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
-from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.jobs import Job, Received, RunRequest
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.tables import RELEASED_NAME
@@ -73,7 +73,7 @@ class LiveRuns:
         if lost is not None and lost.tenant == tenant:
             raise Gone(lost.reason)
 
-    def begin(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> m.Promise:
+    def begin(self, run: LiveRun, received: Received) -> m.Promise:
         """
         Raises:
             Unavailable: if it can't be written down; then there is no such run.
@@ -82,7 +82,7 @@ class LiveRuns:
         self._runs[run.run_id] = run
         self._scheduler.add_run(run.run_id)
         try:
-            return self.enqueue(run, 0, request)
+            return self.enqueue(run, 0, received)
         except Unavailable:
             self.forget(run.run_id)
             raise
@@ -91,7 +91,7 @@ class LiveRuns:
         self,
         run: LiveRun,
         seq_id: int,
-        request: RunRequest,
+        received: Received,
         tokens: int = 0,
         loss: CustomLoss | None = None,
     ) -> m.Promise:
@@ -99,8 +99,9 @@ class LiveRuns:
         Raises:
             Unavailable: if it can't be written down; then it is not queued.
         """
-        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss, digest(request))
-        self._log.accepted(job)
+        request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
+        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss, received.digest)
+        self._log.accepted(job, received.body)
         self._tokens.charge(run.tenant, tokens)
         self._futures.create(job.tenant, job.run_id, job.request_id, tokens)
         self._scheduler.submit(job)
@@ -112,7 +113,8 @@ class LiveRuns:
         for seq_id in queue.close_gaps():  # nobody is going to send what is missing
             self._log.rejected(run_id, seq_id)
         seq_id = queue.next_free
-        return self.enqueue(self._runs[run_id], seq_id, make(seq_id))
+        request = make(seq_id)
+        return self.enqueue(self._runs[run_id], seq_id, Received(request, digest=digest(request)))
 
     def lose(self, run_id: str, reason: str) -> None:
         """The run can't go on: what it has queued fails for this reason, as does all that is asked of it later."""

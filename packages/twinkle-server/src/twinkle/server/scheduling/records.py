@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
 import msgpack
-from pydantic import BaseModel
 
 from twinkle.hub import plain_name
-from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import OPERATION, OPERATIONS
-from twinkle.protocol.results import Encoded
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.protocol import operations
+from twinkle.protocol.endpoints import OPERATION, OPERATIONS, Endpoint
+from twinkle.protocol.operations import Posted
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.engine.failures import StepRefused
 from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.scheduling.futures import Outcome, encoded
+from twinkle.server.scheduling.futures import Outcome, as_encoded
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,11 @@ class Accepted:
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
-        kind = _REQUESTS[self.path]
-        if kind is m.ForwardBackwardRequest:
-            return codec.decode_forward_backward(self.body)
-        return cast("m.Operation", codec.decode_json(cast("Any", kind), self.body))
+        return operations.decode(Posted(_ENDPOINTS[self.path], self.body))
 
     @property
     def kind(self) -> type[m.Operation]:
-        return _REQUESTS[self.path]
+        return _ENDPOINTS[self.path].request
 
 
 @dataclass(frozen=True)
@@ -93,12 +87,7 @@ class Lost:
 
 Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
-_REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
-_JSON_OUTCOMES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (m.Failure, StepRefused, *(endpoint.result for endpoint in OPERATIONS))
-    if kind not in (ForwardBackwardOutput, SampleResponse)
-}
+_ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in OPERATIONS}
 
 
 def encode(record: Record) -> bytes:
@@ -158,29 +147,24 @@ def accepted(
     run_id: str | None,
     seq_id: int,
     request: m.Operation,
+    body: bytes | None,
     tokens: int = 0,
     digest: bytes = b"",
 ) -> Accepted:
-    """A request as it is written: without keys, which are kept nowhere."""
-    if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
-        request = request.model_copy(update={"weights_access_token": None})
-    body = (
-        codec.encode_forward_backward(request)
-        if isinstance(request, m.ForwardBackwardRequest)
-        else codec.encode_json(request)
+    """A request as it is written: its body as it was received, unless it may hold a key, which is kept nowhere.
+
+    Args:
+        body: None for requests of the server's own.
+    """
+    if isinstance(request, m.LoadWeightsRequest):
+        # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
+        request, body = request.model_copy(update={"weights_access_token": None}), None
+    path = OPERATION[type(request)].path
+    return Accepted(
+        request_id, tenant, run_id, seq_id, tokens, path, body or operations.encode(request), digest
     )
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body, digest)
 
 
-def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
-    outcome = encoded(outcome)
-    if isinstance(outcome, Encoded):
-        return request_id, outcome.kind, outcome.body
-    return request_id, type(outcome).__name__, codec.encode_json(cast("BaseModel", outcome))
-
-
-def decode_outcome(kind: str, body: bytes) -> Outcome:
-    """As it is kept: what travels as protobuf stays so."""
-    if kind == "ForwardBackwardOutput" or kind == "SampleResponse":
-        return Encoded(kind, body)
-    return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))
+def done(outcomes: Iterable[tuple[str, Outcome]]) -> Done:
+    encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
+    return Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded])

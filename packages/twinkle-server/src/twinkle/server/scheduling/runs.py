@@ -3,8 +3,7 @@
 from collections import OrderedDict
 
 from twinkle.protocol.errors import Conflict, InvalidRequest
-from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.jobs import Job, Received, RunRequest
 
 # How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
 MAX_REMEMBERED = 1024
@@ -23,7 +22,7 @@ class RunQueue:
         self._held: Job | None = None  # was taken, and is going to come back
         self._back: Job | None = None  # has come back
 
-    def duplicate_of(self, seq_id: int, request: RunRequest) -> str | None:
+    def duplicate_of(self, seq_id: int, received: Received) -> str | None:
         """The request id under which `seq_id` was accepted before, if it was.
 
         Raises:
@@ -33,12 +32,12 @@ class RunQueue:
         if seq_id not in self._seen:
             return None
         request_id, kind, first = self._seen[seq_id]
-        if not isinstance(request, kind):
+        if not isinstance(received.request, kind):
             raise InvalidRequest(
                 f"seq_id: {seq_id} was used before on this run, for {kind.__name__}; the next free one is "
                 f"{self.next_free}"
             )
-        if first and digest(request) != first:
+        if first and received.digest and received.digest != first:
             raise Conflict(
                 f"seq_id: {seq_id} was used before on this run, for a {kind.__name__} that asks for something else: a "
                 f"request that is sent again must be the same; the next free one is {self.next_free}"

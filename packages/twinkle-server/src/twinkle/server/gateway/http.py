@@ -1,19 +1,21 @@
-"""Request bodies, never more of them in memory than the limits, and none for longer than it takes to send them."""
+"""What all routes share of HTTP: request bodies within the limits of memory and time, replies, headers."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest, TooLarge
+from twinkle.protocol.errors import InvalidRequest, LimitReached, TooLarge
 from twinkle.server.config import LimitsSection
-from twinkle.server.scheduling.limits import ByteBudget, Share
 from twinkle.server.scheduling.threads import TenantThreads
 
 T = TypeVar("T")
@@ -32,9 +34,102 @@ PART_BYTES = 2**19
 PART_SECONDS = 30.0
 BODY_SECONDS = 900.0
 
+# What a tenant may hold even while all together hold what they may.
+SMALL_BYTES = 2**16
+_ROOM_SECONDS = 2.0
+
 # What is larger is decompressed and decoded in a thread: a large body must not keep all others waiting.
 INLINE_BYTES = 2**16
 _DECODING_THREADS = 2
+
+
+class ByteBudget:
+    """Bytes that tenants hold at once, each and all together. Single-threaded.
+
+    Where all together hold what they may, a tenant may still hold `SMALL_BYTES`: others' large ones must not keep out
+    small ones.
+    """
+
+    def __init__(self, name: str, per_tenant: int | None, in_all: int | None) -> None:
+        """
+        Args:
+            name: of the limit in the configuration; that of a single tenant ends in `_per_tenant`.
+        """
+        self._name = name
+        self._per_tenant = per_tenant
+        self._in_all = in_all
+        self._tenants: dict[str, int] = {}
+        self.held = 0
+        """By all tenants."""
+
+    @property
+    def most(self) -> float:
+        """No share can ever be larger."""
+        return min(limit or math.inf for limit in (self._per_tenant, self._in_all))
+
+    def check(self, tenant: str, amount: int) -> None:
+        """
+        Raises:
+            LimitReached: if there is no room for so many more.
+        """
+        own = self._tenants.get(tenant, 0)
+        in_all = None if own + amount <= SMALL_BYTES else self._in_all
+        for name, held, limit in (
+            (f"{self._name}_per_tenant", own, self._per_tenant),
+            (self._name, self.held, in_all),
+        ):
+            if limit is not None and held + amount > limit:
+                raise LimitReached(
+                    f"limits.{name}: {held} bytes are held and {amount} more sent, but {limit} is the most that this "
+                    "server takes at once; send it again when others have been read",
+                    _ROOM_SECONDS,
+                )
+
+    def take(self, tenant: str, amount: int) -> None:
+        """
+        Raises:
+            LimitReached: as `check`.
+        """
+        self.check(tenant, amount)
+        self.held += amount
+        self._tenants[tenant] = self._tenants.get(tenant, 0) + amount
+
+    def give_back(self, tenant: str, amount: int) -> None:
+        self.held -= amount
+        self._tenants[tenant] -= amount
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+
+
+class Share:
+    """What one request holds of a budget, given back at the end of a `with`."""
+
+    def __init__(self, budget: ByteBudget, tenant: str) -> None:
+        self._budget = budget
+        self.tenant = tenant
+        self._held = 0
+
+    def check(self, amount: int) -> None:
+        """
+        Raises:
+            LimitReached: if there is no room for so many bytes.
+        """
+        self._budget.check(self.tenant, amount)
+
+    def take(self, amount: int) -> None:
+        """
+        Raises:
+            LimitReached: as `check`.
+        """
+        self._budget.take(self.tenant, amount)
+        self._held += amount
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self._budget.give_back(self.tenant, self._held)
 
 
 class Bodies:
@@ -143,3 +238,51 @@ def check_json(body: bytes, request: type[object], max_context_length: int = 0) 
         raise TooLarge(f"body: a JSON of {values} values, more than {most}; ask for less at once")
     if (objects := body.count(b"{")) > _MAX_OBJECTS:
         raise TooLarge(f"body: a JSON of {objects} objects, more than {_MAX_OBJECTS}; ask for less at once")
+
+
+# ---------------------------------------------------------------- replies
+
+# What of a reply lies in a connection's buffer at most, beside what the operating system has.
+REPLY_PART_BYTES = 2**18
+
+
+class BytesReply(Response):
+    """A body that is sent in parts, each when the client has read those before: of a large one that many ask for, and
+    nobody reads, there is one copy all the same.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        start = 0
+        while len(self.body) - start > REPLY_PART_BYTES:
+            part = self.body[start : start + REPLY_PART_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            start += REPLY_PART_BYTES
+        await send({"type": "http.response.body", "body": self.body[start:]})
+
+
+_ALWAYS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_WITH_TLS = ((b"strict-transport-security", b"max-age=31536000"),)
+
+
+class SecurityHeaders:
+    """An ASGI application around another.
+
+    There is nothing about other origins: a browser lets no page of another site read what is answered here.
+    """
+
+    def __init__(self, app: ASGIApp, tls: bool) -> None:
+        self._app = app
+        self._headers = (*_ALWAYS, *_WITH_TLS) if tls else _ALWAYS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self._headers]
+            await send(message)
+
+        await self._app(scope, receive, send_with)

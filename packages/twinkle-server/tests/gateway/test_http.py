@@ -22,7 +22,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.config import LimitsSection
-from twinkle.server.gateway import bodies
+from twinkle.server.gateway import http as gateway_http
 from twinkle.server.gateway.app import create_app
 from twinkle.server.tokens import Signer, tenant_of_key
 
@@ -200,14 +200,14 @@ class Slow:
 async def test_bodies_but_for_the_last_byte_hold_no_more_than_the_budget(
     start: Callable[..., Any], says_length: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    made: list[bodies.Bodies] = []
-    init = bodies.Bodies.__init__
+    made: list[gateway_http.Bodies] = []
+    init = gateway_http.Bodies.__init__
 
-    def note(self: bodies.Bodies, limits: LimitsSection) -> None:
+    def note(self: gateway_http.Bodies, limits: LimitsSection) -> None:
         made.append(self)
         init(self, limits)
 
-    monkeypatch.setattr(bodies.Bodies, "__init__", note)
+    monkeypatch.setattr(gateway_http.Bodies, "__init__", note)
     gateway = await start(max_body_bytes_per_tenant=40 * PART, max_body_bytes=60 * PART)
     length = 32 * PART if says_length else 0
     attack = [Slow(gateway.app, "attacker", length) for _ in range(10)]
@@ -241,8 +241,8 @@ async def test_bodies_but_for_the_last_byte_hold_no_more_than_the_budget(
 async def test_a_body_that_comes_too_slowly_ends_and_a_long_one_that_comes_does_not(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bodies, "PART_SECONDS", 0.2)
-    monkeypatch.setattr(bodies, "PART_BYTES", 2 * PART)
+    monkeypatch.setattr(gateway_http, "PART_SECONDS", 0.2)
+    monkeypatch.setattr(gateway_http, "PART_BYTES", 2 * PART)
     gateway = await start()
     slow, steady = Slow(gateway.app, "a", 0), Slow(gateway.app, "b", 0)
     await slow.send(1)
@@ -256,8 +256,8 @@ async def test_a_body_that_comes_too_slowly_ends_and_a_long_one_that_comes_does_
 
 
 async def test_a_body_has_an_end_though_it_comes(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
-    monkeypatch.setattr(bodies, "PART_BYTES", PART)
+    monkeypatch.setattr(gateway_http, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(gateway_http, "PART_BYTES", PART)
     steady = Slow((await start()).app, "a", 0)
     while not steady.task.done():
         await steady.send(1)
