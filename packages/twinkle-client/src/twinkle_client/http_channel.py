@@ -21,7 +21,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
 from twinkle.protocol.operations import Encoded, Posted, Reply
-from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
 from twinkle_client.outbox import Item, Outbox
@@ -57,7 +57,7 @@ class HttpChannel:
         self._closed = False
         self._parents: list[object] = []
         self._begin()
-        begin_anew_when_forked(self)
+        reset_when_forked(self)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
@@ -182,7 +182,7 @@ class HttpChannel:
             response = await self._send("POST", "/retrieve_future", body, headers)
             if response.status_code != 408:
                 return _decode_result(endpoint, _content_type(response), response.content, request_id)
-            pending = codec.decode_json(m.Pending, response.content)
+            pending = codec.decode_json(m.TryAgain, response.content)
             log.info("%s: not done yet: %s", endpoint.path, pending.queue_state_reason or "it is under way")
 
     # ------------------------------------------------------------ operations that go together

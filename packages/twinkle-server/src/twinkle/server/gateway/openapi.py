@@ -77,7 +77,7 @@ def _all_schemas() -> Defs:
     requests = [*(endpoint.request for endpoint in OPERATIONS), *QUERIES]
     replies = [query.reply_type() for query in QUERIES]
     results = get_args(m.Result)
-    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.Pending, m.Failure)
+    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.TryAgain, m.Failure)
     configs = (m.ClientConfigRequest, m.ClientConfig, m.DynamicConfig, m.AuthTokenResponse)
     modes: dict[tuple[type[BaseModel], Mode], None] = {}
     for model in (*requests, *replies, *results, *beside, *configs):
@@ -228,7 +228,7 @@ def _retrieve_future() -> Json:
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref(m.RetrieveFutureRequest)}}},
         "responses": {
             "200": done,
-            "408": _reply("Not done yet: ask again.", _ref(m.Pending)),
+            "408": _reply("Not done yet: ask again.", _ref(m.TryAgain)),
             "default": _ERROR,
         },
     }

@@ -534,14 +534,14 @@ class Service:
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        """The result, or `Pending` after `timeout` seconds without one."""
+    ) -> m.Result | m.Failure | m.TryAgain:
+        """The result, or `TryAgain` after `timeout` seconds without one."""
         with self._waiting(tenant, request_id):
             return await self._results.retrieve(tenant, request_id, timeout)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         """As `retrieve`, as it travels.
 
         Args:
