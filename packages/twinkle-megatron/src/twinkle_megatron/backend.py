@@ -24,11 +24,7 @@ from twinkle.server.backends.lora.backend import LoraBackend
 from twinkle.server.backends.lora.banks import Bank
 from twinkle.server.backends.lora.finite import Fault
 from twinkle.server.backends.lora.module_groups import ModuleGroup
-from twinkle.server.backends.protocol import (
-    ModelConfig,
-    Row,
-    RowResult,
-)
+from twinkle.server.backends.protocol import ModelConfig, Row, RowResult
 from twinkle_megatron import stage
 from twinkle_megatron.passes import run_pass
 from twinkle_megatron.shards import ShardedLayout, layout_of, sharded_layout

@@ -39,17 +39,8 @@ from twinkle.server.backends.lora.linear import LoraLinear, Route
 from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter
 from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.lora.wrapped_linear import wrap_linears
-from twinkle.server.backends.protocol import (
-    AdapterSpec,
-    ModelConfig,
-    Row,
-    RowResult,
-)
-from twinkle.server.backends.transformers.activations import (
-    Recomputation,
-    recompute_layers,
-    token_bytes,
-)
+from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row, RowResult
+from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
 from twinkle.server.backends.transformers.passes import Network, PassLimits, run_pass
 from twinkle.server.backends.transformers.thread_parallel import MOST_LANES, Lanes
 
