@@ -11,14 +11,14 @@ from fake_service import MODEL
 
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker, Trained, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.journal import Journal
+from twinkle.server.store.run_files import RunFiles
 
 
 def never(_method: str, _args: tuple[Any, ...]) -> bool:
