@@ -18,7 +18,7 @@ from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault, Twink
 from twinkle.server.serve.process_session import end_session, members
 from twinkle.server.serve.supervisor import Supervisor
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tests look processes up in /proc")
 
 BACKOFF = (0.01, 0.02, 0.03)
 WAIT_SECONDS = 60
