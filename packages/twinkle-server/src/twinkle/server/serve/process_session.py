@@ -18,7 +18,9 @@ def end_session(leader: int) -> None:
     # Again, until none is left: one that is about to be killed may start another.
     while (running := members(leader) - {os.getpid()}) and time.monotonic() < deadline:
         for pid in running:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
+            with contextlib.suppress(
+                ProcessLookupError, PermissionError
+            ):  # it has ended, or is another user's
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     # In a container the caller may be the first process of all, which inherits those whose parent has ended.
@@ -32,7 +34,9 @@ def members(leader: int) -> set[int]:
     """Processes of a session that run, and those that they started, whatever their session is."""
     ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     processes = psutil.process_iter(["ppid", "status"])
-    parents = {process.pid: process.info["ppid"] for process in processes if process.info["status"] not in ended}
+    parents = {
+        process.pid: process.info["ppid"] for process in processes if process.info["status"] not in ended
+    }
     found = {pid for pid in parents if _session(pid) == leader}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more

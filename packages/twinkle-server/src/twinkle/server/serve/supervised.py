@@ -72,5 +72,7 @@ class Supervised:
 
 def say(line: str) -> None:
     """Tell the user who started the server."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it (any more), which must not end the server
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # nobody reads it (any more), which must not end the server
         print(line, file=sys.stderr, flush=True)

@@ -201,7 +201,9 @@ class Supervisor:
         if child.ready is not None:
             if time.monotonic() - child.ready_at >= self._steady_seconds:
                 self._tries = 0
-            return child.error.message if child.error else f"The server's process has ended ({_exit_text(code)})"
+            return (
+                child.error.message if child.error else f"The server's process has ended ({_exit_text(code)})"
+            )
         if child.error is not None:
             raise child.error
         if not signals.asked:
