@@ -223,7 +223,7 @@ class LocalWorker:
 
     @property
     def _sampler(self) -> SamplingEngine:
-        assert self._sampler_or_none is not None, "this rank only trains"
+        assert self._sampler_or_none is not None, "only rank 0 has a sampler"
         return self._sampler_or_none
 
     async def _on_training_thread(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
