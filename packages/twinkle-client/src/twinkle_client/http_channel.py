@@ -18,9 +18,10 @@ import httpx
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
-from twinkle.protocol.operations import Encoded, Posted, Reply
+from twinkle.protocol.operations import Posted, Reply
 from twinkle.verbs.forks import begin_anew_when_forked
 from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
@@ -91,7 +92,7 @@ class HttpChannel:
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
         # Encoded here, so that what can't be encoded is the caller's error, and nothing counts as sent.
-        posted = Posted(OPERATION[type(request)], operations.encode(request))
+        posted = Posted(OPERATION[type(request)], codec.encode(request))
         if isinstance(request, m.ForwardBackwardRequest | m.OptimStepRequest):
             item = Item(posted, Future())
             is_step = isinstance(request, m.OptimStepRequest)
@@ -369,7 +370,7 @@ def _decode_result(endpoint: Endpoint, content_type: str, body: bytes, request_i
     """
     is_failure = content_type.startswith(JSON) and _error_body(body) is not None
     kind = m.Failure if is_failure else endpoint.result
-    result = operations.decode_result(Encoded(kind.__name__, body))
+    result = codec.decode_result(Encoded(kind.__name__, body))
     if isinstance(result, m.Failure):
         raise RequestFailed(result.error, result.category, request_id)
     return result
