@@ -34,11 +34,11 @@ from twinkle.server.config import ModelSection, ServerConfig, StorageSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.serve.calls import Line, listen
 from twinkle.server.serve.generation import Generation
 from twinkle.server.serve.http import HttpServer
 from twinkle.server.serve.rank import Rank
 from twinkle.server.serve.ranks import RankActor, RankGroup
+from twinkle.server.serve.rpc import Line, listen
 from twinkle_client import ServiceClient
 from twinkle_client import types as T
 

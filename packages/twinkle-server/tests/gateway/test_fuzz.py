@@ -49,7 +49,7 @@ from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
 from twinkle.server.gateway.http import Bodies, ByteBudget, Share
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.service import samplers as service_samplers
+from twinkle.server.service import sampling_sessions
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
@@ -213,7 +213,7 @@ def host() -> Iterator[Host]:
     ):
         # Who asks for what never comes is told so soon.
         patch.setattr(gateway_operations, "LONG_POLL_SECONDS", 0.5)
-        patch.setattr(service_samplers, "LONG_POLL_SECONDS", 0.05)
+        patch.setattr(sampling_sessions, "LONG_POLL_SECONDS", 0.05)
         host = Host(portal, Path(directory))
         portal.call(host.service.start)
         yield host

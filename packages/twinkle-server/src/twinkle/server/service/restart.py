@@ -17,7 +17,7 @@ from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.restore import Found, Restore
 from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
@@ -27,7 +27,7 @@ from twinkle.server.scheduling.records import Accepted
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import validation
 from twinkle.server.service.losses import CustomLosses
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.run_files import RunFiles

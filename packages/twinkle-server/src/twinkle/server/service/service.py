@@ -29,7 +29,7 @@ from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.warm_up import warm_up
@@ -49,7 +49,7 @@ from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.results import Results
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles

@@ -14,14 +14,14 @@ from twinkle.protocol.errors import Unavailable
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.scheduling.futures import FutureTable, as_computed
 from twinkle.server.scheduling.jobs import RunRequest
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.presence import Presence
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database

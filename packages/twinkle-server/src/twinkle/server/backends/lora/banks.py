@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Float32Array
+from twinkle.server.backends.protocol import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,6 @@ class Layout:
         n = rows.shape[0]
         views = [piece.view(n, *place.shape) for piece, place in zip(pieces, places, strict=True)]
         return dict(zip(self.a, views, strict=False)), dict(zip(self.b, views[len(self.a) :], strict=True))
-
-    def places(self) -> dict[str, Place]:
-        """All matrices by their names in an adapter's state."""
-        named: dict[str, Place] = {}
-        for module in self.a:
-            a_name, b_name = _names(module)
-            named[a_name], named[b_name] = self.a[module], self.b[module]
-        return named
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Of the matrices that `split` gives and `join` takes."""
@@ -217,6 +210,19 @@ class Bank:
         """float32 [size], for reading: zeros where there is none."""
         found = self.grads.get(slot)
         return torch.zeros(self.layout.size, device=self.device) if found is None else found
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A resident adapter: its shape and where it lives."""
+
+    spec: AdapterSpec
+    bank: Bank
+    slot: int
+
+    @property
+    def scale(self) -> float:
+        return self.spec.alpha / self.spec.rank
 
 
 def consecutive(slots: Sequence[int]) -> bool:

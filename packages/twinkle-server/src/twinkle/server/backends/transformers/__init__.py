@@ -36,12 +36,13 @@ from twinkle.server.backends.hf.rope import rope_boundaries
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.adamw import plan_steps
 from twinkle.server.backends.lora.adapter_state import check_fits
-from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, initial_row
+from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShape, initial_row
 from twinkle.server.backends.lora.experts import wrap_experts
 from twinkle.server.backends.lora.linear import LoraLinear, Route
 from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
 from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter, wanted_groups
 from twinkle.server.backends.lora.row_checks import check_row
+from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
@@ -62,7 +63,7 @@ from twinkle.server.backends.transformers.activations import (
     recompute_layers,
     token_bytes,
 )
-from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, PassLimits, run_pass
+from twinkle.server.backends.transformers.passes import Network, PassLimits, run_pass
 from twinkle.server.backends.transformers.thread_parallel import MOST_LANES, Lanes
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
-from twinkle.server.samplers.transformers.network import PADDING, Network, Prompt
-from twinkle.server.samplers.transformers.prefixes import LEAST_COMMON, common_length
+from twinkle.server.samplers.transformers.model_runner import PADDING, Network, Prompt
+from twinkle.server.samplers.transformers.prefix_cache import LEAST_COMMON, common_length
 
 # What is known of a prompt's beginning elsewhere: see `Prefixes.find`.
 Find: TypeAlias = Callable[[Prompt], tuple[int, list[Tensor]]]

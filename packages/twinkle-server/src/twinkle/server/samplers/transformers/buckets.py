@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Int64Array
-from twinkle.server.samplers.load import Limits, Place
+from twinkle.server.samplers.cache_usage import Limits, Place
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import RouteGroup
-from twinkle.server.samplers.transformers.network import Network, Prompt
-from twinkle.server.samplers.transformers.reading import Read, Reader
+from twinkle.server.samplers.transformers.model_runner import Network, Prompt
+from twinkle.server.samplers.transformers.prefill import Read, Reader
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.load import Load
+from twinkle.server.samplers.cache_usage import Load
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine, cache
 

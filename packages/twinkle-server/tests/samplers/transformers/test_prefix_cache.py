@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
-from twinkle.server.samplers.transformers.prefixes import Prefixes, common_length
+from twinkle.server.samplers.transformers.prefix_cache import Prefixes, common_length
 
 ADA = ("ada", None)
 BOB = ("bob", None)

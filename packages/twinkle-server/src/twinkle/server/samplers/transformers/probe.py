@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf.base_model import LOADING_ERRORS, agree
 from twinkle.server.samplers.transformers.batches import Batch
-from twinkle.server.samplers.transformers.network import Prompt
+from twinkle.server.samplers.transformers.model_runner import Prompt
 
 _TOKENS = (1, 2, 3, 1, 2)
 _PROMPT = 3

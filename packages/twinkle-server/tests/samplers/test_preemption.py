@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from twinkle.server.samplers.load import Limits, Load
-from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
+from twinkle.server.samplers.cache_usage import Limits, Load
+from twinkle.server.samplers.preemption import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 
 LIMITS = Limits(rows=16, tokens=1600)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from twinkle.server.samplers.load import Limits, Load
+from twinkle.server.samplers.cache_usage import Limits, Load
 
 # A tenant of whom nothing runs is given so much of the rows, as a divisor.
 FOR_NEWCOMERS = 4

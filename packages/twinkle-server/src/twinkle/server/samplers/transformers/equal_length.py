@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from twinkle.server.samplers.load import Limits
+from twinkle.server.samplers.cache_usage import Limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
-from twinkle.server.samplers.transformers.network import Network, Prompt
+from twinkle.server.samplers.transformers.model_runner import Network, Prompt
 
 # Prompts of one length are read together up to so many tokens.
 TOKENS_TOGETHER = 2048

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.serve.calls import Address, Call, Line, LineBroken, listen
+from twinkle.server.serve.rpc import Address, Call, Line, LineBroken, listen
 
 
 class Unreadable(Exception):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twinkle.server.samplers.transformers.patience import Patience
+from twinkle.server.samplers.transformers.prefill_delay import Patience
 
 
 def steps_until_over(patience: Patience) -> int:
