@@ -87,7 +87,7 @@ def channel(script: Script) -> Iterator[HttpChannel]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     channel = HttpChannel(
-        Settings(f"http://127.0.0.1:{server.server_address[1]}", "the-key"), patience_seconds=5
+        Settings(f"http://127.0.0.1:{server.server_address[1]}", "the-key"), retry_seconds=5
     )
     yield channel
     channel.close()
@@ -180,7 +180,7 @@ def test_fields_go_into_path_query_and_body(channel: HttpChannel, script: Script
 
 
 def test_a_server_that_is_not_there_is_said_to_be_with_the_address():
-    channel = HttpChannel(Settings("http://127.0.0.1:9", None), patience_seconds=0.1)
+    channel = HttpChannel(Settings("http://127.0.0.1:9", None), retry_seconds=0.1)
     with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9 can't be reached.*TWINKLE_BASE_URL"):
         channel.ask(m.GetServerCapabilities()).result(10)
     channel.close()
@@ -189,7 +189,7 @@ def test_a_server_that_is_not_there_is_said_to_be_with_the_address():
 def test_a_plain_server_asked_by_https_gets_a_hint(channel: HttpChannel, script: Script):
     script.answers.append((200, {}))
     address = channel._settings.base_url.replace("http://", "https://")
-    other = HttpChannel(Settings(address, None), patience_seconds=0.1)
+    other = HttpChannel(Settings(address, None), retry_seconds=0.1)
     with pytest.raises(ConnectionFailed, match="A server without certificates is reached by http://"):
         other.submit(SAVE).result(20)
     other.close()

@@ -60,8 +60,6 @@ _MAX_PARTS = 2**17
 # The window that decoders should allow at least (RFC 8878, 3.1.1.1.2): a few bytes can ask for gigabytes.
 _MAX_WINDOW_BYTES = 8 * 2**20
 
-# How many problems of a JSON body are told, and how much of a field's name.
-
 
 class RunPlace(BaseModel):
     """Which place in a run's order a request takes."""
