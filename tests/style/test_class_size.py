@@ -13,12 +13,12 @@ TOO_LONG: dict[str, int] = {
     "server/engine/adapters.py AdapterKeeper": 419,
     "server/engine/engine.py Engine": 378,
     "server/samplers/transformers/engine.py TransformersEngine": 444,
-    "server/service/service.py Service": 536,
+    "server/service/service.py Service": 563,
     "server/store/database.py Database": 407,
 }
 TOO_MANY_PARTS: dict[str, int] = {
     "server/engine/adapters.py AdapterKeeper": 12,
-    "server/service/service.py Service": 12,
+    "server/service/service.py Service": 13,
     "server/service/session_desk.py SessionDesk": 12,
 }
 

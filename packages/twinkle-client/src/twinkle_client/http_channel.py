@@ -333,8 +333,8 @@ def _channel_to(settings: Settings, retry_seconds: float) -> HttpChannel:
 
 
 def _is_from_a_server(response: httpx.Response) -> bool:
-    """Whether a Twinkle server sent this, and no proxy or other server: a success has one of its content types, an error
-    its form.
+    """Whether a Twinkle server sent this, and no proxy or other server: a success has one of its content types, and an
+    error its form.
     """
     if response.status_code < 300 or response.status_code == 408:
         return _content_type(response).startswith((JSON, PROTOBUF))

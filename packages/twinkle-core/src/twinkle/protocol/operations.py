@@ -1,7 +1,7 @@
 """Operations on the wire: several in one request, and when two are the same.
 
-`POST /operations` is not a second API: each entry is exactly the body of its own endpoint, and each reply is what that
-endpoint, or a poll for its result, would have answered. It saves a training step three round trips of four, and a
+`POST /operations` is not a second API: each entry is exactly the body of its own endpoint, and each reply what that
+endpoint, or a poll for its result, would have returned. It saves a training step three round trips of four, and a
 sample one of two.
 """
 
@@ -24,7 +24,7 @@ from twinkle.protocol.types import EncodedTextChunk, ModelInput
 PATH = "/operations"
 MAX_OPERATIONS = 32
 
-# What may stand in such a request: what a run does in order, and samples.
+# Only operations that a run applies in order, and samples, may be sent this way.
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in OPERATIONS
@@ -34,10 +34,10 @@ ENDPOINTS: dict[str, Endpoint] = {
 
 @dataclass(frozen=True)
 class Posted:
-    """An operation as it is sent.
+    """An operation to send.
 
     Attributes:
-        body: as the endpoint's own path takes it, not compressed.
+        body: the body of the endpoint's own path, uncompressed.
     """
 
     endpoint: Endpoint
@@ -88,11 +88,11 @@ def _add_tokens(found: hashlib.blake2b, text: ModelInput) -> None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of an operation.
+    """The outcome of an operation.
 
     Attributes:
-        request_id: of its promise; empty if it was refused.
-        status, content_type, body: of the answer; status 408 says that there is no result yet.
+        request_id: its promise's; empty if it was refused.
+        status, content_type, body: of the response; status 408 means that there is no result yet.
     """
 
     request_id: str
@@ -110,7 +110,7 @@ def encode_request(operations: Sequence[Posted]) -> bytes:
 def decode_request(body: bytes) -> list[Posted]:
     """
     Raises:
-        InvalidRequest: if the bytes are no such request, or name a path that can't stand in one.
+        InvalidRequest: if the bytes are no such request, or name another path.
         TooLarge: if there are too many.
     """
     try:
