@@ -17,8 +17,8 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Conflict, NotFound
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.adapters import AdapterKeeper

@@ -16,8 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import TwinkleError
-from twinkle.protocol.operations import Encoded, digest
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.compaction import RunLog

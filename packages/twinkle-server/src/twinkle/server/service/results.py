@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.scheduling.futures import FutureTable, as_computed, as_encoded
 from twinkle.server.scheduling.scheduler import Scheduler
 

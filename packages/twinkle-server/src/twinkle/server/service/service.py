@@ -16,8 +16,8 @@ from typing import Any
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import operations
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.config import LimitsSection
