@@ -17,11 +17,11 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams, Datum, ModelInput
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, Row
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.scheduling.jobs import Job, Tick
+from twinkle.server.store.run_files import RunFiles
 
 # Bytes of an adapter of rank 1 on the fake model's three layers (8 -> 8, 8 -> 8, 8 -> 16): its weights alone, with
 # moments, and with a gradient.

@@ -13,10 +13,10 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import ServerFault
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.jobs import Job
+from twinkle.server.store.run_files import RunFiles
 
 RUN = LiveRun("session:train:0", "alice", "session", "fake/model", AdapterSpec(rank=2))
 

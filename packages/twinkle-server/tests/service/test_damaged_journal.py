@@ -16,7 +16,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
-from twinkle.server.scheduling.journal import Journal
+from twinkle.server.store.journal import Journal
 
 STEPS = 5
 LOST = "is lost.*last checkpoint"

@@ -9,12 +9,12 @@ from twinkle.protocol import messages as m
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.run_files import RunFiles
 
 MODEL = "fake/model"
 
@@ -70,5 +70,5 @@ class Tenant:
     async def outcome(self, promise: m.Promise) -> Any:
         return await self.service.retrieve(self.name, promise.request_id, timeout=20)
 
-    async def ask(self, query: m.Query) -> Any:
+    async def ask(self, query: m.Query[m.ReplyT]) -> m.ReplyT:
         return await self.service.ask(self.name, query)

@@ -11,14 +11,14 @@ from fake_service import MODEL
 
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import LocalWorker, Trained, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.journal import Journal
+from twinkle.server.store.run_files import RunFiles
 
 
 def never(_method: str, _args: tuple[Any, ...]) -> bool:
@@ -82,9 +82,9 @@ class MortalWorker(LocalWorker):
         if self._loss.done():
             raise self._loss.result()
 
-    async def _train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _on_training_thread(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(method.__name__, *args)
-        result = await super()._train(method, *args, **kwargs)
+        result = await super()._on_training_thread(method, *args, **kwargs)
         self.note_after(method.__name__)
         if self.hangs(method.__name__):
             await asyncio.Event().wait()

@@ -13,8 +13,8 @@ from pathlib import Path
 from fake_service import Tenant
 from mortal_worker import MortalWorker, make_mortal_service
 
-from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
+from twinkle.server.store.journal import Journal
 
 AT_ONCE, HARDLY_EVER = 0.0, 3600.0
 

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 from twinkle.server.config import ServerConfig
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.keys import KeyRing, with_auth_mode
-from twinkle.server.scheduling.journal import Journal
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.journal import Journal
 from twinkle.server.store.private import private_directory, tighten_if_there
+from twinkle.server.store.run_files import RunFiles
 from twinkle.server.tokens import Signer, read_secret
 
 
@@ -62,6 +62,7 @@ def build_service(
         config.model.max_resident_adapter_bytes,
         (lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
         config.limits,
+        encodes=live is not None,
     )
 
 

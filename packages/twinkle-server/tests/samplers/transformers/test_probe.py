@@ -20,9 +20,9 @@ from transformers import (
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SamplingParams
+from twinkle.server.backends.hf.base_model import load_base_model
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import load_base_model
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine
 from twinkle.server.samplers.transformers.batches import EqualLengthBatch, SlotBatch

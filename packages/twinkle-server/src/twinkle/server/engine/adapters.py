@@ -13,17 +13,17 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.backends.finite import check_finite
+from twinkle.server.backends.lora.finite import check_finite
 from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.checkpoints.quota import CheckpointQuota
+from twinkle.server.checkpoints.writes import Writes
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.checkpoint_quota import CheckpointQuota
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
-from twinkle.server.engine.writes import Writes
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.store import tables

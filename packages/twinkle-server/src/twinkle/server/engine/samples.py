@@ -18,7 +18,7 @@ import numpy as np
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import Conflict, NotFound
-from twinkle.protocol.results import encode_result
+from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.adapters import AdapterKeeper
@@ -27,8 +27,7 @@ from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, Outcome, memory_of
+from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
@@ -97,7 +96,7 @@ class SampleRunner:
         self._pausing: set[asyncio.Task[None]] = set()
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def first_of(self, request: m.SampleRequest) -> m.Promise | None:
+    def first_of(self, request: m.SampleRequest, digest: bytes) -> m.Promise | None:
         """The promise of the first request that had this one's (sampling session, seq_id), if there was one.
 
         Raises:
@@ -107,7 +106,7 @@ class SampleRunner:
         if first is None:
             return None
         request_id, known = first
-        if digest(request) != known:
+        if known and digest and digest != known:
             raise Conflict(
                 f"seq_id: {request.seq_id} was used before in this sampling session, for a sample that asks for "
                 "something else: a request that is sent again must be the same, and another needs a new number"
@@ -119,14 +118,16 @@ class SampleRunner:
         sampler: tables.Sampler,
         request: m.SampleRequest,
         request_id: str,
+        digest: bytes,
         targets: TensorData | SparseTensor | None = None,
     ) -> m.Promise:
         """Begin a sample whose future there is.
 
         Args:
+            digest: of the request; empty if it is never sent again.
             targets: the request's `target_prompt_logprobs`, decoded and checked.
         """
-        self._remember(request, request_id)
+        self._remember(request, request_id, digest)
         self._start(request_id, sampler, request, targets)
         return _promise(request_id, request)
 
@@ -147,15 +148,20 @@ class SampleRunner:
         task.add_done_callback(ended)
 
     def restore(
-        self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, outcome: Outcome
+        self,
+        sampler: tables.Sampler,
+        request: m.SampleRequest,
+        request_id: str,
+        digest: bytes,
+        outcome: Encoded,
     ) -> m.Promise:
         """A sample that an earlier process has drawn."""
-        self._remember(request, request_id)
-        self._note_end(sampler, request, request_id, is_failure=isinstance(outcome, m.Failure))
+        self._remember(request, request_id, digest)
+        self._note_end(sampler, request, request_id, is_failure=outcome.kind == m.Failure.__name__)
         return _promise(request_id, request)
 
-    def _remember(self, request: m.SampleRequest, request_id: str) -> None:
-        self._accepted[request.sampling_session_id, request.seq_id] = request_id, digest(request)
+    def _remember(self, request: m.SampleRequest, request_id: str, digest: bytes) -> None:
+        self._accepted[request.sampling_session_id, request.seq_id] = request_id, digest
         if len(self._accepted) > MAX_REMEMBERED:
             self._accepted.popitem(last=False)
 
@@ -252,10 +258,7 @@ class SampleRunner:
         is_over = True
         try:
             response = await self._generate_or_again(request_id, sampler, request, targets)
-            # Large ones not on the event loop, which would keep all others waiting.
-            is_large = memory_of(response) > LARGE_BYTES
-            outcome = await asyncio.to_thread(encode_result, response) if is_large else response
-            self._futures.complete(request_id, outcome)
+            self._futures.complete(request_id, await self._futures.encoded(response))
             self._record(sampler, request, response)
             is_failure = False
         except asyncio.CancelledError:

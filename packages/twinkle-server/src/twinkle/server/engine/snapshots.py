@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.history import History
-from twinkle.server.engine.run_files import RunFiles
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.jobs import Job
+from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.engine")
 

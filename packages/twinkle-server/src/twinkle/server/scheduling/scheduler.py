@@ -8,7 +8,7 @@ from twinkle.protocol import messages as m
 from twinkle.server.scheduling.company import Company
 from twinkle.server.scheduling.fair_queue import FairQueue
 from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.run_queue import RunQueue
+from twinkle.server.scheduling.runs import RunQueue
 
 
 class Scheduler:

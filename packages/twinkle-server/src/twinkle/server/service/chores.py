@@ -7,9 +7,9 @@ import logging
 
 from twinkle.protocol.errors import Unavailable
 from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.engine.live_runs import LiveRuns
-from twinkle.server.engine.run_log import RunLog
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.stuck_runs import StuckRuns
+from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store.ledger import Ledger
 

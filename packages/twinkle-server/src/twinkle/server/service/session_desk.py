@@ -11,12 +11,11 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.protocol.results import Encoded
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.samples import SampleRunner
-from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.futures import FutureTable, as_computed
 from twinkle.server.scheduling.jobs import RunRequest
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
@@ -190,8 +189,7 @@ class SessionDesk:
         promise = self._enqueue_last(run.run_id, make)
         while (outcome := await self._futures.wait(run.tenant, promise.request_id, 60.0)) is None:
             pass
-        assert not isinstance(outcome, Encoded), "no training pass and no sample is asked for here"
-        return outcome
+        return as_computed(outcome)
 
     def _forget(self, session_id: str) -> None:
         self._last_seen.pop(session_id, None)

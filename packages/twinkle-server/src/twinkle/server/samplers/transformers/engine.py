@@ -28,11 +28,11 @@ from tokenizers import Tokenizer
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
+from twinkle.server.backends.hf.base_model import LoadedModel, copy_sharing_weights, load_base_model
+from twinkle.server.backends.lora.experts import wrap_experts
+from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
-from twinkle.server.backends.transformers.expert_lora import wrap_experts
-from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
 from twinkle.server.samplers.cache_usage import CacheUsage
 from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, victim, victims_for_newcomer
 from twinkle.server.samplers.protocol import GenerateRequest

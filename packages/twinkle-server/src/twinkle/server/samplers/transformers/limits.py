@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from twinkle.server.backends.transformers.base_model import LoadedModel
-from twinkle.server.backends.transformers.model_facts import affordable_cache_tokens
-from twinkle.server.backends.transformers.rope import rope_boundaries
+from twinkle.server.backends.hf.base_model import LoadedModel
+from twinkle.server.backends.hf.model_facts import affordable_cache_tokens
+from twinkle.server.backends.hf.rope import rope_boundaries
 from twinkle.server.samplers.cache_usage import Limits
 
 MAX_ROWS_CPU = 64

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from twinkle.protocol.types import Int64Array
-from twinkle.server.backends.transformers.base_model import decoder, finish_logits
-from twinkle.server.backends.transformers.threads import Threads
+from twinkle.server.backends.hf.base_model import decoder, finish_logits
+from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
 from twinkle.server.samplers.transformers.prompt_scores import PromptScores

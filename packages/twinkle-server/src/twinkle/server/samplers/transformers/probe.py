@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends.transformers.base_model import LOADING_ERRORS, agree
+from twinkle.server.backends.hf.base_model import LOADING_ERRORS, agree
 from twinkle.server.samplers.transformers.batches import Batch
 from twinkle.server.samplers.transformers.model_runner import Prompt
 
