@@ -96,14 +96,14 @@ class SessionDesk:
         """Its client has asked for something."""
         self._last_seen[session_id] = time.monotonic()
         self._presence.heard_of(session_id, heartbeat)
-        self._samples.go_on(session_id)
+        self._samples.resume(session_id)
 
     @contextmanager
     def waiting(self, session_id: str | None) -> Generator[None]:
         """Its client waits for a result while the block runs; None is of no session that is known."""
         if session_id is not None:
             self._last_seen[session_id] = time.monotonic()
-            self._samples.go_on(session_id)
+            self._samples.resume(session_id)
         with self._presence.waiting(session_id):
             yield
 
@@ -164,7 +164,7 @@ class SessionDesk:
 
     async def _finish(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
         session = await sessions.find(self._database, tenant, request.session_id)
-        self._samples.go_on(session.id)  # whoever ends it is there, and nothing is known of it from then on
+        self._samples.resume(session.id)  # whoever ends it is there, and nothing is known of it from then on
         await asyncio.to_thread(
             self._database.finish_session,
             tenant,
