@@ -143,13 +143,13 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     alice = Tenant(service, "alice")
     run = await alice.run()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="before"))
-    write = service._keeper._files.write
+    write = service._saved._files.write
 
     def slowly(*args: Any) -> int:
         time.sleep(0.3)
         return write(*args)
 
-    service._keeper._files.write = slowly
+    service._saved._files.write = slowly
     saves = [m.SaveWeightsRequest(model_id=run, seq_id=2 + i, path=f"at-once-{i}") for i in range(5)]
     promises = [await service.submit("alice", save) for save in saves]
     outcomes = [await alice.outcome(promise) for promise in promises]
@@ -165,9 +165,9 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     def failing(*args: Any) -> int:
         raise RuntimeError("no such luck")
 
-    service._keeper._files.write = failing
+    service._saved._files.write = failing
     assert isinstance(await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=7, path="fails")), m.Failure)
-    service._keeper._files.write = write
+    service._saved._files.write = write
     assert not isinstance(
         await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=8, path="last")), m.Failure
     )
@@ -201,7 +201,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
     service = await begin(max_sampler_snapshots_per_run=2)
     alice = Tenant(service, "alice")
     run = await alice.run()
-    files = service._keeper._files
+    files = service._saved._files
     write = files.write
 
     def later(uri: CheckpointUri, *args: Any) -> int:  # those that are to go are the last to be written
@@ -217,7 +217,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
         ).sampling_session_id
         for number in range(1, 9)
     ]
-    await asyncio.wait_for(service._keeper.settle(), 20)
+    await asyncio.wait_for(service._saved.settle(), 20)
     rows = service._database.unnamed_checkpoints("alice", run)
     assert [row.name for row in rows] == ["unnamed-7", "unnamed-8"]
 
@@ -283,10 +283,10 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
     async def fails(*_args: object) -> int:
         raise PermissionError("not writable")
 
-    write, service._keeper._write = service._keeper._write, fails  # pyright: ignore
+    write, service._saved.write = service._saved.write, fails  # pyright: ignore
     await service._sessions.release_vanished()
     assert list(service._runs) == [run]
-    service._keeper._write = write
+    service._saved.write = write
     await service._sessions.release_vanished()
     assert list(service._runs) == []
 
@@ -297,14 +297,14 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     service = await begin(max_session_idle_seconds=1000)
     alice, bob = Tenant(service, "alice"), Tenant(service, "bob")
     theirs, run = await bob.run(), await alice.run()
-    held, write = asyncio.Event(), service._keeper._write
+    held, write = asyncio.Event(), service._saved.write
 
     async def slow(job: Job, *args: Any) -> int:
         if job.tenant == "bob":
             await held.wait()
         return await write(job, *args)
 
-    service._keeper._write = slow
+    service._saved.write = slow
     saving = [
         await service.submit("bob", m.SaveWeightsRequest(model_id=theirs, seq_id=1, path="name")),
         await service.submit(

@@ -217,7 +217,7 @@ async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_tha
         await hold.wait()
         return 0
 
-    monkeypatch.setattr(alice.service._keeper, "_write", stuck)
+    monkeypatch.setattr(alice.service._saved, "write", stuck)
     saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     unnamed = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=4, sampling_session_seq_id=0)
     sampler = (await alice.do(unnamed)).sampling_session_id

@@ -307,7 +307,7 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     await alice.do(a_step(run, 2))
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     before = (await alice.do(a_pass(run, 4, forward_only=True))).metrics["loss:sum"]
-    files = alice.service._keeper._files
+    files = alice.service._saved._files
     read, has_come = files.read, threading.Event()
 
     def slowly(*args: Any, **kwargs: Any) -> AdapterState:

@@ -12,7 +12,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, RowResult, StepOutcome
-from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
+from twinkle.server.engine.adapters import AdapterJobs, ReadCheckpoint
 from twinkle.server.engine.ahead import Begun, Pace
 from twinkle.server.engine.failures import StepRefused, to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
@@ -51,7 +51,7 @@ class Engine:
         scheduler: Scheduler,
         futures: FutureTable,
         worker: WorkerPort,
-        adapters: AdapterKeeper,
+        adapters: AdapterJobs,
         snapshots: Snapshots,
         residency: Residency,
         recovery: Recovery,

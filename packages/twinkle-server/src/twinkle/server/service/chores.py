@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.scheduling.live_runs import LiveRuns
@@ -32,14 +32,14 @@ class Chores:
         self,
         ledger: Ledger,
         run_log: RunLog,
-        keeper: AdapterKeeper,
+        checkpoints: Checkpoints,
         sessions: SessionDesk,
         live: LiveRuns,
         stuck_runs: StuckRuns,
     ) -> None:
         self._ledger = ledger
         self._run_log = run_log
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._sessions = sessions
         self._live = live
         self._stuck_runs = stuck_runs
@@ -58,7 +58,7 @@ class Chores:
         """Delete what has expired."""
         while True:
             try:
-                await self._keeper.sweep()
+                await self._checkpoints.sweep()
             except Exception:  # the next time is soon
                 log.exception("expired checkpoints could not be deleted")
             await asyncio.sleep(_SWEEP_SECONDS)

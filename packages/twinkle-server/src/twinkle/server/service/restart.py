@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.restore import Found, Restore
@@ -51,7 +51,7 @@ class Restart:
     run_files: RunFiles
     snapshots: Snapshots
     residency: Residency
-    keeper: AdapterKeeper
+    checkpoints: Checkpoints
     samples: SampleRunner
     samplers: Samplers
     losses: CustomLosses
@@ -94,7 +94,7 @@ class Restart:
         for record in found.accepted.values():
             is_snapshot = record.kind is m.SaveWeightsForSamplerRequest
             if is_snapshot and record.run_id is not None and self.futures.is_pending(record.request_id):
-                self.keeper.expect_unnamed(record.run_id, record.seq_id)
+                self.checkpoints.expect_unnamed(record.run_id, record.seq_id)
         for record in found.accepted.values():
             if record.run_id is None:
                 await self._put_back(record, found.outcomes.get(record.request_id))

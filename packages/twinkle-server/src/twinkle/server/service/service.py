@@ -18,8 +18,9 @@ from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unava
 from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.engine.adapters import AdapterJobs
 from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
@@ -55,7 +56,7 @@ from twinkle.server.store.database import Database
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.store.run_files import RunFiles
-from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
+from twinkle.server.tokens import Download, Signer
 
 log = logging.getLogger("twinkle.server")
 
@@ -121,11 +122,12 @@ class Service:
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
         self._residency = Residency(self._runs, worker, self._snapshots, budget)
         self._live = self._build_live_runs()
-        self._keeper = self._build_keeper(sampler_adapters, files)
+        self._saved = Checkpoints(files, database, self._ledger, limits, worker.info.export, signer)
+        self._adapters = self._build_adapters(sampler_adapters)
         completions = CompletionLog()
-        self._snapshots.settled = self._keeper.settled
+        self._snapshots.settled = self._saved.settled
         self._samples = self._build_samples(sampler_adapters, completions)
-        self._samplers = Samplers(model_name, database, self._keeper, completions)
+        self._samplers = Samplers(model_name, database, self._saved, completions)
         self._losses = CustomLosses(database)
         self._sessions = self._build_sessions()
         self._checkpoints = self._build_checkpoints()
@@ -145,20 +147,17 @@ class Service:
             self._tokens,
         )
 
-    def _build_keeper(self, sampler_adapters: SamplerAdapters, files: CheckpointFiles) -> AdapterKeeper:
-        return AdapterKeeper(
+    def _build_adapters(self, sampler_adapters: SamplerAdapters) -> AdapterJobs:
+        return AdapterJobs(
             self._runs,
+            self._live,
             self._futures,
             self._worker,
             sampler_adapters,
             self._snapshots,
             self._residency,
-            files,
+            self._saved,
             self._database,
-            self._live.forget,
-            self._ledger,
-            self._tenant_of_token,
-            self._limits,
         )
 
     def _build_samples(self, sampler_adapters: SamplerAdapters, completions: CompletionLog) -> SampleRunner:
@@ -166,7 +165,7 @@ class Service:
             self._futures,
             self._worker,
             sampler_adapters,
-            self._keeper,
+            self._saved,
             completions,
             self._ledger,
             self._tokens.charge,
@@ -174,14 +173,14 @@ class Service:
 
     def _build_checkpoints(self) -> CheckpointDesk:
         make = self._sessions.create
-        return CheckpointDesk(self._keeper, self._database, self._downloads, self._limits, make)
+        return CheckpointDesk(self._saved, self._database, self._downloads, self._limits, make)
 
     def _build_sessions(self) -> SessionDesk:
         return SessionDesk(
             self._database,
             self._runs,
             self._futures,
-            self._keeper,
+            self._saved,
             self._samples,
             self._samplers,
             self._losses,
@@ -198,7 +197,7 @@ class Service:
             self._scheduler,
             self._futures,
             self._worker,
-            self._keeper,
+            self._adapters,
             self._snapshots,
             self._residency,
             recovery,
@@ -206,7 +205,7 @@ class Service:
         )
 
     def _build_chores(self) -> Chores:
-        return Chores(self._ledger, self._log, self._keeper, self._sessions, self._live, self._stuck_runs)
+        return Chores(self._ledger, self._log, self._saved, self._sessions, self._live, self._stuck_runs)
 
     def _restart(self, run_files: RunFiles) -> Restart:
         return Restart(
@@ -219,7 +218,7 @@ class Service:
             run_files,
             self._snapshots,
             self._residency,
-            self._keeper,
+            self._saved,
             self._samples,
             self._samplers,
             self._losses,
@@ -244,7 +243,7 @@ class Service:
         await self.chores.close()
         # What comes of saves is still written down: the runs' copies have them behind them. Samples that are stopped
         # after that are drawn again by the next process.
-        await self._keeper.settle()
+        await self._saved.settle()
         self._futures.keep = None
         await self._samples.close()
         await self._snapshots.close()
@@ -404,13 +403,13 @@ class Service:
                 "model_id: missing; name a run, or session_id and model_seq_id for a new one"
             )
         validation.check_optimizer(request.optimizer_config, "optimizer_config.type")
-        checkpoint = await self._keeper.find(tenant, request.path, token=request.weights_access_token)
-        await self._keeper.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
+        checkpoint = await self._saved.find(tenant, request.path, token=request.weights_access_token)
+        await self._saved.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
         validation.check_base_model(
             checkpoint.base_model, self._model_name, "path: the checkpoint's base model"
         )
         # Shape and scale come from the files, so that one who edited the row can't make them disagree.
-        spec = (await self._keeper.read(checkpoint.uri)).spec
+        spec = (await self._saved.read(checkpoint.uri)).spec
         return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
 
     async def _begin_run(
@@ -470,11 +469,6 @@ class Service:
         if run is not None and isinstance(job.request, m.ForwardBackwardRequest):
             tokens = sum(datum.model_input.length for datum in job.request.data)
             self._ledger.record(job.tenant, run.session_id, "training", tokens)
-
-    def _tenant_of_token(self, token: str) -> str:
-        if self._signer is not None and token.startswith(JWT_PREFIX):
-            return self._signer.read_key_token(token).tenant
-        return tenant_of_key(token)
 
     # ------------------------------------------------------------ samples and losses
 

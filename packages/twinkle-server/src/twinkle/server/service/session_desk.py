@@ -12,8 +12,8 @@ from typing import TypeAlias
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
 from twinkle.protocol.results import Encoded
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampling import SampleRunner
 from twinkle.server.scheduling.futures import FutureTable
@@ -59,7 +59,7 @@ class SessionDesk:
         database: Database,
         runs: Mapping[str, LiveRun],
         futures: FutureTable,
-        keeper: AdapterKeeper,
+        checkpoints: Checkpoints,
         samples: SampleRunner,
         samplers: Samplers,
         losses: CustomLosses,
@@ -80,7 +80,7 @@ class SessionDesk:
         self._database = database
         self._runs = runs
         self._futures = futures
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._samples = samples
         self._samplers = samplers
         self._losses = losses
@@ -184,7 +184,7 @@ class SessionDesk:
 
     async def _unload(self, run: LiveRun) -> None:
         await self._do_last(run, lambda seq_id: m.UnloadModelRequest(model_id=run.run_id, seq_id=seq_id))
-        await self._keeper.drop_unnamed(run.run_id, run.tenant)
+        await self._checkpoints.drop_unnamed(run.run_id, run.tenant)
 
     async def _do_last(self, run: LiveRun, make: Callable[[int], RunRequest]) -> m.Result | m.Failure:
         promise = self._enqueue_last(run.run_id, make)
