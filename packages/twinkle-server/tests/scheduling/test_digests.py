@@ -9,9 +9,9 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.errors import Conflict
 from twinkle.protocol.types import Datum, EncodedTextChunk, LoraConfig, ModelInput, OtherChunk, SamplingParams
+from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.runs import RunQueue
+from twinkle.server.scheduling.runs import Job, Run, RunQueue
 
 
 def a_datum(tokens: list[int] | None = None, **inputs: Any) -> Datum:
@@ -107,7 +107,8 @@ def test_a_later_version_that_knows_more_fields_finds_the_same():
 
 def test_a_used_id_on_another_request_of_the_kind_is_no_retry():
     queue = RunQueue(first_seq_id=1)
-    queue.offer(Job("first", "t", "run", 1, PASS, digest=digest(PASS)))
+    run = Run("run", "t", "session", "fake/model", AdapterSpec(rank=1))
+    queue.offer(Job("first", run, 1, PASS, digest=digest(PASS)))
     assert queue.duplicate_of(1, PASS) == "first"
     for other in OTHER_PASSES:
         with pytest.raises(

@@ -17,7 +17,7 @@ from twinkle.protocol.errors import InvalidRequest, LimitReached, NotFound, Quot
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, SamplingParams
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.runs import Job
 from twinkle.server.service.service import Service
 
 T = TypeVar("T")
@@ -247,7 +247,7 @@ async def test_the_runs_of_a_client_that_has_vanished_are_saved_and_end_and_it_c
     session = run.split(":")[0]
     service._sessions._last_seen[session] -= 1001
     await service._sessions.release_vanished()
-    assert list(service._runs) == [others], "who has been heard of goes on"
+    assert [run.run_id for run in service._live] == [others], "who has been heard of goes on"
     with pytest.raises(NotFound, match="was saved as 'twinkle-released'"):
         await service.submit("alice", a_pass(run, 3))
     back = m.LoadWeightsRequest(
@@ -277,7 +277,7 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
     service._sessions._last_seen[session] -= 1001
     await alice.ask(m.SessionHeartbeatRequest(session_id=session))
     await service._sessions.release_vanished()
-    assert list(service._runs) == [run]
+    assert [run.run_id for run in service._live] == [run]
     service._sessions._last_seen[session] -= 1001
 
     async def fails(*_args: object) -> int:
@@ -285,10 +285,10 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
 
     write, service._saved.write = service._saved.write, fails  # pyright: ignore
     await service._sessions.release_vanished()
-    assert list(service._runs) == [run]
+    assert [run.run_id for run in service._live] == [run]
     service._saved.write = write
     await service._sessions.release_vanished()
-    assert list(service._runs) == []
+    assert [run.run_id for run in service._live] == []
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ async def in_few_turns(work: Coroutine[Any, Any, T]) -> T:
 async def test_a_session_ends_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
     service, alice, run = busy
     await in_few_turns(alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0])))
-    assert run not in service._runs
+    assert run not in service._live
     assert service._database.unnamed_checkpoints("alice", run) == []
 
 
@@ -336,7 +336,7 @@ async def test_who_has_vanished_is_let_go_of_while_another_tenant_saves(busy: tu
     service, _alice, run = busy
     service._sessions._last_seen[run.split(":")[0]] -= 1001
     await in_few_turns(service._sessions.release_vanished())
-    assert run not in service._runs
+    assert run not in service._live
     assert service._database.unnamed_checkpoints("alice", run) == []
 
 
@@ -344,7 +344,7 @@ async def test_a_checkpoint_is_found_while_another_tenant_saves_one_of_that_name
     busy: tuple[Service, Tenant, str],
 ):
     service, alice, run = busy
-    theirs = next(other for other in service._runs if other != run)
+    theirs = next(other.run_id for other in service._live if other.run_id != run)
     for path in ("twinkle://name", f"twinkle://{run}/weights/name"):
         await in_few_turns(alice.ask(m.WeightsInfoRequest(tinker_path=path)))
     with pytest.raises(NotFound):

@@ -15,7 +15,7 @@ from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
-from twinkle.server.scheduling import run_queue
+from twinkle.server.scheduling import runs
 
 
 def a_pass(
@@ -88,7 +88,7 @@ async def test_creating_a_run_twice_makes_one(alice: Tenant):
 async def test_a_runs_number_that_was_used_long_ago_is_refused_by_name(
     alice: Tenant, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_queue, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(runs, "MAX_REMEMBERED", 4)
     session = await alice.session()
     request = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL)
     run = (await alice.do(request)).model_id
@@ -110,7 +110,7 @@ async def test_what_a_model_can_not_train_is_reported_as_not_trained_or_refused(
     await service.start()
     alice = Tenant(service, "alice")
     run = await alice.run()
-    assert alice.service._runs[run].spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
+    assert alice.service._live.get(run).spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
     for save in (
         m.SaveWeightsRequest(model_id=run, path="a", seq_id=1),
         m.SaveWeightsForSamplerRequest(model_id=run, path="b", seq_id=2),
@@ -335,7 +335,7 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     assert isinstance(outcomes[2], m.LoadWeightsResponse)
     assert outcomes[3].metrics["loss:sum"] == outcomes[5].metrics["loss:sum"] == pytest.approx(before)
     assert isinstance(outcomes[4], m.Failure) and "not-there" in outcomes[4].error
-    assert not alice.service._engine._reading
+    assert all(run.reading is None for run in alice.service._live)
 
 
 async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):

@@ -18,6 +18,7 @@ from twinkle.server.backends.protocol import AdapterState, ExportFacts
 from twinkle.server.checkpoints.quota import CheckpointQuota
 from twinkle.server.checkpoints.writes import Writes
 from twinkle.server.config import LimitsSection
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.clock import SteadyClock
@@ -85,15 +86,15 @@ class Checkpoints:
         self._steady_clock = SteadyClock()
         self._quota = CheckpointQuota(database, limits)
         self._writes = Writes()
-        self._trims: dict[asyncio.Task[None], str] = {}  # each with its run
+        self._trims: set[asyncio.Task[None]] = set()
         # Ephemeral weights that an earlier process had not yet written, by URI.
         self._expected: dict[str, asyncio.Event] = {}
 
     # ------------------------------------------------------------ save
 
-    def begin(self, uri: CheckpointUri, tenant: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work`, which writes `uri`, in the background; `find` waits for it from now on."""
-        self._writes.begin(uri, tenant, work)
+    def begin(self, run: Run, uri: CheckpointUri, work: Coroutine[None, None, None]) -> None:
+        """Run `work`, which writes `uri` of the run, in the background; `find` waits for it from now on."""
+        run.add_write(self._writes.begin(uri, run.tenant, work))
         if (expected := self._expected.pop(str(uri), None)) is not None:
             expected.set()
 
@@ -163,10 +164,6 @@ class Checkpoints:
         """When a checkpoint with this time to live expires; None is never. Default: as late as the limits allow."""
         seconds = ttl_seconds or self._limits.max_checkpoint_ttl_seconds
         return now + seconds if seconds else None
-
-    async def settled(self, run_id: str) -> None:
-        """Wait until everything is written that a run's requests have begun to write."""
-        await self._writes.of_run(run_id)
 
     async def settle(self) -> None:
         """Wait until nothing is being written or deleted."""
@@ -290,30 +287,30 @@ class Checkpoints:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
 
-    def trim_unnamed(self, run_id: str, tenant: str) -> None:
+    def trim_unnamed(self, run: Run) -> None:
         """Delete, in the background, the oldest of a run's ephemeral weights that are more than a run may leave.
 
         In a task of its own, since the write that calls this may be of weights that are to go.
         """
-        task = asyncio.create_task(self._trim(run_id, tenant))
-        self._trims[task] = run_id
-        task.add_done_callback(lambda done: self._trims.pop(done, None))
+        task = asyncio.create_task(self._trim(run))
+        run.add_write(task)
+        self._trims.add(task)
+        task.add_done_callback(self._trims.discard)
 
-    async def _trim(self, run_id: str, tenant: str) -> None:
+    async def _trim(self, run: Run) -> None:
         try:
-            rows = await patiently(lambda: self._database.unnamed_checkpoints(tenant, run_id))
+            rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
             # In the run's order, which need not be the order in which they were written.
             rows.sort(key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX)))
             for row in rows[: -self._limits.max_sampler_snapshots_per_run]:
                 await self.delete(row)
         except Exception:  # the next save tries again
-            log.exception("old sampler weights of run %s could not be deleted", run_id)
+            log.exception("old sampler weights of run %s could not be deleted", run.run_id)
 
-    async def drop_unnamed(self, run_id: str, tenant: str) -> None:
+    async def drop_unnamed(self, run: Run) -> None:
         """Delete all of a run's ephemeral weights."""
-        await self.settled(run_id)
-        while own := {trim for trim, of_run in self._trims.items() if of_run == run_id}:
-            await asyncio.wait(own)
-        rows = await asyncio.to_thread(self._database.unnamed_checkpoints, tenant, run_id)
+        while run.writes:  # the end of a write may begin a trim
+            await run.settled()
+        rows = await asyncio.to_thread(self._database.unnamed_checkpoints, run.tenant, run.run_id)
         for row in rows:
             await self.delete(row)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TypeAlias
 
 from twinkle.hub import plain_name
@@ -14,18 +15,17 @@ from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.checkpoints.checkpoints import Checkpoints, Save, unnamed_uri
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.runs import Job, ReadCheckpoint, Run, RunState
+from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 from twinkle.server.store.patience import patiently
 
-ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
 SaveRequest: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
 
@@ -38,8 +38,8 @@ class AdapterJobs:
 
     def __init__(
         self,
-        runs: dict[str, LiveRun],
         live: LiveRuns,
+        scheduler: Scheduler,
         futures: FutureTable,
         worker: WorkerPort,
         sampler_adapters: SamplerAdapters,
@@ -48,8 +48,8 @@ class AdapterJobs:
         checkpoints: Checkpoints,
         database: Database,
     ) -> None:
-        self._runs = runs
         self._live = live
+        self._scheduler = scheduler
         self._futures = futures
         self._worker = worker
         self._sampler_adapters = sampler_adapters
@@ -57,59 +57,92 @@ class AdapterJobs:
         self._residency = residency
         self._checkpoints = checkpoints
         self._database = database
+        self._readings: set[asyncio.Task[ReadCheckpoint]] = set()
+
+    async def run(self, job: Job, is_repeat: bool) -> None:
+        """
+        Raises:
+            WorkerLost: the job may be run again.
+            Exception: whatever the job fails with.
+        """
+        match job.request:
+            case m.CreateModelRequest():
+                await self._create(job)
+            case m.UnloadModelRequest():
+                await self._unload(job)
+            case m.SaveWeightsRequest():
+                await self._save(job, job.request)
+            case m.SaveWeightsForSamplerRequest(path=None):
+                await self._save_unnamed(job, job.request)
+            case m.SaveWeightsForSamplerRequest():
+                await self._save_for_sampler(job, job.request)
+            case m.SaveWeightsExternalRequest():
+                await self._save_external(job, job.request)
+            case m.LoadWeightsRequest() if job.run.reading is None and not is_repeat:
+                self._read_beside(job, job.request)
+            case m.LoadWeightsRequest():
+                await self._load(job, job.request)
+            case m.ForwardBackwardRequest() | m.OptimStepRequest():
+                raise AssertionError("these are computation")
+
+    def close(self) -> None:
+        """Stop what is being read."""
+        for reading in self._readings:
+            reading.cancel()
 
     # ------------------------------------------------------------ begin and end
 
-    async def create(self, job: Job) -> None:
+    async def _create(self, job: Job) -> None:
+        run = job.run
         try:
-            await self._residency.bring_in([job.run_id])
-            await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
+            await self._residency.bring_in([run])
+            await self._worker.add_adapter(run.run_id, run.spec)
         except WorkerLost:
             raise  # the engine runs the job again
         except BaseException:
-            self._live.forget(job.run_id)
+            self._end(run)
             raise
-        self._begin(job.run_id)
-        self._futures.complete(job.request_id, m.CreateModelResponse(model_id=job.run_id))
+        self._residency.added(run)
+        self._futures.complete(job.request_id, m.CreateModelResponse(model_id=run.run_id))
 
-    def _begin(self, run_id: str) -> None:
-        """The run's adapter was made."""
-        self._snapshots.begin(self._runs[run_id])
-        self._residency.added(run_id)
+    async def _unload(self, job: Job) -> None:
+        run = job.run
+        if run.state is RunState.RESIDENT:
+            await self._worker.remove_adapter(run.run_id)
+        self._end(run)
+        self._futures.complete(job.request_id, m.UnloadModelResponse(model_id=run.run_id))
 
-    async def unload(self, job: Job) -> None:
-        if not self._residency.is_evicted(job.run_id):
-            await self._worker.remove_adapter(job.run_id)
-        self._live.forget(job.run_id)
-        self._futures.complete(job.request_id, m.UnloadModelResponse(model_id=job.run_id))
+    def _end(self, run: Run) -> None:
+        """The run has ended, and is not on the worker."""
+        self._residency.drop(run, run.state)
+        self._live.end(run)
+        self._snapshots.drop(run)
 
     # ------------------------------------------------------------ save
 
-    async def save(self, job: Job, request: m.SaveWeightsRequest) -> None:
-        uri = CheckpointUri(request.path, job.run_id, "weights")
-        state = await self._export(job.run_id, with_optimizer=True)
-        save = self._save(job, uri, request)
+    async def _save(self, job: Job, request: m.SaveWeightsRequest) -> None:
+        uri = CheckpointUri(request.path, job.run.run_id, "weights")
+        state = await self._export(job.run, with_optimizer=True)
+        save = self._description(job, uri, request)
         self._write_behind(job, save, state, lambda _size: m.SaveWeightsResponse(path=str(uri)))
 
-    async def save_for_sampler(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
-        if request.path is None:
-            await self._save_unnamed(job, request)
-            return
-        uri = CheckpointUri(request.path, job.run_id, "sampler_weights")
-        state = await self._export(job.run_id, with_optimizer=False)
-        save = self._save(job, uri, request)
+    async def _save_for_sampler(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
+        assert request.path is not None, "without a path they are ephemeral"
+        uri = CheckpointUri(request.path, job.run.run_id, "sampler_weights")
+        state = await self._export(job.run, with_optimizer=False)
+        save = self._description(job, uri, request)
         self._write_behind(job, save, state, lambda _size: m.SaveWeightsForSamplerResponse(path=str(uri)))
 
-    async def save_external(self, job: Job, request: m.SaveWeightsExternalRequest) -> None:
-        uri = CheckpointUri(request.path, job.run_id, "external_weights")
-        state = await self._export(job.run_id, with_optimizer=False)
-        save = self._save(job, uri, request)
+    async def _save_external(self, job: Job, request: m.SaveWeightsExternalRequest) -> None:
+        uri = CheckpointUri(request.path, job.run.run_id, "external_weights")
+        state = await self._export(job.run, with_optimizer=False)
+        save = self._description(job, uri, request)
         self._write_behind(
             job, save, state, lambda size: m.SaveWeightsExternalResponse(path=str(uri), size_bytes=size)
         )
 
-    def _save(self, job: Job, uri: CheckpointUri, request: SaveRequest) -> Save:
-        run = self._runs[job.run_id]
+    def _description(self, job: Job, uri: CheckpointUri, request: SaveRequest) -> Save:
+        run = job.run
         is_external = isinstance(request, m.SaveWeightsExternalRequest)
         return Save(
             uri=uri,
@@ -123,9 +156,9 @@ class AdapterJobs:
             overwrite=isinstance(request, m.SaveWeightsRequest) and request.overwrite,
         )
 
-    async def _export(self, run_id: str, with_optimizer: bool) -> AdapterState:
-        await self._residency.bring_in([run_id])
-        return await self._worker.export_adapter(run_id, with_optimizer)
+    async def _export(self, run: Run, with_optimizer: bool) -> AdapterState:
+        await self._residency.bring_in([run])
+        return await self._worker.export_adapter(run.run_id, with_optimizer)
 
     def _write_behind(
         self, job: Job, save: Save, state: AdapterState, result: Callable[[int], m.Result]
@@ -140,14 +173,14 @@ class AdapterJobs:
             else:
                 self._futures.complete(job.request_id, result(size))
 
-        self._checkpoints.begin(save.uri, save.tenant, write_and_complete())
+        self._checkpoints.begin(job.run, save.uri, write_and_complete())
 
     async def _save_unnamed(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
         """Ephemeral sampler weights: in the sampler's memory first, so that sampling can begin; the files follow, so
         that the adapter may leave the sampler later.
         """
-        uri = unnamed_uri(job.run_id, job.seq_id)
-        save = self._save(job, uri, request)
+        uri = unnamed_uri(job.run.run_id, job.seq_id)
+        save = self._description(job, uri, request)
         sampler_id = f"{save.session_id}:sample:{request.sampling_session_seq_id}"
         row = tables.Sampler(
             id=sampler_id,
@@ -157,39 +190,50 @@ class AdapterJobs:
             model_path=str(uri),
             created_at=time.time(),
         )
-        state = await self._export(job.run_id, with_optimizer=False)
-        await self._sampler_adapters.publish(job.run_id, str(uri))
+        state = await self._export(job.run, with_optimizer=False)
+        await self._sampler_adapters.publish(job.run.run_id, str(uri))
 
         async def write_and_release() -> None:
             try:
                 await patiently(lambda: self._database.put(row))
                 # Not journaled until the files are there: after a crash in between, the save is done again.
-                self._futures.complete_for_now(
-                    job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
-                )
+                result = m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
+                self._futures.complete(job.request_id, result, record=False)
                 await self._checkpoints.write(save, state)
             except Exception as error:  # it stays pinned in the sampler, where it works
                 self._futures.complete(job.request_id, to_failure(error, f"writing {uri}"))
             else:
-                self._futures.complete_for_good(job.request_id)
+                self._futures.record(job.request_id)
                 await self._sampler_adapters.release(str(uri))
-                self._checkpoints.trim_unnamed(job.run_id, save.tenant)
+                self._checkpoints.trim_unnamed(job.run)
 
-        self._checkpoints.begin(uri, save.tenant, write_and_release())
+        self._checkpoints.begin(job.run, uri, write_and_release())
 
     # ------------------------------------------------------------ load
 
-    async def read_for(self, job: Job, request: m.LoadWeightsRequest) -> ReadCheckpoint:
+    def _read_beside(self, job: Job, request: m.LoadWeightsRequest) -> None:
+        """Read the checkpoint of a load while the ticks go on; the job's run waits for that, and nobody else."""
+        self._scheduler.hold(job)
+        reading = job.run.reading = asyncio.create_task(self._read(job, request))
+        self._readings.add(reading)
+
+        def give_back(_reading: object) -> None:
+            self._readings.discard(reading)
+            self._scheduler.give_back(job)
+
+        reading.add_done_callback(give_back)
+
+    async def _read(self, job: Job, request: m.LoadWeightsRequest) -> ReadCheckpoint:
         """The checkpoint that a load job names. May take long: a slow disk, a locked database.
 
         Raises:
             InvalidRequest, NotFound: if there is nothing that could be loaded.
         """
         checkpoint = await self._checkpoints.find(
-            job.tenant, request.path, token=request.weights_access_token
+            job.run.tenant, request.path, token=request.weights_access_token
         )
         # Another base model may have layers of the same shapes: only its name tells.
-        ours = self._runs[job.run_id].base_model
+        ours = job.run.base_model
         if plain_name(checkpoint.base_model) != ours:
             raise InvalidRequest(
                 f"path: the checkpoint was trained on {checkpoint.base_model!r}, and can't be loaded into a run on "
@@ -197,25 +241,23 @@ class AdapterJobs:
             )
         return checkpoint.uri, await self._checkpoints.read(checkpoint.uri, with_optimizer=request.optimizer)
 
-    async def load(self, job: Job, request: m.LoadWeightsRequest, reading: Awaitable[ReadCheckpoint]) -> None:
-        """
-        Args:
-            reading: `read_for` the same job.
-        """
-        is_new_run = request.model_id is None
+    async def _load(self, job: Job, request: m.LoadWeightsRequest) -> None:
+        run, is_new_run = job.run, request.model_id is None
         try:
-            uri, state = await reading
-            await self._residency.bring_in([job.run_id])
+            uri, state = await (run.reading or self._read(job, request))
+            await self._residency.bring_in([run])
             if is_new_run:
-                await self._worker.add_adapter(job.run_id, self._runs[job.run_id].spec)
-            await self._worker.import_adapter(job.run_id, state)
+                await self._worker.add_adapter(run.run_id, run.spec)
+            await self._worker.import_adapter(run.run_id, state)
         except WorkerLost:
             raise  # the engine runs the job again
         except BaseException:
+            run.reading = None
             if is_new_run:
-                self._live.forget(job.run_id)
+                self._end(run)
             raise
+        run.reading = None
         if is_new_run:
-            self._begin(job.run_id)
+            self._residency.added(run)
         await self._snapshots.loaded(job, state)
-        self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=job.run_id))
+        self._futures.complete(job.request_id, m.LoadWeightsResponse(path=str(uri), model_id=run.run_id))

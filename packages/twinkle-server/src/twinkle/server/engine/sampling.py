@@ -28,7 +28,8 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, Outcome, memory_of
+from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, memory_of
+from twinkle.server.scheduling.records import Outcome
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 

@@ -49,8 +49,10 @@ class Results:
         return outcome
 
     def _pending(self, request_id: str) -> m.Pending:
-        run_id = self._futures.run_of(request_id)
-        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
+        run = self._futures.run_of(request_id)
+        reason = None
+        if run is not None and not run.has_ended:
+            reason = self._scheduler.why_waiting(run, request_id)
         return m.Pending(request_id=request_id, queue_state_reason=reason)
 
 
