@@ -1,6 +1,6 @@
-"""Values for the clients of both SDKs.
+"""Values of both SDKs.
 
-`twinkle_client.types` and `tinker.types` have classes of the same names, which are made in the same way.
+`twinkle_client.types` and `tinker.types` have classes of the same names, with the same constructors.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class Types(Protocol):
-    """A module of a client's types."""
+    """A client's module of types."""
 
     ModelInput: Any
     Datum: Any
@@ -20,7 +20,7 @@ class Types(Protocol):
 
 
 def make_datum(types: Types, tokens: npt.ArrayLike, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
-    """A datum that reads `tokens`, int [T], with `inputs` for its loss, a row for each token."""
+    """A datum with `tokens`, int [T], as model input, and loss inputs with one row per token."""
     return types.Datum(
         model_input=types.ModelInput.from_ints(np.asarray(tokens).tolist()),
         loss_fn_inputs={name: types.TensorData.from_numpy(array) for name, array in inputs.items()},

@@ -13,7 +13,7 @@ from typing import Any
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.backends.finite import check_finite
+from twinkle.server.backends.lora.finite import check_finite
 from twinkle.server.backends.protocol import AdapterState, ExportFacts
 from twinkle.server.checkpoints.quota import CheckpointQuota
 from twinkle.server.checkpoints.writes import Writes

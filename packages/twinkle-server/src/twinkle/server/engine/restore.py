@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.operations import Encoded
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.scheduling import records
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.records import (
@@ -27,7 +27,6 @@ from twinkle.server.scheduling.records import (
     Outcome,
     Record,
     Rejected,
-    StepRefused,
 )
 from twinkle.server.scheduling.runs import Job, LostRun, Run, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
@@ -69,7 +68,7 @@ class Found:
     runs: dict[str, Begun] = field(default_factory=dict[str, Begun])
     accepted: dict[str, Accepted] = field(default_factory=dict[str, Accepted])
     rejected: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    outcomes: dict[str, Encoded] = field(default_factory=dict[str, Encoded])
     calls: list[list[str]] = field(default_factory=list[list[str]])
     ended: set[str] = field(default_factory=set[str])
     lost: dict[str, LostRun] = field(default_factory=dict[str, LostRun])
@@ -87,9 +86,7 @@ class Found:
                 self.rejected.setdefault(run_id, set()).add(seq_id)
             case Done(outcomes):
                 new = [outcome for outcome in outcomes if outcome[0] not in self.outcomes]
-                self.outcomes |= {
-                    request_id: records.decode_outcome(kind, body) for request_id, kind, body in new
-                }
+                self.outcomes |= {request_id: Encoded(kind, body) for request_id, kind, body in new}
                 self.calls.append([request_id for request_id, _, _ in new])
             case Ended(run_id):
                 self.runs.pop(run_id, None)
@@ -100,9 +97,7 @@ class Found:
     def may_have_changed(self, request_id: str) -> bool:
         """Whether a request with this outcome can have changed its run."""
         outcome = self.outcomes.get(request_id)
-        return outcome is not None and (
-            not isinstance(outcome, m.Failure) or isinstance(outcome, StepRefused)
-        )
+        return outcome is not None and outcome.kind != m.Failure.__name__  # a `StepRefused` has
 
 
 @dataclass(frozen=True, eq=False)

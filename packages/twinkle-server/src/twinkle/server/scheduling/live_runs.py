@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.records import RunLog
-from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue, RunRequest, RunState
+from twinkle.server.scheduling.runs import Job, LostRun, Received, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.tables import RELEASED_NAME
 
@@ -72,7 +72,7 @@ class LiveRuns:
 
     # ------------------------------------------------------------ begin and queue
 
-    def begin(self, run: Run, request: m.CreateModelRequest | m.LoadWeightsRequest) -> m.Promise:
+    def begin(self, run: Run, received: Received) -> m.Promise:
         """
         Raises:
             Unavailable: if it can't be written down; then there is no such run.
@@ -80,7 +80,7 @@ class LiveRuns:
         self._log.begun(run)
         self._runs[run.run_id] = run
         try:
-            return self.enqueue(run, 0, request)
+            return self.enqueue(run, 0, received)
         except Unavailable:
             self.end(run)
             raise
@@ -94,7 +94,7 @@ class LiveRuns:
         self,
         run: Run,
         seq_id: int,
-        request: RunRequest,
+        received: Received,
         tokens: int = 0,
         loss: CustomLoss | None = None,
     ) -> m.Promise:
@@ -102,8 +102,9 @@ class LiveRuns:
         Raises:
             Unavailable: if it can't be written down; then it is not queued.
         """
-        job = Job(new_request_id(), run, seq_id, request, tokens, loss, digest(request))
-        self._log.accepted(job)
+        request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
+        job = Job(new_request_id(), run, seq_id, request, tokens, loss, received.digest)
+        self._log.accepted(job, received.body)
         self._tokens.charge(run.tenant, tokens)
         self._futures.create(run.tenant, run, job.request_id, tokens)
         self._scheduler.submit(job)
@@ -114,7 +115,8 @@ class LiveRuns:
         for seq_id in self._scheduler.close_gaps(run):  # nobody is going to send what is missing
             self._log.rejected(run, seq_id)
         seq_id = run.queue.next_free
-        return self.enqueue(run, seq_id, request.model_copy(update={"seq_id": seq_id}))
+        request = request.model_copy(update={"seq_id": seq_id})
+        return self.enqueue(run, seq_id, Received(request, digest=digest(request)))
 
     def reject(self, run: Run, seq_id: int) -> None:
         """Count a refused request's id as consumed."""

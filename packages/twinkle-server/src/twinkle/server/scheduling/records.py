@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
 import msgpack
-from pydantic import BaseModel
 
 from twinkle.hub import plain_name
-from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import OPERATION, OPERATIONS
+from twinkle.protocol import operations
+from twinkle.protocol.endpoints import OPERATION, OPERATIONS, Endpoint
 from twinkle.protocol.errors import Unavailable
-from twinkle.protocol.results import Encoded, encode_result
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.protocol.operations import Encoded, Posted, decode_result, encode_result
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue
 from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
 
-# As it was computed, or as it travels.
+# As it was computed, or as it is sent.
 Outcome: TypeAlias = m.Result | m.Failure | Encoded
 
 
@@ -75,14 +73,11 @@ class Accepted:
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
-        kind = _REQUESTS[self.path]
-        if kind is m.ForwardBackwardRequest:
-            return codec.decode_forward_backward(self.body)
-        return cast("m.Operation", codec.decode_json(cast("Any", kind), self.body))
+        return operations.decode(Posted(_ENDPOINTS[self.path], self.body))
 
     @property
     def kind(self) -> type[m.Operation]:
-        return _REQUESTS[self.path]
+        return _ENDPOINTS[self.path].request
 
 
 @dataclass(frozen=True)
@@ -116,12 +111,7 @@ class Lost:
 
 Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
-_REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
-_JSON_OUTCOMES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (m.Failure, StepRefused, *(endpoint.result for endpoint in OPERATIONS))
-    if kind not in (ForwardBackwardOutput, SampleResponse)
-}
+_ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in OPERATIONS}
 
 
 def encode(record: Record) -> bytes:
@@ -181,37 +171,35 @@ def accepted(
     run_id: str | None,
     seq_id: int,
     request: m.Operation,
+    body: bytes | None,
     tokens: int = 0,
     digest: bytes = b"",
 ) -> Accepted:
-    """A request as it is written: without keys, which are kept nowhere."""
-    if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
-        request = request.model_copy(update={"weights_access_token": None})
-    body = (
-        codec.encode_forward_backward(request)
-        if isinstance(request, m.ForwardBackwardRequest)
-        else codec.encode_json(request)
+    """A request as it is written: its body as it was received, unless it may hold a key, which is kept nowhere.
+
+    Args:
+        body: None for requests of the server's own.
+    """
+    if isinstance(request, m.LoadWeightsRequest):
+        # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
+        request, body = request.model_copy(update={"weights_access_token": None}), None
+    path = OPERATION[type(request)].path
+    return Accepted(
+        request_id, tenant, run_id, seq_id, tokens, path, body or operations.encode(request), digest
     )
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body, digest)
 
 
-def encoded(outcome: Outcome) -> Outcome:
-    """As it travels, where that is protobuf."""
-    return encode_result(outcome) if isinstance(outcome, ForwardBackwardOutput | SampleResponse) else outcome
+def as_encoded(outcome: Outcome) -> Encoded:
+    return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
 
 
-def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
-    outcome = encoded(outcome)
-    if isinstance(outcome, Encoded):
-        return request_id, outcome.kind, outcome.body
-    return request_id, type(outcome).__name__, codec.encode_json(cast("BaseModel", outcome))
+def as_computed(outcome: Outcome) -> m.Result | m.Failure:
+    return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
 
 
-def decode_outcome(kind: str, body: bytes) -> Outcome:
-    """As it is kept: what travels as protobuf stays so."""
-    if kind == "ForwardBackwardOutput" or kind == "SampleResponse":
-        return Encoded(kind, body)
-    return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))
+def done(outcomes: Iterable[tuple[str, Outcome]]) -> Done:
+    encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
+    return Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded])
 
 
 class RunLog:
@@ -232,8 +220,11 @@ class RunLog:
         """
         self.append(Begun(run.run_id, run.tenant, run.session_id, run.base_model, run.spec))
 
-    def accepted(self, job: Job) -> None:
+    def accepted(self, job: Job, body: bytes | None) -> None:
         """
+        Args:
+            body: of its request, as it was received; None if it was made here.
+
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
         """
@@ -241,18 +232,27 @@ class RunLog:
             run = job.run
             self.append(
                 accepted(
-                    job.request_id, run.tenant, run.run_id, job.seq_id, job.request, job.tokens, job.digest
+                    job.request_id,
+                    run.tenant,
+                    run.run_id,
+                    job.seq_id,
+                    job.request,
+                    body,
+                    job.tokens,
+                    job.digest,
                 )
             )
             run.note_logged(self.journal.segment, job.seq_id)
 
-    def accepted_on_no_run(self, request_id: str, tenant: str, seq_id: int, request: m.Operation) -> None:
+    def accepted_on_no_run(
+        self, request_id: str, tenant: str, seq_id: int, request: m.Operation, body: bytes | None
+    ) -> None:
         """
         Raises:
             Unavailable: as `accepted`.
         """
         if self.journal is not None:
-            self.append(accepted(request_id, tenant, None, seq_id, request))
+            self.append(accepted(request_id, tenant, None, seq_id, request, body))
 
     def rejected(self, run: Run, seq_id: int) -> None:
         self._try(Rejected(run.run_id, seq_id))
@@ -260,7 +260,7 @@ class RunLog:
     def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
         """What came of one call; if it can't be written it is computed again after a crash."""
         if self.journal is not None:
-            self._try(Done([encode_outcome(*outcome) for outcome in outcomes]))
+            self._try(done(outcomes))
 
     def ended(self, run: Run) -> None:
         self._try(Ended(run.run_id))

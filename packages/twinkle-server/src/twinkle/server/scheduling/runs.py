@@ -16,7 +16,6 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, CustomLoss
-from twinkle.server.scheduling.digests import digest
 
 RunRequest: TypeAlias = m.Ordered | m.CreateModelRequest | m.UnloadModelRequest
 ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
@@ -24,6 +23,20 @@ ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
 # How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
 MAX_REMEMBERED = 1024
 MAX_AHEAD = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A request as it arrived. Its bytes go to the journal, and no further.
+
+    Attributes:
+        body: as it was decoded from; None if it was made in this process.
+        digest: see `operations.digest`; empty if it is never sent again.
+    """
+
+    request: m.Operation
+    body: bytes | None = None
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +72,7 @@ class RunQueue:
         self._held: Job | None = None  # was taken, and is going to come back
         self._back: Job | None = None  # has come back
 
-    def duplicate_of(self, seq_id: int, request: RunRequest) -> str | None:
+    def duplicate_of(self, seq_id: int, received: Received) -> str | None:
         """The request id under which `seq_id` was accepted before, if it was.
 
         Raises:
@@ -69,12 +82,12 @@ class RunQueue:
         if seq_id not in self._seen:
             return None
         request_id, kind, first = self._seen[seq_id]
-        if not isinstance(request, kind):
+        if not isinstance(received.request, kind):
             raise InvalidRequest(
                 f"seq_id: {seq_id} was used before on this run, for {kind.__name__}; the next free one is "
                 f"{self.next_free}"
             )
-        if first and digest(request) != first:
+        if first and received.digest and received.digest != first:
             raise Conflict(
                 f"seq_id: {seq_id} was used before on this run, for a {kind.__name__} that asks for something else: a "
                 f"request that is sent again must be the same; the next free one is {self.next_free}"

@@ -9,8 +9,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from twinkle.protocol import messages as m
+from twinkle.server.scheduling.fair_queue import FairQueue
 from twinkle.server.scheduling.runs import Job, Run
-from twinkle.server.scheduling.turns import Turns
 
 # A run that was in none of so many ticks is not expected any more.
 _REMEMBERED_TICKS = 16
@@ -116,7 +116,7 @@ class Scheduler:
         self._tick_tokens = tick_tokens
         self._overhead_tokens = overhead_tokens
         self._ready: dict[str, OrderedDict[Run, None]] = {}  # tenant -> its ready runs, next first
-        self._turns = Turns()
+        self._turns = FairQueue()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
         self._arrived = asyncio.Event()  # set by every job that arrives
@@ -322,7 +322,7 @@ class Scheduler:
             elif len(taken) > had:
                 self._ready[tenant].move_to_end(run)  # the others come first next time
         if taken:
-            self._turns.had_turn(tenant, room - left)
+            self._turns.charge(tenant, room - left)
         return taken
 
     def _leaves(self, job: Job) -> None:
@@ -334,16 +334,21 @@ class Scheduler:
 
     def _update(self, run: Run) -> None:
         """The run's queue has changed: it may be ready now, or no longer."""
-        runs = self._ready.setdefault(run.tenant, OrderedDict())
         is_ready = run.queue.head() is not None
-        self._ready_runs += int(is_ready) - int(run in runs)
+        if is_ready == (run in self._ready.get(run.tenant, ())):
+            return
         if is_ready:
-            runs[run] = None
+            self._ready_runs += 1
+            self._ready.setdefault(run.tenant, OrderedDict())[run] = None
             self._turns.activate(run.tenant)
         else:
-            runs.pop(run, None)
-            if not runs:
+            self._ready_runs -= 1
+            del self._ready[run.tenant][run]
+            if not self._ready[run.tenant]:
                 del self._ready[run.tenant]
+                # What its last pass cost beyond its share is forgiven: a client that waits for each result before it
+                # sends more takes at most twice as long as alone, however large its batches.
+                self._turns.settle(run.tenant)
                 self._turns.deactivate(run.tenant)
         if self._ready:
             self._work.set()

@@ -16,11 +16,11 @@ from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
-from twinkle.protocol.results import Encoded
+from twinkle.protocol.operations import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local
-from twinkle.server.serve.ranks import RankGroup
+from twinkle.server.serve.ranks import RankGroup, Timeouts
 from twinkle.server.tokens import Download
 
 # The launcher imports this module too; these are imported where they run, while the ranks load the model.
@@ -65,7 +65,10 @@ class EngineDeployment:
             self._failed_at = time.monotonic()
 
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
-        ranks = asyncio.create_task(RankGroup.start(placement, plan.model, plan.backend, plan.sampler, first))
+        timeouts = Timeouts(plan.config.model.heartbeat_timeout_seconds, plan.call_timeout_seconds)
+        ranks = asyncio.create_task(
+            RankGroup.start(placement, plan.model, plan.backend, plan.sampler, timeouts, first)
+        )
         await asyncio.sleep(0)  # they start to load
         from twinkle.server.app import build_service, build_signer, live_directory
 
@@ -86,15 +89,17 @@ class EngineDeployment:
     async def ready(self) -> None | TwinkleError:
         return await _or_error(lambda: self._running().ready())
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
-        return await _or_error(lambda: self._running().submit(tenant, request))
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise | TwinkleError:
+        return await _or_error(lambda: self._running().submit(tenant, request, body, digest))
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata | TwinkleError:
+    ) -> Encoded | m.Pending | m.CompleteMetadata | TwinkleError:
         return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
 
     async def download_sizes(self, download: Download) -> dict[str, int] | TwinkleError:
@@ -174,15 +179,17 @@ class HandleService:
         except TimeoutError as error:
             raise Unavailable("the engine doesn't answer", 2.0) from error
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
-        return await self._call(self._engine.submit.remote(tenant, request))
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise:
+        return await self._call(self._engine.submit.remote(tenant, request, body, digest))
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.Pending | m.CompleteMetadata:
         return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
         answer = self._engine.ask.remote(tenant, query)
         is_long = isinstance(query, m.RetrieveFuturesRequest)
         return await (self._wait(answer) if is_long else self._call(answer))

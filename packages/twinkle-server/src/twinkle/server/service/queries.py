@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
@@ -91,12 +91,12 @@ def _training_run(
 # ---------------------------------------------------------------- lists
 
 
-async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query) -> m.Reply:
+async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query[Any]) -> m.Reply:
     """The queries that read rows and do nothing else."""
     return await threads.run(tenant, lambda: _answer(database, tenant, query))
 
 
-def _answer(database: Database, tenant: str, query: m.Query) -> m.Reply:
+def _answer(database: Database, tenant: str, query: m.Query[Any]) -> m.Reply:
     now = time.time()
     match query:
         case m.GetSampler():

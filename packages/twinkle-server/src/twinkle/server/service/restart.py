@@ -9,21 +9,22 @@ from dataclasses import dataclass
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.operations import Encoded, digest
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.engine import Engine
 from twinkle.server.engine.restore import Found, Restore
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
-from twinkle.server.scheduling.records import Accepted, Outcome, RunLog
+from twinkle.server.scheduling.records import Accepted, RunLog
 from twinkle.server.scheduling.runs import Run
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import validation
 from twinkle.server.service.losses import CustomLosses
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.run_files import RunFiles
@@ -90,7 +91,7 @@ class Restart:
         await self.losses.load(run.tenant, request)
         return self.losses.of(run, request)
 
-    async def _put_back(self, record: Accepted, outcome: Outcome | None) -> None:
+    async def _put_back(self, record: Accepted, outcome: Encoded | None) -> None:
         """Of no run: a sample is drawn again, unless it has been; a loss is kept once more."""
         request = record.request()
         try:
@@ -105,13 +106,13 @@ class Restart:
                 self.futures.restore(record.request_id, failure)
 
     async def _put_back_sample(
-        self, record: Accepted, request: m.SampleRequest, outcome: Outcome | None
+        self, record: Accepted, request: m.SampleRequest, outcome: Encoded | None
     ) -> None:
         sampler = await self.samplers.find(record.tenant, request.sampling_session_id)
         self.sessions.expect(sampler.session_id)
         if outcome is not None:
-            self.samples.restore(sampler, request, record.request_id, outcome)
+            self.samples.restore(sampler, request, record.request_id, digest(request), outcome)
             return
         validation.check_sample(request, self.worker.info)  # this model may read less than the earlier one's
         targets = validation.target_tokens(request, self.worker.info)
-        self.samples.begin(sampler, request, record.request_id, targets)
+        self.samples.begin(sampler, request, record.request_id, digest(request), targets)

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
+from twinkle.protocol import operations
 from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
-from twinkle.protocol.results import Encoded
+from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
 from twinkle.server.checkpoints.checkpoints import Checkpoints
@@ -27,7 +29,7 @@ from twinkle.server.engine.engine import Engine
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
@@ -35,7 +37,7 @@ from twinkle.server.scheduling.futures import FutureTable, new_request_id
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.records import RunLog
-from twinkle.server.scheduling.runs import Run
+from twinkle.server.scheduling.runs import Received, Run
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
@@ -47,7 +49,7 @@ from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.results import Results
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -87,6 +89,7 @@ class Service:
         max_resident_adapter_bytes: int | None = None,
         open_journal: Callable[[], Journal] | None = None,
         limits: LimitsSection = LimitsSection(),  # noqa: B008 - frozen
+        encodes: bool = True,
     ) -> None:
         """
         Args:
@@ -97,6 +100,7 @@ class Service:
             snapshot_seconds: from a run's change to its copy; None if the worker can't be lost without this process.
             max_resident_adapter_bytes: None is what the worker says.
             open_journal: blocking; needs `run_files`. Without a journal, runs end with this process.
+            encodes: whether results are sent; without that they are not kept for a poll that is repeated, either.
         """
         model_name = self._model_name = plain_name(model_name)
         self._limits = limits
@@ -111,7 +115,11 @@ class Service:
         self._threads = Threads()
         self._log = RunLog()
         self._futures = FutureTable(
-            time.monotonic, self._log, unfetched_bytes=limits.max_unfetched_bytes or math.inf
+            time.monotonic,
+            self._log,
+            keep_seconds=600.0 if encodes else 0.0,
+            unfetched_bytes=limits.max_unfetched_bytes or math.inf,
+            encodes=encodes,
         )
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
         self._results = Results(self._futures, self._scheduler)
@@ -281,37 +289,45 @@ class Service:
 
     # ------------------------------------------------------------ operations
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise:
         """Accept an operation.
+
+        Args:
+            body: the bytes that it was decoded from, which the journal keeps; None if there are none.
+            digest: as `operations.digest` makes it; None has it made here, and an empty one says that the request is
+                never sent again.
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
             QuotaReached: if it would be a run too many.
             LimitReached, Unavailable: if it can't be taken now; sent again it may be.
         """
-        promise = await self._submit(tenant, request)
+        known = operations.digest(request) if digest is None else digest
+        promise = await self._submit(tenant, Received(request, body, known))
         await self._log.wait_durable()
         return promise
 
-    async def _submit(self, tenant: str, request: m.Operation) -> m.Promise:
-        match request:
-            case m.CreateModelRequest():
-                return await self._create_run(tenant, request)
-            case m.LoadWeightsRequest(model_id=None):
-                return await self._create_run_from_checkpoint(tenant, request)
-            case m.UnloadModelRequest():
-                return self._unload(tenant, request)
-            case m.SampleRequest():
-                return await self._begin_sample(tenant, request)
-            case m.CreateCustomLossRequest():
-                return await self._create_custom_loss(tenant, request)
-            case m.ForwardBackwardRequest():
+    async def _submit(self, tenant: str, received: Received) -> m.Promise:
+        match received.request:
+            case m.CreateModelRequest() as request:
+                return await self._create_run(tenant, request, received)
+            case m.LoadWeightsRequest(model_id=None) as request:
+                return await self._create_run_from_checkpoint(tenant, request, received)
+            case m.UnloadModelRequest() as request:
+                return self._unload(tenant, request, received)
+            case m.SampleRequest() as request:
+                return await self._begin_sample(tenant, request, received)
+            case m.CreateCustomLossRequest() as request:
+                return await self._create_custom_loss(tenant, request, received)
+            case m.ForwardBackwardRequest() as request:
                 await self._losses.load(tenant, request)
-                return self._submit_ordered(tenant, request)
-            case _:
-                return self._submit_ordered(tenant, request)
+                return self._submit_ordered(tenant, request, received)
+            case request:
+                return self._submit_ordered(tenant, request, received)
 
-    def _submit_ordered(self, tenant: str, request: m.Ordered) -> m.Promise:
+    def _submit_ordered(self, tenant: str, request: m.Ordered, received: Received) -> m.Promise:
         run = self._live.find(tenant, request.model_id)
         self._ledger.touch(run.run_id)
         self._sessions.heard_of(run.session_id)
@@ -319,7 +335,7 @@ class Service:
         if seq_id is None:
             raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
         queue = run.queue
-        if (first := queue.duplicate_of(seq_id, request)) is not None:
+        if (first := queue.duplicate_of(seq_id, received)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(seq_id)
         try:
@@ -330,7 +346,7 @@ class Service:
             raise
         # All else that the run has queued waits for the next one, so that is let in.
         self._check_limits(tenant, tokens, always_room=seq_id == queue.next_id)
-        return self._live.enqueue(run, seq_id, request, tokens, loss)
+        return self._live.enqueue(run, seq_id, received, tokens, loss)
 
     def _check_limits(self, tenant: str, tokens: int, always_room: bool = False) -> None:
         """
@@ -351,19 +367,19 @@ class Service:
         validation.check_on_run(request, limits.max_checkpoint_ttl_seconds, limits.max_metadata_bytes)
         return 0
 
-    def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
+    def _unload(self, tenant: str, request: m.UnloadModelRequest, received: Received) -> m.Promise:
         run = self._live.find(tenant, request.model_id)
         if request.seq_id is None:
             return self._live.enqueue_last(run, request)
         queue = run.queue
-        if (first := queue.duplicate_of(request.seq_id, request)) is not None:
+        if (first := queue.duplicate_of(request.seq_id, received)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(request.seq_id)
-        return self._live.enqueue(run, request.seq_id, request)
+        return self._live.enqueue(run, request.seq_id, received)
 
     # ------------------------------------------------------------ runs
 
-    async def _create_run(self, tenant: str, request: m.CreateModelRequest) -> m.Promise:
+    async def _create_run(self, tenant: str, request: m.CreateModelRequest, received: Received) -> m.Promise:
         validation.check_base_model(request.base_model, self._model_name)
         config = request.lora_config or LoraConfig(rank=DEFAULT_RANK)
         validation.check_lora_config(config, self._worker.info)
@@ -374,9 +390,13 @@ class Service:
             seed=config.seed if config.seed is not None else secrets.randbits(63),
             **validation.trainable_flags(config, self._worker.info),
         )
-        return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
+        return await self._begin_run(
+            tenant, request.session_id, request.model_seq_id, spec, request, received
+        )
 
-    async def _create_run_from_checkpoint(self, tenant: str, request: m.LoadWeightsRequest) -> m.Promise:
+    async def _create_run_from_checkpoint(
+        self, tenant: str, request: m.LoadWeightsRequest, received: Received
+    ) -> m.Promise:
         if request.session_id is None or request.model_seq_id is None:
             raise InvalidRequest(
                 "model_id: missing; name a run, or session_id and model_seq_id for a new one"
@@ -389,7 +409,9 @@ class Service:
         )
         # Shape and scale come from the files, so that one who edited the row can't make them disagree.
         spec = (await self._saved.read(checkpoint.uri)).spec
-        return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
+        return await self._begin_run(
+            tenant, request.session_id, request.model_seq_id, spec, request, received
+        )
 
     async def _begin_run(
         self,
@@ -398,6 +420,7 @@ class Service:
         model_seq_id: int,
         spec: AdapterSpec,
         request: m.CreateModelRequest | m.LoadWeightsRequest,
+        received: Received,
     ) -> m.Promise:
         check_metadata(request.user_metadata, self._limits.max_metadata_bytes)
         await sessions.find_open(self._database, tenant, session_id)
@@ -420,50 +443,55 @@ class Service:
             check_runs(self._limits, [other.tenant for other in self._live], tenant)
             await asyncio.to_thread(self._database.put, row)
         if (first := self._live.get(run.run_id)) is not None:  # before, or meanwhile
-            return m.Promise(request_id=self._first_of_run(first, request), model_id=run.run_id)
-        return self._live.begin(run, request)
+            return m.Promise(
+                request_id=self._first_of_run(first, request.model_seq_id, received), model_id=run.run_id
+            )
+        return self._live.begin(run, received)
 
-    def _first_of_run(self, run: Run, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str:
+    def _first_of_run(self, run: Run, model_seq_id: int | None, received: Received) -> str:
         """
         Raises:
             Conflict: if the run was begun by a request that asks for something else.
             InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
         """
         try:
-            first = run.queue.duplicate_of(0, request)
+            first = run.queue.duplicate_of(0, received)
         except Conflict as error:
             raise Conflict(
-                f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
+                f"model_seq_id: {model_seq_id} was used before in this session, for a run that is something "
                 "else: a request that is sent again must be the same, and another run needs the next number"
             ) from error
         if first is None:
             raise InvalidRequest(
-                f"model_seq_id: {request.model_seq_id} was used before in this session, for run {run.run_id}, which "
+                f"model_seq_id: {model_seq_id} was used before in this session, for run {run.run_id}, which "
                 "takes requests; another run needs the next number"
             )
         return first
 
     # ------------------------------------------------------------ samples and losses
 
-    async def _begin_sample(self, tenant: str, request: m.SampleRequest) -> m.Promise:
+    async def _begin_sample(self, tenant: str, request: m.SampleRequest, received: Received) -> m.Promise:
         sampler = await self._samplers.find(tenant, request.sampling_session_id)
         self._sessions.heard_of(sampler.session_id)
         validation.check_sample(request, self._worker.info)
         targets = validation.target_tokens(request, self._worker.info)
-        if (first := self._samples.first_of(request)) is not None:
+        if (first := self._samples.first_of(request, received.digest)) is not None:
             return first
         self._check_limits(tenant, request.prompt.length)
         request_id = new_request_id()
-        self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
+        self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request, received.body)
         self._tokens.charge(tenant, request.prompt.length)
         self._futures.create(tenant, request_id=request_id, tokens=request.prompt.length)
-        return self._samples.begin(sampler, request, request_id, targets)
+        return self._samples.begin(sampler, request, request_id, received.digest, targets)
 
-    async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
+    async def _create_custom_loss(
+        self, tenant: str, request: m.CreateCustomLossRequest, received: Received
+    ) -> m.Promise:
         await sessions.find_open(self._database, tenant, request.session_id)
         loss_id = await self._losses.create(tenant, request, self._worker.loss_fns)
         request_id = new_request_id()
-        self._log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request)
+        seq_id = request.custom_loss_seq_id
+        self._log.accepted_on_no_run(request_id, tenant, seq_id, request, received.body)
         self._futures.create(tenant, request_id=request_id)
         self._futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
         return m.Promise(request_id=request_id)
@@ -479,7 +507,7 @@ class Service:
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.Pending | m.CompleteMetadata:
         """As `retrieve`, as it travels.
 
         Args:
@@ -499,7 +527,7 @@ class Service:
             return self._samples.session_of(tenant, request_id)
         return run.session_id if run.tenant == tenant and not run.has_ended else None
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[Any]) -> Any:
         """Answer a query.
 
         Raises:

@@ -11,18 +11,18 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.protocol.results import Encoded
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import as_computed
 from twinkle.server.scheduling.runs import Run
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.presence import Presence
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -184,8 +184,7 @@ class SessionDesk:
         promise = self._live.enqueue_last(run, request)
         while (outcome := await self._futures.wait(run.tenant, promise.request_id, 60.0)) is None:
             pass
-        assert not isinstance(outcome, Encoded), "no training pass and no sample is asked for here"
-        return outcome
+        return as_computed(outcome)
 
     def _forget(self, session_id: str) -> None:
         self._last_seen.pop(session_id, None)
