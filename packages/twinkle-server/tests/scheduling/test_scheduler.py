@@ -124,6 +124,14 @@ async def test_what_was_queued_by_a_run_that_is_gone_counts_no_more():
     assert len((await asyncio.wait_for(tick, 10)).passes) == 2
 
 
+def test_what_waited_behind_a_gap_that_is_closed_is_taken():
+    scheduler, a = Scheduler(1000), a_run("a")
+    scheduler.submit(a_pass(a, 2, 10))
+    assert not scheduler.ready_tenants
+    assert scheduler.close_gaps(a) == [0, 1]
+    assert ids(scheduler.take_tick()) == ["a-2"]
+
+
 def test_an_optimizer_step_is_a_barrier_within_its_run():
     scheduler, a = Scheduler(1000), a_run("a")
     for job in (a_pass(a, 0, 10), a_step(a, 1), a_pass(a, 2, 10), a_step(a, 3)):

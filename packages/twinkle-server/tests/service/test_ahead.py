@@ -104,6 +104,23 @@ async def finish(submitted: list[tuple[Tenant, list[m.Promise]]]) -> None:
             assert not isinstance(await tenant.outcome(promise), (m.Failure, m.TryAgain))
 
 
+async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
+    """Until the tick with that request has been taken, and what is sent of it at once is on its way."""
+    async with asyncio.timeout(20):
+        while True:
+            waiting = await tenant.service.retrieve(tenant.name, promise.request_id, 0)
+            assert isinstance(waiting, m.Pending) and waiting.queue_state_reason is not None
+            if waiting.queue_state_reason.startswith("it is being computed"):
+                break
+            await asyncio.sleep(0.005)
+    await a_few_turns()
+
+
+async def a_few_turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def both_under_way(held: Held) -> tuple[list[tuple[Tenant, list[m.Promise]]], list[str]]:
     """A step of one run that is held, and one of another that was sent behind it."""
     (alice, first), (bob, second) = [await a_trained_run(held, name) for name in ("alice", "bob")]
@@ -131,7 +148,7 @@ async def test_a_tick_with_a_run_of_this_one_waits(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, run, seq_id)) for seq_id in (3, 5)]
     await held.until(sent=1)
-    await asyncio.sleep(0.1)
+    await until_taken(alice, submitted[1][1][0])
     assert len(held.sent) == 1
     held.gate.set()
     await finish(submitted)
@@ -189,7 +206,9 @@ async def test_a_service_that_is_to_end_sends_nothing_ahead(held: Held):
     stopping = asyncio.create_task(held.service._engine.until_idle())
     await asyncio.sleep(0)
     submitted.append((bob, await submit_step(bob, second, 3)))
-    await asyncio.sleep(0.1)
+    # The engine waits for this too, and decides when it returns.
+    await held.service._scheduler.until_complete({held.service._live.find("alice", first)})
+    await a_few_turns()
     assert len(held.sent) == 1
     held.gate.set()
     await finish(submitted)

@@ -375,6 +375,26 @@ async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_howeve
         await check_state(server.worker, run, 1)
 
 
+async def test_of_a_run_that_is_lost_all_that_had_no_outcome_fails(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    await server.close()  # with a snapshot behind 2
+    alice = await server.start()
+    with server.no_room_for_outcomes():
+        passes = [await alice.service.submit("alice", a_pass(run, seq_id)) for seq_id in (3, 4)]
+        for promise in passes:
+            assert isinstance(await alice.outcome(promise), ForwardBackwardOutput)
+    step = await alice.service.submit("alice", a_step(run, 5))
+    assert isinstance(await alice.outcome(step), m.OptimStepResponse)
+    (server.directory / "runs" / run / "2.safetensors").write_bytes(b"not what it was")
+    alice = await server.kill_and_start()
+    for promise in passes:
+        outcome = await alice.outcome(promise)
+        assert isinstance(outcome, m.Failure) and "begin a new run from its last checkpoint" in outcome.error
+    assert isinstance(await alice.outcome(step), m.OptimStepResponse)
+
+
 def too_large(run: str, seq_id: int) -> m.ForwardBackwardRequest:
     """A pass that leaves a gradient of infinities and what is no number."""
     data = {"target_tokens": [1, 2, 3], "weights": [3e38, -3e38, 3e38]}

@@ -181,6 +181,7 @@ class Engine:
         if in_flight is None:
             await self._residency.bring_in(call.runs, adding_gradients=True)
             in_flight = self._dispatch(call)
+        assert in_flight.call is call, "nothing else with passes and steps comes before it"
         results, outcomes = await self._result_of(in_flight)
         self._times.ended(in_flight, asyncio.get_running_loop().time())
         self._passes_done(call.passes, in_flight.packed, results)
@@ -206,13 +207,15 @@ class Engine:
         ready = asyncio.create_task(self._until_next_is_complete(in_flight, late_at))
         try:
             await asyncio.wait({in_flight.result, ready}, return_when=asyncio.FIRST_COMPLETED)
-            if not in_flight.result.done() and ready.exception() is None:
+            if not in_flight.result.done() and not ready.exception():
                 self._dispatch_ahead(in_flight)
             return await in_flight.result
         finally:
             in_flight.result.cancel()
             ready.cancel()
-            await asyncio.wait({ready})
+            [outcome] = await asyncio.gather(ready, return_exceptions=True)
+            if isinstance(outcome, Exception):
+                log.error("it could not be waited for the next tick", exc_info=outcome)
 
     async def _until_next_is_complete(self, in_flight: InFlightCall, late_at: float) -> None:
         await asyncio.sleep(late_at - asyncio.get_running_loop().time())
@@ -224,17 +227,16 @@ class Engine:
         """
         if not self._may_dispatch_ahead or self._snapshots.seconds_until_due() == 0:
             return
-        match self._add(self._scheduler.take_tick()):
-            case [call] if call.passes and call.optim_steps:
-                if not call.runs.keys() & in_flight.call.runs.keys() and self._residency.claim(call.runs):
-                    try:
-                        self._in_flight = self._dispatch(call)
-                    except (
-                        Exception
-                    ):  # it is raised again, and said to whom it concerns, when its turn has come
-                        log.exception("a call could not be dispatched ahead; it waits for its turn")
-            case _:
-                pass
+        calls = self._add(self._scheduler.take_tick())
+        if len(calls) != 1 or not calls[0].passes or not calls[0].optim_steps:
+            return
+        runs = calls[0].runs
+        if runs.keys() & in_flight.call.runs.keys() or not self._residency.claim(runs):
+            return
+        try:
+            self._in_flight = self._dispatch(calls[0])
+        except Exception:  # it fails again when its turn has come, and then its clients are told
+            log.exception("a call could not be dispatched ahead; it waits for its turn")
 
     def _drop_in_flight(self) -> None:
         """Its call is still in the queue."""
@@ -314,7 +316,8 @@ class Engine:
             log.error("The model could not be started anew: %s", error)
             self._has_failed = True
             self._fail(self._calls.take_all())
-        self._calls.repeat(self._snapshots.take_unsaved())
+        else:
+            self._calls.repeat(self._snapshots.take_unsaved())
 
     def _fail(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

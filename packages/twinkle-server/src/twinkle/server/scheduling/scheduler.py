@@ -28,21 +28,12 @@ class Tick:
 
     @classmethod
     def of(cls, jobs: Iterable[Job]) -> Tick:
-        """
-        Args:
-            jobs: those of a run in its order.
-        """
-        passes: list[Job] = []
-        optim_steps: list[Job] = []
+        """A tick of these jobs, which are in order within each run."""
+        kinds: dict[type, list[Job]] = {m.ForwardBackwardRequest: [], m.OptimStepRequest: []}
         others: list[Job] = []
         for job in jobs:
-            match job.request:
-                case m.ForwardBackwardRequest():
-                    passes.append(job)
-                case m.OptimStepRequest():
-                    optim_steps.append(job)
-                case _:
-                    others.append(job)
+            kinds.get(type(job.request), others).append(job)
+        passes, optim_steps = kinds.values()
         return cls(tuple(passes), tuple(optim_steps), tuple(others))
 
     @property
@@ -180,10 +171,6 @@ class Scheduler:
         closed = run.queue.close_gaps()
         self._update(run)
         return closed
-
-    def why_waiting(self, run: Run, request_id: str) -> str:
-        """Why a request has no result yet, in words."""
-        return f"{run.queue.why_waiting(request_id)}; {len(self._ready)} tenants have requests ready"
 
     # ------------------------------------------------------------ ticks
 

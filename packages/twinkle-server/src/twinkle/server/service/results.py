@@ -40,5 +40,6 @@ class Results:
         run = self._futures.run_of(request_id)
         reason = None
         if run is not None and not run.has_ended:
-            reason = self._scheduler.why_waiting(run, request_id)
+            tenants = len(self._scheduler.ready_tenants)
+            reason = f"{run.queue.why_waiting(request_id)}; {tenants} tenants have requests ready"
         return m.TryAgain(request_id=request_id, queue_state_reason=reason)
