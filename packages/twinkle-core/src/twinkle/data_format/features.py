@@ -32,8 +32,8 @@ class InputFeature(TypedDict):
 
 
 class Types(Protocol):
-    """A client's module of types: `twinkle_client.types` and `tinker.types` have classes of the same names and
-    constructors.
+    """A client's module of types. `twinkle_client.types` and `tinker.types` have classes of the same names, with the
+    same constructors.
     """
 
     ModelInput: Any
