@@ -180,10 +180,7 @@ class LocalWorker:
             raise error
 
     async def try_publish(self, adapter_id: str, sampler_adapter_id: str) -> Exception | None:
-        """`publish` on one rank of a group: all take part in the export, and the one with a sampler hands it over.
-
-        What its sampler raises is returned: the ranks that have none don't disagree about it.
-        """
+        """`publish` on one rank: all take part in the export. Returns the sampler's error, since not all ranks have it."""
         state = await self.export_adapter(adapter_id, with_optimizer=False)
         if self._sampler_or_none is None:
             return None
