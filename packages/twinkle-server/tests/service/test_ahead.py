@@ -15,7 +15,7 @@ from mortal_worker import MortalWorker, make_mortal_service
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
-from twinkle.server.engine import ahead
+from twinkle.server.engine import calls
 from twinkle.server.service.service import Service
 
 
@@ -65,7 +65,7 @@ class Held:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "LATE", 0.0)
+    monkeypatch.setattr(calls, "DISPATCH_AT", 0.0)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ async def submit_step(tenant: Tenant, run: str, first_seq_id: int) -> list[m.Pro
 async def finish(submitted: list[tuple[Tenant, list[m.Promise]]]) -> None:
     for tenant, promises in submitted:
         for promise in promises:
-            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.Pending))
+            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.TryAgain))
 
 
 async def both_under_way(held: Held) -> tuple[list[tuple[Tenant, list[m.Promise]]], list[str]]:
@@ -162,7 +162,7 @@ async def test_this_tick_may_fail_while_the_next_one_is_under_way(held: Held):
 async def test_no_copy_is_taken_of_a_run_that_is_ahead_of_what_is_known_of_it(held: Held):
     submitted, runs = await both_under_way(held)
     for run in runs:
-        held.service._snapshots.hurry(run)
+        held.service._snapshots.hurry(held.service._live.get(run))
     held.gate.set()
     await finish(submitted)
     before = held.worker.restarts
@@ -186,7 +186,7 @@ async def test_a_service_that_is_to_end_sends_nothing_ahead(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, first, 3))]
     await held.until(sent=1)
-    stopping = asyncio.create_task(held.service._engine.between_ticks())
+    stopping = asyncio.create_task(held.service._engine.until_idle())
     await asyncio.sleep(0)
     submitted.append((bob, await submit_step(bob, second, 3)))
     await asyncio.sleep(0.1)

@@ -16,8 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local
@@ -94,7 +94,7 @@ class EngineDeployment:
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata | TwinkleError:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata | TwinkleError:
         return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
@@ -184,7 +184,7 @@ class HandleService:
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
