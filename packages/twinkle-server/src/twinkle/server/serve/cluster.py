@@ -115,7 +115,7 @@ def _start(plan: Plan) -> None:
 
     # The ranks take longest, so they are started first; the engine is handed them.
     placement = placement_group(plan.bundles, strategy="PACK")
-    ranks = place_ranks(placement, plan.model, plan.backend, plan.sampler)
+    ranks = place_ranks(plan, placement)
     serve.start(proxy_location="Disabled", logging_config=_LOGGING)
     try:
         serve.run(

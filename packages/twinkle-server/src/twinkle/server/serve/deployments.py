@@ -21,7 +21,7 @@ from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local
-from twinkle.server.serve.ranks import RankGroup, Timeouts
+from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.tokens import Download
 
 # The launcher imports this module too; these are imported where they are used, while the ranks load the model.
@@ -66,10 +66,7 @@ class EngineDeployment:
             self._failed_at = time.monotonic()
 
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
-        timeouts = Timeouts(plan.config.model.heartbeat_timeout_seconds, plan.call_timeout_seconds)
-        ranks = asyncio.create_task(
-            RankGroup.start(placement, plan.model, plan.backend, plan.sampler, timeouts, first)
-        )
+        ranks = asyncio.create_task(RankGroup.start(plan, placement, first))
         await asyncio.sleep(0)  # they start to load
         from twinkle.server.app import build_service, build_signer, live_directory
 
