@@ -162,7 +162,7 @@ async def test_this_tick_may_fail_while_the_next_one_is_under_way(held: Held):
 async def test_no_copy_is_taken_of_a_run_that_is_ahead_of_what_is_known_of_it(held: Held):
     submitted, runs = await both_under_way(held)
     for run in runs:
-        held.service._snapshots.hurry(run)
+        held.service.parts.snapshots.hurry(run)
     held.gate.set()
     await finish(submitted)
     before = held.worker.restarts
@@ -186,7 +186,7 @@ async def test_a_service_that_is_to_end_sends_nothing_ahead(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, first, 3))]
     await held.until(sent=1)
-    stopping = asyncio.create_task(held.service._engine.between_ticks())
+    stopping = asyncio.create_task(held.service.parts.engine.between_ticks())
     await asyncio.sleep(0)
     submitted.append((bob, await submit_step(bob, second, 3)))
     await asyncio.sleep(0.1)

@@ -395,7 +395,7 @@ async def test_what_was_computed_again_alone_is_not_computed_twice_when_the_next
     for tenant, run in zip(tenants, runs, strict=True):
         await train(tenant, run, 1)
     await until(lambda: all((tmp_path / "runs" / run / "2.safetensors").exists() for run in runs))
-    service._snapshots.seconds = HARDLY_EVER
+    service.parts.snapshots.seconds = HARDLY_EVER
     promises = [
         await service.submit(tenant.name, a_pass(run, 3)) for tenant, run in zip(tenants, runs, strict=True)
     ]

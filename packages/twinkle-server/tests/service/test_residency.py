@@ -55,7 +55,7 @@ async def outcome_of(
 
 def _check_kept(service: Service, backend: FakeBackend, adapter_bytes: int) -> None:
     """After a job that needs one adapter: the rest is what there is room for, and the books are right."""
-    residency = service._residency
+    residency = service.parts.residency
     assert set(residency._resident) == set(backend._adapters)
     assert residency._total <= adapter_bytes or len(residency._resident) == 1
 
@@ -151,7 +151,7 @@ async def test_it_can_be_saved_sampled_and_loaded(alice: Tenant, backend: FakeBa
 async def test_it_can_be_unloaded_where_it_is(alice: Tenant, backend: FakeBackend, tmp_path: Path):
     run = await evicted_run(alice, backend)
     assert isinstance(await alice.do(m.UnloadModelRequest(model_id=run)), m.UnloadModelResponse)
-    await alice.service._snapshots.close()
+    await alice.service.parts.snapshots.close()
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -178,7 +178,7 @@ async def test_a_run_that_cannot_be_made_is_gone_and_the_next_one_is_made(
     with monkeypatch.context() as patch:
         patch.setattr(backend, "add_adapter", fails)
         assert isinstance(await alice.do(request), m.Failure)
-    assert alice.service._runs == {} and backend._adapters == {}
+    assert alice.service.parts.runs == {} and backend._adapters == {}
     assert isinstance(await alice.do(request), m.CreateModelResponse)
 
 

@@ -117,7 +117,7 @@ async def test_what_is_no_repeated_request_is_refused_by_its_number(server: Serv
     await alice.do(sample)
     repeated: list[Any] = [create, sample, a_pass(run, 1)]
     first = [await alice.service.submit("alice", request) for request in repeated]
-    await server.service._log.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
+    await server.service.parts.run_log.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
     alice = await end(server)
     assert [await alice.service.submit("alice", request) for request in repeated] == first
     bigger = create.model_copy(update={"lora_config": m.LoraConfig(rank=4, seed=0)})
@@ -174,7 +174,7 @@ async def test_a_number_that_was_passed_over_for_a_last_save_is_no_hole(server: 
     def save(seq_id: int) -> m.SaveWeightsRequest:
         return m.SaveWeightsRequest(model_id=run, seq_id=seq_id, path="released")
 
-    await alice.outcome(alice.service._live.enqueue_last(run, save))
+    await alice.outcome(alice.service.parts.live.enqueue_last(run, save))
     alice = await server.kill_and_start()
     assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
     await check_state(server.worker, run, 2)
@@ -187,7 +187,7 @@ async def test_runs_that_ended_stay_ended_and_their_results_are_there(server: Se
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
     alice = await server.kill_and_start()
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
-    assert list(alice.service._runs) == [other]
+    assert list(alice.service.parts.runs) == [other]
 
 
 async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same(server: Server):
@@ -197,12 +197,12 @@ async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same
     config = m.LoraConfig.model_validate({"rank": 2})  # the server draws the seed
     create = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL, lora_config=config)
     promise = await alice.service.submit("alice", create)
-    seed = next(iter(alice.service._runs.values())).spec.seed
+    seed = next(iter(alice.service.parts.runs.values())).spec.seed
     await asyncio.sleep(0.02)
     alice = await server.kill_and_start()
     assert (await alice.service.submit("alice", create)).request_id == promise.request_id
     run = (await alice.outcome(promise)).model_id
-    assert alice.service._runs[run].spec.seed == seed
+    assert alice.service.parts.runs[run].spec.seed == seed
 
 
 async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_that_it_was_to_have(
@@ -217,7 +217,7 @@ async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_tha
         await hold.wait()
         return 0
 
-    monkeypatch.setattr(alice.service._saved, "write", stuck)
+    monkeypatch.setattr(alice.service.parts.checkpoints, "write", stuck)
     saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     unnamed = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=4, sampling_session_seq_id=0)
     sampler = (await alice.do(unnamed)).sampling_session_id
@@ -237,7 +237,7 @@ async def test_a_checkpoint_that_was_written_and_not_told_of_is_no_other_ones(se
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
-    alice.service._futures.keep = lambda _outcomes: None
+    alice.service.parts.futures.keep = lambda _outcomes: None
     saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
     alice = await server.kill_and_start()
@@ -306,10 +306,10 @@ async def test_the_journal_stays_short_and_nothing_of_it_is_missed(server: Serve
     unfetched = await alice.service.submit("alice", a_pass(idle, 1))
     late = await alice.service.submit("alice", a_pass(idle, 3))
     await train(alice, run, 25)
-    journal = alice.service._log._journal
+    journal = alice.service.parts.run_log._journal
     assert journal is not None
     for _ in range(20):
-        await alice.service._log.clean(max_resting=0)
+        await alice.service.parts.run_log.clean(max_resting=0)
         await asyncio.sleep(0.02)
     assert journal.earlier == [] and len(journal.sealed()) < 12 < journal.segment
     alice = await server.kill_and_start()
@@ -328,7 +328,7 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
-    journal = alice.service._log._journal
+    journal = alice.service.parts.run_log._journal
     assert journal is not None
 
     def full(_frame: bytes) -> None:
@@ -344,7 +344,7 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     alice = await server.kill_and_start()
     await train(alice, run, 1, first_seq_id=5)
     await check_state(server.worker, run, 3)
-    assert list(alice.service._runs) == [run]
+    assert list(alice.service.parts.runs) == [run]
 
 
 async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -352,9 +352,9 @@ async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypa
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 10)
-    while alice.service._snapshots.stored(run) < 20:  # the last request's copy is on the disk
+    while alice.service.parts.snapshots.stored(run) < 20:  # the last request's copy is on the disk
         await asyncio.sleep(0.005)
-    log = alice.service._log
+    log = alice.service.parts.run_log
     assert log._journal is not None
     before = log._journal.sealed()
     await log.clean(max_resting=len(before))
@@ -371,12 +371,12 @@ async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_howeve
 ):
     alice = await server.start()
     run = await alice.run()
-    keep, alice.service._futures.keep = (
-        alice.service._futures.keep,
+    keep, alice.service.parts.futures.keep = (
+        alice.service.parts.futures.keep,
         lambda _outcomes: None,
     )  # the disk is full
     assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
-    alice.service._futures.keep = keep
+    alice.service.parts.futures.keep = keep
     assert isinstance(await alice.do(a_step(run, 2)), m.OptimStepResponse)
     for seq_id in (3, 4):
         alice = await server.kill_and_start()
