@@ -11,7 +11,7 @@ from peft_reference import MODEL, random_batch
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum, ModelInput
-from twinkle.server.backends.loss_formulas import FORMULAS, LOSS_SPECS
+from twinkle.server.backends.lora.losses.formulas import FORMULAS, LOSS_SPECS
 
 BATCH = random_batch(3, (9, 6))
 

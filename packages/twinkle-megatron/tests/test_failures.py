@@ -15,7 +15,8 @@ from tiny_models import VOCAB_SIZE
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract, custom_loss
+from twinkle.server.backends import contract
+from twinkle.server.backends.lora.losses import custom_check
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, CustomLoss
 
 SPEC = AdapterSpec(rank=4, seed=7)
@@ -46,7 +47,7 @@ def test_a_loss_that_fails_on_the_last_stage_fails_the_pass_on_all_ranks(
     [expected] = backend.forward_backward([good])
     before = backend.export_adapter("a", with_optimizer=True, with_gradients=True)
     loss = CustomLoss("l", "too deep", (LOGPROBS,), GRAPH)
-    custom_loss.check([LOGPROBS], GRAPH)
+    custom_check.check([LOGPROBS], GRAPH)
     bad = replace(good[3], loss_fn="custom", custom_loss=loss)
     with pytest.raises(InvalidRequest, match="sum"):
         backend.forward_backward([[*good[:3], bad, *good[4:]]])

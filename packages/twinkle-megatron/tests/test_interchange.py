@@ -15,7 +15,8 @@ from tiny_models import VOCAB_SIZE
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract, peft_format
+from twinkle.server.backends import contract
+from twinkle.server.backends.lora import peft_format
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 

@@ -18,10 +18,9 @@ import httpx
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, QUERY, Endpoint, QueryEndpoint
+from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
-from twinkle.protocol.operations import Posted
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.protocol.operations import Encoded, Posted, Reply
 from twinkle.verbs.forks import begin_anew_when_forked
 from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
@@ -92,15 +91,17 @@ class HttpChannel:
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
         # Encoded here, so that what can't be encoded is the caller's error, and nothing counts as sent.
-        posted = Posted(OPERATION[type(request)], _encode(request))
+        posted = Posted(OPERATION[type(request)], operations.encode(request))
         if isinstance(request, m.ForwardBackwardRequest | m.OptimStepRequest):
             item = Item(posted, Future())
             is_step = isinstance(request, m.OptimStepRequest)
             self._running_loop().call_soon_threadsafe(self._outbox.add, request.model_id, item, is_step)
             return item.future
-        return self._start(self._operate(request, posted))
+        return self._start(
+            self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
+        )
 
-    def ask(self, query: m.Query) -> Future[m.Reply]:
+    def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
         return self._start(self._query(query))
 
     def close(self) -> None:
@@ -152,13 +153,20 @@ class HttpChannel:
 
     # ------------------------------------------------------------ operations
 
-    async def _operate(self, request: m.Operation, posted: Posted) -> m.Result:
+    async def _operate(self, posted: Posted) -> m.Result:
         """Post, then poll until there is a result."""
         promise = await self._post(posted)
+        return await self._poll(posted.endpoint, promise.request_id)
+
+    async def _sample(self, posted: Posted) -> m.Result:
+        """Post alone, so that no sample waits for another; the result is in the reply, or is polled for."""
         try:
-            return await self._poll(posted.endpoint, promise.request_id)
+            [reply] = await self._post_together([posted])
+            return await self._result(posted, reply)
         except asyncio.CancelledError:
-            if isinstance(request, m.SampleRequest) and self._client is not None:
+            if self._client is not None:
+                # The reply would have named the request's id; sent again, it is a duplicate, whose id is known at once.
+                promise = await self._post(posted)
                 await self._query(m.CancelFutureRequest(request_id=promise.request_id))
             raise
 
@@ -199,24 +207,15 @@ class HttpChannel:
             return
         await asyncio.gather(*(self._settle(item, reply) for item, reply in zip(items, replies, strict=True)))
 
-    async def _post_together(self, posted: list[Posted]) -> list[operations.Reply]:
+    async def _post_together(self, posted: list[Posted]) -> list[Reply]:
         """The replies, none of which says that the operation may be tried again."""
         body = operations.encode_request(posted)
         response = await self._send("POST", operations.PATH, *_compressed(body, PROTOBUF))
         return operations.decode_reply(response.content)
 
-    async def _settle(self, item: Item, reply: operations.Reply) -> None:
-        endpoint = item.posted.endpoint
+    async def _settle(self, item: Item, reply: Reply) -> None:
         try:
-            if reply.status == 408:
-                result = await self._poll(endpoint, reply.request_id)
-            elif reply.status in (429, 503):  # it passes: on its own the request is tried until then
-                promise = await self._post(item.posted)
-                result = await self._poll(endpoint, promise.request_id)
-            elif reply.status >= 400:
-                raise from_status(reply.status, _message(reply.status, reply.body), None)
-            else:
-                result = _decode_result(endpoint, reply.content_type, reply.body, reply.request_id)
+            result = await self._result(item.posted, reply)
         except asyncio.CancelledError:
             item.future.cancel()
         except Exception as error:
@@ -224,14 +223,22 @@ class HttpChannel:
         else:
             item.future.set_result(result)
 
-    async def _query(self, query: m.Query) -> m.Reply:
-        endpoint = QUERY[type(query)]
-        path, body, params = _encode_query(endpoint, query)
+    async def _result(self, posted: Posted, reply: Reply) -> m.Result:
+        if reply.status == 408:
+            return await self._poll(posted.endpoint, reply.request_id)
+        if reply.status in (429, 503):  # transient: on its own path the request is retried until it passes
+            return await self._operate(posted)
+        if reply.status >= 400:
+            raise from_status(reply.status, _message(reply.status, reply.body), None)
+        return _decode_result(posted.endpoint, reply.content_type, reply.body, reply.request_id)
+
+    async def _query(self, query: m.Query[m.ReplyT]) -> m.ReplyT:
+        path, body, params = _encode_query(query)
         headers = {"Content-Type": JSON}
         if (key := getattr(query, "idempotency_key", None)) is not None:
             headers["X-Idempotency-Key"] = key
-        response = await self._send(endpoint.method, path, body, headers, params)
-        return cast(m.Reply, codec.decode_json(endpoint.reply, response.content))  # pyright: ignore
+        response = await self._send(query.method, path, body, headers, params)
+        return codec.decode_json(query.reply_type(), response.content)
 
     # ------------------------------------------------------------ one request, retried
 
@@ -336,12 +343,6 @@ def _is_from_a_server(response: httpx.Response) -> bool:
     return _error_body(response.content) is not None
 
 
-def _encode(request: m.Operation) -> bytes:
-    if isinstance(request, m.ForwardBackwardRequest):
-        return codec.encode_forward_backward(request)
-    return codec.encode_json(request)
-
-
 def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
     """Body and headers."""
     headers = {"Content-Type": content_type}
@@ -350,27 +351,28 @@ def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
     return body, headers
 
 
-def _encode_query(endpoint: QueryEndpoint, query: m.Query) -> tuple[str, bytes | None, dict[str, Any] | None]:
+def _encode_query(query: m.Query[Any]) -> tuple[str, bytes | None, dict[str, Any] | None]:
     """Path, JSON body and query string of a query."""
     # What a PUT sets may be set to nothing.
-    fields = query.model_dump(mode="json", exclude_none=endpoint.method != "PUT", exclude={"idempotency_key"})
-    in_path = {name for name in fields if f"{{{name}}}" in endpoint.path}
-    path = endpoint.path.format(**{name: fields[name] for name in in_path})
-    if endpoint.method in ("POST", "PUT"):
+    fields = query.model_dump(mode="json", exclude_none=query.method != "PUT", exclude={"idempotency_key"})
+    in_path = {name for name in fields if f"{{{name}}}" in query.path}
+    path = query.path.format(**{name: fields[name] for name in in_path})
+    if query.method in ("POST", "PUT"):
         return path, json.dumps(fields).encode(), None
     return path, None, {name: value for name, value in fields.items() if name not in in_path} or None
 
 
 def _decode_result(endpoint: Endpoint, content_type: str, body: bytes, request_id: str) -> m.Result:
-    if endpoint.result is ForwardBackwardOutput and content_type.startswith(PROTOBUF):
-        return codec.decode_forward_backward_output(body)
-    if endpoint.result is SampleResponse and content_type.startswith(PROTOBUF):
-        return codec.decode_sample(body)
-    values = json.loads(body)
-    if "error" in values:
-        failure = m.Failure.model_validate(values)
-        raise RequestFailed(failure.error, failure.category, request_id)
-    return cast(m.Result, codec.decode_json(endpoint.result, body))  # pyright: ignore
+    """
+    Raises:
+        RequestFailed: if the operation has failed.
+    """
+    is_failure = content_type.startswith(JSON) and _error_body(body) is not None
+    kind = m.Failure if is_failure else endpoint.result
+    result = operations.decode_result(Encoded(kind.__name__, body))
+    if isinstance(result, m.Failure):
+        raise RequestFailed(result.error, result.category, request_id)
+    return result
 
 
 def _content_type(response: httpx.Response) -> str:

@@ -1,8 +1,7 @@
 """Training as a service for LoRA: the parts that need no torch.
 
-Three names are looked up only when they are used, since each lives in a distribution of its own:
-`ServiceClient` (local mode, twinkle-server), `TwinkleServer` (twinkle-server) and
-`init_tinker_client` (twinkle-tinker-patch).
+Two names are looked up only when they are used, since each lives in another distribution: `ServiceClient` (local mode,
+twinkle-server) and `init_tinker_client` (twinkle-tinker-patch).
 """
 
 from pkgutil import extend_path

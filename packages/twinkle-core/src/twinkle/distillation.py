@@ -12,7 +12,7 @@ from tqdm import tqdm
 from twinkle.data_format import Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.clients import Sampler
+from twinkle.rollout.protocols import Sampler
 from twinkle.rollout.rollouts import Rollout
 
 # Bars for what is done in a moment would only be noise.

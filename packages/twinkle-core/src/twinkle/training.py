@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from twinkle.data_format import to_datum
+from twinkle.dataloader.loader import Rows
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
 from twinkle.verbs.chunks import join
@@ -19,14 +20,6 @@ T = TypeVar("T")
 
 # Bars for what is done in a moment would only be noise.
 _PROGRESS_DELAY_SECONDS = 2.0
-
-
-class Rows(Protocol):
-    """Encoded rows, such as a `Dataset`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,9 @@ class Evaluation:
         return math.exp(self.nll)
 
 
-def evaluate(training_client: TrainingClient, rows: Rows, batch_size: int = 16) -> Evaluation:
+def evaluate(
+    training_client: TrainingClient, rows: Rows[Mapping[str, Any]], batch_size: int = 16
+) -> Evaluation:
     """Forward passes over encoded rows; neither weights nor gradients change.
 
     Args:

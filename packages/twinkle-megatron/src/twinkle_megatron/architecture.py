@@ -15,9 +15,9 @@ from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends import base_folder
+from twinkle.server.backends.hf import base_folder
+from twinkle.server.backends.hf.base_model import DTYPES, LOADING_ERRORS
 from twinkle.server.backends.protocol import ModelConfig
-from twinkle.server.backends.transformers.base_model import DTYPES, LOADING_ERRORS
 from twinkle_megatron import bridge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")

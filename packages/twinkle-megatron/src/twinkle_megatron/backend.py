@@ -21,10 +21,13 @@ from torch import Tensor
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Array
-from twinkle.server.backends.adapter_state import check_fits
-from twinkle.server.backends.finite import Fault
-from twinkle.server.backends.loss_formulas import LOSS_SPECS
-from twinkle.server.backends.module_groups import ModuleGroup, wanted_groups
+from twinkle.server.backends.lora.adamw import PlannedSteps, is_sure_norm, plan_steps
+from twinkle.server.backends.lora.adapter_state import check_fits
+from twinkle.server.backends.lora.banks import Adapter, Bank, Layout
+from twinkle.server.backends.lora.finite import Fault
+from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
+from twinkle.server.backends.lora.module_groups import ModuleGroup, wanted_groups
+from twinkle.server.backends.lora.row_checks import check_row
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,
@@ -39,10 +42,6 @@ from twinkle.server.backends.protocol import (
     RowResult,
     StepOutcome,
 )
-from twinkle.server.backends.row_checks import check_row
-from twinkle.server.backends.transformers.adamw import PlannedSteps, is_sure_norm, plan_steps
-from twinkle.server.backends.transformers.banks import Bank, Layout
-from twinkle.server.backends.transformers.passes import Adapter
 from twinkle_megatron import shards, stage
 from twinkle_megatron.passes import run_pass
 from twinkle_megatron.shards import Shard, Target

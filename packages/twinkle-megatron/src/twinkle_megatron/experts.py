@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm, run_experts
+from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm, run_experts
 from twinkle_megatron.collectives import exchange_rows
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import Route, Segment

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import checkpoint as checkpointing
 
-from twinkle.server.backends.transformers.logprobs import MAX_CHUNK_LOGITS
+from twinkle.server.backends.lora.losses.logprobs import MAX_CHUNK_LOGITS
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
 from twinkle_megatron.lora import Parallelism, Route, Segment, add_terms

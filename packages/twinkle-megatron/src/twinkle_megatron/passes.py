@@ -19,10 +19,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from twinkle.server.backends.lora.banks import Adapter, Bank, Place
+from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
+from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
-from twinkle.server.backends.transformers.banks import Bank, Place
-from twinkle.server.backends.transformers.passes import Adapter, BankScratch, commit
-from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
 from twinkle_megatron import cpu
 from twinkle_megatron.groups import Group
 from twinkle_megatron.lora import Segment

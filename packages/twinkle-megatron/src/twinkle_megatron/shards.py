@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Array
-from twinkle.server.backends.module_groups import ModuleGroup, module_group
-from twinkle.server.backends.transformers.banks import Layout, LinearShape, Place
-from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP
+from twinkle.server.backends.lora.banks import Layout, LinearShape, Place
+from twinkle.server.backends.lora.experts import DOWN, GATE_UP
+from twinkle.server.backends.lora.module_groups import ModuleGroup, module_group
 from twinkle_megatron.architecture import Architecture, head_size
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import NAME as HEAD

@@ -10,15 +10,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from twinkle.server.backends.module_groups import groups_there_are
-from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
-from twinkle.server.backends.transformers.export_facts import export_facts
-from twinkle.server.backends.transformers.model_facts import (
+from twinkle.server.backends.hf.export_facts import export_facts
+from twinkle.server.backends.hf.model_facts import (
     affordable_adapter_bytes,
     context_length,
     eos_token_ids,
     max_batch_tokens,
 )
+from twinkle.server.backends.lora.module_groups import groups_there_are
+from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle_megatron import architecture as architectures
 from twinkle_megatron import bridge_weights, build, groups, weights
 from twinkle_megatron.architecture import Architecture

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends import base_folder
+from twinkle.server.backends.hf import base_folder
 from twinkle_megatron.architecture import Architecture, head_size
 from twinkle_megatron.build import first_layer
 from twinkle_megatron.experts import RoutedExperts

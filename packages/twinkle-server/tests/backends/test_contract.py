@@ -8,9 +8,9 @@ import tiny_moe
 
 from twinkle.server.backends import contract
 from twinkle.server.backends.fake import FakeBackend
+from twinkle.server.backends.hf.base_model import LoadedModel, load_base_model
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import LoadedModel, load_base_model
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,11 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.worker import LocalWorker
-from twinkle.server.gateway import app as gateway_app
 from twinkle.server.gateway import openapi
+from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
-from twinkle.server.gateway.bodies import Bodies
+from twinkle.server.gateway.http import Bodies, ByteBudget, Share
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.scheduling.limits import ByteBudget, Share
 from twinkle.server.service import sampling
 from twinkle.server.tokens import Signer
 
@@ -209,7 +208,7 @@ def host() -> Iterator[Host]:
         start_blocking_portal() as portal,
     ):
         # Who asks for what never comes is told so soon.
-        patch.setattr(gateway_app, "LONG_POLL_SECONDS", 0.5)
+        patch.setattr(gateway_operations, "LONG_POLL_SECONDS", 0.5)
         patch.setattr(sampling, "LONG_POLL_SECONDS", 0.05)
         host = Host(portal, Path(directory))
         portal.call(host.service.start)
@@ -540,7 +539,7 @@ BODIES = [
     (path, method, request)
     for path, method, request in [
         *((endpoint.path, "POST", endpoint.request) for endpoint in OPERATIONS),
-        *((query.path, query.method, query.request) for query in QUERIES),
+        *((query.path, query.method, query) for query in QUERIES),
         ("/retrieve_future", "POST", m.RetrieveFutureRequest),
     ]
     if method in ("POST", "PUT") and request is not m.ForwardBackwardRequest

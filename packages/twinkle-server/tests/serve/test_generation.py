@@ -14,8 +14,8 @@ import pytest
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.serve import generation
-from twinkle.server.serve.calls import Call
 from twinkle.server.serve.generation import Generation, ProcessEnded
+from twinkle.server.serve.rpc import Call
 
 
 class StandIn:

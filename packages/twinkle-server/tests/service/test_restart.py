@@ -20,7 +20,7 @@ from trained_states import a_pass, a_step, check_state
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest, Unavailable
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput
-from twinkle.server.engine import run_log
+from twinkle.server.engine import compaction
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypa
     assert log._journal.sealed() == before
     await log.clean(max_resting=len(before) - 2)
     assert log._journal.sealed()[:1] == before[2:3]
-    monkeypatch.setattr(run_log, "_REST_SECONDS", 0.0)
+    monkeypatch.setattr(compaction, "_REST_SECONDS", 0.0)
     await log.clean(max_resting=100)
     assert not set(log._journal.sealed()) & set(before)
 

@@ -15,7 +15,7 @@ from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
-from twinkle.server.scheduling import run_queue
+from twinkle.server.scheduling import runs
 
 
 def a_pass(
@@ -88,7 +88,7 @@ async def test_creating_a_run_twice_makes_one(alice: Tenant):
 async def test_a_runs_number_that_was_used_long_ago_is_refused_by_name(
     alice: Tenant, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_queue, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(runs, "MAX_REMEMBERED", 4)
     session = await alice.session()
     request = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL)
     run = (await alice.do(request)).model_id

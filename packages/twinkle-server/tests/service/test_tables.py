@@ -12,7 +12,7 @@ def test_each_operation_of_the_protocol_has_a_handler():
 
 def test_each_query_of_the_protocol_has_a_handler():
     # An archive is asked for at a route of its own, since it is answered with a redirection.
-    assert set(QUERIES) == set(endpoints.QUERY) | {m.GetCheckpointArchive}
+    assert set(QUERIES) == set(endpoints.QUERIES) | {m.GetCheckpointArchive}
 
 
 def test_no_request_has_two_handlers():

@@ -11,7 +11,7 @@ from trained_states import a_pass, a_step, expected_state
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends import peft_format
+from twinkle.server.backends.lora import peft_format
 from twinkle.server.store import encryption
 
 RECIPIENT = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"

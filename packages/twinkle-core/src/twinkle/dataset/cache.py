@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinkle.data_format import InputFeature
-from twinkle.dataset.encoding import Encoder, Job, Outcome
+from twinkle.dataset.encoding import Encoder, EncodingTask, Outcome
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template import Template
 
@@ -39,7 +39,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | bool) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "twinkle") / "encoded"
 
 
-def cache_key(encoder: Encoder, jobs: Iterable[Job]) -> str:
+def cache_key(encoder: Encoder, tasks: Iterable[EncodingTask]) -> str:
     """SHA-256 (hex) over everything that the outcomes depend on: the rows, the template, how it is asked.
 
     Rows count with all their columns, since a template of one's own may read any; where they come from does not count.
@@ -49,14 +49,14 @@ def cache_key(encoder: Encoder, jobs: Iterable[Job]) -> str:
     """
     head = [_FORMAT, _fingerprint(encoder.template), encoder.add_generation_prompt]
     digest = hashlib.sha256(json.dumps(head).encode())
-    for job in jobs:
+    for task in tasks:
         # JSON has no line breaks of its own, so that the end of a row can't be mistaken. The order of keys stays: chat
         # templates write tools and arguments in it.
         try:
-            text = json.dumps(job.row, default=_told)
+            text = json.dumps(task.row, default=_told)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(
-                f"{job.where}: the row can't be told from others ({error}); encode without cache_dir"
+                f"{task.where}: the row can't be told from others ({error}); encode without cache_dir"
             ) from error
         digest.update(b"\n" + text.encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from twinkle.dataset.cache import cache_folder, cache_key, load_outcomes, store_
 from twinkle.dataset.description import Description, describe
 from twinkle.dataset.encoding import (
     Encoder,
-    Job,
+    EncodingTask,
     Outcome,
     Tally,
     as_conversation,
@@ -27,8 +27,8 @@ from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.packing import assign_rows, join_features
 from twinkle.dataset.parallel import encode_jobs
 from twinkle.dataset.readers import Row
-from twinkle.dataset.rows import Item, Step, apply_step, require_template
-from twinkle.dataset.sources import Source, Sources, finished, progress
+from twinkle.dataset.rows import LocatedRow, Step, apply_step, require_template
+from twinkle.dataset.sources import DataSource, Sources, finished, progress
 from twinkle.protocol.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class Dataset(Sources):
         """
         encoder = self._encoder("encode", add_generation_prompt)
         rows = self._recognised(as_conversation)
-        jobs = [Job(row, item.where) for row, item in zip(rows, self._items(), strict=True)]
-        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        tasks = [EncodingTask(row, item.where) for row, item in zip(rows, self._items(), strict=True)]
+        outcomes = _outcomes(encoder, tasks, num_proc, cache_dir)
         self._finish(
             encoder, rows, [(outcome,) for outcome in outcomes], lambda row, made: with_feature(row, *made)
         )
@@ -102,8 +102,10 @@ class Dataset(Sources):
         """
         encoder = self._encoder("encode_pairs", False)
         rows = self._recognised(as_pair)
-        jobs = [job for row, item in zip(rows, self._items(), strict=True) for job in sides(row, item.where)]
-        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        tasks = [
+            task for row, item in zip(rows, self._items(), strict=True) for task in sides(row, item.where)
+        ]
+        outcomes = _outcomes(encoder, tasks, num_proc, cache_dir)
         pairs = list(zip(outcomes[::2], outcomes[1::2], strict=True))
         self._finish(encoder, rows, pairs, lambda row, made: with_features(row, *made))
         return self
@@ -132,7 +134,7 @@ class Dataset(Sources):
         self._require_rows("pack")
         strategy = "raise" if self._template is None else self._template.truncation_strategy
         features: list[InputFeature] = []
-        origins: list[Item] = []
+        origins: list[LocatedRow] = []
         for item in self._items():
             feature = _fitting(item, max_length, strategy)
             if feature is not None:
@@ -143,12 +145,12 @@ class Dataset(Sources):
         if len(features) < len(self):
             left_out = len(self) - len(features)
             logger.warning("%d of %d rows left out: over %s tokens", left_out, len(self), max_length)
-        packed: list[Item] = []
+        packed: list[LocatedRow] = []
         for numbers in assign_rows([len(feature["input_ids"]) for feature in features], max_length):
             row: Row = {**join_features([features[number] for number in numbers])}
             cut = any(origins[number].cut for number in numbers)
             packed.append(origins[numbers[0]]._replace(row=row, cut=cut))
-        self._replace([Source(None, packed)], f"pack({max_length})")
+        self._replace([DataSource(None, packed)], f"pack({max_length})")
         return self
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
@@ -228,20 +230,20 @@ class Dataset(Sources):
 
 def _outcomes(
     encoder: Encoder,
-    jobs: Sequence[Job],
+    tasks: Sequence[EncodingTask],
     num_proc: int | None,
     cache_dir: str | os.PathLike[str] | bool | None,
 ) -> list[Outcome]:
-    """What comes of each job, from the cache if it is there."""
+    """What comes of each task, from the cache if it is there."""
     path = None
     if cache_dir is not None and cache_dir is not False:
-        path = cache_folder(cache_dir) / f"{cache_key(encoder, jobs)}.npz"
-        stored = load_outcomes(path, len(jobs))
+        path = cache_folder(cache_dir) / f"{cache_key(encoder, tasks)}.npz"
+        stored = load_outcomes(path, len(tasks))
         if stored is not None:
             logger.info("encoded before: %s", path)
             return stored
-    with progress("Encoding", len(jobs)) as bar:
-        outcomes = encode_jobs(encoder, jobs, num_proc, bar.update)
+    with progress("Encoding", len(tasks)) as bar:
+        outcomes = encode_jobs(encoder, tasks, num_proc, bar.update)
     if path is not None:
         store_outcomes(path, outcomes)
     return outcomes
@@ -254,10 +256,10 @@ def _features(outcomes: tuple[Outcome, ...]) -> list[InputFeature] | None:
 
 
 def _joined(
-    items: Sequence[Item],
+    items: Sequence[LocatedRow],
     done: Iterator[tuple[Row, list[InputFeature] | None, bool]],
     join: Callable[[Row, list[InputFeature]], Row],
-) -> Iterator[Item]:
+) -> Iterator[LocatedRow]:
     """The items that are kept, with their features; takes as many of `done` as there are items."""
     # `items` first: zip takes no more from `done` once they have ended.
     for item, (row, features, cut) in zip(items, done, strict=False):
@@ -265,7 +267,7 @@ def _joined(
             yield item._replace(row=join(row, features), cut=cut)
 
 
-def _fitting(item: Item, max_length: int, strategy: str) -> InputFeature | None:
+def _fitting(item: LocatedRow, max_length: int, strategy: str) -> InputFeature | None:
     """The feature of an item, cut to `max_length` if need be; None if it is to be left out."""
     features = apply_step(features_of, item.row, item.where)
     if len(features) != 1:

@@ -27,7 +27,7 @@ _as_conversation = ConversationProcessor()
 _as_pair = PreferenceProcessor()
 
 
-class Job(NamedTuple):
+class EncodingTask(NamedTuple):
     """A conversation to encode, and how messages name it."""
 
     row: Row
@@ -96,15 +96,17 @@ class Encoder:
         return len(self.template.tokenizer.encode(text, add_special_tokens=False).ids) > length
 
 
-def run_jobs(encoder: Encoder, jobs: Iterable[Job], done: Callable[[int], object]) -> list[Outcome]:
+def run_tasks(
+    encoder: Encoder, tasks: Iterable[EncodingTask], done: Callable[[int], object]
+) -> list[Outcome]:
     """Encode one after the other, here; `done` is told of each.
 
     Raises:
         InvalidRequest: naming the place of the first that fails.
     """
     outcomes: list[Outcome] = []
-    for job in jobs:
-        outcomes.append(apply_step(encoder, job.row, job.where))
+    for task in tasks:
+        outcomes.append(apply_step(encoder, task.row, task.where))
         done(1)
     return outcomes
 
@@ -133,10 +135,10 @@ def as_pair(row: Row) -> Row:
     return _as_pair(row)
 
 
-def sides(row: Row, where: str) -> list[Job]:
+def sides(row: Row, where: str) -> list[EncodingTask]:
     """The two conversations of a row that `as_pair` made."""
     tools = {"tools": row["tools"]} if "tools" in row else {}
-    return [Job({"messages": row[side], **tools}, f"{where}: {side}") for side in PAIR]
+    return [EncodingTask({"messages": row[side], **tools}, f"{where}: {side}") for side in PAIR]
 
 
 class EncodedRow(NamedTuple):
@@ -172,8 +174,8 @@ def encode_pair(encoder: Encoder, row: Row) -> EncodedRow:
     """
     pair = as_pair(row)
     made: list[InputFeature] = []
-    for side, job in zip(PAIR, sides(pair, ""), strict=True):
-        feature = apply_step(encoder, job.row, side).feature
+    for side, task in zip(PAIR, sides(pair, ""), strict=True):
+        feature = apply_step(encoder, task.row, side).feature
         if feature is None:
             return EncodedRow(None, False)
         made.append(feature)

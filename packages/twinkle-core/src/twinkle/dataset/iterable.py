@@ -19,7 +19,7 @@ from twinkle.dataset.meta import DatasetMeta, MetaLike, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
-    Item,
+    LocatedRow,
     Step,
     apply_step,
     filtering,
@@ -35,7 +35,7 @@ from twinkle.template import Template
 
 logger = logging.getLogger(__name__)
 
-Stream: TypeAlias = Callable[[int], Iterator[Item]]
+Stream: TypeAlias = Callable[[int], Iterator[LocatedRow]]
 """The rows of an epoch, by its number, read anew with each call."""
 
 
@@ -220,7 +220,7 @@ def _source(meta: DatasetMeta) -> Stream:
     return lambda _: forward_slice(read(), meta)
 
 
-def _stepped(items: Iterator[Item], step: Step) -> Iterator[Item]:
+def _stepped(items: Iterator[LocatedRow], step: Step) -> Iterator[LocatedRow]:
     for item in items:
         row = apply_step(step, item.row, item.where)
         if row is not None:
@@ -228,11 +228,11 @@ def _stepped(items: Iterator[Item], step: Step) -> Iterator[Item]:
 
 
 def _encoded(
-    items: Iterator[Item],
+    items: Iterator[LocatedRow],
     encoder: Encoder,
     encode_one: Callable[[Encoder, Row], EncodedRow],
     method: str,
-) -> Iterator[Item]:
+) -> Iterator[LocatedRow]:
     """The items with their features; once they have ended, a word about all of them."""
     read = left_out = untrained = 0
     first_untrained = ""
@@ -255,7 +255,7 @@ def _encoded(
     check_trained(untrained, read - left_out, encoder, first_untrained)
 
 
-def _shuffled(items: Iterator[Item], buffer_size: int, seeds: Sequence[int]) -> Iterator[Item]:
+def _shuffled(items: Iterator[LocatedRow], buffer_size: int, seeds: Sequence[int]) -> Iterator[LocatedRow]:
     # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
     buffer = list(islice(items, buffer_size))

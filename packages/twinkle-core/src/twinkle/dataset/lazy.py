@@ -6,7 +6,7 @@ from typing import Self
 from twinkle.dataset.encoding import EncodedRow, Encoder, encode_pair, encode_row
 from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.readers import Row
-from twinkle.dataset.rows import Item, Step, apply_step, require_template
+from twinkle.dataset.rows import LocatedRow, Step, apply_step, require_template
 from twinkle.dataset.sources import Sources
 from twinkle.protocol.errors import InvalidRequest
 
@@ -65,20 +65,20 @@ class LazyDataset(Sources):
         # Rows have few different lists of steps, and share them.
         longer: dict[tuple[Step, ...], tuple[Step, ...]] = {}
 
-        def change(item: Item) -> Item:
+        def change(item: LocatedRow) -> LocatedRow:
             return item._replace(steps=longer.setdefault(item.steps, (*item.steps, step)))
 
         self._apply(change, title, meta)
         return self
 
     def _select(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
-        def change(item: Item) -> Item | None:
+        def change(item: LocatedRow) -> LocatedRow | None:
             return None if apply_step(step, self._row(item), item.where) is None else item
 
         self._apply(change, title, meta)
         return self
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: LocatedRow) -> Row:
         row = item.row
         for step in item.steps:
             made = apply_step(step, row, item.where)

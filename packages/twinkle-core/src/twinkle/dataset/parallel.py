@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from twinkle.dataset.encoding import Encoder, Job, Outcome, run_jobs
+from twinkle.dataset.encoding import Encoder, EncodingTask, Outcome, run_tasks
 from twinkle.protocol.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -17,12 +17,12 @@ _encoder: Encoder | None = None
 
 
 def encode_jobs(
-    encoder: Encoder, jobs: Sequence[Job], num_proc: int | None, done: Callable[[int], object]
+    encoder: Encoder, tasks: Sequence[EncodingTask], num_proc: int | None, done: Callable[[int], object]
 ) -> list[Outcome]:
     """Encode conversations in `num_proc` processes (None: one a core), or here if that is 1.
 
     Args:
-        done: is told of each number of jobs that is done.
+        done: is told of each number of tasks that is done.
 
     Raises:
         InvalidRequest: naming the place of the first that fails, whichever process came upon it; or if a process died.
@@ -32,15 +32,15 @@ def encode_jobs(
             f"num_proc: {num_proc}; allowed are whole numbers from 1, and None for one process a core"
         )
     processes = _cores() if num_proc is None else num_proc
-    chunks = [jobs[begin : begin + _CHUNK_ROWS] for begin in range(0, len(jobs), _CHUNK_ROWS)]
+    chunks = [tasks[begin : begin + _CHUNK_ROWS] for begin in range(0, len(tasks), _CHUNK_ROWS)]
     processes = min(processes, len(chunks))
     if processes <= 1:
-        return run_jobs(encoder, jobs, done)
+        return run_tasks(encoder, tasks, done)
     return _encode_chunks(encoder, chunks, processes, done)
 
 
 def _encode_chunks(
-    encoder: Encoder, chunks: Sequence[Sequence[Job]], processes: int, done: Callable[[int], object]
+    encoder: Encoder, chunks: Sequence[Sequence[EncodingTask]], processes: int, done: Callable[[int], object]
 ) -> list[Outcome]:
     # Here, since importing it takes its time. Unlike multiprocessing's, its processes do not run the script again, so
     # that a script needs no `if __name__ == "__main__"`.
@@ -79,6 +79,6 @@ def _start(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _work(jobs: Sequence[Job]) -> list[Outcome]:
+def _work(tasks: Sequence[EncodingTask]) -> list[Outcome]:
     assert _encoder is not None, "_start runs first"
-    return run_jobs(_encoder, jobs, lambda _: None)
+    return run_tasks(_encoder, tasks, lambda _: None)

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from twinkle import hub
-from twinkle.dataset.files import DATA_FILES, find_files
+from twinkle.dataset.data_files import DATA_FILES, find_files
 from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.readers import Row, read_rows, without_filler
 from twinkle.protocol.errors import InvalidRequest
@@ -18,7 +18,7 @@ Step: TypeAlias = Callable[[Row], Row | None]
 """What is done to a row; None leaves it out."""
 
 
-class Item(NamedTuple):
+class LocatedRow(NamedTuple):
     """A row and where it came from.
 
     Attributes:
@@ -111,7 +111,7 @@ def require_template(template: Template | None, method: str) -> Template:
     return template
 
 
-def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]:
+def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[LocatedRow]:
     """Items of rows that are in no file; `name` stands for it in messages.
 
     Rows of a dataset of Hugging Face's library are read from Arrow, as those of a Parquet file are.
@@ -126,14 +126,14 @@ def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]
                 f"{name}:{number}: expected a row, an object with columns such as {{'messages': [...]}}, got "
                 f"{type(row).__name__}"
             )
-        yield Item(
+        yield LocatedRow(
             {column: without_filler(value) for column, value in row.items()} if is_arrow else dict(row),
             name,
             number,
         )
 
 
-def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[Item]]]:
+def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[LocatedRow]]]:
     """The files of a source, fetched if need be, and what reads their rows one by one, `data_slice` left aside.
 
     Raises:
@@ -142,16 +142,16 @@ def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[I
     root = hub.resolve(meta.dataset_id, "dataset", DATA_FILES, meta.revision)
     files = find_files(root, meta.subset, meta.split)
 
-    def read() -> Iterator[Item]:
+    def read() -> Iterator[LocatedRow]:
         for file in files:
             name = str(file)
             for line, row in read_rows(file):
-                yield Item(row, name, line)
+                yield LocatedRow(row, name, line)
 
     return [str(file) for file in files], read
 
 
-def forward_slice(items: Iterator[Item], meta: DatasetMeta) -> Iterator[Item]:
+def forward_slice(items: Iterator[LocatedRow], meta: DatasetMeta) -> Iterator[LocatedRow]:
     """The rows of a source's `data_slice`, read no further than the last of them.
 
     Raises:
@@ -172,7 +172,7 @@ def forward_slice(items: Iterator[Item], meta: DatasetMeta) -> Iterator[Item]:
     return _numbered(items, numbers)
 
 
-def _numbered(items: Iterator[Item], numbers: list[int]) -> Iterator[Item]:
+def _numbered(items: Iterator[LocatedRow], numbers: list[int]) -> Iterator[LocatedRow]:
     read = 0
     for number in numbers:
         item = next(islice(items, number - read, None), None)

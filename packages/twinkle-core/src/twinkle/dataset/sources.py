@@ -14,7 +14,7 @@ from twinkle.dataset.meta import DatasetMeta, MetaLike, as_meta, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
-    Item,
+    LocatedRow,
     Step,
     apply_step,
     filtering,
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 PROGRESS_DELAY_SECONDS = 1.0
 
 
-class Source(NamedTuple):
+class DataSource(NamedTuple):
     """The rows that came of one meta; `meta` is None once sources are mixed, and for rows made by hand."""
 
     meta: DatasetMeta | None
-    items: list[Item]
+    items: list[LocatedRow]
 
 
 class Sources:
@@ -47,7 +47,7 @@ class Sources:
     """
 
     def __init__(self, dataset_meta: MetaLike | Iterable[MetaLike] = ()) -> None:
-        self._sources: list[Source] = []
+        self._sources: list[DataSource] = []
         self._template: Template | None = None
         # What left no row where there were some, for the message of whoever needs some.
         self._emptied_by: str | None = None
@@ -62,7 +62,7 @@ class Sources:
             InvalidRequest: naming the row's number, if one is no object with columns.
         """
         dataset = cls()
-        dataset._sources.append(Source(None, list(made_by_hand(rows, name))))
+        dataset._sources.append(DataSource(None, list(made_by_hand(rows, name))))
         return dataset
 
     def add_dataset(self, dataset_meta: MetaLike) -> Self:
@@ -73,7 +73,7 @@ class Sources:
             InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
         """
         meta = as_meta(dataset_meta)
-        self._sources.append(Source(meta, _load(meta)))
+        self._sources.append(DataSource(meta, _load(meta)))
         return self
 
     def mix_dataset(
@@ -108,7 +108,7 @@ class Sources:
             items = list(mix([iter(source.items) for source in self._sources], weights, [seed], stop))
         else:
             items = [item for source in self._sources for item in source.items]
-        self._replace([Source(None, items)], "mix_dataset")
+        self._replace([DataSource(None, items)], "mix_dataset")
         return self
 
     def set_template(self, template: str | Template, **options: Any) -> Self:
@@ -227,20 +227,22 @@ class Sources:
         """Leave out the rows that a step makes None of."""
         return self._change(step, title, meta)
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: LocatedRow) -> Row:
         """The row of an item, as it is given out."""
         return item.row
 
-    def _part(self, items: list[Item]) -> Self:
+    def _part(self, items: list[LocatedRow]) -> Self:
         """A dataset like this one that holds only these of its items."""
         part = copy(self)
-        part._sources = [Source(self._sources[0].meta if len(self._sources) == 1 else None, items)]
+        part._sources = [DataSource(self._sources[0].meta if len(self._sources) == 1 else None, items)]
         return part
 
-    def _items(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[LocatedRow]:
         return (item for source in self._sources for item in source.items)
 
-    def _apply(self, change: Callable[[Item], Item | None], title: str, meta: DatasetMeta | None) -> None:
+    def _apply(
+        self, change: Callable[[LocatedRow], LocatedRow | None], title: str, meta: DatasetMeta | None
+    ) -> None:
         """Exchange the items of one source, or of all, those it gives None for left out; all or nothing."""
         if meta is not None and all(source.meta != meta for source in self._sources):
             raise InvalidRequest(
@@ -257,7 +259,7 @@ class Sources:
             ]
         self._replace(changed, title)
 
-    def _replace(self, sources: list[Source], by: str) -> None:
+    def _replace(self, sources: list[DataSource], by: str) -> None:
         before = len(self)
         self._sources = sources
         if before and not len(self):
@@ -280,7 +282,7 @@ def progress(title: str, total: int | None = None) -> "tqdm[NoReturn]":
     return tqdm(total=total, desc=title, unit="row", delay=PROGRESS_DELAY_SECONDS)
 
 
-def finished(item: Item, step: Step) -> Item | None:
+def finished(item: LocatedRow, step: Step) -> LocatedRow | None:
     """The item with what a step makes of its row; None if that is None."""
     row = apply_step(step, item.row, item.where)
     return None if row is None else item._replace(row=row)
@@ -290,8 +292,10 @@ def _chosen(meta: MetaLike | None) -> DatasetMeta | None:
     return None if meta is None else as_meta(meta)
 
 
-def _changed(change: Callable[[Item], Item | None], items: list[Item], bar: "tqdm[NoReturn]") -> list[Item]:
-    changed: list[Item] = []
+def _changed(
+    change: Callable[[LocatedRow], LocatedRow | None], items: list[LocatedRow], bar: "tqdm[NoReturn]"
+) -> list[LocatedRow]:
+    changed: list[LocatedRow] = []
     for item in items:
         new = change(item)
         if new is not None:
@@ -300,10 +304,10 @@ def _changed(change: Callable[[Item], Item | None], items: list[Item], bar: "tqd
     return changed
 
 
-def _load(meta: DatasetMeta) -> list[Item]:
+def _load(meta: DatasetMeta) -> list[LocatedRow]:
     files, read = source_reader(meta)
     logger.info("%s: reading %s", meta.dataset_id, ", ".join(files))
-    items: list[Item] = []
+    items: list[LocatedRow] = []
     with progress(f"Reading {meta.dataset_id}") as bar:
         for item in read():
             items.append(item)
@@ -311,7 +315,7 @@ def _load(meta: DatasetMeta) -> list[Item]:
     return _sliced(items, meta.data_slice)
 
 
-def _sliced(items: list[Item], data_slice: slice | Sequence[int] | None) -> list[Item]:
+def _sliced(items: list[LocatedRow], data_slice: slice | Sequence[int] | None) -> list[LocatedRow]:
     if data_slice is None:
         return items
     if isinstance(data_slice, slice):

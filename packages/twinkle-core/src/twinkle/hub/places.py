@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from twinkle.hub import clients
-from twinkle.hub.clients import Hub, Kind
+from twinkle.hub import downloads
+from twinkle.hub.downloads import Hub, Kind
 from twinkle.protocol.errors import InvalidRequest, NotFound
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,11 @@ def resolve(
 
     for hub in _hubs(scheme):
         try:
-            found = clients.download(hub, repository, kind, allow_patterns, revision)
-        except clients.Unavailable as error:
-            tried.append(f"{clients.NAMES[hub]}: {error}")
+            found = downloads.download(hub, repository, kind, allow_patterns, revision)
+        except downloads.HubUnavailable as error:
+            tried.append(f"{downloads.NAMES[hub]}: {error}")
             continue
-        logger.info("%s %s: taken from %s", kind, id, clients.NAMES[hub])
+        logger.info("%s %s: taken from %s", kind, id, downloads.NAMES[hub])
         return found
     raise _not_found(id, repository, kind, tried)
 
@@ -101,7 +101,7 @@ def _split(id: str) -> tuple[str, str]:
         return ("path", str(Path(id).expanduser())) if is_path else ("any", id)
     if scheme == "file":
         return "path", unquote(urlsplit(id).path)
-    if scheme not in clients.NAMES:
+    if scheme not in downloads.NAMES:
         raise InvalidRequest(f"{id!r}: unknown scheme {scheme!r}; allowed are ms://, hf://, file:// and none")
     return scheme, rest
 
@@ -114,7 +114,7 @@ def _in_hub_root(repository: str) -> list[Path]:
 def _hubs(scheme: str) -> Sequence[Hub]:
     """The hubs to ask, in order."""
     preferred = os.environ.get("TWINKLE_HUB") or "hf"
-    if preferred not in clients.NAMES:
+    if preferred not in downloads.NAMES:
         raise InvalidRequest(f"TWINKLE_HUB={preferred}: allowed are hf and ms")
     if scheme == "any":
         return ("ms", "hf") if preferred == "ms" else ("hf", "ms")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
-from twinkle.template.habits import Beside, CallForm, ContentForm, Habits
+from twinkle.template.habits import Beside, CallShape, ContentForm, Habits
 from twinkle.template.strict_json import decoded
 
 
@@ -73,10 +73,10 @@ def _beside(message: Mapping[str, Any]) -> Beside:
     return "text" if content else "empty"
 
 
-def _form_of(call: dict[str, Any], beside: Beside) -> CallForm:
+def _form_of(call: dict[str, Any], beside: Beside) -> CallShape:
     nested = isinstance(call.get("function"), dict)
     function = call["function"] if nested else call
-    return CallForm(isinstance(function["arguments"], str), nested, beside)
+    return CallShape(isinstance(function["arguments"], str), nested, beside)
 
 
 def _checked_call(call: dict[str, Any], where: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _checked_call(call: dict[str, Any], where: str) -> dict[str, Any]:
     return call
 
 
-def _reformed_call(call: dict[str, Any], wanted: CallForm) -> dict[str, Any]:
+def _reformed_call(call: dict[str, Any], wanted: CallShape) -> dict[str, Any]:
     function: dict[str, Any] = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = function["arguments"]
     if isinstance(arguments, str) and not wanted.as_text:

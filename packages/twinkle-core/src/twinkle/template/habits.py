@@ -36,7 +36,7 @@ _TOOL: Final = {
 }
 
 
-class CallForm(NamedTuple):
+class CallShape(NamedTuple):
     """A form of calls in a message.
 
     Attributes:
@@ -55,11 +55,11 @@ class Habits:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._calls: dict[tuple[CallForm, bool], str] = {}
-        self._wanted_calls: dict[tuple[CallForm, bool], CallForm | None] = {}
+        self._calls: dict[tuple[CallShape, bool], str] = {}
+        self._wanted_calls: dict[tuple[CallShape, bool], CallShape | None] = {}
         self._contents: dict[tuple[str, bool], ContentForm] = {}
 
-    def call_form(self, given: CallForm, with_tools: bool) -> CallForm | None:
+    def call_form(self, given: CallShape, with_tools: bool) -> CallShape | None:
         """The form in which the template shows calls that are in the form `given`; None if it shows none.
 
         Args:
@@ -79,7 +79,7 @@ class Habits:
             self._contents[key] = self._find_content_form(role, with_tools)
         return self._contents[key]
 
-    def _shows_call(self, form: CallForm, with_tools: bool) -> bool:
+    def _shows_call(self, form: CallShape, with_tools: bool) -> bool:
         text = self._call_text(form, with_tools)
         if not _is_call(text):
             return False
@@ -89,7 +89,7 @@ class Habits:
         other = self._call_text(form._replace(as_text=False), with_tools)
         return not _is_call(other) or _squashed(other) == _squashed(text)
 
-    def _call_text(self, form: CallForm, with_tools: bool) -> str:
+    def _call_text(self, form: CallShape, with_tools: bool) -> str:
         """A conversation with a call of that form; empty if the template refuses it."""
         key = form, with_tools
         if key not in self._calls:
@@ -119,7 +119,7 @@ class Habits:
         if role == "assistant":
             return self._render(with_tools, question, message)
         if role == "tool":
-            form = self.call_form(CallForm(False, True, "empty"), with_tools) or CallForm(
+            form = self.call_form(CallShape(False, True, "empty"), with_tools) or CallShape(
                 False, True, "empty"
             )
             id_and_name = {"tool_call_id": "zqcall001", "name": _NAME}
@@ -136,11 +136,11 @@ class Habits:
             return ""
 
 
-def _by_likeness(given: CallForm) -> Iterator[CallForm]:
+def _by_likeness(given: CallShape) -> Iterator[CallShape]:
     """All forms that calls can be brought to, those like the given first."""
     besides: tuple[Beside, ...] = (given.beside,) if given.beside == "text" else ("empty", "absent", "null")
     forms = [
-        CallForm(as_text, nested, beside)
+        CallShape(as_text, nested, beside)
         for beside in besides
         for nested in (True, False)
         for as_text in (False, True)
@@ -156,7 +156,7 @@ def _by_likeness(given: CallForm) -> Iterator[CallForm]:
     )
 
 
-def _call_message(form: CallForm) -> dict[str, Any]:
+def _call_message(form: CallShape) -> dict[str, Any]:
     arguments = {_KEY: _VALUE}
     function = {"name": _NAME, "arguments": json.dumps(arguments) if form.as_text else arguments}
     # Ids have nine characters, as Mistral's templates demand.

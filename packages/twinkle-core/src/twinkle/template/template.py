@@ -19,13 +19,18 @@ from twinkle.data_format import NOT_TRAINED, InputFeature, Trajectory
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
-from twinkle.template.files import TEMPLATE_FILES, read_chat_templates, read_special_tokens, read_tokenizer
 from twinkle.template.fitting import fitted
 from twinkle.template.habits import Habits
 from twinkle.template.labels import assistant_turns
 from twinkle.template.parsing import ParsedTurn, parse_turn
 from twinkle.template.rendering import ChatTemplate, Span
 from twinkle.template.shown import ShownMessages
+from twinkle.template.tokenizer_files import (
+    TEMPLATE_FILES,
+    read_chat_templates,
+    read_special_tokens,
+    read_tokenizer,
+)
 from twinkle.template.turn_forms import TurnForm
 from twinkle.template.turn_learning import learn_turn_form
 

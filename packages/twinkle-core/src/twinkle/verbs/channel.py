@@ -20,7 +20,7 @@ class Channel(Protocol):
         """Send an operation; the future ends with its result, or with a `TwinkleError`."""
         ...
 
-    def ask(self, query: m.Query) -> Future[m.Reply]:
+    def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
         """Send a query; the future ends with its reply, or with a `TwinkleError`."""
         ...
 

@@ -5,6 +5,7 @@ Gradients add up in the adapter, so a cut changes nothing but how long others wa
 
 from collections.abc import Sequence
 
+from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
 
 # One request holds at most so many datums, and so many tokens (unless a single datum is longer).
@@ -27,28 +28,16 @@ def split(data: Sequence[Datum]) -> list[list[Datum]]:
 
 
 def join(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-    """The result of the whole batch; metrics are reduced by the suffix of their names, means weighted by datums."""
+    """The result of the whole batch; of metrics, those that all requests have, means weighted by datums."""
     if len(outputs) == 1:
         return outputs[0]
     names = set[str].intersection(*(set(output.metrics) for output in outputs))
+    counts = [len(output.loss_fn_outputs) for output in outputs]
     return ForwardBackwardOutput(
         [datum for output in outputs for datum in output.loss_fn_outputs],
-        {name: _reduce(name, outputs) for name in sorted(names)},
+        {
+            name: reduce_metric(name, [output.metrics[name] for output in outputs], counts)
+            for name in sorted(names)
+        },
         outputs[0].loss_fn_output_type,
     )
-
-
-def _reduce(name: str, outputs: Sequence[ForwardBackwardOutput]) -> float:
-    values = [output.metrics[name] for output in outputs]
-    match name.rpartition(":")[2]:
-        case "mean":
-            counts = [len(output.loss_fn_outputs) for output in outputs]
-            return sum(value * count for value, count in zip(values, counts, strict=True)) / max(
-                sum(counts), 1
-            )
-        case "max":
-            return max(values)
-        case "min":
-            return min(values)
-        case _:
-            return float(sum(values))

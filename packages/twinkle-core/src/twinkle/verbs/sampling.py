@@ -92,7 +92,7 @@ class SamplingClient:
     def get_base_model(self) -> str:
         """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
-        return wait(cast(Future[m.SamplerInfo], reply), "get_base_model").base_model
+        return wait(reply, "get_base_model").base_model
 
 
 def _client_elsewhere(channel: Channel, sampling_session_id: str) -> SamplingClient:

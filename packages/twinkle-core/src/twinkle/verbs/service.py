@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from twinkle._version import __version__
 from twinkle.protocol import messages as m
@@ -24,8 +24,6 @@ from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
 from twinkle.verbs.training import SequenceCounter, TrainingClient
-
-R = TypeVar("R")
 
 
 class ServiceClientBase:
@@ -193,7 +191,7 @@ class ServiceClientBase:
             base_model=base_model,
             model_path=model_path,
         )
-        reply = self._ask(request, m.CreateSamplingSessionResponse, "create_sampling_client")
+        reply = self._ask(request, "create_sampling_client")
         return SamplingClient(self._channel, reply.sampling_session_id)
 
     async def create_sampling_client_async(
@@ -231,7 +229,7 @@ class ServiceClientBase:
 
     def get_server_capabilities(self) -> m.ServerCapabilities:
         """The base models there are, with their limits."""
-        return self._ask(m.GetServerCapabilities(), m.ServerCapabilities, "get_server_capabilities")
+        return self._ask(m.GetServerCapabilities(), "get_server_capabilities")
 
     # ------------------------------------------------------------ end
 
@@ -258,7 +256,7 @@ class ServiceClientBase:
             self.flush()
             if self._session is not None:
                 request = m.FinishSessionRequest(session_id=self._session)
-                self._ask(request, m.Acknowledged, "closing")
+                self._ask(request, "closing")
         finally:
             self._channel.close()
 
@@ -287,12 +285,12 @@ class ServiceClientBase:
                     user_metadata=self._user_metadata,
                     idempotency_key=uuid.uuid4().hex,
                 )
-                self._session = self._ask(request, m.CreateSessionResponse, "create_session").session_id
+                self._session = self._ask(request, "create_session").session_id
             return self._session
 
     def _wait_for_saves(self) -> None:
         """What was saved a line above must be there: everything under way is waited for."""
         self.flush()
 
-    def _ask(self, query: m.Query, _reply: type[R], doing: str) -> R:
-        return wait(cast(Future[R], self._channel.ask(query)), doing)
+    def _ask(self, query: m.Query[m.ReplyT], doing: str) -> m.ReplyT:
+        return wait(self._channel.ask(query), doing)

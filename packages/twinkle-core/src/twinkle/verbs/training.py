@@ -275,7 +275,7 @@ class TrainingClient:
     def get_info(self) -> m.GetInfoResponse:
         """Base model, rank and tokenizer of this run."""
         reply = self._channel.ask(m.GetInfoRequest(model_id=self.model_id))
-        return wait(cast(Future[m.GetInfoResponse], reply), "get_info")
+        return wait(reply, "get_info")
 
     def unload(self) -> Pending[m.UnloadModelResponse]:
         """End the run and give its place back, once what was asked before is done. Checkpoints stay."""

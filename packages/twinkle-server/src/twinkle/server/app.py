@@ -15,15 +15,14 @@ from twinkle.protocol import messages as m
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import ServerConfig
 from twinkle.server.engine.adapters import AdapterJobs
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
@@ -32,6 +31,7 @@ from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.leases import Leases
 from twinkle.server.scheduling.limits import RateLimit
+from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
@@ -90,6 +90,7 @@ def build_service(
             signer=signer,
             snapshot_seconds=storage.snapshot_seconds if live else None,
             open_journal=(lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
+            encodes=live is not None,
         )
     )
 
@@ -103,6 +104,7 @@ def build_parts(
     signer: Signer | None = None,
     snapshot_seconds: float | None = None,
     open_journal: Callable[[], Journal] | None = None,
+    encodes: bool = True,
 ) -> Parts:
     """The objects of one engine, each given those that it needs. Arguments: as in `Parts` and `Snapshots`."""
     model, limits, info = config.model, config.limits, worker.info
@@ -111,7 +113,7 @@ def build_parts(
     files = CheckpointFiles(config.storage.directory / "checkpoints")
     ledger = Ledger(database, plain_name(model.model_id))
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
-    futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
+    futures = _build_futures(config, encodes)
     scheduler = Scheduler(_TICK_BATCHES * info.max_batch_tokens, info.overhead_tokens)
     tokens = _token_rate(config)
     snapshots = Snapshots(worker, run_files, snapshot_seconds)
@@ -122,9 +124,7 @@ def build_parts(
     sampler_adapters = SamplerAdapters(worker, config.sampler.max_resident_adapters)
     completions = CompletionLog()
     samples = SampleRunner(futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens.charge)
-    adapters = AdapterJobs(
-        runs, live, futures, worker, sampler_adapters, snapshots, residency, checkpoints, database
-    )
+    adapters = AdapterJobs(runs, live, futures, worker, sampler_adapters, snapshots, residency, checkpoints)
     recovery = Recovery(worker, residency, sampler_adapters)
     record_pass = partial(_record_pass, runs, ledger)
     return Parts(
@@ -161,6 +161,12 @@ def _record_pass(runs: Mapping[str, LiveRun], ledger: Ledger, job: Job) -> None:
     if run is not None and isinstance(job.request, m.ForwardBackwardRequest):
         tokens = sum(datum.model_input.length for datum in job.request.data)
         ledger.record(job.tenant, run.session_id, "training", tokens)
+
+
+def _build_futures(config: ServerConfig, encodes: bool) -> FutureTable:
+    # Who fetches in this process gets a result once: only a lost HTTP reply makes anybody ask again.
+    keep_seconds, unfetched_bytes = 600.0 if encodes else 0.0, config.limits.max_unfetched_bytes or math.inf
+    return FutureTable(time.monotonic, keep_seconds, unfetched_bytes=unfetched_bytes, encodes=encodes)
 
 
 def _token_rate(config: ServerConfig) -> RateLimit:

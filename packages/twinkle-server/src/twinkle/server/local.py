@@ -130,7 +130,7 @@ class LocalChannel:
     def submit(self, request: m.Operation) -> Future[m.Result]:
         return self._run(self._operate(request))
 
-    def ask(self, query: m.Query) -> Future[m.Reply]:
+    def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
         return self._run(self._opened().ask(TENANT, query))
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class LocalChannel:
 
     async def _operate(self, request: m.Operation) -> m.Result:
         service = self._opened()
-        promise = await service.submit(TENANT, request)
+        promise = await service.submit(TENANT, request, digest=b"")
         try:
             return await self._result(service, promise)
         except asyncio.CancelledError:

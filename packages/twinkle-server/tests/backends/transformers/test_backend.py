@@ -11,9 +11,9 @@ import torch
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends import contract
+from twinkle.server.backends.hf.base_model import load_base_model
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend, passes
-from twinkle.server.backends.transformers.base_model import load_base_model
 
 TENANTS = {
     "ada": AdapterSpec(rank=8, alpha=32.0, seed=1),

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from twinkle.server.backends import peft_format
+from twinkle.server.backends.lora import peft_format
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.transformers import TransformersEngine

@@ -25,7 +25,7 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine, batches
 from twinkle.server.samplers.transformers.batches import SlotBatch
-from twinkle.server.samplers.transformers.lockstep import LockstepBatch
+from twinkle.server.samplers.transformers.equal_length import LockstepBatch
 
 DRAW = np.random.default_rng(5)
 PROMPTS = [DRAW.integers(3, VOCAB, n).tolist() for n in (20, 100, ORIGINAL, ORIGINAL + 1, 28, 5)]

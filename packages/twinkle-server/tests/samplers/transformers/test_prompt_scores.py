@@ -17,8 +17,7 @@ from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers import TransformersEngine, batches
-from twinkle.server.samplers.transformers import network as network_module
+from twinkle.server.samplers.transformers import TransformersEngine, batches, model_runner
 
 VOCAB = 512
 PROMPT = [7, 300, 21, 0, 511, 21, 8, 90, 256, 13, 4]
@@ -255,7 +254,7 @@ def test_long_prompts_are_scored_piece_by_piece_with_the_same_answers(
     whole = answers()
     assert max(logits_made) == len(prompt) - 1
     logits_made.clear()
-    monkeypatch.setattr(network_module, "PROMPT_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(model_runner, "PROMPT_LOGITS", 5 * VOCAB)
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 16)
     in_pieces = answers()
     assert max(logits_made) == 5

@@ -20,7 +20,7 @@ import numpy as np
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Array, Float32Array
-from twinkle.server.backends.loss_formulas import FORMULAS
+from twinkle.server.backends.lora.losses.formulas import FORMULAS
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,

@@ -1,4 +1,4 @@
-"""A training backend in a few lines of numpy, for tests of everything around it: milliseconds, no torch, no files.
+"""A training backend in numpy alone, for tests of everything around it: milliseconds, no torch, no files.
 
 It is a real model with exact gradients, only a very small one. With phi(x) a fixed vector [8] for a token x, and
 M + (alpha / rank) B A in place of each of three matrices M (attention, feed-forward, output head),
@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Float32Array
-from twinkle.server.backends.adapter_state import check_fits
-from twinkle.server.backends.finite import LARGEST_GRADIENT, Fault, refusal
-from twinkle.server.backends.loss_formulas import FORMULAS, LOSS_SPECS
-from twinkle.server.backends.module_groups import module_group, wanted_groups
+from twinkle.server.backends.lora.adapter_state import check_fits
+from twinkle.server.backends.lora.finite import LARGEST_GRADIENT, Fault, refusal
+from twinkle.server.backends.lora.losses.formulas import FORMULAS, LOSS_SPECS
+from twinkle.server.backends.lora.module_groups import module_group, wanted_groups
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,

@@ -13,7 +13,7 @@ from typing import Any
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.backends.finite import check_finite
+from twinkle.server.backends.lora.finite import check_finite
 from twinkle.server.backends.protocol import AdapterState, ExportFacts
 from twinkle.server.checkpoints.quota import CheckpointQuota
 from twinkle.server.checkpoints.writes import Writes
@@ -289,6 +289,18 @@ class Checkpoints:
         if (expected := self._expected.get(str(uri))) is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
+
+    async def put_sampler(self, save: Save, sampler_id: str) -> None:
+        """Write the row of the sampling session that samples from these weights."""
+        row = tables.Sampler(
+            id=sampler_id,
+            tenant=save.tenant,
+            session_id=save.session_id,
+            base_model=save.base_model,
+            model_path=str(save.uri),
+            created_at=time.time(),
+        )
+        await patiently(lambda: self._database.put(row))
 
     def trim_unnamed(self, run_id: str, tenant: str) -> None:
         """Delete, in the background, the oldest of a run's ephemeral weights that are more than a run may leave.

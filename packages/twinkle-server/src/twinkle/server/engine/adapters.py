@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
@@ -13,7 +12,6 @@ from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.checkpoints.checkpoints import Checkpoints, Save, unnamed_uri
 from twinkle.server.engine.failures import to_failure
-from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
@@ -21,9 +19,7 @@ from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.jobs import Job
-from twinkle.server.store import tables
-from twinkle.server.store.database import Database
-from twinkle.server.store.patience import patiently
+from twinkle.server.scheduling.live_runs import LiveRuns
 
 ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
 SaveRequest: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
@@ -46,7 +42,6 @@ class AdapterJobs:
         snapshots: Snapshots,
         residency: Residency,
         checkpoints: Checkpoints,
-        database: Database,
     ) -> None:
         self._runs = runs
         self._live = live
@@ -56,7 +51,6 @@ class AdapterJobs:
         self._snapshots = snapshots
         self._residency = residency
         self._checkpoints = checkpoints
-        self._database = database
 
     # ------------------------------------------------------------ begin and end
 
@@ -149,20 +143,12 @@ class AdapterJobs:
         uri = unnamed_uri(job.run_id, job.seq_id)
         save = self._save(job, uri, request)
         sampler_id = f"{save.session_id}:sample:{request.sampling_session_seq_id}"
-        row = tables.Sampler(
-            id=sampler_id,
-            tenant=save.tenant,
-            session_id=save.session_id,
-            base_model=save.base_model,
-            model_path=str(uri),
-            created_at=time.time(),
-        )
         state = await self._export(job.run_id, with_optimizer=False)
         await self._sampler_adapters.publish(job.run_id, str(uri))
 
         async def write_and_release() -> None:
             try:
-                await patiently(lambda: self._database.put(row))
+                await self._checkpoints.put_sampler(save, sampler_id)
                 # Not journaled until the files are there: after a crash in between, the save is done again.
                 self._futures.complete_for_now(
                     job.request_id, m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)

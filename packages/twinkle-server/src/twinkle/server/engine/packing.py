@@ -7,6 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from twinkle.protocol.messages import ForwardBackwardRequest
+from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, TensorData
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
 from twinkle.server.scheduling.jobs import Job
@@ -125,18 +126,6 @@ def unpack(
 def _output(results: list[RowResult]) -> ForwardBackwardOutput:
     metrics = {"loss:sum": float(sum(result.loss for result in results))}
     for name in sorted({name for result in results for name in result.metrics}):
-        metrics[name] = _reduce(name, [result.metrics[name] for result in results if name in result.metrics])
+        values = [result.metrics[name] for result in results if name in result.metrics]
+        metrics[name] = reduce_metric(name, values)
     return ForwardBackwardOutput([{"logprobs": TensorData(result.logprobs)} for result in results], metrics)
-
-
-def _reduce(name: str, values: list[float]) -> float:
-    """By the suffix of the metric's name, as the SDK combines chunks."""
-    match name.rpartition(":")[2]:
-        case "mean":
-            return sum(values) / len(values)
-        case "max":
-            return max(values)
-        case "min":
-            return min(values)
-        case _:
-            return float(sum(values))

@@ -13,15 +13,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.operations import Encoded
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.engine import records
-from twinkle.server.engine.failures import StepRefused
-from twinkle.server.engine.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.futures import FutureTable, Outcome
 from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.run_files import RunFiles
 
@@ -59,7 +58,7 @@ class Found:
     runs: dict[str, LiveRun] = field(default_factory=dict[str, LiveRun])
     accepted: dict[str, Accepted] = field(default_factory=dict[str, Accepted])
     rejected: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    outcomes: dict[str, Encoded] = field(default_factory=dict[str, Encoded])
     calls: list[list[str]] = field(default_factory=list[list[str]])
     ended: set[str] = field(default_factory=set[str])
     lost: dict[str, LostRun] = field(default_factory=dict[str, LostRun])
@@ -77,9 +76,7 @@ class Found:
                 self.rejected.setdefault(run_id, set()).add(seq_id)
             case Done(outcomes):
                 new = [outcome for outcome in outcomes if outcome[0] not in self.outcomes]
-                self.outcomes |= {
-                    request_id: records.decode_outcome(kind, body) for request_id, kind, body in new
-                }
+                self.outcomes |= {request_id: Encoded(kind, body) for request_id, kind, body in new}
                 self.calls.append([request_id for request_id, _, _ in new])
             case Ended(run_id):
                 self.runs.pop(run_id, None)
@@ -90,9 +87,7 @@ class Found:
     def may_have_changed(self, request_id: str) -> bool:
         """Whether a request with this outcome can have changed its run."""
         outcome = self.outcomes.get(request_id)
-        return outcome is not None and (
-            not isinstance(outcome, m.Failure) or isinstance(outcome, StepRefused)
-        )
+        return outcome is not None and outcome.kind != m.Failure.__name__  # a `StepRefused` has
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The two halves of a base model in one process: training backend and sampling engine, and what passes between them.
 
-`WorkerPort` is how the engine speaks to them; `LocalWorker` runs them in threads of this process. (Across processes
-`serve.ranks` does the same over Ray.)
+`WorkerPort` is how the engine speaks to them; `LocalWorker` runs them in threads of this process. (`serve.ranks`
+does the same across processes, over sockets.)
 """
 
 from __future__ import annotations

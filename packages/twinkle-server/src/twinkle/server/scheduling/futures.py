@@ -10,10 +10,10 @@ from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.results import Encoded, encode_result
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData, TopkTable
+from twinkle.protocol.operations import Encoded, decode_result, encode_result
+from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
 
-# As it was computed, or as it travels.
+# As it was computed, or as it is sent.
 Outcome: TypeAlias = m.Result | m.Failure | Encoded
 
 
@@ -41,8 +41,8 @@ class _Entry:
 
 
 _NO_LOAD = Load()
-# Results that are larger are encoded and decoded in a thread.
-LARGE_BYTES = 2**18
+# Results of more numbers are encoded in a thread.
+_LARGE = 2**16
 # Of results that were fetched: they are of use only where a reply was lost.
 _KEEP_BYTES = 256 * 2**20
 
@@ -61,7 +61,13 @@ class FutureTable:
         unfetched_seconds: float = 86_400.0,
         keep_bytes: float = _KEEP_BYTES,
         unfetched_bytes: float = math.inf,
+        encodes: bool = False,
     ) -> None:
+        """
+        Args:
+            encodes: keep outcomes as they are sent, so that the journal and all replies share one encoding; in local
+                mode nothing is sent.
+        """
         self._clock = clock
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
@@ -72,10 +78,9 @@ class FutureTable:
         self.load = Load()
         """Of all tenants."""
         self._loads: dict[str, Load] = {}
+        self._encodes = encodes
         self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
         """Told of the outcomes of a call before anybody else."""
-        self.encodes = False
-        """Whether outcomes are encoded before that: it is done once then, for whoever keeps them and for replies."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
@@ -116,7 +121,14 @@ class FutureTable:
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome that an earlier process had."""
-        self._set_outcome(request_id, outcome)
+        self._set_outcome(request_id, self._as_kept(outcome))
+
+    def _as_kept(self, outcome: Outcome) -> Outcome:
+        return as_encoded(outcome) if self._encodes else outcome
+
+    async def encoded(self, result: ForwardBackwardOutput | SampleResponse) -> Outcome:
+        """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
+        return await asyncio.to_thread(self._as_kept, result) if _size_of(result) > _LARGE else result
 
     def run_of(self, request_id: str) -> str | None:
         """The run that a future belongs to."""
@@ -138,9 +150,11 @@ class FutureTable:
 
     def complete_together(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
         """`complete` for what came of one call."""
-        new = [(request_id, outcome) for request_id, outcome in outcomes if self.is_pending(request_id)]
-        if self.encodes:
-            new = [(request_id, encoded(outcome)) for request_id, outcome in new]
+        new = [
+            (request_id, self._as_kept(outcome))
+            for request_id, outcome in outcomes
+            if self.is_pending(request_id)
+        ]
         if new and self.keep is not None:
             self.keep(new)
         for request_id, outcome in new:
@@ -197,19 +211,6 @@ class FutureTable:
         self._fetched[request_id] = self._clock() + self._keep_seconds
         self._fetched.move_to_end(request_id)
 
-    def replace(self, request_id: str, outcome: Encoded) -> None:
-        """Keep an outcome as it travels from now on, instead of what it was."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.outcome is None:
-            return
-        more = memory_of(outcome) - entry.size
-        entry.outcome, entry.size = outcome, entry.size + more
-        if request_id in self._unfetched:
-            for load in (self.load, self._loads[entry.tenant]):
-                load.unfetched_bytes += more
-        else:
-            self._fetched_bytes += more
-
     def _is_unfetched_no_more(self, entry: _Entry) -> None:
         own = self._loads[entry.tenant]
         for load in (self.load, own):
@@ -232,40 +233,35 @@ class FutureTable:
             self._is_unfetched_no_more(self._entries.pop(request_id))
 
 
-def encoded(outcome: Outcome) -> Outcome:
-    """As it travels, where that is protobuf."""
-    return encode_result(outcome) if isinstance(outcome, ForwardBackwardOutput | SampleResponse) else outcome
+def as_encoded(outcome: Outcome) -> Encoded:
+    return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
 
 
-# What Python takes for a number in a list, for a pair (token, log-probability), and for a result with all around it.
-_NUMBER_BYTES, _PAIR_BYTES, _RESULT_BYTES = 32, 128, 2048
+def as_computed(outcome: Outcome) -> m.Result | m.Failure:
+    return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
+
+
+# What Python takes for a result with all around it.
+_RESULT_BYTES = 2048
 
 
 def memory_of(outcome: Outcome) -> int:
-    """About what an outcome takes in memory, in bytes."""
-    numbers, pairs, of_tables = 0, 0, 0
-    tensors: list[TensorData | SparseTensor] = []
-    match outcome:
-        case Encoded():
-            return _RESULT_BYTES + len(outcome.body)
-        case ForwardBackwardOutput():
-            tensors = [tensor for item in outcome.loss_fn_outputs for tensor in item.values()]
-        case SampleResponse():
-            for rows in (outcome.topk_prompt_logprobs, *(each.topk_logprobs for each in outcome.sequences)):
-                if isinstance(rows, TopkTable):
-                    of_tables += rows.nbytes
-                else:
-                    pairs += sum(len(row or ()) for row in rows or ())
-            numbers = 2 * sum(len(sequence.tokens) for sequence in outcome.sequences)
-            numbers += len(outcome.prompt_logprobs or ())
-            if outcome.target_prompt_logprobs is not None:
-                tensors.append(outcome.target_prompt_logprobs)
-            if outcome.prompt_alt_tokens is not None:
-                tensors += [outcome.prompt_alt_tokens.tokens, outcome.prompt_alt_tokens.logprobs]
-        case _:
-            pass
-    of_arrays = sum((t.values if isinstance(t, SparseTensor) else t.array).nbytes for t in tensors)
-    return _RESULT_BYTES + _NUMBER_BYTES * numbers + _PAIR_BYTES * pairs + of_tables + of_arrays
+    """About what an outcome takes in memory, in bytes. (One that isn't encoded is fetched at once, in local mode.)"""
+    return _RESULT_BYTES + (len(outcome.body) if isinstance(outcome, Encoded) else 0)
+
+
+def _size_of(result: ForwardBackwardOutput | SampleResponse) -> int:
+    """About how many numbers a result consists of."""
+    if isinstance(result, ForwardBackwardOutput):
+        return sum(tensor.array.size for output in result.loss_fn_outputs for tensor in output.values())
+    size = sum(len(sequence.tokens) for sequence in result.sequences) + len(result.prompt_logprobs or ())
+    for table in (result.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in result.sequences)):
+        size += len(table) * len(table[-1] or "-") if table else 0
+    if (targets := result.target_prompt_logprobs) is not None:
+        size += (targets.values if isinstance(targets, SparseTensor) else targets.array).size
+    if result.prompt_alt_tokens is not None:
+        size += result.prompt_alt_tokens.tokens.array.size
+    return size
 
 
 def new_request_id() -> str:

@@ -10,6 +10,20 @@ RunRequest: TypeAlias = m.Ordered | m.CreateModelRequest | m.UnloadModelRequest
 
 
 @dataclass(frozen=True, eq=False)
+class Received:
+    """A request as it arrived. Its bytes go to the journal, and no further.
+
+    Attributes:
+        body: as it was decoded from; None if it was made in this process.
+        digest: see `operations.digest`; empty if it is never sent again.
+    """
+
+    request: m.Operation
+    body: bytes | None = None
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """One accepted request on a run.
 

@@ -6,9 +6,9 @@ from collections.abc import Set as AbstractSet
 
 from twinkle.protocol import messages as m
 from twinkle.server.scheduling.company import Company
+from twinkle.server.scheduling.fair_queue import FairQueue
 from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.run_queue import RunQueue
-from twinkle.server.scheduling.turns import Turns
+from twinkle.server.scheduling.runs import RunQueue
 
 
 class Scheduler:
@@ -28,7 +28,7 @@ class Scheduler:
         self._overhead_tokens = overhead_tokens
         self._queues: dict[str, RunQueue] = {}
         self._ready: dict[str, OrderedDict[str, None]] = {}  # tenant -> its ready runs, next first
-        self._turns = Turns()
+        self._turns = FairQueue()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
         self._arrived = asyncio.Event()  # set by every job that comes
@@ -238,7 +238,7 @@ class Scheduler:
             elif len(tick.jobs) > had:
                 self._ready[tenant].move_to_end(run_id)  # the others come first next time
         if len(tick.jobs) > before:
-            self._turns.had_turn(tenant, room - left)
+            self._turns.charge(tenant, room - left)
         return room - left
 
     def _leaves(self, job: Job) -> None:
@@ -267,6 +267,9 @@ class Scheduler:
             runs.pop(run_id, None)
             if not runs:
                 del self._ready[tenant]
+                # What its last pass cost beyond its share is forgiven: a client that waits for each result before it
+                # sends more takes at most twice as long as alone, however large its batches.
+                self._turns.settle(tenant)
                 self._turns.deactivate(tenant)
         if self._ready:
             self._work.set()

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
-from twinkle.protocol.results import Encoded
+from twinkle.protocol.operations import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local
@@ -86,15 +86,17 @@ class EngineDeployment:
     async def ready(self) -> None | TwinkleError:
         return await _or_error(lambda: self._running().ready())
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise | TwinkleError:
-        return await _or_error(lambda: self._running().submit(tenant, request))
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise | TwinkleError:
+        return await _or_error(lambda: self._running().submit(tenant, request, body, digest))
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata | TwinkleError:
+    ) -> Encoded | m.Pending | m.CompleteMetadata | TwinkleError:
         return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply | TwinkleError:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
 
     async def download_sizes(self, download: Download) -> dict[str, int] | TwinkleError:
@@ -174,15 +176,17 @@ class HandleService:
         except TimeoutError as error:
             raise Unavailable("the engine doesn't answer", 2.0) from error
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
-        return await self._call(self._engine.submit.remote(tenant, request))
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise:
+        return await self._call(self._engine.submit.remote(tenant, request, body, digest))
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.Pending | m.CompleteMetadata:
         return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
         answer = self._engine.ask.remote(tenant, query)
         is_long = isinstance(query, m.RetrieveFuturesRequest)
         return await (self._wait(answer) if is_long else self._call(answer))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.engine.worker import WorkerLost
-from twinkle.server.serve.calls import Call
+from twinkle.server.serve.rpc import Call
 
 # When one rank has failed, the others either fail likewise or wait for it in vain.
 GRACE_SECONDS = 10.0

@@ -26,8 +26,8 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.engine.worker import LocalWorker, Trained, build_worker
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.calls import Address, listen
 from twinkle.server.serve.ray_place import place
+from twinkle.server.serve.rpc import Address, listen
 
 
 class Rank:

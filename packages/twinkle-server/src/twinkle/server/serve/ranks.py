@@ -28,9 +28,9 @@ from twinkle.server.backends.protocol import (
 )
 from twinkle.server.engine.worker import Trained, WorkerLost
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.calls import Call, Line, LineBroken
 from twinkle.server.serve.generation import Generation, ProcessEnded
 from twinkle.server.serve.rank import Rank
+from twinkle.server.serve.rpc import Call, Line, LineBroken
 
 # What Ray says when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
 _PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
@@ -131,7 +132,7 @@ def _storage(database: Database, tenant: str, query: m.GetStorageUsage) -> m.Sto
     )
 
 
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.GetApiKey: _api_key,
     m.DeleteApiKey: _delete_api_key,
     m.GetAuditLog: reads(_audit_log),

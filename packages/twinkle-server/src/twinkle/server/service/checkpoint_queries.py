@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
@@ -140,7 +140,7 @@ def _run_of_copy(run_id: str, tenant: str, session_id: str, source: tables.Check
     )
 
 
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.WeightsInfoRequest: _weights_info,
     m.CopyWeightsRequest: _copy,
     m.DeleteCheckpoint: _delete,

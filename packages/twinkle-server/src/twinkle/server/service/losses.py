@@ -6,7 +6,7 @@ import asyncio
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
-from twinkle.server.backends import custom_loss
+from twinkle.server.backends.lora.losses import custom_check
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss, LossSpecs
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -31,7 +31,7 @@ class CustomLosses:
                 "create_custom_loss: this server's training backend runs no custom losses; pass the function itself "
                 "to forward_backward_custom, which runs it at the client"
             )
-        custom_loss.check(request.inputs, request.graph)
+        custom_check.check(request.inputs, request.graph)
         loss_id = f"{_prefix(request.session_id)}{request.custom_loss_seq_id}"
         body = request.model_dump_json()
         first = await asyncio.to_thread(self._database.custom_loss, tenant, loss_id)

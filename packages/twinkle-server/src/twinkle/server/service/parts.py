@@ -9,19 +9,20 @@ from typing import Any, TypeAlias, TypeVar
 from twinkle.protocol import messages as m
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
+from twinkle.server.engine.compaction import RunLog
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.live_runs import LiveRuns
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.run_log import RunLog
 from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.leases import Leases
 from twinkle.server.scheduling.limits import RateLimit
+from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service.downloads import Downloads
@@ -73,8 +74,8 @@ class Parts:
     open_journal: Callable[[], Journal] | None
 
 
-Submit: TypeAlias = Callable[[Parts, str, Any], Awaitable[m.Promise]]
-"""Accepts one type of operation; called with the tenant and the request."""
+Submit: TypeAlias = Callable[[Parts, str, Any, Received], Awaitable[m.Promise]]
+"""Accepts one type of operation; called with the tenant and the request, alone and as it was received."""
 
 Answer: TypeAlias = Callable[[Parts, str, Any], Awaitable[m.Reply]]
 """Answers one type of query; called with the tenant and the query."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
@@ -130,7 +130,7 @@ def _run(database: Database, tenant: str, run_id: str, accessible: bool) -> tabl
     return row
 
 
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.GetServerCapabilities: _capabilities,
     m.GetInfoRequest: _run_info,
     m.GetTokenizerUrls: _tokenizer,

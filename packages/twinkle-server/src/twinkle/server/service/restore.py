@@ -7,11 +7,11 @@ import logging
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.operations import Encoded, digest
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss
-from twinkle.server.engine.records import Accepted
 from twinkle.server.engine.restore import Found, Restore
 from twinkle.server.engine.runs import LiveRun
-from twinkle.server.scheduling.futures import Outcome
+from twinkle.server.scheduling.records import Accepted
 from twinkle.server.service import validation
 from twinkle.server.service.parts import Parts
 
@@ -75,7 +75,7 @@ async def _restore_requests(parts: Parts, found: Found) -> None:
             await _put_back(parts, record, found.outcomes.get(record.request_id))
 
 
-async def _put_back(parts: Parts, record: Accepted, outcome: Outcome | None) -> None:
+async def _put_back(parts: Parts, record: Accepted, outcome: Encoded | None) -> None:
     """A request on no run: a sample is drawn again, unless it has been; a loss is kept once more."""
     request = record.request()
     try:
@@ -91,13 +91,13 @@ async def _put_back(parts: Parts, record: Accepted, outcome: Outcome | None) -> 
 
 
 async def _put_back_sample(
-    parts: Parts, record: Accepted, request: m.SampleRequest, outcome: Outcome | None
+    parts: Parts, record: Accepted, request: m.SampleRequest, outcome: Encoded | None
 ) -> None:
     sampler = await parts.samplers.find(record.tenant, request.sampling_session_id)
     parts.leases.expect(sampler.session_id)
     if outcome is not None:
-        parts.samples.restore(sampler, request, record.request_id, outcome)
+        parts.samples.restore(sampler, request, record.request_id, digest(request), outcome)
         return
     validation.check_sample(request, parts.worker.info)  # this model may read less than the earlier one's
     targets = validation.target_tokens(request, parts.worker.info)
-    parts.samples.begin(sampler, request, record.request_id, targets)
+    parts.samples.begin(sampler, request, record.request_id, digest(request), targets)

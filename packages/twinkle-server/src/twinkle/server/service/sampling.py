@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.server.scheduling.futures import new_request_id
+from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.limits import check_submission
 from twinkle.server.service import sessions, validation
 from twinkle.server.service.parts import Answer, Parts, Submit, reads
@@ -20,7 +22,7 @@ from twinkle.server.store.database import Database
 LONG_POLL_SECONDS = 25.0
 
 
-async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest) -> m.Promise:
+async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, received: Received) -> m.Promise:
     """
     Raises:
         InvalidRequest, NotFound: if it can't be drawn.
@@ -32,15 +34,15 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest) -> 
     parts.samples.go_on(sampler.session_id)
     validation.check_sample(request, parts.worker.info)
     targets = validation.target_tokens(request, parts.worker.info)
-    if (first := parts.samples.first_of(request)) is not None:
+    if (first := parts.samples.first_of(request, received.digest)) is not None:
         return first
     tokens = request.prompt.length
     check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens)
     request_id = new_request_id()
-    parts.run_log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
+    parts.run_log.accepted_on_no_run(request_id, tenant, request.seq_id, request, received.body)
     parts.tokens.charge(tenant, tokens)
     parts.futures.create(tenant, request_id=request_id, tokens=tokens)
-    return parts.samples.begin(sampler, request, request_id, targets)
+    return parts.samples.begin(sampler, request, request_id, received.digest, targets)
 
 
 OPERATIONS: dict[type[m.Operation], Submit] = {m.SampleRequest: submit_sample}
@@ -132,7 +134,7 @@ async def _cancel(parts: Parts, tenant: str, request: m.CancelFutureRequest) -> 
     return m.Acknowledged()
 
 
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.CreateSamplingSessionRequest: _create,
     m.JoinSamplingSessionRequest: _join,
     m.GetSampler: reads(_info),

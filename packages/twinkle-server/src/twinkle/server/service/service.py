@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any
 
 from twinkle.protocol import messages as m
+from twinkle.protocol import operations
 from twinkle.protocol.errors import ServerFault, Unavailable
-from twinkle.protocol.results import Encoded, decode_result, encode_result
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.protocol.operations import Encoded
 from twinkle.server.engine.warm_up import warm_up
-from twinkle.server.scheduling.futures import LARGE_BYTES, memory_of
+from twinkle.server.scheduling.futures import as_computed, as_encoded
+from twinkle.server.scheduling.jobs import Received
 from twinkle.server.service import accounts, checkpoint_queries, queries, sampling, session_queries, training
 from twinkle.server.service.background import Background
 from twinkle.server.service.parts import Answer, Parts, Submit
@@ -23,13 +23,11 @@ from twinkle.server.tokens import Download
 
 log = logging.getLogger("twinkle.server")
 
-T = TypeVar("T")
-
 # How long a server that is stopped waits for the end of the tick that is being computed.
 _STOP_SECONDS = 10.0
 
 OPERATIONS: dict[type[m.Operation], Submit] = {**training.OPERATIONS, **sampling.OPERATIONS}
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     **queries.QUERIES,
     **session_queries.QUERIES,
     **sampling.QUERIES,
@@ -124,15 +122,23 @@ class Service:
 
     # ------------------------------------------------------------ operations and their results
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise:
         """Accept an operation.
+
+        Args:
+            body: the bytes that it was decoded from, which the journal keeps; None if there are none.
+            digest: as `operations.digest` makes it. Default: made here; an empty one means that the request is never
+                sent again.
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
             QuotaReached: if it would be a run too many.
             LimitReached, Unavailable: if it can't be taken now; sent again it may be.
         """
-        promise = await OPERATIONS[type(request)](self.parts, tenant, request)
+        received = Received(request, body, operations.digest(request) if digest is None else digest)
+        promise = await OPERATIONS[type(request)](self.parts, tenant, request, received)
         await self.parts.run_log.answered()
         return promise
 
@@ -142,32 +148,25 @@ class Service:
         """The result, or `Pending` after `timeout` seconds without one."""
         with self._waiting(tenant, request_id):
             outcome = await self.parts.futures.wait(tenant, request_id, timeout)
-        if isinstance(outcome, Encoded):
-            encoded = outcome
-            return await _off_loop(len(encoded.body), lambda: decode_result(encoded))
-        return self._pending(request_id) if outcome is None else outcome
+        return self._pending(request_id) if outcome is None else as_computed(outcome)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
-        """As `retrieve`, as it travels.
+    ) -> Encoded | m.Pending | m.CompleteMetadata:
+        """As `retrieve`, encoded as it is sent.
 
         Args:
             most_bytes: a larger result is announced by its size alone, and does not count as fetched.
         """
-        futures = self.parts.futures
         with self._waiting(tenant, request_id):
-            outcome = await futures.look(tenant, request_id, timeout)
+            outcome = await self.parts.futures.look(tenant, request_id, timeout)
         if outcome is None:
             return self._pending(request_id)
-        if isinstance(outcome, ForwardBackwardOutput | SampleResponse):
-            result = outcome
-            outcome = await _off_loop(memory_of(result), lambda: encode_result(result))
-            futures.replace(request_id, outcome)
-        if isinstance(outcome, Encoded) and most_bytes is not None and len(outcome.body) > most_bytes:
-            return m.CompleteMetadata(response_payload_size=len(outcome.body))
-        futures.fetched(request_id)
-        return outcome
+        encoded = as_encoded(outcome)
+        if most_bytes is not None and len(encoded.body) > most_bytes:
+            return m.CompleteMetadata(response_payload_size=len(encoded.body))
+        self.parts.futures.fetched(request_id)
+        return encoded
 
     def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
         """Waiting for a result keeps its session's lease, and resumes the session's samples if they were paused."""
@@ -188,7 +187,7 @@ class Service:
 
     # ------------------------------------------------------------ queries and downloads
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[Any]) -> Any:
         """Answer a query.
 
         Raises:
@@ -211,7 +210,3 @@ class Service:
         return await parts.threads.downloads.run(
             download.tenant, lambda: parts.downloads.read(download, name, offset, size)
         )
-
-
-async def _off_loop(size: int, work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work) if size > LARGE_BYTES else work()

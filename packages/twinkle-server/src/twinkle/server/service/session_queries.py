@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.server.service import session_search, sessions
@@ -87,7 +88,7 @@ async def _export_trace(parts: Parts, tenant: str, query: m.ExportTrace) -> m.Tr
     return m.TraceExport(status="failed", error="this server records no traces of sessions")
 
 
-QUERIES: dict[type[m.Query], Answer] = {
+QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.CreateSessionRequest: _create_and_lease,
     m.SessionHeartbeatRequest: _heartbeat,
     m.FinishSessionRequest: _finish,

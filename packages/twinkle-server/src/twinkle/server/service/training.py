@@ -12,6 +12,7 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import CUSTOM_LOSS, DEFAULT_ALPHA, AdapterSpec
 from twinkle.server.engine.runs import LiveRun
 from twinkle.server.scheduling.futures import new_request_id
+from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.limits import check_runs, check_submission
 from twinkle.server.service import sessions, validation
 from twinkle.server.service.metadata import check_metadata
@@ -21,7 +22,7 @@ from twinkle.server.store import tables
 DEFAULT_RANK = 32
 
 
-async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered) -> m.Promise:
+async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received: Received) -> m.Promise:
     """Queue a request at its `seq_id`'s place in its run's order."""
     is_pass = isinstance(request, m.ForwardBackwardRequest)
     if is_pass and request.loss_fn == CUSTOM_LOSS:
@@ -34,7 +35,7 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered) -> m.Pro
     if seq_id is None:
         raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
     queue = parts.scheduler.queue(run.run_id)
-    if (first := queue.duplicate_of(seq_id, request)) is not None:
+    if (first := queue.duplicate_of(seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
     queue.check(seq_id)
     loss, tokens = None, 0
@@ -54,24 +55,24 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered) -> m.Pro
     # The run's later requests wait for its next one, so that one is always let in.
     is_next = seq_id == queue.next_id
     check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens, always_room=is_next)
-    return parts.live.enqueue(run, seq_id, request, tokens, loss)
+    return parts.live.enqueue(run, seq_id, received, tokens, loss)
 
 
-async def _unload(parts: Parts, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
+async def _unload(parts: Parts, tenant: str, request: m.UnloadModelRequest, received: Received) -> m.Promise:
     run = parts.live.find(tenant, request.model_id)
     if request.seq_id is None:
         return parts.live.enqueue_last(run.run_id, lambda _seq_id: request)
     queue = parts.scheduler.queue(run.run_id)
-    if (first := queue.duplicate_of(request.seq_id, request)) is not None:
+    if (first := queue.duplicate_of(request.seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
     queue.check(request.seq_id)
-    return parts.live.enqueue(run, request.seq_id, request)
+    return parts.live.enqueue(run, request.seq_id, received)
 
 
-async def _load(parts: Parts, tenant: str, request: m.LoadWeightsRequest) -> m.Promise:
+async def _load(parts: Parts, tenant: str, request: m.LoadWeightsRequest, received: Received) -> m.Promise:
     """Into a run, or into a new one."""
     if request.model_id is not None:
-        return await submit_ordered(parts, tenant, request)
+        return await submit_ordered(parts, tenant, request, received)
     if request.session_id is None or request.model_seq_id is None:
         raise InvalidRequest("model_id: missing; name a run, or session_id and model_seq_id for a new one")
     validation.check_optimizer(request.optimizer_config, "optimizer_config.type")
@@ -80,13 +81,15 @@ async def _load(parts: Parts, tenant: str, request: m.LoadWeightsRequest) -> m.P
     validation.check_base_model(checkpoint.base_model, parts.model_name, "path: the checkpoint's base model")
     # Rank and alpha from the files rather than from the row, which somebody may have edited.
     spec = (await parts.checkpoints.read(checkpoint.uri)).spec
-    return await _begin_run(parts, tenant, request.session_id, request.model_seq_id, spec, request)
+    return await _begin_run(parts, tenant, request.session_id, request.model_seq_id, spec, request, received)
 
 
 # ---------------------------------------------------------------- new runs
 
 
-async def _create_run(parts: Parts, tenant: str, request: m.CreateModelRequest) -> m.Promise:
+async def _create_run(
+    parts: Parts, tenant: str, request: m.CreateModelRequest, received: Received
+) -> m.Promise:
     validation.check_base_model(request.base_model, parts.model_name)
     config = request.lora_config or LoraConfig(rank=DEFAULT_RANK)
     validation.check_lora_config(config, parts.worker.info)
@@ -97,7 +100,7 @@ async def _create_run(parts: Parts, tenant: str, request: m.CreateModelRequest) 
         seed=config.seed if config.seed is not None else secrets.randbits(63),
         **validation.trainable_flags(config, parts.worker.info),
     )
-    return await _begin_run(parts, tenant, request.session_id, request.model_seq_id, spec, request)
+    return await _begin_run(parts, tenant, request.session_id, request.model_seq_id, spec, request, received)
 
 
 async def _begin_run(
@@ -107,6 +110,7 @@ async def _begin_run(
     model_seq_id: int,
     spec: AdapterSpec,
     request: m.CreateModelRequest | m.LoadWeightsRequest,
+    received: Received,
 ) -> m.Promise:
     check_metadata(request.user_metadata, parts.limits.max_metadata_bytes)
     await sessions.find_open(parts.database, tenant, session_id)
@@ -129,36 +133,40 @@ async def _begin_run(
         check_runs(parts.limits, [other.tenant for other in parts.runs.values()], tenant)
         await asyncio.to_thread(parts.database.put, row)
     if run_id in parts.runs:  # a duplicate, or one that arrived while the row was written
-        return m.Promise(request_id=_first_of_run(parts, run_id, request), model_id=run_id)
-    return parts.live.begin(LiveRun(run_id, tenant, session_id, parts.model_name, spec), request)
+        return m.Promise(
+            request_id=_first_of_run(parts, run_id, request.model_seq_id, received), model_id=run_id
+        )
+    return parts.live.begin(LiveRun(run_id, tenant, session_id, parts.model_name, spec), received)
 
 
-def _first_of_run(parts: Parts, run_id: str, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str:
+def _first_of_run(parts: Parts, run_id: str, model_seq_id: int | None, received: Received) -> str:
     """
     Raises:
         Conflict: if the run was begun by a request that asks for something else.
         InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
     """
     try:
-        first = parts.scheduler.queue(run_id).duplicate_of(0, request)
+        first = parts.scheduler.queue(run_id).duplicate_of(0, received)
     except Conflict as error:
         raise Conflict(
-            f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
+            f"model_seq_id: {model_seq_id} was used before in this session, for a run that is something "
             "else: a request that is sent again must be the same, and another run needs the next number"
         ) from error
     if first is None:
         raise InvalidRequest(
-            f"model_seq_id: {request.model_seq_id} was used before in this session, for run {run_id}, which takes "
+            f"model_seq_id: {model_seq_id} was used before in this session, for run {run_id}, which takes "
             "requests; another run needs the next number"
         )
     return first
 
 
-async def _create_custom_loss(parts: Parts, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
+async def _create_custom_loss(
+    parts: Parts, tenant: str, request: m.CreateCustomLossRequest, received: Received
+) -> m.Promise:
     await sessions.find_open(parts.database, tenant, request.session_id)
     loss_id = await parts.losses.create(tenant, request, parts.worker.loss_fns)
     request_id = new_request_id()
-    parts.run_log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request)
+    parts.run_log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request, received.body)
     parts.futures.create(tenant, request_id=request_id)
     parts.futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
     return m.Promise(request_id=request_id)

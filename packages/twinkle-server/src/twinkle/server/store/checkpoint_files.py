@@ -23,7 +23,7 @@ from typing import Any
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault, words_of
 from twinkle.protocol.uris import CheckpointUri, check_name
-from twinkle.server.backends import peft_format
+from twinkle.server.backends.lora import peft_format
 from twinkle.server.backends.protocol import PLAIN_MODEL, AdapterState, ExportFacts
 from twinkle.server.store.encryption import SUFFIX, encrypt_files
 

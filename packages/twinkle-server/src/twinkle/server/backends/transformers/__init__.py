@@ -20,9 +20,30 @@ from torch import Tensor, nn
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends.adapter_state import check_fits
-from twinkle.server.backends.loss_formulas import LOSS_SPECS
-from twinkle.server.backends.module_groups import ModuleGroup, is_expert_parameter, wanted_groups
+from twinkle.server.backends.hf.base_model import (
+    LoadedModel,
+    copy_sharing_weights,
+    decoder,
+    finish_logits,
+    load_base_model,
+)
+from twinkle.server.backends.hf.model_facts import (
+    affordable_adapter_bytes,
+    affordable_tokens,
+    bounded_batch_tokens,
+)
+from twinkle.server.backends.hf.rope import rope_boundaries
+from twinkle.server.backends.hf.threads import Threads
+from twinkle.server.backends.lora.adamw import plan_steps
+from twinkle.server.backends.lora.adapter_state import check_fits
+from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShape, initial_row
+from twinkle.server.backends.lora.experts import wrap_experts
+from twinkle.server.backends.lora.linear import LoraLinear, Route
+from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
+from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter, wanted_groups
+from twinkle.server.backends.lora.row_checks import check_row
+from twinkle.server.backends.lora.scratch import BankScratch
+from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,
@@ -37,33 +58,13 @@ from twinkle.server.backends.protocol import (
     RowResult,
     StepOutcome,
 )
-from twinkle.server.backends.row_checks import check_row
 from twinkle.server.backends.transformers.activations import (
     Recomputation,
     recompute_layers,
     token_bytes,
 )
-from twinkle.server.backends.transformers.adamw import plan_steps
-from twinkle.server.backends.transformers.banks import Bank, Layout, LinearShape, initial_row
-from twinkle.server.backends.transformers.base_model import (
-    LoadedModel,
-    copy_sharing_weights,
-    decoder,
-    finish_logits,
-    load_base_model,
-)
-from twinkle.server.backends.transformers.expert_lora import wrap_experts
-from twinkle.server.backends.transformers.lanes import MOST_LANES, Lanes
-from twinkle.server.backends.transformers.lora_linear import LoraLinear, Route
-from twinkle.server.backends.transformers.model_facts import (
-    affordable_adapter_bytes,
-    affordable_tokens,
-    bounded_batch_tokens,
-)
-from twinkle.server.backends.transformers.passes import Adapter, BankScratch, Network, PassLimits, run_pass
-from twinkle.server.backends.transformers.rope import rope_boundaries
-from twinkle.server.backends.transformers.threads import Threads
-from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
+from twinkle.server.backends.transformers.passes import Network, PassLimits, run_pass
+from twinkle.server.backends.transformers.thread_parallel import MOST_LANES, Lanes
 
 
 class TransformersBackend:

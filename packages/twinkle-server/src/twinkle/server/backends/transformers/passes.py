@@ -6,7 +6,7 @@ Owns the arithmetic of a pass; the adapters, banks and the model are the backend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, cast
@@ -15,28 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinkle.server.backends.protocol import TARGETS, AdapterSpec, Row, RowResult
+from twinkle.server.backends.hf.rope import by_kind
+from twinkle.server.backends.hf.threads import Threads
+from twinkle.server.backends.lora.banks import Adapter, Bank
+from twinkle.server.backends.lora.linear import Route
+from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
+from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
+from twinkle.server.backends.lora.scratch import BankScratch, commit
+from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation
-from twinkle.server.backends.transformers.banks import Bank, consecutive
-from twinkle.server.backends.transformers.lanes import Lanes, padded_tokens, share_out
-from twinkle.server.backends.transformers.logprobs import chunked_logprobs
-from twinkle.server.backends.transformers.lora_linear import Gradients, Route, Segment, spans_of
-from twinkle.server.backends.transformers.rope import by_kind
-from twinkle.server.backends.transformers.rows import padded, row_losses, row_results
-from twinkle.server.backends.transformers.threads import Threads
-
-
-@dataclass(eq=False)
-class Adapter:
-    """A resident adapter: its shape and where it lives."""
-
-    spec: AdapterSpec
-    bank: Bank
-    slot: int
-
-    @property
-    def scale(self) -> float:
-        return self.spec.alpha / self.spec.rank
+from twinkle.server.backends.transformers.thread_parallel import Lanes, padded_tokens, share_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,113 +71,6 @@ class PassLimits:
 
     affordable_tokens: int
     overhead_tokens: int
-
-
-class BankScratch:
-    """The adapters of one bank that take part in a pass, and their gradients of this pass, float32 [adapters, size]."""
-
-    def __init__(self, bank: Bank, adapters: Sequence[Adapter], keeps_gradients: bool) -> None:
-        by_slot = {adapter.slot: adapter.scale for adapter in adapters}
-        self._bank = bank
-        self._slots = sorted(by_slot)
-        self._index = {slot: i for i, slot in enumerate(self._slots)}
-        self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=bank.device).unsqueeze(1)
-        count = len(self._slots) if keeps_gradients else 0
-        self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
-        self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
-
-    def segment(self, slots: Sequence[int], needs_grad: bool) -> Segment:
-        """The route of consecutive rows, whose adapters are in `slots`, in rising order.
-
-        Gradients that flow into its matrices are added to the scratch.
-        """
-        members, a, b = self._weights(slots)
-        number = {member: i for i, member in enumerate(members)}
-        spans, span_adapters = spans_of([number[self._index[slot]] for slot in slots])
-        device = self._grads.device
-        adapter_of_span = None if span_adapters is None else torch.tensor(span_adapters, device=device)
-        gradients = None
-        if needs_grad:
-            of_span = members if span_adapters is None else [members[i] for i in span_adapters]
-            gradients = Gradients(self._grads_a, self._grads_b, _rows(of_span, device))
-            of_experts = {
-                module for module, place in self._bank.layout.a.items() if place.experts is not None
-            }
-            self._collect(members, a, b, of_experts)
-        return Segment(len(slots), spans, adapter_of_span, a, b, gradients)
-
-    def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The matrices A and (scaled) B of the adapters in `slots`, by layer, for whom autograd is to find gradients.
-
-        They are leaves of the graph, and stacked in the order of their slots; their gradients are added to the scratch.
-        """
-        members, a, b = self._weights(slots)
-        if needs_grad:
-            self._collect(members, a, b, a)
-        return a, b
-
-    def _weights(self, slots: Sequence[int]) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
-        """Which of the scratch's adapters are in `slots`, rising, and copies of their matrices, B's scaled."""
-        members = sorted({self._index[slot] for slot in slots})
-        weights = torch.stack([self._bank.params[self._slots[member]] for member in members])
-        scales = self._scales if len(members) == len(self._slots) else self._scales[members]
-        weights[:, self._bank.layout.b_start :].mul_(scales)
-        return members, *self._bank.layout.matrices(weights)
-
-    def _collect(
-        self, members: list[int], a: dict[str, Tensor], b: dict[str, Tensor], modules: Iterable[str]
-    ) -> None:
-        """Have the gradients of leaves added to the scratch as soon as they are there, and let go of.
-
-        Each matrix is a leaf of its own: as a slice of one leaf its gradient would come padded with zeros to the whole.
-        """
-        rows = _rows(members, self._grads.device)
-        for module in modules:
-            for leaf, target in ((a[module], self._grads_a[module]), (b[module], self._grads_b[module])):
-                gradients = Gradients({}, {}, rows)
-
-                def move(leaf: Tensor, target: Tensor = target, gradients: Gradients = gradients) -> None:
-                    assert leaf.grad is not None
-                    gradients.add(target, leaf.grad)
-                    leaf.grad = None
-
-                leaf.requires_grad_().register_post_accumulate_grad_hook(move)
-
-    @property
-    def grads(self) -> Tensor:
-        """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
-        return self._grads
-
-    def new_gradients(self) -> dict[int, Tensor]:
-        """By slot, this pass's gradients of those adapters that had none. Once, at the end of the pass."""
-        self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
-        new = {slot: i for slot, i in self._index.items() if slot not in self._bank.grads}
-        if len(self._index) == 1:
-            return {slot: self._grads[0] for slot in new}
-        # Each its own memory, so that it is free as soon as this adapter has stepped, whatever the others do.
-        return {slot: self._grads[i].clone() for slot, i in new.items()}
-
-    def add(self, new: dict[int, Tensor]) -> None:
-        """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
-        for slot, i in self._index.items():
-            if slot in self._bank.grads:
-                self._bank.grads[slot].add_(self._grads[i])
-            else:
-                self._bank.grads[slot] = new[slot]
-
-
-def commit(scratches: Iterable[BankScratch]) -> None:
-    """Add a pass's gradients to the adapters', to all or, where memory runs out, to none."""
-    new = [(scratch, scratch.new_gradients()) for scratch in scratches]
-    for scratch, gradients in new:
-        scratch.add(gradients)
-
-
-def _rows(members: list[int], device: torch.device) -> slice | Tensor:
-    """An index of these rows; a slice is a view, and costs nothing."""
-    if consecutive(members):
-        return slice(members[0], members[-1] + 1)
-    return torch.tensor(members, device=device)
 
 
 def run_pass(

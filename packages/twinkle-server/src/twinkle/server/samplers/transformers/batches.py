@@ -14,13 +14,13 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from twinkle.server.samplers.load import Limits, Place
-from twinkle.server.samplers.transformers.lockstep import LockstepBatch
+from twinkle.server.samplers.cache_usage import Limits, Place
+from twinkle.server.samplers.transformers.buckets import Row, Shelf
+from twinkle.server.samplers.transformers.equal_length import LockstepBatch
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
-from twinkle.server.samplers.transformers.network import Network, Prompt
-from twinkle.server.samplers.transformers.prefixes import Owner, Prefixes, common_length
-from twinkle.server.samplers.transformers.shelves import Row, Shelf
+from twinkle.server.samplers.transformers.model_runner import Network, Prompt
+from twinkle.server.samplers.transformers.prefix_cache import Owner, Prefixes, common_length
 
 # Tokens of prompts in one forward pass; longer ones are read piece by piece.
 PREFILL_TOKENS = 2048

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
+from twinkle.server.backends.hf.base_model import LoadedModel, copy_sharing_weights, load_base_model
+from twinkle.server.backends.lora.experts import wrap_experts
+from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.backends.transformers.base_model import LoadedModel, copy_sharing_weights, load_base_model
-from twinkle.server.backends.transformers.expert_lora import wrap_experts
-from twinkle.server.backends.transformers.wrapped_linear import wrap_linears
-from twinkle.server.samplers.load import Load
-from twinkle.server.samplers.places import FOR_NEWCOMERS, Held, to_make_room, to_shrink
+from twinkle.server.samplers.cache_usage import Load
+from twinkle.server.samplers.preemption import FOR_NEWCOMERS, Held, to_make_room, to_shrink
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import (
     PREFILL_TOKENS_BETWEEN,
@@ -37,13 +37,13 @@ from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
-from twinkle.server.samplers.transformers.network import Network, Prompt
+from twinkle.server.samplers.transformers.model_runner import Network, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
-from twinkle.server.samplers.transformers.patience import Patience
+from twinkle.server.samplers.transformers.prefill_delay import Patience
+from twinkle.server.samplers.transformers.probe import first_that_fits
 from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
-from twinkle.server.samplers.transformers.trial import first_that_fits
-from twinkle.server.samplers.waiting import WaitingLine
+from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")
 
@@ -88,7 +88,7 @@ class TransformersEngine:
         self._reading: dict[Prompt, Item] = {}  # whose prompts are on their way into the batch
         self._is_full = False  # memory has run out, and nothing has ended since
         self._next_tokens = NextTokens()
-        self._line: WaitingLine[Item] = WaitingLine()
+        self._line: WaitingQueue[Item] = WaitingQueue()
         self._accepted = 0
         self._patience = Patience(PREFILL_TOKENS_BETWEEN)
         # Held wherever the line, patience or one of the three below is touched.
@@ -253,7 +253,7 @@ class TransformersEngine:
             return
         for tenant in newcomers if running else []:
             self._make_room_for(tenant)
-        self._take_in()
+        self._take_in(self._line.take)
         with self._wake:
             self._patience.admitted(all_of_them=not self._line)
 
@@ -264,17 +264,17 @@ class TransformersEngine:
             length, samples = self._line.wants(tenant)
         paused = to_make_room(self._held(), limits, length, samples)
         self._pause({self._sequences[row] for row in paused}, known=True)
-        self._take_in(max(1, limits.rows // FOR_NEWCOMERS), tenant, may_fill=True)
+        self._take_in(lambda load: self._line.take_from(tenant, max(1, limits.rows // FOR_NEWCOMERS), load))
 
-    def _take_in(self, most: int | None = None, only: str | None = None, may_fill: bool = False) -> None:
-        """Begin to read who finds a place: see `WaitingLine.take`."""
+    def _take_in(self, take: Callable[[Load], list[tuple[Waiting[Item], int]]]) -> None:
+        """Begin to read who finds a place."""
         limits = self._batch.limits
         rows = len(self._sequences) + sum(prompt.rows for prompt in self._reading)
         if rows >= limits.rows:
             return
         load = Load.of(limits, (one.length for one in self._held()))
         with self._wake:
-            taken = self._line.take(load, most, only, may_fill)
+            taken = take(load)
         prompts = {
             one.item.prompt_again() if isinstance(one.item, Sequence) else one.item.prompt(samples): one.item
             for one, samples in taken
@@ -494,7 +494,7 @@ class TransformersEngine:
     def _abandon(self) -> None:
         """The engine was closed: whatever is not done is cancelled."""
         with self._wake:
-            tasks = {task_of(one.item) for one in self._line.remove_all()}
+            tasks = set(map(task_of, self._line.items()))
         tasks |= self._tasks()
         self._end({task: CancelledError() for task in tasks})
         self._adapters.clear()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from twinkle.server.backends.transformers.base_model import LoadedModel
-from twinkle.server.backends.transformers.model_facts import affordable_cache_tokens
-from twinkle.server.backends.transformers.rope import rope_boundaries
-from twinkle.server.samplers.load import Limits
+from twinkle.server.backends.hf.base_model import LoadedModel
+from twinkle.server.backends.hf.model_facts import affordable_cache_tokens
+from twinkle.server.backends.hf.rope import rope_boundaries
+from twinkle.server.samplers.cache_usage import Limits
 
 MAX_ROWS_CPU = 64
 MAX_ROWS_GPU = 256

@@ -17,10 +17,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from twinkle.server.backends.module_groups import is_expert_parameter
+from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
+from twinkle.server.backends.lora.module_groups import is_expert_parameter
+from twinkle.server.backends.lora.wrapped_linear import WrappedLinear
 from twinkle.server.backends.protocol import AdapterState
-from twinkle.server.backends.transformers.expert_lora import DOWN, GATE_UP, ExpertTerm
-from twinkle.server.backends.transformers.wrapped_linear import WrappedLinear
 
 # What can be stacked: the rank, and the layers acted on.
 Shape: TypeAlias = tuple[int, tuple[str, ...]]
@@ -65,7 +65,7 @@ class ResidentAdapter:
             b_float = torch.tensor(state.weights[f"{prefix}.lora_B.weight"], device=device)
             b_own = (b_float * scale).to(dtype)
             if is_expert_parameter(layer):
-                # See `twinkle.server.backends.transformers.banks.Layout.split`.
+                # See `twinkle.server.backends.lora.banks.Layout.split`.
                 a[layer] = a_own.unflatten(0, (-1, rank)).unsqueeze(0)
                 b[layer] = b_own.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous().unsqueeze(0)
             else:
@@ -198,7 +198,7 @@ class Route:
         self.groups: list[RouteGroup] = []
 
     def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
-        """See `twinkle.server.backends.transformers.expert_lora.ExpertRoute`."""
+        """See `twinkle.server.backends.lora.experts.ExpertRoute`."""
         return [term for group in self.groups if (term := group.expert_term(experts, rows))]
 
 

@@ -15,7 +15,7 @@ from twinkle.server.backends.protocol import BaseModelInfo
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
-from twinkle.server.samplers.transformers.network import Prompt
+from twinkle.server.samplers.transformers.model_runner import Prompt
 from twinkle.server.samplers.transformers.prompt_scores import (
     PromptAnswers,
     PromptScores,
@@ -23,7 +23,7 @@ from twinkle.server.samplers.transformers.prompt_scores import (
     check_targets,
 )
 from twinkle.server.samplers.transformers.stops import StopRule, stop_rule
-from twinkle.server.samplers.waiting import Waiting
+from twinkle.server.samplers.waiting_queue import Waiting
 
 
 @dataclass(eq=False)

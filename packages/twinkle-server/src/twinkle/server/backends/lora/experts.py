@@ -1,0 +1,275 @@
+"""Routed experts of a mixture of experts, with the low-rank terms of many adapters.
+
+For a token x that the router sends to expert e with weight p, and an adapter with terms on both of its matrices,
+
+    h = (W1[e] + (alpha / rank) B1[e] A1[e]) x,     (gate, up) = h,
+    y = (W2[e] + (alpha / rank) B2[e] A2[e]) (act(gate) * up),      out = sum over the token's experts of p y
+
+as Transformers computes experts (`modeling_qwen3_moe.Qwen3MoeExperts`) with PEFT's LoRA on each expert's matrices
+(`peft.tuners.lora.layer.ParamWrapper`). Rows are sorted by expert once, so that each product is one of consecutive
+groups of rows. Knows neither banks nor models: `run_experts` takes tensors, and is all that another backend needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from twinkle.server.backends.lora.module_groups import EXPERT_PARAMETERS
+
+GATE_UP, DOWN = EXPERT_PARAMETERS
+
+# torch's grouped product wants rows of whole 16 bytes: 8 numbers of bfloat16.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTerm:
+    """The low-rank terms of adapters of one rank, on all experts of a layer.
+
+    Attributes:
+        rows: int64 [m], which rows of the input get a term, no row twice; None where all do, in order.
+        adapter: int64 [m], whose: an index into the adapters below.
+        gate_up_a: [adapters, experts, rank, hidden].
+        gate_up_b: [adapters, experts, 2 * intermediate, rank], times alpha / rank.
+        down_a: [adapters, experts, rank, intermediate].
+        down_b: [adapters, experts, hidden, rank], times alpha / rank.
+    """
+
+    rows: Tensor | None
+    adapter: Tensor
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+
+
+def run_experts(
+    x: Tensor,
+    expert: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: Callable[[Tensor], Tensor],
+    terms: Sequence[ExpertTerm] = (),
+) -> Tensor:
+    """Experts' outputs, not yet weighted; differentiable in `x` and in the terms' matrices.
+
+    Args:
+        x: [n, hidden]; n may be 0.
+        expert: int64 [n] or [n, k]: to which experts each row goes, below the number of experts here.
+        gate_up: [experts, 2 * intermediate, hidden], the gate's rows first; of the type of `x`.
+        down: [experts, hidden, intermediate].
+        act: of the gate, elementwise.
+        terms: no row in two of them; matrices of any float type, they are cast to that of `x`.
+
+    Returns:
+        [n, hidden] or [n, k, hidden], of the type of `x`.
+    """
+    copies = expert.shape[1] if expert.ndim == 2 else 1
+    by_kernel = _has_kernel(x, gate_up, down)
+    plan = _plan(expert.flatten(), copies, len(gate_up), terms, by_kernel)
+    first = [_Factors.of(term.gate_up_a, term.gate_up_b, x.dtype, by_kernel) for term in terms]
+    second = [_Factors.of(term.down_a, term.down_b, x.dtype, by_kernel) for term in terms]
+    rows = x.index_select(0, plan.order // copies if copies > 1 else plan.order)
+    gate, up = _product(rows, gate_up, first, plan).chunk(2, dim=-1)
+    out = _product(act(gate) * up, down, second, plan)
+    return out.index_select(0, plan.inverse).view(*expert.shape, down.shape[1])
+
+
+# ---------------------------------------------------------------- which rows go together
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Consecutive rows that share a matrix, for each matrix; a group may be empty.
+
+    Attributes:
+        ends: int32 [groups], where each ends.
+        sizes: how many rows each has, on the host, for a loop; None where torch's kernel takes `ends`.
+    """
+
+    ends: Tensor
+    sizes: list[int] | None
+
+    @classmethod
+    def of(cls, group: Tensor, count: int, by_kernel: bool) -> _Groups:
+        """Of rows in any order, by their group numbers, int64 [n]."""
+        # Not bincount, for which a GPU would have to wait.
+        sizes = torch.zeros(count, dtype=torch.int64, device=group.device)
+        sizes.scatter_add_(0, group, torch.ones_like(group))
+        return cls(sizes.cumsum(0).to(torch.int32), None if by_kernel else sizes.tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Rows sorted by expert, and for one expert by adapter.
+
+    Attributes:
+        order: int64 [n * k], where each sorted row was.
+        inverse: int64 [n * k], where each row is in sorted order.
+        experts: the sorted rows' groups, one an expert.
+        members: for each term the places of its rows in sorted order, rising, or None where all are.
+        member_groups: for each term its rows' groups, number `expert * adapters + adapter`.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    experts: _Groups
+    members: list[Tensor | None]
+    member_groups: list[_Groups]
+
+
+def _plan(expert: Tensor, copies: int, experts: int, terms: Sequence[ExpertTerm], by_kernel: bool) -> _Plan:
+    """`expert` is int64 [n * copies]; the terms count rows in n."""
+    numbered = [_copied(term, copies) for term in terms]
+    key = expert
+    if terms:
+        code, first = torch.zeros_like(expert), 0
+        for term, (rows, adapter) in zip(terms, numbered, strict=True):
+            if rows is None:
+                code = adapter + first
+            else:
+                code[rows] = adapter + first
+            first += len(term.gate_up_a)
+        key = expert * first + code
+    order = key.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    members: list[Tensor | None] = []
+    groups: list[_Groups] = []
+    for term, (rows, adapter) in zip(terms, numbered, strict=True):
+        adapters = len(term.gate_up_a)
+        own = expert if rows is None else expert[rows]
+        members.append(None if rows is None else inverse[rows].sort().values)
+        groups.append(_Groups.of(own * adapters + adapter, experts * adapters, by_kernel))
+    return _Plan(order, inverse, _Groups.of(expert, experts, by_kernel), members, groups)
+
+
+def _copied(term: ExpertTerm, copies: int) -> tuple[Tensor | None, Tensor]:
+    """A term's rows and adapters where each row stands `copies` times, one after the other."""
+    if copies == 1:
+        return term.rows, term.adapter
+    adapter = term.adapter.repeat_interleave(copies)
+    if term.rows is None:
+        return None, adapter
+    return (term.rows.unsqueeze(1) * copies + torch.arange(copies, device=adapter.device)).flatten(), adapter
+
+
+# ---------------------------------------------------------------- products
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """A term's matrices by group, number `expert * adapters + adapter`: [groups, rank, in], [groups, out, rank]."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, by_kernel: bool) -> _Factors:
+        # One copy at most: the cast makes it, or flatten where nothing is to be cast.
+        a, b = (
+            matrices.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+            for matrices in (a, b)
+        )
+        if by_kernel and (missing := -a.shape[1] % _ALIGNMENT):
+            a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
+        return cls(a, b)
+
+
+def _product(x: Tensor, weight: Tensor, factors: Sequence[_Factors], plan: _Plan) -> Tensor:
+    """Sorted rows [n, in] times the matrices of their experts, and their terms: [n, out]."""
+    out = _grouped_product(x, weight, plan.experts)
+    for own, members, groups in zip(factors, plan.members, plan.member_groups, strict=True):
+        rows = x if members is None else x.index_select(0, members)
+        low = _grouped_product(rows, own.a, groups)
+        term = _grouped_product(low, own.b, groups)
+        out = out + term if members is None else out.index_add(0, members, term)
+    return out
+
+
+def _grouped_product(x: Tensor, weight: Tensor, groups: _Groups) -> Tensor:
+    """x[i] times weight[g] transposed, for the rows i of each group g.
+
+    Args:
+        x: [n, in], all rows in groups.
+        weight: [groups, out, in], same type.
+    """
+    if len(x) == 0:
+        return functional.linear(x, weight[0])  # in the graph all the same: `x` may come from other ranks
+    if groups.sizes is None:
+        if weight.requires_grad:
+            # The kernel says nothing of the gradient of a group without rows.
+            sizes = groups.ends.diff(prepend=groups.ends.new_zeros(1))
+            empty = (sizes == 0).view(-1, 1, 1)
+            weight = weight.view_as(weight)
+            weight.register_hook(lambda gradient: gradient.masked_fill(empty, 0))
+        return cast("Tensor", cast("Any", functional).grouped_mm(x, weight.transpose(1, 2), offs=groups.ends))
+    filled = [i for i, size in enumerate(groups.sizes) if size]
+    # unbind, not an index for each: its gradient is one tensor, not one of the whole size for each group.
+    matrices = weight.unbind(0)
+    pieces = x.split([groups.sizes[i] for i in filled])
+    return torch.cat([functional.linear(piece, matrices[i]) for i, piece in zip(filled, pieces, strict=True)])
+
+
+def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether torch has one kernel for all groups (public since 2.10, for bfloat16 from compute capability 8.0)."""
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
+        return False
+    sizes = (*gate_up.shape[1:], *down.shape[1:])
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(s % _ALIGNMENT == 0 for s in sizes)
+
+
+# ---------------------------------------------------------------- in a model
+
+
+class ExpertRoute(Protocol):
+    """Says which rows of the micro-batch under way get which adapters' terms."""
+
+    def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
+        """
+        Args:
+            experts: full name of an experts module.
+            rows: how many rows its input has: the micro-batch's tokens, row-major.
+        """
+        ...
+
+
+class ExpertsWithLora(nn.Module):
+    """A frozen experts module of Transformers and, where the route says so, low-rank terms."""
+
+    def __init__(self, base: nn.Module, name: str, route: ExpertRoute) -> None:
+        super().__init__()
+        self.base = base
+        self._name = name
+        self._route = route
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states: [n, hidden], row-major in the micro-batch's rows.
+            top_k_index: int64 [n, k].
+            top_k_weights: [n, k].
+
+        Returns:
+            [n, hidden].
+        """
+        base = cast("Any", self.base)
+        terms = self._route.expert_terms(self._name, len(hidden_states))
+        if not terms:
+            return base(hidden_states, top_k_index, top_k_weights)
+        out = run_experts(hidden_states, top_k_index, base.gate_up_proj, base.down_proj, base.act_fn, terms)
+        return (out * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+
+def wrap_experts(model: nn.Module, names: Iterable[str], route: ExpertRoute) -> None:
+    """Put an `ExpertsWithLora` in place of each experts module named."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, child, ExpertsWithLora(getattr(parent, child), name, route))

@@ -1,0 +1,90 @@
+"""What each loss reads, and the losses in numpy with their gradients in closed form: how the fake backend computes, and
+what every other backend is compared with. The formulas and their sources are in `functions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle.server.backends.protocol import LossSpec
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Inputs: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Config: TypeAlias = Mapping[str, float]
+
+Formula: TypeAlias = Callable[[Floats, Inputs, Config], tuple[float, Floats]]
+"""Log-probabilities, inputs and parameters to the loss and its gradient with respect to the log-probabilities."""
+
+
+def _cross_entropy(logprobs: Floats, inputs: Inputs, _config: Config) -> tuple[float, Floats]:
+    weights = inputs["weights"].astype(np.float64)
+    return -float((weights * logprobs).sum()), -weights
+
+
+def _importance_sampling(logprobs: Floats, inputs: Inputs, _config: Config) -> tuple[float, Floats]:
+    terms = np.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]
+    return -float(terms.sum()), -terms
+
+
+def _clipped(ratio: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
+    """The derivative of a ratio is the ratio itself; where the clipped term is the smaller one there is none."""
+    advantages = inputs["advantages"]
+    bounded = np.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
+    is_plain = ratio * advantages <= bounded * advantages
+    value = np.where(is_plain, ratio, bounded) * advantages
+    return -float(value.sum()), -np.where(is_plain, ratio * advantages, 0.0)
+
+
+def _ppo(logprobs: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
+    return _clipped(np.exp(logprobs - inputs["logprobs"]), inputs, config)
+
+
+def _cispo(logprobs: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
+    ratio = np.exp(logprobs - inputs["logprobs"])
+    weights = np.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
+    weights = weights * inputs["advantages"]
+    return -float((weights * logprobs).sum()), -weights
+
+
+def _dro(logprobs: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
+    distance, advantages = logprobs - inputs["logprobs"], inputs["advantages"]
+    value = logprobs * advantages - 0.5 * config["beta"] * distance**2
+    return -float(value.sum()), -(advantages - config["beta"] * distance)
+
+
+def _gspo(logprobs: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
+    marked = inputs["sequence_ratio_mask"] != 0
+    ratio = np.exp((logprobs - inputs["logprobs"])[marked].mean()) if marked.any() else 1.0
+    return _clipped(np.full_like(logprobs, ratio), inputs, config)
+
+
+FORMULAS: dict[str, Formula] = {
+    "cross_entropy": _cross_entropy,
+    "importance_sampling": _importance_sampling,
+    "ppo": _ppo,
+    "cispo": _cispo,
+    "dro": _dro,
+    "gspo": _gspo,
+}
+
+
+_SAMPLED = ("logprobs", "advantages")
+
+
+def _thresholds(low: float, high: float) -> dict[str, float]:
+    return {"clip_low_threshold": low, "clip_high_threshold": high}
+
+
+# Default thresholds of ppo and cispo are Tinker's, those of gspo its paper's (section 5.1).
+LOSS_SPECS: dict[str, LossSpec] = {
+    "cross_entropy": LossSpec(("weights",), max_rank=2),
+    "importance_sampling": LossSpec(_SAMPLED),
+    "ppo": LossSpec(_SAMPLED, config=_thresholds(0.8, 1.2)),
+    "cispo": LossSpec(_SAMPLED, config=_thresholds(0.0, 4.0)),
+    "dro": LossSpec(_SAMPLED, config={"beta": 0.05}),
+    "gspo": LossSpec((*_SAMPLED, "sequence_ratio_mask"), config=_thresholds(1 - 3e-4, 1 + 4e-4)),
+}

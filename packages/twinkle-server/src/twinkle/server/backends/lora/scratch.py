@@ -1,0 +1,118 @@
+"""A pass's gradients, kept aside and added to the adapters' at its very end: a pass that fails has changed nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from twinkle.server.backends.lora.banks import Adapter, Bank, consecutive
+from twinkle.server.backends.lora.linear import Gradients, Segment, spans_of
+
+
+class BankScratch:
+    """The adapters of one bank that take part in a pass, and their gradients of this pass, float32 [adapters, size]."""
+
+    def __init__(self, bank: Bank, adapters: Sequence[Adapter], keeps_gradients: bool) -> None:
+        by_slot = {adapter.slot: adapter.scale for adapter in adapters}
+        self._bank = bank
+        self._slots = sorted(by_slot)
+        self._index = {slot: i for i, slot in enumerate(self._slots)}
+        self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=bank.device).unsqueeze(1)
+        count = len(self._slots) if keeps_gradients else 0
+        self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
+        self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
+
+    def segment(self, slots: Sequence[int], needs_grad: bool) -> Segment:
+        """The route of consecutive rows, whose adapters are in `slots`, in rising order.
+
+        Gradients that flow into its matrices are added to the scratch.
+        """
+        members, a, b = self._weights(slots)
+        number = {member: i for i, member in enumerate(members)}
+        spans, span_adapters = spans_of([number[self._index[slot]] for slot in slots])
+        device = self._grads.device
+        adapter_of_span = None if span_adapters is None else torch.tensor(span_adapters, device=device)
+        gradients = None
+        if needs_grad:
+            of_span = members if span_adapters is None else [members[i] for i in span_adapters]
+            gradients = Gradients(self._grads_a, self._grads_b, _rows(of_span, device))
+            of_experts = {
+                module for module, place in self._bank.layout.a.items() if place.experts is not None
+            }
+            self._collect(members, a, b, of_experts)
+        return Segment(len(slots), spans, adapter_of_span, a, b, gradients)
+
+    def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The matrices A and (scaled) B of the adapters in `slots`, by layer, for whom autograd is to find gradients.
+
+        They are leaves of the graph, and stacked in the order of their slots; their gradients are added to the scratch.
+        """
+        members, a, b = self._weights(slots)
+        if needs_grad:
+            self._collect(members, a, b, a)
+        return a, b
+
+    def _weights(self, slots: Sequence[int]) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
+        """Which of the scratch's adapters are in `slots`, rising, and copies of their matrices, B's scaled."""
+        members = sorted({self._index[slot] for slot in slots})
+        weights = torch.stack([self._bank.params[self._slots[member]] for member in members])
+        scales = self._scales if len(members) == len(self._slots) else self._scales[members]
+        weights[:, self._bank.layout.b_start :].mul_(scales)
+        return members, *self._bank.layout.matrices(weights)
+
+    def _collect(
+        self, members: list[int], a: dict[str, Tensor], b: dict[str, Tensor], modules: Iterable[str]
+    ) -> None:
+        """Have the gradients of leaves added to the scratch as soon as they are there, and let go of.
+
+        Each matrix is a leaf of its own: as a slice of one leaf its gradient would come padded with zeros to the whole.
+        """
+        rows = _rows(members, self._grads.device)
+        for module in modules:
+            for leaf, target in ((a[module], self._grads_a[module]), (b[module], self._grads_b[module])):
+                gradients = Gradients({}, {}, rows)
+
+                def move(leaf: Tensor, target: Tensor = target, gradients: Gradients = gradients) -> None:
+                    assert leaf.grad is not None
+                    gradients.add(target, leaf.grad)
+                    leaf.grad = None
+
+                leaf.requires_grad_().register_post_accumulate_grad_hook(move)
+
+    @property
+    def grads(self) -> Tensor:
+        """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
+        return self._grads
+
+    def new_gradients(self) -> dict[int, Tensor]:
+        """By slot, this pass's gradients of those adapters that had none. Once, at the end of the pass."""
+        self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
+        new = {slot: i for slot, i in self._index.items() if slot not in self._bank.grads}
+        if len(self._index) == 1:
+            return {slot: self._grads[0] for slot in new}
+        # Each its own memory, so that it is free as soon as this adapter has stepped, whatever the others do.
+        return {slot: self._grads[i].clone() for slot, i in new.items()}
+
+    def add(self, new: dict[int, Tensor]) -> None:
+        """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
+        for slot, i in self._index.items():
+            if slot in self._bank.grads:
+                self._bank.grads[slot].add_(self._grads[i])
+            else:
+                self._bank.grads[slot] = new[slot]
+
+
+def commit(scratches: Iterable[BankScratch]) -> None:
+    """Add a pass's gradients to the adapters', to all or, where memory runs out, to none."""
+    new = [(scratch, scratch.new_gradients()) for scratch in scratches]
+    for scratch, gradients in new:
+        scratch.add(gradients)
+
+
+def _rows(members: list[int], device: torch.device) -> slice | Tensor:
+    """An index of these rows; a slice is a view, and costs nothing."""
+    if consecutive(members):
+        return slice(members[0], members[-1] + 1)
+    return torch.tensor(members, device=device)
