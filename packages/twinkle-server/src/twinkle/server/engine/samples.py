@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +27,7 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
@@ -75,11 +75,11 @@ class SampleRunner:
         checkpoints: Checkpoints,
         completions: CompletionLog,
         ledger: Ledger,
-        charge: Callable[[str, float], None],
+        tokens: RateLimit,
     ) -> None:
         """
         Args:
-            charge: told of a tenant's sampled tokens.
+            tokens: charged for sampled tokens.
         """
         self._futures = futures
         self._worker = worker
@@ -87,7 +87,7 @@ class SampleRunner:
         self._checkpoints = checkpoints
         self._completions = completions
         self._ledger = ledger
-        self._charge = charge
+        self._tokens = tokens
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._under_way: dict[str, _Sample] = {}
@@ -280,7 +280,7 @@ class SampleRunner:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
-        self._charge(sampler.tenant, tokens)
+        self._tokens.charge(sampler.tenant, tokens)
 
     async def _generate_or_again(
         self,
