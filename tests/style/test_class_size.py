@@ -10,17 +10,10 @@ MOST_PARAMETERS = 8
 
 # Class -> its length or number of parameters when it was listed. An entry that breaks the limit no more fails the test.
 TOO_LONG: dict[str, int] = {
-    "server/engine/adapters.py AdapterKeeper": 419,
-    "server/engine/engine.py Engine": 378,
     "server/samplers/transformers/engine.py TransformersEngine": 444,
-    "server/service/service.py Service": 563,
     "server/store/database.py Database": 407,
 }
-TOO_MANY_PARTS: dict[str, int] = {
-    "server/engine/adapters.py AdapterKeeper": 12,
-    "server/service/service.py Service": 13,
-    "server/service/session_desk.py SessionDesk": 12,
-}
+TOO_MANY_PARTS: dict[str, int] = {}
 
 
 def classes() -> Iterator[tuple[str, ast.ClassDef]]:

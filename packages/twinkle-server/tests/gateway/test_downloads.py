@@ -127,15 +127,15 @@ async def test_while_a_checkpoint_is_overwritten_its_old_address_gives_nothing(
     """The files are there before their row: for as long as the database can't be written to."""
     old = await address(reader, owner, "/external_weights_urls")
     assert (await reader.get(old)).status_code == 200
-    held, put = asyncio.Event(), gateway.service._database.put_checkpoint
+    held, put = asyncio.Event(), gateway.service.parts.database.put_checkpoint
     loop = asyncio.get_running_loop()
 
     def late(row: Any) -> None:
         asyncio.run_coroutine_threadsafe(held.wait(), loop).result()
         put(row)
 
-    monkeypatch.setattr(gateway.service._database, "put_checkpoint", late)
-    files, uri = gateway.service._downloads._files, CheckpointUri("name", owner.run, "weights")
+    monkeypatch.setattr(gateway.service.parts.database, "put_checkpoint", late)
+    files, uri = gateway.service.parts.downloads._files, CheckpointUri("name", owner.run, "weights")
     first = files.digest(uri)
     datum = {"model_id": owner.run, "seq_id": 2, "path": "name", "overwrite": True}
     step = await owner.do("/optim_step", model_id=owner.run, seq_id=1 + owner.seq_id, adam_params={})

@@ -28,7 +28,7 @@ import requests
 import schemathesis
 import zstandard
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from fake_service import MODEL, make_service
+from fake_service import MODEL, make_config, make_service
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
@@ -39,6 +39,7 @@ from twinkle.protocol import twinkle_pb2 as pb
 from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
 from twinkle.protocol.errors import Category, TooLarge
 from twinkle.protocol.types import Datum, ModelInput, SparseTensor
+from twinkle.server.app import build_service
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import LimitsSection
@@ -49,10 +50,7 @@ from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
 from twinkle.server.gateway.http import Bodies, ByteBudget, Share
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.service import sampling_sessions
-from twinkle.server.service.service import Service
-from twinkle.server.store.checkpoint_files import CheckpointFiles
-from twinkle.server.store.database import Database
+from twinkle.server.service import sampling
 from twinkle.server.tokens import Signer
 
 T = TypeVar("T")
@@ -73,9 +71,7 @@ class Host:
         self.others: dict[str, Tenant] = {}
         signer = Signer("a secret that is long enough for its hash")
         worker = LocalWorker(FakeBackend(ModelConfig(directory)), FakeEngine())
-        database = Database(f"sqlite:///{directory / 'test.sqlite'}")
-        files = CheckpointFiles(directory / "checkpoints")
-        self.service = Service(MODEL, worker, database, files, signer=signer)
+        self.service = build_service(make_config(directory), worker, signer=signer)
         self.app = create_app(self.service, LimitsSection(max_request_bytes=MAX_BYTES), signer)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
@@ -103,7 +99,7 @@ class Host:
     def is_whole(self, run: str) -> bool:
         """Whether a run is alive and its checkpoint is there."""
         saved = self._directory / "checkpoints" / run / "weights" / "saved"
-        return run in self.service._live and saved.is_dir()
+        return run in self.service.parts.live and saved.is_dir()
 
     def post(self, path: str, body: Any, key: str = BOB, **more: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -169,7 +165,7 @@ class Tenant:
 
     def state(self) -> dict[str, bytes]:
         """Weights and moments, exactly; the gradient that is pending shows in the next step."""
-        worker = self.host.service._worker
+        worker = self.host.service.parts.worker
         state = self.host.run(worker.export_adapter, self.run, True)
         assert state.optimizer is not None
         parts = {"w": state.weights, "m": state.optimizer.exp_avg, "v": state.optimizer.exp_avg_sq}
@@ -213,7 +209,7 @@ def host() -> Iterator[Host]:
     ):
         # Who asks for what never comes is told so soon.
         patch.setattr(gateway_operations, "LONG_POLL_SECONDS", 0.5)
-        patch.setattr(sampling_sessions, "LONG_POLL_SECONDS", 0.05)
+        patch.setattr(sampling, "LONG_POLL_SECONDS", 0.05)
         host = Host(portal, Path(directory))
         portal.call(host.service.start)
         yield host

@@ -83,7 +83,7 @@ async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(
         create_app(service, LimitsSection(), Signer("a secret that is long enough for it")), "127.0.0.1", 0
     )
     port = server._server.servers[0].sockets[0].getsockname()[1]
-    presence = service._sessions._presence
+    waiting = service.parts.leases._waiting
     async with asyncio.timeout(60):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}{PREFIX}") as http:
 
@@ -113,11 +113,11 @@ async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(
                 "operations": (PATH, encode_request([posted])),
             }[by]
             polling = asyncio.create_task(http.post(path, content=body, timeout=60))
-            await until(lambda: presence._waiting[session] == 1)
+            await until(lambda: waiting[session] == 1)
             await asyncio.sleep(0.03)
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
-        await until(lambda: not presence._waiting)
+        await until(lambda: not waiting)
     assert "error id" not in caplog.text
     worker.hangs = lambda _method: False
     await server.close()

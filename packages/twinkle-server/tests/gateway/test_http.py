@@ -133,7 +133,7 @@ async def test_json_of_more_values_than_it_can_mean_is_not_parsed(
 async def test_the_longest_prompt_with_a_target_at_each_token_is_read(start: Callable[..., Any]):
     gateway = await start()
     sampler = await gateway.sampler()
-    longest = gateway.service._worker.info.max_context_length - 1  # pyright: ignore[reportPrivateUsage]
+    longest = gateway.service.parts.worker.info.max_context_length - 1  # pyright: ignore[reportPrivateUsage]
     wide = 2**20 // (longest - 1)
     targets = np.full((longest - 1, wide), 100, np.int64)
     values = {"dtype": "int64", "shape": list(targets.shape), "data": targets.ravel().tolist()}

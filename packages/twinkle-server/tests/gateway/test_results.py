@@ -57,8 +57,8 @@ async def sampled(tenant: Tenant, **more: Any) -> str:
         sampling_session_id=sampler, seq_id=0, prompt=ModelInput.from_ints([1, 2, 3]), **more
     )
     promise = await tenant.service.submit(tenant.name, sample)
-    while tenant.service._futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
-        await tenant.service._futures.look(tenant.name, promise.request_id, 10)  # pyright: ignore
+    while tenant.service.parts.futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
+        await tenant.service.parts.futures.look(tenant.name, promise.request_id, 10)  # pyright: ignore
     return promise.request_id
 
 
@@ -86,7 +86,7 @@ async def test_a_large_result_is_encoded_once_in_a_thread_however_often_it_is_as
         tenant, num_samples=64, sampling_params=SamplingParams(max_tokens=32), topk_sample_logprobs=200
     )
     cells, size = 64 * 32 * 200, 0
-    load = tenant.service._futures.load_of(tenant.name)  # pyright: ignore[reportPrivateUsage]
+    load = tenant.service.parts.futures.load_of(tenant.name)  # pyright: ignore[reportPrivateUsage]
     for _ in range(10):
         poll = await http.post(
             "/retrieve_future", json={"request_id": request_id, "allow_metadata_only": True}

@@ -16,6 +16,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.server.engine import calls
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.service.service import Service
 
 
@@ -52,6 +53,11 @@ class Held:
         async with asyncio.timeout(20):
             while len(self.sent) < sent:
                 await asyncio.sleep(0.005)
+
+    def run(self, run_id: str) -> Run:
+        run = self.service.parts.live.get(run_id)
+        assert run is not None
+        return run
 
     @property
     def sent(self) -> list[set[str]]:
@@ -109,7 +115,7 @@ async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
     async with asyncio.timeout(20):
         while True:
             waiting = await tenant.service.retrieve(tenant.name, promise.request_id, 0)
-            assert isinstance(waiting, m.Pending) and waiting.queue_state_reason is not None
+            assert isinstance(waiting, m.TryAgain) and waiting.queue_state_reason is not None
             if waiting.queue_state_reason.startswith("it is being computed"):
                 break
             await asyncio.sleep(0.005)
@@ -179,7 +185,7 @@ async def test_this_tick_may_fail_while_the_next_one_is_under_way(held: Held):
 async def test_no_copy_is_taken_of_a_run_that_is_ahead_of_what_is_known_of_it(held: Held):
     submitted, runs = await both_under_way(held)
     for run in runs:
-        held.service._snapshots.hurry(held.service._live.get(run))
+        held.service.parts.snapshots.hurry(held.run(run))
     held.gate.set()
     await finish(submitted)
     before = held.worker.restarts
@@ -203,11 +209,11 @@ async def test_a_service_that_is_to_end_sends_nothing_ahead(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, first, 3))]
     await held.until(sent=1)
-    stopping = asyncio.create_task(held.service._engine.until_idle())
+    stopping = asyncio.create_task(held.service.parts.engine.until_idle())
     await asyncio.sleep(0)
     submitted.append((bob, await submit_step(bob, second, 3)))
     # The engine waits for this too, and decides when it returns.
-    await held.service._scheduler.until_complete({held.service._live.find("alice", first)})
+    await held.service.parts.scheduler.until_complete({held.run(first)})
     await a_few_turns()
     assert len(held.sent) == 1
     held.gate.set()

@@ -46,7 +46,7 @@ async def play(
                 case _:
                     pass
             await client.wait(promises)
-            await client.tenant.service._compaction.clean(max_resting=0)
+            await client.tenant.service.parts.compaction.clean(max_resting=0)
         states: list[dict[str, bytes]] = []
         for number, run in enumerate(client.runs):
             await client.send([(number, "forward")])  # so that it is on the worker

@@ -19,6 +19,7 @@ from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.runs import Job
 from twinkle.server.service.service import Service
+from twinkle.server.service.session_expiry import release_vanished
 
 T = TypeVar("T")
 Begin = Callable[..., Any]
@@ -76,7 +77,7 @@ async def test_who_never_fetches_is_stopped_also_one_request_after_the_other(beg
     with pytest.raises(LimitReached, match="max_unfetched_bytes_per_tenant"):
         for seq_id in range(1, 20):
             promises.append(await service.submit("alice", a_pass(run, seq_id)))
-            while service._futures.is_pending(promises[-1].request_id):
+            while service.parts.futures.is_pending(promises[-1].request_id):
                 await asyncio.sleep(0.001)
     assert isinstance(await bob.do(a_pass(await bob.run(), 1)), ForwardBackwardOutput)
     for promise in promises:
@@ -143,13 +144,13 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     alice = Tenant(service, "alice")
     run = await alice.run()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="before"))
-    write = service._saved._files.write
+    write = service.parts.checkpoints._files.write
 
     def slowly(*args: Any) -> int:
         time.sleep(0.3)
         return write(*args)
 
-    service._saved._files.write = slowly
+    service.parts.checkpoints._files.write = slowly
     saves = [m.SaveWeightsRequest(model_id=run, seq_id=2 + i, path=f"at-once-{i}") for i in range(5)]
     promises = [await service.submit("alice", save) for save in saves]
     outcomes = [await alice.outcome(promise) for promise in promises]
@@ -165,9 +166,9 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     def failing(*args: Any) -> int:
         raise RuntimeError("no such luck")
 
-    service._saved._files.write = failing
+    service.parts.checkpoints._files.write = failing
     assert isinstance(await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=7, path="fails")), m.Failure)
-    service._saved._files.write = write
+    service.parts.checkpoints._files.write = write
     assert not isinstance(
         await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=8, path="last")), m.Failure
     )
@@ -201,7 +202,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
     service = await begin(max_sampler_snapshots_per_run=2)
     alice = Tenant(service, "alice")
     run = await alice.run()
-    files = service._saved._files
+    files = service.parts.checkpoints._files
     write = files.write
 
     def later(uri: CheckpointUri, *args: Any) -> int:  # those that are to go are the last to be written
@@ -217,8 +218,8 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
         ).sampling_session_id
         for number in range(1, 9)
     ]
-    await asyncio.wait_for(service._saved.settle(), 20)
-    rows = service._database.unnamed_checkpoints("alice", run)
+    await asyncio.wait_for(service.parts.checkpoints.settle(), 20)
+    rows = service.parts.database.unnamed_checkpoints("alice", run)
     assert [row.name for row in rows] == ["unnamed-7", "unnamed-8"]
 
     def sample(sampler: str) -> m.SampleRequest:
@@ -231,9 +232,16 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
         )
 
     assert not isinstance(await alice.do(sample(samplers[-1])), m.Failure)
-    service._samples._sampler_adapters._adapters.clear()  # it has left the sampler long ago
+    service.parts.samples._sampler_adapters._adapters.clear()  # it has left the sampler long ago
     gone = await alice.do(sample(samplers[0]))
     assert isinstance(gone, m.Failure) and "limits.max_sampler_snapshots_per_run" in gone.error
+
+
+def be_silent(service: Service, session: str) -> None:
+    """For 1001 seconds."""
+    lease = service.parts.leases.get(session)
+    assert lease is not None
+    lease.renewed_at -= 1001
 
 
 async def test_the_runs_of_a_client_that_has_vanished_are_saved_and_end_and_it_can_come_back(begin: Begin):
@@ -243,11 +251,11 @@ async def test_the_runs_of_a_client_that_has_vanished_are_saved_and_end_and_it_c
     for tenant, name in ((alice, run), (bob, others)):
         await tenant.do(a_pass(name, 1))
         await tenant.do(a_step(name, 2))
-    before = await service._worker.export_adapter(run, with_optimizer=True)
+    before = await service.parts.worker.export_adapter(run, with_optimizer=True)
     session = run.split(":")[0]
-    service._sessions._last_seen[session] -= 1001
-    await service._sessions.release_vanished()
-    assert [run.run_id for run in service._live] == [others], "who has been heard of goes on"
+    be_silent(service, session)
+    await release_vanished(service.parts)
+    assert [run.run_id for run in service.parts.live] == [others], "who has been heard of goes on"
     with pytest.raises(NotFound, match="was saved as 'twinkle-released'"):
         await service.submit("alice", a_pass(run, 3))
     back = m.LoadWeightsRequest(
@@ -258,7 +266,7 @@ async def test_the_runs_of_a_client_that_has_vanished_are_saved_and_end_and_it_c
         optimizer=True,
     )
     again = (await alice.do(back)).model_id
-    after = await service._worker.export_adapter(again, with_optimizer=True)
+    after = await service.parts.worker.export_adapter(again, with_optimizer=True)
     assert before.optimizer is not None and after.optimizer is not None
     for mine, theirs in (
         (after.weights, before.weights),
@@ -274,21 +282,21 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
     alice = Tenant(service, "alice")
     run = await alice.run()
     session = run.split(":")[0]
-    service._sessions._last_seen[session] -= 1001
+    be_silent(service, session)
     await alice.ask(m.SessionHeartbeatRequest(session_id=session))
-    await service._sessions.release_vanished()
-    assert [run.run_id for run in service._live] == [run]
-    service._sessions._last_seen[session] -= 1001
+    await release_vanished(service.parts)
+    assert [run.run_id for run in service.parts.live] == [run]
+    be_silent(service, session)
 
     async def fails(*_args: object) -> int:
         raise PermissionError("not writable")
 
-    write, service._saved.write = service._saved.write, fails  # pyright: ignore
-    await service._sessions.release_vanished()
-    assert [run.run_id for run in service._live] == [run]
-    service._saved.write = write
-    await service._sessions.release_vanished()
-    assert [run.run_id for run in service._live] == []
+    write, service.parts.checkpoints.write = service.parts.checkpoints.write, fails  # pyright: ignore
+    await release_vanished(service.parts)
+    assert [run.run_id for run in service.parts.live] == [run]
+    service.parts.checkpoints.write = write
+    await release_vanished(service.parts)
+    assert [run.run_id for run in service.parts.live] == []
 
 
 @pytest.fixture
@@ -297,14 +305,14 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     service = await begin(max_session_idle_seconds=1000)
     alice, bob = Tenant(service, "alice"), Tenant(service, "bob")
     theirs, run = await bob.run(), await alice.run()
-    held, write = asyncio.Event(), service._saved.write
+    held, write = asyncio.Event(), service.parts.checkpoints.write
 
     async def slow(job: Job, *args: Any) -> int:
         if job.tenant == "bob":
             await held.wait()
         return await write(job, *args)
 
-    service._saved.write = slow
+    service.parts.checkpoints.write = slow
     saving = [
         await service.submit("bob", m.SaveWeightsRequest(model_id=theirs, seq_id=1, path="name")),
         await service.submit(
@@ -328,23 +336,23 @@ async def in_few_turns(work: Coroutine[Any, Any, T]) -> T:
 async def test_a_session_ends_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
     service, alice, run = busy
     await in_few_turns(alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0])))
-    assert run not in service._live
-    assert service._database.unnamed_checkpoints("alice", run) == []
+    assert run not in service.parts.live
+    assert service.parts.database.unnamed_checkpoints("alice", run) == []
 
 
 async def test_who_has_vanished_is_let_go_of_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
     service, _alice, run = busy
-    service._sessions._last_seen[run.split(":")[0]] -= 1001
-    await in_few_turns(service._sessions.release_vanished())
-    assert run not in service._live
-    assert service._database.unnamed_checkpoints("alice", run) == []
+    be_silent(service, run.split(":")[0])
+    await in_few_turns(release_vanished(service.parts))
+    assert run not in service.parts.live
+    assert service.parts.database.unnamed_checkpoints("alice", run) == []
 
 
 async def test_a_checkpoint_is_found_while_another_tenant_saves_one_of_that_name(
     busy: tuple[Service, Tenant, str],
 ):
     service, alice, run = busy
-    theirs = next(other.run_id for other in service._live if other.run_id != run)
+    theirs = next(other.run_id for other in service.parts.live if other.run_id != run)
     for path in ("twinkle://name", f"twinkle://{run}/weights/name"):
         await in_few_turns(alice.ask(m.WeightsInfoRequest(tinker_path=path)))
     with pytest.raises(NotFound):

@@ -70,8 +70,8 @@ async def test_training_goes_on_without_it_and_the_rest_when_it_is_back(
             await alice.ask(m.SessionHeartbeatRequest(session_id=session_of(run)))
         with pytest.raises(Unavailable):
             await alice.run()
-    server.service._saved._steady_clock = steady_clock()
-    await server.service._saved.sweep()
+    server.service.parts.checkpoints._steady_clock = steady_clock()
+    await server.service.parts.checkpoints.sweep()
     assert [record.levelname for record in caplog.records] == ["ERROR"], "it is said once"
     promise = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=5, path="name"))
     assert isinstance(await alice.service.retrieve("alice", promise.request_id, 0.1), m.TryAgain)
@@ -124,8 +124,8 @@ async def test_training_goes_on_while_it_is_damaged(server: Server, path: Path):
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
-    await server.service._ledger.flush()
-    server.service._database.engine.dispose()  # what its connections have read they would not read again
+    await server.service.parts.ledger.flush()
+    server.service.parts.database.engine.dispose()  # what its connections have read they would not read again
     # Not by this process: to close a file that SQLite has open would give up its locks.
     damage = (
         f"import sqlite3; p = {str(path)!r}; c = sqlite3.connect(p); c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); "

@@ -331,7 +331,7 @@ async def test_a_model_that_cannot_be_started_anew_fails_the_health_check_and_wh
 async def test_a_service_whose_model_could_not_be_started_anew_closes_at_once(
     begin: Begin, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(service_module, "_PATIENCE_SECONDS", 3600.0)
+    monkeypatch.setattr(service_module, "_STOP_SECONDS", 3600.0)
     alice = Tenant(await begin(AFTER_EVERY_STEP), "alice")
     run = await alice.run()
     worker.restart_fails = RuntimeError("no GPU is left")
@@ -430,7 +430,7 @@ async def test_what_was_computed_again_alone_is_not_computed_twice_when_the_next
     for tenant, run in zip(tenants, runs, strict=True):
         await train(tenant, run, 1)
     await until(lambda: all((tmp_path / "runs" / run / "2.safetensors").exists() for run in runs))
-    service._snapshots.seconds = HARDLY_EVER
+    service.parts.snapshots.seconds = HARDLY_EVER
     promises = [
         await service.submit(tenant.name, a_pass(run, 3)) for tenant, run in zip(tenants, runs, strict=True)
     ]

@@ -56,10 +56,11 @@ async def outcome_of(
 
 def _check_kept(service: Service, backend: FakeBackend, adapter_bytes: int) -> None:
     """After a job that needs one adapter: the rest is what there is room for, and the books are right."""
-    resident = [run for run in service._live if run.state is RunState.RESIDENT]
+    residency = service.parts.residency
+    resident = [run for run in service.parts.live if run.state is RunState.RESIDENT]
     assert {run.run_id for run in resident} == set(backend._adapters)
-    assert service._residency.total_bytes == sum(run.bytes for run in resident)
-    assert service._residency.total_bytes <= adapter_bytes or len(resident) == 1
+    assert residency.total_bytes == sum(run.bytes for run in resident)
+    assert residency.total_bytes <= adapter_bytes or len(resident) == 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -153,7 +154,7 @@ async def test_it_can_be_saved_sampled_and_loaded(alice: Tenant, backend: FakeBa
 async def test_it_can_be_unloaded_where_it_is(alice: Tenant, backend: FakeBackend, tmp_path: Path):
     run = await evicted_run(alice, backend)
     assert isinstance(await alice.do(m.UnloadModelRequest(model_id=run)), m.UnloadModelResponse)
-    await alice.service._snapshots.close()
+    await alice.service.parts.snapshots.close()
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -180,7 +181,7 @@ async def test_a_run_that_cannot_be_made_is_gone_and_the_next_one_is_made(
     with monkeypatch.context() as patch:
         patch.setattr(backend, "add_adapter", fails)
         assert isinstance(await alice.do(request), m.Failure)
-    assert not list(alice.service._live) and backend._adapters == {}
+    assert not list(alice.service.parts.live) and backend._adapters == {}
     assert isinstance(await alice.do(request), m.CreateModelResponse)
 
 

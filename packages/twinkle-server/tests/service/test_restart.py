@@ -117,7 +117,7 @@ async def test_what_is_no_repeated_request_is_refused_by_its_number(server: Serv
     await alice.do(sample)
     repeated: list[Any] = [create, sample, a_pass(run, 1)]
     first = [await alice.service.submit("alice", request) for request in repeated]
-    await server.service._compaction.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
+    await server.service.parts.compaction.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
     alice = await end(server)
     assert [await alice.service.submit("alice", request) for request in repeated] == first
     bigger = create.model_copy(update={"lora_config": m.LoraConfig(rank=4, seed=0)})
@@ -172,7 +172,8 @@ async def test_a_number_that_was_passed_over_for_a_last_save_is_no_hole(server: 
     await alice.service.submit("alice", a_pass(run, 4))  # 3 never comes
 
     save = m.SaveWeightsRequest(model_id=run, seq_id=0, path="released")
-    await alice.outcome(server.service._live.enqueue_last(server.service._live.find("alice", run), save))
+    live = server.service.parts.live
+    await alice.outcome(live.enqueue_last(live.find("alice", run), save))
     alice = await server.kill_and_start()
     assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
     await check_state(server.worker, run, 2)
@@ -185,7 +186,7 @@ async def test_runs_that_ended_stay_ended_and_their_results_are_there(server: Se
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
     alice = await server.kill_and_start()
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
-    assert [run.run_id for run in alice.service._live] == [other]
+    assert [run.run_id for run in alice.service.parts.live] == [other]
 
 
 async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same(server: Server):
@@ -195,12 +196,12 @@ async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same
     config = m.LoraConfig.model_validate({"rank": 2})  # the server draws the seed
     create = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL, lora_config=config)
     promise = await alice.service.submit("alice", create)
-    seed = next(iter(alice.service._live)).spec.seed
+    seed = next(iter(alice.service.parts.live)).spec.seed
     await asyncio.sleep(0.02)
     alice = await server.kill_and_start()
     assert (await alice.service.submit("alice", create)).request_id == promise.request_id
     run = (await alice.outcome(promise)).model_id
-    assert alice.service._live.get(run).spec.seed == seed
+    assert alice.service.parts.live.find("alice", run).spec.seed == seed
 
 
 async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_that_it_was_to_have(
@@ -215,7 +216,7 @@ async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_tha
         await hold.wait()
         return 0
 
-    monkeypatch.setattr(alice.service._saved, "write", stuck)
+    monkeypatch.setattr(alice.service.parts.checkpoints, "write", stuck)
     saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     unnamed = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=4, sampling_session_seq_id=0)
     sampler = (await alice.do(unnamed)).sampling_session_id
@@ -306,7 +307,7 @@ async def test_the_journal_stays_short_and_nothing_of_it_is_missed(server: Serve
     await train(alice, run, 25)
     journal = server.journal
     for _ in range(20):
-        await alice.service._compaction.clean(max_resting=0)
+        await alice.service.parts.compaction.clean(max_resting=0)
         await asyncio.sleep(0.02)
     assert journal.earlier == [] and len(journal.sealed()) < 12 < journal.segment
     alice = await server.kill_and_start()
@@ -340,7 +341,7 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     alice = await server.kill_and_start()
     await train(alice, run, 1, first_seq_id=5)
     await check_state(server.worker, run, 3)
-    assert [run.run_id for run in alice.service._live] == [run]
+    assert [run.run_id for run in alice.service.parts.live] == [run]
 
 
 async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -350,7 +351,7 @@ async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypa
     await train(alice, run, 10)
     while stored(alice, run) < 20:  # the last request's copy is on the disk
         await asyncio.sleep(0.005)
-    clean, sealed = server.service._compaction.clean, server.journal.sealed
+    clean, sealed = server.service.parts.compaction.clean, server.journal.sealed
     before = sealed()
     await clean(max_resting=len(before))
     assert sealed() == before

@@ -112,7 +112,7 @@ async def test_a_search_for_what_is_nowhere_reads_no_rows_and_one_for_notes_few(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     alice = await start()
-    database: Database = alice.service._database
+    database: Database = alice.service.parts.database
     for number in range(500):
         database.put(
             tables.Session(
@@ -156,7 +156,7 @@ async def test_a_tenants_slow_queries_leave_threads_for_others_and_for_keys(
 ):
     alice = await start()
     bob = Tenant(alice.service, "bob")
-    database: Database = alice.service._database
+    database: Database = alice.service.parts.database
     ring, key = KeyRing(database), create_key(database, "alice")[1]
     may_end, under_way = threading.Event(), []
     find = Database.find_sessions
@@ -252,9 +252,9 @@ async def test_samples_that_were_paused_come_to_an_end_though_their_session_is_f
         sampling_params=SamplingParams(max_tokens=2),
     )
     promise = await service.submit("alice", sample)
-    service._samples.pause(session)  # pyright: ignore[reportPrivateUsage]
+    service.parts.samples.pause(session)  # pyright: ignore[reportPrivateUsage]
     await alice.ask(m.FinishSessionRequest(session_id=session))
-    while service._futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
+    while service.parts.futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
         await asyncio.sleep(0.005)
     assert not isinstance(await alice.outcome(promise), m.Failure)
     await service.close()

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from twinkle.protocol import messages as m
+from twinkle.server.app import build_parts
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig, TrainingBackend
-from twinkle.server.config import LimitsSection
+from twinkle.server.config import LimitsSection, ModelSection, SamplerSection, ServerConfig, StorageSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
-from twinkle.server.store.checkpoint_files import CheckpointFiles
-from twinkle.server.store.database import Database
 from twinkle.server.store.run_files import RunFiles
 
 MODEL = "fake/model"
@@ -32,15 +31,21 @@ def make_service(
         adapter_bytes: what resident adapters may take.
     """
     worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
-    database = Database(f"sqlite:///{directory / 'test.sqlite'}")
-    return Service(
-        model,
-        worker,
-        database,
-        CheckpointFiles(directory / "checkpoints"),
-        capacity,
-        run_files=RunFiles(directory / "runs"),
-        max_resident_adapter_bytes=adapter_bytes,
+    config = make_config(directory, model, capacity, adapter_bytes, limits)
+    return Service(build_parts(config, worker, RunFiles(directory / "runs")))
+
+
+def make_config(
+    directory: Path,
+    model: str = MODEL,
+    capacity: int = 64,
+    adapter_bytes: int | None = None,
+    limits: LimitsSection | None = None,
+) -> ServerConfig:
+    return ServerConfig(
+        model=ModelSection(model_id=model, max_resident_adapter_bytes=adapter_bytes),
+        sampler=SamplerSection(max_resident_adapters=capacity),
+        storage=StorageSection(root=directory, database_url=f"sqlite:///{directory / 'test.sqlite'}"),
         limits=limits or LimitsSection(),
     )
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fake_service import MODEL
+from fake_service import MODEL, make_config
 
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.types import Datum, ModelInput
+from twinkle.server.app import build_service
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import LimitsSection
@@ -22,9 +23,6 @@ from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
 from twinkle.server.keys import KeyRing, Role, create_key
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.service.service import Service
-from twinkle.server.store.checkpoint_files import CheckpointFiles
-from twinkle.server.store.database import Database
 from twinkle.server.tokens import Signer
 
 SECRET = "a secret that is long enough for its hash"
@@ -34,11 +32,10 @@ class KeyedGateway:
     """`service` behind `app`, whose keys are in `database`."""
 
     def __init__(self, directory: Path) -> None:
-        self.database = Database(f"sqlite:///{directory / 'test.sqlite'}")
         self.signer = Signer(SECRET)
         worker = LocalWorker(FakeBackend(ModelConfig(directory)), FakeEngine())
-        files = CheckpointFiles(directory / "checkpoints")
-        self.service = Service(MODEL, worker, self.database, files, signer=self.signer)
+        self.service = build_service(make_config(directory), worker, signer=self.signer)
+        self.database = self.service.parts.database
         self.app = create_app(
             self.service, LimitsSection(max_request_bytes=2**20), self.signer, keys=KeyRing(self.database)
         )

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fake_service import MODEL
+from fake_service import make_config
 
+from twinkle.server.app import build_parts
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
 from twinkle.server.engine.worker import LocalWorker, Trained, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.service.service import Service
-from twinkle.server.store.checkpoint_files import CheckpointFiles
-from twinkle.server.store.database import Database
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.run_files import RunFiles
 
@@ -122,13 +121,11 @@ def make_mortal_service(
     adapter_bytes: int | None = None,
     journal: Callable[[], Journal] | None = None,
 ) -> Service:
-    return Service(
-        MODEL,
+    parts = build_parts(
+        make_config(directory, adapter_bytes=adapter_bytes),
         worker,
-        Database(f"sqlite:///{directory / 'test.sqlite'}"),
-        CheckpointFiles(directory / "checkpoints"),
-        run_files=RunFiles(directory / "runs"),
+        RunFiles(directory / "runs"),
         snapshot_seconds=snapshot_seconds,
-        max_resident_adapter_bytes=adapter_bytes,
         open_journal=journal,
     )
+    return Service(parts)

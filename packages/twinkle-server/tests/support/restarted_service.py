@@ -26,7 +26,7 @@ AT_ONCE, HARDLY_EVER = 0.0, 3600.0
 
 def stored(tenant: Tenant, run_id: str) -> int:
     """The newest request of a live run that a snapshot on disk has; 0 if there is none."""
-    return tenant.service._live.find(tenant.name, run_id).snapshot.stored or 0
+    return tenant.service.parts.live.find(tenant.name, run_id).snapshot.stored or 0
 
 
 class Server:

@@ -287,6 +287,18 @@ class Checkpoints:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
 
+    async def put_sampler(self, save: Save, sampler_id: str) -> None:
+        """Write the row of the sampling session that samples from these weights."""
+        row = tables.Sampler(
+            id=sampler_id,
+            tenant=save.tenant,
+            session_id=save.session_id,
+            base_model=save.base_model,
+            model_path=str(save.uri),
+            created_at=time.time(),
+        )
+        await patiently(lambda: self._database.put(row))
+
     def trim_unnamed(self, run: Run) -> None:
         """Delete, in the background, the oldest of a run's ephemeral weights that are more than a run may leave.
 

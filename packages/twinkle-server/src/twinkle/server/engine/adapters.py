@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -22,9 +21,6 @@ from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.runs import Job, ReadCheckpoint, Run, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
-from twinkle.server.store import tables
-from twinkle.server.store.database import Database
-from twinkle.server.store.patience import patiently
 
 SaveRequest: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest | m.SaveWeightsExternalRequest
 
@@ -46,7 +42,6 @@ class AdapterJobs:
         snapshots: Snapshots,
         residency: Residency,
         checkpoints: Checkpoints,
-        database: Database,
     ) -> None:
         self._live = live
         self._scheduler = scheduler
@@ -56,7 +51,6 @@ class AdapterJobs:
         self._snapshots = snapshots
         self._residency = residency
         self._checkpoints = checkpoints
-        self._database = database
         self._readings: set[asyncio.Task[ReadCheckpoint]] = set()
 
     async def run(self, job: Job, is_repeat: bool) -> None:
@@ -182,20 +176,12 @@ class AdapterJobs:
         uri = unnamed_uri(job.run.run_id, job.seq_id)
         save = self._description(job, uri, request)
         sampler_id = f"{save.session_id}:sample:{request.sampling_session_seq_id}"
-        row = tables.Sampler(
-            id=sampler_id,
-            tenant=save.tenant,
-            session_id=save.session_id,
-            base_model=save.base_model,
-            model_path=str(uri),
-            created_at=time.time(),
-        )
         state = await self._export(job.run, with_optimizer=False)
         await self._sampler_adapters.publish(job.run.run_id, str(uri))
 
         async def write_and_release() -> None:
             try:
-                await patiently(lambda: self._database.put(row))
+                await self._checkpoints.put_sampler(save, sampler_id)
                 # Not journaled until the files are there: after a crash in between, the save is done again.
                 result = m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
                 self._futures.complete(job.request_id, result, record=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +26,7 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.store import tables
 from twinkle.server.store.ledger import Ledger
 
@@ -72,11 +72,11 @@ class SampleRunner:
         checkpoints: Checkpoints,
         completions: CompletionLog,
         ledger: Ledger,
-        charge: Callable[[str, float], None],
+        tokens: RateLimit,
     ) -> None:
         """
         Args:
-            charge: called with a tenant and how many tokens it has sampled.
+            tokens: charged for sampled tokens.
         """
         self._futures = futures
         self._worker = worker
@@ -84,7 +84,7 @@ class SampleRunner:
         self._checkpoints = checkpoints
         self._completions = completions
         self._ledger = ledger
-        self._charge = charge
+        self._tokens = tokens
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._samples: dict[str, _Sample] = {}  # by request id
@@ -253,7 +253,7 @@ class SampleRunner:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
-        self._charge(sampler.tenant, tokens)
+        self._tokens.charge(sampler.tenant, tokens)
 
     async def _generate_or_again(self, sample: _Sample) -> SampleResponse:
         """A sample changes nothing, so one that was lost with its process is drawn again, and its client never knows.

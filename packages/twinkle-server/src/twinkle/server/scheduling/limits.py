@@ -103,6 +103,28 @@ class RateLimit:
                 del self._tenants[tenant]
 
 
+def check_submission(
+    limits: LimitsSection,
+    futures: FutureTable,
+    rate: RateLimit,
+    tenant: str,
+    tokens: int,
+    always_room: bool = False,
+) -> None:
+    """
+    Args:
+        always_room: what else the tenant has queued waits for this request, so it may be queued however much that is.
+
+    Raises:
+        LimitReached: if a request of so many tokens can't be taken now.
+    """
+    check_fetched(limits, futures, tenant)
+    if not always_room:
+        check_room(limits, futures, tenant, tokens)
+    if tokens:
+        rate.check(tenant)
+
+
 def check_fetched(limits: LimitsSection, futures: FutureTable, tenant: str) -> None:
     """
     Raises:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TypeAlias
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service.metadata import iso, texts
+from twinkle.server.service.parts import Answer, Parts, reads
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import UsageKind
@@ -30,31 +30,7 @@ _RESOURCES = {
 }
 
 
-AccountQuery: TypeAlias = m.GetApiKey | m.DeleteApiKey | m.GetAuditLog | m.GetUsage | m.GetStorageUsage
-
-
-async def answer(database: Database, threads: TenantThreads, tenant: str, query: AccountQuery) -> m.Reply:
-    """
-    Raises:
-        InvalidRequest: if there is nothing such here.
-    """
-    match query:
-        case m.GetApiKey():
-            return _api_key(tenant)
-        case m.DeleteApiKey():
-            raise InvalidRequest(
-                "this server accepts any key (open mode) and keeps none, so there is none to revoke; forget it where "
-                "it is stored"
-            )
-        case m.GetAuditLog():
-            return await threads.run(tenant, lambda: _audit_log(database, tenant, query))
-        case m.GetUsage():
-            return await threads.run(tenant, lambda: _usage(database, tenant, query))
-        case m.GetStorageUsage():
-            return await threads.run(tenant, lambda: _storage(database, tenant, query))
-
-
-def _api_key(tenant: str) -> m.ApiKeyInfo:
+async def _api_key(_parts: Parts, tenant: str, _query: m.GetApiKey) -> m.ApiKeyInfo:
     """In open mode any key will do; it is told apart from others by its tenant."""
     return m.ApiKeyInfo(
         key_id=int(tenant.removeprefix("t-")[:12] or "0", 16),
@@ -63,6 +39,13 @@ def _api_key(tenant: str) -> m.ApiKeyInfo:
         details=m.KeyDetails(
             org_details=m.OrgDetails(name="twinkle"), user_details=m.UserDetails(email=tenant)
         ),
+    )
+
+
+async def _delete_api_key(_parts: Parts, _tenant: str, _query: m.DeleteApiKey) -> m.Acknowledged:
+    raise InvalidRequest(
+        "this server accepts any key (open mode) and keeps none, so there is none to revoke; forget it where it is "
+        "stored"
     )
 
 
@@ -147,3 +130,12 @@ def _storage(database: Database, tenant: str, query: m.GetStorageUsage) -> m.Sto
             for total in totals
         ]
     )
+
+
+QUERIES: dict[type[m.Query[Any]], Answer] = {
+    m.GetApiKey: _api_key,
+    m.DeleteApiKey: _delete_api_key,
+    m.GetAuditLog: reads(_audit_log),
+    m.GetUsage: reads(_usage),
+    m.GetStorageUsage: reads(_storage),
+}

@@ -8,7 +8,6 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.server.backends.lora.losses import custom_check
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss, LossSpecs
-from twinkle.server.scheduling.runs import Run
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
@@ -47,25 +46,23 @@ class CustomLosses:
         return loss_id
 
     async def load(self, tenant: str, request: m.ForwardBackwardRequest) -> None:
-        """Have the loss that a pass names at hand, if there is such a loss."""
+        """Have the loss that a pass with a custom loss names at hand, if there is such a loss."""
         loss_id = request.loss_fn_config.get("loss_id")
-        if request.loss_fn != CUSTOM_LOSS or not isinstance(loss_id, str) or loss_id in self._known:
+        if not isinstance(loss_id, str) or loss_id in self._known:
             return
         row = await asyncio.to_thread(self._database.custom_loss, tenant, loss_id)
         if row is not None:
             made = m.CreateCustomLossRequest.model_validate_json(row.body)
             self._known[loss_id] = CustomLoss(loss_id, made.name, tuple(made.inputs), made.graph)
 
-    def of(self, run: Run, request: m.Ordered) -> CustomLoss | None:
-        """The loss that a request on a run names, if it is a pass with one.
+    def of(self, session_id: str, request: m.ForwardBackwardRequest) -> CustomLoss:
+        """The loss that a pass with a custom loss names, once it is loaded.
 
         Raises:
-            InvalidRequest: if there is no such loss in the run's session.
+            InvalidRequest: if there is no such loss in the session.
         """
-        if not isinstance(request, m.ForwardBackwardRequest) or request.loss_fn != CUSTOM_LOSS:
-            return None
         loss_id = str(request.loss_fn_config.get("loss_id", ""))
-        found = self._known.get(loss_id) if loss_id.startswith(_prefix(run.session_id)) else None
+        found = self._known.get(loss_id) if loss_id.startswith(_prefix(session_id)) else None
         if found is None:
             raise InvalidRequest(
                 f"loss_fn_config.loss_id: {loss_id[:200]!r} is no custom loss of this session; make one with "

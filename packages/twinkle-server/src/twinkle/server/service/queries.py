@@ -1,4 +1,4 @@
-"""Answers that need nothing but the store and facts about the model."""
+"""Queries about the model, training runs and lists of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.uris import CheckpointKind
-from twinkle.server.backends.protocol import BaseModelInfo
-from twinkle.server.scheduling.runs import Run
-from twinkle.server.scheduling.threads import TenantThreads
+from twinkle.server.service import validation
 from twinkle.server.service.metadata import iso, texts
+from twinkle.server.service.parts import Answer, Parts, reads
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
@@ -26,11 +25,12 @@ _CHECKPOINT_TYPES: dict[str, Literal["training", "sampler", "external"]] = {
 # ---------------------------------------------------------------- model and runs
 
 
-def capabilities(model_name: str, info: BaseModelInfo) -> m.ServerCapabilities:
+async def _capabilities(parts: Parts, _tenant: str, _query: m.GetServerCapabilities) -> m.ServerCapabilities:
+    info = parts.worker.info
     return m.ServerCapabilities(
         supported_models=[
             m.SupportedModel(
-                model_name=model_name,
+                model_name=parts.model_name,
                 max_context_length=info.max_context_length,
                 max_lora_rank=info.max_lora_rank,
                 vocab_size=info.vocab_size,
@@ -39,11 +39,19 @@ def capabilities(model_name: str, info: BaseModelInfo) -> m.ServerCapabilities:
     )
 
 
-def run_info(run: Run, info: BaseModelInfo) -> m.GetInfoResponse:
-    data = m.ModelData(arch=info.architecture, model_name=run.base_model, tokenizer_id=run.base_model)
+async def _run_info(parts: Parts, tenant: str, query: m.GetInfoRequest) -> m.GetInfoResponse:
+    run = parts.live.find(tenant, query.model_id)
+    data = m.ModelData(
+        arch=parts.worker.info.architecture, model_name=run.base_model, tokenizer_id=run.base_model
+    )
     return m.GetInfoResponse(
         model_data=data, model_id=run.run_id, lora_rank=run.spec.rank, model_name=run.base_model
     )
+
+
+async def _tokenizer(parts: Parts, tenant: str, query: m.GetTokenizerUrls) -> m.ExternalWeightsUrls:
+    validation.check_base_model(query.base_model, parts.model_name)
+    return await parts.threads.downloads.run(tenant, lambda: parts.downloads.tokenizer(tenant))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -91,41 +99,28 @@ def _training_run(
 # ---------------------------------------------------------------- lists
 
 
-async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query[Any]) -> m.Reply:
-    """The queries that read rows and do nothing else."""
-    return await threads.run(tenant, lambda: _answer(database, tenant, query))
+def _one_run(database: Database, tenant: str, query: m.GetTrainingRun) -> m.TrainingRun:
+    run = _run(database, tenant, query.run_id, accessible=query.access_scope == "accessible")
+    return _training_runs(database, tenant, [run])[0]
 
 
-def _answer(database: Database, tenant: str, query: m.Query[Any]) -> m.Reply:
-    now = time.time()
-    match query:
-        case m.GetSampler():
-            sampler = database.sampler(tenant, query.sampler_id)
-            if sampler is None:
-                raise NotFound(f"sampler_id: no sampler {query.sampler_id[:200]!r}")
-            return m.SamplerInfo(
-                sampler_id=sampler.id,
-                base_model=plain_name(sampler.base_model),
-                model_path=sampler.model_path,
-            )
-        case m.GetTrainingRun():
-            run = _run(database, tenant, query.run_id, accessible=query.access_scope == "accessible")
-            return _training_runs(database, tenant, [run])[0]
-        case m.ListTrainingRuns():
-            accessible = query.access_scope == "accessible"
-            runs, total = database.runs(tenant, now, query.limit, query.offset, accessible, query.project_id)
-            cursor = m.Cursor(offset=query.offset, limit=query.limit, total_count=total)
-            return m.TrainingRunList(training_runs=_training_runs(database, tenant, runs), cursor=cursor)
-        case m.ListCheckpoints():
-            _run(database, tenant, query.run_id, accessible=True)
-            rows, _ = database.checkpoints(tenant, now, query.run_id, or_public=True)
-            return m.CheckpointList(checkpoints=[_checkpoint(row) for row in rows])
-        case m.ListUserCheckpoints():
-            rows, total = database.checkpoints(tenant, now, None, query.limit, query.offset)
-            cursor = m.Cursor(offset=query.offset, limit=query.limit, total_count=total)
-            return m.CheckpointList(checkpoints=[_checkpoint(row) for row in rows], cursor=cursor)
-        case _:
-            raise AssertionError(f"{type(query).__name__} is answered elsewhere")
+def _run_list(database: Database, tenant: str, query: m.ListTrainingRuns) -> m.TrainingRunList:
+    accessible = query.access_scope == "accessible"
+    runs, total = database.runs(tenant, time.time(), query.limit, query.offset, accessible, query.project_id)
+    cursor = m.Cursor(offset=query.offset, limit=query.limit, total_count=total)
+    return m.TrainingRunList(training_runs=_training_runs(database, tenant, runs), cursor=cursor)
+
+
+def _run_checkpoints(database: Database, tenant: str, query: m.ListCheckpoints) -> m.CheckpointList:
+    _run(database, tenant, query.run_id, accessible=True)
+    rows, _ = database.checkpoints(tenant, time.time(), query.run_id, or_public=True)
+    return m.CheckpointList(checkpoints=[_checkpoint(row) for row in rows])
+
+
+def _user_checkpoints(database: Database, tenant: str, query: m.ListUserCheckpoints) -> m.CheckpointList:
+    rows, total = database.checkpoints(tenant, time.time(), None, query.limit, query.offset)
+    cursor = m.Cursor(offset=query.offset, limit=query.limit, total_count=total)
+    return m.CheckpointList(checkpoints=[_checkpoint(row) for row in rows], cursor=cursor)
 
 
 def _run(database: Database, tenant: str, run_id: str, accessible: bool) -> tables.Run:
@@ -133,3 +128,14 @@ def _run(database: Database, tenant: str, run_id: str, accessible: bool) -> tabl
     if row is None:
         raise NotFound(f"run_id: no training run {run_id[:200]!r}")
     return row
+
+
+QUERIES: dict[type[m.Query[Any]], Answer] = {
+    m.GetServerCapabilities: _capabilities,
+    m.GetInfoRequest: _run_info,
+    m.GetTokenizerUrls: _tokenizer,
+    m.GetTrainingRun: reads(_one_run),
+    m.ListTrainingRuns: reads(_run_list),
+    m.ListCheckpoints: reads(_run_checkpoints),
+    m.ListUserCheckpoints: reads(_user_checkpoints),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import ModelInput, SampleResponse, SamplingParams
-from twinkle.server.service.presence import Presence
+from twinkle.server.scheduling.leases import Leases
 from twinkle.server.service.service import Service
+from twinkle.server.service.session_expiry import pause_gone
 
 
 class Clock:
@@ -25,91 +27,9 @@ class Clock:
         return self.now
 
 
-# ---------------------------------------------------------------- who is there
-
-
-def looks(presence: Presence, clock: Clock, seconds: float) -> None:
-    for _ in range(int(seconds / 5)):
-        clock.now += 5
-        presence.look()
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def test_one_whose_heartbeats_end_is_gone_and_is_back_with_the_next(clock: Clock):
-    presence = Presence(25, clock)
-    for _ in range(10):
-        presence.heard_of("a", heartbeat=True)
-        looks(presence, clock, 10)
-        assert not presence.is_gone("a")
-    looks(presence, clock, 10)
-    assert not presence.is_gone("a")
-    looks(presence, clock, 5)
-    assert presence.is_gone("a")
-    presence.heard_of("a", heartbeat=True)
-    assert not presence.is_gone("a")
-
-
-def test_one_that_never_waited_for_anything_may_come_at_any_time(clock: Clock):
-    presence = Presence(25, clock)
-    presence.heard_of("a")
-    looks(presence, clock, 10_000)
-    assert not presence.is_gone("a") and not presence.is_gone("unknown")
-
-
-def test_one_that_waits_is_there_however_long_that_takes(clock: Clock):
-    presence = Presence(25, clock)
-    with presence.waiting("a"), presence.waiting("a"):
-        looks(presence, clock, 500)
-        assert not presence.is_gone("a")
-    looks(presence, clock, 20)
-    assert not presence.is_gone("a")
-    looks(presence, clock, 5)
-    assert presence.is_gone("a")
-
-
-def test_one_that_hangs_up_was_there_when_it_began_to_wait(clock: Clock):
-    presence = Presence(25, clock)
-    with pytest.raises(asyncio.CancelledError), presence.waiting("a"):
-        looks(presence, clock, 25)
-        raise asyncio.CancelledError
-    assert presence.is_gone("a")
-
-
-def test_one_that_polls_seldom_is_taken_for_gone_once(clock: Clock):
-    presence = Presence(25, clock)
-    gone = []
-    for _ in range(5):
-        with presence.waiting("a"):
-            pass
-        looks(presence, clock, 60)
-        gone.append(presence.is_gone("a"))
-    assert gone == [True, False, False, False, False]
-    presence.heard_of("a", heartbeat=True)  # from now on these tell
-    looks(presence, clock, 25)
-    assert presence.is_gone("a")
-
-
-def test_a_server_that_stood_still_takes_nobody_for_gone(clock: Clock):
-    presence = Presence(25, clock)
-    presence.heard_of("a", heartbeat=True)
-    for _ in range(2):
-        clock.now += 3600
-        presence.look()
-    assert not presence.is_gone("a")
-
-
-def test_without_a_limit_nobody_is_gone(clock: Clock):
-    presence = Presence(None, clock)
-    presence.heard_of("a", heartbeat=True)
-    looks(presence, clock, 10_000)
-    assert not presence.is_gone("a")
-
-
-# ---------------------------------------------------------------- what becomes of its samples
 
 
 class World:
@@ -138,20 +58,19 @@ class World:
             self.clock.now += 5
             for tenant, session in self.beating:
                 await tenant.ask(m.SessionHeartbeatRequest(session_id=session))
-            self.service._sessions.pause_gone()
+            pause_gone(self.service.parts)
             await asyncio.sleep(0)
 
     def drawing(self) -> int:
-        return sum(sample.task is not None for sample in self.service._samples._samples.values())
+        return sum(sample.task is not None for sample in self.service.parts.samples._samples.values())
 
 
 @pytest.fixture
 async def world(tmp_path: Path, clock: Clock) -> AsyncIterator[World]:
     worker = MortalWorker()
-    service = make_mortal_service(tmp_path, worker, 3600.0)
+    parts = make_mortal_service(tmp_path, worker, 3600.0).parts
+    service = Service(replace(parts, leases=Leases(25, clock)))
     await service.start()
-    presence = service._sessions._presence
-    presence._clock, presence._looked_at = clock, clock.now
     worker.hangs = lambda method: method == "generate"
     yield World(service, worker, clock)
     worker.hangs = lambda _method: False
@@ -204,12 +123,12 @@ async def test_one_that_is_stopped_and_goes_on_at_once_is_not_said_to_have_faile
     sampler = await world.sampler(world.alice, session)
     promise = await world.sample(world.alice, sampler, 0)
     await asyncio.sleep(0)
-    world.service._samples.pause(session)
-    world.service._samples.resume(session)
+    world.service.parts.samples.pause(session)
+    world.service.parts.samples.resume(session)
     world.worker.hangs = lambda _method: False
     await asyncio.sleep(0.01)
-    world.service._samples.pause(session)
-    world.service._samples.resume(session)
+    world.service.parts.samples.pause(session)
+    world.service.parts.samples.resume(session)
     assert isinstance(await world.alice.outcome(promise), SampleResponse)
     target = m.SamplingSessionTarget(sampling_session_id=sampler)
     ended = await world.alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=5))
@@ -233,9 +152,9 @@ async def test_one_that_never_comes_back_is_told_why_and_counts_no_more(world: W
     await world.seconds(10)
     world.beating = []
     await world.seconds(890)
-    assert world.service._futures.load_of("alice").requests == 1
+    assert world.service.parts.futures.load_of("alice").requests == 1
     await world.seconds(10)
-    assert world.service._futures.load_of("alice").requests == 0
+    assert world.service.parts.futures.load_of("alice").requests == 0
     failed = await world.alice.outcome(promise)
     assert isinstance(failed, m.Failure) and failed.category == "server"
     assert "quarter of an hour; send the request again" in failed.error

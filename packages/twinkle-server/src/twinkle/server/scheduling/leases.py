@@ -1,0 +1,128 @@
+"""Each session's lease: renewed by whatever its client asks, by heartbeats, and by waiting for a result.
+
+A client that was there and whose lease has run out has ended, or can't be reached: nobody waits for its samples. One
+that never asked for a result may come for it at any time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Between two ticks no more than this counts: a server that stood still has heard from nobody.
+_LONGEST_TICK_SECONDS = 10.0
+# The longest silence that is granted to a client which polls without heartbeats and was silent before.
+_MAX_SILENCE_SECONDS = 900.0
+
+
+@dataclass(eq=False)
+class Lease:
+    """
+    Attributes:
+        renewed_at: by the monotonic clock.
+        heard_at: the same by the clock that stands still while this process does.
+        is_watched: the client has sent a heartbeat, or waited for a result.
+        sends_heartbeats: it does so every few seconds, whatever else it does.
+        longest: its longest silence so far after which it came back, in seconds.
+    """
+
+    renewed_at: float
+    heard_at: float
+    is_watched: bool = False
+    sends_heartbeats: bool = False
+    longest: float = 0.0
+
+
+class Leases:
+    """Single-threaded: called on one event loop."""
+
+    def __init__(self, silence_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            silence_seconds: a client that is silent for so long is gone; None never takes one for gone.
+            clock: monotonic, so that setting the wall clock doesn't end leases.
+        """
+        self._silence_seconds = silence_seconds
+        self._clock = clock
+        self._ticked_at = clock()
+        self._now = 0.0  # of the clock that stands still while this process does
+        self._leases: dict[str, Lease] = {}
+        self._waiting: Counter[str] = Counter()
+
+    def get(self, session_id: str) -> Lease | None:
+        return self._leases.get(session_id)
+
+    def sessions(self) -> set[str]:
+        """All that have a lease."""
+        return set(self._leases)
+
+    def add(self, session_id: str) -> Lease:
+        """The session's lease; a new one, if it has none, is not watched."""
+        lease = self._leases.get(session_id)
+        if lease is None:
+            lease = self._leases[session_id] = Lease(self._clock(), self._now)
+        return lease
+
+    def renew(self, session_id: str, heartbeat: bool = False) -> Lease:
+        """The session's client has asked for something."""
+        lease = self.add(session_id)
+        if session_id not in self._waiting:
+            lease.longest = max(lease.longest, self._now - lease.heard_at)
+        lease.renewed_at, lease.heard_at = self._clock(), self._now
+        lease.sends_heartbeats |= heartbeat
+        lease.is_watched |= heartbeat
+        return lease
+
+    def expect(self, session_id: str) -> None:
+        """The session's client was there before this process was, and will come back if it is still there."""
+        self.renew(session_id).is_watched = True
+
+    @contextmanager
+    def waiting(self, session_id: str | None) -> Generator[None]:
+        """The session's client waits for a result while the block runs; None is of no session."""
+        if session_id is None:
+            yield
+            return
+        self.renew(session_id).is_watched = True
+        self._waiting[session_id] += 1
+        try:
+            yield
+            if session_id in self._leases:  # it didn't hang up
+                self.renew(session_id)
+        finally:
+            self._waiting[session_id] -= 1
+            if not self._waiting[session_id]:
+                del self._waiting[session_id]
+
+    def forget(self, session_id: str) -> None:
+        self._leases.pop(session_id, None)
+
+    # ------------------------------------------------------------ who is silent
+
+    def tick(self) -> None:
+        """Advance the clock by which clients are gone."""
+        now = self._clock()
+        self._now += min(now - self._ticked_at, _LONGEST_TICK_SECONDS)
+        self._ticked_at = now
+
+    def silent_for(self, session_id: str) -> float:
+        """Seconds since the client was heard from, as of the last tick; 0 while it waits for a result."""
+        lease = self._leases.get(session_id)
+        return 0.0 if lease is None or session_id in self._waiting else self._now - lease.heard_at
+
+    def is_gone(self, session_id: str) -> bool:
+        lease = self._leases.get(session_id)
+        if lease is None or not lease.is_watched or self._silence_seconds is None:
+            return False
+        allowed = self._silence_seconds
+        if not lease.sends_heartbeats:  # it was away for longer before, and came back
+            allowed = max(allowed, min(2 * lease.longest, _MAX_SILENCE_SECONDS))
+        return self.silent_for(session_id) >= allowed
+
+    def active(self, seconds: float) -> set[str]:
+        """Sessions whose lease was renewed within so many seconds."""
+        since = self._clock() - seconds
+        return {session_id for session_id, lease in self._leases.items() if lease.renewed_at > since}
