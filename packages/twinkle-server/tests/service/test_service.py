@@ -110,7 +110,7 @@ async def test_what_a_model_can_not_train_is_reported_as_not_trained_or_refused(
     await service.start()
     alice = Tenant(service, "alice")
     run = await alice.run()
-    assert alice.service._runs[run].spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
+    assert alice.service._live.get(run).spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
     for save in (
         m.SaveWeightsRequest(model_id=run, path="a", seq_id=1),
         m.SaveWeightsForSamplerRequest(model_id=run, path="b", seq_id=2),
@@ -307,7 +307,7 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     await alice.do(a_step(run, 2))
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     before = (await alice.do(a_pass(run, 4, forward_only=True))).metrics["loss:sum"]
-    files = alice.service._keeper._files
+    files = alice.service._saved._files
     read, has_come = files.read, threading.Event()
 
     def slowly(*args: Any, **kwargs: Any) -> AdapterState:
@@ -335,7 +335,7 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     assert isinstance(outcomes[2], m.LoadWeightsResponse)
     assert outcomes[3].metrics["loss:sum"] == outcomes[5].metrics["loss:sum"] == pytest.approx(before)
     assert isinstance(outcomes[4], m.Failure) and "not-there" in outcomes[4].error
-    assert not alice.service._engine._reading
+    assert all(run.reading is None for run in alice.service._live)
 
 
 async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):

@@ -17,9 +17,10 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec, operations, results
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
-from twinkle.protocol.operations import Encoded, Posted, Reply
+from twinkle.protocol.operations import Posted, Reply
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.errors import twinkle_error
 from twinkle.server.gateway.hang_ups import while_connected
@@ -110,7 +111,8 @@ class Operations:
         except InvalidRequest:
             await self._consume_seq_id(tenant, posted)
             raise
-        operation = await self._authenticator.with_access(operation)
+        if isinstance(operation, m.LoadWeightsRequest):
+            operation = await self._authenticator.with_access(operation)
         return await self._service.submit(tenant, operation, posted.body, digest)
 
     async def _consume_seq_id(self, tenant: str, posted: Posted) -> None:
@@ -181,7 +183,7 @@ def _decode(posted: Posted, context_length: int) -> tuple[m.Operation, bytes]:
     """The request and its digest: both take long for a large one, so they are made in one go."""
     if posted.endpoint.body == "json":
         check_json(posted.body, posted.endpoint.request, context_length)
-    operation = operations.decode(posted)
+    operation = codec.decode(posted.endpoint.request, posted.body)
     return operation, operations.digest(operation)
 
 

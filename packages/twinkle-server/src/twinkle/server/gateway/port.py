@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.tokens import Download
 
 

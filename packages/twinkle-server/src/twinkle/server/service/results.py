@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
-from twinkle.server.scheduling.futures import FutureTable, as_computed, as_encoded
+from twinkle.protocol.codec import Encoded
+from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.records import as_computed, as_encoded
 from twinkle.server.scheduling.scheduler import Scheduler
 
 
@@ -36,6 +37,9 @@ class Results:
         return encoded
 
     def _pending(self, request_id: str) -> m.TryAgain:
-        run_id = self._futures.run_of(request_id)
-        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
+        run = self._futures.run_of(request_id)
+        reason = None
+        if run is not None and not run.has_ended:
+            tenants = len(self._scheduler.ready_tenants)
+            reason = f"{run.queue.why_waiting(request_id)}; {tenants} tenants have requests ready"
         return m.TryAgain(request_id=request_id, queue_state_reason=reason)
