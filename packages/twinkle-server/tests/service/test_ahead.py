@@ -109,7 +109,7 @@ async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
     async with asyncio.timeout(20):
         while True:
             waiting = await tenant.service.retrieve(tenant.name, promise.request_id, 0)
-            assert isinstance(waiting, m.Pending) and waiting.queue_state_reason is not None
+            assert isinstance(waiting, m.TryAgain) and waiting.queue_state_reason is not None
             if waiting.queue_state_reason.startswith("it is being computed"):
                 break
             await asyncio.sleep(0.005)
