@@ -146,7 +146,7 @@ class AdapterKeeper:
         run = self._runs[job.run_id]
         sampler_id = f"{run.session_id}:sample:{request.sampling_session_seq_id}"
         uri = _unnamed(job.run_id, job.seq_id)
-        row = tables.Sampler(
+        row = tables.SamplingSession(
             id=sampler_id,
             tenant=run.tenant,
             session_id=run.session_id,

@@ -26,7 +26,7 @@ from twinkle.server.scheduling.records import Accepted
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service import validation
 from twinkle.server.service.losses import CustomLosses
-from twinkle.server.service.sampling_sessions import Samplers
+from twinkle.server.service.sampling_sessions import SamplingSessions
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.run_files import RunFiles
@@ -54,7 +54,7 @@ class Restart:
     residency: Residency
     keeper: AdapterKeeper
     samples: SampleRunner
-    samplers: Samplers
+    sampling_sessions: SamplingSessions
     losses: CustomLosses
     sessions: SessionDesk
     stuck_runs: StuckRuns
@@ -123,7 +123,7 @@ class Restart:
     async def _put_back_sample(
         self, record: Accepted, request: m.SampleRequest, outcome: Encoded | None
     ) -> None:
-        sampler = await self.samplers.find(record.tenant, request.sampling_session_id)
+        sampler = await self.sampling_sessions.find(record.tenant, request.sampling_session_id)
         self.sessions.expect(sampler.session_id)
         if outcome is not None:
             self.samples.restore(sampler, request, record.request_id, digest(request), outcome)

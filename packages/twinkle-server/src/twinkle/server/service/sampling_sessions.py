@@ -18,7 +18,7 @@ from twinkle.server.store.database import Database
 LONG_POLL_SECONDS = 25.0
 
 
-class Samplers:
+class SamplingSessions:
     """The store's sampling sessions, those in use at hand. Single-threaded: called on one event loop."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Samplers:
         self._keeper = keeper
         self._completions = completions
         self._known: dict[
-            str, tables.Sampler
+            str, tables.SamplingSession
         ] = {}  # rows that were looked up; what is read of them never changes
 
     async def create(
@@ -66,7 +66,7 @@ class Samplers:
                 f"{first.model_path or 'the base model'}; another sampling session needs the next number"
             )
         if first is None:
-            row = tables.Sampler(
+            row = tables.SamplingSession(
                 id=sampler_id,
                 tenant=tenant,
                 session_id=request.session_id,
@@ -79,7 +79,7 @@ class Samplers:
             await asyncio.to_thread(self._database.put, row)
         return m.CreateSamplingSessionResponse(sampling_session_id=sampler_id)
 
-    async def find(self, tenant: str, sampler_id: str) -> tables.Sampler:
+    async def find(self, tenant: str, sampler_id: str) -> tables.SamplingSession:
         """
         Raises:
             NotFound: if there is no such sampling session of the tenant's.

@@ -49,7 +49,7 @@ from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.results import Results
-from twinkle.server.service.sampling_sessions import Samplers
+from twinkle.server.service.sampling_sessions import SamplingSessions
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -134,7 +134,7 @@ class Service:
         completions = CompletionLog()
         self._snapshots.settled = self._keeper.settled
         self._samples = self._build_samples(sampler_adapters, completions)
-        self._samplers = Samplers(model_name, database, self._keeper, completions)
+        self._sampling_sessions = SamplingSessions(model_name, database, self._keeper, completions)
         self._losses = CustomLosses(database)
         self._sessions = self._build_sessions()
         self._checkpoints = self._build_checkpoints()
@@ -192,7 +192,7 @@ class Service:
             self._futures,
             self._keeper,
             self._samples,
-            self._samplers,
+            self._sampling_sessions,
             self._losses,
             self._live.enqueue_last,
             self._live.forget_lost,
@@ -230,7 +230,7 @@ class Service:
             self._residency,
             self._keeper,
             self._samples,
-            self._samplers,
+            self._sampling_sessions,
             self._losses,
             self._sessions,
             self._stuck_runs,
@@ -505,7 +505,7 @@ class Service:
     # ------------------------------------------------------------ samples and losses
 
     async def _begin_sample(self, tenant: str, request: m.SampleRequest, received: Received) -> m.Promise:
-        sampler = await self._samplers.find(tenant, request.sampling_session_id)
+        sampler = await self._sampling_sessions.find(tenant, request.sampling_session_id)
         self._sessions.heard_of(sampler.session_id)
         validation.check_sample(request, self._worker.info)
         targets = validation.target_tokens(request, self._worker.info)
@@ -575,13 +575,13 @@ class Service:
                 run = self._live.find(tenant, query.model_id)
                 return queries.run_info(run, self._worker.info)
             case m.CreateSamplingSessionRequest():
-                return await self._samplers.create(tenant, query)
+                return await self._sampling_sessions.create(tenant, query)
             case m.JoinSamplingSessionRequest():
-                return await self._samplers.join(tenant, query)
+                return await self._sampling_sessions.join(tenant, query)
             case m.RetrieveFuturesRequest():
-                sampler = await self._samplers.find(tenant, query.target.sampling_session_id)
+                sampler = await self._sampling_sessions.find(tenant, query.target.sampling_session_id)
                 with self._sessions.waiting(sampler.session_id):
-                    return await self._samplers.ended_samples(tenant, query)
+                    return await self._sampling_sessions.ended_samples(tenant, query)
             case m.CancelFutureRequest():
                 self._samples.cancel(tenant, query.request_id)
                 return m.Acknowledged()

@@ -21,7 +21,7 @@ from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.presence import Presence
-from twinkle.server.service.sampling_sessions import Samplers
+from twinkle.server.service.sampling_sessions import SamplingSessions
 from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -60,7 +60,7 @@ class SessionDesk:
         futures: FutureTable,
         keeper: AdapterKeeper,
         samples: SampleRunner,
-        samplers: Samplers,
+        sampling_sessions: SamplingSessions,
         losses: CustomLosses,
         enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
         forget_lost: Callable[[str], None],
@@ -81,7 +81,7 @@ class SessionDesk:
         self._futures = futures
         self._keeper = keeper
         self._samples = samples
-        self._samplers = samplers
+        self._sampling_sessions = sampling_sessions
         self._losses = losses
         self._enqueue_last = enqueue_last
         self._forget_lost = forget_lost
@@ -193,7 +193,7 @@ class SessionDesk:
 
     def _forget(self, session_id: str) -> None:
         self._last_seen.pop(session_id, None)
-        self._samplers.forget(session_id)
+        self._sampling_sessions.forget(session_id)
         self._losses.forget(session_id)
         self._presence.forget(session_id)
         self._forget_lost(session_id)
