@@ -103,7 +103,7 @@ class Host:
     def is_whole(self, run: str) -> bool:
         """Whether a run is alive and its checkpoint is there."""
         saved = self._directory / "checkpoints" / run / "weights" / "saved"
-        return run in self.service._runs and saved.is_dir()
+        return run in self.service._live and saved.is_dir()
 
     def post(self, path: str, body: Any, key: str = BOB, **more: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

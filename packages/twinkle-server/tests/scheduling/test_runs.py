@@ -4,12 +4,14 @@ import pytest
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
-from twinkle.server.scheduling.jobs import Job, Received
-from twinkle.server.scheduling.runs import MAX_AHEAD, RunQueue
+from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.scheduling.runs import MAX_AHEAD, Job, Received, Run, RunQueue
+
+RUN = Run("run", "t", "session", "fake/model", AdapterSpec(rank=1))
 
 
 def job(seq_id: int) -> Job:
-    return Job(f"request-{seq_id}", "t", "run", seq_id, m.OptimStepRequest(model_id="run", seq_id=seq_id))
+    return Job(f"request-{seq_id}", RUN, seq_id, m.OptimStepRequest(model_id="run", seq_id=seq_id))
 
 
 def drain(queue: RunQueue) -> list[int]:

@@ -185,7 +185,7 @@ async def test_a_client_that_asks_for_its_result_again_gets_it(world: World):
     sampler = await world.sampler(world.alice, await world.alice.session())
     promise = await world.sample(world.alice, sampler, 0)
     pending = await world.service.retrieve("alice", promise.request_id, timeout=0.01)
-    assert isinstance(pending, m.Pending)
+    assert isinstance(pending, m.TryAgain)
     await world.seconds(200)
     assert world.drawing() == 0
     again = await world.sample(

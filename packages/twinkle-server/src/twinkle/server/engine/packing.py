@@ -10,7 +10,7 @@ from twinkle.protocol.messages import ForwardBackwardRequest
 from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, TensorData
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.runs import Job
 
 # Ends of a micro-batch that are tried.
 _MOST_ENDS = 256
@@ -61,7 +61,7 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Pa
         overhead_tokens: what a micro-batch costs beside its tokens: no cut is made that saves less padding than that.
     """
     rows = [
-        (to_row(job.run_id, job.request, datum, job.custom_loss), (i, j))
+        (to_row(job.run.run_id, job.request, datum, job.custom_loss), (i, j))
         for i, job in enumerate(jobs)
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)

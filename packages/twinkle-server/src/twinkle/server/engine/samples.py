@@ -16,11 +16,11 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Conflict, NotFound
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
@@ -69,7 +69,7 @@ class SampleRunner:
         futures: FutureTable,
         worker: WorkerPort,
         sampler_adapters: SamplerAdapters,
-        keeper: AdapterKeeper,
+        checkpoints: Checkpoints,
         completions: CompletionLog,
         ledger: Ledger,
         charge: Callable[[str, float], None],
@@ -81,7 +81,7 @@ class SampleRunner:
         self._futures = futures
         self._worker = worker
         self._sampler_adapters = sampler_adapters
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._completions = completions
         self._ledger = ledger
         self._charge = charge
@@ -274,7 +274,7 @@ class SampleRunner:
             response = await self._worker.generate(_generate_request(sample, None))
         else:
             # Before the adapter's place is held: the job that writes the checkpoint needs it.
-            await self._keeper.arrived(uris.parse(sampler.model_path))
+            await self._checkpoints.arrived(uris.parse(sampler.model_path))
             # A checkpoint that was overwritten since is another adapter than this sampler's.
             made = f"@{sampler.checkpoint_time}" if sampler.checkpoint_time else ""
             key = f"{sampler.model_path}{made}"
@@ -284,13 +284,13 @@ class SampleRunner:
 
     async def _read(self, sampler: tables.SamplingSession) -> AdapterState:
         assert sampler.model_path is not None, "a base model's sampler has nothing to read"
-        checkpoint = await self._keeper.find(sampler.tenant, sampler.model_path, "model_path")
+        checkpoint = await self._checkpoints.find(sampler.tenant, sampler.model_path, "model_path")
         if sampler.checkpoint_time is not None and checkpoint.created_at != sampler.checkpoint_time:
             raise NotFound(
                 f"model_path: {sampler.model_path!r} was overwritten since this sampling client was made; "
                 "make a new one"
             )
-        return await self._keeper.read(uris.parse(sampler.model_path))
+        return await self._checkpoints.read(uris.parse(sampler.model_path))
 
 
 def _generate_request(sample: _Sample, adapter_id: str | None) -> GenerateRequest:

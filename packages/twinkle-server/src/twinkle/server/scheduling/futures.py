@@ -6,15 +6,12 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.operations import Encoded, decode_result, encode_result
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
-
-# As it was computed, or as it is sent.
-Outcome: TypeAlias = m.Result | m.Failure | Encoded
+from twinkle.server.scheduling.records import Outcome, RunLog, as_encoded
+from twinkle.server.scheduling.runs import Run
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Load:
 @dataclass(eq=False)
 class _Entry:
     tenant: str
-    run_id: str | None = None
+    run: Run | None = None
     tokens: int = 0
     outcome: Outcome | None = None
     size: int = 0  # of the outcome, in bytes
@@ -57,6 +54,7 @@ class FutureTable:
     def __init__(
         self,
         clock: Callable[[], float],
+        log: RunLog,
         keep_seconds: float = 600.0,
         unfetched_seconds: float = 86_400.0,
         keep_bytes: float = _KEEP_BYTES,
@@ -65,10 +63,12 @@ class FutureTable:
     ) -> None:
         """
         Args:
+            log: has each outcome before anybody else.
             encodes: keep outcomes as they are sent, so that the journal and all replies share one encoding; in local
                 mode nothing is sent.
         """
         self._clock = clock
+        self._log = log
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
         self._keep_bytes = keep_bytes
@@ -79,8 +79,6 @@ class FutureTable:
         """Of all tenants."""
         self._loads: dict[str, Load] = {}
         self._encodes = encodes
-        self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
-        """Told of the outcomes of a call before anybody else."""
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
@@ -91,16 +89,16 @@ class FutureTable:
         return len(self._entries)
 
     def create(
-        self, tenant: str, run_id: str | None = None, request_id: str | None = None, tokens: int = 0
+        self, tenant: str, run: Run | None = None, request_id: str | None = None, tokens: int = 0
     ) -> str:
         """A new future's request id.
 
         Args:
-            run_id: the run that it belongs to, if it does.
+            run: the run that it belongs to, if it does.
             tokens: what its request adds to the tenant's load until there is an outcome.
         """
         request_id = request_id or new_request_id()
-        self._entries[request_id] = _Entry(tenant, run_id, tokens)
+        self._entries[request_id] = _Entry(tenant, run, tokens)
         for load in (self.load, self._loads.setdefault(tenant, Load())):
             load.requests += 1
             load.tokens += tokens
@@ -130,10 +128,10 @@ class FutureTable:
         """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
         return await asyncio.to_thread(self._as_kept, result) if _size_of(result) > _LARGE else result
 
-    def run_of(self, request_id: str) -> str | None:
+    def run_of(self, request_id: str) -> Run | None:
         """The run that a future belongs to."""
         entry = self._entries.get(request_id)
-        return entry.run_id if entry is not None else None
+        return entry.run if entry is not None else None
 
     def is_known(self, request_id: str) -> bool:
         """Whether somebody may still ask for it."""
@@ -144,34 +142,32 @@ class FutureTable:
         entry = self._entries.get(request_id)
         return entry is not None and entry.outcome is None
 
-    def complete(self, request_id: str, outcome: Outcome) -> None:
-        """Set the outcome and wake whoever waits; a second outcome is passed over."""
-        self.complete_together([(request_id, outcome)])
+    def complete(self, request_id: str, outcome: Outcome, record: bool = True) -> None:
+        """Set the outcome and wake whoever waits; a second outcome is ignored.
 
-    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
+        Args:
+            record: False leaves it out of the log until `record`: another process would have to do it again.
+        """
+        self.complete_together([(request_id, outcome)], record)
+
+    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]], record: bool = True) -> None:
         """`complete` for what came of one call."""
         new = [
             (request_id, self._as_kept(outcome))
             for request_id, outcome in outcomes
             if self.is_pending(request_id)
         ]
-        if new and self.keep is not None:
-            self.keep(new)
+        if new and record:
+            self._log.done(new)
         for request_id, outcome in new:
             self._set_outcome(request_id, outcome)
         self._drop_old()
 
-    def complete_for_now(self, request_id: str, outcome: Outcome) -> None:
-        """`complete`, but it is kept from nobody that this is to be done again, should the process end."""
-        keep, self.keep = self.keep, None
-        self.complete(request_id, outcome)
-        self.keep = keep
-
-    def complete_for_good(self, request_id: str) -> None:
-        """What was completed for now need not be done again."""
+    def record(self, request_id: str) -> None:
+        """Log an outcome that was set without: what came of the request need not be done again."""
         entry = self._entries.get(request_id)
-        if entry is not None and entry.outcome is not None and self.keep is not None:
-            self.keep([(request_id, entry.outcome)])
+        if entry is not None and entry.outcome is not None:
+            self._log.done([(request_id, entry.outcome)])
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
         """The outcome, or None if there is none after `timeout` seconds. It counts as fetched.
@@ -231,14 +227,6 @@ class FutureTable:
         ):
             request_id, _ = self._unfetched.popitem(last=False)
             self._is_unfetched_no_more(self._entries.pop(request_id))
-
-
-def as_encoded(outcome: Outcome) -> Encoded:
-    return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
-
-
-def as_computed(outcome: Outcome) -> m.Result | m.Failure:
-    return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
 
 
 # What Python takes for a result with all around it.

@@ -8,7 +8,7 @@ import time
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
-from twinkle.server.engine.adapters import AdapterKeeper
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.service import sessions, validation
 from twinkle.server.store import tables
@@ -22,11 +22,11 @@ class SamplingSessions:
     """The store's sampling sessions, those in use at hand. Single-threaded: called on one event loop."""
 
     def __init__(
-        self, model_name: str, database: Database, keeper: AdapterKeeper, completions: CompletionLog
+        self, model_name: str, database: Database, checkpoints: Checkpoints, completions: CompletionLog
     ) -> None:
         self._model_name = model_name
         self._database = database
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._completions = completions
         self._known: dict[
             str, tables.SamplingSession
@@ -49,11 +49,11 @@ class SamplingSessions:
             )
         checkpoint: tables.Checkpoint | None = None
         if request.model_path is not None:
-            checkpoint = await self._keeper.find(tenant, request.model_path, "model_path")
+            checkpoint = await self._checkpoints.find(tenant, request.model_path, "model_path")
             validation.check_base_model(
                 checkpoint.base_model, self._model_name, "model_path: the checkpoint's base model"
             )
-            await self._keeper.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="sample")
+            await self._checkpoints.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="sample")
         sampler_id = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
         first = await asyncio.to_thread(self._database.sampler, tenant, sampler_id)
         path = str(checkpoint.uri) if checkpoint else None
