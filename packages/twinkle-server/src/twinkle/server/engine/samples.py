@@ -55,7 +55,7 @@ class _Sample:
     """
 
     request_id: str
-    sampler: tables.Sampler
+    sampler: tables.SamplingSession
     request: m.SampleRequest
     targets: TensorData | SparseTensor | None
     task: asyncio.Task[bool] | None = None
@@ -110,7 +110,7 @@ class SampleRunner:
 
     def begin(
         self,
-        sampler: tables.Sampler,
+        sampler: tables.SamplingSession,
         request: m.SampleRequest,
         request_id: str,
         digest: bytes,
@@ -144,7 +144,7 @@ class SampleRunner:
 
     def restore(
         self,
-        sampler: tables.Sampler,
+        sampler: tables.SamplingSession,
         request: m.SampleRequest,
         request_id: str,
         digest: bytes,
@@ -161,7 +161,7 @@ class SampleRunner:
             self._accepted.popitem(last=False)
 
     def _note_end(
-        self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, is_failure: bool
+        self, sampler: tables.SamplingSession, request: m.SampleRequest, request_id: str, is_failure: bool
     ) -> None:
         target = (sampler.id, request.seq_id // IDS_OF_A_CLIENT)
         state: Literal["finished", "failed"] = "failed" if is_failure else "finished"
@@ -249,7 +249,9 @@ class SampleRunner:
             return False
         return True
 
-    def _record(self, sampler: tables.Sampler, request: m.SampleRequest, response: SampleResponse) -> None:
+    def _record(
+        self, sampler: tables.SamplingSession, request: m.SampleRequest, response: SampleResponse
+    ) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
@@ -280,7 +282,7 @@ class SampleRunner:
                 response = await self._worker.generate(_generate_request(sample, adapter_id))
         return _in_layout_of(targets, response) if isinstance(targets, SparseTensor) else response
 
-    async def _read(self, sampler: tables.Sampler) -> AdapterState:
+    async def _read(self, sampler: tables.SamplingSession) -> AdapterState:
         assert sampler.model_path is not None, "a base model's sampler has nothing to read"
         checkpoint = await self._checkpoints.find(sampler.tenant, sampler.model_path, "model_path")
         if sampler.checkpoint_time is not None and checkpoint.created_at != sampler.checkpoint_time:

@@ -84,7 +84,7 @@ async def _create(
             f"{first.model_path or 'the base model'}; another sampling session needs the next number"
         )
     if first is None:
-        row = tables.Sampler(
+        row = tables.SamplingSession(
             id=sampler_id,
             tenant=tenant,
             session_id=request.session_id,

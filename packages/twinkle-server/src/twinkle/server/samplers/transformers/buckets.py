@@ -77,20 +77,20 @@ class Bucket:
 
     def move_in(self, row: Row, other: Bucket) -> None:
         """Move a row here from another bucket."""
-        place = len(self.rows)
-        self.cache.reserve(place + 1, max(one.length for one in (*self.rows, row)) + 1)
+        index = len(self.rows)
+        self.cache.reserve(index + 1, max(one.length for one in (*self.rows, row)) + 1)
         contents = other.cache.row(other.rows.index(row), row.length)
-        self.cache.write_rows(slice(place, place + 1), contents)
+        self.cache.write_rows(slice(index, index + 1), contents)
         self.rows.append(row)
         self._route = None
         other.take_out(row)
 
     def take_out(self, row: Row) -> None:
         """The last row moves into its place."""
-        place, last = self.rows.index(row), len(self.rows) - 1
-        if place != last:
-            self.cache.write_rows(slice(place, place + 1), self.cache.row(last, self.rows[last].length))
-            self.rows[place] = self.rows[last]
+        index, last = self.rows.index(row), len(self.rows) - 1
+        if index != last:
+            self.cache.write_rows(slice(index, index + 1), self.cache.row(last, self.rows[last].length))
+            self.rows[index] = self.rows[last]
         self.rows.pop()
         self._route = None
 

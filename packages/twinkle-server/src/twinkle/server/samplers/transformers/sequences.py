@@ -121,7 +121,7 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Age, the oldest first: see `places.Slot`."""
+        """Age, the oldest first: see `preemption.Slot`."""
         return self.task.number, self.index
 
     def recompute_prompt(self) -> Prompt:
