@@ -55,6 +55,24 @@ def test_files_that_are_named_are_there(name: str) -> None:
     assert [one for one in named if not any(path.endswith(f"/{one}") for path in SOURCES)] == []
 
 
+def tables_of_folders(text: str) -> list[tuple[str, list[str]]]:
+    """Folder and files of each table whose head is a folder in backticks; a row's first cell names files."""
+    found: list[tuple[str, list[str]]] = []
+    for head, rows in re.findall(r"^\| `([\w/]+)/` \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
+        cells = [row.split("|")[1] for row in rows.splitlines()]
+        found.append((head, [name for cell in cells for name in re.findall(r"`(\w+\.py)`", cell)]))
+    return found
+
+
+def test_a_table_of_a_folder_has_all_its_files_once() -> None:
+    tables = tables_of_folders(read(ROOT / "docs" / "architecture.md"))
+    assert len(tables) >= 2
+    for folder, listed in tables:
+        [path] = [path for path in PACKAGES.glob(f"*/src/**/{folder}") if path.is_dir()]
+        own = [file.name for file in path.glob("*.py") if not file.name.startswith("_")]
+        assert sorted(listed) == sorted(own), folder
+
+
 def newcomers_list() -> list[Path]:
     """The numbered list that follows the sentence with "Read in this order" in docs/architecture.md."""
     text = read(ROOT / "docs" / "architecture.md")

@@ -14,7 +14,7 @@ from rank_processes import RankProcesses
 from tiny_models import VOCAB_SIZE
 
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_close
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, Row
 
 torch.set_num_threads(1)
@@ -70,13 +70,13 @@ def test_tenants_training_at_once_equal_peft_alone(
             gradients = backend.export_adapter(who, with_optimizer=False, with_gradients=True).gradients
             expected = {n: p.grad.numpy() for n, p in peft_alone.parameters(peft[who]).items()}
             assert gradients is not None
-            contract._close(gradients, expected, TOLERANCE)
+            assert_close(gradients, expected, TOLERANCE)
             optimizers[who].step()
         backend.optim_step([AdamStep(who, step) for who in tenants])
     for who in tenants:
         expected = {n: p.detach().numpy() for n, p in peft_alone.parameters(peft[who]).items()}
         weights = backend.export_adapter(who, with_optimizer=False).weights
-        contract._close(weights, expected, AFTER_FIVE_STEPS)
+        assert_close(weights, expected, AFTER_FIVE_STEPS)
     backend.close()
 
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_close
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig
 from twinkle_megatron import bridge
 from twinkle_megatron.architecture import describe
@@ -98,12 +98,12 @@ def test_two_tenants_equal_peft_alone(
             gradients = backend.export_adapter(who, with_optimizer=False, with_gradients=True).gradients
             assert gradients is not None
             wanted = {name: p.grad.numpy() for name, p in peft_alone.parameters(model).items()}
-            contract._close(gradients, wanted, TOLERANCE)
+            assert_close(gradients, wanted, TOLERANCE)
             optimizers[who].step()
         backend.optim_step([AdamStep(who, step) for who in peft])
     for who, model in peft.items():
         wanted = {name: p.detach().numpy() for name, p in peft_alone.parameters(model).items()}
-        contract._close(backend.export_adapter(who, with_optimizer=False).weights, wanted, AFTER_STEPS)
+        assert_close(backend.export_adapter(who, with_optimizer=False).weights, wanted, AFTER_STEPS)
     backend.close()
 
 

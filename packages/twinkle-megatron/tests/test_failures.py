@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_same_state
 from twinkle.server.backends.lora.losses import custom_check
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, CustomLoss
 
@@ -51,7 +51,7 @@ def test_a_loss_that_fails_on_the_last_stage_fails_the_pass_on_all_ranks(
     bad = replace(good[3], loss_fn="custom", custom_loss=loss)
     with pytest.raises(InvalidRequest, match="sum"):
         backend.forward_backward([[*good[:3], bad, *good[4:]]])
-    contract._same_state(backend.export_adapter("a", with_optimizer=True, with_gradients=True), before)
+    assert_same_state(backend.export_adapter("a", with_optimizer=True, with_gradients=True), before)
     [again] = backend.forward_backward([good])
     for one, other in zip(again, expected, strict=True):
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
@@ -75,4 +75,4 @@ def test_what_one_rank_finds_in_its_part_of_a_gradient_refuses_the_step_on_all(
         assert isinstance(outcome, InvalidRequest) and "second moment" in outcome.message
         none = {name: np.zeros_like(matrix) for name, matrix in state.gradients.items()}
         after = backend.export_adapter("a", with_optimizer=True, with_gradients=True)
-        contract._same_state(after, replace(state, gradients=none))
+        assert_same_state(after, replace(state, gradients=none))

@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_close, assert_same, assert_same_state
 from twinkle.server.backends.lora import peft_format
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
@@ -51,7 +51,7 @@ def test_a_seed_gives_the_same_adapter_everywhere(backends: list[Any]) -> None:
         assert backend.info.export == backends[0].info.export, "files are written alike"
     for state in states[1:]:
         assert state.target_modules == states[0].target_modules
-        contract._same(state.weights, states[0].weights)
+        assert_same(state.weights, states[0].weights)
 
 
 def test_training_goes_on_from_backend_to_backend(backends: list[Any], tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_training_goes_on_from_backend_to_backend(backends: list[Any], tmp_path:
     expected = alone.export_adapter("stays", with_optimizer=True)
     assert state is not None and state.optimizer is not None and expected.optimizer is not None
     assert state.optimizer.step == len(backends)
-    contract._close(state.weights, expected.weights, 1e-4)
-    contract._close(state.optimizer.exp_avg, expected.optimizer.exp_avg, 1e-4)
+    assert_close(state.weights, expected.weights, 1e-4)
+    assert_close(state.optimizer.exp_avg, expected.optimizer.exp_avg, 1e-4)
 
 
 def test_a_state_with_a_gradient_is_restored_bit_for_bit(backends: list[Any]) -> None:
@@ -93,7 +93,7 @@ def test_a_state_with_a_gradient_is_restored_bit_for_bit(backends: list[Any]) ->
     for backend in backends[:-1]:
         backend.add_adapter("a", replace(SPEC, seed=99))
         backend.import_adapter("a", state)
-        contract._same_state(backend.export_adapter("a", with_optimizer=True, with_gradients=True), state)
+        assert_same_state(backend.export_adapter("a", with_optimizer=True, with_gradients=True), state)
 
 
 def test_a_state_that_does_not_fit_is_refused_by_all_ranks(backends: list[Any]) -> None:
@@ -104,4 +104,4 @@ def test_a_state_that_does_not_fit_is_refused_by_all_ranks(backends: list[Any]) 
         wrong = {**state.weights, name: np.zeros((3, 3), np.float32)}
         with pytest.raises(InvalidRequest, match="shape"):
             backend.import_adapter("a", replace(state, weights=wrong))
-        contract._same(backend.export_adapter("a", with_optimizer=False).weights, state.weights)
+        assert_same(backend.export_adapter("a", with_optimizer=False).weights, state.weights)

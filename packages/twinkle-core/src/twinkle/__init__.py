@@ -1,12 +1,12 @@
 """Training as a service for LoRA: the parts that need no torch.
 
-Two names are looked up only when they are used, since each lives in another distribution: `ServiceClient` (local mode,
+Two names are imported only when they are used, since other distributions provide them: `ServiceClient` (local mode,
 twinkle-server) and `init_tinker_client` (twinkle-tinker-patch).
 """
 
 from pkgutil import extend_path
 
-# `twinkle.server` is shipped by another distribution; both share this package's path.
+# `twinkle.server` is shipped by another distribution, in this package's path.
 __path__ = extend_path(__path__, __name__)
 
 from importlib import import_module

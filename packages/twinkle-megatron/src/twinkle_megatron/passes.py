@@ -24,24 +24,19 @@ from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, r
 from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle_megatron import cpu
-from twinkle_megatron.groups import Group
+from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import Segment
 from twinkle_megatron.pieces import Piece, cut
-from twinkle_megatron.shards import Shard, expert_places, partial_places
+from twinkle_megatron.shards import ShardedLayout, expert_places, layout_of, partial_places
 from twinkle_megatron.stage import Stage
 
 
 def run_pass(
     stage: Stage,
     adapters: dict[str, Adapter],
-    parts: dict[Bank, list[Shard]],
     micro_batches: Sequence[Sequence[Row]],
 ) -> list[list[RowResult]]:
-    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done.
-
-    Args:
-        parts: what of its layers this rank holds, for each bank.
-    """
+    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done."""
     active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
     banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
     trains = any(not row.forward_only for rows in micro_batches for row in rows)
@@ -64,7 +59,7 @@ def run_pass(
     results = _exchange_results(found, stage)
     if trains:
         for bank in banks:
-            _add_up(scratches[bank].grads, bank, parts[bank], stage)
+            _add_up(scratches[bank].grads, layout_of(bank), stage.groups)
         commit(scratches.values())
     return results
 
@@ -212,17 +207,16 @@ def _exchange_results(found: _Found, stage: Stage) -> list[list[RowResult]]:
     return merged
 
 
-def _add_up(grads: Tensor, bank: Bank, parts: list[Shard], stage: Stage) -> None:
+def _add_up(grads: Tensor, layout: ShardedLayout, groups: Groups) -> None:
     """Sum what several ranks have computed parts of: their own rows, or their own tokens of the same rows.
 
     Args:
         grads: float32 [adapters, size], changed in place.
     """
-    groups, layout = stage.groups, bank.layout
-    _sum_places(grads, partial_places(parts, layout), groups.tensor)
+    _sum_places(grads, partial_places(layout), groups.tensor)
     if groups.data.size == 1 and groups.copies.size == 1:
         return
-    experts = expert_places(parts, layout)
+    experts = expert_places(layout)
     others = [place for place in (*layout.a.values(), *layout.b.values()) if place not in experts]
     _sum_places(grads, others, groups.data)
     _sum_places(grads, experts, groups.copies)

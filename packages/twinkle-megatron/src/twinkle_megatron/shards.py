@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Array
-from twinkle.server.backends.lora.banks import Layout, LinearShape, Place
+from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, Place, peft_names
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP
 from twinkle.server.backends.lora.module_groups import ModuleGroup, module_group
 from twinkle_megatron.architecture import Architecture, head_size
@@ -152,35 +154,87 @@ def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
 # ---------------------------------------------------------------- adapters
 
 
-def initial_part(targets: Sequence[Target], parts: Sequence[Shard], layout: Layout, seed: int) -> Tensor:
-    """This rank's part of a new adapter, a bank's row [layout.size]: `banks.initial_row` of the whole model, cut.
+@dataclass(frozen=True, eq=False)
+class ShardedLayout(Layout):
+    """Where this rank's part of an adapter is in a row; `modules` and all below it are of the whole adapter.
 
-    Drawn one matrix of the whole model at a time: no rank ever holds all of them.
+    Attributes:
+        targets: the layers of the whole model that the adapter acts on.
+        parts: what of them this rank holds.
+        shares: float32 [size], on the ranks' device: 1 / how many ranks hold the same number, so that a sum over all
+            ranks counts it once.
     """
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    own = {shard.shape.name: shard for shard in parts}
-    row = torch.zeros(1, layout.size)
-    for target in targets:
-        shape = target.shape
-        matrix = torch.empty((shape.experts or 1) * layout.rank, shape.in_features)
-        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
-        if (shard := own.get(shape.name)) is not None:
-            place = layout.a[shape.name].view(row)[0]
-            place.copy_(torch.from_numpy(np.ascontiguousarray(shard.of_a(matrix.numpy()))).view_as(place))
-    return row[0]
+
+    targets: list[Target]
+    parts: list[Shard]
+    groups: Groups
+    shares: Tensor
+
+    @property
+    def modules(self) -> list[str]:
+        return [target.shape.name for target in self.targets]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return Layout.of([target.shape for target in self.targets], self.rank).shapes()
+
+    def initial_row(self, seed: int) -> Tensor:
+        """This rank's part of the row that one rank alone would start with.
+
+        Drawn one matrix of the whole model at a time: no rank ever holds all of them.
+        """
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        own = {shard.shape.name: shard for shard in self.parts}
+        row = torch.zeros(1, self.size)
+        for target in self.targets:
+            shape = target.shape
+            matrix = torch.empty((shape.experts or 1) * self.rank, shape.in_features)
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+            if (shard := own.get(shape.name)) is not None:
+                place = self.a[shape.name].view(row)[0]
+                place.copy_(torch.from_numpy(np.ascontiguousarray(shard.of_a(matrix.numpy()))).view_as(place))
+        return row[0]
+
+    def join(self, matrices: Mapping[str, Array]) -> Tensor:
+        """This rank's part of the whole adapter's matrices, as a row."""
+        cut: dict[str, Array] = {}
+        for shard in self.parts:
+            a_name, b_name = peft_names(shard.shape.name)
+            cut[a_name], cut[b_name] = shard.of_a(matrices[a_name]), shard.of_b(matrices[b_name])
+        return super().join(cut)
+
+    def split(self, row: Tensor) -> dict[str, Array]:
+        """The whole adapter's matrices on rank 0, none on the others. All ranks call it together."""
+        groups = self.groups
+        own = _given(super().split(row), self.parts, groups)
+        is_first = groups.world.index == 0
+        gathered: list[list[_Part]] = [[] for _ in range(groups.world.size)]
+        dist.gather_object(own, gathered if is_first else None, group=groups.control.ranks)
+        return _assemble(chain.from_iterable(gathered), self.targets) if is_first else {}
 
 
-def cut_matrices(whole: Mapping[str, Array], parts: Sequence[Shard]) -> dict[str, Array]:
-    """This rank's part of an adapter's matrices, by PEFT name."""
-    cut: dict[str, Array] = {}
+def sharded_layout(
+    targets: list[Target], rank: int, architecture: Architecture, groups: Groups
+) -> ShardedLayout:
+    parts = shards(targets, architecture, groups)
+    own = Layout.of([shard.shape for shard in parts], rank)
+    shares = torch.ones(1, own.size)
     for shard in parts:
-        a_name, b_name = peft_names(shard.shape.name)
-        cut[a_name], cut[b_name] = shard.of_a(whole[a_name]), shard.of_b(whole[b_name])
-    return cut
+        name = shard.shape.name
+        own.a[name].view(shares).fill_(1 / shard.holders[0])
+        own.b[name].view(shares).fill_(1 / shard.holders[1])
+    return ShardedLayout(
+        **vars(own), targets=targets, parts=parts, groups=groups, shares=shares[0].to(groups.device)
+    )
+
+
+def layout_of(bank: Bank) -> ShardedLayout:
+    """A bank's layout: this backend makes no others."""
+    assert isinstance(bank.layout, ShardedLayout)
+    return bank.layout
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class _Part:
     """A part of one of an adapter's matrices, on its way to where they are put together again."""
 
     name: str
@@ -188,35 +242,35 @@ class Piece:
     matrix: Array
 
 
-def pieces(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups) -> list[Piece]:
-    """What this rank has to give, so that of all ranks' pieces each number comes once."""
-    given: list[Piece] = []
+def _given(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups) -> list[_Part]:
+    """What this rank gives, so that each number is given by one rank alone."""
+    given: list[_Part] = []
     for shard in parts:
         a_name, b_name = peft_names(shard.shape.name)
         if shard.target.cut == "experts":
             if groups.copies.index == 0:
-                given += [Piece(name, groups.expert.index, matrices[name]) for name in (a_name, b_name)]
+                given += [_Part(name, groups.expert.index, matrices[name]) for name in (a_name, b_name)]
             continue
         if groups.data.index != 0:
             continue
         spread, whole = (b_name, a_name) if shard.target.cut == "out" else (a_name, b_name)
-        given.append(Piece(spread, groups.tensor.index, matrices[spread]))
+        given.append(_Part(spread, groups.tensor.index, matrices[spread]))
         if groups.tensor.index == 0:
-            given.append(Piece(whole, 0, matrices[whole]))
+            given.append(_Part(whole, 0, matrices[whole]))
     return given
 
 
-def put_together(pieces: Iterable[Piece], targets: Sequence[Target]) -> dict[str, Array]:
+def _assemble(parts: Iterable[_Part], targets: Sequence[Target]) -> dict[str, Array]:
     """The adapter's matrices by PEFT name, in the order of the module tree."""
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.name, []).append(piece)
+    found: dict[str, list[_Part]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part)
     whole: dict[str, Array] = {}
     for target in targets:
         shape = target.shape
         a_name, b_name = peft_names(shape.name)
         a, b = (
-            [piece.matrix for piece in sorted(found[name], key=lambda piece: piece.place)]
+            [part.matrix for part in sorted(found[name], key=lambda part: part.place)]
             for name in (a_name, b_name)
         )
         if shape.experts is None:
@@ -229,28 +283,13 @@ def put_together(pieces: Iterable[Piece], targets: Sequence[Target]) -> dict[str
     return whole
 
 
-def peft_names(module: str) -> tuple[str, str]:
-    """Of A and B."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
-
-
 # ---------------------------------------------------------------- gradients
 
 
-def shares(parts: Sequence[Shard], layout: Layout) -> Tensor:
-    """float32 [layout.size]: 1 / how many ranks hold the same number, so that a sum over all ranks counts it once."""
-    row = torch.ones(1, layout.size)
-    for shard in parts:
-        name = shard.shape.name
-        layout.a[name].view(row).fill_(1 / shard.holders[0])
-        layout.b[name].view(row).fill_(1 / shard.holders[1])
-    return row[0]
-
-
-def partial_places(parts: Sequence[Shard], layout: Layout) -> list[Place]:
+def partial_places(layout: ShardedLayout) -> list[Place]:
     """Where gradients are that one rank has computed only a part of."""
     places: list[Place] = []
-    for shard in parts:
+    for shard in layout.parts:
         name = shard.shape.name
         if shard.is_partial[0]:
             places.append(layout.a[name])
@@ -259,7 +298,7 @@ def partial_places(parts: Sequence[Shard], layout: Layout) -> list[Place]:
     return places
 
 
-def expert_places(parts: Sequence[Shard], layout: Layout) -> list[Place]:
+def expert_places(layout: ShardedLayout) -> list[Place]:
     """Where the matrices of routed experts are."""
-    names = [shard.shape.name for shard in parts if shard.target.cut == "experts"]
+    names = [shard.shape.name for shard in layout.parts if shard.target.cut == "experts"]
     return [*(layout.a[name] for name in names), *(layout.b[name] for name in names)]

@@ -101,7 +101,7 @@ async def submit_step(tenant: Tenant, run: str, first_seq_id: int) -> list[m.Pro
 async def finish(submitted: list[tuple[Tenant, list[m.Promise]]]) -> None:
     for tenant, promises in submitted:
         for promise in promises:
-            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.Pending))
+            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.TryAgain))
 
 
 async def both_under_way(held: Held) -> tuple[list[tuple[Tenant, list[m.Promise]]], list[str]]:

@@ -66,7 +66,7 @@ def flip(path: Path, place: bytes, at: int = 0) -> None:
 async def outcome(tenant: Tenant, promise: m.Promise) -> m.Result | m.Failure:
     """As a client gets it that asks again and again; two minutes pass after the first time in vain."""
     found = await tenant.service.retrieve(tenant.name, promise.request_id, timeout=0.3)
-    if not isinstance(found, m.Pending):
+    if not isinstance(found, m.TryAgain):
         return found
     service = tenant.service
     clock = service.parts.stuck_runs._clock
@@ -75,7 +75,7 @@ async def outcome(tenant: Tenant, promise: m.Promise) -> m.Result | m.Failure:
     end_stuck_runs(service.parts)
     service.parts.stuck_runs._clock = clock
     found = await service.retrieve(tenant.name, promise.request_id, timeout=20)
-    assert not isinstance(found, m.Pending), found.queue_state_reason
+    assert not isinstance(found, m.TryAgain), found.queue_state_reason
     return found
 
 

@@ -144,7 +144,7 @@ async def test_what_waits_is_done_by_the_next_and_what_is_missing_may_come_late(
         await alice.service.submit("alice", m.ForwardBackwardRequest(run, 4, refused.data, "nonsense"))
     waiting = [await alice.service.submit("alice", request) for request in (a_pass(run, 5), a_step(run, 6))]
     alice = await server.kill_and_start()
-    assert isinstance(await alice.service.retrieve("alice", waiting[0].request_id, 0.05), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", waiting[0].request_id, 0.05), m.TryAgain)
     await alice.do(a_pass(run, 3, forward_only=True))
     for promise in waiting:
         assert not isinstance(await alice.outcome(promise), m.Failure)

@@ -1,4 +1,4 @@
-"""Which files of a folder hold a subset and a split, going by their names alone."""
+"""Which files of a folder hold a subset and a split, judging by their names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,16 @@ from twinkle.dataset.readers import READERS
 from twinkle.protocol.errors import InvalidRequest, NotFound
 
 DATA_FILES: Final = tuple(f"*{suffix}" for suffix in READERS)
-"""Globs of the files to fetch from a hub."""
+"""Globs of the files to download from a hub."""
 
-# What the usual splits are called in file names.
+# Names of the usual splits in file names.
 _SPLITS: Final = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 
-# JSON files that describe a repository and hold no rows.
+# JSON files that describe a repository and contain no rows.
 _NOT_DATA: Final = frozenset(
     {
         "config.json",
@@ -32,11 +32,11 @@ _NOT_DATA: Final = frozenset(
 
 
 def find_files(root: Path, subset: str | None = None, split: str | None = None) -> list[Path]:
-    """The data files below `root`, by name, or `root` itself where it is a file.
+    """The data files below `root`, sorted by name, or `root` itself if it is a file.
 
     Raises:
-        NotFound: if there are none, or none of that subset or split; the message says what there is.
-        InvalidRequest: if a subset or split of a single file is asked for.
+        NotFound: if there are none, or none of that subset or split; the message lists what exists.
+        InvalidRequest: if a subset or split of a single file is requested.
     """
     if root.is_file():
         if subset is not None or split is not None:
@@ -62,7 +62,7 @@ def find_files(root: Path, subset: str | None = None, split: str | None = None) 
 
 
 def _data_files(root: Path) -> list[Path]:
-    """All data files, hidden ones not among them; of a file in several formats only the first."""
+    """All data files but hidden ones; of a file in several formats, only the first."""
     by_stem: dict[Path, Path] = {}
     rank = {suffix: position for position, suffix in enumerate(READERS)}
     for path in sorted(root.rglob("*")):
@@ -81,7 +81,7 @@ def _of_subset(files: Sequence[Path], root: Path, subset: str) -> list[Path]:
 
 
 def _below(folder: Path, subset: str) -> bool:
-    """Whether a folder is, or is below, one called `subset` (which may have several parts)."""
+    """Whether a folder is, or is below, one named `subset` (which may have several parts)."""
     return f"/{subset.strip('/')}/" in f"/{folder.as_posix()}/"
 
 
@@ -95,6 +95,8 @@ def _of_split(files: Sequence[Path], root: Path, split: str) -> list[Path]:
 
 
 def _names(name: str, words: Iterable[str]) -> bool:
-    """Whether a file's path holds one of the words, as a word: `train-00000-of-00001`, `data/test2`, not `trainer`."""
+    """Whether a file's path contains one of the words as a whole word: `train-00000-of-00001`, `data/test2`, not
+    `trainer`.
+    """
     either = "|".join(re.escape(word.lower()) for word in words)
     return re.search(rf"(?<![a-z0-9])({either})(?![a-z])", name.lower()) is not None

@@ -1,8 +1,7 @@
-"""The two public hubs, behind one function.
+"""Downloads from the two public hubs, behind one function.
 
-Both official clients resume a download that was cut off, check what they got and draw their own progress
-bars; nothing of that is repeated here. They are imported only when a hub is really asked, since that takes a
-while.
+Both official clients resume interrupted downloads, verify files and show progress bars, so nothing of that is done
+here. They are imported only when needed, since that takes a while.
 """
 
 import os
@@ -19,7 +18,7 @@ _PROBE_SECONDS: Final = 5.0
 
 
 class HubUnavailable(Exception):
-    """The hub does not have it, or can't be reached and has not been asked for it before; the text says which."""
+    """The hub does not have it, or can't be reached and nothing is cached; the message says which."""
 
 
 def download(
@@ -29,7 +28,7 @@ def download(
     allow_patterns: Sequence[str] | None,
     revision: str | None,
 ) -> Path:
-    """The local folder of a repository, brought up to date if the hub can be reached.
+    """The local folder of a repository, updated if the hub can be reached.
 
     Raises:
         HubUnavailable: if there is nothing to return.
@@ -104,24 +103,24 @@ def _from_modelscope(repository: str, kind: Kind, patterns: list[str] | None, re
 
 
 def _unreachable(url: str | None) -> str | None:
-    """Why nothing answers at `url`, or None if something does.
+    """Why `url` can't be reached; None if it can.
 
-    ModelScope's client tries for many seconds before it gives up, however plain it is that there is no network.
+    ModelScope's client retries for many seconds even if there is plainly no network.
     """
     import httpx
 
     try:
-        # Only whether there is an answer counts, not whose: certificates are checked by the client itself.
+        # Only whether anything answers counts: the client itself checks certificates.
         httpx.head(url or "", timeout=_PROBE_SECONDS, verify=False)
     except (httpx.NetworkError, httpx.TimeoutException) as error:
         return f"can't be reached ({_first_line(error)})"
-    except (ImportError, ValueError):  # a kind of proxy that httpx does not speak, and the client may
+    except (ImportError, ValueError):  # a kind of proxy that the client may support though httpx does not
         return None
     return None
 
 
 def _offline() -> bool:
-    """Whether the user asked for no network, by the variable that huggingface_hub defines."""
+    """Whether the user disabled the network, by huggingface_hub's variable."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 

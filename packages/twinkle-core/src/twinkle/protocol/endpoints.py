@@ -1,4 +1,4 @@
-"""Where each request is sent and what comes back: two tables that both the client and the gateway read.
+"""Where each request is sent and what it returns: two tables for both the client and the gateway.
 
 Operations are answered with a promise, queries at once.
 """
@@ -21,7 +21,7 @@ class Endpoint:
     Attributes:
         path: below `PREFIX`; all are POST.
         request, result: message types.
-        body: how the request is encoded. The result of a protobuf type is protobuf too.
+        body: how the request is encoded; results that have a protobuf type are protobuf whatever this says.
     """
 
     path: str

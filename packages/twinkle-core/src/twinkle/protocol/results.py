@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pydantic_core import to_json
 
-from twinkle.protocol.operations import Encoded, decode_result
+from twinkle.protocol.codec import Encoded, decode_result
 from twinkle.protocol.types import (
     ForwardBackwardOutput,
     SampleResponse,
@@ -19,7 +19,9 @@ from twinkle.protocol.types import (
 
 
 def with_plain_rows(response: SampleResponse) -> SampleResponse:
-    """As a client is given it that reads it without an encoding in between: with lists instead of tables."""
+    """The result in the form that a client without an encoding in between (local mode) returns: lists instead of
+    tables.
+    """
 
     def plain(rows: Sequence[TopkRow] | None) -> Sequence[TopkRow] | None:
         return rows.rows() if isinstance(rows, TopkTable) else rows
@@ -29,7 +31,7 @@ def with_plain_rows(response: SampleResponse) -> SampleResponse:
 
 
 def result_as_json(encoded: Encoded) -> bytes:
-    """The result for those who ask for JSON; numbers that JSON has no word for are null."""
+    """The result as JSON; numbers that JSON can't represent are null."""
     result = decode_result(encoded)
     assert isinstance(result, ForwardBackwardOutput | SampleResponse), "all others are sent as JSON"
     if isinstance(result, SampleResponse):

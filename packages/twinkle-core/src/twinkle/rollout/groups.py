@@ -1,6 +1,6 @@
 """Groups of answers to prompts, and the log-probabilities of given sequences.
 
-Everything is sent before it is waited for, so that the server works on it together.
+All requests are sent before any result is awaited, so that the server processes them together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from twinkle.rollout.protocols import Sampler, Scorer
 from twinkle.rollout.rollouts import Rollout
 from twinkle.template import Template
 
-# Bars for what is done in a moment would only be noise.
+# A bar that appears for a moment would only be noise.
 PROGRESS_DELAY_SECONDS = 2.0
 
 
@@ -35,19 +35,19 @@ def sample_groups(
     types: Types = core_types,
     **sampling_params: Any,
 ) -> list[list[Rollout]]:
-    """`group_size` answers to each conversation.
+    """Sample `group_size` answers to each conversation.
 
     Args:
         sampling_client: of either SDK.
         template: the model's.
-        conversations: rows with `messages` (and `tools`) that end where the assistant is to speak.
-        max_tokens: of an answer.
-        temperature: 0 is greedy. For training leave it at 1: log-probabilities are those of the tempered distribution,
-            and the trainer's are not.
-        seed: the same seed draws with the same random numbers, each conversation from its own stream; when that gives
-            the same answers, `SamplingParams` says.
-        types: the client's; pass `tinker.types` with Tinker's SDK.
-        sampling_params: top_k, top_p, stop, as SamplingParams has them.
+        conversations: rows with `messages` (and `tools`) that end before an assistant turn.
+        max_tokens: of each answer.
+        temperature: 0 is greedy. Leave it at 1 for training: log-probabilities are those of the tempered distribution,
+            unlike the trainer's.
+        seed: the same seed uses the same random numbers, with a separate stream for each conversation; for when that
+            gives the same answers, see `SamplingParams`.
+        types: the client's module of types; `tinker.types` for Tinker's SDK.
+        sampling_params: top_k, top_p, stop, as in SamplingParams.
 
     Returns:
         A list for each conversation.
@@ -85,10 +85,10 @@ def score(
     sequences: Sequence[npt.ArrayLike],
     types: Types = core_types,
 ) -> list[npt.NDArray[np.float32]]:
-    """How likely a model finds each token of each sequence after its first, given those before.
+    """The log-probability of each sequence's tokens after the first, given those before.
 
     Args:
-        sampling_client: whose: of a base model or a checkpoint, of either SDK.
+        sampling_client: of the base model or checkpoint that scores, of either SDK.
         sequences: token ids, int [T_i], at least two each.
         types: the client's.
 
@@ -115,7 +115,7 @@ def score(
 def require_sampler(client: object) -> None:
     """
     Raises:
-        InvalidRequest: if it is no sampling client.
+        InvalidRequest: if it is not a sampling client.
     """
     if not callable(getattr(client, "sample", None)):
         raise InvalidRequest(
@@ -127,7 +127,7 @@ def require_sampler(client: object) -> None:
 def encode_prompt(
     template: Template, conversation: Trajectory | Mapping[str, Any], i: int
 ) -> npt.NDArray[np.int64]:
-    """The conversation and the opening of the assistant's turn as tokens; an error names the conversation."""
+    """The conversation and the opening of an assistant turn as tokens; errors name the conversation."""
     try:
         return template.encode(conversation, add_generation_prompt=True)["input_ids"]
     except InvalidRequest as error:
@@ -137,7 +137,7 @@ def encode_prompt(
 def sampled_arrays(
     prompt: npt.NDArray[np.int64], sequence: Any
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
-    """`tokens`, `is_sampled` and `logprobs` of a Rollout: the prompt, and a sampled sequence after it."""
+    """`tokens`, `is_sampled` and `logprobs` of a Rollout: the prompt followed by a sampled sequence."""
     tokens = np.array(sequence.tokens, np.int64)
     logprobs = np.array(sequence.logprobs, np.float32)
     return (

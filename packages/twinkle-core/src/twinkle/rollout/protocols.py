@@ -1,10 +1,10 @@
-"""What rollouts ask of a sampling client, so that those of both SDKs do."""
+"""The parts of a sampling client that rollouts use, which both SDKs have."""
 
 from typing import Any, Protocol
 
 
 class Result(Protocol):
-    """Something to wait for: a `Pending`, or a future of Tinker's."""
+    """A pending result: a `Pending`, or Tinker's future."""
 
     def result(self) -> Any: ...
 

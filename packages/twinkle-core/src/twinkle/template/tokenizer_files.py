@@ -1,4 +1,4 @@
-"""What a template needs of a model's folder: tokenizer, chat templates, special tokens. Weights are not looked at."""
+"""Reads what a template needs from a model's folder: tokenizer, chat templates, special tokens."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ TEMPLATE_FILES: Final = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-"""The files to fetch from a hub; all but the first may be missing."""
+"""The files to download from a hub; all but the first are optional."""
 
-# Those that Transformers hands to chat templates (`PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`).
+# Those that Transformers passes to chat templates (`PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`).
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer, set to turn text into exactly its tokens: nothing added, cut off or padded.
+    """The folder's tokenizer, without added special tokens, truncation or padding.
 
     Raises:
         NotFound: if there is no tokenizer.json.
@@ -38,20 +38,20 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception, whatever is wrong
+    except Exception as error:  # the library raises plain Exception for everything
         raise InvalidRequest(f"{path} can't be read as a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # It would only add special tokens, which the chat template writes itself, and trim offsets, which labels need
-    # whole.
+    # The post-processor only adds special tokens, which the chat template writes itself, and trims offsets, which
+    # labels need untrimmed.
     cast(Any, tokenizer).post_processor = None
     return tokenizer
 
 
 def read_chat_templates(folder: Path) -> dict[str, str]:
-    """The folder's chat templates by name, the usual one being "default"; empty if it has none.
+    """The folder's chat templates by name, usually just "default"; empty if it has none.
 
-    `chat_template.jinja` goes before `chat_template.json`, and that before the field of
+    `chat_template.jinja` takes precedence over `chat_template.json`, and that over the field of
     `tokenizer_config.json`, which is a template or a list of `{name, template}`.
     """
     templates = {
@@ -73,7 +73,7 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
-    """The text of each special token that is set, by the name chat templates use, such as `bos_token`."""
+    """The text of each special token, by its name in chat templates, such as `bos_token`."""
     config = {
         **_read_object(folder / "special_tokens_map.json"),
         **_read_object(folder / "tokenizer_config.json"),
@@ -89,7 +89,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if there is no such file."""
+    """A JSON file's object; empty if the file is missing."""
     if not path.is_file():
         return {}
     try:

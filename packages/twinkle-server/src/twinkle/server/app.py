@@ -6,32 +6,28 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.hub import plain_name
-from twinkle.protocol import messages as m
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import ServerConfig
 from twinkle.server.engine.adapters import AdapterJobs
-from twinkle.server.engine.compaction import RunLog
+from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.keys import KeyRing, with_auth_mode
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.leases import Leases
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import RunLog
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.service.losses import CustomLosses
@@ -108,25 +104,22 @@ def build_parts(
 ) -> Parts:
     """The objects of one engine, each given those that it needs. Arguments: as in `Parts` and `Snapshots`."""
     model, limits, info = config.model, config.limits, worker.info
-    runs, lost = dict[str, LiveRun](), dict[str, LostRun]()
     database = Database(config.storage.url)
     files = CheckpointFiles(config.storage.directory / "checkpoints")
     ledger = Ledger(database, plain_name(model.model_id))
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
-    futures = _build_futures(config, encodes)
+    run_log, tokens = RunLog(), _token_rate(config)
+    futures = _build_futures(config, run_log, encodes)
     scheduler = Scheduler(_TICK_BATCHES * info.max_batch_tokens, info.overhead_tokens)
-    tokens = _token_rate(config)
     snapshots = Snapshots(worker, run_files, snapshot_seconds)
-    snapshots.settled = checkpoints.settled
-    run_log = RunLog(runs, futures, snapshots, lost)
-    residency = Residency(runs, worker, snapshots, model.max_resident_adapter_bytes or info.max_adapter_bytes)
-    live = LiveRuns(runs, lost, scheduler, futures, run_log, snapshots, residency, tokens)
+    residency = Residency(worker, snapshots, model.max_resident_adapter_bytes or info.max_adapter_bytes)
+    live = LiveRuns(scheduler, futures, run_log, tokens)
     sampler_adapters = SamplerAdapters(worker, config.sampler.max_resident_adapters)
     completions = CompletionLog()
-    samples = SampleRunner(futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens.charge)
-    adapters = AdapterJobs(runs, live, futures, worker, sampler_adapters, snapshots, residency, checkpoints)
+    adapters = AdapterJobs(
+        live, scheduler, futures, worker, sampler_adapters, snapshots, residency, checkpoints
+    )
     recovery = Recovery(worker, residency, sampler_adapters)
-    record_pass = partial(_record_pass, runs, ledger)
     return Parts(
         model_name=plain_name(model.model_id),
         limits=limits,
@@ -138,35 +131,29 @@ def build_parts(
         futures=futures,
         scheduler=scheduler,
         leases=Leases(limits.max_client_silence_seconds),
-        runs=runs,
-        lost=lost,
         live=live,
         run_log=run_log,
+        compaction=Compaction(live, futures, snapshots, run_log),
         run_files=run_files,
         snapshots=snapshots,
-        residency=residency,
         checkpoints=checkpoints,
-        samples=samples,
+        samples=SampleRunner(
+            futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens.charge
+        ),
         completions=completions,
         samplers=SamplerCache(database),
         losses=CustomLosses(database),
-        stuck_runs=StuckRuns(scheduler),
-        engine=Engine(scheduler, futures, worker, adapters, snapshots, residency, recovery, record_pass),
+        engine=Engine(scheduler, futures, worker, adapters, snapshots, residency, recovery, ledger),
         open_journal=open_journal,
     )
 
 
-def _record_pass(runs: Mapping[str, LiveRun], ledger: Ledger, job: Job) -> None:
-    run = runs.get(job.run_id)
-    if run is not None and isinstance(job.request, m.ForwardBackwardRequest):
-        tokens = sum(datum.model_input.length for datum in job.request.data)
-        ledger.record(job.tenant, run.session_id, "training", tokens)
-
-
-def _build_futures(config: ServerConfig, encodes: bool) -> FutureTable:
+def _build_futures(config: ServerConfig, run_log: RunLog, encodes: bool) -> FutureTable:
     # Who fetches in this process gets a result once: only a lost HTTP reply makes anybody ask again.
     keep_seconds, unfetched_bytes = 600.0 if encodes else 0.0, config.limits.max_unfetched_bytes or math.inf
-    return FutureTable(time.monotonic, keep_seconds, unfetched_bytes=unfetched_bytes, encodes=encodes)
+    return FutureTable(
+        time.monotonic, run_log, keep_seconds, unfetched_bytes=unfetched_bytes, encodes=encodes
+    )
 
 
 def _token_rate(config: ServerConfig) -> RateLimit:

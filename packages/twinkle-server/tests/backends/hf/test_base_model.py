@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_close, train
 from twinkle.server.backends.hf.base_model import (
     copy_sharing_weights,
     find_targets,
@@ -123,7 +123,7 @@ def test_other_decoders_train_with_the_numbers_of_the_plain_model(
     specs = {"ada": AdapterSpec(rank=3, seed=1), "bob": AdapterSpec(rank=2, seed=2)}
     for who, spec in specs.items():
         backend.add_adapter(who, spec)
-        contract._train(backend, who)
+        train(backend, who)
     rows = {
         "ada": [random_row("ada", 9, 1, vocab_size=128), random_row("ada", 14, 2, vocab_size=128)],
         "bob": [random_row("bob", 5, 3, vocab_size=128)],
@@ -136,7 +136,7 @@ def test_other_decoders_train_with_the_numbers_of_the_plain_model(
         parameters = peft_parameters(model).items()
         expected = {parameter_name: parameter.grad.numpy() for parameter_name, parameter in parameters}
         assert state.gradients is not None
-        contract._close(state.gradients, expected, 1e-5)
+        assert_close(state.gradients, expected, 1e-5)
 
 
 def test_targets_of_a_hybrid_and_of_a_mixture_of_experts(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_experts_of_another_form_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no linear layer is left to train"):
         backend.add_adapter("b", AdapterSpec(rank=2, train_attn=False, train_unembed=False))
     backend.add_adapter("a", AdapterSpec(rank=2))
-    contract._train(backend, "a")
+    train(backend, "a")
 
 
 def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.model.get_parameter(name).double(), matrix)
     backend = TransformersBackend.from_loaded(loaded, ModelConfig(tmp_path))
     backend.add_adapter("a", AdapterSpec(rank=2))
-    contract._train(backend, "a")
+    train(backend, "a")
 
 
 def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -265,5 +265,5 @@ def test_weights_on_disk_are_not_touched(tiny_model_dir: Path) -> None:
     before = (tiny_model_dir / "model.safetensors").read_bytes()
     backend = TransformersBackend(ModelConfig(tiny_model_dir))
     backend.add_adapter("a", AdapterSpec(rank=1))
-    contract._train(backend, "a")
+    train(backend, "a")
     assert np.array_equal(before, (tiny_model_dir / "model.safetensors").read_bytes())

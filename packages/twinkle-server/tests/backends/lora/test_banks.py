@@ -1,6 +1,6 @@
 import torch
 
-from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, consecutive, initial_row
+from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, consecutive
 
 LAYOUT = Layout.of([LinearShape("one", 3, 5), LinearShape("two", 4, 2)], rank=2)
 
@@ -49,10 +49,10 @@ def test_a_single_expert_keeps_its_dimension() -> None:
 
 def test_an_initial_row_has_b_zero_and_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    row = initial_row(LAYOUT, seed=3)
+    row = LAYOUT.initial_row(seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert row[: LAYOUT.b_start].all() and not row[LAYOUT.b_start :].any()
-    assert torch.equal(row, initial_row(LAYOUT, seed=3))
+    assert torch.equal(row, LAYOUT.initial_row(seed=3))
 
 
 def test_matrices_of_several_rows_are_views_of_them() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import assert_close
 from twinkle.server.backends.hf.base_model import load_base_model
 from twinkle.server.backends.lora import experts as lora_experts
 from twinkle.server.backends.lora.experts import ExpertTerm, run_experts
@@ -163,15 +163,15 @@ def test_tenants_training_at_once_equal_peft_alone(
             expected = {name: parameter.grad.numpy() for name, parameter in peft_parameters(model).items()}
             found = backend.export_adapter(who, with_optimizer=False, with_gradients=True).gradients
             assert found is not None
-            contract._close(found, expected, 1e-5)
+            assert_close(found, expected, 1e-5)
             of_experts = [name for name in expected if ".experts." in name]
             assert len(of_experts) == (8 if TENANTS[who].train_mlp else 0)
-            contract._close({n: found[n] for n in of_experts}, {n: expected[n] for n in of_experts}, 1e-5)
+            assert_close({n: found[n] for n in of_experts}, {n: expected[n] for n in of_experts}, 1e-5)
             optimizers[who].step()
         backend.optim_step([AdamStep(who, step) for who in tenants])
     for who, model in peft.items():
         expected = {name: parameter.detach().numpy() for name, parameter in peft_parameters(model).items()}
-        contract._close(backend.export_adapter(who, with_optimizer=False).weights, expected, 1e-4)
+        assert_close(backend.export_adapter(who, with_optimizer=False).weights, expected, 1e-4)
 
 
 def test_a_new_adapter_is_uniform_as_peft_draws_it(

@@ -10,7 +10,7 @@ import torch
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import train
 from twinkle.server.backends.hf.base_model import load_base_model
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend, passes
@@ -142,7 +142,7 @@ def test_a_small_loss_has_the_gradient_of_a_large_one_in_small(
     """To the bit, but for what sums of float32 lose, if all weights are a power of two smaller."""
     backend = TransformersBackend(ModelConfig(tiny_model_dir, torch_dtype=dtype))
     backend.add_adapter("a", AdapterSpec(rank=4, seed=1))
-    contract._train(backend, "a")
+    train(backend, "a")
     norms: list[float] = []
     for scale in (1.0, 2.0**-20, 2.0**-40):
         row = random_row("a", 12, 3)

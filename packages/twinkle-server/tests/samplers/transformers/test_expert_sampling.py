@@ -11,7 +11,7 @@ import tiny_moe
 from transformers import Qwen2MoeConfig, Qwen3_5MoeTextConfig
 
 from twinkle.protocol.types import SamplingParams
-from twinkle.server.backends import contract
+from twinkle.server.backends.contract.parts import train
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -51,7 +51,7 @@ def test_sampled_and_prompt_logprobs_are_those_of_the_trainer(name: str, tmp_pat
     try:
         for who, spec in SPECS.items():
             backend.add_adapter(who, spec)
-            contract._train(backend, who)
+            train(backend, who)
             engine.add_adapter(who, backend.export_adapter(who, with_optimizer=False))
         draw = np.random.default_rng(0)
         cases = [(who, draw.integers(0, 100, draw.integers(2, 30))) for who in (*SPECS, *SPECS, "small")]

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.runs import LiveRun, LostRun

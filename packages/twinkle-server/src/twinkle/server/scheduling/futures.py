@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.operations import Encoded, decode_result, encode_result
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
 
 # As it was computed, or as it is sent.

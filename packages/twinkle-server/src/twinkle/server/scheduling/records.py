@@ -10,10 +10,9 @@ from typing import Any, TypeAlias, cast
 import msgpack
 
 from twinkle.hub import plain_name
+from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol import operations
-from twinkle.protocol.endpoints import OPERATION, OPERATIONS, Endpoint
-from twinkle.protocol.operations import Posted
+from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.scheduling.futures import Outcome, as_encoded
@@ -49,11 +48,11 @@ class Accepted:
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
-        return operations.decode(Posted(_ENDPOINTS[self.path], self.body))
+        return codec.decode(self.kind, self.body)
 
     @property
     def kind(self) -> type[m.Operation]:
-        return _ENDPOINTS[self.path].request
+        return _REQUESTS[self.path]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Lost:
 
 Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
-_ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in OPERATIONS}
+_REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
 
 
 def encode(record: Record) -> bytes:
@@ -160,9 +159,7 @@ def accepted(
         # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
         request, body = request.model_copy(update={"weights_access_token": None}), None
     path = OPERATION[type(request)].path
-    return Accepted(
-        request_id, tenant, run_id, seq_id, tokens, path, body or operations.encode(request), digest
-    )
+    return Accepted(request_id, tenant, run_id, seq_id, tokens, path, body or codec.encode(request), digest)
 
 
 def done(outcomes: Iterable[tuple[str, Outcome]]) -> Done:

@@ -1,11 +1,21 @@
-"""Calls from one process to another over a socket of their own: a method's name and arguments there, its result back.
+"""RPC between two processes of the server: a method's name and arguments one way, its result the other.
 
-Ray starts the processes, watches and ends them; calls between them go this way because one costs a twentieth of a call
-to a Ray actor. On one machine the socket is a file in a directory that only this user can read, which goes as soon as
-it is connected; between machines it is TCP. Either way the caller first says a secret that it was told by way of Ray,
-and nothing is unpickled for one who doesn't know it.
+Ray starts and kills the processes; calls between them go over a socket of their own, since one costs a twentieth of a
+call to a Ray actor. On one machine the socket is a file in a directory that only this user can read, deleted as soon as
+the caller has connected; between machines it is TCP. Either way the caller first sends a secret that it was given
+through Ray, and nothing is unpickled for a caller that doesn't know it.
 
-    frame: number of the call (8 bytes), size (8 bytes), pickled (method, arguments) or (has succeeded, value)
+    frame: number of the call (8 bytes), whether its result is wanted (1), size (8), and so many bytes: pickled
+           (method, args, kwargs), or (has succeeded, value). Frames with the number 0 are heartbeats, without a body.
+
+Limits:
+- A connection that hasn't sent the whole secret within 10 s is closed. The first one that has is the only caller; the
+  server listens no more.
+- Heartbeats are answered by the event loop, so a process that is stopped, or whose interpreter lock is never released,
+  answers none: the connection is lost after `heartbeat_seconds`. A frame must cross within that time too.
+- A call by itself has no deadline: a method that never returns is its caller's business (see `ranks`).
+- A caller waits while its frames aren't read. A server reads no more calls while its replies aren't.
+- Frames have no largest size: both ends are the same program. Each is held whole in memory.
 """
 
 from __future__ import annotations
@@ -19,23 +29,25 @@ import shutil
 import struct
 import tempfile
 import traceback
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-_HEADER = struct.Struct("<qq")
+from twinkle.protocol.errors import ServerFault
+
+_HEADER = struct.Struct("<q?q")
+_HEARTBEAT = 0
 _SECRET_BYTES = 32
+_SECRET_SECONDS = 10.0
+# So many heartbeats in a row have to go unanswered. A single one may, if it is this process that was held up.
+_HEARTBEATS = 6
 # Rows of a tick are some hundred kilobytes: a reader that is paused less often is woken less often.
 _BUFFER_BYTES = 4 * 2**20
 
-# Servers that wait for their caller: an event loop may hold them by weak references only.
-_listening: set[asyncio.Server] = set()
 
-
-class LineBroken(ConnectionError):
-    """The other process has ended, or can't be reached any more."""
+class ConnectionLost(ConnectionError):
+    """The other process has ended, answers no heartbeats, or was hung up on. Its text says which, if not the first."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,8 @@ class Address:
     """Where a process takes calls.
 
     Attributes:
-        socket: of a file, on this machine; None between machines.
-        secret: to be said first.
+        socket: path of a Unix socket; None between machines.
+        secret: what the caller has to send first.
     """
 
     socket: str | None
@@ -55,100 +67,137 @@ class Address:
 
 @dataclass(frozen=True)
 class Call:
-    """A method's name and arguments; pickled once, to however many processes it goes."""
+    """A method's name and arguments; pickled once, however many processes it is sent to."""
 
     method: str
     args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
     def body(self) -> bytes:
-        return pickle.dumps((self.method, self.args), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps((self.method, self.args, self.kwargs), pickle.HIGHEST_PROTOCOL)
 
 
 # ---------------------------------------------------------------- the side that is called
 
 
-async def listen(target: object, host: str | None) -> Address:
-    """Take calls of `target`'s async methods from one caller, on the running loop, until it hangs up.
+class Server:
+    """Runs async methods of one object for one caller, until that hangs up. On the event loop that started it.
 
-    Args:
-        host: this machine's address, for a caller on another one; None for a caller on this machine.
+    Attributes:
+        address: where it listens.
     """
-    secret = secrets.token_bytes(_SECRET_BYTES)
-    directory = tempfile.mkdtemp(prefix="twinkle-") if host is None else None
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        said = await reader.read(_SECRET_BYTES)
-        if not hmac.compare_digest(said, secret):
+    address: Address
+    _listener: asyncio.Server
+
+    def __init__(self, target: asyncio.Future[Any]) -> None:
+        self._target = target
+        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        self._directory: str | None = None
+
+    @classmethod
+    async def start(cls, target: asyncio.Future[Any], host: str | None) -> Server:
+        """
+        Args:
+            target: the object, once it is there: calls wait for it, and raise what it failed with.
+            host: this machine's address, for a caller on another one; None for a caller on this machine.
+        """
+        server = cls(target)
+        if host is None:
+            server._directory = tempfile.mkdtemp(prefix="twinkle-")
+            path = str(Path(server._directory) / "calls")
+            server._listener = await asyncio.start_unix_server(server._connected, path, limit=_BUFFER_BYTES)
+            server.address = Address(path, "", 0, server._secret)
+        else:
+            server._listener = await asyncio.start_server(server._connected, host, 0, limit=_BUFFER_BYTES)
+            port = server._listener.sockets[0].getsockname()[1]
+            server.address = Address(None, host, port, server._secret)
+        return server
+
+    def close(self) -> None:
+        """Listen no more; a caller that has connected is still answered."""
+        self._listener.close()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_SECRET_SECONDS):
+                said = await reader.readexactly(_SECRET_BYTES)
+            if hmac.compare_digest(said, self._secret):
+                self.close()
+                await self._answer_calls(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            pass  # the caller has hung up, or is none: there is nobody to tell
+        finally:
             writer.close()
-            return
-        _listening.discard(server)
-        server.close()  # there is one caller
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-        await _answer_calls(target, reader, writer)
 
-    if directory is not None:
-        path = str(Path(directory) / "calls")
-        server = await asyncio.start_unix_server(connected, path, limit=_BUFFER_BYTES)
-        address = Address(path, "", 0, secret)
-    else:
-        server = await asyncio.start_server(connected, host, 0, limit=_BUFFER_BYTES)
-        address = Address(None, str(host), server.sockets[0].getsockname()[1], secret)
-    _listening.add(server)
-    return address
-
-
-async def _answer_calls(target: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    answering: set[asyncio.Task[None]] = set()
-    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+    async def _answer_calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering: set[asyncio.Task[None]] = set()
         while True:
-            number, body = await _read_frame(reader)
-            task = asyncio.create_task(_answer(target, number, body, writer))
+            number, wants_result, body = await _read_frame(reader)
+            # For the replies that the tasks have written: until the caller reads them it gets nothing more done.
+            await writer.drain()
+            if number == _HEARTBEAT:
+                _write_frame(writer, _HEARTBEAT)
+                continue
+            task = asyncio.create_task(self._answer(number, wants_result, body, writer))
             answering.add(task)
             task.add_done_callback(answering.discard)
-    writer.close()
+
+    async def _answer(
+        self, number: int, wants_result: bool, body: bytes, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            method, args, kwargs = pickle.loads(body)
+            value = await getattr(await self._target, method)(*args, **kwargs)
+            reply = pickle.dumps((True, value if wants_result else None), pickle.HIGHEST_PROTOCOL)
+        except (
+            asyncio.CancelledError
+        ):  # nobody cancels this task: what was cancelled is the sample it waited for
+            reply = _dump_error(ServerFault("the sample was cancelled"))
+        except Exception as error:
+            reply = _dump_error(error)
+        _write_frame(writer, number, reply)
 
 
-async def _answer(target: object, number: int, body: bytes, writer: asyncio.StreamWriter) -> None:
-    try:
-        method, args = pickle.loads(body)
-        work: Callable[..., Awaitable[Any]] = getattr(target, method)
-        reply = pickle.dumps((True, await work(*args)), pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        reply = _dump_error(error)
-    _write_frame(writer, number, reply)
-
-
-def _dump_error(error: BaseException) -> bytes:
-    """With what is known of the place where it was raised as a note, for the log of the caller."""
+def _dump_error(error: Exception) -> bytes:
+    """The traceback goes with it as a note, for the caller's log."""
     error.add_note("".join(traceback.format_exception(error)).rstrip())
     try:
         reply = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
-        pickle.loads(reply)  # some exceptions can be written and not read
-    except Exception:
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        told.add_note(error.__notes__[-1])
-        reply = pickle.dumps((False, told), pickle.HIGHEST_PROTOCOL)
+        pickle.loads(reply)  # some exceptions can be pickled but not unpickled
+    except Exception:  # whatever their own methods raise: the caller gets the text and the note instead
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(error.__notes__[-1])
+        reply = pickle.dumps((False, plain), pickle.HIGHEST_PROTOCOL)
     return reply
 
 
 # ---------------------------------------------------------------- the side that calls
 
 
-class Line:
-    """A connection to a process that takes calls. Single-threaded: used on one event loop."""
+class Connection:
+    """A connection to a `Server`. Single-threaded: used on one event loop."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heartbeat_seconds: float
+    ) -> None:
         self._writer = writer
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._calls = 0
-        self._is_broken = False
-        self._reading = asyncio.create_task(self._read(reader))
+        self._heartbeat_seconds = heartbeat_seconds
+        self._unanswered = 0
+        self._lost: asyncio.Future[ConnectionLost] = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._send_heartbeats())]
 
     @classmethod
-    async def connect(cls, address: Address) -> Line:
+    async def connect(cls, address: Address, heartbeat_seconds: float) -> Connection:
         """
+        Args:
+            heartbeat_seconds: the connection is lost when the other process has answered no heartbeat for so long.
+
         Raises:
             OSError: if nobody listens there.
         """
@@ -157,22 +206,25 @@ class Line:
         else:
             streams = await asyncio.open_connection(address.host, address.port, limit=_BUFFER_BYTES)
         streams[1].write(address.secret)
-        return cls(*streams)
+        return cls(*streams, heartbeat_seconds)
 
-    async def call(self, call: Call) -> Any:
-        """What the method returned.
+    async def call(self, call: Call, wants_result: bool = True) -> Any:
+        """What the method returned; None if its result isn't wanted.
 
         Raises:
-            LineBroken: if the process ends before it has answered.
+            ConnectionLost: if the connection is lost before the answer has arrived.
             Exception: what the method raised.
         """
-        if self._is_broken:
-            raise LineBroken
+        if self._lost.done():
+            raise self._lost.result()
         self._calls += 1
         number = self._calls
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            _write_frame(self._writer, number, call.body)
+            _write_frame(self._writer, number, call.body, wants_result)
+            # Behind the write, not before it: callers that wait here would be overtaken by later ones.
+            with contextlib.suppress(ConnectionError):  # `waiting` raises it
+                await self._writer.drain()
             succeeded, value = pickle.loads(await waiting)
         finally:
             self._waiting.pop(number, None)
@@ -180,39 +232,53 @@ class Line:
             raise value
         return value
 
-    async def broken(self) -> None:
-        """Until the process has ended, or hung up."""
-        await asyncio.shield(self._reading)
+    async def lost(self) -> ConnectionLost:
+        """Why the connection is lost, as soon as it is."""
+        return await asyncio.shield(self._lost)
 
     def close(self) -> None:
-        self._reading.cancel()
-        self._break()
+        self._lose(ConnectionLost("it was closed"))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                number, body = await _read_frame(reader)
+                number, _, body = await _read_frame(reader)
+                self._unanswered = 0
                 waiting = self._waiting.get(number)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(body)
-        self._break()
+        self._lose(ConnectionLost())
 
-    def _break(self) -> None:
-        self._is_broken = True
-        self._writer.close()
+    async def _send_heartbeats(self) -> None:
+        while self._unanswered < _HEARTBEATS:
+            self._unanswered += 1
+            _write_frame(self._writer, _HEARTBEAT)
+            await asyncio.sleep(self._heartbeat_seconds / _HEARTBEATS)
+        self._lose(ConnectionLost(f"no heartbeat for {self._heartbeat_seconds:g} s"))
+
+    def _lose(self, reason: ConnectionLost) -> None:
+        if self._lost.done():
+            return
+        self._lost.set_result(reason)
+        for task in self._tasks:
+            task.cancel()
+        # Not `close`, which would wait for a stopped process to read what was sent to it.
+        self._writer.transport.abort()
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(LineBroken())
+                waiting.set_exception(reason)
 
 
 # ---------------------------------------------------------------- both
 
 
-def _write_frame(writer: asyncio.StreamWriter, number: int, body: bytes) -> None:
-    writer.write(_HEADER.pack(number, len(body)))
+def _write_frame(
+    writer: asyncio.StreamWriter, number: int, body: bytes = b"", wants_result: bool = False
+) -> None:
+    writer.write(_HEADER.pack(number, wants_result, len(body)))
     writer.write(body)
 
 
-async def _read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    number, size = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-    return number, await reader.readexactly(size)
+async def _read_frame(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:
+    number, wants_result, size = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+    return number, wants_result, await reader.readexactly(size)

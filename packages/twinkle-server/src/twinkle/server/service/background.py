@@ -30,7 +30,7 @@ class Background:
 
     def start(self) -> None:
         parts = self._parts
-        work = (parts.ledger.run(), parts.run_log.run(), self._sweep(), self._release(), self._look())
+        work = (parts.ledger.run(), parts.compaction.run(), self._sweep(), self._release(), self._look())
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -69,10 +69,10 @@ class Background:
 
 def end_stuck_runs(parts: Parts) -> None:
     """A run whose next request is not there, and was lost if it was ever accepted, is lost."""
-    for run_id, missing in parts.stuck_runs.look().items():
-        reason = _STUCK.format(run_id, missing)
+    for run, missing in parts.live.stuck():
+        reason = _STUCK.format(run.run_id, missing)
         log.error("%s", reason)
         try:
-            parts.live.lose(run_id, reason)
+            parts.live.lose(run, reason)
         except Unavailable as error:  # it takes nothing more all the same, and ends with its session
             log.warning("%s", error.message)

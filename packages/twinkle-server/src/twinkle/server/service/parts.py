@@ -9,20 +9,18 @@ from typing import Any, TypeAlias, TypeVar
 from twinkle.protocol import messages as m
 from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.compaction import RunLog
+from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.leases import Leases
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import RunLog
+from twinkle.server.scheduling.runs import Received
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service.downloads import Downloads
@@ -42,7 +40,6 @@ class Parts:
     Attributes:
         model_name: the base model's plain name.
         tokens: the rate limit on tokens.
-        runs, lost: by id; `live` owns them.
         open_journal: blocking; None: runs end with this process.
     """
 
@@ -57,18 +54,15 @@ class Parts:
     futures: FutureTable
     scheduler: Scheduler
     leases: Leases
-    runs: dict[str, LiveRun]
-    lost: dict[str, LostRun]
     live: LiveRuns
     run_log: RunLog
+    compaction: Compaction
     snapshots: Snapshots
-    residency: Residency
     checkpoints: Checkpoints
     samples: SampleRunner
     completions: CompletionLog
     samplers: SamplerCache
     losses: CustomLosses
-    stuck_runs: StuckRuns
     engine: Engine
     run_files: RunFiles
     open_journal: Callable[[], Journal] | None

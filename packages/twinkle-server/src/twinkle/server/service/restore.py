@@ -6,12 +6,13 @@ import asyncio
 import logging
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import TwinkleError
-from twinkle.protocol.operations import Encoded, digest
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss
 from twinkle.server.engine.restore import Found, Restore
-from twinkle.server.engine.runs import LiveRun
 from twinkle.server.scheduling.records import Accepted
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.service import validation
 from twinkle.server.service.parts import Parts
 
@@ -29,36 +30,28 @@ async def restore(parts: Parts) -> None:
         return
     journal = await asyncio.to_thread(parts.open_journal)
     found = Found()
-    read, found.is_damaged = await asyncio.to_thread(parts.run_log.read_earlier, journal)
-    for segment, record in read:
-        parts.run_log.note_earlier(segment, record)
+    read, found.is_damaged = await asyncio.to_thread(parts.compaction.read_earlier, journal)
+    for _, record in read:
         found.add(record)
     await asyncio.to_thread(parts.run_files.delete_all_but, set(found.runs))
 
-    async def loss_of(run: LiveRun, request: m.ForwardBackwardRequest) -> CustomLoss | None:
+    async def loss_of(run: Run, request: m.ForwardBackwardRequest) -> CustomLoss | None:
         if request.loss_fn != CUSTOM_LOSS:
             return None
         await parts.losses.load(run.tenant, request)
         return parts.losses.of(run.session_id, request)
 
-    runs = Restore(
-        parts.runs,
-        parts.lost,
-        parts.scheduler,
-        parts.futures,
-        parts.snapshots,
-        parts.residency,
-        parts.run_files,
-        loss_of,
-    )
-    parts.engine.repeat(await runs.apply(found))
+    runs = Restore(parts.live, parts.scheduler, parts.futures, parts.run_files)
+    parts.engine.repeat(await runs.apply(found, loss_of))
+    for segment, record in read:
+        if isinstance(record, Accepted) and (run := parts.live.get(record.run_id)) is not None:
+            run.note_logged(segment, record.seq_id)
     parts.run_log.open(journal)
-    for run in parts.lost.values():
-        if run.run_id not in found.lost:
-            parts.run_log.lost(run)
+    for lost in parts.live.lost.values():
+        if lost.run_id not in found.lost:
+            parts.run_log.lost(lost)
     if found.is_damaged:
         parts.futures.note = f"; {_DAMAGED}"
-    parts.stuck_runs.restored(found.runs)
     await _restore_requests(parts, found)
     if found.runs:
         log.info("%d runs go on where they were", len(found.runs))

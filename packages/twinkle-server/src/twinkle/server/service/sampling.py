@@ -11,8 +11,8 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.server.scheduling.futures import new_request_id
-from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.limits import check_submission
+from twinkle.server.scheduling.runs import Received
 from twinkle.server.service import sessions, validation
 from twinkle.server.service.parts import Answer, Parts, Submit, reads
 from twinkle.server.store import tables
@@ -31,7 +31,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     """
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
     parts.leases.renew(sampler.session_id)
-    parts.samples.go_on(sampler.session_id)
+    parts.samples.resume(sampler.session_id)
     validation.check_sample(request, parts.worker.info)
     targets = validation.target_tokens(request, parts.worker.info)
     if (first := parts.samples.first_of(request, received.digest)) is not None:
@@ -124,7 +124,7 @@ async def _ended_samples(
     sampler = await parts.samplers.find(tenant, request.target.sampling_session_id)
     wanted = LONG_POLL_SECONDS if request.timeout is None else request.timeout
     target = (sampler.id, request.target.cloned_sampler_id)
-    parts.samples.go_on(sampler.session_id)
+    parts.samples.resume(sampler.session_id)
     with parts.leases.waiting(sampler.session_id):
         return await parts.completions.after(target, request.prev_cursor, min(wanted, LONG_POLL_SECONDS))
 

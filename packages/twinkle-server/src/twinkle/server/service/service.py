@@ -10,11 +10,11 @@ from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import operations
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.server.engine.warm_up import warm_up
-from twinkle.server.scheduling.futures import as_computed, as_encoded
-from twinkle.server.scheduling.jobs import Received
+from twinkle.server.scheduling.records import as_computed, as_encoded
+from twinkle.server.scheduling.runs import Received
 from twinkle.server.service import accounts, checkpoint_queries, queries, sampling, session_queries, training
 from twinkle.server.service.background import Background
 from twinkle.server.service.parts import Answer, Parts, Submit
@@ -52,7 +52,7 @@ class Service:
     async def start(self) -> None:
         """Begin to work, and return when a training step and a sample have succeeded."""
         worker = self.parts.worker
-        self.parts.scheduler.wait_for_company(await warm_up(worker), worker.info.max_batch_tokens)
+        self.parts.scheduler.set_batching_window(await warm_up(worker), worker.info.max_batch_tokens)
         await restore(self.parts)
         self._loop_task = asyncio.create_task(self.parts.engine.run())
         self._background.start()
@@ -60,15 +60,16 @@ class Service:
     async def close(self) -> None:
         """Stop working; what is being written is written, and what is under way goes on with the next process."""
         parts = self.parts
-        await self._stop_engine()
+        is_idle = await self._stop_engine()
         await self._background.close()
         # Outcomes of saves are still journaled, since the runs' snapshots are taken after them. Samples that are
         # stopped from here on are drawn again by the next process.
         await parts.checkpoints.settle()
-        parts.futures.keep = None
-        await parts.samples.close()
-        await parts.snapshots.close()
         parts.run_log.close()
+        await parts.samples.close()
+        # Between two calls, and with a journal, all runs are snapshotted: then nothing has to be computed again.
+        is_kept = is_idle and not parts.engine.has_failed and parts.open_journal is not None
+        await parts.snapshots.close(parts.live if is_kept else ())
         try:
             await parts.ledger.flush()
         except Exception:
@@ -77,21 +78,18 @@ class Service:
         parts.threads.close()
         parts.database.close()
 
-    async def _stop_engine(self) -> None:
-        """Between two ticks, if that comes soon; then all runs are saved, and nothing has to be computed again."""
+    async def _stop_engine(self) -> bool:
+        """Stop between two calls, if that comes soon; returns whether it did."""
         if self._loop_task is None:
-            return
+            return False
         is_idle = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_SECONDS):
-                await self.parts.engine.between_ticks()
+                await self.parts.engine.until_idle()
                 is_idle = True
         self._loop_task.cancel()
         await asyncio.gather(self._loop_task, return_exceptions=True)
-        if is_idle and self.parts.open_journal is not None:
-            for run_id in self.parts.snapshots.changed_runs():
-                with contextlib.suppress(Exception):  # then it is computed again
-                    await self.parts.snapshots.take(run_id)
+        return is_idle
 
     def check(self) -> None:
         """
@@ -139,20 +137,20 @@ class Service:
         """
         received = Received(request, body, operations.digest(request) if digest is None else digest)
         promise = await OPERATIONS[type(request)](self.parts, tenant, request, received)
-        await self.parts.run_log.answered()
+        await self.parts.run_log.wait_durable()
         return promise
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        """The result, or `Pending` after `timeout` seconds without one."""
+    ) -> m.Result | m.Failure | m.TryAgain:
+        """The result, or `TryAgain` after `timeout` seconds without one."""
         with self._waiting(tenant, request_id):
             outcome = await self.parts.futures.wait(tenant, request_id, timeout)
-        return self._pending(request_id) if outcome is None else as_computed(outcome)
+        return self._try_again(request_id) if outcome is None else as_computed(outcome)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         """As `retrieve`, encoded as it is sent.
 
         Args:
@@ -161,7 +159,7 @@ class Service:
         with self._waiting(tenant, request_id):
             outcome = await self.parts.futures.look(tenant, request_id, timeout)
         if outcome is None:
-            return self._pending(request_id)
+            return self._try_again(request_id)
         encoded = as_encoded(outcome)
         if most_bytes is not None and len(encoded.body) > most_bytes:
             return m.CompleteMetadata(response_payload_size=len(encoded.body))
@@ -169,21 +167,24 @@ class Service:
         return encoded
 
     def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
-        """Waiting for a result keeps its session's lease, and resumes the session's samples if they were paused."""
+        """Waiting for a result keeps its session's lease; for a sample's, it resumes those that were paused."""
         parts = self.parts
-        run_id = parts.futures.run_of(request_id)
-        if run_id is not None:
-            run = parts.runs.get(run_id)
-            return parts.leases.waiting(run.session_id if run is not None and run.tenant == tenant else None)
+        run = parts.futures.run_of(request_id)
+        if run is not None:
+            return parts.leases.waiting(
+                run.session_id if run.tenant == tenant and not run.has_ended else None
+            )
         session_id = parts.samples.session_of(tenant, request_id)
         if session_id is not None:
-            parts.samples.go_on(session_id)
+            parts.samples.resume(session_id)
         return parts.leases.waiting(session_id)
 
-    def _pending(self, request_id: str) -> m.Pending:
-        run_id = self.parts.futures.run_of(request_id)
-        reason = self.parts.scheduler.why_waiting(run_id, request_id) if run_id is not None else None
-        return m.Pending(request_id=request_id, queue_state_reason=reason)
+    def _try_again(self, request_id: str) -> m.TryAgain:
+        run = self.parts.futures.run_of(request_id)
+        reason = None
+        if run is not None and not run.has_ended:
+            reason = self.parts.scheduler.why_waiting(run, request_id)
+        return m.TryAgain(request_id=request_id, queue_state_reason=reason)
 
     # ------------------------------------------------------------ queries and downloads
 

@@ -8,13 +8,11 @@ either.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.engine.runs import LiveRun
-from twinkle.server.scheduling.futures import as_computed
-from twinkle.server.scheduling.jobs import RunRequest
+from twinkle.server.scheduling.records import as_computed
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.service.parts import Parts
 from twinkle.server.store import tables
 
@@ -50,7 +48,7 @@ async def release_vanished(parts: Parts) -> None:
     idle_seconds = parts.limits.max_session_idle_seconds
     if idle_seconds is None:
         return
-    for run in parts.runs.values():  # restored from an earlier process: idle from now on
+    for run in parts.live:  # restored from an earlier process: idle from now on
         parts.leases.add(run.session_id)
     for session_id in parts.leases.sessions() - parts.leases.active(idle_seconds):
         await _release(parts, session_id, idle_seconds)
@@ -72,29 +70,27 @@ async def _release(parts: Parts, session_id: str, idle_seconds: float) -> None:
     _forget(parts, session_id)
 
 
-def _runs_of(parts: Parts, session_id: str) -> list[LiveRun]:
-    return [run for run in parts.runs.values() if run.session_id == session_id]
+def _runs_of(parts: Parts, session_id: str) -> list[Run]:
+    return [run for run in parts.live if run.session_id == session_id]
 
 
-async def _save(parts: Parts, run: LiveRun) -> m.Result | m.Failure:
-    def make(seq_id: int) -> m.SaveWeightsRequest:
-        return m.SaveWeightsRequest(
-            model_id=run.run_id, seq_id=seq_id, path=tables.RELEASED_NAME, overwrite=True
-        )
-
+async def _save(parts: Parts, run: Run) -> m.Result | m.Failure:
+    request = m.SaveWeightsRequest(model_id=run.run_id, seq_id=0, path=tables.RELEASED_NAME, overwrite=True)
     try:
-        return await _do_last(parts, run, make)
+        return await _do_last(parts, run, request)
     except Unavailable as error:
         return m.Failure(error=error.message, category=error.category)
 
 
-async def _unload(parts: Parts, run: LiveRun) -> None:
-    await _do_last(parts, run, lambda seq_id: m.UnloadModelRequest(model_id=run.run_id, seq_id=seq_id))
-    await parts.checkpoints.drop_unnamed(run.run_id, run.tenant)
+async def _unload(parts: Parts, run: Run) -> None:
+    await _do_last(parts, run, m.UnloadModelRequest(model_id=run.run_id))
+    await parts.checkpoints.drop_unnamed(run)
 
 
-async def _do_last(parts: Parts, run: LiveRun, make: Callable[[int], RunRequest]) -> m.Result | m.Failure:
-    promise = parts.live.enqueue_last(run.run_id, make)
+async def _do_last(
+    parts: Parts, run: Run, request: m.SaveWeightsRequest | m.UnloadModelRequest
+) -> m.Result | m.Failure:
+    promise = parts.live.enqueue_last(run, request)
     while (outcome := await parts.futures.wait(run.tenant, promise.request_id, 60.0)) is None:
         pass
     return as_computed(outcome)

@@ -10,10 +10,9 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import CUSTOM_LOSS, DEFAULT_ALPHA, AdapterSpec
-from twinkle.server.engine.runs import LiveRun
 from twinkle.server.scheduling.futures import new_request_id
-from twinkle.server.scheduling.jobs import Received
 from twinkle.server.scheduling.limits import check_runs, check_submission
+from twinkle.server.scheduling.runs import Received, Run
 from twinkle.server.service import sessions, validation
 from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.parts import Parts, Submit
@@ -34,7 +33,7 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
     seq_id = request.seq_id
     if seq_id is None:
         raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
-    queue = parts.scheduler.queue(run.run_id)
+    queue = run.queue
     if (first := queue.duplicate_of(seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
     queue.check(seq_id)
@@ -49,8 +48,7 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
                 request, parts.limits.max_checkpoint_ttl_seconds, parts.limits.max_metadata_bytes
             )
     except InvalidRequest:
-        parts.scheduler.reject(run.run_id, tenant, seq_id)
-        parts.run_log.rejected(run.run_id, seq_id)
+        parts.live.reject(run, seq_id)
         raise
     # The run's later requests wait for its next one, so that one is always let in.
     is_next = seq_id == queue.next_id
@@ -61,8 +59,8 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
 async def _unload(parts: Parts, tenant: str, request: m.UnloadModelRequest, received: Received) -> m.Promise:
     run = parts.live.find(tenant, request.model_id)
     if request.seq_id is None:
-        return parts.live.enqueue_last(run.run_id, lambda _seq_id: request)
-    queue = parts.scheduler.queue(run.run_id)
+        return parts.live.enqueue_last(run, request)
+    queue = run.queue
     if (first := queue.duplicate_of(request.seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
     queue.check(request.seq_id)
@@ -128,25 +126,25 @@ async def _begin_run(
         rank=spec.rank,
         user_metadata=request.user_metadata,
     )
-    if run_id not in parts.runs:
+    if run_id not in parts.live:
         check_submission(parts.limits, parts.futures, parts.tokens, tenant, 0)
-        check_runs(parts.limits, [other.tenant for other in parts.runs.values()], tenant)
+        check_runs(parts.limits, [other.tenant for other in parts.live], tenant)
         await asyncio.to_thread(parts.database.put, row)
-    if run_id in parts.runs:  # a duplicate, or one that arrived while the row was written
-        return m.Promise(
-            request_id=_first_of_run(parts, run_id, request.model_seq_id, received), model_id=run_id
-        )
-    return parts.live.begin(LiveRun(run_id, tenant, session_id, parts.model_name, spec), received)
+    if (
+        first := parts.live.get(run_id)
+    ) is not None:  # a duplicate, or one that arrived while the row was written
+        return m.Promise(request_id=_first_of_run(first, request.model_seq_id, received), model_id=run_id)
+    return parts.live.begin(Run(run_id, tenant, session_id, parts.model_name, spec), received)
 
 
-def _first_of_run(parts: Parts, run_id: str, model_seq_id: int | None, received: Received) -> str:
+def _first_of_run(run: Run, model_seq_id: int | None, received: Received) -> str:
     """
     Raises:
         Conflict: if the run was begun by a request that asks for something else.
         InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
     """
     try:
-        first = parts.scheduler.queue(run_id).duplicate_of(0, received)
+        first = run.queue.duplicate_of(0, received)
     except Conflict as error:
         raise Conflict(
             f"model_seq_id: {model_seq_id} was used before in this session, for a run that is something "
@@ -154,7 +152,7 @@ def _first_of_run(parts: Parts, run_id: str, model_seq_id: int | None, received:
         ) from error
     if first is None:
         raise InvalidRequest(
-            f"model_seq_id: {model_seq_id} was used before in this session, for run {run_id}, which takes "
+            f"model_seq_id: {model_seq_id} was used before in this session, for run {run.run_id}, which takes "
             "requests; another run needs the next number"
         )
     return first

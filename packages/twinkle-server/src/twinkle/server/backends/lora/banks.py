@@ -78,8 +78,8 @@ class Layout:
     b_start: int
     size: int
 
-    @classmethod
-    def of(cls, layers: Sequence[LinearShape], rank: int) -> Layout:
+    @staticmethod
+    def of(layers: Sequence[LinearShape], rank: int) -> Layout:
         a: dict[str, Place] = {}
         b: dict[str, Place] = {}
         end = 0
@@ -90,7 +90,7 @@ class Layout:
         for layer in layers:
             b[layer.name] = Place(end, layer.out_features, rank, layer.experts)
             end = b[layer.name].end
-        return cls(rank, a, b, b_start, end)
+        return Layout(rank, a, b, b_start, end)
 
     @property
     def modules(self) -> list[str]:
@@ -108,7 +108,7 @@ class Layout:
         """Of the matrices that `split` gives and `join` takes."""
         shapes: dict[str, tuple[int, int]] = {}
         for module, a in self.a.items():
-            a_name, b_name = _names(module)
+            a_name, b_name = peft_names(module)
             count = 1 if a.experts is None else a.experts
             shapes[a_name] = count * self.rank, a.columns
             shapes[b_name] = self.b[module].rows, count * self.rank
@@ -123,7 +123,7 @@ class Layout:
         flat: Float32Array = row.numpy()
         matrices: dict[str, Float32Array] = {}
         for module, a in self.a.items():
-            a_name, b_name = _names(module)
+            a_name, b_name = peft_names(module)
             b = self.b[module]
             matrices[a_name] = flat[a.start : a.end].reshape(-1, a.columns)
             own = flat[b.start : b.end].reshape(b.shape)
@@ -135,7 +135,7 @@ class Layout:
         row = torch.empty(self.size)
         flat: Float32Array = row.numpy()
         for module, a in self.a.items():
-            a_name, b_name = _names(module)
+            a_name, b_name = peft_names(module)
             b, given = self.b[module], matrices[b_name]
             flat[a.start : a.end] = matrices[a_name].reshape(-1)
             if b.experts is not None:
@@ -143,24 +143,23 @@ class Layout:
             flat[b.start : b.end] = given.reshape(-1)
         return row
 
+    def initial_row(self, seed: int) -> Tensor:
+        """A new adapter's weights [size]: A uniform within 1 / sqrt(in_features) (PEFT: Kaiming, a = sqrt 5), B zero.
 
-def _names(module: str) -> tuple[str, str]:
-    """Of A and B in an adapter's state."""
+        Drawn on the CPU, module by module, so that a seed gives the same adapter on any device. Experts' A are drawn as
+        one matrix [experts * rank, in_features], as PEFT does.
+        """
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        row = torch.zeros(self.size)
+        for place in self.a.values():
+            matrix = row[place.start : place.end].view(-1, place.columns)
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        return row
+
+
+def peft_names(module: str) -> tuple[str, str]:
+    """Of a layer's A and B in an adapter's state."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
-
-
-def initial_row(layout: Layout, seed: int) -> Tensor:
-    """A new adapter's weights [size]: A uniform within 1 / sqrt(in_features) (PEFT: Kaiming, a = sqrt 5), B zero.
-
-    Drawn on the CPU, module by module, so that a seed gives the same adapter on any device. Experts' A are drawn as one
-    matrix [experts * rank, in_features], as PEFT does.
-    """
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    row = torch.zeros(layout.size)
-    for place in layout.a.values():
-        matrix = row[place.start : place.end].view(-1, place.columns)
-        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
-    return row
 
 
 class Bank:

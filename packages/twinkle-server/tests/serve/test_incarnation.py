@@ -1,5 +1,5 @@
-"""When a group of ranks goes on after a failure, and when it is lost. The processes are stand-ins: what counts is who
-answers what, and when.
+"""When a group of ranks goes on after a failure, and when it is lost. The connections are stand-ins: what counts is
+which rank answers what, and when.
 """
 
 from __future__ import annotations
@@ -13,36 +13,42 @@ import pytest
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.engine.worker import WorkerLost
-from twinkle.server.serve import generation
-from twinkle.server.serve.generation import Generation, ProcessEnded
-from twinkle.server.serve.rpc import Call
+from twinkle.server.serve import ranks
+from twinkle.server.serve.ranks import Incarnation
+from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 
 
-class StandIn:
-    """A process with one method, which does what the test says; `dead` ends it."""
+class StandIn(Connection):
+    """To a process with one method, which does what the test says; `dead` ends it."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.dead = asyncio.Event()
         self._work = work
 
-    async def call(self, call: Call) -> Any:
+    async def call(self, call: Call, wants_result: bool = True) -> Any:
         assert call.method == "work"
         working = asyncio.ensure_future(self._awaited())
         dying = asyncio.ensure_future(self.dead.wait())
         await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
         if dying.done():
-            raise ProcessEnded
-        return working.result()
+            raise ConnectionLost
+        result = working.result()
+        return result if wants_result else None
 
     async def _awaited(self) -> Any:
         result = self._work()
         return await result if asyncio.iscoroutine(result) else result
 
-    async def ended(self) -> None:
+    async def lost(self) -> ConnectionLost:
         await self.dead.wait()
+        return ConnectionLost()
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.dead.set()
+
+
+def group_of(*connections: StandIn, call_timeout: float | None = None) -> Incarnation:
+    return Incarnation(connections, [], call_timeout)
 
 
 def raises(error: Exception) -> Callable[[], Any]:
@@ -58,19 +64,19 @@ def hangs() -> Any:
 
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.05)
 
 
 async def test_the_result_is_the_first_ranks():
-    group = Generation([StandIn(lambda: "first"), StandIn(lambda: None)])
+    group = group_of(StandIn(lambda: "first"), StandIn(lambda: None))
     assert await group.all_ranks("work") == "first"
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("rank: 0"), KeyError("a"), ValueError("b"), MemoryError()])
 async def test_what_all_ranks_raise_is_an_ordinary_error_and_the_group_lives_on(error: Exception):
     answers: list[Callable[[], Any]] = [raises(error), raises(type(error)("said otherwise"))]
-    ranks = [StandIn(lambda: answers[0]()), StandIn(lambda: answers[1]())]
-    group = Generation(ranks)
+    stand_ins = [StandIn(lambda: answers[0]()), StandIn(lambda: answers[1]())]
+    group = group_of(*stand_ins)
     with pytest.raises(type(error)) as raised:
         await group.all_ranks("work")
     assert raised.value is error
@@ -92,7 +98,7 @@ async def test_what_all_ranks_raise_is_an_ordinary_error_and_the_group_lives_on(
     ],
 )
 async def test_ranks_that_disagree_or_lost_their_connection_are_lost(first: Any, second: Any, said: str):
-    group = Generation([StandIn(first), StandIn(second)])
+    group = group_of(StandIn(first), StandIn(second))
     with pytest.raises(WorkerLost) as loss:
         await group.all_ranks("work")
     assert re.search(said, loss.value.reason)
@@ -100,7 +106,7 @@ async def test_ranks_that_disagree_or_lost_their_connection_are_lost(first: Any,
     with pytest.raises(WorkerLost):
         await group.all_ranks("work")
     with pytest.raises(WorkerLost):
-        await group.first_rank("work")
+        await group.rank_0("work")
 
 
 DEVICE_ERRORS = [
@@ -114,10 +120,10 @@ DEVICE_ERRORS = [
 @pytest.mark.parametrize("said", DEVICE_ERRORS)
 async def test_a_device_that_fails_under_a_sample_is_lost_like_one_that_fails_under_a_pass(said: str):
     """A server that only samples would go on without it for ever."""
-    group = Generation([StandIn(raises(RuntimeError(said))), StandIn(lambda: None)])
+    group = group_of(StandIn(raises(RuntimeError(said))), StandIn(lambda: None))
     for _ in range(2):
         with pytest.raises(WorkerLost):
-            await group.first_rank("work")
+            await group.rank_0("work")
     assert (await group.lost()).reason == f"work: rank 0 failed with RuntimeError: {said}"
     with pytest.raises(WorkerLost):
         await group.all_ranks("work")
@@ -134,20 +140,48 @@ async def test_a_device_that_fails_under_a_sample_is_lost_like_one_that_fails_un
 )
 async def test_what_else_a_sample_raises_is_its_own(error: Exception):
     answers: list[Callable[[], Any]] = [raises(error)]
-    group = Generation([StandIn(lambda: answers[0]())])
+    group = group_of(StandIn(lambda: answers[0]()))
     with pytest.raises(type(error)) as raised:
-        await group.first_rank("work")
+        await group.rank_0("work")
     assert raised.value is error and not group.is_lost
     answers[:] = [lambda: 1]
-    assert await group.first_rank("work") == 1
+    assert await group.rank_0("work") == 1
 
 
 async def test_a_device_that_fails_as_an_adapter_is_handed_over_is_lost():
-    group = Generation([StandIn(lambda: None)])
+    group = group_of(StandIn(lambda: None))
     group.check_device("publish", ValueError("not finite"))
     with pytest.raises(WorkerLost):
         group.check_device("publish", RuntimeError(DEVICE_ERRORS[0]))
     assert group.is_lost
+
+
+async def test_a_call_that_takes_too_long_loses_the_group():
+    group = group_of(StandIn(hangs), StandIn(lambda: None), call_timeout=0.1)
+    with pytest.raises(WorkerLost) as loss:
+        await asyncio.wait_for(group.all_ranks("work"), 10)
+    said = "work: rank 0 didn't answer, rank 1 succeeded within 0.1 s (model.call_timeout_seconds)"
+    assert loss.value.reason == said and group.is_lost
+
+
+async def test_the_time_of_calls_that_wait_for_others_counts_from_the_last_answer():
+    turn = asyncio.Lock()
+
+    async def work() -> None:
+        async with turn:
+            await asyncio.sleep(0.2)
+
+    group = group_of(StandIn(work), call_timeout=0.5)
+    await asyncio.gather(*(group.all_ranks("work") for _ in range(4)))
+    assert not group.is_lost
+
+
+async def test_a_sample_may_take_as_long_as_it_likes():
+    async def work() -> str:
+        await asyncio.sleep(0.3)
+        return "sample"
+
+    assert await group_of(StandIn(work), call_timeout=0.1).rank_0("work") == "sample"
 
 
 async def test_a_slow_rank_is_waited_for_as_long_as_none_has_failed():
@@ -155,25 +189,25 @@ async def test_a_slow_rank_is_waited_for_as_long_as_none_has_failed():
         await asyncio.sleep(0.2)  # longer than the time of grace
         return "slow"
 
-    assert await Generation([StandIn(slow), StandIn(lambda: None)]).all_ranks("work") == "slow"
+    assert await group_of(StandIn(slow), StandIn(lambda: None)).all_ranks("work") == "slow"
 
 
 async def test_a_death_ends_a_call_that_the_others_would_wait_in_for_ever():
-    ranks = [StandIn(hangs), StandIn(hangs), StandIn(hangs)]
-    group = Generation(ranks)
+    stand_ins = [StandIn(hangs), StandIn(hangs), StandIn(hangs)]
+    group = group_of(*stand_ins)
     call = asyncio.create_task(group.all_ranks("work"))
     await asyncio.sleep(0.01)
-    ranks[2].dead.set()
+    stand_ins[2].dead.set()
     with pytest.raises(WorkerLost) as loss:
         await call
     assert loss.value.reason == "rank 2"
 
 
 async def test_a_death_is_noticed_when_nothing_is_asked():
-    ranks = [StandIn(hangs), StandIn(hangs)]
-    group = Generation(ranks)
+    stand_ins = [StandIn(hangs), StandIn(hangs)]
+    group = group_of(*stand_ins)
     await asyncio.sleep(0)
-    ranks[1].dead.set()
+    stand_ins[1].dead.set()
     assert (await group.lost()).reason == "rank 1"
 
 
@@ -188,7 +222,7 @@ async def test_one_call_is_over_on_all_ranks_before_the_next_begins():
 
         return run
 
-    group = Generation([StandIn(work(0)), StandIn(work(1))])
+    group = group_of(StandIn(work(0)), StandIn(work(1)))
     calls = [asyncio.create_task(group.all_ranks("work")) for _ in range(2)]
     await asyncio.sleep(0.02)
     gates[0].set()  # the first rank alone is ready for the next call

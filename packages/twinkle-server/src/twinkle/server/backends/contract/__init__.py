@@ -1,0 +1,31 @@
+"""The contract suite: what every training backend must do, as functions that raise `AssertionError` where it doesn't.
+
+    @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
+    def test_contract(check):
+        check(lambda: MyBackend(config))
+
+Each check makes backends of its own by the factory, in float32; a factory may share what is costly (the base model).
+Expected values are closed forms, or the same thing done in another way. A check is a public function of `adapters`,
+`passes`, `optimizer` or `state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TypeAlias
+
+from twinkle.server.backends.contract import adapters, optimizer, passes, state
+from twinkle.server.backends.contract.parts import Factory as Factory
+
+Check: TypeAlias = Callable[[Factory], None]
+
+
+def _checks_in(module: ModuleType) -> Iterator[Check]:
+    """The functions that are defined there, in their order."""
+    return (one for one in vars(module).values() if getattr(one, "__module__", None) == module.__name__)
+
+
+CHECKS: tuple[Check, ...] = tuple(
+    check for module in (adapters, passes, optimizer, state) for check in _checks_in(module)
+)

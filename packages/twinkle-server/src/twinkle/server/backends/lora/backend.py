@@ -1,0 +1,187 @@
+"""What training backends that keep their adapters in banks have in common: all but the model and its passes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import AdamParams, Float32Array
+from twinkle.server.backends.lora.adamw import PlannedSteps, plan_steps
+from twinkle.server.backends.lora.adapter_state import check_fits
+from twinkle.server.backends.lora.banks import Adapter, Bank, Layout
+from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
+from twinkle.server.backends.lora.module_groups import wanted_groups
+from twinkle.server.backends.lora.row_checks import check_row
+from twinkle.server.backends.protocol import (
+    CUSTOM_LOSS,
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    LossSpec,
+    LossSpecs,
+    ModuleGroup,
+    OptimizerState,
+    Row,
+    RowResult,
+    StepOutcome,
+)
+
+
+class LoraBackend(ABC):
+    """Adapters and their banks, optimizer steps and state. A subclass adds `forward_backward` and `_layout`.
+
+    An unknown adapter id is a `KeyError`, one that is taken a `ValueError`: both are mistakes of the caller's code.
+    """
+
+    def __init__(self, info: BaseModelInfo, device: torch.device) -> None:
+        """
+        Args:
+            device: where the banks are.
+        """
+        self._info = info
+        self._device = device
+        self._adapters: dict[str, Adapter] = {}
+        self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
+
+    @property
+    def info(self) -> BaseModelInfo:
+        return self._info
+
+    @property
+    def loss_fns(self) -> LossSpecs:
+        return {**LOSS_SPECS, CUSTOM_LOSS: LossSpec((), max_rank=2)}
+
+    @abstractmethod
+    def _layout(self, rank: int, groups: frozenset[ModuleGroup]) -> Layout:
+        """The layout of adapters of this rank on the model's layers of these groups; there may be none."""
+
+    @abstractmethod
+    def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        """See `TrainingBackend`."""
+
+    # ------------------------------------------------------------ adapters
+
+    def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        """Make an adapter as PEFT would: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments.
+
+        Raises:
+            InvalidRequest: if the rank is out of bounds, or the flags leave nothing to train.
+        """
+        if adapter_id in self._adapters:
+            raise ValueError(f"there is an adapter {adapter_id!r} already")
+        if not 1 <= spec.rank <= self._info.max_lora_rank:
+            raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._info.max_lora_rank}")
+        bank = self._bank(spec)
+        row = bank.layout.initial_row(spec.seed)
+        slot = bank.take()
+        bank.params[slot].copy_(row)
+        self._adapters[adapter_id] = Adapter(spec, bank, slot)
+
+    def remove_adapter(self, adapter_id: str) -> None:
+        adapter = self._adapters.pop(adapter_id)
+        adapter.bank.free(adapter.slot)
+        if adapter.bank.is_empty:
+            del self._banks[adapter.spec.rank, wanted_groups(adapter.spec)]
+
+    def _bank(self, spec: AdapterSpec) -> Bank:
+        key = spec.rank, wanted_groups(spec)
+        if key not in self._banks:
+            layout = self._layout(*key)
+            if not layout.modules:
+                raise InvalidRequest(
+                    "train_attn, train_mlp, train_unembed: no linear layer is left to train; set one"
+                )
+            self._banks[key] = Bank(layout, self._device)
+        return self._banks[key]
+
+    def _check_rows(self, micro_batches: Sequence[Sequence[Row]]) -> None:
+        """
+        Raises:
+            InvalidRequest: if a row's loss, inputs or tokens are not possible.
+        """
+        for rows in micro_batches:
+            for row in rows:
+                if row.adapter_id not in self._adapters:
+                    raise KeyError(f"there is no adapter {row.adapter_id!r}")
+                check_row(row, self._info.vocab_size)
+
+    # ------------------------------------------------------------ optimizer
+
+    def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
+        """Apply the steps, each to its own adapter, and zero those adapters' gradients.
+
+        If it raises, nothing has changed. A step that would leave numbers that are not finite is refused alone.
+        """
+        if len({step.adapter_id for step in steps}) < len(steps):
+            raise ValueError("an adapter can take one step a call")
+        stepped = [self._adapters[step.adapter_id] for step in steps]
+        by_bank: dict[Bank, dict[int, AdamParams]] = {}
+        for adapter, step in zip(stepped, steps, strict=True):
+            by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
+        planned = self._plan(by_bank)
+        for plan in planned.values():
+            plan.apply()
+        return [planned[adapter.bank].outcome(adapter.slot) for adapter in stepped]
+
+    def _plan(self, by_bank: Mapping[Bank, dict[int, AdamParams]]) -> dict[Bank, PlannedSteps]:
+        """Prepare the steps, given by bank and slot: whatever can fail fails here."""
+        return {bank: plan_steps(bank, params) for bank, params in by_bank.items()}
+
+    # ------------------------------------------------------------ state
+
+    def export_adapter(
+        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
+    ) -> AdapterState:
+        """A copy of the adapter, on the host."""
+        adapter = self._adapters[adapter_id]
+        bank, slot = adapter.bank, adapter.slot
+        optimizer = None
+        if with_optimizer:
+            exp_avg, exp_avg_sq = (
+                _host_copy(bank, bank.exp_avg[slot]),
+                _host_copy(bank, bank.exp_avg_sq[slot]),
+            )
+            optimizer = OptimizerState(step=bank.steps[slot], exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        return AdapterState(
+            spec=adapter.spec,
+            target_modules=bank.layout.modules,
+            weights=_host_copy(bank, bank.params[slot]),
+            optimizer=optimizer,
+            gradients=_host_copy(bank, bank.gradient(slot)) if with_gradients else None,
+        )
+
+    def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
+        """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
+
+        The adapter takes over the state's alpha, so that it computes what the saved one did.
+
+        Raises:
+            InvalidRequest: if rank, target modules, names or shapes differ; then nothing has changed.
+        """
+        adapter = self._adapters[adapter_id]
+        bank, slot, layout = adapter.bank, adapter.slot, adapter.bank.layout
+        check_fits(state, adapter.spec, layout.modules, layout.shapes())
+        bank.wipe(slot)
+        bank.params[slot].copy_(layout.join(state.weights))
+        if state.optimizer is not None:
+            bank.exp_avg[slot].copy_(layout.join(state.optimizer.exp_avg))
+            bank.exp_avg_sq[slot].copy_(layout.join(state.optimizer.exp_avg_sq))
+            bank.steps[slot] = state.optimizer.step
+        if state.gradients is not None:
+            bank.grads[slot] = layout.join(state.gradients).to(bank.device)
+        adapter.spec = replace(adapter.spec, alpha=state.spec.alpha)
+
+    def close(self) -> None:
+        """Forget all adapters."""
+        self._adapters.clear()
+        self._banks.clear()
+
+
+def _host_copy(bank: Bank, row: Tensor) -> dict[str, Float32Array]:
+    return bank.layout.split(row.detach().to("cpu", copy=True))
