@@ -10,9 +10,8 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from twinkle.protocol import messages as m
 from twinkle.server.engine.packing import Packed
 from twinkle.server.engine.worker import Trained
 from twinkle.server.scheduling.runs import Job, Run, RunState
@@ -38,9 +37,21 @@ class Call:
         was_lost: the worker was lost during it; it has a single job.
     """
 
-    jobs: tuple[Job, ...]
+    passes: tuple[Job, ...] = ()
+    optim_steps: tuple[Job, ...] = ()
+    other: Job | None = None
     is_repeat: bool = False
     was_lost: bool = False
+
+    @classmethod
+    def of(cls, jobs: Iterable[Job], is_repeat: bool = False, was_lost: bool = False) -> Call:
+        tick = Tick.of(jobs)
+        [other] = tick.others or (None,)
+        return cls(tick.passes, tick.optim_steps, other, is_repeat, was_lost)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (*self.passes, *self.optim_steps, *((self.other,) if self.other else ()))
 
     @property
     def only_job(self) -> Job:
@@ -49,35 +60,27 @@ class Call:
         return job
 
     @property
-    def passes(self) -> tuple[Job, ...]:
-        return tuple(job for job in self.jobs if isinstance(job.request, m.ForwardBackwardRequest))
-
-    @property
-    def optim_steps(self) -> tuple[Job, ...]:
-        return tuple(job for job in self.jobs if isinstance(job.request, m.OptimStepRequest))
-
-    @property
     def runs(self) -> dict[Run, None]:
         """Each once, in the order of their jobs."""
         return dict.fromkeys(job.run for job in self.jobs)
 
     def singles(self, was_lost: bool = False) -> list[Call]:
         """A call for each job."""
-        return [Call((job,), self.is_repeat, was_lost) for job in self.jobs]
+        return [Call.of([job], self.is_repeat, was_lost) for job in self.jobs]
 
     def smaller(self) -> list[Call]:
         """What is tried once it has failed as a whole, and changed nothing: each pass alone, the steps together behind
         them; without passes each job alone.
         """
         if self.passes and self.optim_steps:
-            return [*Call(self.passes).singles(), Call(self.optim_steps)]
+            return [*Call(self.passes).singles(), Call(optim_steps=self.optim_steps)]
         return self.singles()
 
 
 def calls_of(tick: Tick) -> list[Call]:
     """The calls of a tick: passes and steps in one, then each other job."""
-    training = (*tick.passes, *tick.optim_steps)
-    return [*([Call(training)] if training else []), *(Call((job,)) for job in tick.others)]
+    others = [Call(other=job) for job in tick.others]
+    return [Call(tick.passes, tick.optim_steps), *others] if tick.passes or tick.optim_steps else others
 
 
 class CallQueue:
@@ -99,7 +102,7 @@ class CallQueue:
 
     def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
         """Make these calls again, before all others."""
-        repeats = [Call(jobs, is_repeat=True) for jobs in calls]
+        repeats = [Call.of(jobs, is_repeat=True) for jobs in calls]
         if repeats:
             log.info("%d calls are made again, which no snapshot of their runs has", len(repeats))
         self._calls.extendleft(reversed(repeats))
@@ -115,20 +118,23 @@ class CallQueue:
         """Take jobs of runs that are lost out of the first calls that are repeated; returns them."""
         skipped: list[Job] = []
         while self._calls and self._calls[0].is_repeat:
-            call = self._calls.popleft()
-            jobs = tuple(job for job in call.jobs if job.run.state is not RunState.LOST)
-            skipped += (job for job in call.jobs if job.run.state is RunState.LOST)
-            if jobs:
-                self._calls.appendleft(replace(call, jobs=jobs))
+            jobs = self._calls[0].jobs
+            kept = [job for job in jobs if job.run.state is not RunState.LOST]
+            if len(kept) == len(jobs):
                 break
+            skipped += (job for job in jobs if job.run.state is RunState.LOST)
+            self._calls.popleft()
+            if kept:
+                self._calls.appendleft(Call.of(kept, is_repeat=True))
         return skipped
 
     def is_too_much(self, call: Call) -> bool:
         """The worker was lost during a repeated call: whether that has been so too often."""
-        self._losses.update(call.jobs)
-        if self._losses[call.jobs[0]] < _MAX_LOSSES:
+        jobs = call.jobs
+        self._losses.update(jobs)
+        if self._losses[jobs[0]] < _MAX_LOSSES:
             return False
-        for job in call.jobs:
+        for job in jobs:
             del self._losses[job]
         return True
 

@@ -186,7 +186,7 @@ class Engine:
         self._times.ended(in_flight, asyncio.get_running_loop().time())
         self._passes_done(call.passes, in_flight.packed, results)
         if outcomes is None:
-            return [Call(call.optim_steps)]
+            return [Call(optim_steps=call.optim_steps)]
         self._steps_done(call.optim_steps, outcomes)
         return []
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
@@ -28,7 +29,7 @@ from twinkle.server.scheduling.records import (
     Record,
     Rejected,
 )
-from twinkle.server.scheduling.runs import Job, LostRun, Run, RunRequest, RunState
+from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.run_files import RunFiles
 
@@ -219,7 +220,9 @@ def _make_run(begun: Begun, accepted: dict[int, Accepted], found: Found, stored:
     done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
     # Without an outcome of any request its adapter was not made, or is made once more.
     last = max([*done, stored or 0]) if done or stored is not None else -1
-    run = begun.make_run(first_seq_id=last + 1)
+    # Earlier versions noted the model as their configuration spelled it.
+    base_model, queue = plain_name(begun.base_model), RunQueue(last + 1)
+    run = Run(begun.run_id, begun.tenant, begun.session_id, base_model, begun.spec, queue)
     if last >= 0:
         run.state, run.changed, run.snapshot.stored = RunState.EVICTED, stored or 0, stored
     return run

@@ -14,14 +14,13 @@ from typing import Any, TypeAlias, cast
 
 import msgpack
 
-from twinkle.hub import plain_name
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.errors import Unavailable
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue
+from twinkle.server.scheduling.runs import Job, LostRun, Run
 from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
@@ -43,11 +42,6 @@ class Begun:
     session_id: str
     base_model: str
     spec: AdapterSpec
-
-    def make_run(self, first_seq_id: int = 0) -> Run:
-        return Run(
-            self.run_id, self.tenant, self.session_id, self.base_model, self.spec, RunQueue(first_seq_id)
-        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +140,7 @@ def decode(payload: bytes) -> Record:
     match tag:
         case "B":
             run: dict[str, Any] = json.loads(fields[0])
-            # Earlier versions noted the model as their configuration spelled it.
-            run |= {"spec": AdapterSpec(**run["spec"]), "base_model": plain_name(run["base_model"])}
+            run["spec"] = AdapterSpec(**run["spec"])
             return Begun(**run)
         case "A":
             return Accepted(*fields)
