@@ -296,7 +296,7 @@ def encode_forward_backward(request: m.ForwardBackwardRequest) -> bytes:
 
 
 def _encode_datum(datum: Datum) -> pb.Datum:
-    tokens = np.ascontiguousarray(datum.model_input.tokens(), "<i4").tobytes()
+    tokens = np.ascontiguousarray(datum.model_input.tokens, "<i4").tobytes()
     message = pb.Datum(model_input=[pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=tokens))])
     for name, tensor in datum.loss_fn_inputs.items():
         message.loss_fn_inputs[name].CopyFrom(_encode_tensor(tensor))

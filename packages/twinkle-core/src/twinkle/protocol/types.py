@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast, overload
 
 import numpy as np
@@ -303,8 +304,9 @@ class ModelInput(Value):
 
     @property
     def length(self) -> int:
-        return len(self.tokens())
+        return len(self.tokens)
 
+    @cached_property
     def tokens(self) -> Int32Array:
         """All token ids, int32 [T].
 
@@ -324,7 +326,7 @@ class ModelInput(Value):
         return np.concatenate(texts) if texts else np.zeros(0, np.int32)
 
     def to_ints(self) -> list[int]:
-        return self.tokens().tolist()
+        return self.tokens.tolist()
 
 
 # ---------------------------------------------------------------- training

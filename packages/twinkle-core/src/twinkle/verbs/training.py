@@ -170,8 +170,8 @@ class TrainingClient:
             "weight_decay": weight_decay,
             "grad_clip_norm": grad_clip_norm,
         }
-        base = (adam_params or AdamParams()).model_dump()
-        params = AdamParams(**{**base, **{name: value for name, value in given.items() if value is not None}})
+        base = adam_params.model_dump() if adam_params else {}
+        params = AdamParams(**base | {name: value for name, value in given.items() if value is not None})
         request = m.OptimStepRequest(model_id=self.model_id, seq_id=0, adam_params=params)
         return self._send(request, m.OptimStepResponse, "optim_step")
 
@@ -348,7 +348,7 @@ def split_batch(data: Sequence[Datum]) -> list[list[Datum]]:
     chunks: list[list[Datum]] = [[]]
     tokens = 0
     for datum in data:
-        length = datum.model_input.length
+        length = len(datum.model_input.tokens)
         if chunks[-1] and (len(chunks[-1]) == MAX_REQUEST_DATUMS or tokens + length > MAX_REQUEST_TOKENS):
             chunks.append([])
             tokens = 0
