@@ -253,7 +253,9 @@ class SampleRunner:
         self, sampler: tables.SamplingSession, request: m.SampleRequest, response: SampleResponse
     ) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
-        self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", len(request.prompt.tokens))
+        self._ledger.record(
+            sampler.tenant, sampler.session_id, "sampling_prefill", len(request.prompt.tokens)
+        )
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
         self._tokens.charge(sampler.tenant, tokens)
 

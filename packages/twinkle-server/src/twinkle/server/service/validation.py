@@ -1,8 +1,10 @@
 """What a request must fulfil before it is queued. Each message names the field, what is allowed, and what to do."""
 
 import difflib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,6 @@ from twinkle.server.backends.protocol import (
     LossSpec,
     LossSpecs,
 )
-from twinkle.server.service.metadata import check_metadata
 from twinkle.server.store import tables
 from twinkle.server.store.encryption import check_recipients
 
@@ -111,6 +112,23 @@ def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_byte
             uris.parse(request.path)
         case _:
             pass
+
+
+def check_metadata(metadata: Mapping[str, Any] | None, most: int | None) -> None:
+    """
+    Args:
+        most: bytes, as JSON.
+
+    Raises:
+        InvalidRequest: if it is longer.
+    """
+    if metadata and most is not None:
+        size = len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"))
+        if size > most:
+            raise InvalidRequest(
+                f"user_metadata: {size} bytes as JSON; at most {most} (limits.max_metadata_bytes); keep what is large "
+                "in a file of your own, and its name here"
+            )
 
 
 def _check_new(name: str, ttl_seconds: int | None, longest_ttl: int | None) -> None:
