@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast, overload
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 Array: TypeAlias = npt.NDArray[Any]
 
 MAX_TOKEN_ID = 2**31 - 1
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Value(BaseModel):
@@ -74,6 +76,18 @@ class Parameters(Value):
             return handler(values)
         except ValidationError as error:
             raise InvalidRequest(f"{cls.__name__}: {describe_validation(error)}") from error
+
+
+def make(model: type[Model], **fields: object) -> Model:
+    """Build a message from a user's arguments.
+
+    Raises:
+        InvalidRequest: naming each invalid field.
+    """
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error
 
 
 # ---------------------------------------------------------------- tensors

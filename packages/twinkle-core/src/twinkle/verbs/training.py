@@ -17,9 +17,8 @@ from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.metrics import reduce_metric
-from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
+from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig, make
 from twinkle.protocol.uris import as_twinkle
-from twinkle.protocol.validation import make
 from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
@@ -99,7 +98,7 @@ class TrainingClient:
         self, data: Batch, loss_fn: str, config: LossFnConfig | None, forward_only: bool
     ) -> Pending[ForwardBackwardOutput]:
         self._raise_unseen_failures()
-        datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        datums = _as_datums(data)
         # The server would wait for a sequence id that is taken but never sent, so arguments are checked first.
         _check_loss(loss_fn, config)
         with self._lock:
@@ -134,7 +133,7 @@ class TrainingClient:
         """
         if isinstance(loss_fn, LossHandle):
             return self.forward_backward(data, CUSTOM_LOSS, {"loss_id": loss_fn.loss_id})
-        datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        datums = _as_datums(data)
         forward = self.forward(custom_loss.without_gradient(datums)).result()
         surrogate = custom_loss.differentiate(loss_fn, datums, forward)
         passed = self.forward_backward(surrogate.data)
@@ -414,12 +413,16 @@ def _check_loss(loss_fn: object, config: object) -> None:
             raise InvalidRequest(f"loss_fn_config.{name}: {value!r:.80} is neither a number nor text")
 
 
-def _as_datum(item: object, i: int) -> Datum:
-    if isinstance(item, Datum):
-        return item
-    if isinstance(item, Mapping):
-        return to_datum(cast(Mapping[str, Any], item))
-    raise InvalidRequest(
-        f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch of a "
-        "DataLoader over an encoded dataset"
-    )
+def _as_datums(data: Sequence[object]) -> list[Datum]:
+    datums: list[Datum] = []
+    for i, item in enumerate(data):
+        if isinstance(item, Mapping):
+            datums.append(to_datum(cast(Mapping[str, Any], item)))
+        elif isinstance(item, Datum):
+            datums.append(item)
+        else:
+            raise InvalidRequest(
+                f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch "
+                "of a DataLoader over an encoded dataset"
+            )
+    return datums
