@@ -10,10 +10,10 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import httpx
 
@@ -29,8 +29,6 @@ from twinkle_client._version import __version__
 from twinkle_client.settings import Settings
 
 log = logging.getLogger("twinkle_client")
-
-R = TypeVar("R")
 
 # A request is retried for so long while the server can't be reached or is overloaded.
 RETRY_SECONDS = 300.0
@@ -162,12 +160,12 @@ class HttpChannel:
             item, is_step = Item(posted, Future()), isinstance(request, m.OptimStepRequest)
             loop.call_soon_threadsafe(self._outbox.add, request.model_id, item, is_step)
             return item.future
-        return self._start(
-            self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
-        )
+        work = self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
+        return asyncio.run_coroutine_threadsafe(work, loop)
 
     def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
-        return self._start(self._query(query))
+        loop = self._running_loop()  # first: it raises if the channel is closed
+        return asyncio.run_coroutine_threadsafe(self._query(query), loop)
 
     def close(self) -> None:
         with self._lock:
@@ -185,14 +183,6 @@ class HttpChannel:
             loop.close()
 
     # ------------------------------------------------------------ the thread
-
-    def _start(self, work: Coroutine[Any, Any, R]) -> Future[R]:
-        try:
-            loop = self._running_loop()
-        except TwinkleError:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, loop)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:

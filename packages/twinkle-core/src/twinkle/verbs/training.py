@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 from collections import deque
@@ -56,12 +57,12 @@ class TrainingClient:
     """
 
     def __init__(
-        self, channel: Channel, run_id: str, session_id: str, sampling_counter: SequenceCounter
+        self, channel: Channel, run_id: str, session_id: str, sampling_counter: itertools.count[int]
     ) -> None:
         self._channel = channel
         self._session_id = session_id
         self._sampling_counter = sampling_counter
-        self._seq_ids = SequenceCounter(first=1)
+        self._next_seq_id = 1
         self._under_way: deque[Pending[Any]] = deque()
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -105,10 +106,10 @@ class TrainingClient:
             futures: list[Future[ForwardBackwardOutput]] = []
             for chunk in split_batch(datums):
                 request = m.ForwardBackwardRequest(
-                    self.model_id, self._seq_ids.following, chunk, loss_fn, dict(config or {}), forward_only
+                    self.model_id, self._next_seq_id, chunk, loss_fn, dict(config or {}), forward_only
                 )
                 futures.append(cast(Future[ForwardBackwardOutput], self._channel.submit(request)))
-                self._seq_ids.next()
+                self._next_seq_id += 1
         name = "forward" if forward_only else "forward_backward"
         return self._keep(Pending(chain(futures, join_outputs), f"{name} of {len(datums)} sequences"))
 
@@ -263,7 +264,7 @@ class TrainingClient:
             m.SaveWeightsForSamplerRequest,
             model_id=self.model_id,
             seq_id=0,
-            sampling_session_seq_id=self._sampling_counter.next(),
+            sampling_session_seq_id=next(self._sampling_counter),
         )
         saved = self._send(request, m.SaveWeightsForSamplerResponse, "snapshot for the sampler").result()
         if saved.sampling_session_id is None:
@@ -307,9 +308,9 @@ class TrainingClient:
         self._raise_unseen_failures()
         with self._lock:
             assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
-            numbered = request.model_copy(update={"seq_id": self._seq_ids.following})
+            numbered = request.model_copy(update={"seq_id": self._next_seq_id})
             future = cast(Future[R], self._channel.submit(numbered))
-            self._seq_ids.next()
+            self._next_seq_id += 1
         return self._keep(Pending(future, doing))
 
     def _keep(self, pending: Pending[R]) -> Pending[R]:
@@ -370,25 +371,6 @@ def join_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOut
         },
         outputs[0].loss_fn_output_type,
     )
-
-
-class SequenceCounter:
-    """0, 1, 2, ...; thread-safe."""
-
-    def __init__(self, first: int = 0) -> None:
-        self._next = first
-        self._lock = threading.Lock()
-
-    @property
-    def following(self) -> int:
-        """What `next` will return."""
-        return self._next
-
-    def next(self) -> int:
-        with self._lock:
-            value = self._next
-            self._next += 1
-            return value
 
 
 def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:

@@ -69,11 +69,6 @@ class Operations:
 
     async def _post_together(self, request: Request) -> Response:
         tenant = await self._authenticator.tenant_of(request)
-        accepted = await self._accept(tenant, request)
-        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
-        return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
-
-    async def _accept(self, tenant: str, request: Request) -> list[m.Promise | TwinkleError]:
         accepted: list[m.Promise | TwinkleError] = []
         with self._bodies.share(tenant) as share:
             body = await self._bodies.read(request, share, self._bodies.most)
@@ -82,7 +77,8 @@ class Operations:
                     accepted.append(await self._submit(tenant, posted))
                 except TwinkleError as error:
                     accepted.append(error)
-        return accepted
+        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
+        return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
 
     async def _reply(self, tenant: str, request: Request, promise: m.Promise | TwinkleError) -> Reply:
         if isinstance(promise, TwinkleError):
