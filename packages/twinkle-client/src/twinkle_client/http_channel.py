@@ -54,8 +54,6 @@ MAX_HELD_BYTES = 131_072
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """An operation, and the future of its result."""
-
     posted: Posted
     future: Future[Any]
 
@@ -146,7 +144,6 @@ class HttpChannel:
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
         return self._closed
 
     def prepare(self, base_model: str | None) -> None:
@@ -242,7 +239,6 @@ class HttpChannel:
     # ------------------------------------------------------------ operations that go together
 
     def _send_together(self, items: list[Item]) -> None:
-        """The outbox's `send`."""
         task = asyncio.create_task(self._operate_together(items))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
@@ -395,7 +391,6 @@ def _is_from_a_server(response: httpx.Response) -> bool:
 
 
 def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
-    """Body and headers."""
     headers = {"Content-Type": content_type}
     if len(body) >= COMPRESS_FROM_BYTES:
         return codec.compress(body), {**headers, "Content-Encoding": "zstd"}

@@ -293,8 +293,6 @@ Chunk: TypeAlias = Annotated[EncodedTextChunk | OtherChunk, Field(discriminator=
 
 
 class ModelInput(Value):
-    """A model's input: a sequence of chunks."""
-
     chunks: Annotated[list[Chunk], FailFast()] = Field(default_factory=list[Chunk])
 
     @classmethod

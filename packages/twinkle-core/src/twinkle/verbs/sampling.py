@@ -91,7 +91,6 @@ class SamplingClient:
         return _client_elsewhere, (self._channel, self.sampling_session_id)
 
     def get_base_model(self) -> str:
-        """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
         return wait(reply, "get_base_model").base_model
 
