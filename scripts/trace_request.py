@@ -34,11 +34,9 @@ from twinkle.server.config import ModelSection, ServerConfig, StorageSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.serve.calls import Line, listen
-from twinkle.server.serve.generation import Generation
 from twinkle.server.serve.http import HttpServer
-from twinkle.server.serve.rank import Rank
-from twinkle.server.serve.ranks import RankActor, RankGroup
+from twinkle.server.serve.ranks import Incarnation, RankGroup
+from twinkle.server.serve.rpc import Connection, Server
 from twinkle_client import ServiceClient
 from twinkle_client import types as T
 
@@ -93,28 +91,16 @@ class Tracer:
             self._trace = None
 
 
-class _NoRay:
-    """Stands for the Ray actor that a rank is elsewhere: it lives for ever."""
-
-    @property
-    def live(self) -> _NoRay:
-        return self
-
-    def remote(self) -> asyncio.Future[None]:
-        return asyncio.get_running_loop().create_future()
-
-
 async def _serve(root: Path, ready: threading.Event, stop: threading.Event) -> None:
     model = ModelConfig(root)
     backend = FakeBackend(model)
-    rank = Rank()
-    # What `Rank.start` does, which finds a model by its files.
-    worker = LocalWorker(backend, FakeEngine.create(model, backend))
-    rank._worker, rank._is_first = worker, True  # pyright: ignore[reportPrivateUsage]
-    address = await listen(rank, None)
-    line = await Line.connect(address)
+    # What a rank does once its model is loaded; Ray would have started its process.
+    loaded = asyncio.get_running_loop().create_future()
+    loaded.set_result(LocalWorker(backend, FakeEngine.create(model, backend)))
+    address = await Server(loaded).listen(None)
+    connection = await Connection.connect(address, heartbeat_seconds=60)
     group = RankGroup(
-        cast(Any, None), Generation([RankActor(_NoRay(), line)]), backend.info, backend.loss_fns
+        cast(Any, None), cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
     )
     config = ServerConfig(model=ModelSection(model_id="org/fake"), storage=StorageSection(root=root))
     signer = build_signer(config)
@@ -126,8 +112,8 @@ async def _serve(root: Path, ready: threading.Event, stop: threading.Event) -> N
         await asyncio.sleep(0.05)
     await http.close()
     await service.close()
-    line.close()
-    await asyncio.sleep(0.1)  # the other end of the line notices
+    connection.close()
+    await asyncio.sleep(0.1)  # the other end notices
 
 
 def least(tracer: Tracer, work: Callable[[], object]) -> Trace:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import cookbook_server
 import pytest
 import running_server
 
@@ -39,6 +40,14 @@ def live_server(
     config = running_server.write_config(directory, PORT, f"ms://{MODEL}")
     server = running_server.start(config, hub_root, PORT)
     server.storage = directory / "storage"
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
+    """The cookbook's server with its tiny model, on a port of its own."""
+    server = cookbook_server.start("transformer", tmp_path_factory.mktemp("tiny-server"))
     yield server
     server.stop()
 

@@ -35,8 +35,9 @@ from twinkle.server.backends.transformers import passes
 from twinkle.server.config import LimitsSection, parse_config
 from twinkle.server.engine import engine
 from twinkle.server.engine.worker import build_worker
-from twinkle.server.gateway import app as gateway
-from twinkle.server.gateway import intake
+from twinkle.server.gateway import operations as gateway
+from twinkle.server.gateway.app import create_app
+from twinkle.server.scheduling import futures
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.tokens import Signer
 
@@ -84,10 +85,10 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
         path = make_model(model, Path(directory))
         config = parse_config({"model": {"model_id": str(path)}, "storage": {"root": directory}})
         worker = build_worker(ModelConfig(path), "transformers", "transformers")
-        service = build_service(config, worker)
+        service = build_service(config, worker, live=Path(directory) / "live")
         await service.start()
         clocks = put_clocks()
-        transport = httpx.ASGITransport(gateway.create_app(service, LimitsSection(), Signer("benchmark")))
+        transport = httpx.ASGITransport(create_app(service, LimitsSection(), Signer("benchmark")))
         async with httpx.AsyncClient(transport=transport, base_url="http://server" + PREFIX) as http:
             runs = [await new_run(http, str(path), i) for i in range(tenants)]
             numbers = iter(range(1, 1_000_000, 2))
@@ -110,7 +111,7 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
 
 def put_clocks() -> Clocks:
     clocks = Clocks()
-    clocks.around("decode", intake, "decode")
+    clocks.around("decode", gateway, "_decode")
     clocks.around("queue", Scheduler, "submit")
     clocks.around("tick", Scheduler, "take_tick")
     clocks.around("pack", engine, "pack")
@@ -118,7 +119,7 @@ def put_clocks() -> Clocks:
     clocks.around("pass: rows to tensors, banks, results", passes, "run_pass")
     clocks.around("forward", passes.LoraNetwork, "logprobs")
     clocks.around("backward", torch.Tensor, "backward")
-    clocks.around("reply", gateway, "_encode_outcome")
+    clocks.around("encode the result", futures, "encode_result")
     from twinkle.server.backends import transformers as backend
 
     clocks.around("optimizer", backend.TransformersBackend, "optim_step")

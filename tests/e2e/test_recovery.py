@@ -41,7 +41,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a server of this module's own, with a gateway beside the engine, that copies runs seldom."""
     directory = tmp_path_factory.mktemp("mortal")
     return running_server.write_config(
-        directory, running_server.free_port(), extra="  snapshot_seconds: 3600\n", replicas=2
+        directory,
+        running_server.free_port(),
+        extra="  snapshot_seconds: 3600\n",
+        replicas=2,
+        model_extra="  heartbeat_timeout_seconds: 15\n",
     )
 
 
@@ -62,6 +66,12 @@ def server(config: Path, hub_root: Path) -> Iterator[running_server.RunningServe
 def kill_the_rank(server: running_server.RunningServer) -> None:
     [rank] = processes_of(server, "ray::Rank")
     os.kill(rank, signal.SIGKILL)
+
+
+def stop_the_rank(server: running_server.RunningServer) -> None:
+    """It lives on and does nothing, as one that hangs."""
+    [rank] = processes_of(server, "ray::Rank")
+    os.kill(rank, signal.SIGSTOP)
 
 
 def train(client, seed: int, steps: range) -> None:
@@ -110,7 +120,15 @@ def kill_the_servers_process(server: running_server.RunningServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "kill", [kill_the_rank, kill_the_engine, kill_rays_head, kill_rays_raylet, kill_the_servers_process]
+    "kill",
+    [
+        kill_the_rank,
+        stop_the_rank,
+        kill_the_engine,
+        kill_rays_head,
+        kill_rays_raylet,
+        kill_the_servers_process,
+    ],
 )
 def test_runs_outlive_a_process(
     server: running_server.RunningServer, kill: Callable[[running_server.RunningServer], None]

@@ -1,53 +1,24 @@
 """The cookbook's scripts for the native client, each run as its user would, against the tiny model that is with it."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import cookbook_server
 import pytest
 import running_server
+from cookbook_server import MODEL, environment
 
-REPOSITORY = Path(__file__).parents[2]
-COOKBOOK = REPOSITORY / "cookbook"
-SCRIPTS = COOKBOOK / "client" / "twinkle"
-SERVERS = COOKBOOK / "client" / "server"
-DATA = COOKBOOK / "data"
-MODEL = "twinkle/tiny-qwen3"
-VARIABLES = ("API_KEY", "TWINKLE_API_KEY", "TWINKLE_BASE_URL", "MODELSCOPE_BASE_URL", "MODELSCOPE_BASE_MODEL")
+SCRIPTS = cookbook_server.COOKBOOK / "client" / "twinkle"
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 # Two outcomes of a chance of one half over n samples differ by more than this times sqrt(1 / n) in one case of 30,000.
 FOUR_SIGMA = 4 * 0.5 * 2**0.5
-
-
-def start_server(backend: str, directory: Path) -> running_server.RunningServer:
-    """A server of the cookbook, started by its script with its configuration for a CPU, on the test's port and disk."""
-    config = directory / "server_config.yaml"
-    text = (SERVERS / backend / "server_config_cpu.yaml").read_text(encoding="utf-8")
-    assert "port: 8000" in text
-    port = running_server.free_port()
-    storage = f"\nstorage:\n  root: {directory / 'storage'}\n"
-    config.write_text(text.replace("port: 8000", f"port: {port}") + storage, encoding="utf-8")
-    return running_server.start(config, DATA, port, script=SERVERS / backend / "server.py")
-
-
-@pytest.fixture(scope="session")
-def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_server.RunningServer]:
-    server = start_server("transformer", tmp_path_factory.mktemp("tiny-server"))
-    yield server
-    server.stop()
-
-
-def environment(**more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return {**inherited, "TWINKLE_HUB_ROOT": str(DATA), "PYTHONUTF8": "1", **more}
 
 
 class Program:
@@ -248,7 +219,7 @@ def test_a_program_learns_the_same_from_the_megatron_server(
 ):
     """Two ranks share each layer; the program is told no more than the address."""
     (tmp_path / "server").mkdir()
-    megatron_server = start_server("megatron", tmp_path / "server")
+    megatron_server = cookbook_server.start("megatron", tmp_path / "server")
     try:
         assert any("megatron backend" in line for line in megatron_server.lines)
         programs = [
@@ -287,14 +258,3 @@ def test_the_script_for_a_hosted_endpoint_runs_against_the_one_that_the_environm
     assert re.search(r"saved twinkle://.*/weights/my-lora-checkpoint", printed)
     with pytest.raises(AssertionError, match="Set MODELSCOPE_BASE_URL and MODELSCOPE_BASE_MODEL"):
         run(script, program.folder)
-
-
-def test_the_programs_of_the_guide_run(program: Program, tiny_server: running_server.RunningServer):
-    guide = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
-    pieces = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
-    assert len(pieces) > 10
-    script = program.folder / "guide.py"
-    script.write_text("\n".join(pieces), encoding="utf-8")
-    printed = run([sys.executable, str(script)], program.folder, TWINKLE_BASE_URL=tiny_server.base_url)
-    assert "this model takes at most 512" in printed
-    assert (program.folder / "curves.png").stat().st_size > 1000

@@ -25,11 +25,10 @@ def test_a_training_client_makes_sampling_clients_of_its_checkpoints(train, sdk)
 
 def test_console_addresses_and_telemetry_ask_nothing_of_the_server(service, train):
     client = train()
-    assert client.model_id.split(":")[0] in service.get_console_url()
-    assert (
-        client.model_id.split(":")[0] in client.get_console_url()
-        or client.model_id in client.get_console_url()
-    )
+    session_id, kind, _ = client.model_id.split(":")
+    assert kind == "train"
+    assert service.get_console_url().endswith(f"/{session_id}")
+    assert client.get_console_url().endswith(f"/{client.model_id}")
     for each in (service, client):
         each.get_telemetry()
 

@@ -26,6 +26,7 @@ GROUPS = {
     "tests/e2e/test_megatron.py": "servers of several ranks",
     "tests/e2e/test_quickstart.py": "quick start",
     "tests/mission/test_twinkle_cookbook.py": "the cookbook's server",
+    "tests/docs/test_examples.py": "the cookbook's server",
     "tests/e2e/": "other servers",
     "packages/twinkle-server/tests/backends/": "backends",
     "tests/packaging/": "wheels",

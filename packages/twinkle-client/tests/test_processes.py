@@ -37,18 +37,22 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                values = json.loads(body or b"{}") if body[:1] in (b"", b"{") else {}
                 path = self.path.removeprefix("/api/v1")
+                posted = operations.decode_request(body)[0] if path == operations.PATH else None
+                is_sample = posted is not None and posted.endpoint.path == "/asample"
+                if posted is not None and is_sample:
+                    path, body = "/asample", posted.body
+                values = json.loads(body or b"{}") if body[:1] in (b"", b"{") else {}
                 outer.asked.append((path, values))
                 status, kind, encoded = 200, JSON, b""
-                if path == operations.PATH:
+                if is_sample:
+                    sequence = SampledSequence("length", [values["seq_id"] % 2**31])
+                    result = codec.encode_sample(SampleResponse([sequence]))
+                    reply = Reply(f"sample{values['seq_id']}", 200, PROTOBUF, result)
+                    kind, encoded = PROTOBUF, operations.encode_reply([reply])
+                elif path == operations.PATH:
                     pending = json.dumps({"request_id": "never"}).encode()
                     kind, encoded = PROTOBUF, operations.encode_reply([Reply("never", 408, JSON, pending)])
-                elif path == "/retrieve_future" and values["request_id"].startswith("sample"):
-                    sequence = SampledSequence(
-                        "length", [int(values["request_id"].removeprefix("sample")) % 2**31]
-                    )
-                    kind, encoded = PROTOBUF, codec.encode_sample(SampleResponse([sequence]))
                 else:
                     encoded = json.dumps(outer.answer(path, values)).encode()
                     status = 408 if values.get("request_id") == "never" else 200
@@ -72,8 +76,6 @@ class Server:
             return {"session_id": f"s{len(self.named(path))}"}
         if path == "/create_sampling_session":
             return {"sampling_session_id": f"{values['session_id']}:sample:0"}
-        if path == "/asample":
-            return {"request_id": f"sample{values['seq_id']}"}
         if path == "/create_model":
             return {"request_id": "model"}
         if path == "/retrieve_future" and values["request_id"] == "model":
@@ -191,7 +193,7 @@ def test_queries_can_be_pickled(server: Server) -> None:
 UNCLOSED = """
 import sys
 from twinkle_client import ServiceClient, http_channel
-http_channel.LAST_PATIENCE_SECONDS = 0.5
+http_channel.EXIT_RETRY_SECONDS = 0.5
 service = ServiceClient(sys.argv[1])
 {what}
 print("ready", flush=True)
@@ -217,7 +219,7 @@ def test_a_program_ends_and_says_so_when_its_server_is_gone(server: Server, what
     try:
         assert program.stdout is not None and program.stdout.readline() == "ready\n"
         server.stop()
-        _, said = program.communicate("\n", timeout=120)  # forever without a bound: patience is 300 s
+        _, said = program.communicate("\n", timeout=120)  # forever without a bound: it is retried for 300 s
     finally:
         program.kill()
     assert program.returncode == 0

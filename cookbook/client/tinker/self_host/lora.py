@@ -27,7 +27,9 @@ EXAMPLES = [
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument(
+    "--base-url", help="default: TINKER_BASE_URL, TWINKLE_BASE_URL, else http://localhost:8000"
+)
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--steps", type=int, default=5, help="before the checkpoint, and again after it")
 parser.add_argument("--learning-rate", type=float, default=1e-3)

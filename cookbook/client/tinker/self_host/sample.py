@@ -23,7 +23,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument(
     "model_path", nargs="?", help="a checkpoint, twinkle://...; without one it is the base model"
 )
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument(
+    "--base-url", help="default: TINKER_BASE_URL, TWINKLE_BASE_URL, else http://localhost:8000"
+)
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--question", default="Who are you?")
 parser.add_argument("--max-tokens", type=int, default=128)

@@ -23,7 +23,9 @@ from twinkle.preprocessor import SelfCognitionProcessor
 from twinkle.template import Template
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument(
+    "--base-url", help="default: TINKER_BASE_URL, TWINKLE_BASE_URL, else http://localhost:8000"
+)
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--model-name", default="My Model")
 parser.add_argument("--model-author", default="My Team")

@@ -29,7 +29,9 @@ from twinkle.data_format import Message, Trajectory
 from twinkle.template import Template
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument(
+    "--base-url", help="default: TINKER_BASE_URL, TWINKLE_BASE_URL, else http://localhost:8000"
+)
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument(
     "--loss", default="importance_sampling", choices=("importance_sampling", "ppo", "cispo", "gspo")

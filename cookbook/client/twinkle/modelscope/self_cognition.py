@@ -2,7 +2,7 @@
 
 What it teaches: the same loop as `self_host/self_cognition.py`; only where the server is comes from the environment.
 Needs: MODELSCOPE_BASE_URL (or TWINKLE_BASE_URL), MODELSCOPE_API_KEY (or MODELSCOPE_TOKEN), MODELSCOPE_BASE_MODEL;
-`pip install twinkle-client`.
+twinkle-client.
 What to expect: a falling loss (nats a token), and a checkpoint. It was run against servers of our own only: whether a
 hosted endpoint takes it depends on whether it speaks this protocol.
 

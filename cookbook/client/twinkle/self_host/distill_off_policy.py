@@ -2,7 +2,7 @@
 
 What it teaches: the teacher's likeliest tokens at each position (topk_prompt_logprobs) as targets of cross_entropy,
 [T, K] of them instead of one a position (Hinton et al. 2015, arXiv:1503.02531).
-Needs: a server that holds the base model, `pip install twinkle-client`, and a teacher: a checkpoint on the same base,
+Needs: a server that holds the base model; twinkle-client; and a teacher: a checkpoint on the same base,
 such as self_cognition.py saves.
 What to expect: the cross entropy (nats a token) falls towards the teacher's own entropy, and so does the divergence,
 which is what is above it, towards 0.
@@ -24,7 +24,7 @@ from twinkle_client import ServiceClient, init_twinkle_client
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("teacher", help="checkpoint of the teacher: twinkle://NAME, or the full path")
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--k", type=int, default=16, help="tokens of the teacher at each position")
 parser.add_argument("--epochs", type=int, default=4)

@@ -2,7 +2,7 @@
 
 What it teaches: the student samples, the teacher scores every token (compute_logprobs), and the difference, less its
 mean, is each token's advantage: the reverse KL divergence goes down (Agarwal et al. 2023, arXiv:2306.13649).
-Needs: a server that holds the base model, `pip install twinkle-client`, and a teacher: a checkpoint on the same base,
+Needs: a server that holds the base model; twinkle-client; and a teacher: a checkpoint on the same base,
 such as self_cognition.py saves.
 What to expect: the divergence (nats a token, estimated from the samples) falls towards 0. Ctrl-C saves and says how
 to go on.
@@ -25,7 +25,7 @@ from twinkle_client import ServiceClient, init_twinkle_client
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("teacher", help="checkpoint of the teacher: twinkle://NAME, or the full path")
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--prompts", type=int, default=8, help="questions asked in a step")

@@ -3,7 +3,7 @@
 What it teaches: pairs of answers, a reference model's log-probabilities, a loss that is computed on this machine
 (without torch) and whose gradient goes to the server. The chosen answers are those of swift/self-cognition, the
 rejected ones what the base model says now.
-Needs: a server that holds the base model, `pip install twinkle-client`.
+Needs: a server that holds the base model; twinkle-client.
 What to expect: the margin between chosen and rejected answers grows from 0, and the share of pairs with the chosen
 answer ahead goes to 1. SimPO and ORPO (`--loss`) need no reference. Ctrl-C saves and says how to go on.
 
@@ -24,7 +24,7 @@ from twinkle.template import Template
 from twinkle_client import ServiceClient, init_twinkle_client
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--loss", default="dpo", choices=("dpo", "simpo", "orpo"))
 parser.add_argument("--beta", type=float, default=0.1, help="of DPO")

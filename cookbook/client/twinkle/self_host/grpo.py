@@ -2,7 +2,7 @@
 
 What it teaches: groups of samples, a reward, advantages within the group (Shao et al. 2024, arXiv:2402.03300), a
 policy gradient, and the new weights for sampling at each step.
-Needs: a server that holds the base model, `pip install twinkle-client 'twinkle-core[math]'`.
+Needs: a server that holds the base model; twinkle-client and 'twinkle-core[math]'.
 What to expect: the mean reward, the share of right answers among the samples, rises; so does the share of right
 greedy answers to sums that were asked before training. Ctrl-C saves and says how to go on.
 
@@ -27,7 +27,7 @@ from twinkle.template import Template
 from twinkle_client import ServiceClient, init_twinkle_client
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument(
     "--loss", default="importance_sampling", choices=("importance_sampling", "ppo", "cispo", "gspo")

@@ -2,7 +2,7 @@
 
 What it teaches: rollouts in which the model calls a Python function and reads what it returns, token by token as they
 were sampled; one advantage for all that the model said in a rollout.
-Needs: a server that holds the base model, whose chat template knows tools; `pip install twinkle-client`.
+Needs: a server that holds the base model, whose chat template knows tools; twinkle-client.
 What to expect: the share of rollouts that call the tool rightly and give its result rises. A conversation of the
 trained model is printed. Ctrl-C saves and says how to go on.
 
@@ -25,7 +25,7 @@ from twinkle.template import Template
 from twinkle_client import ServiceClient, init_twinkle_client
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--prompts", type=int, default=8, help="questions asked in a step")

@@ -1,7 +1,7 @@
 """Sampling: questions to a base model, or to a checkpoint on it.
 
 What it teaches: prompts by the model's own template, parameters, seeds, many samples at once, log-probabilities.
-Needs: a server that holds the base model, `pip install twinkle-client`; a checkpoint, as self_cognition.py saves one.
+Needs: a server that holds the base model; twinkle-client; a checkpoint, as self_cognition.py saves one.
 What to expect: one greedy answer, then three that are drawn; the same ones in every run with the same seed.
 
     python cookbook/client/twinkle/self_host/sample.py twinkle://my-lora-checkpoint
@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument(
     "checkpoint", nargs="?", help="twinkle://NAME, or the full path; the base model if left out"
 )
-parser.add_argument("--base-url", default="http://localhost:8000")
+parser.add_argument("--base-url", help="default: TWINKLE_BASE_URL, else http://localhost:8000")
 parser.add_argument("--base-model", default="Qwen/Qwen3.5-4B")
 parser.add_argument("--system", default="You are a helpful assistant")
 parser.add_argument("--question", default="Who are you?")

@@ -1,13 +1,12 @@
 """Training as a service for LoRA: the parts that need no torch.
 
-Three names are looked up only when they are used, since each lives in a distribution of its own:
-`ServiceClient` (local mode, twinkle-server), `TwinkleServer` (twinkle-server) and
-`init_tinker_client` (twinkle-tinker-patch).
+Two names are imported only when they are used, since other distributions provide them: `ServiceClient` (local mode,
+twinkle-server) and `init_tinker_client` (twinkle-tinker-patch).
 """
 
 from pkgutil import extend_path
 
-# `twinkle.server` is shipped by another distribution; both share this package's path.
+# `twinkle.server` is shipped by another distribution, in this package's path.
 __path__ = extend_path(__path__, __name__)
 
 from importlib import import_module

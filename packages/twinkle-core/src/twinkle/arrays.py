@@ -1,4 +1,4 @@
-"""Numbers that people give, as float64 arrays of the shape that is expected, or a message that says what is wrong.
+"""Users' numbers as float64 arrays of the expected shape, or an error that says what is wrong.
 
 Nothing is computed here.
 """
@@ -21,10 +21,10 @@ def finite_array(name: str, values: object, shape: str) -> Float64Array:
 
     Args:
         name: what messages call it.
-        shape: what is expected, such as "[T]" or "[P, G]"; one dimension for each name in it.
+        shape: the expected shape, such as "[T]" or "[P, G]": one name for each dimension.
 
     Raises:
-        InvalidRequest: if it is None, ragged, of another number of dimensions, no numbers, or not finite.
+        InvalidRequest: if it is None, ragged, not numeric, not finite, or has another number of dimensions.
     """
     if values is None:
         raise InvalidRequest(f"{name}: None; expected numbers {shape}")
@@ -64,7 +64,7 @@ def as_mask(name: str, values: object, shape: str) -> BoolArray:
 def whole_number(name: str, value: object, minimum: int) -> int:
     """
     Raises:
-        InvalidRequest: if it is no whole number, or below the minimum.
+        InvalidRequest: if it is not a whole number, or below the minimum.
     """
     number = (
         int(cast(int, value)) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
@@ -77,7 +77,7 @@ def whole_number(name: str, value: object, minimum: int) -> int:
 def number_between(name: str, value: float, low: float, high: float = math.inf) -> float:
     """
     Raises:
-        InvalidRequest: if it is not finite, or outside of [low, high].
+        InvalidRequest: if it is not finite, or outside [low, high].
     """
     if not (low <= value <= high and math.isfinite(value)):
         allowed = f"finite numbers from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
@@ -102,7 +102,7 @@ def _ragged(values: object) -> str:
 
 
 def _no_number(name: str, array: npt.NDArray[Any]) -> str:
-    """What is wrong with an array of objects or texts: most often a None among the numbers."""
+    """What is wrong with an array of objects or strings: most often a None among the numbers."""
     if array.dtype.kind == "O":
         for index in np.ndindex(array.shape):
             if not isinstance(array[index], int | float | np.number):

@@ -1,4 +1,4 @@
-"""`twinkle`: what a client's machine has to look at, without a server. (The server's command is `twinkle-server`.)"""
+"""`twinkle`: commands for a client's machine, which need no server. (The server's command is `twinkle-server`.)"""
 
 from __future__ import annotations
 

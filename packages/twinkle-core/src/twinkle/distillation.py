@@ -1,4 +1,4 @@
-"""A student learns from a teacher's log-probabilities: on its own samples, or on text that is there."""
+"""Distillation: a student learns from a teacher's log-probabilities, on its own samples or on existing text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tqdm import tqdm
 from twinkle.data_format import Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.clients import Sampler
+from twinkle.rollout.protocols import Sampler
 from twinkle.rollout.rollouts import Rollout
 
-# Bars for what is done in a moment would only be noise.
+# A bar that appears for a moment would only be noise.
 _PROGRESS_DELAY_SECONDS = 2.0
 
 
@@ -24,13 +24,13 @@ def teacher_log_ratios(
 ) -> list[npt.NDArray[np.float32]]:
     """On-policy distillation: log p_teacher - log p_student of each token that the student sampled.
 
-    Their mean is an estimate of -KL(student || teacher), in nats a token. As advantages, less that mean (a baseline
-    that changes no gradient's expectation and much of its variance), they take the divergence down (Gu et al. 2023,
-    arXiv:2306.08543, equation 2; Agarwal et al. 2023, arXiv:2306.13649).
+    Their mean is an estimate of -KL(student || teacher), in nats a token. Used as advantages, less that mean (a
+    baseline that leaves the gradient's expectation as it is and reduces its variance), they lower the divergence (Gu et
+    al. 2023, arXiv:2306.08543, equation 2; Agarwal et al. 2023, arXiv:2306.13649).
 
     Args:
         rollouts: what the student sampled, at temperature 1.
-        teacher_logprobs: of each rollout's tokens after its first, float [T - 1]: what `twinkle.rollout.score` gives
+        teacher_logprobs: of each rollout's tokens after the first, float [T - 1]: what `twinkle.rollout.score` returns
             for `[rollout.tokens for rollout in rollouts]`.
 
     Returns:
@@ -58,19 +58,19 @@ def teacher_data(
 ) -> list[Any]:
     """Off-policy distillation: the teacher's k likeliest tokens at each labelled position, as targets of cross_entropy.
 
-    What is minimised, sum over tokens of -sum_k p_teacher log p_student, differs from KL(teacher || student), cut off
-    at k tokens, by the teacher's entropy alone (Hinton et al. 2015, arXiv:1503.02531). The k probabilities are scaled
-    to a sum of 1.
+    The loss, the sum over tokens of -sum_k p_teacher log p_student, differs from KL(teacher || student) truncated at k
+    tokens only by the teacher's entropy (Hinton et al. 2015, arXiv:1503.02531). The k probabilities are normalised to
+    sum to 1.
 
     Args:
         teacher: a sampling client.
         features: `input_ids` [T] and `labels` [T], as an encoded dataset has them.
-        k: tokens a position.
-        types: the client's.
+        k: tokens per position.
+        types: the `types` module of the teacher's client.
 
     Returns:
         For each feature a datum of `model_input` [T - 1], `target_tokens` int64 [T - 1, k] and `weights` float32
-        [T - 1, k] (0 where the label says that the token is not trained on).
+        [T - 1, k] (0 where the label excludes the token from training).
     """
     if k < 1:
         raise InvalidRequest(f"k: {k}; allowed are whole numbers from 1")

@@ -1,4 +1,4 @@
-"""One adapter under the names that different programs look for.
+"""One adapter under the names that different programs expect.
 
     peft      as a checkpoint is: PEFT on `AutoModelForCausalLM`
     serving   the names of the class that the base model's config.json names, which differ where that class holds more
@@ -6,8 +6,8 @@
     tinker    the text model's names, and routed experts as three tensors of three dimensions (w1, w2, w3): what
               tinker-cookbook's `build_hf_model` and `build_lora_adapter` take
 
-`convert` goes from the first to another; what it needs is noted in adapter_model.safetensors. Owns these layouts, and
-as much of the safetensors format as they take; numbers stay the same, bit by bit.
+`convert` goes from the first to another; what it needs is recorded in adapter_model.safetensors. Owns these layouts,
+and as much of the safetensors format as they take; values stay the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ WEIGHTS: Final = "adapter_model.safetensors"
 SERVING_CLASS: Final = "serving_class"
 """In the metadata of WEIGHTS: the class that the base model's config.json names."""
 SERVING_NAMES: Final = "serving_names"
-"""Beside it: pairs as JSON, of a module's name in `AutoModelForCausalLM`'s class and in that one."""
+"""Also in its metadata: pairs, as JSON, of a module's name in `AutoModelForCausalLM`'s class and in that one."""
 
 _PREFIX = "base_model.model."
 _GATE_UP, _DOWN = ".experts.base_layer.lora_", ".experts.lora_"
-# Numbers are only moved, so that their size is all there is to a type.
+# Values are only moved, so a type's size is all that matters.
 _OF_SIZE = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 
 _Tensors: TypeAlias = dict[str, tuple[str, Array]]
@@ -44,14 +44,14 @@ def convert(source: str | Path, target: str | Path, layout: Layout) -> Path:
     """Write an adapter in another layout.
 
     Args:
-        source: folder of a checkpoint that was downloaded, with adapter_config.json and adapter_model.safetensors.
-        target: another folder, made if it isn't there.
+        source: folder of a downloaded checkpoint, with adapter_config.json and adapter_model.safetensors.
+        target: another folder, created if missing.
 
     Returns:
         The target.
 
     Raises:
-        InvalidRequest: if the source is no such folder, or it does not say what the layout needs.
+        InvalidRequest: if the source is no such folder, or lacks what the layout needs.
     """
     check(layout)
     source, target = Path(source), Path(target)
@@ -108,7 +108,7 @@ def _tinker(config: Any, tensors: _Tensors, _metadata: Mapping[str, str]) -> tup
     rank = int(config["r"])
     made: _Tensors = {}
     for full_name, (kind, array) in tensors.items():
-        # The cookbook puts the part between in itself, where the base model has it.
+        # The cookbook inserts the missing part of the name itself, where the base model has it.
         name = full_name.replace(f"{_PREFIX}model.language_model.", f"{_PREFIX}model.")
         fused = _GATE_UP in name
         if not fused and _DOWN not in name:
@@ -137,7 +137,7 @@ _MAKERS: dict[Layout, Callable[[Any, _Tensors, Mapping[str, str]], tuple[Any, _T
 
 
 def _read(path: Path) -> tuple[_Tensors, dict[str, str]]:
-    """A file's tensors (type, and numbers as they lie there), by name, and its metadata."""
+    """A file's tensors (type, and raw values) by name, and its metadata."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= path.stat().st_size:

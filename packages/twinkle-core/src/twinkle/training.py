@@ -1,42 +1,34 @@
-"""Two small pieces of training loops: gradients of several batches before one step, and the loss on data held out."""
+"""Two parts of training loops: gradient accumulation over several batches, and the loss on held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from twinkle.data_format import to_datum
+from twinkle.dataloader.loader import Rows
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
-from twinkle.verbs.chunks import join
-from twinkle.verbs.training import Batch, TrainingClient
+from twinkle.verbs.training import Batch, TrainingClient, join_outputs
 
 T = TypeVar("T")
 
-# Bars for what is done in a moment would only be noise.
+# A bar that appears for a moment would only be noise.
 _PROGRESS_DELAY_SECONDS = 2.0
-
-
-class Rows(Protocol):
-    """Encoded rows, such as a `Dataset`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run does on data that it is not trained on.
+    """How well a run does on held-out data.
 
     Attributes:
-        nll: mean negative log-likelihood of the tokens that labels mark, in nats.
-        tokens: how many there are.
-        sequences: rows.
+        nll: mean negative log-likelihood of the labelled tokens, in nats.
+        tokens: number of those tokens.
+        sequences: number of rows.
     """
 
     nll: float
@@ -49,16 +41,18 @@ class Evaluation:
         return math.exp(self.nll)
 
 
-def evaluate(training_client: TrainingClient, rows: Rows, batch_size: int = 16) -> Evaluation:
+def evaluate(
+    training_client: TrainingClient, rows: Rows[Mapping[str, Any]], batch_size: int = 16
+) -> Evaluation:
     """Forward passes over encoded rows; neither weights nor gradients change.
 
     Args:
-        training_client: the run as it is after all steps asked for so far.
+        training_client: the run, as it is after all steps submitted so far.
         rows: features, such as an encoded `Dataset`.
-        batch_size: rows a request.
+        batch_size: rows per request.
 
     Raises:
-        InvalidRequest: if there are no rows, or none has a token to predict.
+        InvalidRequest: if there are no rows, or no row has a token to predict.
     """
     data = [_datum(rows[i], i) for i in range(len(rows))]
     if not data:
@@ -68,7 +62,7 @@ def evaluate(training_client: TrainingClient, rows: Rows, batch_size: int = 16) 
         raise InvalidRequest(
             "rows: no label marks a token, so there is no loss; see train_on of the template"
         )
-    # All are sent at once; the client holds back what would be too much.
+    # All are submitted at once; the client limits how many are in flight.
     passes = [training_client.forward(data[i : i + batch_size]) for i in range(0, len(data), batch_size)]
     loss = 0.0
     for each in tqdm(passes, desc="evaluating", unit="batch", delay=_PROGRESS_DELAY_SECONDS, leave=False):
@@ -82,14 +76,14 @@ def accumulate(
 ) -> ForwardBackwardOutput:
     """Add the gradient of the mean loss over the tokens of several batches, as one large batch would.
 
-    Weights are divided by their sum over all batches, so that the step does not grow with the number of tokens.
+    Weights are divided by their sum over all batches, so the step does not grow with the number of tokens.
 
     Args:
-        batches: what `forward_backward` takes, one after the other; an optimizer step is to follow.
+        batches: arguments of `forward_backward`, one after the other; follow with an optimizer step.
         loss_fn: cross_entropy. (Other losses sum over tokens: call `forward_backward` several times.)
 
     Returns:
-        The outputs of all, as of one batch; `loss:sum` is the mean loss, in nats a token.
+        The outputs, as of one batch; `loss:sum` is the mean loss, in nats per token.
 
     Raises:
         InvalidRequest: if there is no batch, or no token to train on.
@@ -107,11 +101,11 @@ def accumulate(
     if total <= 0:
         raise InvalidRequest("batches: no token is trained on (all labels are -100, or there is no batch)")
     passes = [training_client.forward_backward([_scaled(datum, total) for datum in batch]) for batch in data]
-    return join([each.result() for each in passes])
+    return join_outputs([each.result() for each in passes])
 
 
 def grouped(items: Iterable[T], size: int) -> Iterable[list[T]]:
-    """Lists of `size` items after each other, the last one of what is left: batches for `accumulate`.
+    """Consecutive lists of `size` items, the last one possibly shorter: batches for `accumulate`.
 
     Raises:
         InvalidRequest: if the size is below 1.

@@ -25,7 +25,7 @@ def test_a_reply_is_read_as_it_was_written(replies: list[Reply]):
     assert operations.decode_reply(operations.encode_reply(replies)) == replies
 
 
-def test_only_what_a_run_does_in_order_can_stand_in_it():
+def test_only_what_a_run_does_in_order_and_samples_can_stand_in_it():
     assert set(ENDPOINTS) == {
         "/forward_backward",
         "/optim_step",
@@ -33,10 +33,11 @@ def test_only_what_a_run_does_in_order_can_stand_in_it():
         "/save_weights_for_sampler",
         "/save_weights_external",
         "/load_weights",
+        "/asample",
     }
-    with pytest.raises(InvalidRequest, match="'/asample' can't stand here"):
+    with pytest.raises(InvalidRequest, match="'/create_model' can't stand here"):
         operations.decode_request(
-            pb.OperationsRequest(operations=[pb.Operation(path="/asample")]).SerializeToString()
+            pb.OperationsRequest(operations=[pb.Operation(path="/create_model")]).SerializeToString()
         )
 
 

@@ -129,12 +129,16 @@ def test_parts_of_text_are_the_text(templates: dict[str, Asked]) -> None:
 
         return [user(content("Who ", "are you?")), assistant(content("My ", "Model."))]
 
+    compared = 0
     for name, asked in templates.items():
         text, parts = asked.text(row(as_parts=False)), asked.text(row(as_parts=True))
         assert text is not None and "Who are you?" in text and "My Model." in text, name
         assert "".join((parts or "").split()) == "".join(text.split()), name
         own = asked.own_text(row(as_parts=False))
-        assert own is None or "Who are you?" not in own or own == text, name
+        if own is not None and "Who are you?" in own:
+            assert own == text, name
+            compared += 1
+    assert compared > 20
 
 
 def test_no_tools_in_a_list_are_no_tools(templates: dict[str, Asked]) -> None:
@@ -145,9 +149,14 @@ def test_no_tools_in_a_list_are_no_tools(templates: dict[str, Asked]) -> None:
 
 @pytest.mark.parametrize("role", ["developer", "User", "critic"])
 def test_a_role_is_shown_or_refused(templates: dict[str, Asked], role: str) -> None:
-    for name, asked in templates.items():
-        text = asked.text([user("q"), {"role": role, "content": "zebra crossing"}, assistant("a")])
-        assert text is None or "zebra crossing" in text, name
+    texts = {
+        name: asked.text([user("q"), {"role": role, "content": "zebra crossing"}, assistant("a")])
+        for name, asked in templates.items()
+    }
+    shown = [name for name, text in texts.items() if text is not None and "zebra crossing" in text]
+    refused = [name for name, text in texts.items() if text is None]
+    assert sorted(shown + refused) == sorted(texts)
+    assert shown and refused
 
 
 def test_what_templates_show_of_usual_conversations_is_let_through(templates: dict[str, Asked]) -> None:
@@ -155,6 +164,7 @@ def test_what_templates_show_of_usual_conversations_is_let_through(templates: di
     turns = [user("q one"), assistant("a one"), user("q two"), assistant("a two")]
     thoughts = [{"reasoning_content": text, "thinking": text} for text in ("r", "s")]
     reasoned = [user("q"), assistant("a", **thoughts[0]), user("p"), assistant("b", **thoughts[1])]
+    compared = 0
     for name, asked in templates.items():
         for row in (
             turns,
@@ -165,5 +175,7 @@ def test_what_templates_show_of_usual_conversations_is_let_through(templates: di
             [user("q"), assistant("")],
         ):
             own = asked.own_text(row)
-            shows_all = own is not None and all(m["content"] in own for m in row if m is not system)
-            assert not shows_all or asked.text(row) == own, name
+            if own is not None and all(m["content"] in own for m in row if m is not system):
+                assert asked.text(row) == own, name
+                compared += 1
+    assert compared > 3 * len(templates)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import tempfile
 from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
@@ -17,10 +19,10 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.types import AdamParams, Datum, ModelInput
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, Row
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost
-from twinkle.server.scheduling.jobs import Job, Tick
+from twinkle.server.scheduling.runs import Job, Run, RunState
+from twinkle.server.scheduling.scheduler import Tick
 from twinkle.server.store.run_files import RunFiles
 
 # Bytes of an adapter of rank 1 on the fake model's three layers (8 -> 8, 8 -> 8, 8 -> 16): its weights alone, with
@@ -37,30 +39,36 @@ class Bench:
         self.now = 0.0
         self.worker = worker
         self.files = RunFiles(directory / "runs")
-        self.runs: dict[str, LiveRun] = {}
+        self.runs: dict[str, Run] = {}
         self.seq_ids = count(1)
         self.snapshots = Snapshots(worker, self.files, 3600.0, clock=lambda: self.now)
-        self.residency = Residency(self.runs, worker, self.snapshots, budget, lambda: self.now)
+        self.residency = Residency(worker, self.snapshots, budget, lambda: self.now)
 
     async def create(self, *run_ids: str, rank: int = 1, tenant: str = "alice") -> None:
         for run_id in run_ids:
             spec = AdapterSpec(rank=rank, seed=len(self.runs))
-            self.runs[run_id] = LiveRun(run_id, tenant, "session", "fake/model", spec)
-            await self.residency.bring_in([run_id])
+            run = self.runs[run_id] = Run(run_id, tenant, "session", "fake/model", spec)
+            await self.residency.bring_in([run])
             await self.worker.add_adapter(run_id, spec)
-            self.snapshots.begin(self.runs[run_id])
-            self.residency.added(run_id)
+            self.residency.added(run)
+
+    async def bring_in(self, *run_ids: str, adding_gradients: bool = False) -> None:
+        await self.residency.bring_in([self.runs[run_id] for run_id in run_ids], adding_gradients)
+
+    def end(self, run_id: str) -> None:
+        self.residency.drop(self.runs[run_id], RunState.ENDED)
+        self.snapshots.drop(self.runs[run_id])
 
     async def accumulate(self, run_id: str) -> None:
-        await self.residency.bring_in([run_id], adding_gradients=True)
+        await self.bring_in(run_id, adding_gradients=True)
         inputs = {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)}
         await self.worker.forward_backward([[Row(run_id, TOKENS, "cross_entropy", inputs)]])
-        self.snapshots.changed([a_pass(run_id, next(self.seq_ids))], has_gradient=True)
+        self.snapshots.computed([self.a_pass(run_id, next(self.seq_ids))], has_gradient=True)
 
     async def step(self, run_id: str) -> None:
-        await self.residency.bring_in([run_id])
+        await self.bring_in(run_id)
         await self.worker.optim_step([AdamStep(run_id, AdamParams(learning_rate=0.1))])
-        self.snapshots.changed([a_step(run_id, next(self.seq_ids))], has_gradient=False)
+        self.snapshots.computed([self.a_step(run_id, next(self.seq_ids))], has_gradient=False)
 
     async def state(self, run_id: str) -> AdapterState:
         return await self.worker.export_adapter(run_id, with_optimizer=True, with_gradients=True)
@@ -69,13 +77,18 @@ class Bench:
     def resident(self) -> list[str]:
         """Those that the worker has. Each other run must be evicted, with a file if it ever changed; sums are right."""
         on_worker: list[str] = sorted(self.worker._backend._adapters)
-        for run_id in self.runs:
-            assert self.residency.is_evicted(run_id) == (run_id not in on_worker)
-            if run_id not in on_worker and (last := self.snapshots.last_change(run_id)):
-                self.files.read(run_id, last)
-        assert sum(self.residency._resident.values()) == self.residency._total
-        assert sorted(self.residency._resident) == on_worker
+        for run_id, run in self.runs.items():
+            assert (run.state is RunState.EVICTED) == (run_id not in on_worker)
+            if run_id not in on_worker and run.changed:
+                self.files.read(run_id, run.changed)
+        assert sum(run.bytes for run in self.runs.values()) == self.residency.total_bytes
         return on_worker
+
+    def a_pass(self, run_id: str, seq_id: int = 0) -> Job:
+        return a_pass(self.runs[run_id], seq_id)
+
+    def a_step(self, run_id: str, seq_id: int = 0) -> Job:
+        return a_step(self.runs[run_id], seq_id)
 
     def written(self) -> int:
         """How many exports with moments there were."""
@@ -104,7 +117,7 @@ async def test_without_a_budget_everything_stays_and_nothing_is_measured(
         await bench.accumulate(run_id)
     assert bench.resident == ["a", "b", "c"]
     assert {name for name, _ in worker.calls} == {"add_adapter", "forward_backward"}
-    tick = Tick([a_pass("a"), a_pass("b")], [], [])
+    tick = Tick.of([bench.a_pass("a"), bench.a_pass("b")])
     assert bench.residency.split(tick) == [tick]
     await bench.snapshots.close()
 
@@ -119,7 +132,7 @@ async def test_the_least_recently_used_leave_and_come_back_as_they_were(bench: B
     assert bench.resident == ["a", "b"]
     await bench.create("c")
     assert bench.resident == ["b", "c"]
-    await bench.residency.bring_in(["a"])  # with its gradient, so that both others have to make room, or one
+    await bench.bring_in("a")  # with its gradient, so that both others have to make room, or one
     assert bench.resident == ["a", "c"]
     after = await bench.state("a")
     assert after.spec == before.spec
@@ -145,7 +158,7 @@ async def test_who_has_most_there_makes_room(bench: Bench):
     for run_id in ("b", "c", "d", "a", "b"):
         if run_id not in bench.runs:
             await bench.create(run_id, tenant="greedy")
-        await bench.residency.bring_in([run_id])
+        await bench.bring_in(run_id)
         assert "mine" in bench.resident, "the least recently used of all, and not to leave"
     after = await bench.state("mine")
     assert {n: a.tobytes() for n, a in after.weights.items()} == {
@@ -155,35 +168,35 @@ async def test_who_has_most_there_makes_room(bench: Bench):
 
 async def test_bytes_are_those_of_rank_moments_and_gradient(bench: Bench):
     await bench.create("a")
-    assert bench.residency._total == IDLE
+    assert bench.residency.total_bytes == IDLE
     await bench.accumulate("a")
-    assert bench.residency._total == FULL
+    assert bench.residency.total_bytes == FULL
     await bench.step("a")
-    await bench.residency.bring_in([])
-    assert bench.residency._total == IDLE
+    await bench.bring_in()
+    assert bench.residency.total_bytes == IDLE
     await bench.create("wide", rank=2)  # 2 * IDLE fits beside what is left of "a" only without it
     assert bench.resident == ["wide"]
-    assert bench.residency._total == 2 * IDLE
-    bench.residency.forget("wide")
-    assert bench.residency._total == 0
+    assert bench.residency.total_bytes == 2 * IDLE
+    bench.end("wide")
+    assert bench.residency.total_bytes == 0
 
 
 async def test_what_is_in_use_stays_though_it_exceeds_the_budget_and_leaves_when_it_no_longer_is(
     bench: Bench,
 ):
     await bench.create("a", "b", "c", "d")
-    await bench.residency.bring_in(["a", "b", "c"])
+    await bench.bring_in("a", "b", "c")
     assert bench.resident == ["a", "b", "c"]
-    assert bench.residency._total == 3 * IDLE
-    await bench.residency.bring_in(["d"])
+    assert bench.residency.total_bytes == 3 * IDLE
+    await bench.bring_in("d")
     assert len(bench.resident) == 2 and "d" in bench.resident
 
 
 async def test_what_a_later_step_of_the_tick_needs_is_the_last_to_leave(bench: Bench):
     await bench.create("a", "b", "c")
     assert bench.resident == ["b", "c"]
-    bench.residency.expect(Tick([], [a_step("b")], []))
-    await bench.residency.bring_in(["a"])
+    bench.residency.expect(Tick.of([bench.a_step("b")]))
+    await bench.bring_in("a")
     assert bench.resident == ["a", "b"]
 
 
@@ -191,12 +204,12 @@ async def test_what_has_not_changed_is_not_written_again(bench: Bench):
     await bench.create("a", "b", "c")
     assert (bench.resident, bench.written()) == (["b", "c"], 0)  # a new adapter's seed makes it again
     await bench.accumulate("b")
-    await bench.residency.bring_in(["a"])
-    await bench.residency.bring_in(["c"])
+    await bench.bring_in("a")
+    await bench.bring_in("c")
     assert (bench.resident, bench.written()) == (["a", "c"], 1)
-    await bench.residency.bring_in(["b"])
-    await bench.residency.bring_in(["a"])
-    await bench.residency.bring_in(["c"])
+    await bench.bring_in("b")
+    await bench.bring_in("a")
+    await bench.bring_in("c")
     assert (bench.resident, bench.written()) == (["a", "c"], 1)
 
 
@@ -205,10 +218,9 @@ async def test_a_run_that_ends_takes_its_file_along_wherever_it_is(bench: Bench)
     await bench.accumulate("a")
     await bench.accumulate("b")
     await bench.create("c", "d")
-    await bench.residency.bring_in(["a"])
+    await bench.bring_in("a")
     for run_id in ("a", "b"):  # one is on the worker, one isn't, both have files
-        bench.residency.forget(run_id)
-        bench.snapshots.forget(run_id)
+        bench.end(run_id)
     await bench.snapshots.close()
     assert list(bench.files._root.iterdir()) == []
 
@@ -218,12 +230,13 @@ async def test_where_a_copy_would_be_due_it_is_taken(bench: Bench):
     await bench.accumulate("a")
     await bench.step("a")
     await bench.accumulate("a")
-    await bench.residency.bring_in(["b"])
+    await bench.bring_in("b")
     await bench.create("c")
     assert bench.resident == ["b", "c"]
     assert bench.snapshots.seconds_until_due() is None
-    assert bench.snapshots.changed_runs() == [] and bench.snapshots.history.take_all() == []
-    copy = await bench.snapshots.read("a")
+    assert not any(run.is_ahead_of_snapshot for run in bench.runs.values())
+    assert bench.snapshots.take_unsaved() == []
+    copy = await bench.snapshots.read(bench.runs["a"])
     assert copy is not None and copy.gradients is not None
 
 
@@ -262,20 +275,20 @@ async def test_after_a_loss_in_the_midst_of_a_move_each_run_is_its_copy(
     await bench.create("b", "c")
     await bench.accumulate("b")
     assert bench.resident == ["b", "c"]
-    await bench.residency.bring_in(["c"])
+    await bench.bring_in("c")
     worker.kills = lambda name, args: name == method and args[0] in ("a", "b")
     with pytest.raises(WorkerLost):
-        await bench.residency.bring_in(["a"])
+        await bench.bring_in("a")
     worker.kills = lambda _name, _args: False
     await worker.restart()
     bench.residency.worker_lost()
     assert bench.resident == []
     # What no copy has is what was not copied before the loss.
-    again = [job.run_id for call in bench.snapshots.history.take_all() for job in call]
+    again = [job.run.run_id for call in bench.snapshots.take_unsaved() for job in call]
     assert again == (["b"] if method == "export_adapter" else [])
-    await bench.residency.bring_in(["a"])
+    await bench.bring_in("a")
     assert bench.resident == ["a"]
-    assert bench.snapshots.has_gradient("a")
+    assert bench.runs["a"].has_gradient
 
 
 async def test_a_run_that_cannot_be_put_back_stays_evicted(
@@ -292,34 +305,36 @@ async def test_a_run_that_cannot_be_put_back_stays_evicted(
     with monkeypatch.context() as patch:
         patch.setattr(worker._backend, "import_adapter", fails)
         with pytest.raises(MemoryError):
-            await bench.residency.bring_in(["a"])
+            await bench.bring_in("a")
     assert "a" not in bench.resident
-    await bench.residency.bring_in(["a"])
+    await bench.bring_in("a")
     assert "a" in bench.resident
 
 
 # ------------------------------------------------------------ parts of a tick
 
 
-def a_pass(run_id: str, seq_id: int = 0) -> Job:
-    request = m.ForwardBackwardRequest(run_id, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy")
-    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request, 1)
+def a_pass(run: Run, seq_id: int = 0) -> Job:
+    data = [Datum(ModelInput.from_ints([0]))]
+    request = m.ForwardBackwardRequest(run.run_id, seq_id, data, "cross_entropy")
+    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request, 1)
 
 
-def a_step(run_id: str, seq_id: int = 0) -> Job:
-    request = m.OptimStepRequest(model_id=run_id, seq_id=seq_id)
-    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request)
+def a_step(run: Run, seq_id: int = 0) -> Job:
+    request = m.OptimStepRequest(model_id=run.run_id, seq_id=seq_id)
+    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request)
 
 
-def an_other(run_id: str, seq_id: int = 0) -> Job:
-    request = m.SaveWeightsRequest(model_id=run_id, seq_id=seq_id, path="p")
-    return Job(f"{run_id}-{seq_id}", "alice", run_id, seq_id, request)
+def an_other(run: Run, seq_id: int = 0) -> Job:
+    request = m.SaveWeightsRequest(model_id=run.run_id, seq_id=seq_id, path="p")
+    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request)
 
 
 async def test_a_tick_is_split_so_that_each_part_fits_and_what_is_there_comes_first(bench: Bench):
     await bench.create("a", "b", "c")
-    first = [a_pass("a", 1), a_pass("b", 1), a_pass("c", 1), a_pass("a", 2)]
-    parts = bench.residency.split(Tick(first, [a_step("b", 2)], [an_other("a", 3)]))
+    a, b, c = (bench.runs[run_id] for run_id in "abc")
+    jobs = [a_pass(a, 1), a_pass(b, 1), a_pass(c, 1), a_pass(a, 2), a_step(b, 2), an_other(a, 3)]
+    parts = bench.residency.split(Tick.of(jobs))
     assert [[job.request_id for job in part.jobs] for part in parts] == [
         ["b-1", "c-1", "b-2"],
         ["a-1", "a-2", "a-3"],
@@ -327,7 +342,7 @@ async def test_a_tick_is_split_so_that_each_part_fits_and_what_is_there_comes_fi
 
 
 async def test_an_empty_tick_stays_one(bench: Bench):
-    assert bench.residency.split(Tick([], [], [])) == [Tick([], [], [])]
+    assert bench.residency.split(Tick()) == [Tick()]
 
 
 @settings(max_examples=50, deadline=None)
@@ -337,19 +352,24 @@ async def test_an_empty_tick_stays_one(bench: Bench):
     budget=st.integers(1, 30 * ROW),
 )
 def test_no_part_needs_more_than_the_budget_unless_it_has_one_run(ranks, steps, budget):
-    runs = {
-        str(i): LiveRun(str(i), "alice", "session", "fake/model", AdapterSpec(rank=rank))
-        for i, rank in enumerate(ranks)
-    }
-    snapshots = Snapshots(None, RunFiles(Path("none")), None)  # pyright: ignore[reportArgumentType]
-    residency = Residency(runs, None, snapshots, budget)  # pyright: ignore[reportArgumentType]
-    residency._bytes_of_rank_1[True, True, True] = ROW
-    passes = [a_pass(run_id) for run_id in runs]
-    tick = Tick(passes, [a_step(run_id, 1) for run_id, has in zip(runs, steps, strict=False) if has], [])
-    parts = residency.split(tick)
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(check_parts(Path(directory), ranks, steps, budget))
+
+
+async def check_parts(directory: Path, ranks: list[int], steps: list[bool], budget: int) -> None:
+    bench = Bench(directory, MortalWorker(), budget)
+    for number, rank in enumerate(ranks):
+        await bench.create(str(number), rank=rank)
+    runs = list(bench.runs.values())
+    passes = [a_pass(run) for run in runs]
+    tick = Tick.of([*passes, *(a_step(run, 1) for run, has in zip(runs, steps, strict=False) if has)])
+    parts = bench.residency.split(tick)
     for part in parts:
-        run_ids = {job.run_id for job in part.jobs}
-        assert len(run_ids) == 1 or sum(FULL * runs[run_id].spec.rank for run_id in run_ids) <= budget
-    assert sum((part.passes for part in parts), []) == tick.passes
-    assert sum((part.optim_steps for part in parts), []) == tick.optim_steps
+        of_part = {job.run for job in part.jobs}
+        assert len(of_part) == 1 or sum(FULL * run.spec.rank for run in of_part) <= budget
+    assert sorted(job.request_id for part in parts for job in part.passes) == sorted(
+        job.request_id for job in tick.passes
+    )
+    assert {job for part in parts for job in part.optim_steps} == set(tick.optim_steps)
     assert len(parts) <= math.ceil(2 * FULL * sum(ranks) / budget) + 1
+    await bench.snapshots.close()

@@ -11,7 +11,7 @@ from fake_service import MODEL, make_service
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, PROTOBUF, QUERIES
+from twinkle.protocol.endpoints import OPERATIONS, PREFIX, PROTOBUF, QUERIES
 from twinkle.protocol.operations import ENDPOINTS, Posted, Reply
 from twinkle.protocol.types import Datum, ModelInput
 from twinkle.server.config import LimitsSection
@@ -60,7 +60,7 @@ async def test_the_routes_are_the_protocols_tables_and_a_handful(http: httpx.Asy
     expected |= {(query.method, PREFIX + query.path) for query in QUERIES}
     expected |= {
         ("GET", PREFIX + path)
-        for path in ("/healthz", "/readyz", CHECKPOINT + "/archive", "/download/{token}/{name}")
+        for path in ("/healthz", "/readyz", m.CHECKPOINT + "/archive", "/download/{token}/{name}")
     }
     expected |= {
         ("POST", f"{PREFIX}/{path}")
@@ -140,7 +140,7 @@ async def test_operations_of_another_tenants_run_are_not_found(http: httpx.Async
     ("body", "status"),
     [
         (b"\xff\xff\xff", 400),
-        (operations.pb.OperationsRequest(operations=[{"path": "/asample"}]).SerializeToString(), 400),
+        (operations.pb.OperationsRequest(operations=[{"path": "/create_model"}]).SerializeToString(), 400),
         (operations.pb.OperationsRequest(operations=[{"path": "/optim_step"}] * 33).SerializeToString(), 413),
     ],
 )

@@ -44,13 +44,12 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import LimitsSection
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.worker import LocalWorker
-from twinkle.server.gateway import app as gateway_app
 from twinkle.server.gateway import openapi
+from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
-from twinkle.server.gateway.bodies import Bodies
+from twinkle.server.gateway.http import Bodies, ByteBudget, Share
 from twinkle.server.samplers.fake import FakeEngine
-from twinkle.server.scheduling.limits import ByteBudget, Share
-from twinkle.server.service import samplers as service_samplers
+from twinkle.server.service import sampling_sessions
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
@@ -104,7 +103,7 @@ class Host:
     def is_whole(self, run: str) -> bool:
         """Whether a run is alive and its checkpoint is there."""
         saved = self._directory / "checkpoints" / run / "weights" / "saved"
-        return run in self.service._runs and saved.is_dir()
+        return run in self.service._live and saved.is_dir()
 
     def post(self, path: str, body: Any, key: str = BOB, **more: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -213,8 +212,8 @@ def host() -> Iterator[Host]:
         start_blocking_portal() as portal,
     ):
         # Who asks for what never comes is told so soon.
-        patch.setattr(gateway_app, "LONG_POLL_SECONDS", 0.5)
-        patch.setattr(service_samplers, "LONG_POLL_SECONDS", 0.05)
+        patch.setattr(gateway_operations, "LONG_POLL_SECONDS", 0.5)
+        patch.setattr(sampling_sessions, "LONG_POLL_SECONDS", 0.05)
         host = Host(portal, Path(directory))
         portal.call(host.service.start)
         yield host
@@ -544,7 +543,7 @@ BODIES = [
     (path, method, request)
     for path, method, request in [
         *((endpoint.path, "POST", endpoint.request) for endpoint in OPERATIONS),
-        *((query.path, query.method, query.request) for query in QUERIES),
+        *((query.path, query.method, query) for query in QUERIES),
         ("/retrieve_future", "POST", m.RetrieveFutureRequest),
     ]
     if method in ("POST", "PUT") and request is not m.ForwardBackwardRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from mortal_worker import MortalWorker, make_mortal_service
 from starlette.requests import ClientDisconnect, Request
 
 from twinkle.protocol.endpoints import PREFIX
+from twinkle.protocol.operations import ENDPOINTS, PATH, Posted, encode_request
 from twinkle.server.config import LimitsSection
-from twinkle.server.gateway import app, hang_ups
+from twinkle.server.gateway import hang_ups
+from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
 from twinkle.server.serve.http import HttpServer
 from twinkle.server.tokens import Signer
@@ -22,7 +25,7 @@ from twinkle.server.tokens import Signer
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "_UNWATCHED_SECONDS", 0.01)
+    monkeypatch.setattr(gateway_operations, "_UNWATCHED_SECONDS", 0.01)
 
 
 def request_of(messages: asyncio.Queue[dict[str, Any]]) -> Request:
@@ -68,7 +71,7 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("by", ["future", "sampler"])
+@pytest.mark.parametrize("by", ["future", "sampler", "operations"])
 async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(
     tmp_path: Path, by: str, caplog: Any
 ):
@@ -100,13 +103,16 @@ async def test_a_client_that_is_killed_while_it_waits_is_no_longer_there(
             )["sampling_session_id"]
             prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
             sample = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "num_samples": 1}
-            promise = await post("/asample", **sample, sampling_params={"max_tokens": 5})
+            sample["sampling_params"] = {"max_tokens": 5}
+            promise = await post("/asample", **sample)
             target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+            posted = Posted(ENDPOINTS["/asample"], json.dumps({**sample, "seq_id": 1}).encode())
             path, body = {
-                "future": ("/retrieve_future", {"request_id": promise["request_id"]}),
-                "sampler": ("/retrieve_futures", {"target": target, "prev_cursor": 0}),
+                "future": ("/retrieve_future", json.dumps({"request_id": promise["request_id"]})),
+                "sampler": ("/retrieve_futures", json.dumps({"target": target, "prev_cursor": 0})),
+                "operations": (PATH, encode_request([posted])),
             }[by]
-            polling = asyncio.create_task(http.post(path, json=body, timeout=60))
+            polling = asyncio.create_task(http.post(path, content=body, timeout=60))
             await until(lambda: presence._waiting[session] == 1)
             await asyncio.sleep(0.03)
             polling.cancel()

@@ -18,7 +18,7 @@ from keyed_gateway import Belongings, KeyedGateway, make_belongings
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import operations
-from twinkle.protocol.endpoints import CHECKPOINT, OPERATIONS, PREFIX, QUERIES
+from twinkle.protocol.endpoints import OPERATIONS, PREFIX, QUERIES
 from twinkle.protocol.operations import ENDPOINTS, Posted
 from twinkle.server import keys
 from twinkle.server.keys import KeyRing, create_key, revoke_key
@@ -102,10 +102,10 @@ def request_to(route: tuple[str, str], of: Belongings) -> dict[str, Any]:
     if path == PREFIX + operations.PATH:
         posted = [Posted(ENDPOINTS["/forward_backward"], of.a_pass)]
         return {"method": method, "url": url, "content": operations.encode_request(posted)}
-    if path in (PREFIX + "/auth/token", PREFIX + CHECKPOINT + "/archive"):
+    if path in (PREFIX + "/auth/token", PREFIX + m.CHECKPOINT + "/archive"):
         return {"method": method, "url": url}
     messages: dict[Any, Any] = {("POST", PREFIX + endpoint.path): endpoint.request for endpoint in OPERATIONS}
-    messages |= {(query.method, PREFIX + query.path): query.request for query in QUERIES}
+    messages |= {(query.method, PREFIX + query.path): query for query in QUERIES}
     messages[("POST", PREFIX + "/retrieve_future")] = m.RetrieveFutureRequest
     message = messages[route]
     values = {**PLAIN, **of.names}

@@ -16,10 +16,11 @@ from fake_service import MODEL, Tenant, make_service
 from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, PREFIX, PROTOBUF
 from twinkle.protocol.types import Datum, ModelInput, SamplingParams
 from twinkle.server.config import LimitsSection
-from twinkle.server.gateway import app
+from twinkle.server.gateway import operations
 from twinkle.server.gateway.app import create_app
 from twinkle.server.samplers.fake import LOGPROB
 from twinkle.server.service.service import Service
@@ -171,7 +172,7 @@ async def test_a_training_pass_in_json_says_what_it_says_in_protobuf(http: httpx
 async def test_a_result_too_large_for_json_is_refused_as_such_and_there_in_protobuf(
     http: httpx.AsyncClient, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(app, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(operations, "MAX_JSON_BYTES", 10)
     request_id = await sampled(tenant)
     refused = await http.post("/retrieve_future", json={"request_id": request_id}, headers={"Accept": JSON})
     assert refused.status_code == 400 and PROTOBUF in refused.json()["error"]
@@ -180,7 +181,7 @@ async def test_a_result_too_large_for_json_is_refused_as_such_and_there_in_proto
 
 def test_json_has_no_numbers_that_json_does_not_know():
     message = pb.ForwardBackwardOutput(metrics={"loss:sum": float("inf"), "grad:max": float("nan")})
-    encoded = results.Encoded("ForwardBackwardOutput", message.SerializeToString())
+    encoded = Encoded("ForwardBackwardOutput", message.SerializeToString())
 
     def refuse(name: str) -> None:
         raise AssertionError(name)

@@ -9,19 +9,27 @@ from hypothesis import strategies as st
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import Datum, ModelInput
-from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.scheduling.runs import Job, Run
+from twinkle.server.scheduling.scheduler import Scheduler, Tick
 
 TICK, OVERHEAD = 1000, 50
 
 
-def a_pass(tenant: str, run: str, seq_id: int, tokens: int) -> Job:
-    request = m.ForwardBackwardRequest(run, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy")
-    return Job(f"{run}-{seq_id}", tenant, run, seq_id, request, tokens)
+def a_run(name: str, tenant: str = "t") -> Run:
+    return Run(name, tenant, "session", "fake/model", AdapterSpec(rank=1))
 
 
-def a_step(tenant: str, run: str, seq_id: int) -> Job:
-    return Job(f"{run}-{seq_id}", tenant, run, seq_id, m.OptimStepRequest(model_id=run, seq_id=seq_id))
+def a_pass(run: Run, seq_id: int, tokens: int) -> Job:
+    request = m.ForwardBackwardRequest(
+        run.run_id, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy"
+    )
+    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request, tokens)
+
+
+def a_step(run: Run, seq_id: int) -> Job:
+    request = m.OptimStepRequest(model_id=run.run_id, seq_id=seq_id)
+    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request)
 
 
 def cost(tick: Tick) -> int:
@@ -36,15 +44,14 @@ class Flood:
         self.scheduler = scheduler
         self.sizes = sizes
         self.sent = [0] * len(sizes)
-        for number in range(len(sizes)):
-            scheduler.add_run(f"flood-{number}")
+        self.runs = [a_run(f"flood-{number}", "flood") for number in range(len(sizes))]
         self.fill()
 
     def fill(self) -> None:
         for number, size in enumerate(self.sizes):
-            run = f"flood-{number}"
-            while self.sent[number] - self.scheduler.queue(run).next_id < 20:
-                self.scheduler.submit(a_pass("flood", run, self.sent[number], size))
+            run = self.runs[number]
+            while self.sent[number] - run.queue.next_id < 20:
+                self.scheduler.submit(a_pass(run, self.sent[number], size))
                 self.sent[number] += 1
 
 
@@ -56,25 +63,25 @@ class Flood:
 )
 def test_beside_a_flood_a_step_takes_at_most_twice_as_long_as_alone_and_a_tick(own, sizes, thinks):
     scheduler = Scheduler(TICK, OVERHEAD)
-    scheduler.add_run("own")
+    own_run = a_run("own", "modest")
     flood = Flood(scheduler, sizes)
     now, arrives, sent_at, latencies, floods_ticks = 0, thinks[0], 0, [], []
     steps = 0
     while len(latencies) < len(thinks):
         if arrives is not None and arrives <= now:
             sent_at, arrives = arrives, None
-            scheduler.submit(a_pass("modest", "own", 2 * steps, own))
-            scheduler.submit(a_step("modest", "own", 2 * steps + 1))
+            scheduler.submit(a_pass(own_run, 2 * steps, own))
+            scheduler.submit(a_step(own_run, 2 * steps + 1))
             steps += 1
         flood.fill()
         tick = scheduler.take_tick()
         assert tick.jobs, "there is work at any time"
-        for half in tick.quick_first():
+        for half in tick.split_independent():
             now += cost(half)
             if any(isinstance(job.request, m.OptimStepRequest) for job in half.jobs):
                 latencies.append(now - sent_at)
                 arrives = now + thinks[len(latencies) - 1]
-        if all(job.tenant == "flood" for job in tick.jobs):
+        if all(job.run.tenant == "flood" for job in tick.jobs):
             floods_ticks.append(cost(tick))
     alone = OVERHEAD + own
     assert max(latencies) <= 2 * alone + max(floods_ticks)
@@ -95,15 +102,15 @@ def test_beside_a_flood_a_step_takes_at_most_twice_as_long_as_alone_and_a_tick(o
 def test_who_always_has_work_gets_as_much_as_any_other_but_for_a_bound(script):
     scheduler = Scheduler(TICK, OVERHEAD)
     counts: Counter[str] = Counter()
+    runs: dict[str, Run] = {}
     biggest: Counter[str] = Counter()
     done: dict[str, list[int]] = defaultdict(list)
     record = Served(scheduler)
     for tenant, number, tokens, more in script:
-        name, run = f"t{tenant}", f"t{tenant}-{number}"
-        if run not in counts:
-            scheduler.add_run(run)
-        make = a_pass(name, run, counts[run], tokens) if tokens else a_step(name, run, counts[run])
-        counts[run] += 1
+        name, run_id = f"t{tenant}", f"t{tenant}-{number}"
+        run = runs.setdefault(run_id, a_run(run_id, name))
+        make = a_pass(run, counts[run_id], tokens) if tokens else a_step(run, counts[run_id])
+        counts[run_id] += 1
         biggest[name] = max(biggest[name], tokens)
         scheduler.submit(make)
         if more == 0:
@@ -121,13 +128,13 @@ class Served:
         self.since: dict[str, Counter[str]] = {}
 
     def take(self, biggest: Counter[str], done: dict[str, list[int]]) -> bool:
-        ready = set(self.scheduler._ready)
+        ready = set(self.scheduler.ready_tenants)
         self.since = {tenant: self.since.get(tenant, Counter()) for tenant in ready}
         tick = self.scheduler.take_tick()
         for job in tick.jobs:
-            done[job.run_id].append(job.seq_id)
+            done[job.run.run_id].append(job.seq_id)
             for counter in self.since.values():
-                counter[job.tenant] += job.tokens
+                counter[job.run.tenant] += job.tokens
         for tenant, counter in self.since.items():
             for other in counter:
                 assert counter[other] - counter[tenant] <= biggest[tenant] + biggest[other] + 2 * TICK
@@ -137,31 +144,27 @@ class Served:
 def test_tenants_with_like_work_share_a_tick_and_a_much_larger_one_waits_for_its_own():
     scheduler = Scheduler(TICK, OVERHEAD)
     for number in range(4):
-        scheduler.add_run(f"r{number}")
-        scheduler.submit(a_pass(f"t{number}", f"r{number}", 0, 100 + number))
-    scheduler.add_run("large")
-    scheduler.submit(a_pass("greedy", "large", 0, 900))
-    assert {job.run_id for job in scheduler.take_tick().jobs} == {"r0", "r1", "r2"}
-    assert {job.run_id for job in scheduler.take_tick().jobs} <= {"r3", "large"}
+        scheduler.submit(a_pass(a_run(f"r{number}", f"t{number}"), 0, 100 + number))
+    scheduler.submit(a_pass(a_run("large", "greedy"), 0, 900))
+    assert {job.run.run_id for job in scheduler.take_tick().jobs} == {"r0", "r1", "r2"}
+    assert {job.run.run_id for job in scheduler.take_tick().jobs} <= {"r3", "large"}
 
 
 def test_what_waits_for_no_pass_is_done_first():
     scheduler = Scheduler(TICK, OVERHEAD)
-    for run in ("a", "b"):
-        scheduler.add_run(run)
-    for job in (a_pass("t1", "a", 0, 10), a_step("t1", "a", 1), a_step("t2", "b", 0)):
+    a, b = a_run("a", "t1"), a_run("b", "t2")
+    for job in (a_pass(a, 0, 10), a_step(a, 1), a_step(b, 0)):
         scheduler.submit(job)
-    halves = scheduler.take_tick().quick_first()
+    halves = scheduler.take_tick().split_independent()
     assert [[job.request_id for job in half.jobs] for half in halves] == [["b-0"], ["a-0", "a-1"]]
 
 
 def test_a_tenants_runs_take_turns_however_much_one_of_them_has_queued():
     scheduler = Scheduler(TICK, OVERHEAD)
-    for run in ("endless", "single", "others"):
-        scheduler.add_run(run)
+    endless, single, others = a_run("endless", "t1"), a_run("single", "t1"), a_run("others", "t2")
     for seq_id in range(100):
-        scheduler.submit(a_pass("t1", "endless", seq_id, 90))
-        scheduler.submit(a_pass("t2", "others", seq_id, 90))
-    scheduler.submit(a_pass("t1", "single", 0, 100))
-    first, second = ({job.run_id for job in scheduler.take_tick().jobs} for _ in range(2))
+        scheduler.submit(a_pass(endless, seq_id, 90))
+        scheduler.submit(a_pass(others, seq_id, 90))
+    scheduler.submit(a_pass(single, 0, 100))
+    first, second = ({job.run.run_id for job in scheduler.take_tick().jobs} for _ in range(2))
     assert "single" in first | second

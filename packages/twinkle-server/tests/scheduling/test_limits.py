@@ -7,6 +7,7 @@ from twinkle.protocol.errors import LimitReached
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room
+from twinkle.server.scheduling.records import RunLog
 
 DONE = m.OptimStepResponse(metrics={})
 
@@ -81,7 +82,7 @@ def test_tenants_who_have_paid_are_forgotten():
 
 
 def test_room_in_the_queue_is_bounded_by_requests_and_tokens_of_each_and_of_all():
-    futures = FutureTable(Clock())
+    futures = FutureTable(Clock(), RunLog())
     limits = LimitsSection(
         max_queued_requests_per_tenant=3,
         max_queued_tokens_per_tenant=100,
@@ -113,7 +114,7 @@ def test_room_in_the_queue_is_bounded_by_requests_and_tokens_of_each_and_of_all(
 
 
 async def test_who_does_not_fetch_results_is_told_to():
-    futures = FutureTable(Clock())
+    futures = FutureTable(Clock(), RunLog())
     limits = LimitsSection(max_unfetched_bytes_per_tenant=5000)
     ids = [futures.create("a") for _ in range(3)]
     for request_id in ids:

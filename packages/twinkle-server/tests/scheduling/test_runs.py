@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import pytest
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.scheduling.jobs import Job
-from twinkle.server.scheduling.runs import MAX_AHEAD, RunQueue
+from twinkle.protocol.errors import Conflict, InvalidRequest
+from twinkle.server.backends.protocol import AdapterSpec
+from twinkle.server.scheduling.runs import MAX_AHEAD, Job, Received, Run, RunQueue
+
+RUN = Run("run", "t", "session", "fake/model", AdapterSpec(rank=1))
 
 
 def job(seq_id: int) -> Job:
-    return Job(f"request-{seq_id}", "t", "run", seq_id, m.OptimStepRequest(model_id="run", seq_id=seq_id))
+    return Job(f"request-{seq_id}", RUN, seq_id, m.OptimStepRequest(model_id="run", seq_id=seq_id))
 
 
 def drain(queue: RunQueue) -> list[int]:
@@ -39,7 +43,7 @@ def test_a_rejected_id_is_consumed_wherever_it_stands():
 def test_a_retry_finds_the_first_request_also_after_it_ran():
     queue = RunQueue(first_seq_id=1)
     queue.offer(job(1))
-    step = job(1).request
+    step = Received(job(1).request)
     assert queue.duplicate_of(1, step) == "request-1"
     queue.pop()
     assert queue.duplicate_of(1, step) == "request-1"
@@ -50,7 +54,7 @@ def test_a_used_id_on_a_request_of_another_kind_is_no_retry():
     queue = RunQueue(first_seq_id=1)
     queue.offer(job(1))
     with pytest.raises(InvalidRequest, match="1 was used before .* OptimStepRequest; the next free one is 2"):
-        queue.duplicate_of(1, m.SaveWeightsRequest(model_id="run", seq_id=1, path="mine"))
+        queue.duplicate_of(1, Received(m.SaveWeightsRequest(model_id="run", seq_id=1, path="mine")))
 
 
 def test_used_rejected_and_absurd_ids_are_refused():
@@ -84,3 +88,20 @@ def test_a_queue_says_what_a_request_waits_for():
     queue.pop()
     assert queue.why_waiting("request-1") == "it is being computed"
     assert queue.why_waiting("request-3") == "0 requests of this run go before it"
+
+
+def test_a_used_id_on_another_request_of_the_kind_is_no_retry():
+    queue = RunQueue(first_seq_id=1)
+    request = job(1).request
+    queue.offer(replace(job(1), digest=b"of the first"))
+    assert queue.duplicate_of(1, Received(request, digest=b"of the first")) == "request-1"
+    with pytest.raises(Conflict, match="seq_id: 1 was used before .* OptimStepRequest .* free one is 2"):
+        queue.duplicate_of(1, Received(request, digest=b"of another"))
+
+
+def test_a_request_of_an_earlier_version_without_digest_is_taken_for_the_same():
+    queue = RunQueue(first_seq_id=1)
+    queue.remember(0, "of an earlier version", m.OptimStepRequest)
+    assert (
+        queue.duplicate_of(0, Received(job(0).request, digest=b"of a later one")) == "of an earlier version"
+    )

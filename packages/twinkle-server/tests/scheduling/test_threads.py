@@ -36,6 +36,8 @@ async def test_each_tenant_has_its_own_and_what_nobody_waits_for_still_counts():
     assert await threads.run("a", lambda: "again") == "again"
     while threads._tenants:  # until the one that nobody waits for has ended too
         await asyncio.sleep(0.001)
+    # Beside the two that were seen to begin: the third, and the one after. The fourth never did.
+    assert [begun.acquire(blocking=False) for _ in range(3)] == [True, True, False]
     threads.close()
 
 

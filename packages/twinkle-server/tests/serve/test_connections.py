@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from twinkle.server.gateway.replies import PART_BYTES, BytesReply
+from twinkle.server.gateway.http import REPLY_PART_BYTES, BytesReply
 from twinkle.server.serve import connections
 from twinkle.server.serve.connections import MAX_AHEAD, MAX_HEAD_BYTES
 from twinkle.server.serve.http import HttpServer
@@ -227,7 +227,7 @@ async def test_of_an_answer_that_many_ask_for_and_nobody_reads_there_is_one_copy
         await asyncio.sleep(0.005)
         held = bytes_held(server)
     await asyncio.sleep(0.05)
-    assert max(bytes_held(server)) <= 2 * PART_BYTES
+    assert max(bytes_held(server)) <= 2 * REPLY_PART_BYTES
     for reader, writer in deaf[:2]:
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"content-length: %d\r\n" % LARGE in head

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, SamplingParams
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
+from twinkle.server.config import ModelSection, ServerConfig
 from twinkle.server.engine.worker import WorkerLost
+from twinkle.server.plan import Plan
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.ranks import RankActor, RankGroup
+from twinkle.server.serve.ranks import RankGroup
 
 pytestmark = pytest.mark.serve
 
@@ -30,6 +33,11 @@ CONFIG = ModelConfig(Path("fake"), tensor_parallel_size=2)
 TOKENS = np.array([1, 2, 3])
 ROW = Row("a", TOKENS, "cross_entropy", {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)})
 STEP = AdamStep("a", AdamParams(learning_rate=0.1))
+
+
+def plan(model: ModelConfig = CONFIG, backend: str = "fake", **timeouts: float) -> Plan:
+    section = ModelSection.model_validate({"model_id": "org/fake", **timeouts})
+    return Plan(ServerConfig(model=section), model, backend, "fake", gpus_per_rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def placement() -> Iterator[PlacementGroup]:
 
 
 def actors_of(group: RankGroup) -> list[Any]:
-    return [cast(RankActor, rank)._actor for rank in group._generation._ranks]
+    return list(group.incarnation._actors)
 
 
 def process_of(group: RankGroup, rank: int) -> int:
@@ -88,16 +96,16 @@ async def train_and_compare(group: RankGroup) -> None:
 async def test_a_group_computes_like_one_survives_its_users_errors_and_is_started_anew_when_a_rank_is_killed(
     placement: PlacementGroup,
 ):
-    group = await RankGroup.start(placement, CONFIG, "fake", "fake")
+    group = await RankGroup.start(plan(), placement)
     await train_and_compare(group)
     samples = ray.get(
         [
-            actor.__ray_call__.remote(lambda actor: actor._worker._sampler_or_none is not None)
+            actor.__ray_call__.remote(lambda actor: actor._loading.result()._sampler_or_none is not None)
             for actor in actors_of(group)
         ]
     )
     assert samples == [True, False]
-    meeting = await group._generation.first_rank("find_rendezvous")
+    meeting = await actors_of(group)[0].find_rendezvous.remote()
     path = Path(meeting.removeprefix("file://"))
     assert path.parent.stat().st_mode & 0o077 == 0 and not path.exists()
 
@@ -129,14 +137,62 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
     await group.restart()
     await train_and_compare(group)
     await group.close()
-    group._generation.end()
+    group.incarnation.end()
+
+
+async def block_training_thread(group: RankGroup, rank: int) -> None:
+    """As a collective does that waits for another rank in vain; the process answers heartbeats all the same."""
+
+    def block(actor: Any) -> None:
+        actor._loading.result()._training_thread.submit(time.sleep, 3600)
+
+    await actors_of(group)[rank].__ray_call__.remote(block)
+
+
+async def test_ranks_that_hang_are_replaced_like_those_that_died(placement: PlacementGroup):
+    group = await RankGroup.start(plan(heartbeat_timeout_seconds=3, call_timeout_seconds=3), placement)
+    await train_and_compare(group)
+    os.kill(process_of(group, 1), signal.SIGSTOP)
+    with pytest.raises(WorkerLost) as loss:
+        await group.forward_backward([[ROW]])
+    assert loss.value.reason in {
+        "rank 1: no heartbeat for 3 s",
+        "forward_backward: rank 0 succeeded, rank 1 didn't answer within 3 s (model.call_timeout_seconds)",
+    }
+    await group.restart()
+    await train_and_compare(group)
+
+    stopped = process_of(group, 0)
+    os.kill(stopped, signal.SIGSTOP)
+    assert (await group.lost()).reason == "rank 0: no heartbeat for 3 s", "nothing was called"
+    await group.restart()
+    await train_and_compare(group)
+    assert not is_running(stopped)
+
+    await block_training_thread(group, 1)
+    with pytest.raises(WorkerLost) as loss:
+        await group.optim_step([STEP])
+    said = "optim_step: rank 0 succeeded, rank 1 didn't answer within 3 s (model.call_timeout_seconds)"
+    assert loss.value.reason == said
+    await group.restart()
+    await train_and_compare(group)
+    await group.close()
+    group.incarnation.end()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.mark.usefixtures("placement")
 async def test_one_rank_takes_a_pass_and_steps_in_one_call():
     place = placement_group([{"CPU": 1.0}])
     ray.get(place.ready(), timeout=60)
-    group = await RankGroup.start(place, ModelConfig(Path("fake")), "fake", "fake")
+    group = await RankGroup.start(plan(ModelConfig(Path("fake"))), place)
     await train_and_compare(group)
     with pytest.raises(KeyError):
         await group.train([[replace(ROW, adapter_id="b")]], [STEP])
@@ -150,10 +206,10 @@ async def test_one_rank_takes_a_pass_and_steps_in_one_call():
     assert not any(gradient.any() for gradient in before.gradients.values())
     assert any(gradient.any() for gradient in after.gradients.values()), "the pass stays done"
     await group.close()
-    group._generation.end()
+    group.incarnation.end()
     remove_placement_group(place)
 
 
 async def test_a_model_that_no_rank_can_load_is_said_as_the_ranks_said_it(placement: PlacementGroup):
     with pytest.raises(InvalidRequest, match="no_such"):
-        await RankGroup.start(placement, CONFIG, "no_such", "fake")
+        await RankGroup.start(plan(backend="no_such"), placement)

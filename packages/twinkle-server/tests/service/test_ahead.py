@@ -15,7 +15,7 @@ from mortal_worker import MortalWorker, make_mortal_service
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
-from twinkle.server.engine import ahead
+from twinkle.server.engine import calls
 from twinkle.server.service.service import Service
 
 
@@ -65,7 +65,7 @@ class Held:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "LATE", 0.0)
+    monkeypatch.setattr(calls, "DISPATCH_AT", 0.0)
 
 
 @pytest.fixture
@@ -101,7 +101,24 @@ async def submit_step(tenant: Tenant, run: str, first_seq_id: int) -> list[m.Pro
 async def finish(submitted: list[tuple[Tenant, list[m.Promise]]]) -> None:
     for tenant, promises in submitted:
         for promise in promises:
-            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.Pending))
+            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.TryAgain))
+
+
+async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
+    """Until the tick with that request has been taken, and what is sent of it at once is on its way."""
+    async with asyncio.timeout(20):
+        while True:
+            waiting = await tenant.service.retrieve(tenant.name, promise.request_id, 0)
+            assert isinstance(waiting, m.Pending) and waiting.queue_state_reason is not None
+            if waiting.queue_state_reason.startswith("it is being computed"):
+                break
+            await asyncio.sleep(0.005)
+    await a_few_turns()
+
+
+async def a_few_turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 async def both_under_way(held: Held) -> tuple[list[tuple[Tenant, list[m.Promise]]], list[str]]:
@@ -131,7 +148,7 @@ async def test_a_tick_with_a_run_of_this_one_waits(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, run, seq_id)) for seq_id in (3, 5)]
     await held.until(sent=1)
-    await asyncio.sleep(0.1)
+    await until_taken(alice, submitted[1][1][0])
     assert len(held.sent) == 1
     held.gate.set()
     await finish(submitted)
@@ -162,7 +179,7 @@ async def test_this_tick_may_fail_while_the_next_one_is_under_way(held: Held):
 async def test_no_copy_is_taken_of_a_run_that_is_ahead_of_what_is_known_of_it(held: Held):
     submitted, runs = await both_under_way(held)
     for run in runs:
-        held.service._snapshots.hurry(run)
+        held.service._snapshots.hurry(held.service._live.get(run))
     held.gate.set()
     await finish(submitted)
     before = held.worker.restarts
@@ -186,10 +203,12 @@ async def test_a_service_that_is_to_end_sends_nothing_ahead(held: Held):
     held.hold()
     submitted = [(alice, await submit_step(alice, first, 3))]
     await held.until(sent=1)
-    stopping = asyncio.create_task(held.service._engine.between_ticks())
+    stopping = asyncio.create_task(held.service._engine.until_idle())
     await asyncio.sleep(0)
     submitted.append((bob, await submit_step(bob, second, 3)))
-    await asyncio.sleep(0.1)
+    # The engine waits for this too, and decides when it returns.
+    await held.service._scheduler.until_complete({held.service._live.find("alice", first)})
+    await a_few_turns()
     assert len(held.sent) == 1
     held.gate.set()
     await finish(submitted)

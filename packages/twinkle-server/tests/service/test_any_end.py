@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_client import KINDS, Client, bits
 from restarted_service import AT_ONCE, HARDLY_EVER, Server
 
-from twinkle.server.engine import ahead
+from twinkle.server.engine import calls
 
 Batch: TypeAlias = tuple[list[tuple[int, str]], str, int]
 """Requests (run, kind), how the service ends when they have been sent, and after how many turns of the event loop."""
@@ -46,7 +46,7 @@ async def play(
                 case _:
                     pass
             await client.wait(promises)
-            await client.tenant.service._log.clean(max_resting=0)
+            await client.tenant.service._compaction.clean(max_resting=0)
         states: list[dict[str, bytes]] = []
         for number, run in enumerate(client.runs):
             await client.send([(number, "forward")])  # so that it is on the worker
@@ -71,12 +71,12 @@ async def play(
     seconds=st.sampled_from([AT_ONCE, HARDLY_EVER]),
     room=st.none() | st.integers(1, 4000),
 )
-@pytest.mark.parametrize("late", [ahead.LATE, 0.0])
+@pytest.mark.parametrize("late", [calls.DISPATCH_AT, 0.0])
 def test_every_answer_and_every_run_is_what_it_would_have_been(late, ranks, batches, seconds, room):
     """Also where the next tick is sent as soon as it can be."""
     calm: list[Batch] = [(requests, "stays", 0) for requests, _, _ in batches]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         expected = asyncio.run(play(Path(one), ranks, calm, HARDLY_EVER, None))
         assert not any(isinstance(outcome, str) for outcome in expected[0]), "a request failed"
-        with patch.object(ahead, "LATE", late):
+        with patch.object(calls, "DISPATCH_AT", late):
             assert asyncio.run(play(Path(other), ranks, batches, seconds, room)) == expected

@@ -131,7 +131,7 @@ async def test_a_leap_deletes_nothing_that_time_has_not_ended(
     alice = await server.start()
     run = await alice.run()
     ran = 0.0
-    keeper = server.service._keeper
+    keeper = server.service._saved
     keeper._steady_clock = SteadyClock(wall, lambda: ran)
 
     async def pass_time(seconds: float) -> None:
@@ -171,7 +171,7 @@ async def test_a_server_that_has_just_been_started_deletes_nothing_yet(
     await server.close()
     wall.now += leap
     alice = await server.start()
-    server.service._keeper._steady_clock = SteadyClock(wall)
-    await server.service._keeper.sweep()
+    server.service._saved._steady_clock = SteadyClock(wall)
+    await server.service._saved.sweep()
     wall.now -= leap
     assert await alice.ask(m.WeightsInfoRequest(tinker_path=path))

@@ -6,16 +6,18 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from fake_service import Tenant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restarted_service import AT_ONCE, Server
+from restarted_service import AT_ONCE, Server, stored
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
+from twinkle.server.scheduling import live_runs
 from twinkle.server.store.journal import Journal
 
 STEPS = 5
@@ -65,16 +67,14 @@ def flip(path: Path, place: bytes, at: int = 0) -> None:
 async def outcome(tenant: Tenant, promise: m.Promise) -> m.Result | m.Failure:
     """As a client gets it that asks again and again; two minutes pass after the first time in vain."""
     found = await tenant.service.retrieve(tenant.name, promise.request_id, timeout=0.3)
-    if not isinstance(found, m.Pending):
+    if not isinstance(found, m.TryAgain):
         return found
     service = tenant.service
-    clock = service._stuck_runs._clock
     service.chores.end_stuck_runs()
-    service._stuck_runs._clock = lambda: clock() + 121.0
-    service.chores.end_stuck_runs()
-    service._stuck_runs._clock = clock
+    with patch.object(live_runs, "STUCK_SECONDS", 0.0):
+        service.chores.end_stuck_runs()
     found = await service.retrieve(tenant.name, promise.request_id, timeout=20)
-    assert not isinstance(found, m.Pending), found.queue_state_reason
+    assert not isinstance(found, m.TryAgain), found.queue_state_reason
     return found
 
 
@@ -156,9 +156,9 @@ async def test_a_lost_run_stays_lost_when_its_segment_has_been_cleaned_away(serv
     for seq_id in range(2 * STEPS + 1, 2 * STEPS + 40, 2):
         await train(alice, runs[0], seq_id)
     for _ in range(10):
-        await alice.service._log.clean(max_resting=0)
+        await alice.service._compaction.clean(max_resting=0)
         await asyncio.sleep(0.02)
-    journal = alice.service._log._journal
+    journal = alice.service._log.journal
     assert journal is not None and not set(journal.earlier) & set(journal.sealed())
     alice = await server.kill_and_start()
     with pytest.raises(Gone, match=LOST):
@@ -172,9 +172,9 @@ async def test_a_run_whose_copies_are_gone_is_not_begun_anew_in_silence(server: 
     run = await alice.run()
     for step in range(12):
         await train(alice, run, 1 + 2 * step)
-    while alice.service._snapshots.stored(run) < 24:
+    while stored(alice, run) < 24:
         await asyncio.sleep(0.005)
-    await alice.service._log.clean(max_resting=0)
+    await alice.service._compaction.clean(max_resting=0)
     await train(alice, run, 25)
     server.kill()
     await asyncio.sleep(0)
@@ -191,11 +191,11 @@ async def test_a_run_that_has_done_nothing_is_there_however_long_ago_it_was_made
     alice.service._futures._keep_seconds = 0.0
     for step in range(12):
         await train(alice, busy, 1 + 2 * step)
-    while alice.service._snapshots.stored(busy) < 24:
+    while stored(alice, busy) < 24:
         await asyncio.sleep(0.005)
     before = segments(server)
     for _ in range(3):
-        await alice.service._log.clean(max_resting=0)
+        await alice.service._compaction.clean(max_resting=0)
     assert not set(before[:-1]) & set(segments(server))
     for run, steps in ((idle, 0), (busy, 12)):
         alice = await server.kill_and_start()
@@ -207,7 +207,7 @@ async def test_an_older_copy_serves_if_the_newest_is_damaged(server: Server):
     server.seconds = AT_ONCE
     alice = await server.start()
     await train(alice, runs[0], 2 * STEPS + 1)
-    while alice.service._snapshots.stored(runs[0]) < 2 * STEPS + 2:
+    while stored(alice, runs[0]) < 2 * STEPS + 2:
         await asyncio.sleep(0.005)
     server.kill()
     await asyncio.sleep(0)
@@ -247,7 +247,7 @@ async def test_a_request_that_was_promised_and_is_nowhere_ends_its_run_and_not_o
     assert isinstance(found, m.Failure) and "request 3 never arrived" in found.error
     assert not isinstance(await alice.outcome(late[1]), m.Failure)
     await check_state(server.worker, runs[1], 2)
-    while runs[0] in alice.service._runs:
+    while runs[0] in alice.service._live:
         await asyncio.sleep(0.005)
     alice = await server.kill_and_start()
     with pytest.raises(Gone, match=LOST):
@@ -269,7 +269,7 @@ async def test_all_runs_that_wait_in_vain_are_ended_though_that_can_not_be_writt
         with pytest.raises(Gone, match=LOST):
             await alice.service.submit("alice", a_pass(run, 1))
         await alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0]))
-        assert run not in alice.service._runs
+        assert run not in alice.service._live
 
 
 async def test_damage_that_is_found_while_the_server_runs_is_left_for_the_next_to_see(server: Server):
@@ -281,7 +281,7 @@ async def test_damage_that_is_found_while_the_server_runs_is_left_for_the_next_t
     first = segments(server)[0]
     flip(first, run.encode(), at=1)
     for _ in range(3):
-        await alice.service._log.clean(max_resting=0)
+        await alice.service._compaction.clean(max_resting=0)
     assert first.exists()
     assert await goes_on(server, alice, run, 12)
 

@@ -17,7 +17,7 @@ from twinkle.protocol.errors import InvalidRequest, LimitReached, NotFound, Quot
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, SamplingParams
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.runs import Job
 from twinkle.server.service.service import Service
 
 T = TypeVar("T")
@@ -143,13 +143,13 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     alice = Tenant(service, "alice")
     run = await alice.run()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="before"))
-    write = service._keeper._files.write
+    write = service._saved._files.write
 
     def slowly(*args: Any) -> int:
         time.sleep(0.3)
         return write(*args)
 
-    service._keeper._files.write = slowly
+    service._saved._files.write = slowly
     saves = [m.SaveWeightsRequest(model_id=run, seq_id=2 + i, path=f"at-once-{i}") for i in range(5)]
     promises = [await service.submit("alice", save) for save in saves]
     outcomes = [await alice.outcome(promise) for promise in promises]
@@ -165,9 +165,9 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     def failing(*args: Any) -> int:
         raise RuntimeError("no such luck")
 
-    service._keeper._files.write = failing
+    service._saved._files.write = failing
     assert isinstance(await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=7, path="fails")), m.Failure)
-    service._keeper._files.write = write
+    service._saved._files.write = write
     assert not isinstance(
         await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=8, path="last")), m.Failure
     )
@@ -201,7 +201,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
     service = await begin(max_sampler_snapshots_per_run=2)
     alice = Tenant(service, "alice")
     run = await alice.run()
-    files = service._keeper._files
+    files = service._saved._files
     write = files.write
 
     def later(uri: CheckpointUri, *args: Any) -> int:  # those that are to go are the last to be written
@@ -217,7 +217,7 @@ async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
         ).sampling_session_id
         for number in range(1, 9)
     ]
-    await asyncio.wait_for(service._keeper.settle(), 20)
+    await asyncio.wait_for(service._saved.settle(), 20)
     rows = service._database.unnamed_checkpoints("alice", run)
     assert [row.name for row in rows] == ["unnamed-7", "unnamed-8"]
 
@@ -247,7 +247,7 @@ async def test_the_runs_of_a_client_that_has_vanished_are_saved_and_end_and_it_c
     session = run.split(":")[0]
     service._sessions._last_seen[session] -= 1001
     await service._sessions.release_vanished()
-    assert list(service._runs) == [others], "who has been heard of goes on"
+    assert [run.run_id for run in service._live] == [others], "who has been heard of goes on"
     with pytest.raises(NotFound, match="was saved as 'twinkle-released'"):
         await service.submit("alice", a_pass(run, 3))
     back = m.LoadWeightsRequest(
@@ -277,18 +277,18 @@ async def test_a_heartbeat_keeps_a_session_and_what_could_not_be_saved_stays(beg
     service._sessions._last_seen[session] -= 1001
     await alice.ask(m.SessionHeartbeatRequest(session_id=session))
     await service._sessions.release_vanished()
-    assert list(service._runs) == [run]
+    assert [run.run_id for run in service._live] == [run]
     service._sessions._last_seen[session] -= 1001
 
     async def fails(*_args: object) -> int:
         raise PermissionError("not writable")
 
-    write, service._keeper._write = service._keeper._write, fails  # pyright: ignore
+    write, service._saved.write = service._saved.write, fails  # pyright: ignore
     await service._sessions.release_vanished()
-    assert list(service._runs) == [run]
-    service._keeper._write = write
+    assert [run.run_id for run in service._live] == [run]
+    service._saved.write = write
     await service._sessions.release_vanished()
-    assert list(service._runs) == []
+    assert [run.run_id for run in service._live] == []
 
 
 @pytest.fixture
@@ -297,14 +297,14 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     service = await begin(max_session_idle_seconds=1000)
     alice, bob = Tenant(service, "alice"), Tenant(service, "bob")
     theirs, run = await bob.run(), await alice.run()
-    held, write = asyncio.Event(), service._keeper._write
+    held, write = asyncio.Event(), service._saved.write
 
     async def slow(job: Job, *args: Any) -> int:
         if job.tenant == "bob":
             await held.wait()
         return await write(job, *args)
 
-    service._keeper._write = slow
+    service._saved.write = slow
     saving = [
         await service.submit("bob", m.SaveWeightsRequest(model_id=theirs, seq_id=1, path="name")),
         await service.submit(
@@ -315,7 +315,7 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     await alice.do(m.SaveWeightsForSamplerRequest(model_id=run, seq_id=2, sampling_session_seq_id=0))
     yield service, alice, run
     outcome = await service.retrieve("bob", saving[0].request_id, timeout=0)
-    assert isinstance(outcome, m.Pending), "it is being written still"
+    assert isinstance(outcome, m.TryAgain), "it is being written still"
     held.set()
     assert isinstance(await bob.outcome(saving[0]), m.SaveWeightsResponse)
 
@@ -328,7 +328,7 @@ async def in_few_turns(work: Coroutine[Any, Any, T]) -> T:
 async def test_a_session_ends_while_another_tenant_saves(busy: tuple[Service, Tenant, str]):
     service, alice, run = busy
     await in_few_turns(alice.ask(m.FinishSessionRequest(session_id=run.split(":")[0])))
-    assert run not in service._runs
+    assert run not in service._live
     assert service._database.unnamed_checkpoints("alice", run) == []
 
 
@@ -336,7 +336,7 @@ async def test_who_has_vanished_is_let_go_of_while_another_tenant_saves(busy: tu
     service, _alice, run = busy
     service._sessions._last_seen[run.split(":")[0]] -= 1001
     await in_few_turns(service._sessions.release_vanished())
-    assert run not in service._runs
+    assert run not in service._live
     assert service._database.unnamed_checkpoints("alice", run) == []
 
 
@@ -344,7 +344,7 @@ async def test_a_checkpoint_is_found_while_another_tenant_saves_one_of_that_name
     busy: tuple[Service, Tenant, str],
 ):
     service, alice, run = busy
-    theirs = next(other for other in service._runs if other != run)
+    theirs = next(other.run_id for other in service._live if other.run_id != run)
     for path in ("twinkle://name", f"twinkle://{run}/weights/name"):
         await in_few_turns(alice.ask(m.WeightsInfoRequest(tinker_path=path)))
     with pytest.raises(NotFound):

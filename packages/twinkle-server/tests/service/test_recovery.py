@@ -16,6 +16,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
+from twinkle.server.service import service as service_module
 from twinkle.server.service.service import Service
 
 AFTER_EVERY_STEP, HARDLY_EVER = 0.0, 3600.0
@@ -92,7 +93,7 @@ async def test_what_is_queued_on_a_run_that_lost_nothing_is_computed_once_the_mo
     worker.may_restart.clear()
     worker.die()
     promises = [await alice.service.submit("alice", r) for r in (a_pass(run, 3), a_step(run, 4))]
-    assert isinstance(await alice.service.retrieve("alice", promises[1].request_id, 0.05), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", promises[1].request_id, 0.05), m.TryAgain)
     alice.service.check()  # nobody is to end the engine while it recovers
     worker.may_restart.set()
     outcomes = [await alice.outcome(promise) for promise in promises]
@@ -325,6 +326,40 @@ async def test_a_model_that_cannot_be_started_anew_fails_the_health_check_and_wh
     # Until the engine is replaced nobody waits in vain.
     later = await alice.do(a_step(run, 2))
     assert isinstance(later, m.Failure) and "could not be started anew" in later.error
+
+
+async def test_a_service_whose_model_could_not_be_started_anew_closes_at_once(
+    begin: Begin, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(service_module, "_PATIENCE_SECONDS", 3600.0)
+    alice = Tenant(await begin(AFTER_EVERY_STEP), "alice")
+    run = await alice.run()
+    worker.restart_fails = RuntimeError("no GPU is left")
+    worker.die()
+    assert isinstance(await alice.do(a_pass(run, 1)), m.Failure)
+    async with asyncio.timeout(60):
+        await alice.service.close()
+
+
+async def test_a_call_that_fails_as_a_whole_leaves_a_line_in_the_log(
+    begin: Begin, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    service = await begin(HARDLY_EVER)
+    tenants = [Tenant(service, name) for name in ("a", "b")]
+    runs = [await tenant.run() for tenant in tenants]
+    plain = worker._backend.forward_backward
+
+    def together_too_much(micro_batches: Any) -> Any:
+        if len({row.adapter_id for rows in micro_batches for row in rows}) > 1:
+            raise MemoryError("too much at once")
+        return plain(micro_batches)
+
+    monkeypatch.setattr(worker._backend, "forward_backward", together_too_much)
+    promises = [await service.submit(t.name, a_pass(run, 1)) for t, run in zip(tenants, runs, strict=True)]
+    for tenant, promise in zip(tenants, promises, strict=True):
+        assert isinstance(await tenant.outcome(promise), ForwardBackwardOutput)
+    said = [record.getMessage() for record in caplog.records if record.name == "twinkle.engine"]
+    assert "a call of 2 jobs failed as a whole; it is made in parts: too much at once" in said
 
 
 async def test_a_run_whose_copy_is_damaged_is_said_to_be_lost_and_others_go_on(

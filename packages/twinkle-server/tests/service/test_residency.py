@@ -21,6 +21,7 @@ from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
+from twinkle.server.scheduling.runs import RunState
 from twinkle.server.service.service import Service
 
 # An adapter of rank 2 on the fake model, with moments and a gradient: see `engine/test_residency.py`.
@@ -55,9 +56,10 @@ async def outcome_of(
 
 def _check_kept(service: Service, backend: FakeBackend, adapter_bytes: int) -> None:
     """After a job that needs one adapter: the rest is what there is room for, and the books are right."""
-    residency = service._residency
-    assert set(residency._resident) == set(backend._adapters)
-    assert residency._total <= adapter_bytes or len(residency._resident) == 1
+    resident = [run for run in service._live if run.state is RunState.RESIDENT]
+    assert {run.run_id for run in resident} == set(backend._adapters)
+    assert service._residency.total_bytes == sum(run.bytes for run in resident)
+    assert service._residency.total_bytes <= adapter_bytes or len(resident) == 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -178,7 +180,7 @@ async def test_a_run_that_cannot_be_made_is_gone_and_the_next_one_is_made(
     with monkeypatch.context() as patch:
         patch.setattr(backend, "add_adapter", fails)
         assert isinstance(await alice.do(request), m.Failure)
-    assert alice.service._runs == {} and backend._adapters == {}
+    assert not list(alice.service._live) and backend._adapters == {}
     assert isinstance(await alice.do(request), m.CreateModelResponse)
 
 

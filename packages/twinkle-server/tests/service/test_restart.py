@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from fake_service import MODEL, Tenant
-from restarted_service import AT_ONCE, HARDLY_EVER, Server
+from restarted_service import AT_ONCE, HARDLY_EVER, Server, stored
 from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
@@ -117,7 +117,7 @@ async def test_what_is_no_repeated_request_is_refused_by_its_number(server: Serv
     await alice.do(sample)
     repeated: list[Any] = [create, sample, a_pass(run, 1)]
     first = [await alice.service.submit("alice", request) for request in repeated]
-    await server.service._log.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
+    await server.service._compaction.clean(max_resting=0)  # pyright: ignore[reportPrivateUsage]
     alice = await end(server)
     assert [await alice.service.submit("alice", request) for request in repeated] == first
     bigger = create.model_copy(update={"lora_config": m.LoraConfig(rank=4, seed=0)})
@@ -144,7 +144,7 @@ async def test_what_waits_is_done_by_the_next_and_what_is_missing_may_come_late(
         await alice.service.submit("alice", m.ForwardBackwardRequest(run, 4, refused.data, "nonsense"))
     waiting = [await alice.service.submit("alice", request) for request in (a_pass(run, 5), a_step(run, 6))]
     alice = await server.kill_and_start()
-    assert isinstance(await alice.service.retrieve("alice", waiting[0].request_id, 0.05), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", waiting[0].request_id, 0.05), m.TryAgain)
     await alice.do(a_pass(run, 3, forward_only=True))
     for promise in waiting:
         assert not isinstance(await alice.outcome(promise), m.Failure)
@@ -171,10 +171,8 @@ async def test_a_number_that_was_passed_over_for_a_last_save_is_no_hole(server: 
     await train(alice, run, 1)
     await alice.service.submit("alice", a_pass(run, 4))  # 3 never comes
 
-    def save(seq_id: int) -> m.SaveWeightsRequest:
-        return m.SaveWeightsRequest(model_id=run, seq_id=seq_id, path="released")
-
-    await alice.outcome(alice.service._live.enqueue_last(run, save))
+    save = m.SaveWeightsRequest(model_id=run, seq_id=0, path="released")
+    await alice.outcome(server.service._live.enqueue_last(server.service._live.find("alice", run), save))
     alice = await server.kill_and_start()
     assert isinstance(await alice.do(a_step(run, 6)), m.OptimStepResponse)
     await check_state(server.worker, run, 2)
@@ -187,7 +185,7 @@ async def test_runs_that_ended_stay_ended_and_their_results_are_there(server: Se
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
     alice = await server.kill_and_start()
     assert await alice.outcome(ended) == m.UnloadModelResponse(model_id=run)
-    assert list(alice.service._runs) == [other]
+    assert [run.run_id for run in alice.service._live] == [other]
 
 
 async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same(server: Server):
@@ -197,12 +195,12 @@ async def test_a_run_that_was_being_made_is_made_and_asked_for_again_is_the_same
     config = m.LoraConfig.model_validate({"rank": 2})  # the server draws the seed
     create = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL, lora_config=config)
     promise = await alice.service.submit("alice", create)
-    seed = next(iter(alice.service._runs.values())).spec.seed
+    seed = next(iter(alice.service._live)).spec.seed
     await asyncio.sleep(0.02)
     alice = await server.kill_and_start()
     assert (await alice.service.submit("alice", create)).request_id == promise.request_id
     run = (await alice.outcome(promise)).model_id
-    assert alice.service._runs[run].spec.seed == seed
+    assert alice.service._live.get(run).spec.seed == seed
 
 
 async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_that_it_was_to_have(
@@ -217,7 +215,7 @@ async def test_a_checkpoint_that_was_being_written_is_written_with_the_state_tha
         await hold.wait()
         return 0
 
-    monkeypatch.setattr(alice.service._keeper, "_write", stuck)
+    monkeypatch.setattr(alice.service._saved, "write", stuck)
     saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     unnamed = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=4, sampling_session_seq_id=0)
     sampler = (await alice.do(unnamed)).sampling_session_id
@@ -237,9 +235,9 @@ async def test_a_checkpoint_that_was_written_and_not_told_of_is_no_other_ones(se
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
-    alice.service._futures.keep = lambda _outcomes: None
-    saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
-    assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
+    with server.no_room_for_outcomes():
+        saved = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
+        assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
     alice = await server.kill_and_start()
     assert isinstance(await alice.outcome(saved), m.SaveWeightsResponse)
     taken = await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=4, path="here"))
@@ -306,10 +304,9 @@ async def test_the_journal_stays_short_and_nothing_of_it_is_missed(server: Serve
     unfetched = await alice.service.submit("alice", a_pass(idle, 1))
     late = await alice.service.submit("alice", a_pass(idle, 3))
     await train(alice, run, 25)
-    journal = alice.service._log._journal
-    assert journal is not None
+    journal = server.journal
     for _ in range(20):
-        await alice.service._log.clean(max_resting=0)
+        await alice.service._compaction.clean(max_resting=0)
         await asyncio.sleep(0.02)
     assert journal.earlier == [] and len(journal.sealed()) < 12 < journal.segment
     alice = await server.kill_and_start()
@@ -328,8 +325,7 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
-    journal = alice.service._log._journal
-    assert journal is not None
+    journal = server.journal
 
     def full(_frame: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -344,7 +340,7 @@ async def test_a_full_disk_takes_nothing_more_and_goes_on_when_there_is_room(
     alice = await server.kill_and_start()
     await train(alice, run, 1, first_seq_id=5)
     await check_state(server.worker, run, 3)
-    assert list(alice.service._runs) == [run]
+    assert [run.run_id for run in alice.service._live] == [run]
 
 
 async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -352,18 +348,17 @@ async def test_segments_rest_until_they_are_many_or_old(server: Server, monkeypa
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 10)
-    while alice.service._snapshots.stored(run) < 20:  # the last request's copy is on the disk
+    while stored(alice, run) < 20:  # the last request's copy is on the disk
         await asyncio.sleep(0.005)
-    log = alice.service._log
-    assert log._journal is not None
-    before = log._journal.sealed()
-    await log.clean(max_resting=len(before))
-    assert log._journal.sealed() == before
-    await log.clean(max_resting=len(before) - 2)
-    assert log._journal.sealed()[:1] == before[2:3]
+    clean, sealed = server.service._compaction.clean, server.journal.sealed
+    before = sealed()
+    await clean(max_resting=len(before))
+    assert sealed() == before
+    await clean(max_resting=len(before) - 2)
+    assert sealed()[:1] == before[2:3]
     monkeypatch.setattr(compaction, "_REST_SECONDS", 0.0)
-    await log.clean(max_resting=100)
-    assert not set(log._journal.sealed()) & set(before)
+    await clean(max_resting=100)
+    assert not set(sealed()) & set(before)
 
 
 async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_however_often_the_server_ends(
@@ -371,17 +366,33 @@ async def test_a_pass_whose_outcome_was_not_written_stays_before_its_step_howeve
 ):
     alice = await server.start()
     run = await alice.run()
-    keep, alice.service._futures.keep = (
-        alice.service._futures.keep,
-        lambda _outcomes: None,
-    )  # the disk is full
-    assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
-    alice.service._futures.keep = keep
+    with server.no_room_for_outcomes():
+        assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
     assert isinstance(await alice.do(a_step(run, 2)), m.OptimStepResponse)
     for seq_id in (3, 4):
         alice = await server.kill_and_start()
         await alice.do(a_pass(run, seq_id, forward_only=True))
         await check_state(server.worker, run, 1)
+
+
+async def test_of_a_run_that_is_lost_all_that_had_no_outcome_fails(server: Server):
+    alice = await server.start()
+    run = await alice.run()
+    await train(alice, run, 1)
+    await server.close()  # with a snapshot behind 2
+    alice = await server.start()
+    with server.no_room_for_outcomes():
+        passes = [await alice.service.submit("alice", a_pass(run, seq_id)) for seq_id in (3, 4)]
+        for promise in passes:
+            assert isinstance(await alice.outcome(promise), ForwardBackwardOutput)
+    step = await alice.service.submit("alice", a_step(run, 5))
+    assert isinstance(await alice.outcome(step), m.OptimStepResponse)
+    (server.directory / "runs" / run / "2.safetensors").write_bytes(b"not what it was")
+    alice = await server.kill_and_start()
+    for promise in passes:
+        outcome = await alice.outcome(promise)
+        assert isinstance(outcome, m.Failure) and "begin a new run from its last checkpoint" in outcome.error
+    assert isinstance(await alice.outcome(step), m.OptimStepResponse)
 
 
 def too_large(run: str, seq_id: int) -> m.ForwardBackwardRequest:

@@ -15,7 +15,7 @@ from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
-from twinkle.server.scheduling import run_queue
+from twinkle.server.scheduling import runs
 
 
 def a_pass(
@@ -37,7 +37,7 @@ async def test_chunks_that_arrive_out_of_order_are_applied_in_order(alice: Tenan
     await asyncio.sleep(0.02)
     waiting = await alice.service.retrieve("alice", later[0].request_id, timeout=0)
     why = "it has seq_id 2, and seq_id 1 of this run has not arrived yet; 0 tenants have requests ready"
-    assert waiting == m.Pending(request_id=later[0].request_id, queue_state_reason=why)
+    assert waiting == m.TryAgain(request_id=later[0].request_id, queue_state_reason=why)
     first = await alice.do(a_pass(run, 1))
     norm = (await alice.outcome(later[2])).metrics["grad_norm:mean"]
     assert isinstance(first, ForwardBackwardOutput)
@@ -88,7 +88,7 @@ async def test_creating_a_run_twice_makes_one(alice: Tenant):
 async def test_a_runs_number_that_was_used_long_ago_is_refused_by_name(
     alice: Tenant, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_queue, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(runs, "MAX_REMEMBERED", 4)
     session = await alice.session()
     request = m.CreateModelRequest(session_id=session, model_seq_id=0, base_model=MODEL)
     run = (await alice.do(request)).model_id
@@ -110,7 +110,7 @@ async def test_what_a_model_can_not_train_is_reported_as_not_trained_or_refused(
     await service.start()
     alice = Tenant(service, "alice")
     run = await alice.run()
-    assert alice.service._runs[run].spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
+    assert alice.service._live.get(run).spec == AdapterSpec(rank=2, seed=0, train_mlp=False)
     for save in (
         m.SaveWeightsRequest(model_id=run, path="a", seq_id=1),
         m.SaveWeightsForSamplerRequest(model_id=run, path="b", seq_id=2),
@@ -307,7 +307,7 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     await alice.do(a_step(run, 2))
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     before = (await alice.do(a_pass(run, 4, forward_only=True))).metrics["loss:sum"]
-    files = alice.service._keeper._files
+    files = alice.service._saved._files
     read, has_come = files.read, threading.Event()
 
     def slowly(*args: Any, **kwargs: Any) -> AdapterState:
@@ -327,15 +327,15 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     for seq_id in range(1, 6):
         assert isinstance(await bob.do(a_pass(other, seq_id)), ForwardBackwardOutput)
     waiting = await alice.service.retrieve("alice", promises[2].request_id, timeout=0.1)
-    assert isinstance(waiting, m.Pending)
+    assert isinstance(waiting, m.TryAgain)
     assert (waiting.queue_state_reason or "").startswith("its checkpoint is being read")
-    assert isinstance(await alice.service.retrieve("alice", promises[3].request_id, timeout=0.1), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", promises[3].request_id, timeout=0.1), m.TryAgain)
     has_come.set()
     outcomes = [await alice.outcome(promise) for promise in promises]
     assert isinstance(outcomes[2], m.LoadWeightsResponse)
     assert outcomes[3].metrics["loss:sum"] == outcomes[5].metrics["loss:sum"] == pytest.approx(before)
     assert isinstance(outcomes[4], m.Failure) and "not-there" in outcomes[4].error
-    assert not alice.service._engine._reading
+    assert all(run.reading is None for run in alice.service._live)
 
 
 async def test_many_snapshots_go_through_a_small_sampler(alice: Tenant):

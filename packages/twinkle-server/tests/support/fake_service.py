@@ -70,5 +70,5 @@ class Tenant:
     async def outcome(self, promise: m.Promise) -> Any:
         return await self.service.retrieve(self.name, promise.request_id, timeout=20)
 
-    async def ask(self, query: m.Query) -> Any:
+    async def ask(self, query: m.Query[m.ReplyT]) -> m.ReplyT:
         return await self.service.ask(self.name, query)

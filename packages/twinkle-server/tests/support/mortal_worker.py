@@ -82,9 +82,9 @@ class MortalWorker(LocalWorker):
         if self._loss.done():
             raise self._loss.result()
 
-    async def _train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _on_training_thread(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._note(method.__name__, *args)
-        result = await super()._train(method, *args, **kwargs)
+        result = await super()._on_training_thread(method, *args, **kwargs)
         self.note_after(method.__name__)
         if self.hangs(method.__name__):
             await asyncio.Event().wait()

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from fake_service import Tenant
 from mortal_worker import MortalWorker, make_mortal_service
 
+from twinkle.protocol.errors import Unavailable
+from twinkle.server.scheduling import records
 from twinkle.server.service.service import Service
 from twinkle.server.store.journal import Journal
 
 AT_ONCE, HARDLY_EVER = 0.0, 3600.0
+
+
+def stored(tenant: Tenant, run_id: str) -> int:
+    """The newest request of a live run that a snapshot on disk has; 0 if there is none."""
+    return tenant.service._live.find(tenant.name, run_id).snapshot.stored or 0
 
 
 class Server:
@@ -35,6 +45,23 @@ class Server:
     def service(self) -> Service:
         assert self._service is not None
         return self._service
+
+    @property
+    def journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
+
+    @contextmanager
+    def no_room_for_outcomes(self) -> Generator[None]:
+        """The disk is full whenever an outcome is to be written, and only then."""
+
+        def append(payload: bytes) -> int:
+            if isinstance(records.decode(payload), records.Done):
+                raise Unavailable("the disk is full")
+            return Journal.append(self.journal, payload)
+
+        with patch.object(self.journal, "append", append):
+            yield
 
     async def start(self) -> Tenant:
         self.worker = MortalWorker()

@@ -1,4 +1,4 @@
-"""Programs written for the Tinker SDK, run against a Twinkle server."""
+"""Runs programs written for the Tinker SDK against a Twinkle server."""
 
 from twinkle_tinker_patch._version import __version__
 from twinkle_tinker_patch.patch import init_tinker_client, unpatch

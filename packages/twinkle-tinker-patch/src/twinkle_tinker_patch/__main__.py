@@ -1,6 +1,6 @@
-"""The runner, `python -m twinkle_tinker_patch`: gives the program an environment, and becomes it.
+"""The runner, `python -m twinkle_tinker_patch`: sets up an environment and executes the program in its place.
 
-What happens in the program's processes by that environment is in `startup/sitecustomize.py` and `hook`.
+For the environment's effect on the program's processes see `startup/sitecustomize.py` and `hook`.
 """
 
 import os
@@ -37,7 +37,7 @@ _STARTUP = str(Path(__file__).parent.absolute() / "startup")
 
 @dataclass(frozen=True)
 class _CommandLine:
-    """What was asked for; `program` is the rest of Python's own command line."""
+    """The parsed options; `program` is the remaining command line for Python."""
 
     program: list[str]
     base_url: str | None = None
@@ -45,7 +45,7 @@ class _CommandLine:
 
 
 def main() -> NoReturn:
-    """Become the program: the process, its exit status and its signals are the program's own."""
+    """Execute the program in this process, so that exit status and signals are the program's own."""
     asked = _parse(sys.argv[1:])
     if sys.flags.ignore_environment or sys.flags.no_site:
         _refuse("it works by PYTHONPATH and sitecustomize, which Python's flags -I, -E and -S turn off")
@@ -55,13 +55,13 @@ def main() -> NoReturn:
         _refuse(error.message)
     command = [sys.executable, *_flags_of_python(), *asked.program]
     if os.name == "nt":
-        # There, exec starts a second process and ends the first at once.
+        # On Windows, exec starts a second process and ends the first at once.
         sys.exit(subprocess.run(command, env=environment).returncode)
     os.execve(command[0], command, environment)
 
 
 def _parse(arguments: list[str]) -> _CommandLine:
-    """Our options up to the first argument that is none; leaves the process after --help and after a mistake."""
+    """Parse our options up to the first other argument; exits after --help or an error."""
     given: dict[str, str] = {}
     rest = list(arguments)
     while rest and rest[0].startswith("-") and rest[0] not in {"-m", "-c"}:
@@ -80,10 +80,10 @@ def _parse(arguments: list[str]) -> _CommandLine:
 
 
 def _environment(asked: _CommandLine) -> dict[str, str]:
-    """What the program's environment has beyond ours.
+    """The variables added to the program's environment.
 
     Raises:
-        InvalidRequest: if the address is no URL.
+        InvalidRequest: if the address is not a URL.
     """
     others = os.environ.get("PYTHONPATH")
     environment = {
@@ -96,7 +96,7 @@ def _environment(asked: _CommandLine) -> dict[str, str]:
 
 
 def _flags_of_python() -> list[str]:
-    """What stands before `-m twinkle_tinker_patch` on the command line, such as -u or -X dev."""
+    """The arguments before `-m twinkle_tinker_patch`, such as -u or -X dev."""
     before = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     return before[:-2] if before[-2:-1] == ["-m"] else []
 

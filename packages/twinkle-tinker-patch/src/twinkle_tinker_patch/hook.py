@@ -1,7 +1,7 @@
-"""Opens the Tinker SDK in a process at the moment that it is imported, so that a process without it starts as ever.
+"""Patches the Tinker SDK when a process imports it, so that processes without it start as usual.
 
-`startup/sitecustomize.py` turns this on in every Python process of a program that `python -m twinkle_tinker_patch`
-started.
+`startup/sitecustomize.py` installs this in every Python process of a program started by `python -m
+twinkle_tinker_patch`.
 """
 
 import sys
@@ -15,18 +15,18 @@ from twinkle_tinker_patch.patch import init_tinker_client
 if TYPE_CHECKING:
     from importlib.abc import Loader
 else:
-    # A loader by its methods alone: importing the base class would take half as long as Python takes to start.
+    # Duck-typed as a loader: importing the base class would take half as long as Python's start.
     Loader = object
 
 
 def install() -> None:
-    """From now on, an import of `tinker` ends with `init_tinker_client()`; doing it twice changes nothing."""
+    """Make each import of `tinker` end with `init_tinker_client()`. Idempotent."""
     if not any(isinstance(finder, _SdkFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _SdkFinder())
 
 
 class _SdkFinder:
-    """Finds the package `tinker` where the other finders do; its submodules are imported after it, and left to them."""
+    """Finds the package `tinker` through the other finders, which also handle its submodules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -48,7 +48,7 @@ class _LoadThenPatch(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module has the loader that it would have without us, for those who ask it for sources and data.
+        # The module keeps its original loader, for code that asks it for sources and data.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

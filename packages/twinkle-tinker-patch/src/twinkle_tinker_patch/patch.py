@@ -1,11 +1,11 @@
-"""What keeps the Tinker SDK to Tinker's own service, and how it is opened: a few functions are wrapped, none rewritten.
+"""Removes what restricts the Tinker SDK to Tinker's own service, by wrapping a few functions.
 
-A program needs no patch at all if its key begins with `tml-` and its paths with `tinker://`: TINKER_BASE_URL and
-TINKER_API_KEY do. The patch adds keys of any form (or none), `twinkle://` paths, and tokenizers from the server.
+A program needs no patch if its key begins with `tml-` and its paths with `tinker://`: TINKER_BASE_URL and
+TINKER_API_KEY suffice. The patch adds keys of any form (or none), `twinkle://` paths, and tokenizers from the server.
 
-It holds for this process: call `init_tinker_client` before the first Tinker client is made, and again in every process
-that unpickles one; `python -m twinkle_tinker_patch` does so in all processes of a program. Where the address and key
-come from is in `settings`, which SDKs are known in `versions`, how tokenizers are found in `tokenizers`.
+It affects this process: call `init_tinker_client` before the first Tinker client is created, and again in every process
+that unpickles one; `python -m twinkle_tinker_patch` does so in all processes of a program. `settings` finds address and
+key, `versions` lists the known SDKs, `tokenizers` finds tokenizers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Change(NamedTuple):
     value: object
 
 
-# In place of an original: the class itself has no such attribute, it inherits one.
+# Marks an original that the class does not define but inherits.
 _INHERITED = object()
 
 _originals: list[_Change] = []
@@ -35,27 +35,27 @@ _environment_before: dict[str, str | None] = {}
 
 
 def init_tinker_client(base_url: str | None = None, api_key: str | None = None) -> None:
-    """Open the installed Tinker SDK to Twinkle servers; calling it again changes only what is given.
+    """Patch the installed Tinker SDK for Twinkle servers; calling it again changes only the given settings.
 
     Args:
-        base_url: where clients that name no address connect, for example 'http://localhost:8000', which is also what
-            it is where neither this nor TINKER_BASE_URL nor TWINKLE_BASE_URL says; kept in TINKER_BASE_URL.
-        api_key: what clients that name no key send, of any form; kept in TINKER_API_KEY. Without one, there, by
-            TINKER_CREDENTIAL_CMD or in TWINKLE_API_KEY, no key is sent, and never the one that `tinker auth login`
-            stored for Tinker's own service: a server in open mode takes that.
+        base_url: the address of clients that name none; stored in TINKER_BASE_URL. Default: TINKER_BASE_URL,
+            TWINKLE_BASE_URL, or 'http://localhost:8000'.
+        api_key: the key of clients that name none, of any form; stored in TINKER_API_KEY. Default: TINKER_API_KEY,
+            TINKER_CREDENTIAL_CMD or TWINKLE_API_KEY; without any of these no key is sent, which a server in open mode
+            accepts. The key that `tinker auth login` stored for Tinker's own service is never sent.
 
     Raises:
-        ImportError: if the Tinker SDK is not installed, or lacks what this package changes. Then nothing has changed.
-        InvalidRequest: if the address is no URL. Then nothing has changed.
+        ImportError: if the Tinker SDK is not installed, or lacks what this package patches. Then nothing is changed.
+        InvalidRequest: if the address is not a URL. Then nothing is changed.
 
     Warns:
-        UserWarning: if the SDK is of a version that this package doesn't know, but has all that it changes.
+        UserWarning: if the SDK's version is unknown to this package, but has everything that it patches.
     """
     environment = {
         "TINKER_BASE_URL": resolve_base_url(base_url),
         "TINKER_API_KEY": resolve_api_key(api_key),
     }
-    # First of all: where the import hook is on, this import calls `init_tinker_client` itself.
+    # First, since with the import hook this import calls `init_tinker_client` itself.
     sdk = _import_sdk()
     if not _originals:
         for change in _changes(sdk):
@@ -71,7 +71,7 @@ def init_tinker_client(base_url: str | None = None, api_key: str | None = None) 
 
 
 def unpatch() -> None:
-    """Put back what `init_tinker_client` changed: the SDK, TINKER_BASE_URL and TINKER_API_KEY."""
+    """Undo `init_tinker_client`: restore the SDK, TINKER_BASE_URL and TINKER_API_KEY."""
     while _originals:
         owner, name, original = _originals.pop()
         if original is _INHERITED:
@@ -98,7 +98,7 @@ def _import_sdk() -> ModuleType:
 
 
 def _changes(sdk: ModuleType) -> list[_Change]:
-    """Everything that is changed in the SDK, in its new form."""
+    """The patched attributes of the SDK, with their new values."""
     try:
         auth = import_module("tinker.lib._auth_token_provider").ApiKeyAuthProvider
         holder = import_module("tinker.lib.internal_client_holder").InternalClientHolder
@@ -120,7 +120,7 @@ def _changes(sdk: ModuleType) -> list[_Change]:
 
 
 def _tokenizer_changes() -> list[_Change]:
-    # Imported here: it needs httpx, and processes that never import the SDK should start without.
+    # Imported here since it needs httpx, which processes that never import the SDK should not load.
     from twinkle_tinker_patch.tokenizers import from_hub_root_or_server
 
     sampling_client = import_module("tinker.lib.public_interfaces.sampling_client")
@@ -146,7 +146,7 @@ def _tokenizer_changes() -> list[_Change]:
 def _accept_any_key(original: Callable[[Any, str], None]) -> Callable[[Any, str | None], None]:
     def __init__(self: Any, api_key: str | None = None) -> None:
         key = api_key or os.environ.get("TINKER_API_KEY") or NO_KEY
-        # With its prefix before it any key passes; the SDK then sends what `_token` holds.
+        # Any key passes with the prefix in front; the SDK then sends the value of `_token`.
         original(self, KEY_PREFIX + key)
         self._token = "" if key == NO_KEY else key
 
@@ -154,7 +154,9 @@ def _accept_any_key(original: Callable[[Any, str], None]) -> Callable[[Any, str 
 
 
 def _send_no_empty_key(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Older SDKs write TINKER_API_KEY into every request first, and the provider's key over it if there is one."""
+    """Older SDKs put TINKER_API_KEY into every request first, and overwrite it with the provider's key if there is
+    one.
+    """
 
     def async_auth_flow(self: Any, request: Any) -> Any:
         if not self._token:
@@ -183,7 +185,7 @@ def _parse_both_schemes(original: Callable[[str], Any]) -> staticmethod[[str], A
 
 
 def _read_both_schemes(original: Callable[[Any, Any, list[str]], list[str]]) -> Callable[..., list[str]]:
-    """Of the `tinker` command line, which compares paths literally: it gets to see the scheme that it knows."""
+    """For the `tinker` command line, which compares paths literally: it sees only the scheme that it knows."""
 
     def parse_args(self: Any, ctx: Any, args: list[str]) -> list[str]:
         return original(self, ctx, [_as_tinker(argument) for argument in args])

@@ -1,11 +1,11 @@
-"""Tokenizers where there is no hub: from TWINKLE_HUB_ROOT, or from the Twinkle server, kept in the user's cache.
+"""Tokenizers without a hub: from TWINKLE_HUB_ROOT, or from the Twinkle server, cached for the user.
 
     1. the folder of the model below TWINKLE_HUB_ROOT, if that is set and has it
     2. what the SDK does: Hugging Face, or its cache
     3. the server that the client talks to: GET /api/v1/tokenizer_urls?base_model=NAME names the address of each file
 
-Loading is left to the SDK, which takes a folder as a tokenizer's name. A folder in the cache is used for good: delete
-~/.cache/twinkle/tokenizers when another tokenizer was put behind the same address and name.
+The SDK loads them, since it accepts a folder as a tokenizer's name. A cached folder is never refreshed: delete
+~/.cache/twinkle/tokenizers after changing the tokenizer behind the same address and name.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-# A name of one part, and of no dot file: what it names lies in the folder that was made for it.
+# A name of one part, without a leading dot, so that the file stays inside its folder.
 _PLAIN_NAME: Final = re.compile(r"\w[\w.-]*", re.ASCII)
 
 _TIMEOUT_S: Final = 60.0
 
-# connection -> model -> folder: what came from a server once is not looked for on a hub again, which takes long
-# where the network only swallows packets.
+# connection -> model -> folder: what a server provided once is not searched on a hub again, which takes long on
+# networks that silently drop packets.
 _from_server_before: WeakKeyDictionary[Any, dict[str, Path]] = WeakKeyDictionary()
 
 
 def from_hub_root_or_server(
     original: Callable[[Any], Any], base_model: Callable[[Any], str], load: Callable[[str, str], Any]
 ) -> Callable[[Any], Any]:
-    """The method `get_tokenizer` of one of the SDK's clients, with places to look in before and after its own.
+    """`get_tokenizer` of one of the SDK's clients, with places to search before and after its own.
 
     Args:
-        original: the SDK's.
-        base_model: of a client, the name of its base model; it may have to ask the server.
-        load: the SDK's loader: of a model's name, and the folder of its tokenizer.
+        original: the SDK's method.
+        base_model: from a client to its base model's name; may ask the server.
+        load: the SDK's loader, from a model's name and the folder of its tokenizer.
     """
 
     def get_tokenizer(self: Any) -> Any:
@@ -72,7 +72,7 @@ def _in_hub_root(model: str) -> Path | None:
 
 
 def _from_server_or_note(holder: Any, model: str, error: Exception) -> Path | None:
-    """The folder with the server's tokenizer; or None, and why there is none is noted on the SDK's own error."""
+    """The folder with the server's tokenizer; or None, after adding the reason to the SDK's own error as a note."""
     try:
         return _from_server(holder, model)
     except Exception as reason:
@@ -81,16 +81,16 @@ def _from_server_or_note(holder: Any, model: str, error: Exception) -> Path | No
 
 
 def _from_server(holder: Any, model: str) -> Path:
-    """The folder in the cache, filled first if it isn't there yet.
+    """The folder in the cache, downloaded if missing.
 
     Args:
-        holder: the SDK's connection; the question goes by it, to its address and with its key.
-        model: name of the base model, as the server has it.
+        holder: the SDK's connection, whose address and key are used.
+        model: the server's name of the base model.
 
     Raises:
-        Exception: whatever the SDK raises for a refused request.
-        ValueError: if the reply is none, or names a file that is no plain name.
-        httpx.HTTPError: if a file can't be had.
+        Exception: anything that the SDK raises for a refused request.
+        ValueError: if the reply is malformed, or a file's name is not a plain name.
+        httpx.HTTPError: if a file can't be downloaded.
         OSError: if the cache can't be written.
     """
     address, urls = holder.run_coroutine_threadsafe(_ask(holder, model)).result()
@@ -101,7 +101,7 @@ def _from_server(holder: Any, model: str) -> Path:
 
 
 async def _ask(holder: Any, model: str) -> tuple[str, Mapping[str, str]]:
-    """The server's address, and where each file of the tokenizer is."""
+    """The server's address, and the addresses of the tokenizer's files."""
     from twinkle.protocol.messages import ExternalWeightsUrls
 
     pool = import_module("tinker.lib.client_connection_pool_type").ClientConnectionPoolType.TRAIN
@@ -117,7 +117,7 @@ def _cache() -> Path:
 
 
 def _download(urls: Mapping[str, str], folder: Path) -> None:
-    """Fill `folder`, which appears with all files in it or not at all; a process that was faster is fine too."""
+    """Download into `folder` atomically; another process may do so first."""
     for name in urls:
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"the server named a file {name!r}; a tokenizer's files have plain names")

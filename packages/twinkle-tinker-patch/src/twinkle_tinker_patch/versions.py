@@ -1,4 +1,4 @@
-"""The versions of the Tinker SDK that the patch was tried with, and what is said of all others."""
+"""The versions of the Tinker SDK that the patch was tested with, and the messages for all others."""
 
 from types import MappingProxyType
 from typing import Final
@@ -20,7 +20,7 @@ TESTED_VERSIONS: Final = MappingProxyType(
         "0.22.0": _ALL_BUT_CONSOLE,
     }
 )
-"""SDK version -> what was run with it."""
+"""SDK version -> what was tested with it."""
 
 OLDEST: Final = (0, 22)
 NEWEST: Final = (0, 38)
@@ -32,12 +32,12 @@ _WHAT_TO_DO: Final = (
 
 
 def cannot_open(version: str, missing: object) -> str:
-    """What an SDK that lacks something is refused with."""
+    """The error for an SDK that lacks something."""
     return f"init_tinker_client can't open the installed Tinker SDK {version} ({missing}). {_WHAT_TO_DO}"
 
 
 def doubt_about(version: str) -> str | None:
-    """What to warn of where a version lies outside of the known range, though it has all that the patch needs."""
+    """The warning for a version outside the known range that has all that the patch needs."""
     if OLDEST <= _release(version) <= NEWEST:
         return None
     return (
@@ -47,7 +47,7 @@ def doubt_about(version: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Major and minor number; (0, 0) where there are none."""
+    """Major and minor number; (0, 0) if there are none."""
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
     return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (0, 0)

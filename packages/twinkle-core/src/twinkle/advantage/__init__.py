@@ -1,7 +1,7 @@
 """From rewards to advantages: how much better each completion, or token, was than expected.
 
-`group` compares the completions of one prompt, `tokens` goes token by token. Where rewards come from is the business of
-`twinkle.reward`; what a loss does with advantages is the server's.
+`group` compares the completions of one prompt, `tokens` works token by token. Rewards are in `twinkle.reward`; the
+server applies advantages in its losses.
 """
 
 from twinkle.advantage.group import grpo_advantages, rloo_advantages

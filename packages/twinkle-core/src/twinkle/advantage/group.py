@@ -1,4 +1,4 @@
-"""Advantages of completions against the others of the same prompt: GRPO, Dr. GRPO, RLOO."""
+"""Advantages of completions relative to the others of the same prompt: GRPO, Dr. GRPO, RLOO."""
 
 from typing import Literal, TypeAlias
 
@@ -18,8 +18,8 @@ def grpo_advantages(
 
         A[p, g] = (r[p, g] - mean_g r[p, :]) / (std + eps)
 
-    A group whose rewards are all equal gets exact zeros: nothing can be learnt from it. Standard deviations are of the
-    population (divided by the number of rewards, not by one less).
+    A group whose rewards are all equal gets exact zeros: nothing can be learnt from it. Standard deviations are
+    population ones (divided by N, not N - 1).
 
     Args:
         rewards: [P, G], G completions of each of P prompts; or [N] with `group_size`, group after group.
@@ -43,7 +43,7 @@ def grpo_advantages(
     if scale == "none":
         return centred.astype(np.float32)
     deviation = groups.std(axis=1, keepdims=True) if scale == "group" else np.full((1, 1), groups.std())
-    # Where everything is equal there is nothing to divide, and without eps nothing to divide by.
+    # If all are equal the deviation is 0, and with eps = 0 this would be 0 / 0.
     scaled = np.divide(centred, deviation + eps, out=np.zeros_like(centred), where=deviation > 0)
     return scaled.astype(np.float32)
 
@@ -97,6 +97,6 @@ def grouped(rewards: object, group_size: int | None) -> Float64Array:
 def less_group_mean(groups: Float64Array) -> Float64Array:
     """Each reward less the mean of its row; exact zeros where a row's rewards are all equal."""
     centred = groups - groups.mean(axis=1, keepdims=True)
-    # The mean of equal numbers is off by a rounding error, which a deviation of the same size would blow up.
+    # The mean of equal numbers has a rounding error, which dividing by a deviation of the same size would blow up.
     centred[np.ptp(groups, axis=1) == 0] = 0.0
     return centred

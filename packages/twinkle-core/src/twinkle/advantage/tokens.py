@@ -18,7 +18,7 @@ def reinforce_plus_plus_advantages(
     group_size: int | None = None,
     eps: float = 1e-8,
 ) -> list[Float32Array]:
-    """REINFORCE++: a completion's reward less what its coming tokens cost in KL, normalised over the batch's tokens.
+    """REINFORCE++: a completion's reward less the KL cost of its remaining tokens, normalised over the batch's tokens.
 
         a[i, t] = r[i] - kl_coef * sum of kl[i][u] over u >= t
         A[i, t] = (a[i, t] - mean) / (std + eps), mean and population std over all tokens of all completions
@@ -27,19 +27,19 @@ def reinforce_plus_plus_advantages(
     group is subtracted from each r[i] first.
 
     Args:
-        rewards: [N], one a completion.
+        rewards: [N], one per completion.
         lengths: the number of tokens T_i of each completion.
-        kl: N arrays [T_i], log p_sampler - log p_reference of each token drawn; None is no KL term.
+        kl: N arrays [T_i], log p_sampler - log p_reference of each sampled token; default: no KL term.
         kl_coef: weight of the KL term, given with `kl`.
-        group_size: completions of one prompt, which then follow each other in `rewards`; None is no baseline.
+        group_size: completions per prompt, which must be consecutive in `rewards`; default: no baseline.
         eps: added to the standard deviation.
 
     Returns:
-        N arrays, float32 [T_i]. All are zero where no token differs from another.
+        N arrays, float32 [T_i]; all zero if all tokens are equal.
 
     Raises:
-        InvalidRequest: naming what is ragged, not finite or of another length; or if `kl` and `kl_coef` are not given
-            together.
+        InvalidRequest: naming what is ragged, not finite or differs in length; or if only one of `kl` and `kl_coef` is
+            given.
     """
     number_between("eps", eps, low=0)
     flat = finite_array("rewards", rewards, "[N]")
@@ -51,7 +51,7 @@ def reinforce_plus_plus_advantages(
     tokens = np.repeat(flat, sizes)
     if kl is not None and kl_coef is not None:
         tokens -= number_between("kl_coef", kl_coef, low=0) * _kl_to_come(kl, sizes)
-    if tokens.size == 0 or np.ptp(tokens) == 0:  # a mean of equal numbers is off by a rounding error
+    if tokens.size == 0 or np.ptp(tokens) == 0:  # the mean of equal numbers has a rounding error
         normalised = np.zeros_like(tokens)
     else:
         normalised = (tokens - tokens.mean()) / (tokens.std() + eps)
@@ -74,18 +74,18 @@ def gae_advantages(
     Schulman et al. 2015, arXiv:1506.02438, equations 11 to 16.
 
     Args:
-        rewards: [T], the reward of each step; where only the whole is rewarded, zeros and the reward at the end.
+        rewards: [T], the reward of each step; for a single reward of the whole, zeros and that reward at the end.
         values: [T], the value V[t] of the state before step t.
         gamma: discount, 0 to 1.
         lam: 0 trusts the values (least variance), 1 the rewards (least bias).
-        bootstrap_value: V[T], the value of the state after the last step: 0 where the trajectory ended there, the
-            critic's estimate where it was only cut off.
+        bootstrap_value: V[T], the value of the state after the last step: 0 if the trajectory ended there, the critic's
+            estimate if it was cut off.
 
     Returns:
         Advantages and returns (advantages + values, what the critic is trained on), each float32 [T].
 
     Raises:
-        InvalidRequest: naming what is not finite, of another length or out of range.
+        InvalidRequest: naming what is not finite, differs in length or is out of range.
     """
     number_between("gamma", gamma, low=0, high=1)
     number_between("lam", lam, low=0, high=1)
@@ -114,7 +114,7 @@ def _lengths(lengths: Sequence[int], count: int) -> list[int]:
 
 
 def _kl_to_come(kl: Sequence[object], sizes: list[int]) -> Float64Array:
-    """For each token of the batch the sum of the KL terms of itself and the tokens after it, float64 [sum of T_i]."""
+    """For each token of the batch, the sum of its KL term and those of later tokens, float64 [sum of T_i]."""
     if len(kl) != len(sizes):
         raise InvalidRequest(f"kl: {len(kl)} arrays for {len(sizes)} rewards; there must be one for each")
     sums: list[Float64Array] = [np.zeros(0)]

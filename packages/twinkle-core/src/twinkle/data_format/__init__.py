@@ -1,12 +1,11 @@
-"""What data looks like on its way from a file to the wire: messages, then tokens with labels, then datums.
+"""The forms of data between a file and the wire: messages, then tokens with labels, then datums.
 
-`Message` and `Trajectory` are what people and datasets write, `InputFeature` is what a template makes of
-them, `Datum` is what the protocol sends. Reading files, rendering and batching are done elsewhere.
+Users and datasets write `Message`s and `Trajectory`s, a template turns them into `InputFeature`s, and the protocol
+sends `Datum`s. Reading files, rendering and batching are done elsewhere.
 """
 
-from twinkle.data_format.features import NOT_TRAINED, InputFeature, to_datum
+from twinkle.data_format.features import NOT_TRAINED, InputFeature, Types, make_datum, to_datum
 from twinkle.data_format.messages import FunctionCall, Message, TextPart, ToolCall, Trajectory
-from twinkle.data_format.sdk_types import Types, make_datum
 from twinkle.protocol.types import Datum
 
 __all__ = [

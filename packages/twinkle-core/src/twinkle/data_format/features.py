@@ -1,21 +1,20 @@
-"""Tokens with labels, and how they become what a loss reads.
+"""Tokens with labels, and their conversion to datums.
 
-Labels stay in line with their own tokens here; the shift by one (a model's output at position t is about
-token t+1) is made in one place only, `to_datum`. Where labels come from is the template's business.
+Labels are aligned with their own tokens here; the shift by one (the output at position t predicts token t+1) happens in
+one place only, `to_datum`. Templates make the labels.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, NotRequired, TypedDict, cast
+from typing import Any, Final, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from twinkle.data_format.sdk_types import Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
 
 NOT_TRAINED: Final = -100
-"""The label of a token that is read but not trained on (PyTorch's and Transformers' `ignore_index`)."""
+"""The label of a token that is not trained on (the `ignore_index` of PyTorch and Transformers)."""
 
 
 class InputFeature(TypedDict):
@@ -23,8 +22,8 @@ class InputFeature(TypedDict):
 
     Keys:
         input_ids: int64 [T].
-        labels: int64 [T], not shifted: the token's own id where it is trained on, else -100.
-        loss_weights: float32 [T], optional: how much each token counts, in line with `input_ids`.
+        labels: int64 [T], not shifted: the token's own id if it is trained on, else -100.
+        loss_weights: float32 [T], optional: the weight of each token, aligned with `input_ids`.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -32,19 +31,38 @@ class InputFeature(TypedDict):
     loss_weights: NotRequired[npt.NDArray[np.float32]]
 
 
+class Types(Protocol):
+    """A client's module of types. `twinkle_client.types` and `tinker.types` have classes of the same names, with the
+    same constructors.
+    """
+
+    ModelInput: Any
+    Datum: Any
+    TensorData: Any
+    SamplingParams: Any
+
+
+def make_datum(types: Types, tokens: npt.ArrayLike, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """A datum with `tokens`, int [T], as model input, and loss inputs with one row per token."""
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(np.asarray(tokens).tolist()),
+        loss_fn_inputs={name: types.TensorData.from_numpy(array) for name, array in inputs.items()},
+    )
+
+
 def to_datum(feature: InputFeature | Mapping[str, Any], types: Types = core_types) -> Any:
-    """The datum for `cross_entropy` that trains what the feature's labels mark.
+    """The datum for `cross_entropy` that trains on the feature's labelled tokens.
 
     With T tokens: model input = input_ids[:-1], target_tokens = input_ids[1:] (int64 [T-1]),
     weights = (labels[1:] != -100) * loss_weights[1:] (float32 [T-1]).
 
     Args:
-        types: the client's; `tinker.types` makes a datum of Tinker's SDK.
+        types: the client's module of types; `tinker.types` gives a datum of Tinker's SDK.
 
     Raises:
-        InvalidRequest: if a key is missing, not a flat list of numbers, of another length than `input_ids`; if a
-            label is neither -100 nor the token's own id; or if there are fewer than two tokens (one to read and one
-            to predict).
+        InvalidRequest: if a key is missing, is not a flat list of numbers, or differs in length from `input_ids`; if a
+            label is neither -100 nor the token's own id; or if there are fewer than two tokens (one to read and one to
+            predict).
     """
     input_ids = _integers(feature, "input_ids")
     labels = _integers(feature, "labels")
@@ -88,7 +106,7 @@ def _flat_array(feature: InputFeature | Mapping[str, Any], key: str) -> npt.NDAr
 
 
 def _require_own(key: str, labels: npt.NDArray[np.int64], input_ids: npt.NDArray[np.int64]) -> None:
-    """Other labels would be lost without a word, since the targets are read from `input_ids`."""
+    """Refuse other labels, which would be lost silently since the targets are taken from `input_ids`."""
     others = np.flatnonzero((labels != NOT_TRAINED) & (labels != input_ids))
     if others.size:
         at = int(others[0])

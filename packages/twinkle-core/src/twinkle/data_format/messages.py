@@ -1,25 +1,25 @@
-"""A conversation, in the dictionaries that chat templates and JSON files share.
+"""Conversations, as the dictionaries that chat templates and JSON files share.
 
-The types are `TypedDict`s: `Message(role="user", content="Hi")` is a plain dict, and so is a row read from a
-file, which is why neither has to be converted into the other. Nothing here checks or renders them.
+The types are `TypedDict`s: `Message(role="user", content="Hi")` is a plain dict, and so is a row read from a file, so
+no conversion is needed. Nothing here checks or renders them.
 """
 
 from typing import Any, Literal, NotRequired, TypedDict
 
 
 class TextPart(TypedDict):
-    """One part of a message whose content is a list, for the templates that want it so."""
+    """One part of a message's content, for templates that take lists of parts."""
 
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(TypedDict):
-    """A function the assistant asks for.
+    """A function call by the assistant.
 
     Keys:
         name: of the function.
-        arguments: by name; or, as the OpenAI API has it, the same as JSON text.
+        arguments: by name; or as JSON text, as in the OpenAI API.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Message(TypedDict):
     """One turn of a conversation.
 
     Keys:
-        role: "system", "user", "assistant", "tool", or whatever else the model's template knows.
-        content: the text; None or absent only beside tool_calls or reasoning, where the template allows it.
-        reasoning_content: what the assistant thought before it answered ("thinking", "reasoning" are read too).
-        tool_calls: the functions an assistant asks for.
-        tool_call_id, name: which call, or function, a "tool" message answers.
+        role: "system", "user", "assistant", "tool", or another role of the model's template.
+        content: the text; None or absent only with tool_calls or reasoning, if the template allows it.
+        reasoning_content: the assistant's reasoning before its answer (also read from "thinking" and "reasoning").
+        tool_calls: the assistant's function calls.
+        tool_call_id, name: the call, or function, that a "tool" message answers.
     """
 
     role: str

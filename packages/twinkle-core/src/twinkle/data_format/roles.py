@@ -1,4 +1,4 @@
-"""Who speaks, by the names that datasets use, and calls of tools that are written as a turn of their own."""
+"""Roles by the names that datasets use, and tool calls that are written as turns of their own."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,20 @@ ROLES: Final[Mapping[str, str]] = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""The role that a message gets by the names that ShareGPT and what came after it use. Templates may know others."""
+"""Roles by their names in ShareGPT and its successors. Templates may know others."""
 
 CALL_ROLES: Final = frozenset({"function_call", "tool_call"})
-"""What a turn is said by that is a call and nothing else: an assistant's message without words."""
+"""The role of a turn that is only a call: an assistant message without text."""
 
 
 def read_calls(value: object, field: str) -> list[dict[str, Any]]:
-    """The functions called as a message's `tool_calls`.
+    """A turn's function calls as a message's `tool_calls`.
 
     Args:
-        value: `{name, arguments}`, which may lie under `function`, or a list of these; as objects or as JSON text.
+        value: `{name, arguments}`, possibly nested under `function`, or a list of these; as objects or as JSON text.
 
     Raises:
-        InvalidRequest: naming the field, if it is something else.
+        InvalidRequest: naming the field, if it is anything else.
     """
     if isinstance(value, str):
         try:

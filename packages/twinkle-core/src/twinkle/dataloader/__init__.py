@@ -1,6 +1,6 @@
 """Batches of a dataset's or a stream's rows, shuffled and resumable.
 
-What a row is, and what is done with a batch, is not known here.
+Independent of what rows are and of what batches are used for.
 """
 
 from twinkle.dataloader.loader import DataLoader, DataLoaderState

@@ -1,4 +1,4 @@
-"""The order in which rows are seen, epoch after epoch, as a function of seed, epoch and position alone."""
+"""The order of rows in each epoch, as a function of only seed, epoch and position."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -21,19 +21,19 @@ class Rows(Protocol[Item_co]):
 
 @runtime_checkable
 class Stream(Protocol[Item_co]):
-    """Anything that gives items out epoch by epoch, without a length: an `IterableDataset`."""
+    """Anything that yields items epoch by epoch, without a length: an `IterableDataset`."""
 
     def epoch(self, number: int, /) -> Iterator[Item_co]: ...
 
 
 class DataLoaderState(TypedDict):
-    """Where a loader is, in numbers that JSON can hold.
+    """A loader's position, as JSON values.
 
     Keys:
         epoch: from 0.
-        position: batches of that epoch that were handed out.
-        seed, shuffle, batch_size, drop_last, rows: what the order depends on; must be the same on resuming. `rows` is
-            None for a stream.
+        position: batches of that epoch that were yielded.
+        seed, shuffle, batch_size, drop_last, rows: determine the order; must be the same on resuming. `rows` is None
+            for a stream.
     """
 
     epoch: int
@@ -48,24 +48,23 @@ class DataLoaderState(TypedDict):
 class DataLoader(Generic[Item_co]):
     """Yields lists of a dataset's items; each `for` loop over it is one epoch.
 
-    The order differs from epoch to epoch and is the same in every run with the same seed. A loop that is left
-    early ends its epoch; after `load_state_dict` the next loop goes on where the state was taken.
+    The order differs between epochs and is the same in every run with the same seed. Leaving a loop early ends its
+    epoch; after `load_state_dict` the next loop continues where the state was taken.
 
-    A stream (`IterableDataset`) gives its batches in its own order, which its `shuffle(buffer_size)` makes another in
-    each epoch. It is read one batch ahead, to know the last one. Resuming reads, and encodes again, what was used of
-    the epoch before the state was taken, and passes over it: the batches that follow are exactly the same, but it takes
-    as long as reading takes.
+    A stream (`IterableDataset`) determines its own order, which differs between epochs after its
+    `shuffle(buffer_size)`. It is read one batch ahead, to detect the last one. Resuming reads and encodes the used part
+    of the epoch again and skips it: the following batches are exactly the same, but it takes as long as reading does.
 
     Args:
-        dataset: what to take from; an encoded `Dataset` gives lists of `InputFeature`.
-        batch_size: items a batch; the last of an epoch may have fewer.
-        shuffle: whether to take the items in a random order; None is True, except for a stream.
+        dataset: the source of items; an encoded `Dataset` yields lists of `InputFeature`.
+        batch_size: items per batch; the last of an epoch may have fewer.
+        shuffle: whether to randomise the order; default: True, except for a stream.
         seed: of that order, from 0.
-        drop_last: leave a last, smaller batch out.
+        drop_last: drop a smaller last batch.
 
     Raises:
-        InvalidRequest: if a number is out of its range, a stream is to be shuffled here, or `dataset` is neither rows
-            with numbers nor a stream.
+        InvalidRequest: if a number is out of range, `shuffle` is set for a stream, or `dataset` is neither indexable
+            nor a stream.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class DataLoader(Generic[Item_co]):
         for field, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
                 raise InvalidRequest(f"{field}: {value}; allowed are whole numbers from {least}")
-        # What has both is taken by its numbers.
+        # A dataset with both interfaces is used by index.
         is_stream = isinstance(dataset, Stream) and not hasattr(dataset, "__len__")
         if not is_stream:
             _require_numbered(dataset)
@@ -96,17 +95,17 @@ class DataLoader(Generic[Item_co]):
         self._drop_last = drop_last
         self._epoch = 0
         self._position = 0
-        # Of a stream: whether the batch at the position before was its last.
+        # For a stream: whether the previous batch was its last.
         self._ended = False
         self._resuming = False
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next batch belongs to, from 0."""
+        """The epoch of the next batch, from 0."""
         return self.state_dict()["epoch"]
 
     def __len__(self) -> int:
-        """Batches in a whole epoch.
+        """Batches per epoch.
 
         Raises:
             TypeError: for a stream.
@@ -115,11 +114,11 @@ class DataLoader(Generic[Item_co]):
         return rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
 
     def __iter__(self) -> Iterator[list[Item_co]]:
-        """The batches of an epoch, or of the rest of one after `load_state_dict`.
+        """The batches of an epoch; after `load_state_dict`, those that remain.
 
         Raises:
-            InvalidRequest: if there is not one batch, which would make a training that does nothing; or, of a stream,
-                if it is shorter than it was when the state was taken.
+            InvalidRequest: if there is no batch, since training would silently do nothing; or if a stream is shorter
+                than when the state was taken.
         """
         if self._stream is None and len(self) == 0:
             raise self._no_batch(len(self._require_rows()))
@@ -133,7 +132,7 @@ class DataLoader(Generic[Item_co]):
         for position in range(self._position, len(self)):
             begin = position * self._batch_size
             batch = [rows[int(index)] for index in order[begin : begin + self._batch_size]]
-            # Counted before it is handed out: whoever saves the state has it.
+            # Counted before it is yielded: code that saves the state has it.
             self._move(epoch, position + 1)
             yield batch
 
@@ -158,11 +157,11 @@ class DataLoader(Generic[Item_co]):
             batch = following
 
     def _is_whole(self, batch: list[Item_co]) -> bool:
-        """Whether what was taken of a stream is a batch to hand out."""
+        """Whether these items of a stream are a batch to yield."""
         return len(batch) >= (self._batch_size if self._drop_last else 1)
 
     def state_dict(self) -> DataLoaderState:
-        """Where the loader is. Batches handed out count as used."""
+        """The loader's position. Yielded batches count as used."""
         done = self._ended if self._rows is None else self._position > 0 and self._position >= len(self)
         return DataLoaderState(
             epoch=self._epoch + 1 if done else self._epoch,
@@ -175,10 +174,10 @@ class DataLoader(Generic[Item_co]):
         )
 
     def load_state_dict(self, state: DataLoaderState | Mapping[str, Any]) -> None:
-        """Go on where `state` was taken: the next loop yields the rest of that epoch.
+        """Continue where `state` was taken: the next loop yields the rest of that epoch.
 
         Raises:
-            InvalidRequest: if this loader would not go through the same rows in the same order.
+            InvalidRequest: if this loader's rows or their order would differ.
         """
         own = cast(Mapping[str, Any], self.state_dict())
         missing = [key for key in own if key not in state]
@@ -215,18 +214,18 @@ class DataLoader(Generic[Item_co]):
         )
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The items' numbers in the order of an epoch, int64 [rows]."""
+        """The items' indices in the order of an epoch, int64 [rows]."""
         rows = len(self._require_rows())
         if not self._shuffle:
             return np.arange(rows)
-        # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
+        # RandomState, not Generator: its streams are frozen across numpy releases (NEP 19).
         bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
         return np.random.RandomState(bits).permutation(rows).astype(np.int64)
 
 
 def _require_numbered(dataset: object) -> None:
     kind = type(dataset).__name__
-    # Text and dictionaries have a length, but what they give out are no rows.
+    # Strings and dictionaries have a length, but don't yield rows.
     is_numbered = all(hasattr(type(dataset), method) for method in ("__len__", "__getitem__"))
     if not is_numbered or isinstance(dataset, Mapping | str | bytes):
         raise InvalidRequest(

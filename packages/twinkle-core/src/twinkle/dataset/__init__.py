@@ -1,9 +1,9 @@
 """Rows of data from files and hubs, mapped to conversations and encoded to tokens.
 
-`meta` says what is wanted, `files` finds which files hold it, `readers` reads one file. Three datasets work on the
-rows: `dataset` at once, `lazy` when a row is asked for, `iterable` while files are read; the first two share `sources`,
-all three `rows` (what is done to one row), `mixing` and `encoding`, which `parallel` and `cache` make quicker with the
-help of `templates`. `packing` and `description` are for encoded rows. Batches are made by `twinkle.dataloader`.
+`meta` says what data to read, `data_files` finds the files that hold it, `readers` reads one file. There are three
+datasets: `dataset` processes rows at once, `lazy` on access, `iterable` while it reads files. The first two share
+`sources`; all share `rows` (the steps applied to one row), `mixing` and `encoding`, which `parallel` and `cache` speed
+up. `packing` and `description` work on encoded rows. `twinkle.dataloader` makes batches.
 """
 
 from twinkle.dataset.dataset import Dataset

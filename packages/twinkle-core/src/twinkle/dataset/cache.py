@@ -1,7 +1,7 @@
-"""What was encoded before, kept on disk by what it was made of.
+"""A disk cache of encoded rows, keyed by everything that the encoding depends on.
 
-A file holds the outcomes of all conversations of one dataset as flat arrays (`.npz`, nothing pickled). Files are never
-changed, only replaced as a whole, and one that can't be read is as good as none.
+A file holds the outcomes of all conversations of one dataset as flat arrays (`.npz`, nothing pickled). Files are
+replaced atomically, never modified; an unreadable file counts as missing.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from twinkle.data_format import InputFeature
-from twinkle.dataset.encoding import Encoder, Job, Outcome
+from twinkle.dataset.encoding import Encoder, EncodingTask, Outcome
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template import Template
 
 logger = logging.getLogger(__name__)
 
-# Part of every key: to be raised when what is written here, or what encoding means, changes.
+# Part of every key: increase it when the file format or the encoding changes.
 _FORMAT: Final = 2
 
 _LEFT_OUT, _WHOLE, _CUT = 0, 1, 2
@@ -32,31 +32,31 @@ _DTYPES: Final = {"input_ids": np.int64, "labels": np.int64, "loss_weights": np.
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | bool) -> Path:
-    """Where to keep things: the folder given; for True $TWINKLE_CACHE/encoded, or ~/.cache/twinkle/encoded."""
+    """The cache folder: the one given; if True, $TWINKLE_CACHE/encoded, or ~/.cache/twinkle/encoded."""
     if not isinstance(cache_dir, bool):
         return Path(cache_dir)
     root = os.environ.get("TWINKLE_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "twinkle") / "encoded"
 
 
-def cache_key(encoder: Encoder, jobs: Iterable[Job]) -> str:
-    """SHA-256 (hex) over everything that the outcomes depend on: the rows, the template, how it is asked.
+def cache_key(encoder: Encoder, tasks: Iterable[EncodingTask]) -> str:
+    """SHA-256 (hex) of everything that the outcomes depend on: the rows, the template and its arguments.
 
-    Rows count with all their columns, since a template of one's own may read any; where they come from does not count.
+    All columns of the rows count, since a custom template may read any of them; their origin does not.
 
     Raises:
-        InvalidRequest: naming the place of a row that holds itself, or has keys that JSON can't have.
+        InvalidRequest: naming the place of a row that contains itself, or has keys that JSON can't represent.
     """
     head = [_FORMAT, _fingerprint(encoder.template), encoder.add_generation_prompt]
     digest = hashlib.sha256(json.dumps(head).encode())
-    for job in jobs:
-        # JSON has no line breaks of its own, so that the end of a row can't be mistaken. The order of keys stays: chat
-        # templates write tools and arguments in it.
+    for task in tasks:
+        # JSON escapes line breaks, so a row's end is unambiguous. Keys keep their order, since chat templates write
+        # tools and arguments in it.
         try:
-            text = json.dumps(job.row, default=_told)
+            text = json.dumps(task.row, default=_told)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(
-                f"{job.where}: the row can't be told from others ({error}); encode without cache_dir"
+                f"{task.where}: the row can't be told from others ({error}); encode without cache_dir"
             ) from error
         digest.update(b"\n" + text.encode())
     return digest.hexdigest()
@@ -73,19 +73,19 @@ def _fingerprint(template: Template) -> str:
 
 
 def load_outcomes(path: Path, count: int) -> list[Outcome] | None:
-    """The outcomes of `count` conversations; None if the file is not there, or (with a warning) damaged."""
+    """The outcomes of `count` conversations; None if the file is missing, or (with a warning) damaged."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
             return _unpack({name: file[name] for name in file.files}, count)
-    except Exception as error:  # whatever a broken file makes numpy and zipfile raise
+    except Exception as error:  # numpy and zipfile raise all kinds of errors for damaged files
         logger.warning("%s is damaged and made anew: %s: %s", path, type(error).__name__, error)
         return None
 
 
 def store_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write outcomes; the file appears only when it is whole. That it can't be written is a warning, no error."""
+    """Write outcomes atomically. A failure to write is only a warning."""
     arrays = _pack(outcomes)
     if arrays is None:
         logger.warning(
@@ -108,10 +108,10 @@ def store_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _pack(outcomes: Sequence[Outcome]) -> dict[str, npt.NDArray[Any]] | None:
-    """Flat arrays of all features; None where they are not of the usual kind.
+    """Flat arrays of all features; None if one is not of the usual kind.
 
-    `state` (uint8 [rows]) tells what became of each, `offsets` (int64 [features + 1]) where each begins in `input_ids`
-    and `labels` (int32 [tokens]); `weighted` (bool [features]) tells which have `loss_weights` (float32).
+    `state` (uint8 [rows]) is each row's outcome, `offsets` (int64 [features + 1]) where each feature begins in
+    `input_ids` and `labels` (int32 [tokens]); `weighted` (bool [features]) says which have `loss_weights` (float32).
     """
     features = [outcome.feature for outcome in outcomes if outcome.feature is not None]
     if not all(_is_usual(feature) for feature in features):
@@ -159,7 +159,7 @@ def _unpack(arrays: dict[str, npt.NDArray[Any]], count: int) -> list[Outcome]:
 
 
 def _is_usual(feature: InputFeature) -> bool:
-    """Whether a feature is nothing but flat arrays of the usual types, and comes back as it was."""
+    """Whether a feature consists only of flat arrays of the usual types, and so survives the round trip."""
     length = len(feature["input_ids"])
     for key, value in cast(dict[str, object], feature).items():
         if key not in _DTYPES or not isinstance(value, np.ndarray):
@@ -175,7 +175,7 @@ def _joined(arrays: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.
 
 
 def _told(value: object) -> object:
-    """A value that JSON has no word for, told by its type and all it holds."""
+    """A value that JSON can't represent, as its type and contents."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, np.ndarray | np.generic):
         array = cast(npt.NDArray[Any], value)

@@ -1,4 +1,4 @@
-"""A dataset whose rows are worked on at once: mapped, filtered, mixed, encoded, packed, described."""
+"""A dataset that processes its rows at once: maps, filters, mixes, encodes, packs and describes them."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from twinkle.dataset.cache import cache_folder, cache_key, load_outcomes, store_
 from twinkle.dataset.description import Description, describe
 from twinkle.dataset.encoding import (
     Encoder,
-    Job,
+    EncodingTask,
     Outcome,
     Tally,
     as_conversation,
@@ -27,8 +27,8 @@ from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.packing import assign_rows, join_features
 from twinkle.dataset.parallel import encode_jobs
 from twinkle.dataset.readers import Row
-from twinkle.dataset.rows import Item, Step, apply_step, require_template
-from twinkle.dataset.sources import Source, Sources, finished, progress
+from twinkle.dataset.rows import LocatedRow, Step, apply_step, require_template
+from twinkle.dataset.sources import DataSource, Sources, finished, progress
 from twinkle.protocol.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ class Dataset(Sources):
     Methods that change the rows do so in place and return the dataset itself.
 
     Args:
-        dataset_meta: the source, or several; text or a path stands for `DatasetMeta(id)`.
+        dataset_meta: the source, or several; a string or path means `DatasetMeta(id)`.
 
     Raises:
-        NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
+        NotFound: if a source, or the requested files in it, can't be found.
+        InvalidRequest: naming file and line, if a file can't be read; or if the argument is not a source.
     """
 
-    # What `encode` met with, for `describe`.
+    # What `encode` cut and left out, for `describe`.
     _tally = Tally()
 
     def encode(
@@ -57,27 +57,27 @@ class Dataset(Sources):
         num_proc: int | None = 1,
         cache_dir: str | os.PathLike[str] | bool | None = None,
     ) -> Self:
-        """Exchange each row's `messages` and `tools` for the `InputFeature` the template makes of them.
+        """Replace each row's `messages` and `tools` by the template's `InputFeature`.
 
-        Rows without `messages` are read as `ConversationProcessor` reads them. Other columns stay with the row. With
-        the template's strategy "delete", rows that are too long are left out.
+        Rows without `messages` are read by `ConversationProcessor`. Other columns are kept. With the template's
+        strategy "delete", rows that are too long are dropped.
 
         Args:
-            add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
-            num_proc: processes to work in; None is one a core. Each takes a second or more to start, so that several
-                pay only where one would take many times as long; the result and the errors are the same.
-            cache_dir: the folder in which to keep the result, and to look for one of the same rows, template and
-                arguments; True is $TWINKLE_CACHE/encoded, or ~/.cache/twinkle/encoded. None keeps nothing. Files are
-                never removed. The code of a template class of one's own counts as part of it, but not what that calls.
+            add_generation_prompt: end each sequence with the opening of an assistant turn, to sample from.
+            num_proc: number of processes; None is one per core. Each takes a second or more to start, so several pay
+                off only where one would take many times as long; results and errors are the same.
+            cache_dir: folder to cache results in, by rows, template and arguments; True is $TWINKLE_CACHE/encoded, or
+                ~/.cache/twinkle/encoded; default: no cache. Files are never removed. The key includes the code of a
+                custom template class, but not of what it calls.
 
         Raises:
-            InvalidRequest: naming file and line, if a row is no conversation; if no template was set; if there are no
-                rows, or none is left; or if no row has a token to train on (unless `add_generation_prompt`).
+            InvalidRequest: naming file and line, if a row is not a conversation; if no template was set; if there are
+                no rows, or none is left; or if no row has a token to train on (unless `add_generation_prompt`).
         """
         encoder = self._encoder("encode", add_generation_prompt)
         rows = self._recognised(as_conversation)
-        jobs = [Job(row, item.where) for row, item in zip(rows, self._items(), strict=True)]
-        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        tasks = [EncodingTask(row, item.where) for row, item in zip(rows, self._items(), strict=True)]
+        outcomes = _outcomes(encoder, tasks, num_proc, cache_dir)
         self._finish(
             encoder, rows, [(outcome,) for outcome in outcomes], lambda row, made: with_feature(row, *made)
         )
@@ -89,21 +89,23 @@ class Dataset(Sources):
         num_proc: int | None = 1,
         cache_dir: str | os.PathLike[str] | bool | None = None,
     ) -> Self:
-        """Exchange `chosen` and `rejected` of each row for the `InputFeature` of the whole conversation each.
+        """Replace `chosen` and `rejected` of each row by the `InputFeature`s of the two conversations.
 
-        Rows are read as `PreferenceProcessor` reads them; `tools` holds for both conversations. Other columns stay with
-        the row. With the template's strategy "delete", a pair of which either is too long is left out.
+        Rows are read by `PreferenceProcessor`; `tools` applies to both conversations. Other columns are kept. With the
+        template's strategy "delete", a pair is dropped if either conversation is too long.
 
         Args:
             num_proc, cache_dir: as in `encode`.
 
         Raises:
-            InvalidRequest: naming file, line and side, if a row is no pair; else as in `encode`.
+            InvalidRequest: naming file, line and side, if a row is not a pair; else as in `encode`.
         """
         encoder = self._encoder("encode_pairs", False)
         rows = self._recognised(as_pair)
-        jobs = [job for row, item in zip(rows, self._items(), strict=True) for job in sides(row, item.where)]
-        outcomes = _outcomes(encoder, jobs, num_proc, cache_dir)
+        tasks = [
+            task for row, item in zip(rows, self._items(), strict=True) for task in sides(row, item.where)
+        ]
+        outcomes = _outcomes(encoder, tasks, num_proc, cache_dir)
         pairs = list(zip(outcomes[::2], outcomes[1::2], strict=True))
         self._finish(encoder, rows, pairs, lambda row, made: with_features(row, *made))
         return self
@@ -111,28 +113,27 @@ class Dataset(Sources):
     def pack(self, max_length: int) -> Self:
         """Put several short features into each row, up to `max_length` tokens. Call it after `encode`.
 
-        A token can attend to all examples before its own in the row, not only to its own: models trained this way learn
-        to pass them over, but the loss is not that of the examples by themselves. The server already puts rows of like
-        lengths together and loses little to padding, so packing pays for very many very short rows only.
+        Tokens attend to all earlier examples in the row: models trained this way learn to ignore them, but the loss is
+        not that of the separate examples. The server already batches rows of similar length and wastes little on
+        padding, so packing pays off only for very many very short rows.
 
-        The longest go first, each into the row that it fills best; the same rows are always packed the same way. The
-        first label of every example but a row's first is -100, since what is before it is another example. All columns
-        but the feature are dropped, and the sources become one.
+        Packing is best-fit decreasing, and deterministic. The first label of every example but a row's first is -100,
+        since its predecessor is another example. All columns but the feature are dropped, and the sources become one.
 
         Args:
-            max_length: most tokens of a row. A longer feature is cut, or left out, if the template's
-                `truncation_strategy` says so.
+            max_length: most tokens of a row. Longer features are cut or dropped if the template's `truncation_strategy`
+                says so.
 
         Raises:
-            InvalidRequest: if the rows are not encoded, or are pairs, or all are left out; or naming file and line, if
-                a feature is too long and is to be neither cut nor left out.
+            InvalidRequest: if the rows are not encoded, are pairs, or are all dropped; or naming file and line, if a
+                feature is too long and may be neither cut nor dropped.
         """
         if max_length < 1:
             raise InvalidRequest(f"max_length: {max_length}; allowed are whole numbers from 1")
         self._require_rows("pack")
         strategy = "raise" if self._template is None else self._template.truncation_strategy
         features: list[InputFeature] = []
-        origins: list[Item] = []
+        origins: list[LocatedRow] = []
         for item in self._items():
             feature = _fitting(item, max_length, strategy)
             if feature is not None:
@@ -143,30 +144,16 @@ class Dataset(Sources):
         if len(features) < len(self):
             left_out = len(self) - len(features)
             logger.warning("%d of %d rows left out: over %s tokens", left_out, len(self), max_length)
-        packed: list[Item] = []
+        packed: list[LocatedRow] = []
         for numbers in assign_rows([len(feature["input_ids"]) for feature in features], max_length):
             row: Row = {**join_features([features[number] for number in numbers])}
             cut = any(origins[number].cut for number in numbers)
             packed.append(origins[numbers[0]]._replace(row=row, cut=cut))
-        self._replace([Source(None, packed)], f"pack({max_length})")
+        self._replace([DataSource(None, packed)], f"pack({max_length})")
         return self
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
-        """Two datasets of these rows in a random order, one to train on and one held out; this one stays as it is.
-
-        Both keep the template, and their rows the file and line they came from. Several sources become one. It may be
-        called before or after `encode`; rows that `encode` left out count in what `describe` says of the first.
-
-        Args:
-            fraction: share of the rows to hold out, between 0 and 1; rounded to whole rows.
-            seed: of the order, from 0; the same split on every machine and with every numpy.
-
-        Returns:
-            What remains, and what is held out.
-
-        Raises:
-            InvalidRequest: if a number is out of its range, there are no rows, or one of the two would have none.
-        """
+        """As for every dataset; rows that `encode` dropped count in what `describe` says of the first of the two."""
         rest, held_out = super().split(fraction, seed)
         for part, left_out in ((rest, self._tally.left_out), (held_out, 0)):
             cut = sum(item.cut for item in part._items())
@@ -174,7 +161,7 @@ class Dataset(Sources):
         return rest, held_out
 
     def describe(self) -> Description:
-        """The encoded rows in numbers: lengths, how many were over the template's limit, what is trained on.
+        """Statistics of the encoded rows: lengths, how many exceeded the template's limit, what is trained on.
 
         Raises:
             InvalidRequest: if there are no rows; or naming file and line, if one is not encoded.
@@ -207,7 +194,7 @@ class Dataset(Sources):
         outcomes: Sequence[tuple[Outcome, ...]],
         join: Callable[[Row, list[InputFeature]], Row],
     ) -> None:
-        """Put what came of each row in its place, and say what there is to say about it."""
+        """Replace the rows by their outcomes, and warn of what was cut, dropped, or trains nothing."""
         made = [_features(each) for each in outcomes]
         kept = [features for features in made if features is not None]
         left_out = len(rows) - len(kept)
@@ -228,20 +215,20 @@ class Dataset(Sources):
 
 def _outcomes(
     encoder: Encoder,
-    jobs: Sequence[Job],
+    tasks: Sequence[EncodingTask],
     num_proc: int | None,
     cache_dir: str | os.PathLike[str] | bool | None,
 ) -> list[Outcome]:
-    """What comes of each job, from the cache if it is there."""
+    """The outcome of each task, from the cache if possible."""
     path = None
     if cache_dir is not None and cache_dir is not False:
-        path = cache_folder(cache_dir) / f"{cache_key(encoder, jobs)}.npz"
-        stored = load_outcomes(path, len(jobs))
+        path = cache_folder(cache_dir) / f"{cache_key(encoder, tasks)}.npz"
+        stored = load_outcomes(path, len(tasks))
         if stored is not None:
             logger.info("encoded before: %s", path)
             return stored
-    with progress("Encoding", len(jobs)) as bar:
-        outcomes = encode_jobs(encoder, jobs, num_proc, bar.update)
+    with progress("Encoding", len(tasks)) as bar:
+        outcomes = encode_jobs(encoder, tasks, num_proc, bar.update)
     if path is not None:
         store_outcomes(path, outcomes)
     return outcomes
@@ -254,19 +241,19 @@ def _features(outcomes: tuple[Outcome, ...]) -> list[InputFeature] | None:
 
 
 def _joined(
-    items: Sequence[Item],
+    items: Sequence[LocatedRow],
     done: Iterator[tuple[Row, list[InputFeature] | None, bool]],
     join: Callable[[Row, list[InputFeature]], Row],
-) -> Iterator[Item]:
-    """The items that are kept, with their features; takes as many of `done` as there are items."""
-    # `items` first: zip takes no more from `done` once they have ended.
+) -> Iterator[LocatedRow]:
+    """The kept items with their features; consumes as many of `done` as there are items."""
+    # `items` first: once it ends, zip takes nothing more from `done`.
     for item, (row, features, cut) in zip(items, done, strict=False):
         if features is not None:
             yield item._replace(row=join(row, features), cut=cut)
 
 
-def _fitting(item: Item, max_length: int, strategy: str) -> InputFeature | None:
-    """The feature of an item, cut to `max_length` if need be; None if it is to be left out."""
+def _fitting(item: LocatedRow, max_length: int, strategy: str) -> InputFeature | None:
+    """The feature of an item, cut to `max_length` if needed; None if it is dropped."""
     features = apply_step(features_of, item.row, item.where)
     if len(features) != 1:
         problem = "a pair, of which only one could train" if features else "not encoded; call encode() first"

@@ -1,4 +1,4 @@
-"""What an encoded dataset is like in numbers, as a table and as a picture."""
+"""Statistics of an encoded dataset, as a table and as a plot."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _BAR_WIDTH: Final = 40
 
 @dataclass(frozen=True)
 class Description:
-    """An encoded dataset in numbers. `print` shows it as a table, `plot` draws the lengths.
+    """Statistics of an encoded dataset. `print` shows a table, `plot` draws the lengths.
 
     A row of a pair (`Dataset.encode_pairs`) counts as one row and two sequences.
 
@@ -26,15 +26,15 @@ class Description:
         rows: in the dataset.
         sequences: of tokens, in these rows.
         tokens: in all of them.
-        min_length, mean_length, median_length, p95_length, max_length: of a sequence, in tokens; the last but one is
-            the 95th percentile, linear between two sequences.
-        edges: of the histogram of lengths, whole numbers: bar i counts those from edges[i] to edges[i+1] - 1.
-        counts: of sequences, one a bar.
-        cut_rows: rows that encoding took tokens off because of the template's `max_length`.
-        left_out_rows: rows that encoding left out because of it; they are in none of the other numbers.
-        truncated: share of the two in the rows there were to encode, 0 to 1.
-        trained: share of tokens that a loss is taken of, 0 to 1.
-        untrained_rows: rows with not one such token (of a pair: in one of its sequences).
+        min_length, mean_length, median_length, p95_length, max_length: of the sequences, in tokens; p95 is the 95th
+            percentile, linearly interpolated.
+        edges: of the histogram of lengths, integers: bar i counts lengths from edges[i] to edges[i+1] - 1.
+        counts: sequences in each bar.
+        cut_rows: rows that encoding truncated to the template's `max_length`.
+        left_out_rows: rows that encoding dropped because of it; not included in the other numbers.
+        truncated: share of those two in all rows before encoding, 0 to 1.
+        trained: share of tokens with a loss, 0 to 1.
+        untrained_rows: rows without any such token (of a pair: in one of its sequences).
     """
 
     rows: int
@@ -81,7 +81,7 @@ class Description:
             InvalidRequest: if matplotlib is missing (twinkle-core[plot]), or the file can't be written.
         """
         try:
-            # Never pyplot, which picks a window system and keeps every figure for the whole process.
+            # Not pyplot, which picks a window system and keeps every figure for the life of the process.
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -105,20 +105,20 @@ class Description:
             raise InvalidRequest(f"plot: {os.fspath(path)} can't be written: {error}") from error
 
     def _bars(self) -> list[str]:
-        """The histogram, a line a bar; whatever is counted at all shows."""
+        """The histogram, one line per bar; any nonzero count is visible."""
         width = len(f"{self.edges[-1] - 1:,}")
         most = max(self.counts)
         digits = max(len(f"{count:,}") for count in self.counts)
         bars: list[str] = []
         for low, end, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
-            # All bars are of one width: where that is 1, one number says it.
+            # All bars have the same width: if that is 1, one number is enough.
             lengths = f"{low:>{width},}" if end == low + 1 else f"{low:>{width},} - {end - 1:>{width},}"
             bars.append(f"{lengths}  {count:>{digits},}  {'#' * -(-count * _BAR_WIDTH // most)}".rstrip())
         return bars
 
 
 def describe(rows: Sequence[Sequence[InputFeature]], tally: Tally) -> Description:
-    """The numbers of a dataset's rows, each of one feature or, if it is a pair, two.
+    """The statistics of a dataset's rows, each with one feature, or two if it is a pair.
 
     Args:
         rows: at least one.
@@ -150,7 +150,7 @@ def describe(rows: Sequence[Sequence[InputFeature]], tally: Tally) -> Descriptio
 
 
 def _histogram(lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Edges and counts of bars that are equally many whole numbers wide."""
+    """Edges and counts of bars of equal integer width."""
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // _MOST_BARS)
     bars = -(-(high - low + 1) // width)

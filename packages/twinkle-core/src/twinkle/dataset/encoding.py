@@ -1,6 +1,6 @@
-"""What encoding does to rows: recognised as conversations or pairs, then tokens, then a count of what came out.
+"""Encoding of rows: they are recognised as conversations or pairs, tokenised, and the outcomes are counted.
 
-In how many processes that runs is `parallel`'s business, whether it has to run at all `cache`'s.
+`parallel` runs it in several processes, `cache` avoids it.
 """
 
 import logging
@@ -21,25 +21,25 @@ from twinkle.template import SequenceTooLong, Template
 logger = logging.getLogger(__name__)
 
 PAIR = ("chosen", "rejected")
-"""The columns of a row of preferences."""
+"""The columns of a preference row."""
 
 _as_conversation = ConversationProcessor()
 _as_pair = PreferenceProcessor()
 
 
-class Job(NamedTuple):
-    """A conversation to encode, and how messages name it."""
+class EncodingTask(NamedTuple):
+    """A conversation to encode, and its place for error messages."""
 
     row: Row
     where: str
 
 
 class Outcome(NamedTuple):
-    """What came of one conversation.
+    """The outcome for one conversation.
 
     Attributes:
-        feature: None where it was too long and is to be left out.
-        cut: whether `max_length` took tokens off it.
+        feature: None if it was too long and is dropped.
+        cut: whether it was truncated to `max_length`.
     """
 
     feature: InputFeature | None
@@ -48,12 +48,12 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Tally:
-    """What `max_length` did to the rows of a dataset.
+    """The effect of `max_length` on a dataset's rows.
 
     Attributes:
-        rows: those there were.
-        cut: those that lost tokens.
-        left_out: those that were too long to stay.
+        rows: before encoding.
+        cut: truncated rows.
+        left_out: dropped rows.
     """
 
     rows: int = 0
@@ -63,7 +63,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A template and how it is asked: all that encoding one row depends on."""
+    """A template with its arguments: everything that the encoding of a row depends on."""
 
     template: Template
     add_generation_prompt: bool = False
@@ -85,10 +85,10 @@ class Encoder:
         return Outcome(feature, self._is_cut(row, len(feature["input_ids"])))
 
     def _is_cut(self, row: Row, length: int) -> bool:
-        """Whether a feature of `length` tokens is what was left of a longer one.
+        """Whether a feature of `length` tokens was truncated.
 
-        Only one that fills `max_length` can be. Then its text is turned into tokens a second time, uncut, which is
-        little beside the search for the assistant's turns that encoding is.
+        Only one of exactly `max_length` tokens can be. Its text is then tokenised again, untruncated, which is cheap
+        beside encoding's search for the assistant's turns.
         """
         if self.template.max_length is None or length < self.template.max_length:
             return False
@@ -96,24 +96,26 @@ class Encoder:
         return len(self.template.tokenizer.encode(text, add_special_tokens=False).ids) > length
 
 
-def run_jobs(encoder: Encoder, jobs: Iterable[Job], done: Callable[[int], object]) -> list[Outcome]:
-    """Encode one after the other, here; `done` is told of each.
+def run_tasks(
+    encoder: Encoder, tasks: Iterable[EncodingTask], done: Callable[[int], object]
+) -> list[Outcome]:
+    """Encode sequentially in this process; `done` is called after each task.
 
     Raises:
-        InvalidRequest: naming the place of the first that fails.
+        InvalidRequest: naming the place of the first task that fails.
     """
     outcomes: list[Outcome] = []
-    for job in jobs:
-        outcomes.append(apply_step(encoder, job.row, job.where))
+    for task in tasks:
+        outcomes.append(apply_step(encoder, task.row, task.where))
         done(1)
     return outcomes
 
 
 def as_conversation(row: Row) -> Row:
-    """The row with `messages`, made of whatever usual layout it has.
+    """The row with `messages`, converted from any of the usual layouts.
 
     Raises:
-        InvalidRequest: if it has none, or is encoded already.
+        InvalidRequest: if it has none of them, or is already encoded.
     """
     if "messages" in row:
         return _as_conversation(row) if row["messages"] is None else row
@@ -123,28 +125,28 @@ def as_conversation(row: Row) -> Row:
 
 
 def as_pair(row: Row) -> Row:
-    """The row with lists of messages in `chosen` and `rejected`, made of whatever usual layout it has.
+    """The row with lists of messages in `chosen` and `rejected`, converted from any of the usual layouts.
 
     Raises:
-        InvalidRequest: if it is no row of preferences, or is encoded already.
+        InvalidRequest: if it is not a preference row, or is already encoded.
     """
     if "input_ids" in row or _is_encoded_pair(row):
         raise InvalidRequest("the row is encoded already; encode_pairs() is called once")
     return _as_pair(row)
 
 
-def sides(row: Row, where: str) -> list[Job]:
-    """The two conversations of a row that `as_pair` made."""
+def sides(row: Row, where: str) -> list[EncodingTask]:
+    """The two conversations of a row from `as_pair`."""
     tools = {"tools": row["tools"]} if "tools" in row else {}
-    return [Job({"messages": row[side], **tools}, f"{where}: {side}") for side in PAIR]
+    return [EncodingTask({"messages": row[side], **tools}, f"{where}: {side}") for side in PAIR]
 
 
 class EncodedRow(NamedTuple):
-    """What came of a row that was encoded by itself.
+    """The outcome for a row that was encoded by itself.
 
     Attributes:
-        row: None where it was too long and is to be left out.
-        trained: whether it has a token to train on; of a pair, both conversations.
+        row: None if it was too long and is dropped.
+        trained: whether it has a token to train on; for a pair, whether both conversations do.
     """
 
     row: Row | None
@@ -152,10 +154,10 @@ class EncodedRow(NamedTuple):
 
 
 def encode_row(encoder: Encoder, row: Row) -> EncodedRow:
-    """One row, whatever usual layout it has, with the feature of its conversation.
+    """One row, in any of the usual layouts, with the feature of its conversation.
 
     Raises:
-        InvalidRequest: if it is no conversation, or the template refuses it.
+        InvalidRequest: if it is not a conversation, or the template refuses it.
     """
     conversation = as_conversation(row)
     feature = encoder(conversation).feature
@@ -165,15 +167,15 @@ def encode_row(encoder: Encoder, row: Row) -> EncodedRow:
 
 
 def encode_pair(encoder: Encoder, row: Row) -> EncodedRow:
-    """One row of preferences, whatever usual layout it has, with the features of its two conversations.
+    """One preference row, in any of the usual layouts, with the features of its two conversations.
 
     Raises:
-        InvalidRequest: naming the side, if it is no pair, or the template refuses it.
+        InvalidRequest: naming the side, if it is not a pair, or the template refuses it.
     """
     pair = as_pair(row)
     made: list[InputFeature] = []
-    for side, job in zip(PAIR, sides(pair, ""), strict=True):
-        feature = apply_step(encoder, job.row, side).feature
+    for side, task in zip(PAIR, sides(pair, ""), strict=True):
+        feature = apply_step(encoder, task.row, side).feature
         if feature is None:
             return EncodedRow(None, False)
         made.append(feature)
@@ -181,18 +183,18 @@ def encode_pair(encoder: Encoder, row: Row) -> EncodedRow:
 
 
 def with_feature(row: Row, feature: InputFeature) -> Row:
-    """The row with its feature in place of what it was made of."""
+    """The row with its feature in place of the columns it was made from."""
     return {**{key: value for key, value in row.items() if key not in ("messages", "tools")}, **feature}
 
 
 def with_features(row: Row, chosen: InputFeature, rejected: InputFeature) -> Row:
-    """The row with its two features in place of what they were made of."""
+    """The row with its two features in place of the columns they were made from."""
     others = {key: value for key, value in row.items() if key != "tools"}
     return {**others, "chosen": chosen, "rejected": rejected}
 
 
 def features_of(row: Row) -> list[InputFeature]:
-    """The features of an encoded row: one, two for a pair, none where it is not encoded.
+    """The features of an encoded row: one, two for a pair, none if it is not encoded.
 
     Raises:
         InvalidRequest: if a feature has no labels, or labels of another length.
@@ -203,20 +205,20 @@ def features_of(row: Row) -> list[InputFeature]:
 
 
 def trained_tokens(feature: InputFeature) -> int:
-    """How many tokens a loss is taken of: those marked, of a weight other than 0; nothing predicts the first."""
+    """The number of tokens with a loss: labelled, with a nonzero weight, and not the first, which nothing predicts."""
     marked = feature["labels"][1:] != NOT_TRAINED
     weights = feature.get("loss_weights")
     return int(np.count_nonzero(marked if weights is None else marked & (weights[1:] != 0)))
 
 
 def check_trained(untrained: int, rows: int, encoder: Encoder, first: str) -> None:
-    """Warn of rows that train nothing.
+    """Warn of rows without a token to train on.
 
     Args:
-        first: the place of the first of them.
+        first: the place of the first such row.
 
     Raises:
-        InvalidRequest: if no row trains anything.
+        InvalidRequest: if no row has one.
     """
     if not untrained or encoder.add_generation_prompt:
         return
@@ -240,7 +242,7 @@ def check_trained(untrained: int, rows: int, encoder: Encoder, first: str) -> No
 
 
 def check_left(rows: int, left_out: int, template: Template) -> None:
-    """Warn of rows that are left out because they are too long.
+    """Warn of rows that were dropped because they are too long.
 
     Raises:
         InvalidRequest: if no row is left.

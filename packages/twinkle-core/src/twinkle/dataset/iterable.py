@@ -1,4 +1,4 @@
-"""A dataset that is read while it is used: never all of it in memory, and of unknown length."""
+"""A streaming dataset: read while it is used, never entirely in memory, and of unknown length."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from twinkle.dataset.meta import DatasetMeta, MetaLike, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
-    Item,
+    LocatedRow,
     Step,
     apply_step,
     filtering,
@@ -35,25 +35,24 @@ from twinkle.template import Template
 
 logger = logging.getLogger(__name__)
 
-Stream: TypeAlias = Callable[[int], Iterator[Item]]
-"""The rows of an epoch, by its number, read anew with each call."""
+Stream: TypeAlias = Callable[[int], Iterator[LocatedRow]]
+"""From an epoch's number to its rows, which each call reads again."""
 
 
 class IterableDataset:
     """Rows from one or several sources, read from their files while they are used.
 
-    What is in memory is the row at hand, and what `shuffle` holds back. (A file whose rows can't be told apart without
-    reading all of it is read as a whole: JSON that is one list.) There is no length and no index; `for` and
-    `DataLoader` go through it as often as they like. Methods add to what is done to the rows, in the order in which
-    they are called, and return the dataset itself.
+    Only the current row and the buffer of `shuffle` are in memory. (Except for a JSON file that is one list, which must
+    be read as a whole.) There is no length and no index; `for` and `DataLoader` can iterate any number of times.
+    Methods add steps to be applied to the rows, in the order of the calls, and return the dataset itself.
 
     Args:
-        dataset_meta: the source, or several, one after the other; text or a path stands for `DatasetMeta(id)`.
+        dataset_meta: the source, or several, read one after the other; a string or path means `DatasetMeta(id)`.
             `data_slice` must go forward.
 
     Raises:
-        NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: if a `data_slice` takes all rows in memory, or if it is no source.
+        NotFound: if a source, or the requested files in it, can't be found.
+        InvalidRequest: if a `data_slice` needs all rows in memory, or if the argument is not a source.
     """
 
     def __init__(self, dataset_meta: MetaLike | Iterable[MetaLike] = ()) -> None:
@@ -67,15 +66,15 @@ class IterableDataset:
         rows: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
         name: str = "rows",
     ) -> Self:
-        """A dataset of rows made elsewhere; `name` stands for the file in messages.
+        """A dataset of existing rows; `name` stands for the file in error messages.
 
         Args:
-            rows: something that can be gone through again and again, such as a list; or a function that begins anew
-                each time it is called, such as a generator function.
+            rows: something that can be iterated repeatedly, such as a list; or a function that returns a new iterator
+                at each call, such as a generator function.
 
         Raises:
-            InvalidRequest: if it can be gone through only once. While rows are read, naming the row's number, if one
-                is no object with columns.
+            InvalidRequest: if it can be iterated only once. While rows are read, naming the row's number, if one is not
+                an object with columns.
         """
         if not callable(rows) and iter(rows) is rows:
             raise InvalidRequest(
@@ -94,20 +93,20 @@ class IterableDataset:
         seed: int = 0,
         stop: Stop = "all_exhausted",
     ) -> Self:
-        """A dataset that takes its rows from others, in turn or drawn by weights; see `Dataset.mix_dataset`.
+        """A dataset that takes its rows from others, in turn or at random by weights; see `Dataset.mix_dataset`.
 
-        What is done to those afterwards does not change it. Each epoch draws in another order.
+        Later changes to those don't affect it. Each epoch draws in a different order.
 
         Args:
-            datasets: of rows that are alike: all encoded, or none.
-            weights: how often each is drawn from, in proportion; None goes in turn.
-            seed: of the drawing, from 0.
-            stop: "all_exhausted" goes on with those that have rows left; "first_exhausted" ends when the turn comes to
-                one that has none.
+            datasets: either all encoded, or none.
+            weights: relative frequency of each; default: take one row of each in turn.
+            seed: of the random choice, from 0.
+            stop: "all_exhausted" continues with those that have rows left; "first_exhausted" stops at the first that
+                has none.
 
         Raises:
-            InvalidRequest: if the weights are not one a dataset, not numbers from 0, or all 0; or if another argument
-                is out of its range.
+            InvalidRequest: if the weights are not one per dataset, not numbers from 0, or all 0; or if another argument
+                is out of range.
         """
         check_mixing(weights, len(datasets), seed, stop)
         streams = [dataset._stream for dataset in datasets]
@@ -123,35 +122,35 @@ class IterableDataset:
         return self
 
     def map(self, processor: Callable[[Row], Mapping[str, Any] | None]) -> Self:
-        """Exchange each row for what `processor` makes of it; rows it returns None for are left out.
+        """Replace each row by what `processor` returns for it; None drops the row.
 
         Raises:
-            InvalidRequest: if it is no function of a row. While rows are read, naming file and line, if it fails.
+            InvalidRequest: if it is not a function of a row. While rows are read, naming file and line, if it fails.
         """
         return self._add(mapping(processor))
 
     def filter(self, keep: Callable[[Row], object]) -> Self:
-        """Leave out the rows for which `keep` is false.
+        """Drop the rows for which `keep` is false.
 
         Raises:
-            InvalidRequest: if it is no function of a row. While rows are read, naming file and line, if it fails.
+            InvalidRequest: if it is not a function of a row. While rows are read, naming file and line, if it fails.
         """
         return self._add(filtering(keep))
 
     def encode(self, add_generation_prompt: bool = False) -> Self:
-        """Exchange each row's conversation for the `InputFeature` the template makes of it; see `Dataset.encode`.
+        """Replace each row's conversation by the template's `InputFeature`; see `Dataset.encode`.
 
         Args:
-            add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
+            add_generation_prompt: end each sequence with the opening of an assistant turn, to sample from.
 
         Raises:
-            InvalidRequest: if no template was set. While rows are read, naming file and line, if one is no
-                conversation; at the end of them, if there were none, none was left, or none had a token to train on.
+            InvalidRequest: if no template was set. While rows are read, naming file and line, if one is not a
+                conversation; after the last, if there were none, none was left, or none had a token to train on.
         """
         return self._encode("encode", encode_row, add_generation_prompt)
 
     def encode_pairs(self) -> Self:
-        """Exchange each row's `chosen` and `rejected` for their features; see `Dataset.encode_pairs`.
+        """Replace each row's `chosen` and `rejected` by their features; see `Dataset.encode_pairs`.
 
         Raises:
             InvalidRequest: as in `encode`.
@@ -159,17 +158,17 @@ class IterableDataset:
         return self._encode("encode_pairs", encode_pair, False)
 
     def shuffle(self, buffer_size: int, seed: int = 0) -> Self:
-        """Give rows out in a random order, as far as a buffer allows: each is drawn from the next `buffer_size`.
+        """Shuffle within a buffer: each row is drawn at random from the next `buffer_size`.
 
-        Shuffle before `encode`, so that the buffer holds text; files that are sorted by something need a large one. The
-        order is another in each epoch, and the same in every run with the same seed.
+        Shuffle before `encode`, so that the buffer holds text; sorted files need a large one. The order differs between
+        epochs, and is the same in every run with the same seed.
 
         Args:
             buffer_size: rows held in memory.
             seed: of the order, from 0.
 
         Raises:
-            InvalidRequest: if a number is out of its range.
+            InvalidRequest: if a number is out of range.
         """
         _require_least("buffer_size", buffer_size, 1)
         _require_least("seed", seed, 0)
@@ -185,14 +184,14 @@ class IterableDataset:
         return self
 
     def skip(self, count: int) -> Self:
-        """Leave out the first `count` rows."""
+        """Skip the first `count` rows."""
         _require_least("count", count, 0)
         stream = self._stream
         self._stream = lambda epoch: islice(stream(epoch), count, None)
         return self
 
     def epoch(self, number: int) -> Iterator[Row]:
-        """The rows of an epoch, from 0: what is shuffled or drawn differs from one to the next."""
+        """The rows of an epoch, from 0; the random order differs between epochs."""
         return (item.row for item in self._stream(number))
 
     def __iter__(self) -> Iterator[Row]:
@@ -215,12 +214,12 @@ class IterableDataset:
 def _source(meta: DatasetMeta) -> Stream:
     files, read = source_reader(meta)
     logger.info("%s: streaming %s", meta.dataset_id, ", ".join(files))
-    # A slice that can't be streamed is refused now, not with the first row.
+    # Refuse a slice that can't be streamed now, not at the first row.
     forward_slice(iter(()), meta)
     return lambda _: forward_slice(read(), meta)
 
 
-def _stepped(items: Iterator[Item], step: Step) -> Iterator[Item]:
+def _stepped(items: Iterator[LocatedRow], step: Step) -> Iterator[LocatedRow]:
     for item in items:
         row = apply_step(step, item.row, item.where)
         if row is not None:
@@ -228,12 +227,12 @@ def _stepped(items: Iterator[Item], step: Step) -> Iterator[Item]:
 
 
 def _encoded(
-    items: Iterator[Item],
+    items: Iterator[LocatedRow],
     encoder: Encoder,
     encode_one: Callable[[Encoder, Row], EncodedRow],
     method: str,
-) -> Iterator[Item]:
-    """The items with their features; once they have ended, a word about all of them."""
+) -> Iterator[LocatedRow]:
+    """The items with their features; at the end, warns about all of them."""
     read = left_out = untrained = 0
     first_untrained = ""
     for item in items:
@@ -255,7 +254,7 @@ def _encoded(
     check_trained(untrained, read - left_out, encoder, first_untrained)
 
 
-def _shuffled(items: Iterator[Item], buffer_size: int, seeds: Sequence[int]) -> Iterator[Item]:
+def _shuffled(items: Iterator[LocatedRow], buffer_size: int, seeds: Sequence[int]) -> Iterator[LocatedRow]:
     # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
     buffer = list(islice(items, buffer_size))

@@ -1,4 +1,4 @@
-"""A dataset whose rows are worked on when they are asked for."""
+"""A dataset that processes rows on access."""
 
 from collections.abc import Callable
 from typing import Self
@@ -6,42 +6,42 @@ from typing import Self
 from twinkle.dataset.encoding import EncodedRow, Encoder, encode_pair, encode_row
 from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.readers import Row
-from twinkle.dataset.rows import Item, Step, apply_step, require_template
+from twinkle.dataset.rows import LocatedRow, Step, apply_step, require_template
 from twinkle.dataset.sources import Sources
 from twinkle.protocol.errors import InvalidRequest
 
 
 class LazyDataset(Sources):
-    """Rows from one or several sources, kept in memory as they were read, mapped and encoded when they are asked for.
+    """Rows from one or several sources, kept in memory as read, and mapped and encoded on access.
 
-    The same methods as `Dataset`'s, but `map` and `encode` return at once: what they do is done each time a row is
-    taken, and an error, which names file and line, is raised then. Good for a first look at much data, and for maps
-    that differ each time. Since the length is known all the time, only `filter` (which looks at every row at once)
-    leaves rows out: `map` must not return None, and the strategy "delete" is refused.
+    Has the methods of `Dataset`, but `map` and `encode` return at once: they are applied each time a row is accessed,
+    and errors, which name file and line, are raised then. Useful for a first look at large data, and for maps that
+    differ each time. Since the length must be known, only `filter` (which processes every row at once) drops rows:
+    `map` must not return None, and the strategy "delete" is refused.
 
     Args:
-        dataset_meta: the source, or several; text or a path stands for `DatasetMeta(id)`.
+        dataset_meta: the source, or several; a string or path means `DatasetMeta(id)`.
 
     Raises:
-        NotFound: if a source, or the files asked for in it, can't be found.
-        InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
+        NotFound: if a source, or the requested files in it, can't be found.
+        InvalidRequest: naming file and line, if a file can't be read; or if the argument is not a source.
     """
 
     def encode(self, add_generation_prompt: bool = False) -> Self:
-        """Give each row out with the `InputFeature` of its conversation; see `Dataset.encode`.
+        """Return each row with the `InputFeature` of its conversation; see `Dataset.encode`.
 
-        Whether a row has a token to train on is not looked at.
+        Rows without a token to train on are not detected.
 
         Args:
-            add_generation_prompt: end each with the opening of an assistant's turn, to sample what follows.
+            add_generation_prompt: end each sequence with the opening of an assistant turn, to sample from.
 
         Raises:
-            InvalidRequest: if no template was set, or one that leaves rows out; or if there are no rows.
+            InvalidRequest: if no template was set, or one that drops rows; or if there are no rows.
         """
         return self._encode("encode", encode_row, add_generation_prompt)
 
     def encode_pairs(self) -> Self:
-        """Give each row out with the features of its `chosen` and `rejected`; see `Dataset.encode_pairs`.
+        """Return each row with the features of its `chosen` and `rejected`; see `Dataset.encode_pairs`.
 
         Raises:
             InvalidRequest: as in `encode`.
@@ -62,23 +62,23 @@ class LazyDataset(Sources):
         return self._change(lambda row: encode_one(encoder, row).row, "Encoding", None)
 
     def _change(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
-        # Rows have few different lists of steps, and share them.
+        # Rows share their lists of steps, of which there are few.
         longer: dict[tuple[Step, ...], tuple[Step, ...]] = {}
 
-        def change(item: Item) -> Item:
+        def change(item: LocatedRow) -> LocatedRow:
             return item._replace(steps=longer.setdefault(item.steps, (*item.steps, step)))
 
         self._apply(change, title, meta)
         return self
 
     def _select(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
-        def change(item: Item) -> Item | None:
+        def change(item: LocatedRow) -> LocatedRow | None:
             return None if apply_step(step, self._row(item), item.where) is None else item
 
         self._apply(change, title, meta)
         return self
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: LocatedRow) -> Row:
         row = item.row
         for step in item.steps:
             made = apply_step(step, row, item.where)

@@ -1,4 +1,4 @@
-"""Which data is wanted, as a value."""
+"""The description of a data source."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,13 @@ class DatasetMeta:
     """One source of rows.
 
     Attributes:
-        dataset_id: an id that `twinkle.hub.resolve` knows, a folder, or a single file. Files are JSONL, JSON
-            (a list of objects), CSV or Parquet.
-        subset: the folder, or part of the file name, of the files to read; None is all.
-        split: "train", "validation", "test", or whatever else is part of the file names; None is all files.
-            Where no file name tells of any split, everything is "train".
-        data_slice: which of the rows, after subset and split: a slice, or their numbers (`range(100)`); None
-            is all.
-        revision: branch, tag or commit on a hub; None is the default branch.
+        dataset_id: an id for `twinkle.hub.resolve`, a folder, or a single file. Files are JSONL, JSON (a list of
+            objects), CSV or Parquet.
+        subset: the folder, or part of the file name, of the files to read; default: all.
+        split: "train", "validation", "test", or any other part of the file names; default: all files. If no file name
+            contains a split, everything is "train".
+        data_slice: rows to keep, after subset and split: a slice, or their numbers (`range(100)`); default: all.
+        revision: branch, tag or commit on a hub; default: the default branch.
     """
 
     dataset_id: str
@@ -31,14 +30,14 @@ class DatasetMeta:
 
 
 MetaLike: TypeAlias = DatasetMeta | str | os.PathLike[str]
-"""A source of rows: in full, or by its id or path where all of it is wanted."""
+"""A source of rows: a `DatasetMeta`, or just its id or path."""
 
 
 def as_meta(value: object, field: str = "dataset_meta") -> DatasetMeta:
     """The value as a `DatasetMeta`.
 
     Raises:
-        InvalidRequest: if it is neither one nor text nor a path.
+        InvalidRequest: if it is not a source, string or path.
     """
     if isinstance(value, DatasetMeta):
         return value
@@ -53,7 +52,7 @@ def as_metas(value: MetaLike | Iterable[MetaLike]) -> list[DatasetMeta]:
     """One source, or several, as a list.
 
     Raises:
-        InvalidRequest: naming which is none.
+        InvalidRequest: naming the one that is not a source.
     """
     several = cast(object, value)
     if isinstance(several, str | Mapping) or not isinstance(several, Iterable):

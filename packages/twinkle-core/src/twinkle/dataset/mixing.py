@@ -1,4 +1,4 @@
-"""The order in which the rows of several sources are taken, whether they are in memory or stream in."""
+"""The order in which rows are taken from several sources, in memory or streaming."""
 
 import math
 from bisect import bisect_right
@@ -13,14 +13,14 @@ from twinkle.protocol.errors import InvalidRequest
 T = TypeVar("T")
 
 Stop: TypeAlias = Literal["all_exhausted", "first_exhausted"]
-"""When to stop taking rows: when no source has any more, or when the turn comes to one that has none."""
+"""When to stop: when no source has rows left, or at the first that has none."""
 
 
 def check_mixing(weights: Sequence[float] | None, count: int, seed: int, stop: str) -> None:
-    """Look at what a mix of `count` sources is asked for.
+    """Check the arguments of a mix of `count` sources.
 
     Raises:
-        InvalidRequest: naming what is out of its range.
+        InvalidRequest: naming the argument that is out of range.
     """
     if stop not in get_args(Stop):
         raise InvalidRequest(f"stop: {stop!r}; allowed are {', '.join(get_args(Stop))}")
@@ -42,25 +42,25 @@ def check_mixing(weights: Sequence[float] | None, count: int, seed: int, stop: s
 def mix(
     sources: Sequence[Iterator[T]], weights: Sequence[float] | None, seeds: Sequence[int], stop: Stop
 ) -> Iterator[T]:
-    """The rows of all sources, each once, none read before its turn.
+    """The rows of all sources, each once and none read early.
 
     Args:
-        weights: how often each source is drawn from, in proportion; None takes one row of each in turn. What has a
-            weight of 0 is never drawn.
-        seeds: of the drawing; the same ones give the same order on every machine and with every numpy.
-        stop: "all_exhausted" goes on with those that have rows left; "first_exhausted" ends when the turn comes to a
-            source that has none.
+        weights: relative frequency of each source; default: one row of each in turn. A source of weight 0 is never
+            drawn from.
+        seeds: of the random choice; the same seeds give the same order on every machine and numpy version.
+        stop: "all_exhausted" continues with those that have rows left; "first_exhausted" stops at the first that has
+            none.
     """
     if weights is None:
         yield from _in_turn(sources, stop)
         return
-    # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
+    # RandomState, not Generator: its streams are frozen across numpy releases (NEP 19).
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
     left = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight > 0]
     while left:
         bounds = list(accumulate(weight for _, weight in left))
         while True:
-            # Rounding may bring a number just below the last bound up to it.
+            # Rounding may lift a number just below the last bound up to it.
             drawn = min(bisect_right(bounds, random.random_sample() * bounds[-1]), len(left) - 1)
             try:
                 item = next(left[drawn][0])

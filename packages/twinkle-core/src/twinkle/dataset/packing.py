@@ -1,4 +1,4 @@
-"""Which features share a row, and what such a row is."""
+"""Packing: which features share a row, and how they are joined."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from twinkle.data_format import NOT_TRAINED, InputFeature
 
 
 def assign_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Best fit, decreasing: the longest first, each into the row that it leaves the least room in.
+    """Best-fit decreasing: the longest first, each into the row that it leaves the least room in.
 
     Args:
         lengths: of the features, each from 0 to `room`.
-        room: what a row holds.
+        room: capacity of a row.
 
     Returns:
-        The features' numbers, row by row. Those of a row are in their order, and so are rows by their first.
+        The features' indices, row by row: sorted within each row, and rows sorted by their first.
     """
     rows: list[list[int]] = []
-    # (room left, row), sorted: the first with enough room is the fullest, of equals the oldest.
+    # (room left, row), sorted: the first with enough room is the fullest, and among equals the oldest.
     spaces: list[tuple[int, int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         length = lengths[number]
@@ -35,10 +35,10 @@ def assign_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def join_features(features: Sequence[InputFeature]) -> InputFeature:
-    """One feature of several, one behind the other.
+    """Concatenate several features into one.
 
-    What a model says at the last token of one is about the first token of the next, which is no continuation of it: the
-    first label of each but the first is -100. Where any has `loss_weights`, those of the others are 1.
+    The last token of one would predict the first token of the next, which does not continue it, so the first label of
+    each but the first is -100. If any has `loss_weights`, those of the others are 1.
 
     Returns:
         input_ids, labels: int64 [sum of T]; loss_weights: float32 [sum of T], if any feature has them.

@@ -1,53 +1,54 @@
-"""Encoding in several processes, with the results and errors of one."""
+"""Encoding in several processes, with the same results and errors as in one."""
 
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from twinkle.dataset.encoding import Encoder, Job, Outcome, run_jobs
+from twinkle.dataset.encoding import Encoder, EncodingTask, Outcome, run_tasks
 from twinkle.protocol.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-# Large enough for the way there and back not to count, small enough to move the bar and to keep all busy to the end.
+# Large enough to amortise the transfer, small enough to move the progress bar and to keep all processes busy to the
+# end.
 _CHUNK_ROWS = 128
 
-# Of a process that was started for encoding; set by `_start`.
+# In a worker process: set by `_start`.
 _encoder: Encoder | None = None
 
 
 def encode_jobs(
-    encoder: Encoder, jobs: Sequence[Job], num_proc: int | None, done: Callable[[int], object]
+    encoder: Encoder, tasks: Sequence[EncodingTask], num_proc: int | None, done: Callable[[int], object]
 ) -> list[Outcome]:
-    """Encode conversations in `num_proc` processes (None: one a core), or here if that is 1.
+    """Encode conversations in `num_proc` processes (default: one per core), or in this one if that is 1.
 
     Args:
-        done: is told of each number of jobs that is done.
+        done: called with the number of tasks finished since the last call.
 
     Raises:
-        InvalidRequest: naming the place of the first that fails, whichever process came upon it; or if a process died.
+        InvalidRequest: naming the place of the first task that fails, in whichever process; or if a process died.
     """
     if num_proc is not None and num_proc < 1:
         raise InvalidRequest(
             f"num_proc: {num_proc}; allowed are whole numbers from 1, and None for one process a core"
         )
     processes = _cores() if num_proc is None else num_proc
-    chunks = [jobs[begin : begin + _CHUNK_ROWS] for begin in range(0, len(jobs), _CHUNK_ROWS)]
+    chunks = [tasks[begin : begin + _CHUNK_ROWS] for begin in range(0, len(tasks), _CHUNK_ROWS)]
     processes = min(processes, len(chunks))
     if processes <= 1:
-        return run_jobs(encoder, jobs, done)
+        return run_tasks(encoder, tasks, done)
     return _encode_chunks(encoder, chunks, processes, done)
 
 
 def _encode_chunks(
-    encoder: Encoder, chunks: Sequence[Sequence[Job]], processes: int, done: Callable[[int], object]
+    encoder: Encoder, chunks: Sequence[Sequence[EncodingTask]], processes: int, done: Callable[[int], object]
 ) -> list[Outcome]:
-    # Here, since importing it takes its time. Unlike multiprocessing's, its processes do not run the script again, so
-    # that a script needs no `if __name__ == "__main__"`.
+    # Imported here since it is slow. Unlike multiprocessing's, its processes don't run the script again, so scripts
+    # need no `if __name__ == "__main__"`.
     from loky import ProcessPoolExecutor
     from loky.process_executor import BrokenProcessPool
 
-    # The template is sent once to each process, not with each chunk: a tokenizer may have 10 MB.
+    # The template is sent once to each process, not with each chunk: a tokenizer may be 10 MB.
     executor = cast(Any, ProcessPoolExecutor)(max_workers=processes, initializer=_start, initargs=(encoder,))
     outcomes: list[Outcome] = []
     finished = False
@@ -63,7 +64,7 @@ def _encode_chunks(
             f"num_proc: one of {processes} processes died, most often for lack of memory; set fewer"
         ) from error
     finally:
-        # After an error, what is still to be done is for nothing.
+        # After an error, the remaining work is useless.
         executor.shutdown(wait=True, kill_workers=not finished)
     return outcomes
 
@@ -79,6 +80,6 @@ def _start(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _work(jobs: Sequence[Job]) -> list[Outcome]:
+def _work(tasks: Sequence[EncodingTask]) -> list[Outcome]:
     assert _encoder is not None, "_start runs first"
-    return run_jobs(_encoder, jobs, lambda _: None)
+    return run_tasks(_encoder, tasks, lambda _: None)

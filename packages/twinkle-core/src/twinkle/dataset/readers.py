@@ -1,4 +1,4 @@
-"""From one file to its rows. JSONL, JSON and CSV need nothing; Parquet needs pyarrow (twinkle-core[parquet])."""
+"""Reads the rows of one file: JSONL, JSON, CSV, or Parquet, which needs pyarrow (twinkle-core[parquet])."""
 
 import codecs
 import csv
@@ -13,15 +13,15 @@ from twinkle.protocol.errors import InvalidRequest
 Row: TypeAlias = dict[str, Any]
 Numbered: TypeAlias = tuple[int, Row]
 
-# Where an object of a list begins.
+# The beginning of an object in a list.
 _OBJECT: Final = re.compile(r"[^\s,\]]")
 
-# A CSV field may be as long as a document; the csv module stops at 128 KiB unless told otherwise.
+# A CSV field may hold a whole document; the csv module's default limit is 128 KiB.
 _LONGEST_CSV_FIELD: Final = 2**31 - 1
 
 
 def read_rows(path: Path) -> Iterator[Numbered]:
-    """The rows of a file, each with the number of its line (JSONL, CSV) or else of the row itself, from 1.
+    """The rows of a file, each with its line number (JSONL, CSV) or row number, from 1.
 
     Raises:
         InvalidRequest: naming file and line, if it can't be read.
@@ -38,8 +38,8 @@ def read_rows(path: Path) -> Iterator[Numbered]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Numbered]:
-    # Lines end at \n only: U+2028 and its like are common inside JSON strings. Bytes, so that a line that is no text is
-    # one of a known number.
+    # Lines end only at \n: U+2028 and similar characters are common in JSON strings. Read as bytes, so that an
+    # undecodable line still has a number.
     with path.open("rb") as file:
         for number, line in enumerate(_text_lines(file, path), start=1):
             if line.strip():
@@ -47,7 +47,7 @@ def _read_json_lines(path: Path) -> Iterator[Numbered]:
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
-    """A list of objects; or, as many files with this ending in fact are, JSON lines."""
+    """A list of objects; or JSON lines, as in many files with this suffix."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
@@ -61,7 +61,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     except (RecursionError, ValueError):
         if text.lstrip().startswith("["):
             _find_unreadable(text, path)
-        yield from _read_json_lines(path)  # which knows the line
+        yield from _read_json_lines(path)  # raises with the line number
         return
     if isinstance(value, dict) and len(text.strip().splitlines()) == 1:
         value = [cast(object, value)]
@@ -73,7 +73,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
-    """All values are text; the first line names the columns."""
+    """All values are strings; the first line names the columns."""
     before = csv.field_size_limit(_LONGEST_CSV_FIELD)
     number = 1
     try:
@@ -104,7 +104,7 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
             f"{path}: Parquet files need pyarrow: pip install 'twinkle-core[parquet]'"
         ) from error
     number = 0
-    # pyarrow has no complete type information.
+    # pyarrow's types are incomplete.
     broken = cast(type[Exception], cast(Any, pyarrow).ArrowException)
     try:
         with cast(Any, ParquetFile)(path) as file:
@@ -117,10 +117,10 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
 
 
 def without_filler(value: object) -> object:
-    """A column's value as JSON lines would have it, without the nulls of nested objects.
+    """A column's value as in JSON lines, without the nulls that Arrow adds to nested objects.
 
-    Arrow gives every object of a column all fields that any of them has, so null is what an absent field reads as. In a
-    list, null stays: it holds a place there.
+    Arrow gives every object of a column all fields that any of them has, so an absent field reads as null. Nulls in a
+    list are kept: they hold a position.
     """
     if isinstance(value, dict):
         items = cast("dict[str, object]", value).items()
@@ -137,7 +137,7 @@ READERS: Final[Mapping[str, Callable[[Path], Iterator[Numbered]]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-"""Reader by file name suffix; where one folder holds the same file in several formats, the first is taken."""
+"""Readers by file suffix, in order of preference if a folder has the same file in several formats."""
 
 
 def _parse(line: str, path: Path, number: int) -> object:
@@ -167,7 +167,7 @@ def _find_unreadable(text: str, path: Path) -> None:
 def _unreadable(error: Exception, path: Path, number: int) -> InvalidRequest:
     if isinstance(error, RecursionError):
         return InvalidRequest(f"{path}:{number}: objects and lists are nested too deeply to be read")
-    # Python reads no whole number of more than 4,300 digits.
+    # Python refuses integers of more than 4,300 digits.
     return InvalidRequest(f"{path}:{number}: a number can't be read ({error})")
 
 

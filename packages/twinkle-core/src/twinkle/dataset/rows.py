@@ -1,4 +1,4 @@
-"""A row and where it came from, and the steps that are done to one row: what all datasets share."""
+"""Rows with their origin, and the steps applied to a row: shared by all datasets."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from twinkle import hub
-from twinkle.dataset.files import DATA_FILES, find_files
+from twinkle.dataset.data_files import DATA_FILES, find_files
 from twinkle.dataset.meta import DatasetMeta
 from twinkle.dataset.readers import Row, read_rows, without_filler
 from twinkle.protocol.errors import InvalidRequest
@@ -15,15 +15,15 @@ from twinkle.template import Template, get_template_class
 Result = TypeVar("Result")
 
 Step: TypeAlias = Callable[[Row], Row | None]
-"""What is done to a row; None leaves it out."""
+"""A change to a row; None drops it."""
 
 
-class Item(NamedTuple):
-    """A row and where it came from.
+class LocatedRow(NamedTuple):
+    """A row and its origin.
 
     Attributes:
-        steps: what is still to be done to it when it is asked for.
-        cut: whether encoding took tokens off it.
+        steps: still to be applied on access.
+        cut: whether encoding truncated it.
     """
 
     row: Row
@@ -34,26 +34,28 @@ class Item(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The place, as messages name it."""
+        """The origin, for error messages."""
         return f"{self.file}:{self.line}"
 
 
 def apply_step(step: Callable[[Row], Result], row: Row, where: str) -> Result:
-    """What a step, or any function of a row, makes of a row.
+    """Apply a step, or any function, to a row.
 
     Raises:
-        InvalidRequest: naming the place, whatever the step raised.
+        InvalidRequest: naming the place, whatever exception the step raised.
     """
     try:
         return step(row)
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error.message}") from error
-    except Exception as error:  # a user's function: whatever it raises, the row is what one has to know
+    except (
+        Exception
+    ) as error:  # a user's function may raise anything, and the user needs to know for which row
         raise InvalidRequest(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def mapping(processor: Callable[[Row], Mapping[str, Any] | None]) -> Step:
-    """The step that exchanges a row for what `processor` makes of a copy of it.
+    """The step that replaces a row by what `processor` returns for a copy of it.
 
     Raises:
         InvalidRequest: if it is no function of a row.
@@ -72,7 +74,7 @@ def mapping(processor: Callable[[Row], Mapping[str, Any] | None]) -> Step:
 
 
 def filtering(keep: Callable[[Row], object]) -> Step:
-    """The step that leaves a row out where `keep` is false.
+    """The step that drops a row if `keep` is false.
 
     Raises:
         InvalidRequest: if it is no function of a row.
@@ -82,7 +84,7 @@ def filtering(keep: Callable[[Row], object]) -> Step:
 
 
 def find_template(template: str | Template, options: Mapping[str, Any]) -> Template:
-    """A template as `set_template` is given it: finished, or by name with its arguments.
+    """The template for `set_template`'s arguments: an instance, or a name with options.
 
     Raises:
         InvalidRequest: if the name is unknown, or the arguments don't fit.
@@ -103,7 +105,7 @@ def find_template(template: str | Template, options: Mapping[str, Any]) -> Templ
 
 
 def require_template(template: Template | None, method: str) -> Template:
-    """The template, which has to be set before `method` is called."""
+    """Return the template, which must be set before `method` is called."""
     if template is None:
         raise InvalidRequest(
             f"{method}: no template; call dataset.set_template('Template', model_id=...) first"
@@ -111,13 +113,13 @@ def require_template(template: Template | None, method: str) -> Template:
     return template
 
 
-def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]:
-    """Items of rows that are in no file; `name` stands for it in messages.
+def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[LocatedRow]:
+    """Located rows for rows from memory; `name` stands for the file in error messages.
 
-    Rows of a dataset of Hugging Face's library are read from Arrow, as those of a Parquet file are.
+    Rows of a Hugging Face dataset come from Arrow, like those of a Parquet file.
 
     Raises:
-        InvalidRequest: while they are read, naming the row's number, if one is no object with columns.
+        InvalidRequest: while they are read, naming the row's number, if one is not an object with columns.
     """
     is_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     for number, row in enumerate(rows, start=1):
@@ -126,36 +128,36 @@ def made_by_hand(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Item]
                 f"{name}:{number}: expected a row, an object with columns such as {{'messages': [...]}}, got "
                 f"{type(row).__name__}"
             )
-        yield Item(
+        yield LocatedRow(
             {column: without_filler(value) for column, value in row.items()} if is_arrow else dict(row),
             name,
             number,
         )
 
 
-def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[Item]]]:
-    """The files of a source, fetched if need be, and what reads their rows one by one, `data_slice` left aside.
+def source_reader(meta: DatasetMeta) -> tuple[list[str], Callable[[], Iterator[LocatedRow]]]:
+    """A source's files, downloaded if needed, and a function that yields their rows, ignoring `data_slice`.
 
     Raises:
-        NotFound: if the source, or the files asked for in it, can't be found.
+        NotFound: if the source, or the requested files in it, can't be found.
     """
     root = hub.resolve(meta.dataset_id, "dataset", DATA_FILES, meta.revision)
     files = find_files(root, meta.subset, meta.split)
 
-    def read() -> Iterator[Item]:
+    def read() -> Iterator[LocatedRow]:
         for file in files:
             name = str(file)
             for line, row in read_rows(file):
-                yield Item(row, name, line)
+                yield LocatedRow(row, name, line)
 
     return [str(file) for file in files], read
 
 
-def forward_slice(items: Iterator[Item], meta: DatasetMeta) -> Iterator[Item]:
-    """The rows of a source's `data_slice`, read no further than the last of them.
+def forward_slice(items: Iterator[LocatedRow], meta: DatasetMeta) -> Iterator[LocatedRow]:
+    """The rows of a source's `data_slice`, reading no further than the last of them.
 
     Raises:
-        InvalidRequest: if it counts from the end or goes back, which takes all rows in memory.
+        InvalidRequest: if it counts from the end or goes backwards, which would need all rows in memory.
     """
     chosen = meta.data_slice
     if chosen is None:
@@ -172,7 +174,7 @@ def forward_slice(items: Iterator[Item], meta: DatasetMeta) -> Iterator[Item]:
     return _numbered(items, numbers)
 
 
-def _numbered(items: Iterator[Item], numbers: list[int]) -> Iterator[Item]:
+def _numbered(items: Iterator[LocatedRow], numbers: list[int]) -> Iterator[LocatedRow]:
     read = 0
     for number in numbers:
         item = next(islice(items, number - read, None), None)
@@ -192,12 +194,12 @@ def _not_forward(meta: DatasetMeta) -> InvalidRequest:
 
 
 def _called(function: Callable[[Row], Result], given: Row, row: Row) -> Result:
-    """What a user's function makes of `given`, a copy of `row` or the row itself."""
+    """Call a user's function with `given`, which is `row` or a copy of it."""
     try:
         return function(given)
     except InvalidRequest:
         raise
-    except Exception as error:  # whatever it raises, the function and the row are what one has to know
+    except Exception as error:  # it may raise anything, and the user needs to know the function and the row
         columns = ", ".join(map(str, row)) or "none"
         raise InvalidRequest(
             f"{name_of(function)} raised {type(error).__name__}: {error}; the columns are {columns}"
@@ -214,5 +216,5 @@ def _require_function(method: str, function: object) -> None:
 
 
 def name_of(function: object) -> str:
-    """What a function, or a preprocessor, is called in messages."""
+    """The name of a function, or of a preprocessor's class, for error messages."""
     return getattr(function, "__name__", type(function).__name__)

@@ -1,4 +1,4 @@
-"""Rows of one or several sources in memory: what datasets with a length share."""
+"""Rows of one or several sources in memory: the base of datasets with a length."""
 
 import logging
 import operator
@@ -14,7 +14,7 @@ from twinkle.dataset.meta import DatasetMeta, MetaLike, as_meta, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row
 from twinkle.dataset.rows import (
-    Item,
+    LocatedRow,
     Step,
     apply_step,
     filtering,
@@ -29,51 +29,51 @@ from twinkle.template import Template
 
 logger = logging.getLogger(__name__)
 
-# Bars for what is done in a moment would only be noise.
+# A bar that appears for a moment would only be noise.
 PROGRESS_DELAY_SECONDS = 1.0
 
 
-class Source(NamedTuple):
-    """The rows that came of one meta; `meta` is None once sources are mixed, and for rows made by hand."""
+class DataSource(NamedTuple):
+    """The rows of one source; `meta` is None for mixed sources and rows from memory."""
 
     meta: DatasetMeta | None
-    items: list[Item]
+    items: list[LocatedRow]
 
 
 class Sources:
-    """The part of `Dataset` and `LazyDataset` that is the same in both; not for use by itself.
+    """The common base of `Dataset` and `LazyDataset`; not for use by itself.
 
     Methods that change the rows do so in place and return the dataset itself.
     """
 
     def __init__(self, dataset_meta: MetaLike | Iterable[MetaLike] = ()) -> None:
-        self._sources: list[Source] = []
+        self._sources: list[DataSource] = []
         self._template: Template | None = None
-        # What left no row where there were some, for the message of whoever needs some.
+        # The method that dropped the last row, for error messages about missing rows.
         self._emptied_by: str | None = None
         for meta in as_metas(dataset_meta):
             self.add_dataset(meta)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str = "rows") -> Self:
-        """A dataset of rows that are already here; `name` stands for the file in messages.
+        """A dataset of rows in memory; `name` stands for the file in error messages.
 
         Raises:
-            InvalidRequest: naming the row's number, if one is no object with columns.
+            InvalidRequest: naming the row's number, if one is not an object with columns.
         """
         dataset = cls()
-        dataset._sources.append(Source(None, list(made_by_hand(rows, name))))
+        dataset._sources.append(DataSource(None, list(made_by_hand(rows, name))))
         return dataset
 
     def add_dataset(self, dataset_meta: MetaLike) -> Self:
-        """Put another source's rows behind those that are here; text or a path is an id, as in `DatasetMeta(id)`.
+        """Append another source's rows; a string or path means `DatasetMeta(id)`.
 
         Raises:
-            NotFound: if the source, or the files asked for in it, can't be found.
-            InvalidRequest: naming file and line, if a file can't be read; or if it is no source.
+            NotFound: if the source, or the requested files in it, can't be found.
+            InvalidRequest: naming file and line, if a file can't be read; or if the argument is not a source.
         """
         meta = as_meta(dataset_meta)
-        self._sources.append(Source(meta, _load(meta)))
+        self._sources.append(DataSource(meta, _load(meta)))
         return self
 
     def mix_dataset(
@@ -83,21 +83,21 @@ class Sources:
         seed: int = 0,
         stop: Stop = "all_exhausted",
     ) -> Self:
-        """Make one source of all: a row of each in turn, or drawn by weights, or one source after the other.
+        """Merge all sources into one: a row of each in turn, or at random by weights, or one source after the other.
 
-        No row comes twice, and the rows of each source stay in their order.
+        Each row is used once, and the rows of each source keep their order.
 
         Args:
-            interleave: whether to take the sources' rows by turns; False puts one source after the other.
-            weights: how often each source is drawn from, one number a source, in proportion; None goes in turn. A
-                source of weight 0 is left out.
-            seed: of the drawing, from 0; the same order on every machine and with every numpy.
-            stop: "all_exhausted" goes on with the sources that have rows left; "first_exhausted" ends when the turn
-                comes to a source that has none.
+            interleave: whether to alternate between sources; False concatenates them.
+            weights: relative frequency of each source; default: one row of each in turn. A source of weight 0 is
+                dropped.
+            seed: of the random choice, from 0; the order is the same on every machine and numpy version.
+            stop: "all_exhausted" continues with the sources that have rows left; "first_exhausted" stops at the first
+                that has none.
 
         Raises:
-            InvalidRequest: if the weights are not one a source, not numbers from 0, or all 0; or if another argument is
-                out of its range.
+            InvalidRequest: if the weights are not one per source, not numbers from 0, or all 0; or if another argument
+                is out of range.
         """
         check_mixing(weights, len(self._sources), seed, stop)
         if not interleave and (weights is not None or stop != "all_exhausted"):
@@ -108,11 +108,11 @@ class Sources:
             items = list(mix([iter(source.items) for source in self._sources], weights, [seed], stop))
         else:
             items = [item for source in self._sources for item in source.items]
-        self._replace([Source(None, items)], "mix_dataset")
+        self._replace([DataSource(None, items)], "mix_dataset")
         return self
 
     def set_template(self, template: str | Template, **options: Any) -> Self:
-        """Choose what `encode` uses: a template, or the name of one with its arguments (`model_id=...`).
+        """Set the template for `encode`: an instance, or a name with arguments (`model_id=...`).
 
         Raises:
             InvalidRequest: if the name is unknown, or the arguments don't fit.
@@ -126,23 +126,23 @@ class Sources:
         processor: Callable[[Row], Mapping[str, Any] | None],
         dataset_meta: MetaLike | None = None,
     ) -> Self:
-        """Exchange each row for what `processor` makes of it; rows it returns None for are left out.
+        """Replace each row by what `processor` returns for it; None drops the row.
 
         Args:
             processor: a preprocessor, or any function of a row.
-            dataset_meta: change the rows of this source only.
+            dataset_meta: apply it only to this source.
 
         Raises:
-            InvalidRequest: naming file and line, if the processor fails or returns something else.
+            InvalidRequest: naming file and line, if the processor fails or returns anything else.
         """
         return self._change(mapping(processor), f"Mapping ({name_of(processor)})", _chosen(dataset_meta))
 
     def filter(self, keep: Callable[[Row], object], dataset_meta: MetaLike | None = None) -> Self:
-        """Leave out the rows for which `keep` is false.
+        """Drop the rows for which `keep` is false.
 
         Args:
             keep: any function of a row.
-            dataset_meta: look at the rows of this source only.
+            dataset_meta: apply it only to this source.
 
         Raises:
             InvalidRequest: naming file and line, if `keep` fails.
@@ -150,20 +150,20 @@ class Sources:
         return self._select(filtering(keep), f"Filtering ({name_of(keep)})", _chosen(dataset_meta))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
-        """Two datasets of these rows in a random order, one to train on and one held out; this one stays as it is.
+        """Two datasets of these rows in a random order, one to train on and one held out; this one is unchanged.
 
-        Both keep the template, and their rows the file and line they came from. Several sources become one. It may be
-        called before or after `encode`.
+        Both keep the template, and the rows their origin (file and line). Several sources become one. Can be called
+        before or after `encode`.
 
         Args:
-            fraction: share of the rows to hold out, between 0 and 1; rounded to whole rows.
-            seed: of the order, from 0; the same split on every machine and with every numpy.
+            fraction: share of rows to hold out, between 0 and 1; rounded to whole rows.
+            seed: of the order, from 0; the split is the same on every machine and numpy version.
 
         Returns:
-            What remains, and what is held out.
+            The remaining rows, and those held out.
 
         Raises:
-            InvalidRequest: if a number is out of its range, there are no rows, or one of the two would have none.
+            InvalidRequest: if a number is out of range, there are no rows, or one of the two would be empty.
         """
         if not isinstance(fraction, Real) or not 0 < fraction < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
@@ -179,7 +179,7 @@ class Sources:
                 f"split: {fraction} of {len(items)} rows is {held_out} rows to hold out, and each part needs at least "
                 "one; give another fraction, or more rows"
             )
-        # RandomState and not Generator: its streams never change from one numpy release to the next (NEP 19).
+        # RandomState, not Generator: its streams are frozen across numpy releases (NEP 19).
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
         order = [items[int(number)] for number in random.permutation(len(items))]
         return self._part(order[held_out:]), self._part(order[:held_out])
@@ -194,7 +194,7 @@ class Sources:
     def __getitem__(self, index: slice, /) -> list[Row]: ...
 
     def __getitem__(self, index: SupportsIndex | slice, /) -> Row | list[Row]:
-        """A row by its number, counted from the end where that is negative; or a list of them by a slice.
+        """A row by its number, or a list of rows by a slice; negative numbers count from the end.
 
         Raises:
             IndexError: if there is no such row.
@@ -220,28 +220,30 @@ class Sources:
         return (self._row(item) for item in self._items())
 
     def _change(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
-        """Do a step to the rows of one source, or of all; all or nothing where a row fails."""
+        """Apply a step to the rows of one source, or of all; if a row fails, nothing changes."""
         raise NotImplementedError
 
     def _select(self, step: Step, title: str, meta: DatasetMeta | None) -> Self:
-        """Leave out the rows that a step makes None of."""
+        """Drop the rows for which a step returns None."""
         return self._change(step, title, meta)
 
-    def _row(self, item: Item) -> Row:
-        """The row of an item, as it is given out."""
+    def _row(self, item: LocatedRow) -> Row:
+        """The row of an item, as users see it."""
         return item.row
 
-    def _part(self, items: list[Item]) -> Self:
-        """A dataset like this one that holds only these of its items."""
+    def _part(self, items: list[LocatedRow]) -> Self:
+        """A dataset like this one with only these items."""
         part = copy(self)
-        part._sources = [Source(self._sources[0].meta if len(self._sources) == 1 else None, items)]
+        part._sources = [DataSource(self._sources[0].meta if len(self._sources) == 1 else None, items)]
         return part
 
-    def _items(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[LocatedRow]:
         return (item for source in self._sources for item in source.items)
 
-    def _apply(self, change: Callable[[Item], Item | None], title: str, meta: DatasetMeta | None) -> None:
-        """Exchange the items of one source, or of all, those it gives None for left out; all or nothing."""
+    def _apply(
+        self, change: Callable[[LocatedRow], LocatedRow | None], title: str, meta: DatasetMeta | None
+    ) -> None:
+        """Replace the items of one source, or of all; None drops an item. If one fails, nothing changes."""
         if meta is not None and all(source.meta != meta for source in self._sources):
             raise InvalidRequest(
                 f"dataset_meta: {meta} is none of the sources (which are one after mix_dataset)"
@@ -257,7 +259,7 @@ class Sources:
             ]
         self._replace(changed, title)
 
-    def _replace(self, sources: list[Source], by: str) -> None:
+    def _replace(self, sources: list[DataSource], by: str) -> None:
         before = len(self)
         self._sources = sources
         if before and not len(self):
@@ -276,12 +278,12 @@ class Sources:
 
 
 def progress(title: str, total: int | None = None) -> "tqdm[NoReturn]":
-    """A bar that counts rows, and shows only if it takes a while."""
+    """A progress bar over rows, which appears only if it takes a while."""
     return tqdm(total=total, desc=title, unit="row", delay=PROGRESS_DELAY_SECONDS)
 
 
-def finished(item: Item, step: Step) -> Item | None:
-    """The item with what a step makes of its row; None if that is None."""
+def finished(item: LocatedRow, step: Step) -> LocatedRow | None:
+    """The item with the step applied to its row; None if that drops it."""
     row = apply_step(step, item.row, item.where)
     return None if row is None else item._replace(row=row)
 
@@ -290,8 +292,10 @@ def _chosen(meta: MetaLike | None) -> DatasetMeta | None:
     return None if meta is None else as_meta(meta)
 
 
-def _changed(change: Callable[[Item], Item | None], items: list[Item], bar: "tqdm[NoReturn]") -> list[Item]:
-    changed: list[Item] = []
+def _changed(
+    change: Callable[[LocatedRow], LocatedRow | None], items: list[LocatedRow], bar: "tqdm[NoReturn]"
+) -> list[LocatedRow]:
+    changed: list[LocatedRow] = []
     for item in items:
         new = change(item)
         if new is not None:
@@ -300,10 +304,10 @@ def _changed(change: Callable[[Item], Item | None], items: list[Item], bar: "tqd
     return changed
 
 
-def _load(meta: DatasetMeta) -> list[Item]:
+def _load(meta: DatasetMeta) -> list[LocatedRow]:
     files, read = source_reader(meta)
     logger.info("%s: reading %s", meta.dataset_id, ", ".join(files))
-    items: list[Item] = []
+    items: list[LocatedRow] = []
     with progress(f"Reading {meta.dataset_id}") as bar:
         for item in read():
             items.append(item)
@@ -311,7 +315,7 @@ def _load(meta: DatasetMeta) -> list[Item]:
     return _sliced(items, meta.data_slice)
 
 
-def _sliced(items: list[Item], data_slice: slice | Sequence[int] | None) -> list[Item]:
+def _sliced(items: list[LocatedRow], data_slice: slice | Sequence[int] | None) -> list[LocatedRow]:
     if data_slice is None:
         return items
     if isinstance(data_slice, slice):

@@ -1,11 +1,9 @@
-"""Where models and datasets come from: `resolve` turns an id into a folder on this machine; `plain_name` is what other
-programs call it.
+"""Finding models and datasets: `resolve` turns an id into a local folder; `plain_name` is its name in other programs.
 
-Ids, places and their order are in `places`; talking to the two public hubs is in `clients`. What is in the
-folder is read by whoever asked for it.
+`places` has ids, places and their order; `downloads` talks to the two public hubs. Callers read the folder's files.
 """
 
-from twinkle.hub.clients import Kind
+from twinkle.hub.downloads import Kind
 from twinkle.hub.places import plain_name, resolve
 
 __all__ = ["Kind", "plain_name", "resolve"]

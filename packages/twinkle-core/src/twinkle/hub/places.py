@@ -1,4 +1,4 @@
-"""From an id to a folder: which places are looked in, and in which order.
+"""Resolves an id to a folder: which places are searched, and in which order.
 
     ms://org/name       ModelScope
     hf://org/name       Hugging Face (hf://name too, for its oldest repositories)
@@ -7,8 +7,8 @@
     file:///dir, /dir, ./dir, ~/dir
                         that folder, or file
 
-With TWINKLE_HUB_ROOT=/dir, /dir/org/name comes first for every id that names a repository, so that a machine
-with no network runs the same scripts. HF_HUB_OFFLINE=1 keeps both hubs to what they have downloaded before.
+With TWINKLE_HUB_ROOT=/dir, /dir/org/name is searched first for every id that names a repository, so that a machine
+without network runs the same scripts. HF_HUB_OFFLINE=1 restricts both hubs to cached downloads.
 """
 
 import logging
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from twinkle.hub import clients
-from twinkle.hub.clients import Hub, Kind
+from twinkle.hub import downloads
+from twinkle.hub.downloads import Hub, Kind
 from twinkle.protocol.errors import InvalidRequest, NotFound
 
 logger = logging.getLogger(__name__)
 
-# One name or two; a name made of dots alone would climb out of the folder it is looked up in.
+# One name or two; a name of only dots would escape the folder that it is looked up in.
 _REPOSITORY: Final = re.compile(r"(?!\.+(/|$))[\w.-]+(/(?!\.+$)[\w.-]+)?", re.ASCII)
 
 
@@ -35,17 +35,17 @@ def resolve(
     allow_patterns: Sequence[str] | None = None,
     revision: str | None = None,
 ) -> Path:
-    """The folder (or file) that `id` names, downloaded if it is not here yet.
+    """The folder (or file) that `id` names, downloaded if necessary.
 
     Args:
         id: see above.
-        kind: what to look for on a hub; a model and a dataset may have the same name there.
-        allow_patterns: globs of the files that are needed; None is all. A local folder is given as it is.
-        revision: branch, tag or commit on a hub; None is the default branch. Local folders have none.
+        kind: what to look for on a hub, where a model and a dataset may have the same name.
+        allow_patterns: globs of the files that are needed; default: all. Doesn't apply to local folders.
+        revision: branch, tag or commit on a hub; default: the default branch. Doesn't apply to local folders.
 
     Raises:
-        InvalidRequest: if `id` is no id.
-        NotFound: if it is in none of the places, all of which the message lists.
+        InvalidRequest: if `id` is not a valid id.
+        NotFound: if it is in none of the places, which the message lists.
     """
     scheme, repository = _split(id)
     if scheme == "path":
@@ -69,20 +69,20 @@ def resolve(
 
     for hub in _hubs(scheme):
         try:
-            found = clients.download(hub, repository, kind, allow_patterns, revision)
-        except clients.Unavailable as error:
-            tried.append(f"{clients.NAMES[hub]}: {error}")
+            found = downloads.download(hub, repository, kind, allow_patterns, revision)
+        except downloads.HubUnavailable as error:
+            tried.append(f"{downloads.NAMES[hub]}: {error}")
             continue
-        logger.info("%s %s: taken from %s", kind, id, clients.NAMES[hub])
+        logger.info("%s %s: taken from %s", kind, id, downloads.NAMES[hub])
         return found
     raise _not_found(id, repository, kind, tried)
 
 
 def plain_name(id: str) -> str:
-    """What every loader knows a model by: `org/name` for what is on a hub, or the folder as an absolute path.
+    """A model's name for any loader: `org/name` for a hub's repository, or the folder's absolute path.
 
-    Different ids of one model have one plain name, `ms://org/name` and `org/name/` for instance. An id of a scheme
-    that is unknown here stays as it is.
+    All ids of a model have the same plain name, such as `ms://org/name` and `org/name/`. An id with an unknown scheme
+    is returned unchanged.
     """
     try:
         scheme, rest = _split(id)
@@ -94,14 +94,14 @@ def plain_name(id: str) -> str:
 
 
 def _split(id: str) -> tuple[str, str]:
-    """An id as (scheme, rest), the scheme being "ms", "hf", "any" (none was given) or "path" (a path for sure)."""
+    """An id as (scheme, rest), where scheme is "ms", "hf", "any" (none given) or "path" (certainly a path)."""
     scheme, separator, rest = id.partition("://")
     if not separator:
         is_path = id.startswith(("/", "./", "../", "~")) or id in {".", ".."}
         return ("path", str(Path(id).expanduser())) if is_path else ("any", id)
     if scheme == "file":
         return "path", unquote(urlsplit(id).path)
-    if scheme not in clients.NAMES:
+    if scheme not in downloads.NAMES:
         raise InvalidRequest(f"{id!r}: unknown scheme {scheme!r}; allowed are ms://, hf://, file:// and none")
     return scheme, rest
 
@@ -112,9 +112,9 @@ def _in_hub_root(repository: str) -> list[Path]:
 
 
 def _hubs(scheme: str) -> Sequence[Hub]:
-    """The hubs to ask, in order."""
+    """The hubs to try, in order."""
     preferred = os.environ.get("TWINKLE_HUB") or "hf"
-    if preferred not in clients.NAMES:
+    if preferred not in downloads.NAMES:
         raise InvalidRequest(f"TWINKLE_HUB={preferred}: allowed are hf and ms")
     if scheme == "any":
         return ("ms", "hf") if preferred == "ms" else ("hf", "ms")

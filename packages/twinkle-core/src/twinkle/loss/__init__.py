@@ -1,6 +1,6 @@
-"""Losses for `forward_backward_custom` that come with their gradients, so that no torch is needed.
+"""Losses for `forward_backward_custom` with their own gradients, so that they need no torch.
 
-Losses that the server computes itself (cross_entropy, importance_sampling, ppo, ...) are named in `forward_backward`.
+For losses that the server computes (cross_entropy, importance_sampling, ppo, ...) see `forward_backward`.
 """
 
 from twinkle.loss.preference import dpo_loss, orpo_loss, pair_data, simpo_loss

@@ -1,9 +1,9 @@
-"""Losses over pairs of answers, a chosen and a rejected one: DPO, SimPO and ORPO.
+"""Losses over pairs of a chosen and a rejected answer: DPO, SimPO and ORPO.
 
-All are functions of each answer's log-probability, s = sum over its tokens of weight x logprob, so their gradients are
-a line each. A batch holds the pairs one after the other, the chosen answer of each first: see `pair_data`. Every loss
-is the mean over the pairs. Metrics are `accuracy:mean`, the share of pairs whose chosen answer is ahead, and
-`margin:mean`, by how much (what that is, each loss says).
+All are functions of each answer's log-probability, s = sum over its tokens of weight x logprob, so each gradient takes
+one line. A batch holds the pairs one after the other, each with its chosen answer first: see `pair_data`. Every loss is
+the mean over the pairs. Metrics are `accuracy:mean`, the share of pairs whose chosen answer scores higher, and
+`margin:mean`, by how much (as each loss defines it).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twinkle.protocol.types import Datum
 from twinkle.verbs.custom_loss import ClosedFormLoss, Float64Array, LossValue
 
 REFERENCE = "reference_logprobs"
-"""Where a datum keeps the log-probabilities of its target tokens under the reference model, float32 [T]."""
+"""The loss input for the log-probabilities of the target tokens under the reference model, float32 [T]."""
 
 
 def pair_data(
@@ -32,14 +32,14 @@ def pair_data(
     """The datums of pairs: chosen, rejected, chosen, rejected, ...
 
     Args:
-        pairs: rows whose `chosen` and `rejected` are features, as `Dataset.encode_pairs` makes them.
+        pairs: rows whose `chosen` and `rejected` are features, from `Dataset.encode_pairs`.
         reference_logprobs: for DPO, of each feature's tokens after the first, float [T - 1], in the order of the
-            result: what `twinkle.rollout.score` gives for the `input_ids` of chosen, rejected, chosen, ...
-        types: the client's; `tinker.types` with Tinker's SDK.
+            result: what `twinkle.rollout.score` returns for the `input_ids` of chosen, rejected, chosen, ...
+        types: the client's module of types; `tinker.types` for Tinker's SDK.
 
     Raises:
-        InvalidRequest: naming the pair, if a side is missing, has no token to train on, or its reference has another
-            length.
+        InvalidRequest: naming the pair, if a side is missing, has no token to train on, or differs in length from its
+            reference.
     """
     data: list[Any] = []
     for i, pair in enumerate(pairs):
@@ -75,11 +75,11 @@ def dpo_loss(beta: float = 0.1, label_smoothing: float = 0.0) -> ClosedFormLoss:
     -(1 - e) log sigmoid(m) - e log sigmoid(-m). Datums must hold `reference_logprobs`. `margin:mean` is the mean of m.
 
     Args:
-        beta: how dear it is to leave the reference.
-        label_smoothing: e, the share of preferences taken to be wrong (Mitchell 2023, conservative DPO); below 0.5.
+        beta: strength of the penalty for leaving the reference.
+        label_smoothing: e, the assumed share of wrong preferences (Mitchell 2023, conservative DPO); below 0.5.
 
     Raises:
-        InvalidRequest: if a number is out of its range.
+        InvalidRequest: if a number is out of range.
     """
     _require_positive("beta", beta)
     if not 0 <= label_smoothing < 0.5:
@@ -110,10 +110,10 @@ def simpo_loss(beta: float = 2.0, gamma: float = 1.0) -> ClosedFormLoss:
 
     Args:
         beta: scale of the mean log-probabilities.
-        gamma: the margin that is aimed at; at least 0.
+        gamma: the target margin; at least 0.
 
     Raises:
-        InvalidRequest: if a number is out of its range.
+        InvalidRequest: if a number is out of range.
     """
     _require_positive("beta", beta)
     if not (np.isfinite(gamma) and gamma >= 0):
@@ -132,14 +132,14 @@ def simpo_loss(beta: float = 2.0, gamma: float = 1.0) -> ClosedFormLoss:
 
 
 def orpo_loss(weight: float = 0.1) -> ClosedFormLoss:
-    """ORPO: supervised training on the chosen answer, and odds against the rejected one (Hong et al. 2024,
+    """ORPO: supervised training on the chosen answer, with its odds against the rejected one (Hong et al. 2024,
     arXiv:2403.07691, equations 6 and 7).
 
     With p = exp(s / |answer|) of each: -s_chosen / |chosen| - weight log sigmoid(m), where m = log odds(p_chosen) -
     log odds(p_rejected) and odds(p) = p / (1 - p). `margin:mean` is the mean of m; `nll:mean` that of the first term.
 
     Args:
-        weight: lambda, how much the odds count.
+        weight: lambda, the weight of the odds term.
 
     Raises:
         InvalidRequest: if it is not above 0.
@@ -149,7 +149,7 @@ def orpo_loss(weight: float = 0.1) -> ClosedFormLoss:
     def evaluate(data: Sequence[Datum], logprobs: list[Float64Array]) -> LossValue:
         answers = _answers("orpo_loss", data, logprobs)
         lengths = np.array([answer.length for answer in answers])
-        # Odds of a certain answer are infinite; so near to it float32 log-probabilities are all the same.
+        # The odds of a certain answer are infinite; this close to it, float32 log-probabilities are indistinguishable.
         means = np.minimum(np.array([answer.score for answer in answers]) / lengths, -1e-7)
         left = -np.expm1(means)  # 1 - p
         log_odds = means - np.log(left)
@@ -171,7 +171,7 @@ class _Answer(NamedTuple):
     """One side of a pair.
 
     Attributes:
-        datum: as it was given.
+        datum: as given.
         weights: float64 [T].
         score: the sum of weight x logprob.
         length: the sum of the weights.
@@ -218,7 +218,9 @@ def _of_pairs(
     rejected: Float64Array,
     metrics: dict[str, float],
 ) -> LossValue:
-    """The mean over the pairs; `chosen` and `rejected` are each pair's slopes in the two scores, float64 [pairs]."""
+    """The mean over the pairs; `chosen` and `rejected` are each pair's derivatives in the two scores, float64
+    [pairs].
+    """
     slopes = np.stack([chosen, rejected], axis=1).ravel() / len(losses)
     gradients = [slope * answer.weights for slope, answer in zip(slopes, answers, strict=True)]
     return LossValue(float(losses.mean()), gradients, metrics)

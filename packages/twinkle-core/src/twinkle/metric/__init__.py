@@ -1,7 +1,7 @@
-"""Numbers that tell how training goes, computed from what the verbs return, with numpy alone.
+"""Training metrics, computed from the verbs' results, with numpy only.
 
-`likelihood` is about log-probabilities, `accuracy` about right and wrong, `inputs` reads what is given. Nothing here is
-logged or drawn.
+`likelihood` is about log-probabilities, `accuracy` about correct answers, `inputs` converts arguments. For logging and
+plots see `twinkle.runs`.
 """
 
 from twinkle.metric.accuracy import answer_accuracy, token_accuracy

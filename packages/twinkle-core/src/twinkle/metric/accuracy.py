@@ -11,13 +11,13 @@ from twinkle.protocol.types import TopkRow
 
 
 def token_accuracy(topk_rows: Sequence[TopkRow], tokens: Sequence[int], mask: object = None) -> float:
-    """The share of tokens that the model itself finds the likeliest.
+    """The share of tokens that are the model's most likely choice.
 
     Args:
-        topk_rows: for each token the likeliest (token id, log-probability), the likeliest first, as
-            `SampleResponse.topk_prompt_logprobs`; None (as for the first token) does not count.
+        topk_rows: for each token the most likely (token id, log-probability) pairs, most likely first, as in
+            `SampleResponse.topk_prompt_logprobs`; tokens with None (such as the first) don't count.
         tokens: token ids, [T].
-        mask: which tokens count, bool [T]; None is all.
+        mask: which tokens count, bool [T]; default: all.
 
     Raises:
         InvalidRequest: if lengths differ, or no token counts.
@@ -42,14 +42,14 @@ def token_accuracy(topk_rows: Sequence[TopkRow], tokens: Sequence[int], mask: ob
 
 
 def answer_accuracy(rewards: object, threshold: float = 0.5) -> tuple[float, float]:
-    """The share of rewards that reach the threshold, and its standard error.
+    """The share of rewards that reach the threshold, with its standard error.
 
-    The error is the binomial sqrt(a * (1 - a) / N), for answers that are independent of each other: several samples of
-    one prompt are less so, and their true error is larger.
+    The error is the binomial sqrt(a * (1 - a) / N), which assumes independent answers; several samples of one prompt
+    are less independent, so their true error is larger.
 
     Args:
-        rewards: one an answer, of any shape.
-        threshold: from which on an answer is right.
+        rewards: one per answer, of any shape.
+        threshold: the lowest reward of a correct answer.
 
     Returns:
         (accuracy, standard error), both 0 to 1.

@@ -1,4 +1,4 @@
-"""Log-probabilities, weights and masks as flat float64 arrays, whichever SDK they come from."""
+"""Log-probabilities, weights and masks of either SDK as flat float64 arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -11,14 +11,14 @@ from twinkle.protocol.errors import InvalidRequest
 
 
 class TrainingOutput(Protocol):
-    """What `forward_backward` returns, here as in the Tinker SDK."""
+    """The result of `forward_backward`, in either SDK."""
 
     @property
     def loss_fn_outputs(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 class TrainingDatum(Protocol):
-    """A Datum, here as in the Tinker SDK."""
+    """A Datum, in either SDK."""
 
     @property
     def loss_fn_inputs(self) -> Mapping[str, Any]: ...
@@ -30,7 +30,7 @@ def logprobs_and_weights(
     """The log-probability and the weight of each target token of a batch, float64 [sum of T_i] each.
 
     Raises:
-        InvalidRequest: naming the datum that has none of either, or another number of both.
+        InvalidRequest: naming a datum that lacks one of them, or whose numbers of both differ.
     """
     if len(output.loss_fn_outputs) != len(data):
         raise InvalidRequest(
@@ -54,11 +54,11 @@ def logprobs_and_weights(
 def selected(
     name: str, sequences: Sequence[object], mask: Sequence[object] | None
 ) -> tuple[Float64Array, list[int]]:
-    """The entries of all sequences where the mask is true (or all), and how many each sequence has.
+    """The entries of all sequences where the mask is true (default: all), and their number in each sequence.
 
     Raises:
-        InvalidRequest: naming the sequence that is None, holds no finite numbers, or has a mask of another length; or
-            if nothing is left.
+        InvalidRequest: naming a sequence that is None, is not finite, or differs in length from its mask; or if nothing
+            is left.
     """
     if mask is not None and len(mask) != len(sequences):
         raise InvalidRequest(
@@ -85,7 +85,7 @@ def _logprobs(name: str, sequence: object, keep: BoolArray | None) -> Float64Arr
     if keep is None or not isinstance(sequence, Sequence | np.ndarray):
         values = finite_array(name, sequence, "[T]")
     else:
-        # What is masked may be anything, such as the None that the first token of a prompt has.
+        # Masked entries may be anything, such as the None of a prompt's first token.
         entries = cast(Sequence[object], sequence)
         if len(entries) == len(keep):
             entries = [entry if kept else 0.0 for entry, kept in zip(entries, keep, strict=True)]
@@ -100,7 +100,7 @@ def _logprobs(name: str, sequence: object, keep: BoolArray | None) -> Float64Arr
 
 
 def _tensor(name: str, tensors: Mapping[str, Any], key: str) -> Float64Array:
-    """A tensor of either SDK, flat."""
+    """A tensor of either SDK, flattened."""
     if key not in tensors:
         raise InvalidRequest(
             f"{name}: no {key!r} (it has: {', '.join(tensors) or 'nothing'}); give cross_entropy's data and its output"

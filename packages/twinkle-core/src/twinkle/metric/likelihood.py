@@ -1,4 +1,4 @@
-"""How likely a model finds tokens: negative log-likelihood, perplexity, entropy, divergence. All in nats a token."""
+"""Likelihood metrics: negative log-likelihood, perplexity, entropy, divergence; in nats per token."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -20,13 +20,13 @@ def nll(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]
 
     Args:
         output: what `forward` or `forward_backward` with `cross_entropy` returned.
-        data: what was given to it: Datums with `weights`, or features with `input_ids` and `labels`.
+        data: its input: Datums with `weights`, or features with `input_ids` and `labels`.
 
     Returns:
-        Nats a token; infinite if a token with a weight has probability 0.
+        Nats per token; infinite if a token with a weight has probability 0.
 
     Raises:
-        InvalidRequest: if the weights add up to zero (nothing was trained), or output and data don't belong together.
+        InvalidRequest: if the weights sum to zero (nothing was trained), or output and data don't belong together.
     """
     logprobs, weights = logprobs_and_weights(output, data)
     total = weights.sum()
@@ -34,12 +34,12 @@ def nll(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]
         raise InvalidRequest(
             "data: all weights together are 0, so no token is trained; check the labels, or leave such data out"
         )
-    trained = weights != 0  # what has no weight may be -inf
+    trained = weights != 0  # entries without a weight may be -inf
     return float(-(weights[trained] * logprobs[trained]).sum() / total)
 
 
 def perplexity(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[str, Any]]) -> float:
-    """The exponential of `nll`: among how many equally likely tokens the model would be as unsure.
+    """The exponential of `nll`: the number of equally likely tokens with the same uncertainty.
 
     Raises:
         InvalidRequest: as `nll`.
@@ -49,20 +49,20 @@ def perplexity(output: TrainingOutput, data: Sequence[TrainingDatum | Mapping[st
 
 
 def entropy(logprobs: Sequence[object], mask: Sequence[object] | None = None) -> float:
-    """A Monte-Carlo estimate of the sampling distribution's entropy: the mean of -log p over the tokens drawn.
+    """A Monte Carlo estimate of the sampling distribution's entropy: the mean of -log p over the sampled tokens.
 
-    It estimates the entropy of the distribution that tokens were drawn from if `logprobs` are that distribution's: at
-    temperature 1 without top_k and top_p, the model's.
+    The estimate holds if `logprobs` are those of the distribution that the tokens were drawn from: at temperature 1
+    without top_k and top_p, the model's.
 
     Args:
-        logprobs: for each sequence those of its sampled tokens, [T_i].
+        logprobs: of each sequence's sampled tokens, [T_i].
         mask: for each sequence the tokens that count, bool [T_i]; None is all.
 
     Returns:
-        Nats a token.
+        Nats per token.
 
     Raises:
-        InvalidRequest: naming a sequence that is None, not finite or of another length than its mask; or if no token
+        InvalidRequest: naming a sequence that is None, is not finite or differs in length from its mask; or if no token
             is left.
     """
     values, _ = selected("logprobs", logprobs, mask)
@@ -75,7 +75,7 @@ def kl_divergence(
     mask: Sequence[object] | None = None,
     estimator: Estimator = "k3",
 ) -> float:
-    """An estimate of KL(sampler || trainer) from tokens that the sampler drew, in nats a token.
+    """An estimate of KL(sampler || trainer) from the sampler's tokens, in nats per token.
 
     With d = log p_trainer - log p_sampler of each token it is the mean of
 
@@ -84,16 +84,16 @@ def kl_divergence(
         k3: exp(d) - 1 - d      unbiased, of low variance; never negative
 
     Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. A sampler and a trainer with
-    the same weights should agree up to rounding: a value that grows tells of samples from old weights, or of a fault.
+    the same weights should agree up to rounding: a growing value points to samples from stale weights, or to a bug.
 
     Args:
-        sampler_logprobs: for each sequence those under which its tokens were drawn, [T_i].
-        trainer_logprobs: for each sequence those of the same tokens from a training pass, [T_i].
+        sampler_logprobs: of each sequence's tokens when they were sampled, [T_i].
+        trainer_logprobs: of the same tokens in a training pass, [T_i].
         mask: for each sequence the tokens that count, bool [T_i]; None is all.
         estimator: "k1", "k2" or "k3".
 
     Raises:
-        InvalidRequest: naming a sequence that is None, not finite or of another length; or if no token is left.
+        InvalidRequest: naming a sequence that is None, is not finite or differs in length; or if no token is left.
     """
     if estimator not in ("k1", "k2", "k3"):
         raise InvalidRequest(f"estimator: {estimator!r}; allowed are 'k1', 'k2' and 'k3'")
@@ -125,24 +125,23 @@ def policy_metrics(
     clip_high_threshold: float | None = None,
     loss_fn: ClippedLoss = "ppo",
 ) -> dict[str, float]:
-    """How far the trainer is from the sampler, and how sure the sampler was, from a policy gradient's pass.
+    """Divergence of the trainer from the sampler, and the sampler's entropy, from a policy gradient pass.
 
     Args:
         output: what `forward_backward` with importance_sampling, ppo, cispo, dro or gspo returned.
-        data: what was given to it, as `twinkle.rollout.to_training_data` makes it: a token counts where its advantage
-            is not 0.
-        clip_low_threshold, clip_high_threshold: the loss's, for the share of tokens that it clips.
-        loss_fn: whose thresholds these are. "ppo" clips a ratio above the upper one where the advantage is positive,
-            and one below the lower one where it is negative: there the token has no gradient. "gspo" does the same with
-            the ratio of the whole sequence (of its `sequence_ratio_mask`). "cispo" bounds the weight of every token
-            whose ratio lies outside.
+        data: its input, from `twinkle.rollout.to_training_data`: tokens with a nonzero advantage count.
+        clip_low_threshold, clip_high_threshold: of the loss, for the share of clipped tokens.
+        loss_fn: the loss of these thresholds. "ppo" clips ratios above the upper one if the advantage is positive, and
+            below the lower one if it is negative: such tokens have no gradient. "gspo" does the same with the ratio of
+            the whole sequence (of its `sequence_ratio_mask`). "cispo" bounds the weight of every token whose ratio is
+            outside.
 
     Returns:
         `kl`, KL(sampler || trainer) (k3 of `kl_divergence`) and `entropy`, in nats a token; with thresholds also
         `clipped`, a share.
 
     Raises:
-        InvalidRequest: if output and data don't belong together, no token counts, or the loss is another.
+        InvalidRequest: if output and data don't belong together, no token counts, or the loss is not one of these.
     """
     if loss_fn not in get_args(ClippedLoss):
         raise InvalidRequest(f"loss_fn: {loss_fn!r}; allowed are {', '.join(get_args(ClippedLoss))}")

@@ -1,8 +1,8 @@
-"""From a dataset's own columns to conversations, one row at a time.
+"""Preprocessors convert a dataset's columns to conversations, one row at a time.
 
-`Preprocessor` is the base to subclass; any function of a row does as well. `formats` recognises the usual layouts,
-`turns` reads what they call the turns of a conversation. Applying one to a whole dataset is `Dataset.map`'s job,
-turning conversations into tokens the template's.
+`Preprocessor` is a base class; any function of a row works too. `formats` recognises the usual layouts, `turns` reads
+the turns of their conversations. `Dataset.map` applies a preprocessor to a dataset; the template turns conversations
+into tokens.
 """
 
 from twinkle.preprocessor.base import Preprocessor

@@ -1,4 +1,4 @@
-"""The shape of a preprocessor."""
+"""The interface of preprocessors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from twinkle.data_format import Trajectory
 class Preprocessor(ABC):
     """Turns one row of a dataset into a conversation.
 
-    A subclass names the columns it reads; its parameters go to its constructor:
+    Parameters of a subclass go to its constructor:
 
         class QuestionAnswer(Preprocessor):
             def __call__(self, row):
@@ -20,11 +20,11 @@ class Preprocessor(ABC):
 
     @abstractmethod
     def __call__(self, row: Mapping[str, Any]) -> Trajectory | dict[str, Any] | None:
-        """The row that replaces `row`, which is left as it is; None drops it.
+        """Return the row that replaces `row`, which must not be modified; None drops it.
 
-        Further columns may be returned beside `messages` and `tools`: they stay with the row.
+        Further columns may be returned beside `messages` and `tools`; they are kept.
 
         Raises:
-            InvalidRequest: if the row is not what this preprocessor reads. (Other exceptions are reported as
-                well, with the file and line of the row.)
+            InvalidRequest: if the row is not in the expected form. (Other exceptions are also reported with the row's
+                file and line.)
         """

@@ -1,6 +1,6 @@
-"""The layouts that datasets of conversations and of preferences usually have, recognised by their columns.
+"""The usual layouts of conversation and preference datasets, recognised by their columns.
 
-What one turn looks like is `turns`' business.
+`turns` reads the turns themselves.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _TURNS: Final = ("conversations", "conversation")
 
 
 class _Layout(NamedTuple):
-    """A question and its answer, each in a column."""
+    """Columns of a question and its answer."""
 
     question: str
     answer: str
@@ -37,7 +37,7 @@ _LAYOUTS: Final = (
 )
 _QUESTIONS: Final = tuple(dict.fromkeys(layout.question for layout in _LAYOUTS))
 
-# What may stand beside any of them.
+# Columns that may accompany any of them.
 _BESIDE: Final = ("system", "history")
 
 _KNOWN: Final = (
@@ -47,9 +47,9 @@ _KNOWN: Final = (
 
 
 class ConversationProcessor(Preprocessor):
-    """Makes messages of a row in any of the usual layouts. `Dataset.encode` does so by itself.
+    """Converts a row in any of the usual layouts to messages. `Dataset.encode` does this automatically.
 
-    Columns that are not read stay with the row, and so does `tools`. The layouts are:
+    `tools` and columns that are not read are kept. The layouts are:
 
     - `messages`, OpenAI's: the row stays as it is.
     - `conversations` or `conversation`, ShareGPT's: turns as `{from, value}` or `{role, content}`. A `function_call`
@@ -66,8 +66,8 @@ class ConversationProcessor(Preprocessor):
         """The row with `messages` in place of the columns that were read.
 
         Raises:
-            InvalidRequest: naming the columns there are, if they are none of the layouts; or naming the field, if a
-                value is of the wrong type; or if it is a row of preferences.
+            InvalidRequest: naming the row's columns, if they match no layout; or naming the field, if a value has the
+                wrong type; or if it is a preference row.
         """
         if row.get("messages") is not None:
             return dict(row)
@@ -76,7 +76,7 @@ class ConversationProcessor(Preprocessor):
                 "chosen, rejected: a row of preferences, not one conversation; encode_pairs() encodes such rows, "
                 "PreferenceProcessor reads them"
             )
-        # Columnar files give every row all columns: one that holds something goes before one that is only there.
+        # Columnar files give every row all columns, so one with a value takes precedence over an empty one.
         held = [column for column in row if row[column] is not None]
         for columns in (held, list(row)):
             turns = next((column for column in _TURNS if column in columns), None)
@@ -93,19 +93,19 @@ class ConversationProcessor(Preprocessor):
 
 
 class PreferenceProcessor(Preprocessor):
-    """Makes two conversations of a row: `chosen`, which is preferred, and `rejected`, for DPO and reward models.
+    """Converts a row to two conversations, `chosen` (preferred) and `rejected`, for DPO and reward models.
 
-    `chosen` and `rejected` each hold either the answer (text, or messages that begin with the assistant's) to what
-    `prompt`, `question`, `query`, `instruction` or `conversations` asks, `system` and `history` beside it as
-    `ConversationProcessor` reads them; or a whole conversation, which begins with another message than the
-    assistant's. `Dataset.encode_pairs` does so by itself.
+    `chosen` and `rejected` each hold either the answer (text, or messages that begin with the assistant's) to `prompt`,
+    `question`, `query`, `instruction` or `conversations`, with `system` and `history` as for `ConversationProcessor`;
+    or a whole conversation, which does not begin with an assistant message. `Dataset.encode_pairs` does this
+    automatically.
     """
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row with lists of messages in `chosen` and `rejected`, and without the columns that were read.
+        """The row with lists of messages in `chosen` and `rejected`, without the columns that were read.
 
         Raises:
-            InvalidRequest: naming the field, if a column is missing or holds something else.
+            InvalidRequest: naming the field, if a column is missing or has the wrong type.
         """
         for side in ("chosen", "rejected"):
             if row.get(side) is None:
@@ -129,7 +129,7 @@ def _question_and_answer(row: Mapping[str, Any], layout: _Layout) -> dict[str, A
 
 
 def _prompt(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], set[str]]:
-    """What a pair answers, as messages, and the columns it was read from; both empty if there is nothing."""
+    """The prompt of a pair, as messages, and the columns it was read from; both may be empty."""
     turns = next((column for column in _TURNS if not is_blank(row.get(column))), None)
     if turns is not None:
         return _with_system(read_messages(row[turns], turns), row), {turns, "system"}
@@ -153,7 +153,7 @@ def _asked(row: Mapping[str, Any], column: str) -> tuple[list[dict[str, Any]], s
 
 
 def _side(value: object, side: str, prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One conversation of a pair: the prompt with its answer, or the whole where it is all there."""
+    """One conversation of a pair: the prompt with the answer, or the column itself if it holds a whole conversation."""
     if isinstance(value, str):
         if not prompt:
             raise InvalidRequest(
@@ -176,7 +176,7 @@ def _side(value: object, side: str, prompt: list[dict[str, Any]]) -> list[dict[s
 
 
 def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages behind the row's system prompt, unless they have their own."""
+    """The messages after the row's system prompt, unless they have their own."""
     system = row.get("system")
     if is_blank(system) or messages[0]["role"] == "system":
         return messages

@@ -1,4 +1,4 @@
-"""Rows of `swift/self-cognition`: who the model is and who made it, with blanks for both names."""
+"""Rows of `swift/self-cognition`, about who the model is and who made it, with placeholders for both names."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -14,15 +14,15 @@ _TAGS = ("zh", "en")
 
 
 class SelfCognitionProcessor(Preprocessor):
-    """Fills `{{NAME}}` and `{{AUTHOR}}` in and makes a question and its answer of the row.
+    """Fills in `{{NAME}}` and `{{AUTHOR}}` and converts the row to a question and its answer.
 
     Args:
-        model_name: what the model calls itself; a pair is its (Chinese, English) name.
-        model_author: who made it; a pair likewise.
-        system: system prompt to put first; None puts none.
+        model_name: the model's name; a pair is its (Chinese, English) names.
+        model_author: its maker's name; a pair likewise.
+        system: system prompt; default: none.
 
     Raises:
-        InvalidRequest: if a name is neither text nor a pair of texts.
+        InvalidRequest: if a name is neither a string nor a pair of strings.
     """
 
     def __init__(self, model_name: Name, model_author: Name, system: str | None = None) -> None:
@@ -34,10 +34,10 @@ class SelfCognitionProcessor(Preprocessor):
     def __call__(self, row: Mapping[str, Any]) -> Trajectory:
         """The conversation of a row with the columns `query`, `response` and `tag` ("zh" or "en").
 
-        `tag` may be missing where the names are the same in both languages.
+        `tag` may be missing if the names are the same in both languages.
 
         Raises:
-            InvalidRequest: if a column is missing or holds something else.
+            InvalidRequest: if a column is missing or has the wrong type.
         """
         query, response = (self._text(row, column) for column in _COLUMNS)
         messages = [Message(role="user", content=query), Message(role="assistant", content=response)]

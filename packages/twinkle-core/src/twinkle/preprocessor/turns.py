@@ -1,4 +1,4 @@
-"""From what datasets call the turns of a conversation to messages; which columns hold them is `formats`' business."""
+"""Converts the turns of datasets' conversations to messages; `formats` knows which columns hold them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, cast
@@ -10,10 +10,10 @@ from twinkle.protocol.errors import InvalidRequest
 
 
 def read_text(value: object, field: str) -> str:
-    """The value, which has to be text.
+    """Return the value, which must be text.
 
     Raises:
-        InvalidRequest: naming the field, if it is something else.
+        InvalidRequest: naming the field, if it is not.
     """
     if not isinstance(value, str):
         raise InvalidRequest(f"{field}: expected text, got {describe(value)}")
@@ -21,10 +21,10 @@ def read_text(value: object, field: str) -> str:
 
 
 def read_messages(value: object, field: str) -> list[dict[str, Any]]:
-    """The turns of a list of `{from, value}` or `{role, content}` as messages; their further keys are kept.
+    """A list of `{from, value}` or `{role, content}` turns as messages; further keys are kept.
 
     Raises:
-        InvalidRequest: naming the turn and its key, if one is not of this form.
+        InvalidRequest: naming the turn and its key, if one has another form.
     """
     if not is_list(value) or len(value) == 0:
         raise InvalidRequest(f"{field}: expected a list of turns, got {describe(value)}")
@@ -41,13 +41,13 @@ def read_message(turn: object, field: str) -> dict[str, Any]:
     if keys.get("role") is not None:
         role = read_text(keys["role"], f"{field}.role")
         content = keys.get("content", keys.get("value"))
-        # OpenAI's content may be a list of parts, or nothing beside tool calls.
+        # OpenAI's content may be a list of parts, or missing beside tool calls.
         if not (content is None or isinstance(content, str) or is_list(content)):
             raise InvalidRequest(f"{field}.content: expected text, got {describe(content)}")
         others = {key: item for key, item in keys.items() if key not in ("role", "content", "value")}
         if role in CALL_ROLES and others.get("tool_calls") is None:
             return _call_turn(content, f"{field}.content", others)
-        # Templates know more roles than these, such as "developer": what is no alias stays.
+        # Templates know more roles, such as "developer", so roles that are no alias are kept.
         return {"role": ROLES.get(role, role), "content": content, **others}
     for key, other in (("from", "role"), ("value", "content")):
         if key not in keys and other not in keys:
@@ -63,10 +63,10 @@ def read_message(turn: object, field: str) -> dict[str, Any]:
 
 
 def read_history(value: object, field: str) -> list[dict[str, Any]]:
-    """Earlier questions and answers, a list of `[question, answer]`, as messages; none where there is nothing.
+    """Earlier questions and answers, a list of `[question, answer]`, as messages; may be empty.
 
     Raises:
-        InvalidRequest: naming the pair, if one is not of this form.
+        InvalidRequest: naming the pair, if one has another form.
     """
     if is_blank(value):
         return []
@@ -84,19 +84,19 @@ def read_history(value: object, field: str) -> list[dict[str, Any]]:
 
 
 def is_blank(value: object) -> bool:
-    """Whether a column holds nothing: None, blank text (as CSV files have it) or an empty list."""
+    """Whether a column is empty: None, blank text (as in CSV files) or an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (is_list(value) and len(value) == 0)
 
 
 def is_list(value: object) -> TypeGuard[Sequence[object]]:
-    """Whether a value is a list, as JSON, Python or a columnar file have one."""
+    """Whether a value is a list, as from JSON, Python or a columnar file."""
     return isinstance(value, list | tuple | np.ndarray)
 
 
 def describe(value: object) -> str:
-    """What a value is, for messages."""
+    """A description of a value, for error messages."""
     if value is None:
         return "nothing"
     if is_list(value):

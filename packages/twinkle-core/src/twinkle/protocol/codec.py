@@ -1,14 +1,15 @@
 """Messages to bytes and back: protobuf for training passes, their results and samples, JSON for the rest.
 
-Every decoder checks the sizes that the bytes themselves state before it builds an array, and answers what it can't
-read with `InvalidRequest`.
+Every decoder checks the sizes that the bytes themselves state before it builds an array, and raises `InvalidRequest`
+for what it can't read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import zstandard
@@ -18,6 +19,7 @@ from pydantic_core import from_json
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
+from twinkle.protocol.endpoints import JSON, OPERATIONS, PROTOBUF
 from twinkle.protocol.errors import InvalidRequest, TooLarge
 from twinkle.protocol.types import (
     FROM_WIRE,
@@ -47,22 +49,20 @@ _DTYPES: dict[int, np.dtype] = {
     pb.DTYPE_INT32: np.dtype("<i4"),
 }
 
-# A sparse tensor of a few bytes may stand for a large dense one: at most so many values in a request, 256 MiB as int64.
+# A sparse tensor of a few bytes may expand to a huge dense one: most dense values in a request, 256 MiB as int64.
 MAX_DENSE_ELEMENTS = 2**25
 _MAX_DIMENSIONS = 8
 
-# Two bytes of a body can be a datum or a chunk, which become objects of a thousand: at most so many in a request.
+# Two bytes of a body can be a datum or a chunk, which takes a thousand as an object: most of them in a request.
 MAX_DATUMS = 2**14
 _MAX_PARTS = 2**17
 
-# The window that decoders should allow at least (RFC 8878, 3.1.1.1.2): a few bytes can ask for gigabytes.
+# The least that a decoder should support (RFC 8878, 3.1.1.1.2); a header of a few bytes can ask for gigabytes.
 _MAX_WINDOW_BYTES = 8 * 2**20
-
-# How many problems of a JSON body are told, and how much of a field's name.
 
 
 class RunPlace(BaseModel):
-    """Which place in a run's order a request takes."""
+    """A request's place in its run's order."""
 
     model_id: str
     seq_id: int
@@ -84,7 +84,7 @@ def decode_json(model: type[Model], body: bytes) -> Model:
 
 
 def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> Model:
-    """A message from a JSON body (or none) and fields of the path and query string, which win.
+    """A message from a JSON body (or none) and the fields of path and query string, which take precedence.
 
     Raises:
         InvalidRequest: naming each field that is wrong.
@@ -103,6 +103,66 @@ def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> 
 
 def encode_json(message: BaseModel) -> bytes:
     return message.model_dump_json(exclude_none=True).encode()
+
+
+# ---------------------------------------------------------------- operations and their results
+
+
+def encode(request: m.Operation) -> bytes:
+    """An operation's body."""
+    return (
+        encode_forward_backward(request)
+        if isinstance(request, m.ForwardBackwardRequest)
+        else encode_json(request)
+    )
+
+
+def decode(kind: type[m.Operation], body: bytes) -> m.Operation:
+    """An operation from its body.
+
+    Raises:
+        InvalidRequest: if it can't be read.
+        TooLarge: if it would take too much memory.
+    """
+    if kind is m.ForwardBackwardRequest:
+        return decode_forward_backward(body)
+    return cast(m.Operation, decode_json(cast(Any, kind), body))
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A result or failure, encoded once for whoever stores, sends or reads it.
+
+    Attributes:
+        kind: name of its type.
+    """
+
+    kind: str
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        return PROTOBUF if self.kind in ("ForwardBackwardOutput", "SampleResponse") else JSON
+
+
+_RESULTS: dict[str, type[m.Result]] = {endpoint.result.__name__: endpoint.result for endpoint in OPERATIONS}
+
+
+def encode_result(result: m.Result | m.Failure) -> Encoded:
+    if isinstance(result, ForwardBackwardOutput):
+        body = encode_forward_backward_output(result)
+    else:
+        body = encode_sample(result) if isinstance(result, SampleResponse) else encode_json(result)
+    return Encoded(type(result).__name__, body)
+
+
+def decode_result(encoded: Encoded) -> m.Result | m.Failure:
+    kind = _RESULTS.get(encoded.kind, m.Failure)
+    if kind is ForwardBackwardOutput:
+        return decode_forward_backward_output(encoded.body)
+    if kind is SampleResponse:
+        return decode_sample(encoded.body)
+    return cast("m.Result | m.Failure", decode_json(cast(Any, kind), encoded.body))
 
 
 # ---------------------------------------------------------------- tensors
@@ -247,7 +307,7 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
     """A training pass from protobuf.
 
     Raises:
-        InvalidRequest: if the bytes are no such message, or a tensor's bytes don't fit its shape.
+        InvalidRequest: if the bytes are not such a message, or a tensor's bytes don't match its shape.
     """
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
@@ -274,7 +334,7 @@ def decode_forward_backward(body: bytes) -> m.ForwardBackwardRequest:
 
 
 def place_of_forward_backward(body: bytes) -> RunPlace | None:
-    """The place of a training pass that may be wrong elsewhere; None if it is no such message at all."""
+    """The place of a training pass that may be invalid otherwise; None if the bytes are not a training pass."""
     try:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
@@ -283,7 +343,7 @@ def place_of_forward_backward(body: bytes) -> RunPlace | None:
 
 
 def place_of_json(body: bytes) -> RunPlace | None:
-    """The place of a JSON request on a run that may be wrong elsewhere; None if it can't be read."""
+    """The place of a JSON request on a run that may be invalid otherwise; None if it can't be read."""
     try:
         return RunPlace.model_validate_json(body, context=FROM_WIRE)
     except ValidationError:
@@ -336,7 +396,7 @@ def _decode_datum(message: pb.Datum, where: str) -> Datum:
 def encode_forward_backward_output(output: ForwardBackwardOutput) -> bytes:
     """A training pass's result as protobuf.
 
-    Datums whose arrays have other trailing dimensions (or other fields) than their predecessors begin a new record.
+    A datum whose arrays differ from its predecessor's in fields or trailing dimensions begins a new record.
     """
     message = pb.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type, metrics=output.metrics)
     for group in _same_layout(output.loss_fn_outputs):
@@ -350,7 +410,7 @@ def _same_layout(datums: Iterable[dict[str, TensorData]]) -> list[list[dict[str,
     groups: list[list[dict[str, TensorData]]] = []
     previous: object = None
     for datum in datums:
-        layout = {name: (tensor.dtype, tensor.array.shape[1:]) for name, tensor in datum.items()}
+        layout = {name: (tensor.array.dtype.kind, tensor.array.shape[1:]) for name, tensor in datum.items()}
         if layout != previous:
             groups.append([])
             previous = layout
@@ -493,7 +553,7 @@ def compress(body: bytes) -> bytes:
 
 
 def decompressed_size(body: bytes) -> int | None:
-    """How many bytes a zstd body says that it becomes; None if it doesn't say, or is none."""
+    """The decompressed size that a zstd body states, in bytes; None if it states none, or is not zstd."""
     try:
         size = zstandard.frame_content_size(body)
     except zstandard.ZstdError:
@@ -502,14 +562,14 @@ def decompressed_size(body: bytes) -> int | None:
 
 
 def decompress(body: bytes, max_bytes: int) -> bytes:
-    """A zstd body, never building more than `max_bytes`.
+    """Decompress a zstd body, allocating at most `max_bytes`.
 
     Raises:
         TooLarge: if it would be larger.
-        InvalidRequest: if it is not zstd, or not the whole of it.
+        InvalidRequest: if it is not zstd, or is truncated.
     """
     try:
-        too_large = zstandard.frame_content_size(body) > max_bytes  # -1 where the frame doesn't say
+        too_large = zstandard.frame_content_size(body) > max_bytes  # -1 if the frame doesn't say
         if not too_large:
             decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
             return decompressor.decompress(body, max_output_size=max_bytes, allow_extra_data=False)
@@ -523,7 +583,7 @@ def decompress(body: bytes, max_bytes: int) -> bytes:
 
 
 def _holds_more_than(body: bytes, max_bytes: int) -> bool:
-    """Whether a zstd body that can't be read to its end is longer than `max_bytes`, as far as it can be read."""
+    """Whether the readable part of a damaged zstd body is longer than `max_bytes`."""
     size = 0
     try:
         with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(body) as reader:

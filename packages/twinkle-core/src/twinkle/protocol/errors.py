@@ -1,23 +1,23 @@
-"""What can go wrong, as types that carry how they travel.
+"""The errors, each with the HTTP status under which it travels.
 
     TwinkleError
     ├── InvalidRequest        400  the caller's mistake; the message names the field and what is allowed
-    │   └── TokenError, ...        (subclasses live beside what raises them)
+    │   └── TokenError, ...        (subclasses live with the code that raises them)
     ├── Unauthorized          401  no or unknown API key
-    ├── QuotaReached          403  so many are there already that one has to go first; waiting alone doesn't help
-    ├── NotFound              404  no such thing, or it belongs to another tenant: the two are never told apart
-    ├── Conflict              409  a number was used before, for a request that asks for something else
-    ├── Gone                  410  it was there, and has ended for good
+    ├── QuotaReached          403  a quota is used up: something must be deleted first, waiting doesn't help
+    ├── NotFound              404  doesn't exist, or belongs to another tenant: never distinguished
+    ├── Conflict              409  a sequence id was reused for a different request
+    ├── Gone                  410  existed, and has ended for good
     ├── TooLarge              413  a body or a sequence over a limit
     ├── LimitReached          429  a limit that waiting helps with; carries `retry_after` seconds
-    ├── Unavailable           503  the server can't take it just now; carries `retry_after` seconds
+    ├── Unavailable           503  temporarily unable; carries `retry_after` seconds
     ├── ServerFault           500  the server's mistake; the message holds an error id, never a traceback
     └── ConnectionFailed       -   client side only: the server could not be reached
 
-There is no 402: the Tinker SDK waits an hour for it to pass. The SDK tries a 409 again, so it stands for nothing but a
-client's mistake with its own numbers, which the SDK doesn't make. There is no 501: a missing capability is a 400 that
-names it, since the SDK retries every 5xx. An operation that fails after it was
-accepted is a `RequestFailed`: it travels inside a 200 as `{error, category}`.
+There is no 402: the Tinker SDK pauses up to an hour on it. The SDK retries a 409, so it means only a client's mistake
+with its own sequence ids, which the SDK doesn't make. There is no 501: a missing capability is a 400 that names it,
+since the SDK retries every 5xx. An operation that fails after it was accepted is a `RequestFailed`; it travels inside a
+200 as `{error, category}`.
 """
 
 import re
@@ -27,11 +27,11 @@ Category = Literal["user", "server", "unknown"]
 
 
 class TwinkleError(Exception):
-    """Base of all errors with a message meant for a person.
+    """Base of all errors whose message is meant for people.
 
     Attributes:
         status: the HTTP status under which the error travels.
-        category: who can do something about it.
+        category: who can fix it.
     """
 
     status: ClassVar[int] = 500
@@ -43,49 +43,49 @@ class TwinkleError(Exception):
 
 
 class InvalidRequest(TwinkleError):
-    """The request can't be done as it stands; sending it again changes nothing."""
+    """The request is invalid; sending it again doesn't help."""
 
     status = 400
     category: Category = "user"
 
 
 class Unauthorized(TwinkleError):
-    """No API key, or one that this server doesn't know."""
+    """No API key, or an unknown one."""
 
     status = 401
     category: Category = "user"
 
 
 class QuotaReached(TwinkleError):
-    """The tenant, or the server, has as many or as much as it may; something has to go first."""
+    """A quota of the tenant or the server is used up; something must be deleted first."""
 
     status = 403
     category: Category = "user"
 
 
 class NotFound(TwinkleError):
-    """No such thing, as far as this tenant may know."""
+    """No such thing, as far as this tenant can see."""
 
     status = 404
     category: Category = "user"
 
 
 class Conflict(TwinkleError):
-    """The number that says which request this is was used before, for one that asks for something else."""
+    """The sequence id was used before, for a different request."""
 
     status = 409
     category: Category = "user"
 
 
 class Gone(TwinkleError):
-    """It was there, and has ended for good."""
+    """It existed, and has ended for good."""
 
     status = 410
     category: Category = "user"
 
 
 class TooLarge(TwinkleError):
-    """A body over a limit of the server."""
+    """A body over one of the server's limits."""
 
     status = 413
     category: Category = "user"
@@ -95,7 +95,7 @@ class LimitReached(TwinkleError):
     """A limit that waiting helps with.
 
     Attributes:
-        retry_after: seconds after which a new try makes sense.
+        retry_after: seconds until a retry makes sense.
     """
 
     status = 429
@@ -107,10 +107,10 @@ class LimitReached(TwinkleError):
 
 
 class Unavailable(TwinkleError):
-    """The server can't take the request just now, through no fault of the caller's.
+    """The server can't take the request right now, through no fault of the caller.
 
     Attributes:
-        retry_after: seconds after which a new try makes sense.
+        retry_after: seconds until a retry makes sense.
     """
 
     status = 503
@@ -121,7 +121,7 @@ class Unavailable(TwinkleError):
 
 
 class ServerFault(TwinkleError):
-    """Something broke on the server's side."""
+    """Something broke on the server."""
 
 
 class ConnectionFailed(TwinkleError):
@@ -129,10 +129,10 @@ class ConnectionFailed(TwinkleError):
 
 
 class RequestFailed(TwinkleError):
-    """An accepted operation that failed; what it would have changed is unchanged.
+    """An accepted operation failed, and changed nothing.
 
     Attributes:
-        request_id: the operation's id, or None where the failure never left the process.
+        request_id: the operation's id; None if the failure never left the process.
     """
 
     status = 200
@@ -148,7 +148,7 @@ _PATH = re.compile(r"(?<![\w:/.])(?:file://)?/[^\s'\"<>|:;,()]+")
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, without paths of this machine: those are for its log, and not for whoever asked."""
+    """An error's message without this machine's paths, which belong in its log and not in a reply."""
     return _PATH.sub("...", getattr(error, "strerror", None) or str(error))
 
 
@@ -168,7 +168,7 @@ _BY_STATUS: dict[int, type[TwinkleError]] = {
 
 
 def from_status(status: int, message: str, retry_after: float | None = None) -> TwinkleError:
-    """The error that an HTTP reply stands for; unknown 4xx are `InvalidRequest`, unknown 5xx `ServerFault`."""
+    """The error of an HTTP reply; unknown 4xx are `InvalidRequest`, unknown 5xx `ServerFault`."""
     if status == LimitReached.status:
         return LimitReached(message, retry_after if retry_after is not None else 1.0)
     if status == Unavailable.status:

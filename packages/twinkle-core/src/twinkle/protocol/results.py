@@ -1,14 +1,13 @@
-"""Results on their way: encoded once, whoever reads them, and as JSON for those who read nothing else."""
+"""Results for readers of something else than protobuf: as JSON, and as plain lists."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from pydantic_core import to_json
 
-from twinkle.protocol import codec
+from twinkle.protocol.codec import Encoded, decode_result
 from twinkle.protocol.types import (
     ForwardBackwardOutput,
     SampleResponse,
@@ -19,31 +18,10 @@ from twinkle.protocol.types import (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A result as it travels, in protobuf: encoded once, for whoever reads it.
-
-    Attributes:
-        kind: name of its type.
-    """
-
-    kind: Literal["ForwardBackwardOutput", "SampleResponse"]
-    body: bytes
-
-
-def encode_result(result: ForwardBackwardOutput | SampleResponse) -> Encoded:
-    if isinstance(result, SampleResponse):
-        return Encoded("SampleResponse", codec.encode_sample(result))
-    return Encoded("ForwardBackwardOutput", codec.encode_forward_backward_output(result))
-
-
-def decode_result(encoded: Encoded) -> ForwardBackwardOutput | SampleResponse:
-    decode = codec.decode_sample if encoded.kind == "SampleResponse" else codec.decode_forward_backward_output
-    return decode(encoded.body)
-
-
 def with_plain_rows(response: SampleResponse) -> SampleResponse:
-    """As a client is given it that reads it without an encoding in between: with lists instead of tables."""
+    """The result in the form that a client without an encoding in between (local mode) returns: lists instead of
+    tables.
+    """
 
     def plain(rows: Sequence[TopkRow] | None) -> Sequence[TopkRow] | None:
         return rows.rows() if isinstance(rows, TopkTable) else rows
@@ -53,8 +31,9 @@ def with_plain_rows(response: SampleResponse) -> SampleResponse:
 
 
 def result_as_json(encoded: Encoded) -> bytes:
-    """The result for those who ask for JSON; numbers that JSON has no word for are null."""
+    """The result as JSON; numbers that JSON can't represent are null."""
     result = decode_result(encoded)
+    assert isinstance(result, ForwardBackwardOutput | SampleResponse), "all others are sent as JSON"
     if isinstance(result, SampleResponse):
         fields: dict[str, object] = {
             "type": "sample",

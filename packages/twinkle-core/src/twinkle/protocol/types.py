@@ -1,7 +1,7 @@
 """The values that messages are made of: tensors, model inputs, datums, sampling and optimizer parameters.
 
-Names and defaults are those of the Tinker SDK, so that a loop written for one reads like a loop written for the
-other. Everything is immutable and holds numpy arrays; nothing here knows how it is encoded (see `codec`).
+Names and defaults are those of the Tinker SDK, so that a loop for one reads like a loop for the other. Everything is
+immutable and holds numpy arrays; encoding is in `codec`.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ MAX_TOKEN_ID = 2**31 - 1
 
 
 class Value(BaseModel):
-    """Base of the JSON values: immutable; fields that we don't know are passed over, as the SDK does."""
+    """Base of the JSON values: immutable; unknown fields are ignored, as in the SDK."""
 
     model_config = ConfigDict(
         frozen=True,
         arbitrary_types_allowed=True,
         extra="ignore",
         protected_namespaces=(),
-        # JSON has no number for what is infinite: "Infinity" and "NaN" as strings are read as such, by the SDK too.
+        # JSON has no infinite numbers: "Infinity" and "NaN" travel as strings, which the SDK reads too.
         ser_json_inf_nan="strings",
     )
 
 
 FROM_WIRE: Final = "from the wire"
-"""Validation context of what was received: names that we don't know yet are passed over there."""
+"""Validation context of received values, in which unknown names are ignored."""
 
 
 class Parameters(Value):
-    """Base of the values that people write: whatever is wrong with one is an `InvalidRequest`, a misspelt name too."""
+    """Base of the values that users write: anything wrong with one is an `InvalidRequest`, even a misspelt name."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -79,7 +79,7 @@ class Parameters(Value):
 
 
 def _as_wire_array(values: object, name: str) -> Array:
-    """Any array-like as float32 or int64, the two types of the wire.
+    """An array-like as float32 or int64, the two types of the wire.
 
     Raises:
         InvalidRequest: if the values are not numbers, or ragged.
@@ -97,13 +97,13 @@ def _as_wire_array(values: object, name: str) -> Array:
     raise InvalidRequest(f"{name}: expected numbers, got {array.dtype}")
 
 
-# Lists of these names are floats even where all their entries are whole numbers.
+# Lists under these names are floats even if all their entries are whole numbers.
 _FLOAT_INPUTS = frozenset({"weights", "advantages", "logprobs", "sequence_ratio_mask"})
 
 
 @dataclass(frozen=True, eq=False)
 class TensorData:
-    """A dense array as it travels.
+    """A dense array of the wire.
 
     Attributes:
         array: float32 or int64, any shape.
@@ -158,10 +158,10 @@ class SparseTensor:
     shape: tuple[int, int]
 
     def to_numpy(self, pad_value: float = 0) -> Array:
-        """The dense matrix, `pad_value` wherever nothing is listed.
+        """The dense matrix, with `pad_value` where no value is stored.
 
         Raises:
-            InvalidRequest: if rows and columns don't describe such a matrix.
+            InvalidRequest: if the rows and columns describe no such matrix.
         """
         self.check("tensor")
         dense = np.full(self.shape, pad_value, self.values.dtype)
@@ -175,14 +175,14 @@ class SparseTensor:
     def check(self, name: str) -> None:
         """
         Raises:
-            InvalidRequest: if rows and columns don't describe such a matrix; `name` is the field's.
+            InvalidRequest: if the rows and columns describe no such matrix; it names the field `name`.
         """
         rows, cols = self.crow_indices, self.col_indices
         if len(rows) != self.shape[0] + 1 or len(cols) != len(self.values):
             raise InvalidRequest(
                 f"{name}: a sparse tensor needs shape [rows, cols], rows + 1 row pointers and one column a value"
             )
-        # Within these bounds differences can't wrap around, and row counts add up to the number of values.
+        # Within these bounds differences can't overflow, and row counts add up to the number of values.
         in_bounds = rows.min() >= 0 and rows.max() <= len(cols)
         if not in_bounds or rows[0] != 0 or rows[-1] != len(cols) or (np.diff(rows) < 0).any():
             raise InvalidRequest(
@@ -195,9 +195,9 @@ class SparseTensor:
 
 
 class _FirstErrorEnds(FailFast):
-    """A list is read up to its first wrong entry: to describe each takes a thousand times the room of the list."""
+    """Stops at a list's first invalid entry: describing every one would take a thousand times the list's memory."""
 
-    def __hash__(self) -> int:  # members of a union must have one in Python 3.11
+    def __hash__(self) -> int:  # members of a union must be hashable in Python 3.11
         return hash(self.fail_fast)
 
 
@@ -210,9 +210,9 @@ class JsonTensor(Value):
     """A tensor inside a JSON body: dense, or sparse in compressed rows (CSR).
 
     Attributes:
-        data: the values in row-major order; of a sparse tensor only those that are listed.
-        shape: None is one-dimensional.
-        sparse_crow_indices: where each row begins in `data`, [rows + 1]; None is dense.
+        data: the values in row-major order; of a sparse tensor, only those stored.
+        shape: default: one-dimensional.
+        sparse_crow_indices: where each row begins in `data`, [rows + 1]; None if dense.
         sparse_col_indices: the column of each value.
     """
 
@@ -232,7 +232,7 @@ _NO_TOKENS: frozenset[type] = frozenset({str, bytes, list, tuple, dict, type(Non
 def _to_tokens(values: object) -> Int32Array:
     if isinstance(values, np.ndarray) and values.dtype == np.int32 and values.ndim == 1:
         return cast(Int32Array, values)
-    # As an array, texts would all take as much room as the longest.
+    # In an array, every string would take as much memory as the longest.
     if isinstance(values, list) and not _NO_TOKENS.isdisjoint(map(type, cast(list[object], values))):
         raise ValueError("tokens must be a flat list of integers")
     array: Array = np.asarray(values) if not isinstance(values, list) or values else np.zeros(0, np.int64)
@@ -278,7 +278,7 @@ Chunk: TypeAlias = Annotated[EncodedTextChunk | OtherChunk, Field(discriminator=
 
 
 class ModelInput(Value):
-    """What a model reads: chunks, one after the other."""
+    """A model's input: a sequence of chunks."""
 
     chunks: Annotated[list[Chunk], FailFast()] = Field(default_factory=list[Chunk])
 
@@ -287,7 +287,7 @@ class ModelInput(Value):
         """From token ids: a list, or an integer array [T].
 
         Raises:
-            InvalidRequest: if they are none; text is encoded by a Template first.
+            InvalidRequest: if they are not token ids; encode text with a Template first.
         """
         try:
             ids = _to_tokens(tokens)
@@ -309,7 +309,7 @@ class ModelInput(Value):
         """All token ids, int32 [T].
 
         Raises:
-            InvalidRequest: if there is a chunk that is not text.
+            InvalidRequest: if a chunk is not text.
         """
         texts: list[Int32Array] = []
         for chunk in self.chunks:
@@ -346,10 +346,10 @@ class Datum:
     """One sequence to train on.
 
     Attributes:
-        model_input: the tokens read, [T].
-        loss_fn_inputs: what the loss needs beside the log-probabilities, by name; for cross_entropy
-            `target_tokens` int64 [T] (the token that should follow each one read) and `weights` float32 [T]; both may
-            be [T, K], for K candidates at each position.
+        model_input: the input tokens, [T].
+        loss_fn_inputs: what the loss needs besides the log-probabilities, by name; for cross_entropy `target_tokens`
+            int64 [T] (the token that should follow each input token) and `weights` float32 [T]; both may be [T, K], for
+            K candidates at each position.
     """
 
     model_input: ModelInput
@@ -359,7 +359,7 @@ class Datum:
         """`loss_fn_inputs` may be lists, numpy arrays, torch tensors or TensorData.
 
         Raises:
-            InvalidRequest: naming an input that is no array of numbers.
+            InvalidRequest: naming an input that is not an array of numbers.
         """
         object.__setattr__(self, "model_input", model_input)
         object.__setattr__(self, "loss_fn_inputs", _to_tensors(loss_fn_inputs or {}))
@@ -373,10 +373,10 @@ class ForwardBackwardOutput:
     """Result of a training pass.
 
     Attributes:
-        loss_fn_outputs: one mapping a datum, in the order of the request; `logprobs` is float32, of the shape of
+        loss_fn_outputs: one mapping per datum, in the request's order; `logprobs` is float32 with the shape of
             `target_tokens`.
         metrics: `name:reduction` -> value over the whole request; `loss:sum` is always there.
-        loss_fn_output_type: free text, the name of what `loss_fn_outputs` holds.
+        loss_fn_output_type: free text that names what `loss_fn_outputs` holds.
     """
 
     loss_fn_outputs: list[dict[str, TensorData]]
@@ -389,9 +389,9 @@ class LoraConfig(Parameters):
 
     Attributes:
         rank: rank of the low-rank terms.
-        seed: the same seed gives the same initial adapter; None draws one.
+        seed: the same seed gives the same initial adapter; default: random.
         train_attn, train_mlp, train_unembed: which linear layers get a low-rank term.
-        alpha: the term is scaled by alpha / rank; None is the server's default of 32. (A Twinkle addition.)
+        alpha: the term is scaled by alpha / rank; default: the server's, 32. (A Twinkle addition.)
     """
 
     rank: int
@@ -406,7 +406,7 @@ class AdamParams(Parameters):
     """One AdamW step (Loshchilov & Hutter 2019, arXiv:1711.05101: decay is decoupled from the gradient).
 
     Attributes:
-        grad_clip_norm: the adapter's whole gradient is scaled down to this L2 norm; 0 is no clipping.
+        grad_clip_norm: the adapter's whole gradient is scaled down to this L2 norm; 0 disables clipping.
     """
 
     learning_rate: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
@@ -424,15 +424,16 @@ class SamplingParams(Parameters):
     """How to sample.
 
     Attributes:
-        max_tokens: most tokens to generate; None goes on to the model's context length.
-        seed: of the random numbers, which are the same whoever samples at the same time; None draws one. With the same
-            prompt and weights they give the same tokens on a server in float32 (but where a draw falls within rounding,
-            about 1e-6, of the next token). In bfloat16 or float16 logits are rounded by the shape of the batch, so
-            tokens differ now and then with the company; log-probabilities are always those of the tokens returned.
-        stop: strings, or token ids, that end a sequence (the stop token stays in the tokens, a stop string in the
-            text); None is the model's end-of-text tokens, `[]` is nothing at all.
+        max_tokens: most tokens to generate; default: up to the model's context length.
+        seed: of the random numbers, which don't depend on concurrent requests; default: random. With the same prompt
+            and weights they give the same tokens on a server in float32 (except where a draw falls within rounding,
+            about 1e-6, of the next token). In bfloat16 or float16 the rounding of logits depends on the batch's shape,
+            so tokens occasionally differ with the other requests in it; log-probabilities are always those of the
+            tokens returned.
+        stop: strings, or token ids, that end a sequence (a stop token is kept in the tokens, a stop string in the
+            text); default: the model's end-of-text tokens; `[]` disables all, end-of-text included.
         temperature: 0 is greedy.
-        top_k: sample among the k most likely tokens; -1 is all.
+        top_k: sample among the k most likely tokens; -1 means all.
         top_p: sample among the most likely tokens that together reach this probability.
     """
 
@@ -449,12 +450,12 @@ StopReason: TypeAlias = Literal["stop", "length"]
 TopkRow: TypeAlias = list[tuple[int, float]] | None
 
 EMPTY_LOGPROB: Final = -99999.0
-"""Of an empty cell of a top-k table, as on the wire."""
+"""An empty cell of a top-k table, as on the wire."""
 
 
 @dataclass(frozen=True, eq=False)
 class TopkTable(Sequence[TopkRow]):
-    """The likeliest tokens at each of n positions: a list of rows, held as two arrays.
+    """The k most likely tokens at each of n positions: a list of rows, held as two arrays.
 
     Attributes:
         token_ids: int32 [n, k].
@@ -466,7 +467,7 @@ class TopkTable(Sequence[TopkRow]):
 
     @classmethod
     def of(cls, rows: Sequence[TopkRow]) -> TopkTable:
-        """From rows of any lengths, or none."""
+        """From rows of any lengths, some of them None."""
         if isinstance(rows, TopkTable):
             return rows
         table = cls.empty(len(rows), max((len(row) for row in rows if row is not None), default=0))
@@ -481,7 +482,7 @@ class TopkTable(Sequence[TopkRow]):
 
     @classmethod
     def joined(cls, tables: Sequence[TopkTable]) -> TopkTable:
-        """One below the other; all have the same k."""
+        """The tables' rows in one table; all tables have the same k."""
         if not tables:
             return cls.empty(0, 0)
         return cls(
@@ -490,7 +491,7 @@ class TopkTable(Sequence[TopkRow]):
         )
 
     def rows(self) -> list[TopkRow]:
-        """As plain lists, which is what clients are given."""
+        """As plain lists, the form that clients return."""
         return list(self)
 
     @property
@@ -514,7 +515,7 @@ class TopkTable(Sequence[TopkRow]):
         return row or None
 
     def __eq__(self, other: object) -> bool:
-        """As a list of rows."""
+        """Compares as a list of rows."""
         return isinstance(other, Sequence) and list(self) == list(cast("Sequence[object]", other))
 
     __hash__ = None  # pyright: ignore
@@ -525,10 +526,10 @@ class SampledSequence:
     """One generated sequence.
 
     Attributes:
-        stop_reason: "stop" (a stop string or token came) or "length".
-        tokens: the generated token ids, a stop token included.
-        logprobs: one a token, under the distribution it was drawn from (temperature applied, before top_k/top_p).
-        topk_logprobs: for each token the k likeliest (token id, log-probability), if asked for.
+        stop_reason: "stop" (at a stop string or token) or "length".
+        tokens: the generated token ids, including a stop token.
+        logprobs: one per token, under the distribution it was drawn from (temperature applied, before top_k/top_p).
+        topk_logprobs: for each token the k most likely (token id, log-probability), if requested.
     """
 
     stop_reason: StopReason
@@ -539,10 +540,10 @@ class SampledSequence:
 
 @dataclass(frozen=True, eq=False)
 class PromptAltTokens:
-    """Draws from the model's next-token distribution at every position of a prompt after the first.
+    """Samples from the model's next-token distribution at every position of a prompt after the first.
 
     Attributes:
-        tokens: int64 [len(prompt) - 1, k]; row i holds alternatives to prompt token i + 1, drawn independently at the
+        tokens: int64 [len(prompt) - 1, k]; row i holds alternatives to prompt token i + 1, sampled independently at the
             request's temperature.
         logprobs: float32 [len(prompt) - 1, k], of those tokens under the untempered distribution.
     """
@@ -557,12 +558,12 @@ class SampleResponse:
 
     Attributes:
         sequences: `num_samples` of them.
-        prompt_logprobs: one a prompt token, None for the first (nothing comes before it); None if not asked for.
-        topk_prompt_logprobs: for each prompt token the k likeliest, None for the first.
-        prompt_cache_hit_tokens: prompt tokens whose keys and values were already there.
-        target_prompt_logprobs: log-probabilities of the token ids that were asked for at each position, float32
-            [len(prompt) - 1, K], 0 where none was; sparse if the request was.
-        prompt_alt_tokens: alternatives to the prompt's tokens, if asked for.
+        prompt_logprobs: one per prompt token, None for the first (it has no predecessor); None if not requested.
+        topk_prompt_logprobs: for each prompt token the k most likely, None for the first.
+        prompt_cache_hit_tokens: prompt tokens whose keys and values were cached.
+        target_prompt_logprobs: log-probabilities of the requested token ids at each position, float32 [len(prompt) - 1,
+            K], 0 where none was requested; sparse if the request was.
+        prompt_alt_tokens: alternatives to the prompt's tokens, if requested.
     """
 
     sequences: Sequence[SampledSequence]

@@ -1,6 +1,6 @@
 """Names of checkpoints: `twinkle://RUN/KIND/NAME`, `tinker://RUN/KIND/NAME`, or a bare `twinkle://NAME`.
 
-Both schemes mean the same. The bare form is the caller's newest checkpoint of that name.
+Both schemes mean the same. The bare form means the caller's newest checkpoint of that name.
 """
 
 import re
@@ -22,7 +22,7 @@ class CheckpointUri:
     """A checkpoint's name, parsed.
 
     Attributes:
-        name: the name given when it was saved.
+        name: as given when it was saved.
         run_id, kind: None in the bare form.
     """
 
@@ -37,7 +37,7 @@ class CheckpointUri:
 
 
 def check_name(name: str, field: str = "name") -> str:
-    """`name` itself, if it can name a checkpoint: a name is never a path.
+    """Return `name` if it is a valid checkpoint name; a name is never a path.
 
     Raises:
         InvalidRequest: with what is allowed.
@@ -69,5 +69,5 @@ def parse(uri: str, field: str = "path") -> CheckpointUri:
 
 
 def as_twinkle(uri: str) -> str:
-    """The same name under the twinkle:// scheme, for people to read."""
+    """The same name under the twinkle:// scheme, for display."""
     return "twinkle://" + uri.removeprefix("tinker://") if uri.startswith("tinker://") else uri

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a message, in words for a person."""
+"""Validation errors as sentences for people."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from twinkle.protocol.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_NAME: Final = 80
-"""Characters of a name that is not ours in a message."""
+"""Most characters of a foreign name in an error message."""
 
 _MAX_PROBLEMS = 8
 
 
 def describe_validation(error: ValidationError) -> str:
-    """What pydantic found, as one sentence a field."""
+    """The errors of a validation as one sentence per field."""
     problems: list[str] = []
     for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
         where = ".".join(str(part)[:MAX_NAME] for part in problem["loc"]) or "body"
         given = "" if problem["type"] == "missing" else f" (got {str(problem['input'])[:80]!r})"
-        said = problem["msg"].removeprefix("Value error, ")  # of a check of ours
+        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our own checks
         problems.append(f"{where}: {said}{given}")
     if error.error_count() > _MAX_PROBLEMS:
         problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
@@ -30,10 +30,10 @@ def describe_validation(error: ValidationError) -> str:
 
 
 def make(model: type[Model], **fields: object) -> Model:
-    """A message of what somebody gave.
+    """Build a message from a user's arguments.
 
     Raises:
-        InvalidRequest: naming each field that is wrong.
+        InvalidRequest: naming each invalid field.
     """
     try:
         return model(**fields)
@@ -42,7 +42,7 @@ def make(model: type[Model], **fields: object) -> Model:
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
-    """A sentence about a name that is none of those known, with the nearest of them."""
+    """A sentence about an unknown name, with the nearest of the known ones."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,8 +1,8 @@
-"""How good a completion is, as a number.
+"""Rewards: how good a completion is, as a number.
 
-A reward is any function of a completion and its dataset row (`Reward`). `mathematics` compares answers by way of
-`math_processes` (whose processes run `math_worker`), `formats` looks at the form, `combined` adds rewards up, and
-`grading` calls them for whole batches. What becomes of the numbers is the business of `twinkle.advantage`.
+A reward is any function of a completion and its dataset row (`Reward`). `mathematics` compares answers in
+`math_processes` (which run `math_worker`), `formats` checks the form, `combined` sums rewards, and `grading` applies
+them to whole batches. `twinkle.advantage` turns rewards into advantages.
 """
 
 from twinkle.reward.base import Reward

@@ -10,7 +10,7 @@ from twinkle.reward.base import Reward, score
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """The sum of weight * reward. Made by `combine`.
+    """The sum of weight * reward. Created by `combine`.
 
     Attributes:
         parts: rewards and their weights.
@@ -21,19 +21,19 @@ class WeightedSum:
     def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
         """
         Raises:
-            InvalidRequest: naming the part that raises, or returns no finite number.
+            InvalidRequest: naming the part that raises, or does not return a finite number.
         """
         return sum(weight * score(reward, completion, row) for reward, weight in self.parts)
 
 
 def combine(weights: Mapping[Reward, float] | Iterable[tuple[Reward, float]]) -> WeightedSum:
-    """One reward of several: `combine([(MathReward(), 1.0), (thinking_format(), 0.2)])`.
+    """Combine several rewards: `combine([(MathReward(), 1.0), (thinking_format(), 0.2)])`.
 
     Args:
-        weights: reward -> weight, or pairs of both. Weights may be negative, to punish.
+        weights: reward -> weight, or pairs of both. Negative weights are penalties.
 
     Raises:
-        InvalidRequest: if there is none, or one is no function.
+        InvalidRequest: if there is none, or one is not a function.
     """
     pairs = cast(Mapping[Reward, float], weights).items() if isinstance(weights, Mapping) else weights
     parts = tuple(pairs)

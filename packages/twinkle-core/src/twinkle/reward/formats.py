@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion, whatever it says."""
+"""Rewards for the form of a completion, regardless of its content."""
 
 import re
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 
 from twinkle.protocol.errors import InvalidRequest
 
-# Any text without a tag of thinking in it.
+# Any text without a thinking tag.
 _PLAIN = r"(?:(?!</?think>).)*"
 
 
 @dataclass(frozen=True)
 class FormatReward:
-    r"""1.0 where a regular expression matches the whole completion, else 0.0.
+    r"""1.0 if a regular expression matches the whole completion, else 0.0.
 
     Attributes:
-        pattern: as Python's `re` reads it; `.` also matches line breaks. Start and end need no anchors.
+        pattern: for Python's `re`; `.` also matches line breaks. Anchors are not needed.
 
     Raises:
-        InvalidRequest: if the pattern is no regular expression.
+        InvalidRequest: if the pattern is not a regular expression.
     """
 
     pattern: str
@@ -39,16 +39,16 @@ class FormatReward:
 
 
 def thinking_format(opened_in_prompt: bool = False) -> FormatReward:
-    """One `<think>...</think>`, then an answer that is not empty, and nothing else.
+    """One `<think>...</think>`, then a nonempty answer, and nothing else.
 
     Args:
-        opened_in_prompt: the prompt itself ends with `<think>`, as some models' templates have it, so that completions
-            begin inside.
+        opened_in_prompt: the prompt itself ends with `<think>`, as in some models' templates, so that completions begin
+            inside.
     """
     opening = "" if opened_in_prompt else r"\s*<think>"
     return FormatReward(rf"{opening}{_PLAIN}</think>\s*(?!</?think>)\S{_PLAIN}")
 
 
 def boxed_format() -> FormatReward:
-    r"""An answer in `\boxed{...}`, not empty, somewhere in the completion."""
+    r"""A nonempty answer in `\boxed{...}` anywhere in the completion."""
     return FormatReward(r".*\\boxed\{\s*[^\s}].*\}.*")

@@ -1,4 +1,4 @@
-"""Rewards of whole batches, with the place of whatever goes wrong."""
+"""Grades whole batches, and reports where an error occurred."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +11,10 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Float32Array
 from twinkle.reward.base import Reward, reward_name, score
 
-# Bars for what is done in a moment would only be noise.
+# A bar that appears for a moment would only be noise.
 _PROGRESS_DELAY_SECONDS = 1.0
 
-# How much of a completion a message shows.
+# Characters of a completion shown in error messages.
 _SHOWN_CHARACTERS = 60
 
 
@@ -26,16 +26,16 @@ def grade(
     Args:
         reward: a function of (completion, row).
         completions: N texts.
-        rows: N dataset rows, one a completion.
-        num_threads: how many completions are graded at once: for rewards that wait for something else, such as a model
-            that judges, and for `MathReward`. The reward must then bear being called from several threads.
+        rows: N dataset rows, one per completion.
+        num_threads: how many completions are graded at once: for rewards that wait, such as for a judge model, and for
+            `MathReward`. With several threads, the reward must be thread-safe.
 
     Returns:
         float32 [N].
 
     Raises:
-        InvalidRequest: naming completion and reward, if the reward raises or returns anything but a finite number; or
-            if there is not one row a completion.
+        InvalidRequest: naming completion and reward, if the reward raises or does not return a finite number; or if
+            there is not one row per completion.
     """
     texts = _texts("completions", completions)
     if len(rows) != len(texts):
@@ -48,20 +48,20 @@ def grade(
 def grade_groups(
     reward: Reward, groups: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]], num_threads: int = 1
 ) -> Float32Array:
-    """The reward of each completion of each prompt, as `grpo_advantages` takes it.
+    """The reward of each completion of each prompt, for `grpo_advantages`.
 
     Args:
         reward: a function of (completion, row).
-        groups: for each of P prompts its G completions.
-        rows: P dataset rows, one a prompt.
+        groups: the G completions of each of P prompts.
+        rows: P dataset rows, one per prompt.
         num_threads: as for `grade`.
 
     Returns:
         float32 [P, G].
 
     Raises:
-        InvalidRequest: naming prompt, sample and reward, if the reward raises or returns anything but a finite number;
-            or if groups differ in size, or there is not one row a prompt.
+        InvalidRequest: naming prompt, sample and reward, if the reward raises or does not return a finite number; or if
+            groups differ in size, or there is not one row per prompt.
     """
     if len(rows) != len(groups):
         raise InvalidRequest(

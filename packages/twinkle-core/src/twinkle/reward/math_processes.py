@@ -1,10 +1,10 @@
-"""Processes that compare mathematical answers, and can be given up at any moment.
+"""Processes that compare mathematical answers, and can be killed at any moment.
 
-`math_verify` ends what takes too long by a signal, which works in the main thread only, and not while a single huge
-power is computed. A process can be ended whatever it does. It keeps the library's messages to itself, too. Each thread
-that compares has one to itself meanwhile; idle ones are kept.
+`math_verify` has timeouts by signals, which work only in the main thread, and not while a single huge power is
+computed. A process can be killed whatever it does, and swallows the library's messages. Each comparing thread uses its
+own process; idle ones are kept.
 
-What an answer is, and when two are equal, is decided in `math_worker`.
+`math_worker` decides what an answer is, and when two are equal.
 """
 
 import atexit
@@ -23,7 +23,7 @@ Process: TypeAlias = "subprocess.Popen[str]"
 
 _WORKER = Path(__file__).with_name("math_worker.py")
 
-# The code with which a worker ends itself when its time is over.
+# A worker's exit code at its timeout.
 _TIME_IS_OVER = 1
 
 _idle: list[Process] = []
@@ -33,17 +33,17 @@ def compare(completion: str, truth: str, timeout_seconds: float) -> Verdict:
     """Whether the completion's final answer equals the true one.
 
     Returns:
-        "no truth" if there is no answer in `truth`; "unfinished" if it took too long or too much memory.
+        "no truth" if there is no answer in `truth`; "unfinished" if it took too much time or memory.
 
     Raises:
         InvalidRequest: if the library is not installed.
     """
     job = json.dumps([completion, truth, timeout_seconds])
-    for _ in range(2):  # a process may have been ended from outside: the next one is not to blame
+    for _ in range(2):  # the process may have been killed from outside, so try another
         process = _take()
         try:
             verdict = _ask(process, job)
-        except BaseException:  # Ctrl-C: its reply must not be taken for that to the next question
+        except BaseException:  # Ctrl-C: the pending reply must not be taken for the next one
             process.kill()
             _end(process)
             raise
@@ -56,7 +56,7 @@ def compare(completion: str, truth: str, timeout_seconds: float) -> Verdict:
 
 
 def _ask(process: Process, job: str) -> str:
-    """The reply, or nothing if the process has ended."""
+    """The reply; empty if the process has ended."""
     sink, source = _pipes(process)
     try:
         sink.write(job + "\n")
@@ -79,7 +79,7 @@ def _take() -> Process:
 
 
 def _start() -> Process:
-    # The folders that this process finds its modules in, so that it is the same library that is found.
+    # The same module path as here, so that the worker finds the same library.
     paths = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.Popen(
         [sys.executable, "-P", str(_WORKER)],
@@ -100,7 +100,7 @@ def _start() -> Process:
 
 
 def _end(process: Process) -> int:
-    """Close the pipes of a process, which ends it if it still waits for work; its exit code."""
+    """Close a process's pipes, which ends it if it is idle, and return its exit code."""
     for pipe in _pipes(process):
         with contextlib.suppress(OSError):
             pipe.close()
@@ -117,11 +117,11 @@ def _end_idle() -> None:
 
 
 def _forget_idle() -> None:
-    """In a process that was forked: these belong to the one it came from, which goes on talking to them."""
+    """After a fork: the idle processes belong to the parent, which still uses them."""
     for process in _idle:
         for pipe in _pipes(process):
             pipe.close()
-        process.returncode = 0  # or it would be waited for
+        process.returncode = 0  # else it would be waited for
     _idle.clear()
 
 

@@ -1,7 +1,7 @@
-"""The program that compares mathematical answers. It is run by its path and imports nothing of this package.
+"""The program that compares mathematical answers. It is run by its path and imports nothing from this package.
 
-It reads one job a line, `[completion, truth, timeout_seconds]` as JSON, and writes one line for each: "equal",
-"different" or "no truth". When a job's time is over it ends itself with code 1, whatever it is doing.
+It reads one job per line, `[completion, truth, timeout_seconds]` as JSON, and writes one line for each: "equal",
+"different" or "no truth". At a job's timeout it exits with code 1, whatever it is doing.
 """
 
 import faulthandler
@@ -14,37 +14,37 @@ import sys
 from decimal import Decimal
 from typing import Any, Final, cast
 
-# Beyond it, answers such as 9^(9^9) fail instead of taking the machine's memory.
+# With this limit, answers such as 9^(9^9) fail instead of exhausting the machine's memory.
 _MEMORY_BYTES = 2 * 1024**3
 
-# The library's own limits of time work by signals; `main` sets one that always works.
+# The library's own timeouts use signals; `main` sets one that always works.
 _NO_TIMEOUT = 0
 
-# Truths without any of these are formulas as they stand.
+# Truths without any of these are plain formulas.
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
-# 6.63e-34, which the library reads as 6.63 times Euler's number, minus 34.
+# Scientific notation: the library reads 6.63e-34 as 6.63 times Euler's number, minus 34.
 _SCIENTIFIC: Final = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d{1,3})(?![\w^{]|\.\d)")
 
-# To how many decimals the library compares, and to how many digits where a number is smaller than 1.
+# Decimals to which the library compares, and significant digits for numbers below 1.
 _DIGITS: Final = 6
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     quiet = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout = sys.stderr = quiet  # what libraries print is no reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the business of who started this
+    sys.stdout = sys.stderr = quiet  # libraries' output must not be taken for a reply
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _limit_memory()
     try:
-        judge("1", "1")  # imports what the first job would have to wait for
+        judge("1", "1")  # does the slow imports before the first job
     except ImportError as error:
         print(f"{type(error).__name__}: {error}", file=replies, flush=True)
         return
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         completion, truth, timeout_seconds = json.loads(line)
-        # A timer in C, which needs neither the interpreter nor its lock.
+        # A C timer, which needs neither the interpreter nor its lock.
         faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=quiet)
         verdict = judge(completion, truth)
         faulthandler.cancel_dump_traceback_later()

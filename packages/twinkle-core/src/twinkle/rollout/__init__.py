@@ -1,11 +1,11 @@
-"""What a model samples, on its way back into training: groups of answers, turns with tools, scores of sequences.
+"""From samples to training data: groups of answers, multi-turn conversations with tools, scores of sequences.
 
-Works over the sampling clients of both SDKs: with Tinker's, pass its `types` (`from tinker import types`).
+Works with the sampling clients of both SDKs: with Tinker's, pass its `types` (`from tinker import types`).
 """
 
+from twinkle.rollout.groups import sample_groups, score
 from twinkle.rollout.multi_turn import Respond, sample_turns
 from twinkle.rollout.rollouts import Rollout, to_training_data
-from twinkle.rollout.sampling import sample_groups, score
 from twinkle.rollout.tools import Tool, call_tools
 
 __all__ = [

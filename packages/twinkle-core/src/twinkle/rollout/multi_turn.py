@@ -1,8 +1,7 @@
-"""Conversations of several turns in which the model calls tools, or somebody else answers it.
+"""Multi-turn conversations in which the model calls tools, or an environment responds.
 
-What the model sampled is never tokenised again: the tokens of what others say are put behind it, so that each sampled
-token keeps the log-probability it was drawn with. All conversations that are still going on take their next turn
-together.
+Sampled tokens are never tokenised again: the tokens of other messages are appended to them, so each sampled token keeps
+the log-probability it was drawn with. All ongoing conversations take their next turn together.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ from tqdm import tqdm
 from twinkle.data_format import Message, Trajectory, Types
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.clients import Result, Sampler
-from twinkle.rollout.rollouts import Rollout
-from twinkle.rollout.sampling import (
+from twinkle.rollout.groups import (
     PROGRESS_DELAY_SECONDS,
     encode_prompt,
     require_sampler,
     sampled_arrays,
 )
+from twinkle.rollout.protocols import Result, Sampler
+from twinkle.rollout.rollouts import Rollout
 from twinkle.rollout.tools import Tool, as_tools, call_tools
 from twinkle.template import Template
 
 
 class Respond(Protocol):
-    """Who answers the model: a user simulator, an environment, a game."""
+    """Responds to the model: a user simulator, an environment, a game."""
 
     def __call__(self, rollout: Rollout, conversation: Mapping[str, Any], /) -> Sequence[Message] | None:
-        """The messages that follow the model's last turn; an empty list, or None, ends the conversation.
+        """Return the messages that follow the model's last turn; an empty list, or None, ends the conversation.
 
-        It is not asked about a turn that calls a tool, nor about one that was cut off.
+        Not called for turns that call a tool or were cut off.
 
         Args:
-            rollout: all so far; `rollout.messages[-1]` is the model's last turn.
-            conversation: the row that it began with.
+            rollout: everything so far; `rollout.messages[-1]` is the model's last turn.
+            conversation: the original row.
         """
         ...
 
@@ -60,24 +59,24 @@ def sample_turns(
     types: Types = core_types,
     **sampling_params: Any,
 ) -> list[list[Rollout]]:
-    """`group_size` whole conversations from each beginning.
+    """Sample `group_size` whole conversations from each beginning.
 
     A conversation ends when the model neither calls a tool nor gets a response, when a turn is cut off at `max_tokens`,
-    after `max_turns` turns of the model, or before it would grow beyond `max_length`.
+    after `max_turns` model turns, or before it would exceed `max_length`.
 
     Args:
-        conversations: rows with `messages` that end where the assistant is to speak; `tools` are added to each.
+        conversations: rows with `messages` that end before an assistant turn; `tools` are added to each.
         tools: functions that the model may call (see `Tool.from_function`), or Tools.
-        respond: who else answers; asked for turns that call no tool.
-        max_tokens: of one turn.
-        max_length: of a whole conversation, in tokens; None lets the server say when the context is full.
+        respond: responds to turns that call no tool.
+        max_tokens: of each turn.
+        max_length: of a whole conversation, in tokens; default: until the server says that the context is full.
         seed, temperature, types, sampling_params: as in `sample_groups`.
 
     Returns:
         A list for each conversation.
 
     Raises:
-        InvalidRequest: if a conversation can't be rendered, or a number is out of its range.
+        InvalidRequest: if a conversation can't be rendered, or a number is out of range.
     """
     for name, value in (("group_size", group_size), ("max_turns", max_turns)):
         if value < 1:
@@ -107,8 +106,8 @@ def _take_turns(
     params: Mapping[str, Any],
     seed: int | None,
 ) -> None:
-    """One more turn of the model in each conversation. Those with the same tokens so far, as all of a group have at
-    first, are one request.
+    """Take one more model turn in each conversation. Those with equal tokens so far, as in a new group, share a
+    request.
     """
     together: dict[bytes, list[_State]] = {}
     for state in states:
@@ -125,13 +124,13 @@ def _take_turns(
 
 @dataclass
 class _State:
-    """A conversation that grows.
+    """An ongoing conversation.
 
     Attributes:
-        conversation: the row it began with, tools included.
-        rollout: all so far.
+        conversation: the original row, with tools.
+        rollout: everything so far.
         sampled: the tokens of the model's last turn.
-        problems: what could not be read of it.
+        problems: problems: parsing problems of that turn.
     """
 
     conversation: dict[str, Any]
@@ -140,7 +139,7 @@ class _State:
     problems: Sequence[str] = ()
 
     def take_turn(self, template: Template, sequence: Any) -> None:
-        """Put what the model sampled behind the rest."""
+        """Append a sampled turn."""
         before = self.rollout
         tokens, is_sampled, logprobs = sampled_arrays(before.tokens, sequence)
         known = len(before.tokens)
@@ -159,7 +158,7 @@ class _State:
         )
 
     def is_answered(self, template: Template, tools: Mapping[str, Tool], respond: Respond | None) -> bool:
-        """Put the answers to the model's last turn behind it; False if there are none, and all is said."""
+        """Append the answers to the model's last turn; False if there are none, and the conversation has ended."""
         rollout = self.rollout
         if rollout.stop_reason != "stop":
             return False
@@ -185,7 +184,7 @@ class _State:
 def _beginnings(
     template: Template, row: Trajectory | Mapping[str, Any], schemas: list[dict[str, Any]], i: int, count: int
 ) -> list[_State]:
-    """The same conversation `count` times over."""
+    """`count` copies of the same conversation."""
     conversation = {**row, "tools": schemas} if schemas else {**row}
     prompt = encode_prompt(template, conversation, i)
     rollout = Rollout(
@@ -204,9 +203,7 @@ def _responses(respond: Respond, rollout: Rollout, conversation: Mapping[str, An
     name = getattr(respond, "__name__", type(respond).__name__)
     try:
         answers = respond(rollout, conversation)
-    except (
-        Exception
-    ) as error:  # a user's function: whatever it raises, what it was asked about is to be known
+    except Exception as error:  # a user's function may raise anything, and the user needs to know for what
         raise InvalidRequest(
             f"respond: {name} raised {type(error).__name__}: {error}; it was asked about {rollout.completion[:80]!r}, "
             "and is called as respond(rollout, conversation)"

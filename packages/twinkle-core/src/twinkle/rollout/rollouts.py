@@ -1,4 +1,4 @@
-"""A rollout: a prompt and what came of it, token by token, and how it becomes training data."""
+"""Rollouts, token by token, and their conversion to training data."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from twinkle.data_format import Message, Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
 
-# What each loss reads beside tokens, log-probabilities and advantages.
+# Inputs of each loss besides tokens, log-probabilities and advantages.
 _LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A prompt, and what was said after it by the model and by others.
+    """A prompt, followed by turns of the model and others.
 
     Attributes:
-        tokens: the whole text, int64 [T]. What the model sampled is in it as it was sampled.
-        is_sampled: which of them the model sampled, bool [T].
-        logprobs: of the sampled tokens, as the sampler gave them; 0 elsewhere; float32 [T].
-        messages: the same as a conversation.
-        completion: the text of the model's last turn, without what ends it.
+        tokens: the whole text, int64 [T], with the model's tokens exactly as sampled.
+        is_sampled: which of these the model sampled, bool [T].
+        logprobs: of the sampled tokens, from the sampler; 0 elsewhere; float32 [T].
+        messages: the rollout as a conversation.
+        completion: the text of the model's last turn, without its end.
         stop_reason: of the last turn: "stop", or "length" if it was cut off.
-        num_turns: how often the model spoke.
-        problems: what could not be read in its turns, such as a tool call that is no JSON.
+        num_turns: number of model turns.
+        problems: parsing problems of its turns, such as a tool call that is not JSON.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -43,12 +43,12 @@ class Rollout:
 
     @property
     def num_sampled(self) -> int:
-        """How many tokens the model sampled."""
+        """Number of sampled tokens."""
         return int(self.is_sampled.sum())
 
     @property
     def sampled_logprobs(self) -> npt.NDArray[np.float32]:
-        """Of the sampled tokens alone, float32 [num_sampled]."""
+        """Log-probabilities of only the sampled tokens, float32 [num_sampled]."""
         return self.logprobs[self.is_sampled]
 
 
@@ -58,17 +58,18 @@ def to_training_data(
     loss_fn: str = "importance_sampling",
     types: Types = core_types,
 ) -> list[Any]:
-    """The datums for a loss over what the model sampled. Rollouts whose advantages are all 0 teach nothing: left out.
+    """The datums for a loss over the sampled tokens. Rollouts whose advantages are all 0 have no effect and are
+    dropped.
 
     Args:
-        rollouts: a list of them, or of groups.
-        advantages: one for each rollout, [N] or [groups, group size]; or for each rollout its tokens' own, float
+        rollouts: a list of rollouts, or of groups of rollouts.
+        advantages: one per rollout, [N] or [groups, group size]; or one per sampled token of each rollout, float
             [num_sampled].
         loss_fn: importance_sampling, ppo, cispo, dro or gspo.
-        types: the client's.
+        types: the client's module of types.
 
     Returns:
-        Datums of `model_input` [T - 1] and, for each position, what `loss_fn` reads: `target_tokens`, `logprobs`,
+        Datums of `model_input` [T - 1] and, for each position, the inputs of `loss_fn`: `target_tokens`, `logprobs`,
         `advantages` (0 where the next token was not sampled), and for gspo `sequence_ratio_mask`.
 
     Raises:
@@ -117,7 +118,7 @@ def _flat(rollouts: Sequence[Rollout] | Sequence[Sequence[Rollout]]) -> list[Rol
 def _of_each(
     advantages: npt.ArrayLike | Sequence[npt.ArrayLike], count: int
 ) -> list[npt.NDArray[np.float64]]:
-    """What belongs to each rollout: a number, or an array over its sampled tokens."""
+    """The advantages of each rollout: a number, or an array over its sampled tokens."""
     if isinstance(advantages, np.ndarray) or not isinstance(advantages, Sequence):
         values = [np.asarray(each, np.float64) for each in np.asarray(advantages, np.float64).ravel()]
     else:

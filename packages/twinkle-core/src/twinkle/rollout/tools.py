@@ -1,6 +1,6 @@
-"""Functions that a model may call: their JSON schemas, and what becomes of a call.
+"""Functions that a model may call: their JSON schemas, and the results of calls.
 
-Whatever goes wrong with a call is told to the model as the call's result, since to see its mistakes is how it learns.
+Errors of a call are returned to the model as the call's result, so that it can learn from its mistakes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _JSON_TYPES: dict[object, str] = {
 
 @dataclass(frozen=True)
 class Tool:
-    """A function with what the model is told of it.
+    """A function and its schema for the model.
 
     Attributes:
-        schema: as chat templates take it, `{"type": "function", "function": {name, description, parameters}}`.
-        function: is called with the arguments by name; what it returns is shown to the model, as text or JSON.
+        schema: as for chat templates, `{"type": "function", "function": {name, description, parameters}}`.
+        function: called with keyword arguments; the model sees its result as text or JSON.
     """
 
     schema: dict[str, Any]
@@ -40,15 +40,15 @@ class Tool:
 
     @property
     def name(self) -> str:
-        """What the model calls it."""
+        """The name by which the model calls it."""
         return self.schema["function"]["name"]
 
     @classmethod
     def from_function(cls, function: Callable[..., Any]) -> Tool:
-        """By a function's name, its annotations and the first paragraph of its docstring.
+        """Create a tool from a function's name, annotations and the first paragraph of its docstring.
 
         Raises:
-            InvalidRequest: if a parameter has no annotation, or one that JSON has no type for.
+            InvalidRequest: if a parameter has no annotation, or one without a JSON type.
         """
         name = getattr(function, "__name__", type(function).__name__)
         hints = get_type_hints(function)
@@ -73,7 +73,7 @@ class Tool:
         )
 
     def call(self, arguments: Mapping[str, Any]) -> str:
-        """What the model is shown: the result, or what was wrong with the call."""
+        """The text for the model: the result, or the error."""
         wanted = self.schema["function"]["parameters"]
         missing = [name for name in wanted.get("required", []) if name not in arguments]
         unknown = [name for name in arguments if name not in wanted["properties"]]
@@ -84,7 +84,7 @@ class Tool:
             return f"Error: {self.name}: {'; '.join(wrong)}; it takes {', '.join(wanted['properties'])}"
         try:
             result = self.function(**arguments)
-        except Exception as error:  # a user's function, called with whatever a model made up
+        except Exception as error:  # a user's function, called with arguments that a model made up
             return f"Error: {self.name}: {type(error).__name__}: {error}"
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
@@ -93,7 +93,7 @@ def as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
     """Tools by name.
 
     Raises:
-        InvalidRequest: if two have the same.
+        InvalidRequest: if two tools have the same name.
     """
     by_name: dict[str, Tool] = {}
     for each in tools:
@@ -105,10 +105,10 @@ def as_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
 
 
 def call_tools(tools: Mapping[str, Tool], message: Message, problems: Sequence[str] = ()) -> list[Message]:
-    """The answers to all calls of an assistant's message, in their order; none if it calls nothing.
+    """The answers to all calls of an assistant message, in order; empty if there are none.
 
     Args:
-        problems: what could not be read of the message: it is told to the model.
+        problems: parsing problems of the message, which are reported to the model.
     """
     answers: list[Message] = []
     for call in message.get("tool_calls") or []:

@@ -1,6 +1,6 @@
-"""A training run as the client sees it: its metrics on disk, its progress, where to go on, and its curves.
+"""A training run on the client's side: metrics on disk, progress, resuming, and plots.
 
-The server knows runs of its own (adapters, see `RestClient`); these are folders on the client's side.
+The server has runs of its own (adapters, see `RestClient`); these are local folders.
 """
 
 from twinkle.runs.plot import plot_runs

@@ -1,4 +1,4 @@
-"""Curves of runs as a PNG, by matplotlib (`twinkle-core[plot]`)."""
+"""Plots the metrics of runs with matplotlib (`twinkle-core[plot]`)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def plot_runs(
 
     Args:
         directories: folders of runs, or one.
-        path: of the picture; the ending says its format.
-        metrics: which; None is all that any of the runs has.
-        smoothing: 0 draws what was logged; towards 1, an exponential moving average with this much of the past in it,
-            beside what was logged in pale.
+        path: of the image; the suffix determines its format.
+        metrics: default: all that any of the runs has.
+        smoothing: 0 draws the logged values; above 0, also their exponential moving average with this weight of the
+            past, over the pale logged values.
 
     Returns:
         `path`.
 
     Raises:
         NotFound: if a folder has no metrics.
-        InvalidRequest: if no run has the metric, a number is out of its range, or matplotlib is not installed.
+        InvalidRequest: if no run has the metric, a number is out of range, or matplotlib is not installed.
     """
     if not 0 <= smoothing < 1:
         raise InvalidRequest(f"smoothing: {smoothing}; allowed are numbers from 0 up to, not including, 1")
@@ -59,7 +59,7 @@ def plot_runs(
 
 
 def smoothed(values: Sequence[float], smoothing: float) -> list[float]:
-    """Exponential moving average, corrected for its beginning (Kingma & Ba 2015, arXiv:1412.6980, section 3)."""
+    """Exponential moving average, bias-corrected (Kingma & Ba 2015, arXiv:1412.6980, section 3)."""
     averages: list[float] = []
     average = 0.0
     for count, value in enumerate(values, start=1):
@@ -74,7 +74,7 @@ def _new_figure(panels: int) -> Any:
     except ImportError as error:
         raise InvalidRequest("plotting needs matplotlib: pip install 'twinkle-core[plot]'") from error
     rows = -(-panels // _COLUMNS)
-    # A figure of its own, without pyplot: nothing global, no window.
+    # Without pyplot: no global state, no window.
     return module.Figure(figsize=(5.5 * min(panels, _COLUMNS), 3.4 * rows), layout="constrained", dpi=120)
 
 
@@ -85,7 +85,7 @@ def _draw(axes: Any, name: str, runs: Mapping[str, list[dict[str, Any]]], smooth
             continue
         steps, values = zip(*points, strict=True)
         colour = f"C{number % 10}"
-        # A single value is a point: a line would not be seen.
+        # A single value is drawn as a point, since a line would be invisible.
         style = {"color": colour, "marker": "o" if len(points) == 1 else None}
         if smoothing:
             axes.plot(steps, values, color=colour, alpha=0.25)

@@ -1,21 +1,21 @@
-"""What can be told of the program that runs: whether it would take an option."""
+"""Finds out whether the running program would accept an option."""
 
 import re
 import sys
 from pathlib import Path
 from typing import Final
 
-# Libraries, and what is in Python itself, by which a program gets at its arguments.
+# Libraries and modules by which programs read their arguments.
 _READERS: Final = re.compile(
     r"\bargv\b|argparse|ArgumentParser|\b(getopt|optparse|click|typer|fire|tyro|chz|docopt|absl|hydra|draccus)\b"
 )
 
 
 def takes_option(option: str) -> bool:
-    """Whether the program that runs can be started again with `option`, such as "--resume".
+    """Whether the running program can be started again with `option`, such as "--resume".
 
-    Only a script that shows that it can't, and a notebook or a prompt, are told apart from the rest: of a program that
-    was installed, or started by `-m`, nothing is known.
+    False only for scripts that visibly don't read it, notebooks and prompts; nothing is known about programs that were
+    installed, or started with `-m`.
     """
     main = sys.modules.get("__main__")
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules:

@@ -24,12 +24,12 @@ STATE: Final = "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run can go on.
+    """Where a run can resume.
 
     Attributes:
-        step: steps that are in the checkpoint.
+        step: steps contained in the checkpoint.
         checkpoint: `twinkle://` path of weights and optimizer.
-        dataloader: its `state_dict()` behind the last of those steps.
+        dataloader: its `state_dict()` after the last of those steps.
     """
 
     step: int
@@ -38,16 +38,16 @@ class RunState:
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What a run has logged, a dict a step, first to last.
+    """The metrics that a run has logged, one dict per step, in order.
 
-    A last line that was not finished, as after a crash, is left out.
+    An incomplete last line, as after a crash, is ignored.
 
     Args:
         directory: the run's folder, or its metrics.jsonl.
 
     Raises:
         NotFound: if there are no metrics.
-        InvalidRequest: naming the line that is no JSON object with a step.
+        InvalidRequest: naming the line that is not a JSON object with a step.
     """
     path = Path(directory)
     path = path / METRICS if path.is_dir() else path
@@ -69,7 +69,7 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def keep_metrics_through(directory: Path, step: int) -> None:
-    """Forget what was logged for later steps: they are done again."""
+    """Remove the metrics of later steps, which will be repeated."""
     if (directory / METRICS).is_file():
         rows = [row for row in read_metrics(directory) if row["step"] <= step]
         write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
@@ -78,7 +78,7 @@ def keep_metrics_through(directory: Path, step: int) -> None:
 def read_state(directory: Path) -> RunState:
     """
     Raises:
-        NotFound: if the run has no state to go on from.
+        NotFound: if the run has no state to resume from.
         InvalidRequest: if it can't be read.
     """
     path = directory / STATE
@@ -92,22 +92,22 @@ def read_state(directory: Path) -> RunState:
 
 
 def write_state(directory: Path, state: RunState) -> None:
-    """Exchange the state for a newer one, wholly or not at all."""
+    """Replace the state atomically."""
     write_whole(directory / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as they are kept; what JSON has no form for becomes text."""
+    """Hyperparameters as JSON values; anything else becomes text."""
     return json.loads(json.dumps(dict(config), default=str))
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Keep the hyperparameters."""
+    """Save the hyperparameters."""
     write_whole(directory / CONFIG, json.dumps(as_json(config), indent=1) + "\n")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The hyperparameters that were kept; none if there are none that can be read."""
+    """The saved hyperparameters; empty if there are none, or they can't be read."""
     try:
         return dict(json.loads((directory / CONFIG).read_text("utf-8")))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that nobody ever sees half of it."""
+    """Write a file atomically: under another name, then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

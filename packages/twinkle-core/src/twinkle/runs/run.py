@@ -1,4 +1,4 @@
-"""A run: the steps of a training loop with a progress bar, what is logged, and what becomes of an interruption."""
+"""A run: the steps of a training loop with a progress bar, logging, and resuming after interruptions."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from twinkle.verbs.training import TrainingClient
 T = TypeVar("T")
 
 INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended."""
+"""Exit code after Ctrl-C."""
 
-# Steps whose numbers may still be on their way while the next one begins: enough to keep a server busy, and few enough
-# for the progress bar to tell what is done, and for Ctrl-C not to wait for long.
+# Steps that may be in flight when the next one begins: enough to keep a server busy, and few enough that the progress
+# bar shows what is done and Ctrl-C doesn't wait for long.
 MAX_STEPS_AHEAD = 2
 
 
 class Saves(Protocol):
-    """The part of a training client that a run uses; Tinker's has it too."""
+    """The part of a training client that a run uses, which Tinker's has too."""
 
     def save_state(self, name: str, ttl_seconds: int | None = None, overwrite: bool = False) -> Any: ...
 
 
 class Run:
-    """A training run seen from the client, and its folder.
+    """A training run on the client's side, and its folder.
 
         with Run("my-run", resume=args.resume) as run:
             client = run.create_training_client(service_client, base_model=MODEL, rank=16)
@@ -54,19 +54,19 @@ class Run:
                 client.optim_step(learning_rate=1e-4)
                 run.log(loss=passed.then(lambda output: output.metrics["loss:sum"]))
 
-    Ctrl-C lets the step that is under way end, saves, says how to go on, and ends the program; a second one ends it at
-    once. A resumed run goes on with the batch after the last one that was trained. A loop that is left by `break` has
-    come to its end.
+    Ctrl-C lets the current step finish, saves, prints how to resume, and ends the program; a second one ends it at
+    once. A resumed run continues with the batch after the last one trained. Leaving the loop by `break` counts as
+    finishing the run.
 
     Args:
         name: of the run; its folder is `root/NAME-DATE-TIME`.
         root: folder of all runs.
-        resume: the folder of a run to go on with, None for a new one.
-        config: hyperparameters, kept in config.json.
+        resume: the folder of a run to resume; default: a new run.
+        config: hyperparameters, saved in config.json.
         tensorboard: also write event files (`twinkle-core[tensorboard]`).
-        wandb: project of Weights & Biases to log to as well (`twinkle-core[wandb]`).
-        resume_option: option of the program that takes the folder, for the message that says how to go on. Where the
-            program reads none, the message says what to write instead.
+        wandb: Weights & Biases project to log to as well (`twinkle-core[wandb]`).
+        resume_option: the program's option for the folder, for the message on how to resume. If the program reads none,
+            the message says what to write instead.
 
     Raises:
         NotFound: if there is nothing to resume in that folder.
@@ -87,7 +87,7 @@ class Run:
         if not name or Path(name).name != name or name.startswith("."):
             raise InvalidRequest(f"name: {name!r} can't name a folder; use letters, digits, - and _")
         self.state: RunState | None = None
-        """Where the run goes on, if it is a resumed one."""
+        """Where the run resumes, if it does."""
         if resume is not None:
             self.directory = Path(resume)
             self.state = records.read_state(self.directory)
@@ -99,7 +99,7 @@ class Run:
             records.write_config(self.directory, config or {})
         """The run's folder."""
         self.step = 0 if self.state is None else self.state.step
-        """Steps that are done; in a loop over `steps`, the number of the step under way, from 0."""
+        """Finished steps; in a loop over `steps`, the number of the current step, from 0."""
         self._in_step = False
         self._is_finished = False
         self._name = name
@@ -120,10 +120,10 @@ class Run:
     def create_training_client(
         self, service_client: ServiceClientBase, base_model: str, **lora: Any
     ) -> TrainingClient:
-        """A new adapter; or, in a resumed run, the one that goes on from the run's checkpoint, optimizer and all.
+        """A client for a new adapter; or, in a resumed run, for the run's checkpoint, optimizer included.
 
         Args:
-            lora: rank, seed and so on, as `ServiceClient.create_lora_training_client` takes them.
+            lora: rank, seed and so on, as for `ServiceClient.create_lora_training_client`.
         """
         if self.state is None:
             return service_client.create_lora_training_client(base_model, **lora)
@@ -140,20 +140,20 @@ class Run:
         max_steps: int | None = None,
         save_every: int | None = None,
     ) -> Iterator[tuple[int, list[T]]]:
-        """(number, batch) of each step that is still to be done, with a progress bar.
+        """Yield (number, batch) of each remaining step, with a progress bar.
 
-        Where a step logs something that is `Pending`, at most two steps are under way when the next one begins.
+        If steps log `Pending` values, at most two steps are in flight when the next one begins.
 
         Args:
-            dataloader: where batches come from. On resuming it is put where it was.
-            training_client: whose state is saved.
-            epochs: passes over the data; None goes on until `max_steps`.
-            max_steps: steps in all, those before an interruption included; None ends with the epochs.
-            save_every: save the state each so many steps, so that a run can be resumed after a crash as well. Two
-                checkpoints a run are kept, in turn.
+            dataloader: source of the batches; its position is restored on resuming.
+            training_client: the client whose state is saved.
+            epochs: passes over the data; default: until `max_steps`.
+            max_steps: total steps, including those before an interruption; default: until the end of the epochs.
+            save_every: also save the state every so many steps, to be able to resume after a crash. A run keeps two
+                checkpoints, alternately overwritten.
 
         Raises:
-            InvalidRequest: if neither limit is given, or the dataloader is not as it was.
+            InvalidRequest: if neither limit is given, or the dataloader differs from the interrupted run's.
         """
         self._put_in_place(dataloader, epochs, max_steps)
         total = _total(dataloader, epochs, max_steps)
@@ -167,7 +167,7 @@ class Run:
                 self._in_step = True
                 try:
                     yield self.step, batch
-                except GeneratorExit:  # the loop was left by `break`: that is its end
+                except GeneratorExit:  # the loop was left by `break`, which ends it
                     self._is_finished = True
                     raise
                 self._in_step = False
@@ -187,7 +187,7 @@ class Run:
         self._is_finished = True
 
     def _put_in_place(self, dataloader: DataLoader[Any], epochs: int | None, max_steps: int | None) -> None:
-        """Check what the loop is to go over, and move it to where a resumed run was."""
+        """Check the dataloader, and restore its position in a resumed run."""
         if not isinstance(cast(object, dataloader), DataLoader):
             raise InvalidRequest(
                 f"dataloader: {type(dataloader).__name__} is no DataLoader, whose place can be kept; to accumulate, "
@@ -203,7 +203,7 @@ class Run:
             )
 
     def _save(self, training_client: Saves, dataloader: DataLoader[Any]) -> None:
-        # Two names in turn: until state.json names the newer checkpoint, the older one is there.
+        # Two alternating names: the older checkpoint exists until state.json names the newer one.
         name = f"{self.directory.name}-{'ab'[self._saves % 2]}"
         self._saves += 1
         saved = training_client.save_state(name, overwrite=True).result()
@@ -234,14 +234,14 @@ class Run:
     # ------------------------------------------------------------ metrics
 
     def log(self, **metrics: SupportsFloat | Pending[float]) -> None:
-        """Record numbers of the step that is under way, and show them beside the progress bar.
+        """Record metrics of the current step, and show them beside the progress bar.
 
-        A `Pending` is written when it is there, so that logging makes no loop wait. Steps are numbered from 1 in the
-        records; what is logged before the first is of step 0, what is logged after the last is of the last.
+        A `Pending` is written once it is done, so logging never blocks the loop. Steps are numbered from 1 in the
+        records; metrics logged before the first belong to step 0, those after the last to the last.
 
         Raises:
             TwinkleError: if an earlier `Pending` failed.
-            InvalidRequest: if something is no number.
+            InvalidRequest: if a value is not a number.
         """
         self._waiting.append((self.step + self._in_step, dict(metrics)))
         self._write_what_is_there()
@@ -258,7 +258,7 @@ class Run:
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         for sink in self._sinks:
             sink.write(step, numbers)
-        if step != self._shown_step:  # numbers of an earlier step are not this one's
+        if step != self._shown_step:  # don't show an earlier step's metrics as this one's
             self._shown, self._shown_step = {}, step
         self._shown |= {name: f"{value:.4g}" for name, value in numbers.items()}
         if self._bar is not None:
@@ -267,10 +267,10 @@ class Run:
     # ------------------------------------------------------------ end
 
     def close(self) -> None:
-        """Write what is still waiting, and close the files. After all steps there is nothing left to resume.
+        """Write pending metrics, and close the files. After all steps there is nothing left to resume.
 
         Raises:
-            TwinkleError: if a `Pending` that was logged failed; the files are closed all the same.
+            TwinkleError: if a logged `Pending` failed; the files are closed all the same.
         """
         try:
             self._write_all()
@@ -290,8 +290,8 @@ class Run:
         if kind is None:
             self.close()
             return
-        if self._sinks:  # not left by Ctrl-C already
-            self._waiting.clear()  # most likely it is what failed
+        if self._sinks:  # unless Ctrl-C is ending it already
+            self._waiting.clear()  # most likely the same failure
             self._is_finished = False
             self.close()
             if self._bar is not None:
@@ -300,16 +300,16 @@ class Run:
 
 
 class _Interrupt:
-    """Whether Ctrl-C was pressed."""
+    """Set once Ctrl-C was pressed."""
 
     requested = False
 
 
 @contextmanager
 def _deferred_interrupts() -> Generator[_Interrupt]:
-    """While the block runs, a first Ctrl-C is only noted; a second one raises KeyboardInterrupt as always.
+    """While the block runs, the first Ctrl-C is only noted; a second one raises KeyboardInterrupt as usual.
 
-    Outside of the main thread, where signals don't come, nothing changes.
+    Does nothing outside the main thread, which doesn't receive signals.
     """
     interrupt = _Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -330,7 +330,7 @@ def _deferred_interrupts() -> Generator[_Interrupt]:
 
 
 def _tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], resume_option: str) -> None:
-    """Warn of hyperparameters that are not as they were, but for the option that resumes."""
+    """Warn of hyperparameters that have changed, except the one that resumes."""
     own = resume_option.lstrip("-").replace("-", "_")
     names = [name for name in {**before, **now} if name != own and before.get(name) != now.get(name)]
     for name in names:
@@ -341,13 +341,13 @@ def _tell_differences(before: Mapping[str, Any], now: Mapping[str, Any], resume_
 
 
 def _epochs(dataloader: DataLoader[T], epochs: int | None) -> Iterator[list[T]]:
-    """The batches of all epochs that are left."""
+    """The batches of all remaining epochs."""
     while epochs is None or dataloader.epoch < epochs:
         yield from dataloader
 
 
 def _total(dataloader: DataLoader[Any], epochs: int | None, max_steps: int | None) -> int | None:
-    """Steps in all; None where the length of the data is not known."""
+    """Total steps; None if the length of the data is unknown."""
     try:
         in_epochs = None if epochs is None else epochs * len(dataloader)
     except TypeError:
@@ -357,7 +357,7 @@ def _total(dataloader: DataLoader[Any], epochs: int | None, max_steps: int | Non
 
 
 def _new_folder(root: Path, name: str) -> Path:
-    """A folder of its own, also for two runs that begin in the same second."""
+    """A new folder, unique even for runs that begin in the same second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = root / f"{name}-{stamp}{suffix}"
@@ -384,7 +384,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _without_option(arguments: Iterable[str], option: str) -> list[str]:
-    """Command line arguments less one option and its value."""
+    """Command line arguments without one option and its value."""
     kept: list[str] = []
     skips = False
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""Where metrics go: a JSONL file always, TensorBoard and Weights & Biases by their own packages when asked for."""
+"""Destinations of metrics: always a JSONL file, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twinkle.runs.records import METRICS
 
 
 class Sink(Protocol):
-    """Takes the metrics of a step."""
+    """Receives the metrics of each step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -23,13 +23,13 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl` in the run's folder; a line is on disk before the next step is logged."""
+    """`metrics.jsonl` in the run's folder; each line is written before the next step is logged."""
 
     def __init__(self, directory: Path) -> None:
         self._file = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        # JSON has no word for infinite numbers, nor for those that are none.
+        # JSON can represent neither infinities nor NaN.
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
 
@@ -54,11 +54,11 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases. WANDB_MODE=offline keeps it in the run's folder."""
+    """A Weights & Biases run. WANDB_MODE=offline keeps it in the run's folder."""
 
     def __init__(self, directory: Path, project: str, config: Mapping[str, Any]) -> None:
         wandb = _module("wandb", "wandb")
-        # The folder's name is the id: a resumed run goes on in the same place.
+        # The folder's name is the id, so that a resumed run continues the same one.
         self._run = wandb.init(
             project=project,
             name=directory.name,

@@ -1,11 +1,11 @@
 """Constant, linear and cosine schedules, each with a linear warm-up.
 
-Steps are counted from 0. The warm-up rises by equal steps from peak / warmup_steps at step 0, so that no step is spent
-on a learning rate of zero, to the peak at step warmup_steps - 1. The decay begins at step warmup_steps, still at the
-peak, and would reach its floor at step total_steps, the first one after the last; from there on it stays at the floor.
+Steps are counted from 0. The warm-up rises linearly from peak / warmup_steps at step 0, so that no step is wasted on a
+learning rate of zero, to the peak at step warmup_steps - 1. The decay begins at step warmup_steps, still at the peak,
+and would reach its floor at step total_steps, one after the last; later steps stay at the floor.
 
-Against Transformers' `get_*_schedule_with_warmup`: during the warm-up ours at a step is theirs at step + 1, from then
-on both are the same.
+Compared with Transformers' `get_*_schedule_with_warmup`: during the warm-up ours at a step is theirs at step + 1; after
+it both are the same.
 """
 
 import math
@@ -75,7 +75,7 @@ def _warm(step: int, peak: float, warmup_steps: int) -> float:
 
 
 def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
-    """How much of the decay is behind, 0 at its first step to 1 at `total_steps` and ever after."""
+    """Progress of the decay, from 0 at its first step to 1 at `total_steps` and beyond."""
     return 1.0 if step >= total_steps else (step - warmup_steps) / (total_steps - warmup_steps)
 
 

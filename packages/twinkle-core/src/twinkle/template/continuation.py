@@ -1,8 +1,8 @@
-"""What follows a sampled turn, as tokens to put behind those that were sampled.
+"""The tokens that follow a sampled turn, to append to the sampled ones.
 
-A conversation that goes on is not tokenised anew: what a model sampled may be other tokens than those its text is
-tokenised to, and chat templates write earlier turns differently (Qwen3's leaves their thinking out). Training needs the
-tokens that were really sampled, so only what comes after them is rendered.
+A continued conversation is not tokenised again: its text may tokenise to other tokens than those sampled, and chat
+templates write earlier turns differently (Qwen3's drops their thinking). Training needs the tokens that were actually
+sampled, so only what follows them is rendered.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ def continuation_ids(
     turn_index: int,
     sampled: Sequence[int],
 ) -> list[int]:
-    """The tokens from the end of a sampled turn up to, and with, the opening of the assistant's next.
+    """The tokens from the end of a sampled turn through the opening of the assistant's next.
 
     Args:
         form: how the model writes a turn.
-        conversation: with the turn as message `turn_index`, and what was said after it.
+        conversation: with the turn as message `turn_index`, and the messages after it.
         sampled: the turn's tokens.
 
     Raises:
@@ -49,16 +49,16 @@ def continuation_ids(
 
 
 def _end_of(text: str, turn: Turn, form: TurnForm, has_calls: bool) -> str:
-    """What the template ended this turn with; empty if nothing."""
+    """The text with which the template ends this turn; may be empty."""
     said = text[turn.spans[0].start : turn.spans[0].end]
     ends = (form.calls_end, turn.end) if has_calls else (turn.end, form.content_end, form.calls_end)
     return next((end for end in ends if end and said.endswith(end)), "")
 
 
 def _rest(text: str, turn: Turn) -> str:
-    """What stands behind the turn, where another message is written within it too.
+    """The text after the turn, for templates that write another message inside it.
 
-    All of the turn was sampled before that, so words of it that come later are left out; its end stays.
+    The whole turn was sampled before that message, so later parts of it are dropped, except its end.
     """
     rest = ""
     position = turn.spans[0].end
@@ -71,17 +71,17 @@ def _rest(text: str, turn: Turn) -> str:
 def _ids_after(
     tokenizer: Tokenizer, sampled: Sequence[int], end: str, rest: str, ends: Sequence[str]
 ) -> list[int]:
-    """The tokens of `rest`, and before them those of the turn's `end`, unless one of the `ends` was sampled."""
+    """The tokens of `rest`, preceded by those of the turn's `end` unless one of the `ends` was sampled."""
     end_ids = _encode(tokenizer, end)
     if _ends_with(sampled, end_ids):
-        # Tokenised behind the end, not alone: some tokenizers treat the beginning of a text in a way of its own.
+        # Tokenised after the end, not alone: some tokenizers treat the beginning of a text specially.
         ids = _encode(tokenizer, end + rest)
         return ids[len(end_ids) :] if ids[: len(end_ids)] == end_ids else _encode(tokenizer, rest)
-    # A model may end a turn otherwise than the template ends an earlier one (gpt-oss: <|return|>, and <|end|>).
+    # A model may end a turn differently than the template ends an earlier one (gpt-oss: <|return|> and <|end|>).
     others = [_encode(tokenizer, other) for other in ends]
     if any(_ends_with(sampled, ids) and _special(tokenizer, ids) for ids in others):
         return _encode(tokenizer, rest)
-    # An end that is ordinary text may have been sampled as other tokens.
+    # An end of ordinary text may have been sampled as other tokens.
     if end and not _special(tokenizer, end_ids) and tokenizer.decode(list(sampled)).endswith(end):
         return _encode(tokenizer, rest)
     return _encode(tokenizer, end + rest)

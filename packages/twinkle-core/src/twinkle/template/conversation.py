@@ -1,4 +1,4 @@
-"""From a trajectory, whatever it was read from, to the plain data that chat templates see."""
+"""Converts trajectories from any source to the plain data that chat templates see."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.marks import is_left_out
 
 REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
-"""What a message's reasoning is called. Templates read the first, gpt-oss's reads the second."""
+"""Keys of a message's reasoning. Templates read the first, gpt-oss's reads the second."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and tools as plain JSON data; made by `read_conversation`.
+    """Messages and tools as plain JSON data, from `read_conversation`.
 
     Attributes:
-        tools: None where there are none; never an empty list, which some templates write as if there were some.
-        left_out: the indices of messages that are marked as not to be trained on.
+        tools: None if there are none; never an empty list, which some templates write as if there were some.
+        left_out: indices of messages marked as not to be trained on.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -30,24 +30,24 @@ class Conversation:
     left_out: frozenset[int] = frozenset()
 
     def first(self, count: int) -> "Conversation":
-        """The conversation up to, not including, message `count`."""
+        """The first `count` messages."""
         return replace(self, messages=self.messages[:count])
 
     def with_message(self, index: int, message: dict[str, Any]) -> "Conversation":
-        """The same with message `index` exchanged."""
+        """A copy with message `index` replaced."""
         return replace(self, messages=(*self.messages[:index], message, *self.messages[index + 1 :]))
 
 
 def read_conversation(trajectory: Mapping[str, Any]) -> Conversation:
     """A trajectory's messages and tools, copied.
 
-    A key of a message that holds None is left out, as Transformers does: columnar files and some APIs give None for
-    what is not there, and templates ask whether a key is there. For the same reason it is left out of a tool's schema
-    wherever null can't be meant, and of the arguments of a call whose schema knows no such parameter. A role goes by
-    its usual name ("human" is "user"), and a turn of the role "tool_call" is an assistant's call.
+    Keys of a message that hold None are dropped, as in Transformers: columnar files and some APIs use None for missing
+    keys, and templates test whether a key exists. For the same reason they are dropped from a tool's schema wherever
+    null has no meaning, and from the arguments of a call whose schema has no such parameter. Roles get their usual
+    names ("human" becomes "user"), and a turn of the role "tool_call" becomes an assistant's call.
 
     Raises:
-        InvalidRequest: if there are no messages, or something is not what a chat template can read.
+        InvalidRequest: if there are no messages, or a chat template couldn't read something.
     """
     messages = cast(object, trajectory.get("messages"))
     if not _is_list(messages) or len(messages) == 0:
@@ -64,27 +64,27 @@ def read_conversation(trajectory: Mapping[str, Any]) -> Conversation:
 
 
 def _read_tools(tools: object) -> list[dict[str, Any]] | None:
-    """The tools' schemas; None where there are none, in whatever way that is said."""
-    if isinstance(tools, str):  # as columnar files have it, whose columns must be of one type
+    """The tools' schemas; None if there are none, however that is written."""
+    if isinstance(tools, str):  # as in columnar files, where a column has one type
         tools = _parse_json(tools, "tools")
     if tools is None or (
         isinstance(tools, float) and math.isnan(tools)
-    ):  # pandas has NaN for what is not there
+    ):  # pandas uses NaN for missing values
         return None
     if not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
         raise InvalidRequest("tools: expected a list of JSON schemas (objects), or the same as JSON text")
     return cast("list[dict[str, Any]]", _without_nulls(_plain(tools, "tools"))) or None
 
 
-# What holds a value of a parameter, which may well be null, and no part of the schema itself.
+# These hold a parameter's value, which may be null, and are not part of the schema itself.
 _VALUES: Final = frozenset({"default", "const", "example"})
 
 
 def _without_nulls(schema: object, by_name: bool = False) -> object:
-    """A JSON schema without the keys that hold null, where null means nothing: columnar files fill structs so.
+    """A JSON schema without the meaningless nulls with which columnar files fill structs.
 
     Args:
-        by_name: whether the keys are names of parameters, not words of JSON schema.
+        by_name: whether the keys are parameter names, not JSON schema keywords.
     """
     if isinstance(schema, dict):
         items = cast("dict[str, object]", schema).items()
@@ -99,7 +99,7 @@ def _without_nulls(schema: object, by_name: bool = False) -> object:
 
 
 def _without_unknown_nulls(message: dict[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The message without arguments that are null and that the function's schema does not have."""
+    """The message without null arguments that are not in the function's schema."""
     if not tools or not message.get("tool_calls"):
         return message
     known = {function.get("name"): _parameters(function) for function in map(_function_of, tools)}
@@ -123,7 +123,7 @@ def _function_of(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(function: dict[str, Any]) -> set[str]:
-    """The names of a function's parameters; none where the schema leaves them open."""
+    """The names of a function's parameters; none if the schema leaves them open."""
     parameters: object = function.get("parameters")
     if not isinstance(parameters, dict):
         return set()
@@ -144,12 +144,12 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
         role = "assistant"
     if (
         "function_call" in kept and "tool_calls" not in kept
-    ):  # as the OpenAI API had it before there were several
+    ):  # the OpenAI API's form before it had several calls
         kept["tool_calls"] = read_calls(kept.pop("function_call"), f"{where}.function_call")
     kept["role"] = ROLES.get(role, role)
     if "tool_calls" in kept:
         kept["tool_calls"] = _read_calls(kept["tool_calls"], f"{where}.tool_calls")
-    # Empty reasoning is none: gpt-oss's template would write it as a message of its own.
+    # Drop empty reasoning: gpt-oss's template would write it as a message of its own.
     reasoning = next((kept[key] for key in REASONING_KEYS if kept.get(key)), None)
     if "content" in kept:
         _check_content(kept["content"], f"{where}.content")
@@ -163,7 +163,7 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
 
 
 def _read_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """The calls of a message, each with a name; the OpenAI form keeps it under `function`."""
+    """The calls of a message, each with a name, which the OpenAI form keeps under `function`."""
     if isinstance(calls, str):
         calls = _parse_json(calls, where) or []
     if not _is_list(calls):
@@ -180,7 +180,7 @@ def _read_calls(calls: object, where: str) -> list[dict[str, Any]]:
 
 
 def _without_none(call: dict[str, Any]) -> dict[str, Any]:
-    """A call without keys that hold None; what its arguments hold is left as it is."""
+    """A call without keys that hold None; its arguments are unchanged."""
     kept = {key: value for key, value in call.items() if value is not None}
     return (
         {**kept, "function": _without_none(kept["function"])}
@@ -190,7 +190,7 @@ def _without_none(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_content(content: object, where: str) -> None:
-    """Text or a list of parts is let through; which parts there are is the template's business."""
+    """Accept text or a list of parts; the template decides which parts are valid."""
     if isinstance(content, str):
         return
     if not _is_list(content):
@@ -217,7 +217,7 @@ def _check_content(content: object, where: str) -> None:
 
 
 def _parse_json(text: str, where: str) -> object:
-    """What JSON text holds; None for nothing but white space."""
+    """The value of JSON text; None for blank text."""
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
@@ -225,7 +225,7 @@ def _parse_json(text: str, where: str) -> object:
 
 
 def _plain(value: object, where: str) -> object:
-    """A copy in plain JSON types, so that a template can't reach a method of anything else."""
+    """A copy in plain JSON types, so that a template can't reach other objects' methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):

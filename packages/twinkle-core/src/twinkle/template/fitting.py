@@ -1,6 +1,6 @@
-"""A conversation in the forms that its chat template wants, and a refusal of what the template would drop in silence.
+"""Converts a conversation to the forms that its chat template wants, and refuses what the template would silently drop.
 
-Which forms these are is found out by `habits`; what the messages hold stays the same.
+`habits` detects these forms; the messages' information stays the same.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
-from twinkle.template.habits import Beside, CallForm, ContentForm, Habits
+from twinkle.template.habits import Beside, CallShape, ContentForm, Habits
 from twinkle.template.strict_json import decoded
 
 
 def fitted(conversation: Conversation, habits: Habits) -> Conversation:
-    """The conversation with calls and content in the forms that the template shows as it should.
+    """The conversation with calls and content in forms that the template renders properly.
 
-    A form that it shows stays as it is: calls' arguments as text, for one, where it takes both.
+    Forms that it renders are kept, such as arguments as text if it takes both.
 
     Raises:
         InvalidRequest: if a call's arguments are not a JSON object.
@@ -43,7 +43,7 @@ def _fitted_content(content: str | list[dict[str, str]], form: ContentForm) -> s
         return content if form in ("text", "either") else [{"type": "text", "text": content}]
     if form in ("parts", "either"):
         return content
-    # Joined as the templates that take parts write them: one after the other.
+    # Joined as templates that take parts write them: one after the other.
     text = "".join(part["text"] for part in content)
     return text if form == "text" else [{"type": "text", "text": text}]
 
@@ -73,14 +73,14 @@ def _beside(message: Mapping[str, Any]) -> Beside:
     return "text" if content else "empty"
 
 
-def _form_of(call: dict[str, Any], beside: Beside) -> CallForm:
+def _form_of(call: dict[str, Any], beside: Beside) -> CallShape:
     nested = isinstance(call.get("function"), dict)
     function = call["function"] if nested else call
-    return CallForm(isinstance(function["arguments"], str), nested, beside)
+    return CallShape(isinstance(function["arguments"], str), nested, beside)
 
 
 def _checked_call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """The call with arguments, which are an object or an object as JSON text; none at all are an empty object."""
+    """The call with arguments as an object or as JSON text of one; missing arguments become an empty object."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _checked_call(call["function"], f"{where}.function")}
     arguments = call.get("arguments")
@@ -94,7 +94,7 @@ def _checked_call(call: dict[str, Any], where: str) -> dict[str, Any]:
     return call
 
 
-def _reformed_call(call: dict[str, Any], wanted: CallForm) -> dict[str, Any]:
+def _reformed_call(call: dict[str, Any], wanted: CallShape) -> dict[str, Any]:
     function: dict[str, Any] = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = function["arguments"]
     if isinstance(arguments, str) and not wanted.as_text:

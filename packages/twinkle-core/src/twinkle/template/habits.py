@@ -1,9 +1,8 @@
-"""What a chat template wants of a message, found by asking it: words that no template holds are rendered in each form.
+"""Detects which forms of messages a chat template wants, by rendering marker words in each form.
 
-Templates differ in the form of a call (its arguments as an object or as JSON text, its name under `function` or not,
-what the content beside it has to be) and of content (text, or a list of parts). One that gets another form than it was
-written for seldom refuses it: the words are left out, or written as Python or JSON would have them. Nothing is changed
-here; `fitting` does that.
+Templates differ in the form of a call (arguments as an object or as JSON text, the name under `function` or not, the
+content beside it) and of content (text, or a list of parts). A template seldom refuses a form that it was not written
+for: it drops the words, or writes them as Python or JSON literals. Nothing is changed here; `fitting` does that.
 """
 
 import json
@@ -18,14 +17,14 @@ Beside: TypeAlias = Literal["text", "empty", "absent", "null"]
 """The content of a message with calls: text, empty text, no such key, or that key with null."""
 
 ContentForm: TypeAlias = Literal["text", "part", "parts", "either"]
-"""What content has to be: text, a list of one text part, a list of such parts, or either of text and a list."""
+"""The form of content: text, a list of one text part, a list of such parts, or either text or a list."""
 
 _NAME: Final = "zqnameqz"
 _KEY: Final = "zqkeyqz"
 _VALUE: Final = "zqvalueqz"
 _WORDS: Final = ("zqoneqz", "zqtwoqz")
 _QUESTION: Final = {"role": "user", "content": "zqquestionqz"}
-# Another function than the one that is called, whose words may not be taken for those of the call.
+# Not the function that is called, so that its words can't be mistaken for the call's.
 _TOOL: Final = {
     "type": "function",
     "function": {
@@ -36,13 +35,13 @@ _TOOL: Final = {
 }
 
 
-class CallForm(NamedTuple):
-    """A form of calls in a message.
+class CallShape(NamedTuple):
+    """A form in which a message holds calls.
 
     Attributes:
         as_text: whether arguments are JSON text.
-        nested: whether name and arguments lie under `function`.
-        beside: what the content is.
+        nested: whether name and arguments are nested under `function`.
+        beside: the form of the content.
     """
 
     as_text: bool
@@ -51,19 +50,19 @@ class CallForm(NamedTuple):
 
 
 class Habits:
-    """What one chat template wants; each question is put to it once."""
+    """The forms that one chat template wants; each is detected once."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._calls: dict[tuple[CallForm, bool], str] = {}
-        self._wanted_calls: dict[tuple[CallForm, bool], CallForm | None] = {}
+        self._calls: dict[tuple[CallShape, bool], str] = {}
+        self._wanted_calls: dict[tuple[CallShape, bool], CallShape | None] = {}
         self._contents: dict[tuple[str, bool], ContentForm] = {}
 
-    def call_form(self, given: CallForm, with_tools: bool) -> CallForm | None:
-        """The form in which the template shows calls that are in the form `given`; None if it shows none.
+    def call_form(self, given: CallShape, with_tools: bool) -> CallShape | None:
+        """The form, preferably `given`, in which the template renders calls; None if it renders none.
 
         Args:
-            with_tools: whether the conversation has tools, for which a model may have another template.
+            with_tools: whether the conversation has tools, for which a model may have a separate template.
         """
         key = given, with_tools
         if key not in self._wanted_calls:
@@ -73,24 +72,24 @@ class Habits:
         return self._wanted_calls[key]
 
     def content_form(self, role: str, with_tools: bool) -> ContentForm:
-        """The form in which the template shows content in messages of that role."""
+        """The form in which the template renders the content of messages of that role."""
         key = role, with_tools
         if key not in self._contents:
             self._contents[key] = self._find_content_form(role, with_tools)
         return self._contents[key]
 
-    def _shows_call(self, form: CallForm, with_tools: bool) -> bool:
+    def _shows_call(self, form: CallShape, with_tools: bool) -> bool:
         text = self._call_text(form, with_tools)
         if not _is_call(text):
             return False
         if not form.as_text:
             return True
-        # Text that is put where an object's keys would be is shown too, in another form than the object.
+        # Text in place of an object's entries is rendered too, but differently from the object.
         other = self._call_text(form._replace(as_text=False), with_tools)
         return not _is_call(other) or _squashed(other) == _squashed(text)
 
-    def _call_text(self, form: CallForm, with_tools: bool) -> str:
-        """A conversation with a call of that form; empty if the template refuses it."""
+    def _call_text(self, form: CallShape, with_tools: bool) -> str:
+        """A rendered conversation with a call of that form; empty if the template refuses it."""
         key = form, with_tools
         if key not in self._calls:
             self._calls[key] = self._render(with_tools, _QUESTION, _call_message(form))
@@ -104,7 +103,7 @@ class Habits:
             return "either" if _squashed(parts) == _squashed(text) else "text"
         if first in parts and second in parts and not re.search(rf"text['\"]:\s*['\"]{first}", parts):
             return "parts"
-        # Where nothing is shown in any form, the conversation may be the wrong one for that role.
+        # If nothing is rendered in any form, the conversation may be the wrong one for that role.
         return "part" if first in parts else "text"
 
     def _render_as(self, role: str, content: object, with_tools: bool) -> str:
@@ -119,7 +118,7 @@ class Habits:
         if role == "assistant":
             return self._render(with_tools, question, message)
         if role == "tool":
-            form = self.call_form(CallForm(False, True, "empty"), with_tools) or CallForm(
+            form = self.call_form(CallShape(False, True, "empty"), with_tools) or CallShape(
                 False, True, "empty"
             )
             id_and_name = {"tool_call_id": "zqcall001", "name": _NAME}
@@ -136,16 +135,16 @@ class Habits:
             return ""
 
 
-def _by_likeness(given: CallForm) -> Iterator[CallForm]:
-    """All forms that calls can be brought to, those like the given first."""
+def _by_likeness(given: CallShape) -> Iterator[CallShape]:
+    """All forms that calls can be converted to, the most similar to the given one first."""
     besides: tuple[Beside, ...] = (given.beside,) if given.beside == "text" else ("empty", "absent", "null")
     forms = [
-        CallForm(as_text, nested, beside)
+        CallShape(as_text, nested, beside)
         for beside in besides
         for nested in (True, False)
         for as_text in (False, True)
     ]
-    # False sorts before True; the order above holds among equals.
+    # False sorts before True; ties keep the order above.
     yield from sorted(
         forms,
         key=lambda form: (
@@ -156,10 +155,10 @@ def _by_likeness(given: CallForm) -> Iterator[CallForm]:
     )
 
 
-def _call_message(form: CallForm) -> dict[str, Any]:
+def _call_message(form: CallShape) -> dict[str, Any]:
     arguments = {_KEY: _VALUE}
     function = {"name": _NAME, "arguments": json.dumps(arguments) if form.as_text else arguments}
-    # Ids have nine characters, as Mistral's templates demand.
+    # Mistral's templates require ids of nine characters.
     start = {"type": "function", "id": "zqcall001"}
     call = {**start, "function": function} if form.nested else {**start, **function}
     content = {
@@ -172,7 +171,7 @@ def _call_message(form: CallForm) -> dict[str, Any]:
 
 
 def _is_call(text: str) -> bool:
-    """Whether the call is shown, and not as Python writes an object, nor as JSON in a JSON text."""
+    """Whether the call is rendered, and neither as a Python literal nor as JSON inside a JSON string."""
     at = text.find(_KEY)
     return at >= 0 and _NAME in text and _VALUE in text[at:] and not text[:at].endswith(('\\"', "{'"))
 

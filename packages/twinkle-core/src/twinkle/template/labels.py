@@ -1,18 +1,18 @@
-r"""Where the assistant's turns lie in a rendered conversation.
+r"""Finds the assistant's turns in a rendered conversation.
 
-A turn reaches from the end of what the model is given (the opening of the turn, such as `<|im_start|>assistant\n`)
-to the end of what it has to say, the token that ends the turn included, the line break that follows it not.
+A turn begins after what the model is given (the opening of the turn, such as `<|im_start|>assistant\n`) and ends with
+the token that ends it, excluding the line break that follows.
 
-Templates say nothing about this. So what is written for which message is traced (`tracing`), and of what is written for
-one of the assistant's, the model is given
+Templates don't mark this. So the text written for each message is traced (`tracing`), and the part of an assistant
+message's text that the model is given is
 
 - the generation prompt, if the text has it there;
-- else what the turns of this template begin with, whatever they hold (`turn_bounds`): an earlier turn of Qwen3.5 has no
-  `<think>`, though its generation prompt does.
+- else what all turns of this template begin with (`turn_bounds`): an earlier turn of Qwen3.5 has no `<think>`, though
+  its generation prompt does.
 
-What another message is written in between is no part of the turn (Gemma 4 has the tools' results within the turn that
-called them). Where a template has no token that ends a turn, the mark of who comes next is what stops the model
-(GLM-4.5's `<|user|>`), and the turn reaches to its end.
+Other messages written inside it are not part of the turn (Gemma 4 writes tool results within the turn that called
+them). If a template has no token that ends a turn, the next role's marker stops the model (GLM-4.5's `<|user|>`), and
+is the end of the turn.
 """
 
 import re
@@ -33,19 +33,19 @@ from twinkle.template.turn_bounds import (
 
 _TAG: Final = re.compile(r"\s*(<[^<>\s]+>)")
 
-# Most generation prompts that are looked up for turns of one kind in one conversation. They hardly ever differ, and
-# each is a rendering: the time for a conversation must not grow with the square of its turns.
+# Most generation prompts rendered for turns of one kind in a conversation. They hardly ever differ, and each costs a
+# rendering, so the time would grow with the square of the number of turns.
 _MOST_PROMPTS: Final = 4
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of the assistant.
+    """An assistant turn.
 
     Attributes:
-        message: which of the messages it is.
-        spans: what the model has to say, one span unless another message is written in between.
-        end: what ends the turn, where that is known; the last characters of the spans.
+        message: index of the message.
+        spans: the model's own text, one span unless another message is written in between.
+        end: the text that ends the turn, if known: the last characters of the spans.
     """
 
     message: int
@@ -56,7 +56,7 @@ class Turn:
 def assistant_turns(
     template: ChatTemplate, conversation: Conversation, add_generation_prompt: bool = False
 ) -> list[Turn]:
-    """The assistant's turns in what `template` renders for `conversation`, first to last.
+    """The assistant's turns, in order, in what `template` renders for `conversation`.
 
     Raises:
         RenderingFailed: if a turn can't be found.
@@ -90,7 +90,7 @@ class _Finder:
         self._prompts: dict[object, list[str]] = {}
 
     def turn(self, index: int) -> Turn:
-        """The assistant's message `index`.
+        """The turn of message `index`, which is the assistant's.
 
         Raises:
             RenderingFailed: if the template writes nothing for it.
@@ -107,7 +107,7 @@ class _Finder:
         return Turn(index, tuple(spans), stop)
 
     def _said_from(self, index: int, written: Span) -> int:
-        """Where in what is `written` the model goes on."""
+        """The position in `written` where the model's own text begins."""
         here = self._text[written.start : written.end]
         begins = self._begins(here, first=written.start == self._first_written)
         for prompt in self._possible_prompts(index, here):
@@ -118,8 +118,8 @@ class _Finder:
         return written.start + (begins + len(given) if given else 0)
 
     def _begins(self, here: str, first: bool) -> int:
-        """Where in what is written for a message its turn's opening begins: behind white space, and, for the first
-        message, behind what the template begins every conversation with (Qwen2.5-VL's system prompt).
+        """The position in a message's text where its turn's opening begins: after white space, and, for the first
+        message, after what the template begins every conversation with (Qwen2.5-VL's system prompt).
         """
         opening = self._bounds.opening.strip()
         if first and opening in here:
@@ -127,10 +127,10 @@ class _Finder:
         return len(here) - len(here.lstrip())
 
     def _possible_prompts(self, index: int, here: str) -> Iterator[str]:
-        """Generation prompts that may have been given: those of turns of the same kind, then this one's own.
+        """Possible generation prompts: those of turns of the same kind, then this turn's own.
 
-        That one is a rendering, so it is left out where it would not fit either: where the turn goes on behind its
-        opening with something that none of the others has there.
+        Its own costs a rendering, so it is skipped if it could not match either: if the text after the turn's opening
+        differs from all the others there.
         """
         before = self._conversation.messages[index - 1] if index else {}
         kind = (before.get("role"), bool(before.get("tool_calls")), index == 0)
@@ -142,13 +142,13 @@ class _Finder:
             return
         if len(known) < _MOST_PROMPTS:
             prompt = generation_prompt(self._template, self._conversation.first(index))
-            if prompt is None:  # some templates want a question to begin with
+            if prompt is None:  # some templates require a question first
                 prompt = generation_prompt(self._template, self._conversation) or ""
             known.append(prompt)
             yield prompt
 
     def _cut(self, spans: list[Span], index: int) -> tuple[list[Span], str | None]:
-        """The spans up to where the model stops, and the mark of another that stops it, if one does."""
+        """The spans up to where the model stops, and the other role's marker that stops it, if any."""
         kept: list[Span] = []
         stop: str | None = None
         for number, span in enumerate(spans):
@@ -164,15 +164,15 @@ class _Finder:
         return kept, stop
 
     def _ends_text(self, end: int) -> bool:
-        """Whether what stands behind the last message ends its turn, rather than ask for another."""
+        """Whether the text after the last message ends its turn, rather than begin another."""
         opening, rest = self._bounds.opening.strip(), self._text[end:].strip()
         asks = bool(opening) and rest.startswith(opening)
-        # Command A's template begins another turn though nobody asked; Jamba's opening begins with the end of the last.
+        # Command A's template begins another turn unasked; Jamba's opening begins with the end of the last.
         begins_another = bool(rest) and opening.startswith(rest) and rest not in self._bounds.ends
         return not self._prompted and not asks and not begins_another
 
     def _stop_behind(self, end: int, index: int) -> str | None:
-        """The mark of another message, if it comes right behind `end` and is what a model stops at."""
+        """Another message's marker, if it directly follows `end` and is a token at which the model stops."""
         tag = _TAG.match(self._text, end)
         if tag is None:
             return None
@@ -186,7 +186,7 @@ class _Finder:
 
 
 def _by_message(traced: Traced) -> dict[int, list[Span]]:
-    """Where each message is written by itself; what is written without a break is one span."""
+    """The spans of each message's own text; contiguous text is one span."""
     written: dict[int, list[Span]] = {}
     for owner, within, start, end in traced.stretches:
         if owner is None or within is not None:
@@ -200,7 +200,7 @@ def _by_message(traced: Traced) -> dict[int, list[Span]]:
 
 
 def _as_it_was_new(template: ChatTemplate, conversation: Conversation, text: str, index: int) -> Turn:
-    """A turn of a template that can't be traced, if it is written as it was while nothing followed it."""
+    """A turn of a template that can't be traced, if its text is the same as without the messages after it."""
     try:
         before = template.render(conversation.first(index), add_generation_prompt=True)
         through = template.render(conversation.first(index + 1)).rstrip()

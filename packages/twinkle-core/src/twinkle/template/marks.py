@@ -1,4 +1,4 @@
-"""Marks that datasets put on a message to say whether it is trained on: OpenAI's `weight`, and others' like it."""
+"""Keys by which datasets exclude a message from training: OpenAI's `weight`, and similar ones."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -6,17 +6,17 @@ from typing import Any, Final
 from twinkle.protocol.errors import InvalidRequest
 
 MARKS: Final = ("weight", "loss", "trainable", "train", "loss_scale", "loss_weight")
-"""What such a key is called; it holds 0 or false for a message that is not trained on."""
+"""The names of such keys; 0 or false excludes the message."""
 
 
 def is_left_out(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a message is marked as not to be trained on.
+    """Whether a message is excluded from training.
 
     Args:
         where: the message's place, for errors.
 
     Raises:
-        InvalidRequest: if a mark is neither yes nor no, such as a weight of 0.5; or if marks contradict each other.
+        InvalidRequest: if a value is neither 0 nor 1, such as a weight of 0.5; or if keys contradict each other.
     """
     marked = {key: message[key] for key in MARKS if message.get(key) is not None}
     for key, value in marked.items():

@@ -1,9 +1,9 @@
-"""What a model said in one turn, read back as a message: its reasoning, its content, the calls of tools.
+"""Parses one sampled turn into a message: reasoning, content and tool calls.
 
-How it writes these is a `TurnForm`. White space around what is learnt is not insisted on. Reading never fails: a call
-that can't be read stays in the content, and what was wrong with it is told beside the message.
+A `TurnForm` says how the model writes these; white space around its markers is optional. Parsing never fails: a call
+that can't be read stays in the content, and the problem is reported beside the message.
 
-How a turn is continued is not decided here; see `continuation`.
+For what follows a turn, see `continuation`.
 """
 
 import json
@@ -20,13 +20,13 @@ from twinkle.template.turn_forms import CallForm, JsonBody, NamedBody, Reasoning
 
 @dataclass(frozen=True)
 class ParsedTurn:
-    """What the assistant said.
+    """A parsed assistant turn.
 
     Attributes:
-        message: role "assistant" and `content`; `reasoning_content` and `tool_calls` where there are some. Arguments
-            of calls are objects.
-        problems: one sentence for each call that could not be read, fit to be shown to the model; the text of such a
-            call is in the content.
+        message: role "assistant" and `content`; `reasoning_content` and `tool_calls` if there are any. Arguments of
+            calls are objects.
+        problems: one sentence for each call that could not be read, suitable for showing to the model; such a call's
+            text is in the content.
     """
 
     message: Message
@@ -34,13 +34,13 @@ class ParsedTurn:
 
 
 def parse_turn(text: str, form: TurnForm, tools: Sequence[Mapping[str, Any]] | None = None) -> ParsedTurn:
-    """What the assistant said in one turn.
+    """Parse one assistant turn.
 
     Args:
         text: as sampled, special tokens included.
         form: how the model writes a turn.
-        tools: JSON schemas of the functions. They say which parameters are text where calls give all of them as text;
-            without one, what reads as a JSON number, boolean, list or object is that.
+        tools: JSON schemas of the functions, which say which parameters are text if calls write all of them as text;
+            without one, text that is a valid JSON number, boolean, list or object becomes that.
     """
     text = _without_ends(text, form.ends)
     text = text.removeprefix(form.opening)
@@ -58,7 +58,7 @@ def parse_turn(text: str, form: TurnForm, tools: Sequence[Mapping[str, Any]] | N
 
 
 def _without_ends(text: str, ends: Sequence[str]) -> str:
-    """The text without what ends a turn, as often as it is there, and without white space after that."""
+    """The text without any trailing turn ends and white space."""
     while True:
         stripped = text.rstrip()
         end = next((end for end in ends if stripped.endswith(end)), None)
@@ -68,7 +68,7 @@ def _without_ends(text: str, ends: Sequence[str]) -> str:
 
 
 def _split_reasoning(text: str, form: ReasoningForm | None) -> tuple[str, str]:
-    """Reasoning and the rest; if it has no end, all is reasoning."""
+    """The reasoning and the rest; without an end marker, all is reasoning."""
     if form is None:
         return "", text
     opened = re.match(rf"\s*{form.open.pattern}", text)
@@ -84,7 +84,7 @@ def _split_reasoning(text: str, form: ReasoningForm | None) -> tuple[str, str]:
 
 
 def _cut_start(text: str, space: str) -> str:
-    """The text without as much of `space` as it begins with."""
+    """The text without as much of `space` as it starts with."""
     while space and not text.startswith(space):
         space = space[:-1]
     return text[len(space) :]
@@ -98,13 +98,13 @@ def _cut_end(text: str, space: str) -> str:
 
 
 class _Unreadable(Exception):
-    """A call that can't be read; the message says why, as the end of a sentence about it."""
+    """A call that can't be read; the message is the end of a sentence that says why."""
 
 
 def _split_calls(
     text: str, form: CallForm, ends: Sequence[str], tools: Sequence[Mapping[str, Any]] | None
 ) -> tuple[str, list[ToolCall], list[str]]:
-    """Content, calls, and what was wrong with those that can't be read."""
+    """Content, calls, and the problems of unreadable calls."""
     if not form.open.text and not form.section_open.text:
         return _whole_turn_call(text, form, ends, tools)
     starts = _start_pattern(form)
@@ -136,7 +136,7 @@ def _split_calls(
 
 
 def _start_pattern(form: CallForm) -> re.Pattern[str]:
-    """What a call is recognised by."""
+    """The pattern of a call's beginning."""
     if not form.open.text:
         return re.compile(form.section_open.pattern)
     section = rf"(?:{form.section_open.pattern}\s*)?" if form.section_open.text else ""
@@ -144,7 +144,7 @@ def _start_pattern(form: CallForm) -> re.Pattern[str]:
 
 
 def _joined(content: Sequence[str], form: CallForm, had_calls: bool) -> str:
-    """The content around calls, without the white space that sets it off from them."""
+    """The content around calls, without the white space that separates it from them."""
     if not had_calls:
         return "".join(content)
     space = (
@@ -156,7 +156,7 @@ def _joined(content: Sequence[str], form: CallForm, had_calls: bool) -> str:
 
 
 def _end_of_unreadable(text: str, position: int, form: CallForm) -> int:
-    """Where a call that can't be read ends: behind its closing, or where the next one begins."""
+    """The end of an unreadable call: after its closing, or at the beginning of the next."""
     following = _start_pattern(form).search(text, position)
     limit = following.start() if following else len(text)
     closed = re.compile(form.close.pattern).search(text, position, limit) if form.close.text else None
@@ -166,11 +166,11 @@ def _end_of_unreadable(text: str, position: int, form: CallForm) -> int:
 def _whole_turn_call(
     text: str, form: CallForm, ends: Sequence[str], tools: Sequence[Mapping[str, Any]] | None
 ) -> tuple[str, list[ToolCall], list[str]]:
-    """For calls that nothing announces: one is the whole turn, or there is none.
+    """For calls without an opening marker: a call is the whole turn, or there is none.
 
-    Without an announcement an answer in JSON looks much like a call, so one that has no name is content, no problem.
+    Without a marker, an answer in JSON looks much like a call, so JSON without a name is content, not an error.
     """
-    # Llama-3.1 often writes a special token before a call that its template does not show there.
+    # Llama-3.1 often writes a special token before a call, which its template does not.
     bare = text.lstrip()
     for end in ends:
         bare = bare.removeprefix(end).lstrip()
@@ -191,7 +191,7 @@ def _whole_turn_call(
 def _read_call(
     text: str, position: int, form: CallForm, tools: Sequence[Mapping[str, Any]] | None
 ) -> tuple[ToolCall, int]:
-    """A call whose body begins at `position`, and where it ends, its closing included.
+    """A call whose body begins at `position`, and the end of its closing.
 
     Raises:
         _Unreadable: if it can't be read.
@@ -206,7 +206,7 @@ def _read_call(
     closed = re.compile(rf"\s*{form.close.pattern}").match(text, position) if form.close.text else None
     if closed is not None:
         return call, closed.end()
-    # A stop string or the limit of tokens may have cut the closing off; the call is whole.
+    # A stop string or the token limit may have cut the closing off; the call is complete.
     rest = "".join(text[position:].split())
     if form.close.text and not "".join(form.close.text.split()).startswith(rest):
         raise _Unreadable(f"expected {form.close.text!r} after it, found {text[position:][:20]!r}")
@@ -253,11 +253,11 @@ def _read_tagged_call(
 
 
 def _closing_of_value(text: str, position: int, form: CallForm, body: TaggedBody) -> re.Match[str] | None:
-    """What ends the value that begins at `position`.
+    """The end of the value that begins at `position`.
 
-    A value may hold the closing tag itself, and even the opening of a call: first choice is a closing with something in
-    order behind it before the next call begins, then any before that, then one in order anywhere, unless this call is
-    over before.
+    A value may contain the closing tag itself, and even the opening of a call. In order of preference: a closing with
+    valid text after it before the next call begins, any closing before that, a closing with valid text after it
+    anywhere, unless this call ends before.
     """
     following = _start_pattern(form).search(text, position)
     limit = following.start() if following else len(text)
@@ -281,7 +281,7 @@ def _read_object(text: str, position: int, what: str) -> tuple[dict[str, Any], i
         ) from error
     except RecursionError as error:
         raise _Unreadable(f"{what} is nested too deeply") from error
-    except ValueError as error:  # numbers that are none, and halves of characters
+    except ValueError as error:  # NaN, infinities and lone surrogates
         raise _Unreadable(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise _Unreadable(f"{what} is not a JSON object")
@@ -293,7 +293,7 @@ def _tool_call(
 ) -> ToolCall:
     if not isinstance(name, str) or not name:
         raise _Unreadable(f"it has no {name_key!r}")
-    if isinstance(arguments, str):  # as the OpenAI API has it
+    if isinstance(arguments, str):  # the OpenAI API's form
         arguments = decoded(arguments)
     if not isinstance(arguments, dict):
         raise _Unreadable(f"its {arguments_key!r} is missing or not a JSON object")
@@ -303,7 +303,7 @@ def _tool_call(
     return ToolCall(type="function", function=function)
 
 
-# Some templates write a parameter that is no text as Python does, and models have learnt it from them.
+# Some templates write a non-text parameter as a Python literal, and models have learnt it from them.
 _PYTHON_WORDS: Final[dict[str, object]] = {"True": True, "False": False, "None": None}
 _JSON_TYPES: Final[dict[type, set[str]]] = {
     bool: {"boolean"},
@@ -316,7 +316,7 @@ _JSON_TYPES: Final[dict[type, set[str]]] = {
 
 
 def _typed(text: str, schema: object) -> object:
-    """A parameter's value, which stands there as text, as its schema has it: text unless it may be something else."""
+    """A parameter's value, given as text, in its schema's type: text unless the schema allows something else."""
     word = text.strip()
     value = _PYTHON_WORDS[word] if word in _PYTHON_WORDS else decoded(text)
     is_none = value is None and word in ("null", "None")
@@ -329,7 +329,7 @@ def _typed(text: str, schema: object) -> object:
 
 
 def _allowed_types(schema: object) -> set[str]:
-    """The JSON types that a schema names; empty if it leaves them open."""
+    """The JSON types that a schema allows; empty if it leaves them open."""
     if not isinstance(schema, Mapping):
         return set()
     described = cast(Mapping[str, object], schema)

@@ -7,7 +7,7 @@ _CLASSES: dict[str, type[Template]] = {"Template": Template}
 
 
 def register_template(name: str, template_class: type[Template]) -> None:
-    """Make a subclass known by `name`; an older one of that name is replaced."""
+    """Register a subclass under `name`, replacing any earlier one."""
     _CLASSES[name] = template_class
 
 

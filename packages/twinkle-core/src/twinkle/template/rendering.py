@@ -1,8 +1,8 @@
-"""From a conversation to text, by a Jinja chat template, as Transformers runs it.
+"""Renders a conversation with a Jinja chat template, as Transformers does.
 
-Chat templates come from model repositories, so they run in Jinja's sandbox and see plain JSON data only. Which parts of
-the text are trained on is not decided here, but `{% generation %}` blocks, in which some templates mark the assistant's
-words, are reported.
+Chat templates come from model repositories, so they run in Jinja's sandbox and see only plain JSON data. `labels`
+decides which text is trained on; this module reports `{% generation %}` blocks, with which some templates mark the
+assistant's words.
 """
 
 import json
@@ -22,7 +22,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
 from twinkle.template.tracing import Stretch, Trace, instrument
 
-# Two code points of the private use area, put around the text of a `{% generation %}` block.
+# Two private-use code points that enclose the text of a `{% generation %}` block.
 _OPEN: Final = "\U0010fff0"
 _CLOSE: Final = "\U0010fff1"
 
@@ -37,24 +37,24 @@ class Span(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A rendered conversation with the stretches that it consists of."""
+    """A rendered conversation and its stretches."""
 
     text: str
     stretches: list[Stretch]
 
 
 class RenderingFailed(InvalidRequest):
-    """A chat template can't or won't render a conversation."""
+    """A chat template fails on, or refuses, a conversation."""
 
 
 class ChatTemplate:
     """A model's chat templates, compiled.
 
     Args:
-        sources: Jinja source by name; "tool_use" is taken for conversations with tools, if there is one, "default"
-            otherwise.
-        variables: what the templates see beside messages and tools, such as `bos_token` or `enable_thinking`.
-        owner: whose templates these are, for messages.
+        sources: Jinja source by name; "tool_use", if present, is for conversations with tools, "default" for all
+            others.
+        variables: further variables for the templates, such as `bos_token` or `enable_thinking`.
+        owner: the model's name, for error messages.
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any], owner: str) -> None:
@@ -72,32 +72,31 @@ class ChatTemplate:
             for name, source in sources.items()
             if _GENERATION_TAG.search(source)
         }
-        self._tracing: dict[str, jinja2.Template] = {}  # made when they are first asked for
+        self._tracing: dict[str, jinja2.Template] = {}  # compiled on first use
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Compiled templates can't be pickled; a process that gets this one compiles them anew.
+        # Compiled templates can't be pickled; the receiving process compiles them again.
         return type(self), (self.sources, self.variables, self._owner)
 
     @property
     def owner(self) -> str:
-        """Whose templates these are."""
+        """The model's name."""
         return self._owner
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
-        """The conversation as text, ending with the opening of an assistant's turn if asked for.
+        """The conversation as text, optionally ending with the opening of an assistant turn.
 
         Raises:
-            RenderingFailed: if the template refuses, or does not get along with, the conversation.
+            RenderingFailed: if the template refuses, or fails on, the conversation.
         """
         return self._run(self._templates[self._name_for(conversation)], conversation, add_generation_prompt)
 
     def generation_spans(
         self, conversation: Conversation, add_generation_prompt: bool = False
     ) -> list[Span] | None:
-        """Where the `{% generation %}` blocks lie in what `render` gives; None if they can't tell.
+        """The spans of the `{% generation %}` blocks in the output of `render`; None if they are unknown.
 
-        They can't where the template has none, or works on a block's text in a way that the marks put around it
-        disturb.
+        They are unknown if the template has none, or if the marks put around a block's text change the output.
         """
         marking = self._marking.get(self._name_for(conversation))
         if marking is None:
@@ -116,9 +115,9 @@ class ChatTemplate:
         return spans if unmarked == self.render(conversation, add_generation_prompt) else None
 
     def trace(self, conversation: Conversation, add_generation_prompt: bool = False) -> Traced | None:
-        """What `render` gives, and which message each stretch of it was written for; None if that can't be told.
+        """The output of `render`, and which message each stretch of it was written for; None if that is unknown.
 
-        It can't where the template works on its own text in a way that the marks put into it disturb.
+        It is unknown if the marks put into the text change the output.
 
         Raises:
             RenderingFailed: like `render`.
@@ -164,7 +163,7 @@ class ChatTemplate:
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        # The template is a program from elsewhere: whatever it raises is its refusal.
+        # The template is a foreign program: anything it raises counts as a refusal.
         except Exception as error:
             hint = ""
             if any(message.get("content") is None for message in conversation.messages):
@@ -175,12 +174,12 @@ class ChatTemplate:
 
 
 def _environment(generation: type[jinja2.ext.Extension]) -> ImmutableSandboxedEnvironment:
-    """Jinja as Transformers sets it up for chat templates (`utils/chat_template_utils.py` there)."""
+    """Jinja, set up as in Transformers (`utils/chat_template_utils.py`)."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    # Jinja's type of `globals` lists only what it puts there itself.
+    # Jinja's type for `globals` lists only its own entries.
     variables = cast(dict[str, Any], environment.globals)
     variables["raise_exception"] = _raise_exception
     variables["strftime_now"] = _strftime_now
@@ -194,7 +193,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; Jinja's own filter escapes what HTML would trip over."""
+    """Plain JSON; Jinja's own filter escapes for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -209,7 +208,7 @@ def _strftime_now(format: str) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: the text in between, as it is."""
+    """`{% generation %}...{% endgeneration %}`: the text in between, unchanged."""
 
     tags = {"generation"}
 
@@ -223,7 +222,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _MarkedGeneration(_Generation):
-    """The same with a mark at either end."""
+    """The same, with a mark at either end."""
 
     def wrap(self, caller: jinja2.runtime.Macro) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"

@@ -1,8 +1,8 @@
-"""Whether a chat template shows every message: one that it leaves out would be missing without a word.
+"""Checks that a chat template renders every message, since it would drop one silently.
 
-A template is a program, and what it makes of a message depends on those around it. So the whole conversation is
-rendered once more with a word of its own in the place of each message's content and of each call's name, and the words
-are looked for. That depends on the conversation's shape alone, and datasets have few shapes.
+A template is a program, and its output for a message depends on those around it. So the whole conversation is rendered
+again with a unique word in place of each message's content and each call's name, and the words are searched for. The
+result depends only on the conversation's shape, and datasets have few shapes.
 """
 
 import logging
@@ -19,7 +19,7 @@ _MOST_SHAPES: Final = 10_000
 
 
 class _Shape(NamedTuple):
-    """All of a message that decides whether it is shown: its keys, its role, and which of its parts hold something."""
+    """What determines whether a message is rendered: its keys, its role, and which of its parts are not empty."""
 
     role: str
     keys: tuple[str, ...]
@@ -28,19 +28,19 @@ class _Shape(NamedTuple):
 
 
 class ShownMessages:
-    """Which shapes of conversations one template shows whole."""
+    """The shapes of conversations that one template renders completely."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        # A text that is the same for all conversations leaves nothing out that anybody expects in it.
+        # A template whose output doesn't depend on the conversation is not expected to show anything.
         self._reads_messages = any("messages" in source for source in template.sources.values())
         self._has_warned = False
         self._whole: set[tuple[object, ...]] = set()
 
     def check(self, conversation: Conversation) -> None:
-        """Raise if the template leaves a message, or a call, out.
+        """Raise if the template drops a message or a call.
 
-        What may be left out is reasoning, which templates show of the last turn only, and the words beside a call.
+        It may drop reasoning, which templates render only for the last turn, and the text beside a call.
 
         Raises:
             InvalidRequest: naming the message.
@@ -50,10 +50,10 @@ class ShownMessages:
             return
         marked = tuple(_marked(message, index) for index, message in enumerate(conversation.messages))
         try:
-            # In lower case, as the words are: what a template writes in capitals is shown.
+            # In lower case, like the words: a template may write them in capitals.
             text = self._template.render(Conversation(marked, conversation.tools)).lower()
         except RenderingFailed:
-            return  # the conversation itself is about to be rendered, and refused by the template's own words
+            return  # the real conversation is rendered next, and is refused with the template's own message
         marked_conversation = Conversation(marked, conversation.tools)
         for index, message in enumerate(conversation.messages):
             self._check_calls(message, index, text)
@@ -82,10 +82,10 @@ class ShownMessages:
             )
 
     def _check_is_elsewhere(self, marked: Conversation, index: int) -> None:
-        """Raise unless the template shows message `index` up to the next question.
+        """Raise unless the template renders message `index` before the next question.
 
-        Mistral's puts the system prompt into the last question, if that comes last: into what is sampled from, and
-        not into an answered conversation. That is how the model was trained, and no mistake in the row.
+        Mistral's writes the system prompt into the last question if that is the last message: when sampling, but not in
+        an answered conversation. The model was trained that way, so it is not an error.
         """
         end = next(
             (at + 1 for at in range(index, len(marked.messages)) if marked.messages[at]["role"] == "user"),

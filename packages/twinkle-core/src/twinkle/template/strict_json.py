@@ -1,4 +1,4 @@
-"""JSON as its standard has it: NaN, infinities and half characters, which Python's reader lets pass, are errors."""
+"""Strict JSON: NaN, infinities and lone surrogates, which Python's parser accepts, are errors."""
 
 import json
 import math
@@ -18,7 +18,7 @@ DECODER: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number
 
 
 def decoded(text: str) -> object:
-    """JSON text's value; None if it is not JSON."""
+    """The value of JSON text; None if it is invalid."""
     try:
         value: object = DECODER.decode(text)
         json.dumps(value, ensure_ascii=False).encode()

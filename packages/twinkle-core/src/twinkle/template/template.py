@@ -1,4 +1,4 @@
-"""The template that datasets and sampling scripts use: trajectories in, tokens with labels out, and text back."""
+"""The template that datasets and sampling scripts use: from trajectories to tokens with labels, and back."""
 
 import hashlib
 import json
@@ -19,13 +19,18 @@ from twinkle.data_format import NOT_TRAINED, InputFeature, Trajectory
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
-from twinkle.template.files import TEMPLATE_FILES, read_chat_templates, read_special_tokens, read_tokenizer
 from twinkle.template.fitting import fitted
 from twinkle.template.habits import Habits
 from twinkle.template.labels import assistant_turns
 from twinkle.template.parsing import ParsedTurn, parse_turn
 from twinkle.template.rendering import ChatTemplate, Span
 from twinkle.template.shown import ShownMessages
+from twinkle.template.tokenizer_files import (
+    TEMPLATE_FILES,
+    read_chat_templates,
+    read_special_tokens,
+    read_tokenizer,
+)
 from twinkle.template.turn_forms import TurnForm
 from twinkle.template.turn_learning import learn_turn_form
 
@@ -41,22 +46,21 @@ class Template:
     """A model's tokenizer and chat template.
 
     Args:
-        model_id: whose; an id that `twinkle.hub.resolve` knows, or a folder. Only its tokenizer files are fetched.
-        train_on: what labels mark. "assistant": each turn of the assistant, the token that ends it included;
-            "last_assistant": only the last of these; "all": every token. Turns are taken as the chat template
-            writes them: Qwen3's, for one, leaves out the thinking of all turns before the last question. A message
-            with `weight: 0`, or `loss`, `train` or `trainable: false`, is not trained on.
-        max_length: most tokens of a sequence; None is no limit.
-        truncation_strategy: what becomes of longer ones. "raise": an error; "left": the beginning is cut off;
-            "right": the end is cut off; "delete": `batch_encode` and datasets leave the row out.
-        chat_template: Jinja source to use in place of the model's.
-        chat_template_kwargs: what the chat template knows beside messages and tools, such as
-            `{"enable_thinking": False}`.
+        model_id: an id for `twinkle.hub.resolve`, or a folder. Only the tokenizer files are downloaded.
+        train_on: what to label. "assistant": each assistant turn, including the token that ends it; "last_assistant":
+            only the last of these; "all": every token. Turns are labelled as the chat template writes them: Qwen3's,
+            for example, drops the thinking of all turns before the last question. A message with `weight: 0`, or
+            `loss`, `train` or `trainable: false`, is not trained on.
+        max_length: most tokens of a sequence; default: no limit.
+        truncation_strategy: for longer sequences. "raise": an error; "left": cut off the beginning; "right": cut off
+            the end; "delete": `batch_encode` and datasets drop the row.
+        chat_template: Jinja source to use instead of the model's.
+        chat_template_kwargs: further variables for the chat template, such as `{"enable_thinking": False}`.
         revision: of the model on its hub.
 
     Raises:
         NotFound: if the model, or its tokenizer.json, can't be found.
-        InvalidRequest: if an argument is not one of the above, or the model has no (valid) chat template.
+        InvalidRequest: if an argument is invalid, or the model has no (valid) chat template.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Template:
         self.train_on = train_on
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
-        # A path object is a folder, even where its text would pass for an id.
+        # A path object is a folder, even if its text could be an id.
         id = model_id if isinstance(model_id, str) else str(Path(model_id).absolute())
         folder = hub.resolve(id, "model", TEMPLATE_FILES, revision)
         sources = {"default": chat_template} if chat_template is not None else read_chat_templates(folder)
@@ -93,7 +97,7 @@ class Template:
         self._shown = ShownMessages(self._chat_template)
 
     def render(self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model's text.
+        """The conversation as text for the model.
 
         Raises:
             InvalidRequest: if it is no conversation, or the chat template refuses it or would leave a message out.
@@ -106,11 +110,11 @@ class Template:
         """The conversation as tokens and labels.
 
         Args:
-            add_generation_prompt: end with the opening of an assistant's turn, to sample what follows.
+            add_generation_prompt: end with the opening of an assistant turn, to sample from.
 
         Raises:
             InvalidRequest: if it is no conversation, or the chat template refuses it or would leave a message out.
-            SequenceTooLong: if it is longer than `max_length` and is not to be cut.
+            SequenceTooLong: if it is longer than `max_length` and must not be cut.
         """
         conversation = self._read(trajectory)
         text = self._chat_template.render(conversation, add_generation_prompt)
@@ -128,7 +132,7 @@ class Template:
     def batch_encode(
         self, trajectories: Iterable[Trajectory | Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> list[InputFeature]:
-        """`encode` for each of them; with the strategy "delete" there are fewer features where some are too long."""
+        """`encode` each trajectory; the strategy "delete" drops those that are too long."""
         features: list[InputFeature] = []
         for trajectory in trajectories:
             try:
@@ -141,7 +145,7 @@ class Template:
     def decode(
         self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = False
     ) -> str:
-        """The text of token ids, a list or an integer array [T]."""
+        """The text of token ids, given as a list or an integer array [T]."""
         return self.tokenizer.decode(
             [int(token) for token in tokens], skip_special_tokens=skip_special_tokens
         )
@@ -151,20 +155,20 @@ class Template:
         tokens_or_text: str | Sequence[int] | npt.NDArray[np.integer[Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> ParsedTurn:
-        """What the assistant said in one turn, as a message.
+        """Parse one sampled turn into a message.
 
-        How reasoning and calls are written is learnt from the model's chat template. What it knows nothing of is
+        The format of reasoning and calls is inferred from the model's chat template; whatever that doesn't cover is
         content.
 
         Args:
-            tokens_or_text: what was sampled after a generation prompt: token ids, a list or an integer array [T], or
+            tokens_or_text: what was sampled after a generation prompt: token ids (a list or an integer array [T]), or
                 their text, special tokens included.
-            tools: JSON schemas of the functions, for calls whose arguments stand there as text: the schema says which
-                of them are text. Calls are read with or without.
+            tools: JSON schemas of the functions. Optional: they only say which arguments are text in formats that write
+                all of them as text.
 
         Returns:
-            The message, and what was wrong with calls that could not be read; these stay in the content. Whatever the
-            text, this is no error.
+            The message, and the problems of calls that could not be read, which stay in the content. No text is an
+            error.
         """
         text = tokens_or_text if isinstance(tokens_or_text, str) else self.decode(tokens_or_text)
         return parse_turn(text, self._turn_form, tools)
@@ -175,18 +179,17 @@ class Template:
         turn_index: int,
         sampled: Sequence[int] | npt.NDArray[np.integer[Any]],
     ) -> npt.NDArray[np.int64]:
-        """The tokens to append after a sampled turn, for the model to read what came next and to take its next turn.
+        """The tokens to append to a sampled turn: the messages that follow, and the opening of the model's next turn.
 
-        What was sampled stays as it is, rather than be tokenised again: where the turn is what the chat template would
-        have written, prompt, `sampled` and these tokens are together `encode(trajectory, add_generation_prompt=True)`;
-        where the template would write it differently (Qwen3's leaves the thinking out once there is another question),
-        the sampled tokens are kept. The end of the turn comes first unless `sampled` ends with it. `max_length` does
-        not matter here.
+        Sampled tokens are kept rather than tokenised again. If the turn is what the chat template would have written,
+        prompt, `sampled` and these tokens together equal `encode(trajectory, add_generation_prompt=True)`; if the
+        template would write it differently (Qwen3's drops the thinking once there is another question), the sampled
+        tokens stay. The turn's end comes first unless `sampled` ends with it. `max_length` is ignored.
 
         Args:
-            trajectory: the conversation with the turn as a message (`parse(sampled).message`), and with the results of
-                tools, or other messages, that follow it.
-            turn_index: which message the turn is.
+            trajectory: the conversation, including the turn as a message (`parse(sampled).message`) and the tool
+                results or other messages that follow it.
+            turn_index: index of that message.
             sampled: the turn's token ids, a list or an integer array [T].
 
         Returns:
@@ -205,9 +208,9 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that `encode` depends on; a subclass that encodes differently must give another.
+        """SHA-256 (hex) of everything that `encode` depends on; a subclass that encodes differently must change it.
 
-        A chat template that asks for the date has another fingerprint each day.
+        A chat template that uses the date has a different fingerprint each day.
         """
         sources = self._chat_template.sources
         asks_for_date = any("strftime_now" in source for source in sources.values())
@@ -224,20 +227,20 @@ class Template:
         return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
 
     def _read(self, trajectory: Trajectory | Mapping[str, Any]) -> Conversation:
-        """The conversation in the forms that the chat template wants; refused if it would leave a message out."""
+        """The conversation in the forms that the chat template wants; raises if the template would drop a message."""
         conversation = fitted(read_conversation(trajectory), self._habits)
         self._shown.check(conversation)
         return conversation
 
     @cached_property
     def _turn_form(self) -> TurnForm:
-        """How the model writes a turn; learnt when it is first asked for."""
+        """How the model writes a turn; inferred on first use."""
         added = self.tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         return learn_turn_form(self._chat_template, [*special, self._eos_token])
 
     def _trained_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
-        """The stretches of the rendered text that are trained on: what the chat template marks, or the turns found."""
+        """The spans of the rendered text to train on: those that the chat template marks, or the turns found."""
         marked = self._chat_template.generation_spans(conversation, add_generation_prompt)
         if marked is not None and self.train_on == "assistant" and not conversation.left_out:
             return marked
@@ -252,7 +255,7 @@ class Template:
         ]
 
     def _left_out_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
-        """The stretches of messages that are marked as not to be trained on, where all else is."""
+        """The spans of messages excluded from training, when everything else is trained on."""
         if not conversation.left_out:
             return []
         turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
@@ -265,7 +268,7 @@ class Template:
         return [span for turn in turns if turn.message in conversation.left_out for span in turn.spans]
 
     def _kept(self, length: int) -> slice:
-        """Which tokens of a sequence of that length stay."""
+        """The slice of a sequence of that length that is kept."""
         if self.max_length is None or length <= self.max_length:
             return slice(None)
         if self.truncation_strategy == "left":
@@ -281,11 +284,11 @@ class Template:
 def _labels(
     input_ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], spans: Sequence[Span]
 ) -> npt.NDArray[np.int64]:
-    """Each token's own id where it shares a character with a span, else -100; int64 [T].
+    """Each token's own id if it overlaps a span, else -100; int64 [T].
 
     Args:
         input_ids: int64 [T].
-        offsets: each token's first character and the one after its last, int64 [T, 2].
+        offsets: the first character of each token and the one after its last, int64 [T, 2].
     """
     labels = np.full_like(input_ids, NOT_TRAINED)
     for span in spans:

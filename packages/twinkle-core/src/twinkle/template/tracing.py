@@ -1,13 +1,13 @@
-"""Which message each stretch of a rendered conversation is written for.
+"""Traces which message each stretch of a rendered conversation is written for.
 
-A chat template goes through the messages in loops. Here such a template is compiled a second time, with a call put into
-each loop that writes a mark where the loop comes to a message, and another where the loop ends. What stands between two
-marks was written for the message of the first: exact, whatever the template does with its words, and for all messages
-in one rendering.
+A chat template loops over the messages. Here it is compiled a second time, with calls inserted into each loop that
+write a mark where the loop reaches a message, and another where the loop ends. The text between two marks was written
+for the message of the first: this is exact whatever the template does with the content, and covers all messages in one
+rendering.
 
-A loop inside a loop interrupts what is written for the message outside: Gemma 4's template writes the tools' results
-from within the turn that called them, and Command A's looks through the assistant's calls while it writes a result. A
-loop over numbers counts by the first message that its body takes by `{% set ... %}`.
+A nested loop interrupts the text of the outer message: Gemma 4's template writes tool results from within the turn that
+called them, and Command A's scans the assistant's calls while it writes a result. In a loop over indices, the first
+message that its body binds with `{% set ... %}` counts.
 """
 
 import re
@@ -25,8 +25,8 @@ class Stretch(NamedTuple):
     """Text from character `start` up to, not including, `end`.
 
     Attributes:
-        owner: the message that it is written for; None is for no message.
-        within: the message within which that is written, if it is another.
+        owner: the message that it is written for, if any.
+        within: the message inside which that one is written, if different.
     """
 
     owner: int | None
@@ -36,7 +36,7 @@ class Stretch(NamedTuple):
 
 
 def instrument(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-    """The template, changed in place so that rendering it with the `variables` of a `Trace` writes its marks."""
+    """Change the template in place so that rendering it with the `variables` of a `Trace` writes its marks."""
     loops = [loop for loop in tree.find_all(jinja2.nodes.For) if loop.find(jinja2.nodes.Output) is not None]
     numbers = {id(loop): number for number, loop in enumerate(loops)}
     _instrument(tree, numbers, around=None)
@@ -44,7 +44,7 @@ def instrument(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 
 
 def _instrument(node: jinja2.nodes.Node, numbers: Mapping[int, int], around: int | None) -> None:
-    """Marks in what lies in `node`, itself directly (conditions apart) in the body of loop `around`."""
+    """Insert marks below `node`, which is directly (except for conditions) in the body of loop `around`."""
     for field in node.fields:
         body = cast(object, getattr(node, field))
         if not isinstance(body, list):
@@ -81,20 +81,20 @@ class Trace:
     """The marks of one rendering.
 
     Args:
-        messages: the very objects that the template is given.
-        mark: a character that occurs in nothing that is rendered.
+        messages: the same objects that the template receives.
+        mark: a character that occurs nowhere in the rendered text.
     """
 
     def __init__(self, messages: Sequence[dict[str, Any]], mark: str) -> None:
         self._numbers = {id(message): number for number, message in enumerate(messages)}
         self._mark = mark
-        # Of each loop that runs, whether it has come to a message: not so one over numbers that has taken none yet.
+        # For each running loop, whether it has reached a message; a loop over indices may not have yet.
         self._arrived: dict[int, bool] = {}
-        self._marked: set[int] = set()  # the loops that run and have written a mark
+        self._marked: set[int] = set()  # running loops that have written a mark
 
     @property
     def variables(self) -> Mapping[str, Any]:
-        """What the instrumented template has to see."""
+        """Variables for the instrumented template."""
         return {_ENTER: self._enter, _TAKE: self._take, _LEAVE: self._leave}
 
     def _enter(self, loop: int, item: object) -> str:
@@ -102,7 +102,7 @@ class Trace:
         before = self._arrived.get(loop, False)
         if number is not None or isinstance(item, int):
             self._arrived[loop] = number is not None
-        # A loop that goes on to nobody's text says so once.
+        # A loop that moves on to text for no message says so once.
         return self._written(loop, number) if number is not None or before else ""
 
     def _take(self, loop: int, item: object) -> str:
@@ -124,7 +124,7 @@ class Trace:
         return f"{self._mark}{loop},{'' if message is None else message}{self._mark}"
 
     def read(self, marked: str) -> tuple[str, list[Stretch]]:
-        """The text without its marks, and its stretches in their order; none is empty or more of the one before."""
+        """The text without its marks, and its stretches in order; none is empty, and neighbours differ in owner."""
         parts = re.split(f"{self._mark}([0-9]+)(?:,([0-9]*))?{self._mark}", marked)
         stretches: list[Stretch] = []
         for stretch in _stretches(parts):
@@ -137,8 +137,8 @@ class Trace:
 
 
 def _stretches(parts: Sequence[str | None]) -> Iterator[Stretch]:
-    """From text, loop, message, text, ...: a message of None says that the loop has ended."""
-    around: list[tuple[str, int | None]] = []  # the loops around, each with the message that it has come to
+    """From the sequence text, loop, message, text, ...; a message of None means that the loop has ended."""
+    around: list[tuple[str, int | None]] = []  # the enclosing loops, each with its current message
     position = 0
     for number in range(0, len(parts), 3):
         text = parts[number] or ""

@@ -1,4 +1,4 @@
-"""What the turns of a chat template have in common, learnt from conversations made of words that no template holds."""
+"""Infers what all turns of a chat template have in common, from conversations made of marker words."""
 
 import re
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from typing import Any, Final
 from twinkle.template.conversation import Conversation, read_conversation
 from twinkle.template.rendering import ChatTemplate, RenderingFailed
 
-# What texts have in common is told by these: tags whole (`<|end|>` and `<|endoftext|>` have nothing in common), white
-# space whole, the rest by the character.
+# The units by which texts are compared: whole tags (`<|end|>` and `<|endoftext|>` have nothing in common), whole white
+# space, and otherwise characters.
 _PIECES: Final = re.compile(r"<[^<>\s]*>|\s+|.", re.DOTALL)
 _LAST_TAG: Final = re.compile(r"<[^<>\s]+>\s*$")
 
@@ -37,10 +37,10 @@ class TurnBounds:
     """What the turns of a template have in common.
 
     Attributes:
-        opening: what the generation prompt and all turns begin with; empty if that is nothing.
-        ends: what ends a turn of words, the longest first; it may be something else where nothing follows.
+        opening: the common beginning of the generation prompt and all turns; may be empty.
+        ends: the texts that end a turn without calls, longest first; the end may differ if nothing follows.
         ends_turns: whether a turn, or at least the last, has an end of its own.
-        calls_stop: the mark that the template ends a turn of calls with while no result follows, if one does.
+        calls_stop: the marker that ends a turn of calls without a following result, if any.
     """
 
     opening: str
@@ -51,7 +51,7 @@ class TurnBounds:
 
 @lru_cache(maxsize=32)
 def turn_bounds(template: ChatTemplate, with_tools: bool) -> TurnBounds:
-    """What the turns of `template` have in common; what it refuses tells nothing."""
+    """What the turns of `template` have in common, ignoring conversations that it refuses."""
     tools = [_TOOL] if with_tools else None
     said = {"role": "assistant", "content": _WORD}
     plain = _written(template, tools, [_QUESTION, said, _QUESTION, said])
@@ -74,7 +74,7 @@ def _opening(template: ChatTemplate, tools: list[dict[str, Any]] | None, *turns:
     opening = prompt or ""
     for turn in (turn for kind in turns for turn in kind):
         opening = common_beginning(opening, turn)
-        # What opens the reasoning is the turn's own, though the prompt and some turns have it.
+        # The opening of the reasoning belongs to the turn, although the prompt and some turns have it.
         before = turn.partition(_REASONING)[0] if _REASONING in turn else ""
         tag = _LAST_TAG.search(before)
         if tag is not None and tag.start() < len(opening):
@@ -85,7 +85,7 @@ def _opening(template: ChatTemplate, tools: list[dict[str, Any]] | None, *turns:
 def _written(
     template: ChatTemplate, tools: list[dict[str, Any]] | None, messages: list[dict[str, Any]]
 ) -> list[str]:
-    """What is written for each of the assistant's messages, and, behind the last, when all messages are written."""
+    """The text of each assistant message, and the text after the last message."""
     try:
         traced = template.trace(_conversation(tools, messages))
     except RenderingFailed:
@@ -103,7 +103,9 @@ def _written(
 
 
 def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str | None:
-    """What the template adds for the model to go on from; None if it refuses the conversation, or can't be traced."""
+    """The text that the template adds for the model to continue; None if it refuses the conversation, or can't be
+    traced.
+    """
     try:
         prompted = template.trace(conversation, add_generation_prompt=True)
         if prompted is None:
@@ -112,8 +114,8 @@ def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str
         ends = max((stretch.end for stretch in prompted.stretches if stretch.owner == last), default=None)
         if ends is not None and prompted.text[ends:].strip():
             return prompted.text[ends:]
-        # Most write it when all messages are written, some with the last message. And some write a message outside
-        # their loop (Llama-3.1's the first question, with the tools), so that its end is not known.
+        # Most write it after all messages, some with the last message. And some write a message outside their loop
+        # (Llama-3.1's the first question, with the tools), so its end is unknown.
         plain = template.render(conversation)
     except RenderingFailed:
         return None
@@ -121,7 +123,7 @@ def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str
 
 
 def common_beginning(first: str, second: str) -> str:
-    """What two texts begin with, by whole tags and white space."""
+    """The common prefix of two texts, in whole tags and white space."""
     length = min(len(first), len(second))
     same = 0
     for one, two in zip(_PIECES.finditer(first), _PIECES.finditer(second), strict=False):

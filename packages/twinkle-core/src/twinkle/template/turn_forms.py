@@ -1,6 +1,6 @@
-"""How a model writes its turns, as data: what stands around reasoning and calls, and what ends a turn.
+"""The format of a model's turns, as data: the markers around reasoning and calls, and the ends of a turn.
 
-Made by `turn_learning` from a chat template, read by `parsing` and `continuation`.
+`turn_learning` infers it from a chat template; `parsing` and `continuation` use it.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Strip:
-    """The characters a template strips from either end of a part; None is all white space."""
+    """The characters that a template strips from either end of a part; None means all white space."""
 
     left: str | None = ""
     right: str | None = ""
@@ -21,10 +21,10 @@ class Strip:
 
 @dataclass(frozen=True)
 class Marker:
-    """A text that is written before, after or between parts.
+    """Text that is written before, after or between parts.
 
     Attributes:
-        text: without the white space around it; may be empty.
+        text: without surrounding white space; may be empty.
         before, after: that white space.
     """
 
@@ -39,7 +39,7 @@ class Marker:
 
     @property
     def pattern(self) -> str:
-        """A regular expression that is indifferent to white space."""
+        """A regular expression in which the white space is optional."""
         return r"\s*".join(re.escape(word) for word in self.text.split())
 
 
@@ -48,8 +48,8 @@ class ReasoningForm:
     """How reasoning is written.
 
     Attributes:
-        open, close: what stands before and after it.
-        given: whether the generation prompt ends with `open`, so that what is sampled begins inside.
+        open, close: the markers before and after it.
+        given: whether the generation prompt ends with `open`, so that sampled text begins inside.
         strip: what is stripped from it.
     """
 
@@ -64,7 +64,7 @@ class JsonBody:
     """A call as one JSON object.
 
     Attributes:
-        path: the keys that lead to the object with name and arguments; usually none.
+        path: the keys to the object with name and arguments; usually none.
         name, arguments: their keys.
         id: the outer object's key for the call's id, if it is written.
     """
@@ -77,7 +77,7 @@ class JsonBody:
 
 @dataclass(frozen=True)
 class NamedBody:
-    """A call as a name and a JSON object of arguments, with `between` in between."""
+    """A call as a name, `between`, and a JSON object of arguments."""
 
     between: Marker
 
@@ -88,7 +88,7 @@ class TaggedBody:
 
     Attributes:
         name_end: what ends the name.
-        open, key_end, close: what stands before a parameter's key, between key and value, and after the value.
+        open, key_end, close: the markers before a parameter's key, between key and value, and after the value.
     """
 
     name_end: Marker
@@ -105,7 +105,7 @@ class CallForm:
     """How calls are written: `section_open (open body close) separator (open body close) ... section_close`.
 
     Attributes:
-        body: what is between open and close.
+        body: the form of the text between open and close.
         arguments_as_text: whether the template wants a message's arguments as JSON text.
     """
 
@@ -119,7 +119,7 @@ class CallForm:
 
     @property
     def example(self) -> str:
-        """What a call looks like."""
+        """An example of a call, for messages."""
         if isinstance(self.body, JsonBody):
             inner = f'{{"{self.body.name}": "NAME", "{self.body.arguments}": {{...}}}}'
         elif isinstance(self.body, NamedBody):
@@ -136,15 +136,14 @@ class CallForm:
 
 @dataclass(frozen=True)
 class TurnForm:
-    """How a model writes a turn; made by `learn_turn_form`.
+    """How a model writes a turn; from `learn_turn_form`.
 
     Attributes:
-        opening: what the template writes before the content of a turn, where its generation prompt leaves that to the
-            model.
-        content_end, calls_end: what ends a turn; that with calls may have an end of its own.
-        ends: all that is cut off the end of a turn: those two, and special tokens that mean nothing in a turn.
-        strip: what is stripped from the content.
-        reasoning, calls: None where the template knows no such thing.
+        opening: the text before a turn's content, if the generation prompt leaves it to the model.
+        content_end, calls_end: the end of a turn without and with calls.
+        ends: everything that is cut off the end of a turn: those two, and special tokens without meaning in a turn.
+        strip: the characters stripped from the content.
+        reasoning, calls: None if the template doesn't support it.
     """
 
     opening: str

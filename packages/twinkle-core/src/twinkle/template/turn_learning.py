@@ -1,7 +1,7 @@
-r"""How a model writes its turns, learnt from its chat template.
+r"""Infers how a model writes its turns from its chat template.
 
-It is not looked up by the model's name: a message whose parts are words that occur nowhere else is rendered, and what
-stands around each word is how that part is written. Three ways to write a call are understood:
+The model's name plays no role: a message whose parts are unique words is rendered, and the text around each word is the
+format of that part. Three formats of calls are understood:
 
 - a JSON object, alone or in a wrapper: `<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>` (Hermes, Qwen3),
   `{"name": ..., "parameters": {...}}` as the whole turn (Llama-3.1), `[TOOL_CALLS] [{...}, {...}]` (Mistral);
@@ -64,19 +64,18 @@ _CALLS: Final = (
 )
 _QUESTION: Final = Message(role="user", content="zqquestionqz")
 
-# Tags whole, the beginning of a tag, white space, and other characters one by one: markers are compared by these, since
-# `</a>` and `</b>` have their first two characters in common and yet nothing to do with each other. Mistral's tags are
-# in square brackets and capitals.
+# Markers are compared in these units (whole tags, the beginning of a tag, white space, single characters), since `</a>`
+# and `</b>` share their first two characters and yet are unrelated. Mistral's tags are in square brackets and capitals.
 _PIECES: Final = re.compile(r"<[^<>]*>|<[^<>\s]*|\[/?[A-Z_]+\]|\s+|[^<\s]")
 
 
 def learn_turn_form(template: ChatTemplate, special_tokens: Sequence[str] = ()) -> TurnForm:
     """How the model of `template` writes a turn.
 
-    A part that the template does not show, or refuses, is one that it does not know.
+    A part that the template does not render, or refuses, counts as unsupported.
 
     Args:
-        special_tokens: of the tokenizer; those that no part of a turn is written with are cut off a turn's end.
+        special_tokens: of the tokenizer; those that no part of a turn uses are cut off a turn's end.
     """
     special_tokens = [token for token in special_tokens if token]
     plain = _turn(template, content=_CONTENT)
@@ -113,7 +112,9 @@ def _markers(reasoning: ReasoningForm | None, calls: CallForm | None) -> list[Ma
 
 
 def _turn(template: ChatTemplate, **message: Any) -> str:
-    """The turn as the template writes it after a question; empty if it refuses, or the turn can't be found."""
+    """The turn as the template writes it after a question; empty if the template refuses it, or the turn can't be
+    found.
+    """
     functions = [
         {
             "type": "function",
@@ -146,7 +147,7 @@ def _render(template: ChatTemplate, *messages: Mapping[str, Any], prompt: bool =
 
 
 def _learn_reasoning(template: ChatTemplate) -> ReasoningForm | None:
-    # Where the prompt opens the thinking, the turn does not, so it is read from the whole text.
+    # If the prompt opens the thinking, the turn does not contain the opening, so use the whole text.
     said = {"role": "assistant", "content": _CONTENT, "reasoning_content": _REASONING}
     question, prompt = _render(template), _render(template, prompt=True)
     text = _after(question, _render(template, said))
@@ -168,9 +169,9 @@ def _learn_reasoning(template: ChatTemplate) -> ReasoningForm | None:
 
 
 def _learn_given_reasoning(template: ChatTemplate, question: str, generation: str) -> ReasoningForm | None:
-    """For templates that never show reasoning, though their generation prompt opens it (DeepSeek-R1's).
+    """For templates that never render reasoning although their generation prompt opens it (DeepSeek-R1's).
 
-    How such a model ends it stands nowhere in the template, so only a tag, which has its closing tag, is understood.
+    The template doesn't say how such a model ends it, so only a tag, which implies its closing tag, is understood.
     """
     text = _after(question, _render(template, {"role": "assistant", "content": _CONTENT}))
     head, shown, _ = text.partition(_CONTENT)
@@ -182,7 +183,7 @@ def _learn_given_reasoning(template: ChatTemplate, question: str, generation: st
 
 
 def _learn_strip(template: ChatTemplate, key: str, word: str, **rest: Any) -> Strip:
-    """What is stripped from the part `key`, tried with each kind of white space around the word."""
+    """The characters stripped from the part `key`, found by trying each kind of white space around the word."""
     left, _, right = _turn(template, **rest, **{key: word}).partition(word)
     kinds = " \n\t"
     stripped_left = stripped_right = ""
@@ -196,7 +197,7 @@ def _learn_strip(template: ChatTemplate, key: str, word: str, **rest: Any) -> St
 
 
 def _learn_calls(template: ChatTemplate, content_end: str) -> tuple[CallForm, str] | None:
-    """How calls are written, and what ends a turn that has some."""
+    """The form of calls, and the end of a turn with calls."""
     first, second = _CALLS
     for content in (_CONTENT, ""):
         for as_text in (False, True):
@@ -207,7 +208,7 @@ def _learn_calls(template: ChatTemplate, content_end: str) -> tuple[CallForm, st
                 continue
             start, end, body = found
             if content and content not in single[:start]:
-                break  # it shows calls without the content beside them
+                break  # it renders calls without the content beside them
             before = _before_calls(template, single[:start], content, content_end)
             rest, calls_end = _split_end(single[end:], content_end)
             double = _turn(template, content=content, tool_calls=calls)
@@ -221,15 +222,15 @@ def _call_form(before: str, body: CallBody, rest: str, gap: str | None, as_text:
     """The form of calls.
 
     Args:
-        before: what is written before the first call.
-        body: how a call is written.
-        rest: what is written after the last call, the turn's end left out.
-        gap: what is written between two calls; None if the template allows one only.
+        before: the text before the first call.
+        body: the form of a call.
+        rest: the text after the last call, without the turn's end.
+        gap: the text between two calls; None if the template allows only one.
     """
     close = rest if gap is None else _common_prefix(gap, rest)
     between = "" if gap is None else gap[len(close) :]
     opening = before if gap is None else _common_suffix(before, between)
-    # White space before the first call separates it from the content, also where calls have no opening.
+    # White space before the first call separates it from the content, even if calls have no opening.
     return CallForm(
         section_open=_marker(before[: len(before) - len(opening)]),
         open=_marker(opening),
@@ -242,7 +243,7 @@ def _call_form(before: str, body: CallBody, rest: str, gap: str | None, as_text:
 
 
 def _before_calls(template: ChatTemplate, before: str, content: str, content_end: str) -> str:
-    """What belongs to the calls of the text before the first: neither content nor what any turn begins with."""
+    """The part of the text before the first call that belongs to the calls: not content, nor any turn's beginning."""
     if content:
         return before.rpartition(content)[2]
     empty = _turn(template, content="").removesuffix(content_end)
@@ -250,9 +251,9 @@ def _before_calls(template: ChatTemplate, before: str, content: str, content_end
 
 
 def _split_end(after: str, content_end: str) -> tuple[str, str]:
-    """What follows the last call, without the turn's end, and that end.
+    """The text after the last call, without the turn's end, and that end.
 
-    A turn with calls that ends differently from others ends with a token of its own, the last piece.
+    If a turn with calls ends differently from others, its end is a token of its own: the last piece.
     """
     if content_end and after.endswith(content_end):
         return after.removesuffix(content_end), content_end
@@ -261,7 +262,7 @@ def _split_end(after: str, content_end: str) -> tuple[str, str]:
 
 
 def _find_call(text: str, call: _SampleCall) -> tuple[int, int, CallBody] | None:
-    """Where a call's body begins and ends, and how it is written."""
+    """The beginning, end and form of a call's body."""
     return _find_json(text, call) or _find_tagged(text, call)
 
 
@@ -315,14 +316,14 @@ def _find_tagged(text: str, call: _SampleCall) -> tuple[int, int, CallBody] | No
         key_end=_marker(after_key),
         close=_marker(close),
     )
-    # Without tags, such as in f(x="y"), there is nothing to recognise a call by for sure.
+    # Without tags, as in f(x="y"), calls can't be recognised reliably.
     if not all("<" in marker.text for marker in (body.open, body.close)) or not body.key_end.text:
         return None
     return starts[0], ends[4] + len(close), body
 
 
 def _after(beginning: str, text: str) -> str:
-    """What `text` has more than its `beginning`, or from where they part."""
+    """`text` without the prefix that it shares with `beginning`."""
     return text[len(beginning if text.startswith(beginning) else _common_prefix(beginning, text)) :]
 
 

@@ -1,4 +1,4 @@
-"""The verbs of training as a service, whoever executes them: a server over HTTP, or this process in local mode.
+"""The verbs of training as a service, executed by a server over HTTP, or in this process in local mode.
 
 `twinkle_client.ServiceClient` and `twinkle.ServiceClient` are these classes over two channels.
 """

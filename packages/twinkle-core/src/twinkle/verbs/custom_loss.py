@@ -1,7 +1,7 @@
-"""Losses of one's own: run here on log-probabilities that the server computes, or traced and run by the server.
+"""Custom losses: run here on log-probabilities from the server, or traced and run by the server.
 
-A function of torch tensors is differentiated, or traced, by torch: both find it when they are called, since the client
-itself goes without. A `ClosedFormLoss` brings its gradient along and needs numpy alone.
+A function of torch tensors is differentiated, or traced, by torch, which is imported only for that, since the client
+does without it. A `ClosedFormLoss` has its own gradient and needs only numpy.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Float64Array: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LossValue:
-    """A loss at one point.
+    """A loss evaluated at one point.
 
     Attributes:
         loss: its value.
-        gradients: its derivative with respect to each datum's log-probabilities, float64 of their shapes.
+        gradients: the derivative with respect to each datum's log-probabilities, float64, same shapes.
         metrics: `name:reduction` -> value.
     """
 
@@ -46,12 +46,12 @@ class LossValue:
 class ClosedFormLoss:
     """A loss of log-probabilities that knows its own gradient: `forward_backward_custom` runs it without torch.
 
-    Called as a function it is a `ClientLoss` of torch tensors, which is what Tinker's SDK wants; value and gradient are
-    the same.
+    Called as a function it is a `ClientLoss` of torch tensors, as Tinker's SDK expects, with the same value and
+    gradient.
 
     Attributes:
-        name: for messages.
-        evaluate: datums and their log-probabilities (float64 [T_i] each) to value, gradients and metrics.
+        name: for error messages.
+        evaluate: from datums and their log-probabilities (float64 [T_i] each) to value, gradients and metrics.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ClosedFormLoss:
             torch.as_tensor(gradient).to(tensor)
             for gradient, tensor in zip(value.gradients, logprobs, strict=True)
         ]
-        # Linear in the log-probabilities with the right slope, and moved to the right value.
+        # Linear in the log-probabilities, with the right gradient, and shifted to the right value.
         terms = [(gradient * tensor).sum() for gradient, tensor in zip(gradients, logprobs, strict=True)]
         linear = torch.stack(terms).sum()
         return linear - linear.detach() + value.loss, value.metrics
@@ -73,10 +73,10 @@ class ClosedFormLoss:
 
 @dataclass(frozen=True)
 class LossHandle:
-    """A loss that the server runs. Made by `ServiceClient.create_custom_loss`, for clients of the same session.
+    """A loss that the server runs. Created by `ServiceClient.create_custom_loss`, for clients of the same session.
 
     Attributes:
-        name: the function's.
+        name: the function's name.
         loss_id: the server's name for it.
     """
 
@@ -101,7 +101,7 @@ def torch_of(purpose: str) -> Any:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What stands for a custom loss on the server: cross_entropy with weights that give the same gradient.
+    """A stand-in for a custom loss on the server: cross_entropy with weights that give the same gradient.
 
     Attributes:
         data: the datums with those weights, -d loss / d logprobs.
@@ -115,7 +115,7 @@ class Surrogate:
 
 
 def without_gradient(data: Sequence[Datum]) -> list[Datum]:
-    """The datums with weights of zero: for the pass that only asks for log-probabilities."""
+    """The datums with zero weights, for the pass that only computes log-probabilities."""
     return [
         Datum(
             datum.model_input,
@@ -131,10 +131,10 @@ def without_gradient(data: Sequence[Datum]) -> list[Datum]:
 def differentiate(
     loss_fn: ClientLoss | ClosedFormLoss, data: Sequence[Datum], forward: ForwardBackwardOutput
 ) -> Surrogate:
-    """Run the loss on log-probabilities from the server, and take its gradient.
+    """Run the loss on log-probabilities from the server and differentiate it.
 
     Raises:
-        InvalidRequest: if what a function returns is no scalar that depends on every datum's log-probabilities.
+        InvalidRequest: if a function does not return a scalar that depends on every datum's log-probabilities.
     """
     if isinstance(loss_fn, ClosedFormLoss):
         arrays = [output["logprobs"].to_numpy().astype(np.float64) for output in forward.loss_fn_outputs]
@@ -203,7 +203,7 @@ def trace(
     fx = importlib.import_module("torch.fx")
     try:
         graph = fx.symbolic_trace(loss_fn).graph
-    except Exception as error:  # whatever the function or the tracer raises
+    except Exception as error:  # the function or the tracer may raise anything
         raise InvalidRequest(f"loss_fn: torch.fx can't trace it ({error})") from error
     names = [node.target for node in graph.nodes if node.op == "placeholder"]
     if names[:1] != ["logprobs"] or set(names) != set(input_ranks):

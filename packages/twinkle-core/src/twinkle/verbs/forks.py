@@ -1,7 +1,7 @@
-"""What a client is in a process that was forked: its threads, its connections and its numbers stay with the parent.
+"""Clients in forked processes: threads, connections and sequence ids stay with the parent.
 
-A forked process shares memory, and not threads: a client that waits for its own would wait for ever, and one that goes
-on counting where the parent was would be given the answers to the parent's requests.
+A forked process inherits memory but no threads: a client that waits for its thread would wait forever, and one that
+continues the parent's sequence ids would receive the results of the parent's requests.
 """
 
 import os
@@ -9,28 +9,28 @@ import secrets
 import weakref
 from typing import Protocol
 
-# So many numbers of a sampler are one client's; a client elsewhere begins at a multiple of it (as Tinker's SDK does).
+# Sequence ids per client of a sampler; a client in another process begins at a multiple of this (as in Tinker's SDK).
 _NUMBERS = 1_000_000_000
 
 
 class Forkable(Protocol):
-    """What has to begin anew in a forked process."""
+    """Something that must reset itself in a forked process."""
 
     def after_fork(self) -> None:
-        """Called in the child; whatever locks the parent's threads held must not be waited for."""
+        """Called in the child. Must not wait for locks, which the parent's threads may have held."""
         ...
 
 
 _living: "weakref.WeakSet[Forkable]" = weakref.WeakSet()
 
 
-def begin_anew_when_forked(living: Forkable) -> None:
+def reset_when_forked(living: Forkable) -> None:
     """Have `after_fork` called in each process that is forked while `living` is in use."""
     _living.add(living)
 
 
 def first_number_elsewhere() -> int:
-    """Where a copy of a sampling client begins to count, so that no two of one sampler count alike."""
+    """The first sequence id of a sampling client's copy, so that no two clients of a sampler use the same ids."""
     return (1 + secrets.randbelow(_NUMBERS)) * _NUMBERS
 
 

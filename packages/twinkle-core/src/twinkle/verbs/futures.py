@@ -1,11 +1,12 @@
-"""Futures that are also their results: a verb returns at once, and what it returned waits when it is looked at."""
+"""Futures that stand in for their results: a verb returns at once, and using its result waits for it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Generic, TypeVar, cast
@@ -17,22 +18,22 @@ from twinkle.protocol.errors import TwinkleError
 T = TypeVar("T")
 U = TypeVar("U")
 
-# Waits shorter than this show nothing.
+# Shorter waits show no progress bar.
 QUIET_SECONDS = 3.0
 
 
 class Pending(Generic[T]):
-    """The result of an operation that may still be under way.
+    """The result of an operation that may still be running.
 
-    `.result()` waits for it, `await` waits without blocking, and any attribute of the result can be read from here
-    directly (which waits too): `sampling_client.sample(...).sequences[0].tokens`. A list can be read as one.
+    `.result()` waits for it, `await` waits without blocking, and attributes of the result can be read directly (which
+    waits too): `sampling_client.sample(...).sequences[0].tokens`. A list result can be indexed and iterated.
     """
 
     def __init__(self, future: Future[T], doing: str, seen: threading.Event | None = None) -> None:
         """
         Args:
-            doing: what is waited for, in words, for the progress bar.
-            seen: whether somebody has looked at the outcome; views of one operation share it.
+            doing: what the operation is, for the progress bar.
+            seen: set once the outcome has been looked at; views of one operation share it.
         """
         self._future = future
         self._doing = doing
@@ -40,14 +41,14 @@ class Pending(Generic[T]):
         self._process = os.getpid()
 
     def result(self, timeout: float | None = None) -> T:
-        """The result; waits for it.
+        """Wait for the result.
 
         Args:
-            timeout: seconds; None waits as long as it takes.
+            timeout: seconds; default: no limit.
 
         Raises:
-            TwinkleError: if the operation failed; or, in a forked process, if it was still under way.
-            TimeoutError: if it is not done in time; it goes on.
+            TwinkleError: if the operation failed; or, in a forked process, if it was still running.
+            TimeoutError: if it does not finish in time; the operation continues.
         """
         self._require_answer_here()
         try:
@@ -57,10 +58,10 @@ class Pending(Generic[T]):
                 self._seen.set()
 
     def cancel(self) -> bool:
-        """Give up on the operation. A sample stops soon; what trains or saves is carried through all the same.
+        """Abandon the operation. A sample stops soon; training and saving are carried out all the same.
 
         Returns:
-            False if it has ended already.
+            False if it has already ended.
         """
         self._seen.set()
         return self._future.cancel()
@@ -70,22 +71,22 @@ class Pending(Generic[T]):
         return self._future.done()
 
     def unseen_failure(self) -> BaseException | None:
-        """What went wrong, if something did and nobody has looked yet; asking counts as looking."""
+        """The exception, if the operation failed and nobody has looked yet; this call counts as looking."""
         if self._seen.is_set() or not self._future.done():
             return None
         self._seen.set()
         return self._future.exception()
 
     def wait_done(self) -> None:
-        """Wait until the operation has ended, well or not, without looking at the result."""
+        """Wait until the operation has ended, successfully or not, without looking at the outcome."""
         try:
             self._require_answer_here()
             wait(self._future, self._doing, None)
         except Exception:
-            return  # it stays to be looked at
+            return  # still counts as unseen
 
     def then(self, change: Callable[[T], U]) -> Pending[U]:
-        """A view of the result through `change`."""
+        """A view of the result, transformed by `change`."""
         return Pending(chain([self._future], lambda results: change(results[0])), self._doing, self._seen)
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -101,7 +102,7 @@ class Pending(Generic[T]):
             )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copy, pickle, Jupyter and the like probe for these; no result has such
+        if name.startswith("_"):  # probed by copy, pickle and Jupyter; no result has such
             raise AttributeError(name)
         return getattr(self.result(), name)
 
@@ -114,7 +115,7 @@ class Pending(Generic[T]):
     def __getitem__(self, key: Any) -> Any:
         return cast(Any, self.result())[key]
 
-    def __bool__(self) -> bool:  # or `if pending:` would wait, and ask a result for its length
+    def __bool__(self) -> bool:  # else `if pending:` would call `__len__`, and wait
         return True
 
     def __repr__(self) -> str:
@@ -123,8 +124,22 @@ class Pending(Generic[T]):
         return f"<{self._doing}: failed>" if self._future.exception() else repr(self._future.result())
 
 
+def first_failure(pendings: Iterable[Pending[Any]]) -> tuple[BaseException | None, deque[Pending[Any]]]:
+    """The first failure that nobody has looked at, and which are still under way. Those that have ended count as looked
+    at after this.
+    """
+    failures: list[BaseException] = []
+    under_way: deque[Pending[Any]] = deque()
+    for pending in pendings:
+        if not pending.done():
+            under_way.append(pending)
+        elif (failure := pending.unseen_failure()) is not None:
+            failures.append(failure)
+    return (failures[0] if failures else None), under_way
+
+
 def wait(future: Future[T], doing: str, timeout: float | None = None) -> T:
-    """The future's result; a wait of some length shows a progress line on a terminal."""
+    """The future's result; longer waits show a progress line on a terminal."""
     quiet = QUIET_SECONDS if timeout is None else min(timeout, QUIET_SECONDS)
     try:
         return future.result(quiet)
@@ -146,12 +161,12 @@ def wait(future: Future[T], doing: str, timeout: float | None = None) -> T:
 
 
 def chain(futures: list[Future[T]], combine: Callable[[list[T]], U]) -> Future[U]:
-    """A future of what `combine` makes of all the results; it fails as soon as one of them has."""
+    """A future of `combine(results)`; it fails as soon as one of the futures does."""
     combined: Future[U] = Future()
     lock = threading.Lock()
 
     def on_done(_done: Future[T]) -> None:
-        with lock:  # callbacks come from whatever thread ends a future
+        with lock:  # callbacks run in whichever thread completes a future
             failed = next((f for f in futures if f.done() and f.exception() is not None), None)
             if combined.done() or (failed is None and not all(f.done() for f in futures)):
                 return

@@ -1,13 +1,13 @@
-"""Which proxy the environment puts between a client and an address: errors of connections name it."""
+"""The proxy that the environment puts between a client and an address; connection errors name it."""
 
 import urllib.request
 from urllib.parse import urlsplit, urlunsplit
 
 
 def proxy_of(url: str) -> str | None:
-    """The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY name for an address, without name and password; None if none.
+    """The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names for an address, without credentials; None if none.
 
-    As httpx reads them: NO_PROXY excepts addresses.
+    Read as httpx does: NO_PROXY lists exceptions.
     """
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
@@ -19,7 +19,7 @@ def proxy_of(url: str) -> str | None:
 
 
 def through(url: str) -> str:
-    """The words that name the proxy in a sentence on an address, such as " through the proxy ..."; empty if none."""
+    """A phrase for error messages that names the proxy, such as " through the proxy ..."; empty if none."""
     proxy = proxy_of(url)
     if proxy is None:
         return ""

@@ -1,4 +1,4 @@
-"""The sampling client: a base model, or a checkpoint on it, and what can be asked of it."""
+"""The sampling client: samples from a base model, or from a checkpoint of it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from twinkle.verbs.futures import Pending, wait
 
 
 class SamplingClient:
-    """Samples from fixed weights. Made by `ServiceClient.create_sampling_client` and
+    """Samples from fixed weights. Created by `ServiceClient.create_sampling_client` and
     `TrainingClient.save_weights_and_get_sampling_client`.
 
-    Every verb returns at once with a `Pending`; send many and they are generated together. A client of a server can be
-    pickled, with the API key in it: what comes of it samples from the same weights, in whatever process.
+    Every verb returns a `Pending` at once; samples in flight together are generated together. A client of a server can
+    be pickled, API key included: the copy samples from the same weights, in any process.
     """
 
     def __init__(self, channel: Channel, sampling_session_id: str, first_number: int = 0) -> None:
         """
         Args:
-            first_number: where it begins to count its samples; no two clients of a sampling session may count alike.
+            first_number: the first sequence id; no two clients of a sampling session may use the same ids.
         """
         self._channel = channel
         self._seq_ids = itertools.count(first_number)
@@ -53,17 +53,17 @@ class SamplingClient:
             prompt: a ModelInput, or token ids.
             num_samples: how many continuations.
             sampling_params: temperature, top_k, top_p, seed, stop, max_tokens.
-            include_prompt_logprobs: also say how likely each token of the prompt was (None for the first).
-            topk_prompt_logprobs, topk_sample_logprobs: list so many likeliest tokens at each position.
+            include_prompt_logprobs: also return the log-probability of each prompt token (None for the first).
+            topk_prompt_logprobs, topk_sample_logprobs: also return the k most likely tokens at each position.
             target_prompt_logprobs: token ids to score, an integer array [len(prompt) - 1, K]; row i is scored at prompt
                 position i + 1, and -1 asks for nothing.
-            prompt_alt_tokens_k: draw so many alternatives to each prompt token after the first.
-            prompt_logprobs_last_n: score only the last so many tokens of the prompt.
+            prompt_alt_tokens_k: sample k alternatives to each prompt token after the first.
+            prompt_logprobs_last_n: score only this many tokens, at the end of the prompt.
 
         Returns:
             `sequences`, `num_samples` of them, each with `tokens`, `logprobs` and `stop_reason`.
         """
-        if self._process != os.getpid():  # forked: the parent goes on with the numbers that follow
+        if self._process != os.getpid():  # forked: the parent keeps using the ids that follow
             self._process, self._seq_ids = os.getpid(), itertools.count(first_number_elsewhere())
         request = make(
             m.SampleRequest,
@@ -92,7 +92,7 @@ class SamplingClient:
     def get_base_model(self) -> str:
         """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
-        return wait(cast(Future[m.SamplerInfo], reply), "get_base_model").base_model
+        return wait(reply, "get_base_model").base_model
 
 
 def _client_elsewhere(channel: Channel, sampling_session_id: str) -> SamplingClient:

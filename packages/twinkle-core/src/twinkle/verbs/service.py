@@ -1,4 +1,4 @@
-"""The service client: where training and sampling clients come from."""
+"""The service client, which creates training and sampling clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from twinkle._version import __version__
 from twinkle.protocol import messages as m
@@ -19,24 +19,20 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import LossHandle, Rank
-from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
 from twinkle.verbs.training import SequenceCounter, TrainingClient
 
-R = TypeVar("R")
-
 
 class ServiceClientBase:
     """The verbs over a channel: `twinkle_client.ServiceClient` (a server), `twinkle.ServiceClient` (this process).
 
-    Nothing is sent before the first verb. What is still under way when the program ends is waited for, unless the
-    server can't be reached for half a minute; `close`, or a `with` block, does so earlier and gives the adapters'
-    places back.
+    Nothing is sent before the first verb. When the program ends it waits for operations in flight, unless the server
+    can't be reached for half a minute; `close`, or a `with` block, does so earlier and unloads the adapters.
 
-    In a forked process it has a session of its own; training clients stay with the parent, sampling clients work in
-    both.
+    A forked process opens its own session; training clients stay with the parent, sampling clients work in both.
     """
 
     def __init__(self, channel: Channel, user_metadata: dict[str, Any] | None = None) -> None:
@@ -45,7 +41,7 @@ class ServiceClientBase:
         self._closed = False
         self._begin()
         atexit.register(self._close_at_exit)
-        begin_anew_when_forked(self)
+        reset_when_forked(self)
 
     def _begin(self) -> None:
         self._session: str | None = None
@@ -56,7 +52,7 @@ class ServiceClientBase:
         self._training_clients: list[TrainingClient] = []
 
     def after_fork(self) -> None:
-        """In a forked process: the session, with its runs, stays the parent's; the next verb begins another."""
+        """In a forked process, leave the session and its runs to the parent; the next verb opens a new one."""
         self._begin()
 
     # ------------------------------------------------------------ training clients
@@ -75,14 +71,14 @@ class ServiceClientBase:
         """Begin a training run with a new adapter.
 
         Args:
-            base_model: the model that the server holds, by the name it gives.
+            base_model: the server's base model, under the name that the server gives it.
             rank: rank of the adapter.
             seed: the same seed gives the same initial adapter.
             train_mlp, train_attn, train_unembed: which linear layers get a low-rank term.
             alpha: the term is scaled by alpha / rank; the server's default is 32.
 
         Raises:
-            InvalidRequest: if the server doesn't hold that model, or can't make such an adapter.
+            InvalidRequest: if the server does not serve that model, or can't create such an adapter.
         """
         self._channel.prepare(base_model)
         config = LoraConfig(
@@ -100,11 +96,10 @@ class ServiceClientBase:
             lora_config=config,
             user_metadata=user_metadata,
         )
-        created = cast(Future[m.CreateModelResponse], self._channel.submit(request))
-        return self._training_client(wait(created, "create_lora_training_client").model_id)
+        return self._begin_run(request, "create_lora_training_client")
 
     async def create_lora_training_client_async(self, base_model: str, **config: Any) -> TrainingClient:
-        """`create_lora_training_client` for event loops: same arguments."""
+        """`create_lora_training_client` for event loops, with the same arguments."""
         return await asyncio.to_thread(self.create_lora_training_client, base_model, **config)
 
     def create_training_client_from_state(
@@ -114,7 +109,7 @@ class ServiceClientBase:
         user_metadata: dict[str, Any] | None = None,
         weights_access_token: str | None = None,
     ) -> TrainingClient:
-        """Begin a run with a checkpoint's weights and a new optimizer.
+        """Begin a run with a checkpoint's weights and a fresh optimizer.
 
         Args:
             weights_access_token: the API key of another tenant, whose checkpoint it is.
@@ -128,7 +123,7 @@ class ServiceClientBase:
         user_metadata: dict[str, Any] | None = None,
         weights_access_token: str | None = None,
     ) -> TrainingClient:
-        """Begin a run that goes on where a checkpoint was saved."""
+        """Begin a run that resumes from a checkpoint, optimizer included."""
         return self._from_state(path, base_model, user_metadata, weights_access_token, optimizer=True)
 
     async def create_training_client_from_state_async(
@@ -149,7 +144,7 @@ class ServiceClientBase:
         optimizer: bool,
     ) -> TrainingClient:
         self._channel.prepare(base_model)
-        self._wait_for_saves()
+        self.flush()  # the checkpoint may be one whose saving is still in flight
         request = m.LoadWeightsRequest(
             path=path,
             optimizer=optimizer,
@@ -159,10 +154,11 @@ class ServiceClientBase:
             user_metadata=user_metadata,
             weights_access_token=weights_access_token,
         )
-        loaded = cast(Future[m.LoadWeightsResponse], self._channel.submit(request))
-        return self._training_client(wait(loaded, f"loading {path!r}").model_id)
+        return self._begin_run(request, f"loading {path!r}")
 
-    def _training_client(self, run_id: str) -> TrainingClient:
+    def _begin_run(self, request: m.CreateModelRequest | m.LoadWeightsRequest, doing: str) -> TrainingClient:
+        begun = cast(Future[m.CreateModelResponse | m.LoadWeightsResponse], self._channel.submit(request))
+        run_id = wait(begun, doing).model_id
         client = TrainingClient(self._channel, run_id, self._session_id(), self._sampling_counter)
         self._training_clients.append(client)
         return client
@@ -172,11 +168,11 @@ class ServiceClientBase:
     def create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None
     ) -> SamplingClient:
-        """A client that samples from a checkpoint, or from the base model alone.
+        """A client that samples from a checkpoint, or from the base model itself.
 
         Args:
-            model_path: a checkpoint, of either kind: as `save_state` returned it, or `twinkle://NAME`.
-            base_model: needed where there is no `model_path`.
+            model_path: a checkpoint of either kind, as saving returned it, or `twinkle://NAME`.
+            base_model: required without `model_path`.
 
         Raises:
             NotFound: if there is no such checkpoint.
@@ -186,14 +182,14 @@ class ServiceClientBase:
                 "model_path, base_model: both are missing; give a checkpoint, or a base model"
             )
         self._channel.prepare(base_model)
-        self._wait_for_saves()
+        self.flush()  # the checkpoint may be one whose saving is still in flight
         request = m.CreateSamplingSessionRequest(
             session_id=self._session_id(),
             sampling_session_seq_id=self._sampling_counter.next(),
             base_model=base_model,
             model_path=model_path,
         )
-        reply = self._ask(request, m.CreateSamplingSessionResponse, "create_sampling_client")
+        reply = self._ask(request, "create_sampling_client")
         return SamplingClient(self._channel, reply.sampling_session_id)
 
     async def create_sampling_client_async(
@@ -203,16 +199,16 @@ class ServiceClientBase:
         return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
 
     def create_custom_loss(self, loss_fn: Callable[..., Any], input_ranks: Mapping[str, Rank]) -> LossHandle:
-        """Upload a loss, to be run by the server: `forward_backward_custom(data, handle)`.
+        """Upload a loss for the server to run: `forward_backward_custom(data, handle)`.
 
         Args:
-            loss_fn: `(logprobs, *others) -> (loss, metrics)` on one datum's torch tensors; the others are named as the
-                `loss_fn_inputs` that they are, metrics as custom/NAME:sum or :mean. It is traced by torch.fx:
-                it must not branch on values of tensors, and may call torch and math alone.
-            input_ranks: for each parameter its rank: 1 is [T], 2 is [T, K], 0 a scalar.
+            loss_fn: `(logprobs, *others) -> (loss, metrics)` on one datum's torch tensors; the others are parameters
+                named like entries of `loss_fn_inputs`, metrics are named custom/NAME:sum or :mean. It is traced by
+                torch.fx: it must not branch on tensor values, and may call only torch and math.
+            input_ranks: the rank of each parameter: 1 is [T], 2 is [T, K], 0 a scalar.
 
         Raises:
-            InvalidRequest: if it can't be traced, or calls what the server doesn't allow.
+            InvalidRequest: if it can't be traced, or calls something the server doesn't allow.
         """
         inputs, graph = custom_loss.trace(loss_fn, input_ranks)
         request = m.CreateCustomLossRequest(
@@ -230,13 +226,13 @@ class ServiceClientBase:
         return RestClient(self._channel)
 
     def get_server_capabilities(self) -> m.ServerCapabilities:
-        """The base models there are, with their limits."""
-        return self._ask(m.GetServerCapabilities(), m.ServerCapabilities, "get_server_capabilities")
+        """The server's base models, with their limits."""
+        return self._ask(m.GetServerCapabilities(), "get_server_capabilities")
 
     # ------------------------------------------------------------ end
 
     def flush(self) -> None:
-        """Wait until everything that was asked is done.
+        """Wait until all submitted operations have ended.
 
         Raises:
             TwinkleError: the first failure that nobody has looked at.
@@ -245,10 +241,10 @@ class ServiceClientBase:
             client.flush()
 
     def close(self) -> None:
-        """Flush, end the session, and let go of connections. Checkpoints stay, adapters that are live don't.
+        """Flush, end the session and close connections. Checkpoints are kept, live adapters are not.
 
         Raises:
-            TwinkleError: the first failure that nobody has looked at; it is closed all the same.
+            TwinkleError: the first failure that nobody has looked at; the client is closed all the same.
         """
         if self._closed:
             return
@@ -258,7 +254,7 @@ class ServiceClientBase:
             self.flush()
             if self._session is not None:
                 request = m.FinishSessionRequest(session_id=self._session)
-                self._ask(request, m.Acknowledged, "closing")
+                self._ask(request, "closing")
         finally:
             self._channel.close()
 
@@ -287,12 +283,8 @@ class ServiceClientBase:
                     user_metadata=self._user_metadata,
                     idempotency_key=uuid.uuid4().hex,
                 )
-                self._session = self._ask(request, m.CreateSessionResponse, "create_session").session_id
+                self._session = self._ask(request, "create_session").session_id
             return self._session
 
-    def _wait_for_saves(self) -> None:
-        """What was saved a line above must be there: everything under way is waited for."""
-        self.flush()
-
-    def _ask(self, query: m.Query, _reply: type[R], doing: str) -> R:
-        return wait(cast(Future[R], self._channel.ask(query)), doing)
+    def _ask(self, query: m.Query[m.ReplyT], doing: str) -> m.ReplyT:
+        return wait(self._channel.ask(query), doing)

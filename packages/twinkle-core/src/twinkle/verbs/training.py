@@ -1,4 +1,4 @@
-"""The training client: one run, its adapter, and what can be done with it."""
+"""The training client: one run and its adapter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tqdm import tqdm
 from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
+from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
 from twinkle.protocol.uris import as_twinkle
 from twinkle.protocol.validation import make
-from twinkle.verbs import chunks, custom_loss
+from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
-from twinkle.verbs.futures import Pending, chain, wait
+from twinkle.verbs.futures import Pending, chain, first_failure, wait
 from twinkle.verbs.sampling import SamplingClient
 
 R = TypeVar("R")
@@ -37,18 +38,22 @@ _ONE_PROCESS = (
     "create_training_client_from_state(path) there; sampling clients can be used in both"
 )
 
-# Calls return before their work is done; beyond so many under way they wait for the oldest.
+# Most datums and tokens of one request (a single datum may be longer).
+MAX_REQUEST_DATUMS = 1024
+MAX_REQUEST_TOKENS = 131_072
+
+# With more than this many operations in flight, a call waits for the oldest.
 MAX_UNDER_WAY = 32
 
 
 class TrainingClient:
-    """One training run. Made by `ServiceClient.create_lora_training_client`.
+    """One training run. Created by `ServiceClient.create_lora_training_client`.
 
-    Every verb returns at once with a `Pending`, and the server works through them in the order of the calls; so a
-    plain loop keeps the server busy. An operation that failed, and whose `Pending` nobody looked at, is raised by the
-    next call (or printed when the program ends).
+    Every verb returns a `Pending` at once, and the server carries out the operations in the order of the calls, so a
+    plain loop keeps the server busy. If an operation fails and nobody looks at its `Pending`, the next call raises the
+    error (or it is printed when the program ends).
 
-    It counts what it asks, so it is used in one process alone: in a forked one it refuses, and it can't be pickled.
+    It numbers its operations, so only one process can use it: it raises in a forked one, and can't be pickled.
     """
 
     def __init__(
@@ -69,18 +74,18 @@ class TrainingClient:
     def forward_backward(
         self, data: Batch, loss_fn: str = "cross_entropy", loss_fn_config: LossFnConfig | None = None
     ) -> Pending[ForwardBackwardOutput]:
-        """Add the gradient of the loss over `data` to what the adapter has accumulated since its last step.
+        """Add the gradient of the loss over `data` to the gradient accumulated since the last step.
 
         Args:
             data: Datums, or features with `input_ids` and `labels`.
             loss_fn: cross_entropy, importance_sampling, ppo, cispo, dro or gspo; the sum over all tokens is minimised.
-            loss_fn_config: the loss's parameters, such as `clip_low_threshold` and `clip_high_threshold`.
+            loss_fn_config: parameters of the loss, such as `clip_low_threshold` and `clip_high_threshold`.
 
         Returns:
             `loss_fn_outputs[i]["logprobs"]` float32 [T_i], and `metrics["loss:sum"]`.
 
         Raises:
-            TwinkleError: if an earlier operation failed and nobody looked; this one is not sent then.
+            TwinkleError: if an earlier operation failed and nobody looked at it; this one is then not sent.
         """
         return self._pass(data, loss_fn, loss_fn_config, forward_only=False)
 
@@ -95,37 +100,37 @@ class TrainingClient:
     ) -> Pending[ForwardBackwardOutput]:
         self._raise_unseen_failures()
         datums = [_as_datum(item, i) for i, item in enumerate(data)]
-        # A number that is taken and never sent would make the server wait for it: what can be wrong is looked at first.
+        # The server would wait for a sequence id that is taken but never sent, so arguments are checked first.
         _check_loss(loss_fn, config)
         with self._lock:
             futures: list[Future[ForwardBackwardOutput]] = []
-            for chunk in chunks.split(datums):
+            for chunk in split_batch(datums):
                 request = m.ForwardBackwardRequest(
                     self.model_id, self._seq_ids.following, chunk, loss_fn, dict(config or {}), forward_only
                 )
                 futures.append(cast(Future[ForwardBackwardOutput], self._channel.submit(request)))
                 self._seq_ids.next()
         name = "forward" if forward_only else "forward_backward"
-        return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
+        return self._keep(Pending(chain(futures, join_outputs), f"{name} of {len(datums)} sequences"))
 
     def forward_backward_custom(
         self, data: Batch, loss_fn: ClientLoss | ClosedFormLoss | LossHandle
     ) -> Pending[ForwardBackwardOutput]:
-        """`forward_backward` with a loss of one's own.
+        """`forward_backward` with a custom loss.
 
-        A function runs here, on log-probabilities from a forward pass that is waited for; its gradient then goes to the
-        server as the weights of a second pass. A `LossHandle` is run by the server in a single pass.
+        A function runs here, on log-probabilities from a forward pass, which this call waits for; its gradient goes to
+        the server as the weights of a second pass. The server runs a `LossHandle` in a single pass.
 
         Args:
             loss_fn: a loss of `twinkle.loss`, which needs no torch; or `(data, logprobs) -> (loss, metrics)`, where
-                `logprobs` are torch tensors, one a datum, of the shape of its `target_tokens`, and `loss` is a scalar
+                `logprobs` are torch tensors, one per datum, of the shape of its `target_tokens`, and `loss` is a scalar
                 tensor.
 
         Returns:
             As `forward_backward`, with the function's metrics, and its loss as `loss:sum`.
 
         Raises:
-            InvalidRequest: if a function is given and torch is not installed, or it returns no such loss.
+            InvalidRequest: if a function needs torch and it is not installed, or the function returns no such loss.
         """
         if isinstance(loss_fn, LossHandle):
             return self.forward_backward(data, CUSTOM_LOSS, {"loss_id": loss_fn.loss_id})
@@ -146,13 +151,13 @@ class TrainingClient:
         weight_decay: float | None = None,
         grad_clip_norm: float | None = None,
     ) -> Pending[m.OptimStepResponse]:
-        """One AdamW step with the accumulated gradient, which is then zero.
+        """Take one AdamW step with the accumulated gradient, and reset it to zero.
 
-        Without a gradient the moments still decay, and move the weights as they do.
+        Without a gradient, the moments still decay and move the weights.
 
         Args:
-            adam_params: all parameters at once; the others replace single ones of it. Those that are given in neither
-                way are those of `AdamParams`: learning_rate 1e-4, beta1 0.9, beta2 0.95, no decay, no clipping.
+            adam_params: all parameters together; the other arguments override single ones. Default: those of
+                `AdamParams`: learning_rate 1e-4, beta1 0.9, beta2 0.95, no decay, no clipping.
 
         Returns:
             `metrics["grad_norm:mean"]`, the gradient's norm before clipping.
@@ -179,14 +184,14 @@ class TrainingClient:
         overwrite: bool = False,
         user_metadata: dict[str, Any] | None = None,
     ) -> Pending[m.SaveWeightsResponse]:
-        """Save weights and optimizer as the checkpoint `name`. A gradient that no step has used yet is not in it.
+        """Save weights and optimizer as the checkpoint `name`, without a gradient that no step has used yet.
 
         Args:
-            ttl_seconds: delete it after so long; None keeps it.
-            overwrite: replace this run's checkpoint of the same name, which is an error otherwise.
+            ttl_seconds: delete the checkpoint after this time; default: keep it.
+            overwrite: replace this run's checkpoint of the same name, else an error.
 
         Returns:
-            `path`, the checkpoint's full name, `twinkle://RUN/weights/NAME`. `twinkle://NAME` finds it too.
+            `path`, the checkpoint's full name, `twinkle://RUN/weights/NAME`; `twinkle://NAME` finds it too.
         """
         request = make(
             m.SaveWeightsRequest,
@@ -201,11 +206,11 @@ class TrainingClient:
         return saved.then(lambda response: m.SaveWeightsResponse(path=as_twinkle(response.path)))
 
     def load_state(self, path: str) -> Pending[m.LoadWeightsResponse]:
-        """Set the weights to a checkpoint's; the optimizer begins anew."""
+        """Load a checkpoint's weights and reset the optimizer."""
         return self._load(path, optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> Pending[m.LoadWeightsResponse]:
-        """Set weights and optimizer to a checkpoint's: training goes on as if it had never stopped."""
+        """Load a checkpoint's weights and optimizer: training resumes as if it had never stopped."""
         return self._load(path, optimizer=True)
 
     def _load(self, path: str, optimizer: bool) -> Pending[m.LoadWeightsResponse]:
@@ -215,7 +220,7 @@ class TrainingClient:
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, Any] | None = None
     ) -> Pending[m.SaveWeightsForSamplerResponse]:
-        """Save the weights alone as a checkpoint to sample from."""
+        """Save only the weights, as a checkpoint to sample from."""
         request = make(
             m.SaveWeightsForSamplerRequest,
             model_id=self.model_id,
@@ -238,8 +243,8 @@ class TrainingClient:
         """Save the weights as files to download, in PEFT's layout: see `RestClient.download_checkpoint`.
 
         Args:
-            age_encryption_recipients: public keys of age's (`age1...`) to encrypt the files to, if the server can; it
-                can't read them again.
+            age_encryption_recipients: age public keys (`age1...`) to encrypt the files for, if the server supports it;
+                the server can't read them afterwards.
         """
         recipients = None if age_encryption_recipients is None else list(age_encryption_recipients)
         request = make(
@@ -254,7 +259,7 @@ class TrainingClient:
         return saved.then(lambda response: response.model_copy(update={"path": as_twinkle(response.path)}))
 
     def save_weights_and_get_sampling_client(self) -> SamplingClient:
-        """A client that samples from the weights as they are now, whatever is trained afterwards."""
+        """A client that samples from the current weights, unaffected by later training."""
         request = make(
             m.SaveWeightsForSamplerRequest,
             model_id=self.model_id,
@@ -275,14 +280,14 @@ class TrainingClient:
     def get_info(self) -> m.GetInfoResponse:
         """Base model, rank and tokenizer of this run."""
         reply = self._channel.ask(m.GetInfoRequest(model_id=self.model_id))
-        return wait(cast(Future[m.GetInfoResponse], reply), "get_info")
+        return wait(reply, "get_info")
 
     def unload(self) -> Pending[m.UnloadModelResponse]:
-        """End the run and give its place back, once what was asked before is done. Checkpoints stay."""
+        """End the run and free its adapter, once earlier operations are done. Checkpoints are kept."""
         return self._send(m.UnloadModelRequest(model_id=self.model_id), m.UnloadModelResponse, "unload")
 
     def flush(self) -> None:
-        """Wait until everything that was asked is done.
+        """Wait until all submitted operations have ended.
 
         Raises:
             TwinkleError: the first failure that nobody has looked at.
@@ -299,7 +304,7 @@ class TrainingClient:
     # ------------------------------------------------------------ how calls pipeline
 
     def _send(self, request: m.Ordered | m.UnloadModelRequest, _result: type[R], doing: str) -> Pending[R]:
-        """Number and send a request; `seq_id` is filled in here so that numbers and sending keep one order."""
+        """Number and send a request, under a lock, so that requests are sent in the order of `seq_id`."""
         self._raise_unseen_failures()
         with self._lock:
             assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
@@ -309,7 +314,7 @@ class TrainingClient:
         return self._keep(Pending(future, doing))
 
     def _keep(self, pending: Pending[R]) -> Pending[R]:
-        """Remember a pending operation, and hold the caller back while too many are under way."""
+        """Track a pending operation, and block the caller while too many are in flight."""
         with self._lock:
             self._under_way.append(pending)
             too_many = len(self._under_way) > MAX_UNDER_WAY
@@ -322,7 +327,7 @@ class TrainingClient:
         raise TypeError(f"a training client can't be pickled: {_ONE_PROCESS}")
 
     def _require_own_process(self) -> None:
-        if self._process != os.getpid():  # asked before the lock is taken, which the parent may have held
+        if self._process != os.getpid():  # checked before taking the lock, which the parent may have held
             raise InvalidRequest(
                 f"model_id: {self.model_id} is trained by the process that forked: {_ONE_PROCESS}"
             )
@@ -330,15 +335,46 @@ class TrainingClient:
     def _raise_unseen_failures(self) -> None:
         self._require_own_process()
         with self._lock:
-            ended = [pending for pending in self._under_way if pending.done()]
-            self._under_way = deque(pending for pending in self._under_way if not pending.done())
-        failures = [failure for pending in ended if (failure := pending.unseen_failure()) is not None]
-        if failures:
-            raise failures[0]
+            failure, self._under_way = first_failure(self._under_way)
+        if failure is not None:
+            raise failure
+
+
+def split_batch(data: Sequence[Datum]) -> list[list[Datum]]:
+    """The datums of each request, in order. An empty batch is one empty request, which the server refuses.
+
+    Gradients accumulate in the adapter, so splitting changes only how long other runs wait.
+    """
+    chunks: list[list[Datum]] = [[]]
+    tokens = 0
+    for datum in data:
+        length = datum.model_input.length
+        if chunks[-1] and (len(chunks[-1]) == MAX_REQUEST_DATUMS or tokens + length > MAX_REQUEST_TOKENS):
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(datum)
+        tokens += length
+    return chunks
+
+
+def join_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+    """The result of the whole batch, with the metrics that all requests have; means are weighted by datums."""
+    if len(outputs) == 1:
+        return outputs[0]
+    names = set[str].intersection(*(set(output.metrics) for output in outputs))
+    counts = [len(output.loss_fn_outputs) for output in outputs]
+    return ForwardBackwardOutput(
+        [datum for output in outputs for datum in output.loss_fn_outputs],
+        {
+            name: reduce_metric(name, [output.metrics[name] for output in outputs], counts)
+            for name in sorted(names)
+        },
+        outputs[0].loss_fn_output_type,
+    )
 
 
 class SequenceCounter:
-    """0, 1, 2, ... for several threads."""
+    """0, 1, 2, ...; thread-safe."""
 
     def __init__(self, first: int = 0) -> None:
         self._next = first
@@ -346,7 +382,7 @@ class SequenceCounter:
 
     @property
     def following(self) -> int:
-        """What `next` will give."""
+        """What `next` will return."""
         return self._next
 
     def next(self) -> int:
@@ -357,7 +393,7 @@ class SequenceCounter:
 
 
 def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
-    """Nothing to show for what is done already; else tqdm decides (it is silent where there is no terminal)."""
+    """Hide the bar if everything is done; else tqdm decides (it is silent without a terminal)."""
     return True if all(pending.done() for pending in waiting) else None
 
 

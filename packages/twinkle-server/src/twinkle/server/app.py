@@ -62,6 +62,7 @@ def build_service(
         config.model.max_resident_adapter_bytes,
         (lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
         config.limits,
+        encodes=live is not None,
     )
 
 

@@ -57,6 +57,14 @@ class ModelSection(_Section):
     ranks together. Beyond them the least recently used are kept in `storage.root`, and come back when their runs go on.
     What the backend finds room for if not said."""
 
+    heartbeat_timeout_seconds: float = Field(default=60, gt=0)
+    """A process of the model that answers no heartbeat for so long (it is stopped, or its machine is) is replaced as if
+    it had ended: all of them are started again, and no run loses anything."""
+    call_timeout_seconds: float | None = Field(default=None, gt=0)
+    """The same for processes that answer, but have been at one training call for so long. Longer than the largest batch
+    takes, since that fails if it is cut off twice. Default: 3600 on GPUs, and no limit on a CPU. Loading the model and
+    drawing samples have no limit."""
+
     @field_validator("torch_dtype", mode="before")
     @classmethod
     def _no_float16(cls, value: object) -> object:

@@ -14,11 +14,13 @@ from typing import Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, NotFound, Unauthorized, Unavailable
 from twinkle.server.config import AuthSection, ServerConfig
 from twinkle.server.store.database import Database
 from twinkle.server.store.private import private_directory
-from twinkle.server.store.tables import ApiKey
+from twinkle.server.store.tables import EVERYBODY, ApiKey
+from twinkle.server.tokens import JWT_PREFIX, Signer
 
 Role = Literal["user", "admin"]
 
@@ -82,6 +84,22 @@ def revoke_key(database: Database, key_id: int) -> ApiKey:
     return row
 
 
+def audit_scope(key: ApiKey) -> str:
+    """The tenant whose usage and audit log the key may read, or `EVERYBODY`."""
+    return EVERYBODY if key.role == "admin" else key.tenant
+
+
+def describe(key: ApiKey) -> m.ApiKeyInfo:
+    return m.ApiKeyInfo(
+        key_id=key.id,
+        name=key.label or key.tenant,
+        note=f"role {key.role}",
+        details=m.KeyDetails(
+            org_details=m.OrgDetails(name="twinkle"), user_details=m.UserDetails(email=key.tenant)
+        ),
+    )
+
+
 def with_auth_mode(config: ServerConfig) -> ServerConfig:
     """The configuration with `auth.mode` said: it holds until the server ends, whatever becomes of the keys.
 
@@ -112,6 +130,18 @@ class KeyRing:
         self._reading: asyncio.Task[None] | None = None
         # Of its own: whatever else keeps this process's threads busy, who asks is known.
         self._thread = ThreadPoolExecutor(1, "twinkle-keys")
+
+    async def of_credential(self, credential: str, signer: Signer) -> ApiKey:
+        """The key that a request names, itself or by a token that stands for it.
+
+        Raises:
+            Unauthorized: if there is no such key, it was revoked, or the token is not valid (any more).
+            Unavailable: if the database can't be read.
+        """
+        if not credential.startswith(JWT_PREFIX):
+            return await self.of_key(credential)
+        grant = signer.read_key_token(credential)
+        return await self.of_token(grant.key_id, grant.tenant)
 
     async def of_key(self, key: str) -> ApiKey:
         """

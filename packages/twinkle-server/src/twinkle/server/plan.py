@@ -21,6 +21,10 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 # Where drivers of GPUs show themselves: NVIDIA's, AMD's, and those of the Windows subsystem for Linux.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
+# Of a training call on GPUs. A CPU may really take hours for a large batch, and gloo, by which its ranks meet, has a
+# limit of its own.
+_CALL_TIMEOUT_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,6 +44,12 @@ class Plan:
     @property
     def num_ranks(self) -> int:
         return self.model.num_ranks
+
+    @property
+    def call_timeout_seconds(self) -> float | None:
+        """After which ranks that still compute count as lost; None is never."""
+        default = _CALL_TIMEOUT_SECONDS if self.gpus_per_rank else None
+        return self.config.model.call_timeout_seconds or default
 
     @property
     def bundles(self) -> list[dict[str, float]]:

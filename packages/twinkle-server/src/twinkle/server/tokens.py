@@ -153,3 +153,14 @@ class Signer:
             issuer=_ISSUER,
             options={"require": ["exp", "sub"]},
         )
+
+
+def tenant_of_access_token(token: str, signer: Signer | None) -> str:
+    """The tenant that gave an access token away: its key, or a token that stands for it.
+
+    Raises:
+        Unauthorized: if the signer has not signed it, or it has expired.
+    """
+    if signer is not None and token.startswith(JWT_PREFIX):
+        return signer.read_key_token(token).tenant
+    return tenant_of_key(token)

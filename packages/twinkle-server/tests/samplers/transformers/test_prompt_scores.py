@@ -17,8 +17,7 @@ from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers import TransformersEngine, batches
-from twinkle.server.samplers.transformers import network as network_module
+from twinkle.server.samplers.transformers import TransformersEngine, batches, model_runner
 
 VOCAB = 512
 PROMPT = [7, 300, 21, 0, 511, 21, 8, 90, 256, 13, 4]
@@ -229,7 +228,7 @@ def test_a_prompt_of_one_token_has_no_rows(engine):
 @pytest.fixture
 def logits_made(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """For each time that the engine computes logits, of how many positions."""
-    network = engine._batch._network  # pyright: ignore[reportAttributeAccessIssue]
+    network = engine._loop.running.batch._runner  # pyright: ignore[reportAttributeAccessIssue]
     compute, made = network.logits, list[int]()
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -255,7 +254,7 @@ def test_long_prompts_are_scored_piece_by_piece_with_the_same_answers(
     whole = answers()
     assert max(logits_made) == len(prompt) - 1
     logits_made.clear()
-    monkeypatch.setattr(network_module, "PROMPT_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(model_runner, "PROMPT_LOGITS", 5 * VOCAB)
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 16)
     in_pieces = answers()
     assert max(logits_made) == 5
@@ -275,7 +274,7 @@ def test_those_that_share_a_reading_with_a_scored_prompt_keep_their_adapters(
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 16)
     params = SamplingParams(max_tokens=1, stop=[], temperature=0)
     adapters = ["small", "other", None, "large", "other"]
-    with engine._wake:  # so that all are admitted together
+    with engine._inbox.lock:  # so that all are admitted together
         pending = [
             ask(engine, PROMPT[i:], adapter, params, prompt_logprobs=i == 1)
             for i, adapter in enumerate(adapters)

@@ -11,8 +11,7 @@ from twinkle.protocol.messages.checkpoints import *
 from twinkle.protocol.messages.custom_losses import *
 from twinkle.protocol.messages.futures import *
 from twinkle.protocol.messages.handshake import *
-from twinkle.protocol.messages.operations import *
-from twinkle.protocol.messages.queries import *
 from twinkle.protocol.messages.sampling import *
 from twinkle.protocol.messages.sessions import *
 from twinkle.protocol.messages.training import *
+from twinkle.protocol.messages.unions import *

@@ -5,45 +5,57 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
 
-from twinkle.protocol.messages.base import Metadata
+from twinkle.protocol.messages.base import Acknowledged, Metadata, Query
 from twinkle.protocol.types import Value
 
-
-class GetApiKey(Value):
-    """The key that the request was sent with."""
+# ---------------------------------------------------------------- API keys
 
 
 class OrgDetails(Value):
+    """Part of `KeyDetails`."""
+
     name: str
 
 
 class UserDetails(Value):
+    """Part of `KeyDetails`."""
+
     email: str
 
 
 class KeyDetails(Value):
+    """Part of `ApiKeyInfo`."""
+
     org_details: OrgDetails
     user_details: UserDetails
 
 
 class ApiKeyInfo(Value):
+    """Gateway (or service, in open mode) to the SDK's command line."""
+
     key_id: int
     name: str
     note: str
     details: KeyDetails
 
 
-class DeleteApiKey(Value):
-    """Revoke the key that the request was sent with."""
+class GetApiKey(Query[ApiKeyInfo], method="GET", path="/auth/apikey/me"):
+    """The SDK's command line to gateway: the key that this request was sent with."""
 
 
-class GetAuditLog(Value):
-    event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all"
-    day: date | None = None
+class DeleteApiKey(Query[Acknowledged], method="DELETE", path="/auth/apikey/me"):
+    """The SDK's command line to gateway: revoke the key that this request was sent with."""
+
+
+# ---------------------------------------------------------------- audit log
 
 
 class AuditEntry(Value):
-    """`event` is what was done to what, such as checkpoint_delete."""
+    """Part of `AuditLog`.
+
+    Attributes:
+        event: what was done to what, such as checkpoint_delete.
+    """
 
     timestamp: str
     event: str
@@ -54,20 +66,27 @@ class AuditEntry(Value):
 
 
 class AuditLog(Value):
-    """One day's entries, oldest first."""
+    """Service to client: one day's entries, oldest first."""
 
     entries: list[AuditEntry]
 
 
-class GetUsage(Value):
-    """Usage by hour; both ends on the hour, at most 14 days apart."""
+class GetAuditLog(Query[AuditLog], method="GET", path="/audit"):
+    """Client to service. An admin sees all tenants' entries.
 
-    starting_on: AwareDatetime
-    ending_before: AwareDatetime
+    Attributes:
+        day: in UTC; default: today.
+    """
+
+    event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all"
+    day: date | None = None
+
+
+# ---------------------------------------------------------------- usage
 
 
 class UsageInfo(Value):
-    """What was used: tokens trained on, read as prompts, or generated; or checkpoints written."""
+    """Part of `UsageEvent`: tokens trained on, prefilled or generated; or checkpoints written."""
 
     type: Literal["training", "sampling_prefill", "sampling_sample", "checkpoint"]
     token_count: int | None = None
@@ -76,7 +95,7 @@ class UsageInfo(Value):
 
 
 class UsageEvent(Value):
-    """One hour's usage of one kind in one session. There are no prices: `estimated_cost_usd` is never set."""
+    """Part of `Usage`: one hour's usage of one kind in one session. There are no prices."""
 
     bucket_start: str
     bucket_end: str
@@ -88,19 +107,28 @@ class UsageEvent(Value):
 
 
 class UsageSession(Value):
+    """Part of `Usage`."""
+
     user_metadata: Metadata | None = None
 
 
 class Usage(Value):
+    """Service to client; `sessions` by id."""
+
     data: list[UsageEvent]
     sessions: dict[str, UsageSession] = Field(default_factory=dict[str, UsageSession])
 
 
-class GetStorageUsage(Value):
-    project_id: str | None = None
+class GetUsage(Query[Usage], method="GET", path="/billing/usage/events"):
+    """Client to service: usage by hour; both ends on the hour, at most 14 days apart. An admin sees all tenants'."""
+
+    starting_on: AwareDatetime
+    ending_before: AwareDatetime
 
 
 class StorageUsageItem(Value):
+    """Part of `StorageUsage`."""
+
     project_id: str | None = None
     org_user_urn: str | None = None
     checkpoint_count: int
@@ -109,6 +137,12 @@ class StorageUsageItem(Value):
 
 
 class StorageUsage(Value):
-    """Checkpoints that there are now, by project."""
+    """Service to client: the checkpoints there are now, by project."""
 
     data: list[StorageUsageItem]
+
+
+class GetStorageUsage(Query[StorageUsage], method="GET", path="/billing/usage/checkpoints/current"):
+    """Client to service. An admin sees all tenants'."""
+
+    project_id: str | None = None

@@ -5,16 +5,97 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from twinkle.protocol.messages.base import AccessScope, Metadata, Number, Offset, Ttl
+from twinkle.protocol.messages.base import AccessScope, Acknowledged, Metadata, Number, Offset, Query, Ttl
 from twinkle.protocol.types import Value
 from twinkle.protocol.uris import CheckpointKind
 
+CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 
-class WeightsInfoRequest(Value):
+# ---------------------------------------------------------------- finding
+
+
+class Checkpoint(Value):
+    """Part of `CheckpointList` and `TrainingRun`."""
+
+    checkpoint_id: str
+    checkpoint_type: Literal["training", "sampler", "external"]
+    time: str
     tinker_path: str
+    size_bytes: int | None = None
+    public: bool = False
+    user_metadata: Metadata | None = None
+    expires_at: str | None = None
+
+
+class Cursor(Value):
+    """Part of lists: which page of how many entries it is."""
+
+    offset: int
+    limit: int
+    total_count: int
+
+
+class CheckpointList(Value):
+    """Service to client, newest first; `cursor` is None where the list is whole."""
+
+    checkpoints: list[Checkpoint]
+    cursor: Cursor | None = None
+
+
+class ListCheckpoints(Query[CheckpointList], method="GET", path="/training_runs/{run_id}/checkpoints"):
+    """Client to service: the checkpoints of one run, the caller's or another's published ones."""
+
+    run_id: str
+
+
+class ListUserCheckpoints(Query[CheckpointList], method="GET", path="/checkpoints"):
+    """Client to service: all checkpoints of the caller."""
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    offset: Offset = 0
+
+
+class TrainingRun(Value):
+    """Service to client, and part of `TrainingRunList`."""
+
+    training_run_id: str
+    base_model: str
+    model_owner: str
+    is_lora: bool = True
+    lora_rank: int
+    corrupted: bool = False
+    last_request_time: str
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+    user_metadata: Metadata | None = None
+
+
+class GetTrainingRun(Query[TrainingRun], method="GET", path="/training_runs/{run_id}"):
+    """Client to service."""
+
+    run_id: str
+    access_scope: AccessScope = "owned"
+
+
+class TrainingRunList(Value):
+    """Service to client, newest first."""
+
+    training_runs: list[TrainingRun]
+    cursor: Cursor
+
+
+class ListTrainingRuns(Query[TrainingRunList], method="GET", path="/training_runs"):
+    """Client to service."""
+
+    limit: int = Field(default=20, ge=1, le=1000)
+    offset: Offset = 0
+    access_scope: AccessScope = "owned"
+    project_id: str | None = None
 
 
 class WeightsInfo(Value):
+    """Service to client: base model and shape of a checkpoint."""
+
     base_model: str
     is_lora: bool = True
     lora_rank: int
@@ -24,8 +105,23 @@ class WeightsInfo(Value):
     optimizer_config: dict[str, Any] = Field(default_factory=lambda: {"type": "adamw"})
 
 
-class CopyWeightsRequest(Value):
-    """A copy of a checkpoint under a run of its own: in a session, or in a new one of a project.
+class WeightsInfoRequest(Query[WeightsInfo], method="POST", path="/weights_info"):
+    """Client to service."""
+
+    tinker_path: str
+
+
+# ---------------------------------------------------------------- changing
+
+
+class CopyWeightsResponse(Value):
+    """Service to client: the copy's full name."""
+
+    tinker_path: str
+
+
+class CopyWeightsRequest(Query[CopyWeightsResponse], method="POST", path="/copy_weights"):
+    """Client to service: copy a checkpoint to a run of its own, in a session, or in a new session of a project.
 
     Attributes:
         weights_access_token: another tenant's API key, for a checkpoint of that tenant.
@@ -41,57 +137,35 @@ class CopyWeightsRequest(Value):
     idempotency_key: str | None = Field(default=None, max_length=256)
 
 
-class CopyWeightsResponse(Value):
-    tinker_path: str
-
-
-class Acknowledged(Value):
-    """Done; there is nothing to tell."""
-
-
-class ListCheckpoints(Value):
-    run_id: str
-
-
-class ListUserCheckpoints(Value):
-    limit: int = Field(default=100, ge=1, le=1000)
-    offset: Offset = 0
-
-
 class _OneCheckpoint(Value):
     run_id: str
     kind: CheckpointKind
     name: str
 
 
-class DeleteCheckpoint(_OneCheckpoint):
-    pass
+class DeleteCheckpoint(_OneCheckpoint, Query[Acknowledged], method="DELETE", path=CHECKPOINT):
+    """Client to service."""
 
 
-class PublishCheckpoint(_OneCheckpoint):
-    """Let everybody who has its full name read the checkpoint."""
+class PublishCheckpoint(_OneCheckpoint, Query[Acknowledged], method="POST", path=CHECKPOINT + "/publish"):
+    """Client to service: anyone with the checkpoint's full name may read it."""
 
 
-class UnpublishCheckpoint(_OneCheckpoint):
-    """Keep the checkpoint to its owner again."""
+class UnpublishCheckpoint(_OneCheckpoint, Query[Acknowledged], method="DELETE", path=CHECKPOINT + "/publish"):
+    """Client to service: only its owner may read the checkpoint again."""
 
 
-class SetCheckpointTtl(_OneCheckpoint):
-    """Delete the checkpoint after so long; None keeps it."""
+class SetCheckpointTtl(_OneCheckpoint, Query[Acknowledged], method="PUT", path=CHECKPOINT + "/ttl"):
+    """Client to service: delete the checkpoint after so long; None keeps it."""
 
     ttl_seconds: Ttl | None
 
 
-class GetCheckpointUrls(_OneCheckpoint):
-    """Addresses to download a checkpoint's files from; the SDK asks for those of external weights alone."""
-
-
-class GetCheckpointArchive(_OneCheckpoint):
-    """The address of a tar with a checkpoint's files."""
+# ---------------------------------------------------------------- downloading
 
 
 class ExternalWeightsUrls(Value):
-    """Signed addresses by file name; whoever has one can download until it expires."""
+    """Service to client: signed addresses by file name; anyone who has one can download until it expires."""
 
     urls: dict[str, str]
     expires: str
@@ -101,59 +175,17 @@ class ExternalWeightsUrls(Value):
         return datetime.fromisoformat(self.expires)
 
 
-class GetTokenizerUrls(Value):
-    """Addresses to download a base model's tokenizer from. (A Twinkle addition.)"""
+class GetCheckpointUrls(
+    _OneCheckpoint, Query[ExternalWeightsUrls], method="GET", path=CHECKPOINT + "/external_weights_urls"
+):
+    """Client to service: addresses of a checkpoint's files. The SDK asks only for those of external weights."""
+
+
+class GetCheckpointArchive(_OneCheckpoint, Query[ExternalWeightsUrls]):
+    """Gateway to service, for SDKs before 0.36: the address of a tar with a checkpoint's files."""
+
+
+class GetTokenizerUrls(Query[ExternalWeightsUrls], method="GET", path="/tokenizer_urls"):
+    """The patch of the SDK to service: addresses of a base model's tokenizer files. (A Twinkle addition.)"""
 
     base_model: str
-
-
-class GetTrainingRun(Value):
-    run_id: str
-    access_scope: AccessScope = "owned"
-
-
-class ListTrainingRuns(Value):
-    limit: int = Field(default=20, ge=1, le=1000)
-    offset: Offset = 0
-    access_scope: AccessScope = "owned"
-    project_id: str | None = None
-
-
-class Checkpoint(Value):
-    checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler", "external"]
-    time: str
-    tinker_path: str
-    size_bytes: int | None = None
-    public: bool = False
-    user_metadata: Metadata | None = None
-    expires_at: str | None = None
-
-
-class Cursor(Value):
-    offset: int
-    limit: int
-    total_count: int
-
-
-class CheckpointList(Value):
-    checkpoints: list[Checkpoint]
-    cursor: Cursor | None = None
-
-
-class TrainingRun(Value):
-    training_run_id: str
-    base_model: str
-    model_owner: str
-    is_lora: bool = True
-    lora_rank: int
-    corrupted: bool = False
-    last_request_time: str
-    last_checkpoint: Checkpoint | None = None
-    last_sampler_checkpoint: Checkpoint | None = None
-    user_metadata: Metadata | None = None
-
-
-class TrainingRunList(Value):
-    training_runs: list[TrainingRun]
-    cursor: Cursor

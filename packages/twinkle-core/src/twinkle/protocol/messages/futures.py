@@ -5,12 +5,16 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from twinkle.protocol.errors import Category
-from twinkle.protocol.messages.base import Number, Offset
+from twinkle.protocol.messages.base import Acknowledged, Number, Offset, Query
 from twinkle.protocol.types import Texts, Value
 
 
 class Promise(Value):
-    """What the server has accepted; `RetrieveFutureRequest` fetches the result."""
+    """Service to client: the operation is accepted, and `RetrieveFutureRequest` fetches its result.
+
+    Attributes:
+        sample_sequence_ids: of a sample, `num_samples` ids, which the SDK requires.
+    """
 
     request_id: str
     model_id: str | None = None
@@ -18,66 +22,32 @@ class Promise(Value):
 
 
 class RetrieveFutureRequest(Value):
-    """With `allow_metadata_only` a large result may be announced by its size first."""
+    """Client to gateway: a long poll for one result.
+
+    Attributes:
+        allow_metadata_only: whether a large result may be announced by its size first.
+    """
 
     request_id: str
     allow_metadata_only: bool = False
 
 
 class CompleteMetadata(Value):
-    """The result is there, and is so large: ask for it when there is room."""
+    """Gateway to SDK: the result is ready; fetch it when there is room for so many bytes."""
 
     response_payload_size: int
     status: Literal["complete_metadata"] = "complete_metadata"
 
 
-class CancelFutureRequest(Value):
-    """Nobody waits for this sample any more."""
-
-    request_id: str
-
-
-class SamplingSessionTarget(Value):
-    """One client of a sampling session: that which made it is 0, others have the number they were given on joining."""
-
-    sampling_session_id: str
-    cloned_sampler_id: Number = 0
-    type: Literal["sampling_session"] = "sampling_session"
-
-
-class RetrieveFuturesRequest(Value):
-    """Which samples of a client have ended since `prev_cursor`; one long poll for all of them.
-
-    Attributes:
-        prev_cursor: that of the previous reply; what came up to it has been seen.
-        timeout: seconds; 0 answers at once, None waits as long as the server likes.
-        retrieved_request_ids: results that have arrived at the client.
-    """
-
-    target: SamplingSessionTarget
-    prev_cursor: Offset = 0
-    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    retrieved_request_ids: Texts = Field(default_factory=list[str])
-
-
-class Completion(Value):
-    """A sample that has ended."""
-
-    state: Literal["finished", "failed"]
-    request_id: str
-    response_payload_uncompressed_size: int | None = None
-
-
-class RetrieveFuturesResponse(Value):
-    completions: list[Completion]
-    cursor: int
-
-
 QueueState: TypeAlias = Literal["active", "paused_capacity", "paused_rate_limit"]
 
 
-class Pending(Value):
-    """Not done yet: ask again."""
+class TryAgain(Value):
+    """Gateway to client, with status 408: not done yet, poll again.
+
+    Attributes:
+        queue_state_reason: why it waits, in words that clients log.
+    """
 
     request_id: str
     queue_state: QueueState = "active"
@@ -86,7 +56,55 @@ class Pending(Value):
 
 
 class Failure(Value):
-    """An accepted operation failed."""
+    """Service to client, instead of a result: an accepted operation failed."""
 
     error: str
     category: Category
+
+
+class CancelFutureRequest(Query[Acknowledged], method="POST", path="/cancel_future"):
+    """Client to service: this sample's result is no longer wanted."""
+
+    request_id: str
+
+
+class SamplingSessionTarget(Value):
+    """Part of `RetrieveFuturesRequest`: one client of a sampling session.
+
+    Attributes:
+        cloned_sampler_id: 0 is the client that made the session; others are numbered when they join.
+    """
+
+    sampling_session_id: str
+    cloned_sampler_id: Number = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class Completion(Value):
+    """Part of `RetrieveFuturesResponse`: a sample that has ended."""
+
+    state: Literal["finished", "failed"]
+    request_id: str
+    response_payload_uncompressed_size: int | None = None
+
+
+class RetrieveFuturesResponse(Value):
+    """Service to SDK."""
+
+    completions: list[Completion]
+    cursor: int
+
+
+class RetrieveFuturesRequest(Query[RetrieveFuturesResponse], method="POST", path="/retrieve_futures"):
+    """SDK to service: which samples of this client have ended since `prev_cursor`? One long poll for all of them.
+
+    Attributes:
+        prev_cursor: from the previous reply; everything up to it has been seen.
+        timeout: seconds; 0 returns at once, None waits as long as the server likes.
+        retrieved_request_ids: results that the client has received.
+    """
+
+    target: SamplingSessionTarget
+    prev_cursor: Offset = 0
+    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    retrieved_request_ids: Texts = Field(default_factory=list[str])

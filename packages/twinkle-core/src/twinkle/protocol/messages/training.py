@@ -1,4 +1,8 @@
-"""Training runs: creating, training, saving, loading and unloading them."""
+"""Training runs: creating, training, saving, loading and unloading them.
+
+All but `GetInfoRequest` are operations: the service journals them and answers with a promise, the engine carries them
+out, and the client fetches the result.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,22 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from twinkle.protocol.messages.base import Metadata, Number, Ttl
+from twinkle.protocol.messages.base import Metadata, Number, Query, Ttl
 from twinkle.protocol.types import AdamParams, Datum, LoraConfig, LossFnConfig, Texts, Value
+
+# ---------------------------------------------------------------- a run's beginning and end
+
+
+class CreateModelResponse(Value):
+    """Engine to client: the run's id."""
+
+    model_id: str
+    type: Literal["create_model"] = "create_model"
 
 
 class CreateModelRequest(Value):
+    """Client to engine: begin a run with a new adapter."""
+
     session_id: str
     model_seq_id: Number
     base_model: str
@@ -20,22 +35,17 @@ class CreateModelRequest(Value):
     optimizer_config: dict[str, Any] = Field(default_factory=lambda: {"type": "adamw"})
 
 
-class CreateModelResponse(Value):
-    model_id: str
-    type: Literal["create_model"] = "create_model"
-
-
-class GetInfoRequest(Value):
-    model_id: str
-
-
 class ModelData(Value):
+    """Part of `GetInfoResponse`."""
+
     arch: str = "unknown"
     model_name: str
     tokenizer_id: str
 
 
 class GetInfoResponse(Value):
+    """Service to client; the SDK picks its tokenizer by it."""
+
     model_data: ModelData
     model_id: str
     is_lora: bool = True
@@ -45,25 +55,36 @@ class GetInfoResponse(Value):
     type: Literal["get_info"] = "get_info"
 
 
+class GetInfoRequest(Query[GetInfoResponse], method="POST", path="/get_info"):
+    """Client to service: what run is this? The SDK asks for every training client it makes."""
+
+    model_id: str
+
+
+class UnloadModelResponse(Value):
+    """Engine to native client."""
+
+    model_id: str
+
+
 class UnloadModelRequest(Value):
-    """Give an adapter's place back; the run is over, its checkpoints stay.
+    """Native client or service to engine: end the run and free its adapter; checkpoints stay.
 
     Attributes:
-        seq_id: its place in the run's order; None is after all that has arrived.
+        seq_id: its place in the run's order; None is after everything that has arrived.
     """
 
     model_id: str
     seq_id: int | None = None
 
 
-class UnloadModelResponse(Value):
-    model_id: str
+# ---------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class ForwardBackwardRequest:
-    """One training pass over some datums: log-probabilities, and unless `forward_only` gradients that add up in the
-    adapter until the next `OptimStepRequest`.
+    """Client to engine: one training pass over some datums. Returns log-probabilities; unless `forward_only`, gradients
+    accumulate in the adapter until the next `OptimStepRequest`. The result is `types.ForwardBackwardOutput`.
     """
 
     model_id: str
@@ -74,20 +95,43 @@ class ForwardBackwardRequest:
     forward_only: bool = False
 
 
+class OptimStepResponse(Value):
+    """Engine to client: metrics of the step; `grad_norm:mean` is the L2 norm of the gradient before clipping."""
+
+    metrics: dict[str, float] = Field(default_factory=dict[str, float])
+
+
 class OptimStepRequest(Value):
+    """Client to engine: apply the accumulated gradient.
+
+    Attributes:
+        adam_params: default: `AdamParams()`.
+        optimizer_params: from SDKs with several optimizers; refused unless its type is AdamW.
+    """
+
     model_id: str
     seq_id: int
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
 
-class OptimStepResponse(Value):
-    """Metrics of the step: `grad_norm:mean` is the L2 norm of the gradient before clipping."""
+# ---------------------------------------------------------------- checkpoints of a run
 
-    metrics: dict[str, float] = Field(default_factory=dict[str, float])
+
+class SaveWeightsResponse(Value):
+    """Engine to client: the checkpoint's full name."""
+
+    path: str
+    type: Literal["save_weights"] = "save_weights"
 
 
 class SaveWeightsRequest(Value):
+    """Client to engine: save weights and optimizer state, to train on from.
+
+    Attributes:
+        path: the checkpoint's name within the run.
+    """
+
     model_id: str
     path: str
     seq_id: int
@@ -96,13 +140,18 @@ class SaveWeightsRequest(Value):
     user_metadata: Metadata | None = None
 
 
-class SaveWeightsResponse(Value):
-    path: str
-    type: Literal["save_weights"] = "save_weights"
+class SaveWeightsForSamplerResponse(Value):
+    """Engine to client: `path` if the request named one, else the new sampling session."""
+
+    path: str | None = None
+    sampling_session_id: str | None = None
+    type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
 
 
 class SaveWeightsForSamplerRequest(Value):
-    """Named: `path`. Unnamed: `sampling_session_seq_id`, and a sampling session comes back."""
+    """Client to engine: publish the weights for sampling, as a checkpoint named `path`, or else only for a new sampling
+    session, `sampling_session_seq_id`.
+    """
 
     model_id: str
     seq_id: int
@@ -112,14 +161,16 @@ class SaveWeightsForSamplerRequest(Value):
     user_metadata: Metadata | None = None
 
 
-class SaveWeightsForSamplerResponse(Value):
-    path: str | None = None
-    sampling_session_id: str | None = None
-    type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
+class SaveWeightsExternalResponse(Value):
+    """Engine to client."""
+
+    path: str
+    size_bytes: int
+    type: Literal["save_weights_external"] = "save_weights_external"
 
 
 class SaveWeightsExternalRequest(Value):
-    """Save the adapter as files that can be downloaded: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Client to engine: save the adapter to download, as `adapter_config.json` and `adapter_model.safetensors`."""
 
     model_id: str
     path: str
@@ -128,16 +179,20 @@ class SaveWeightsExternalRequest(Value):
     age_encryption_recipients: Texts | None = None
 
 
-class SaveWeightsExternalResponse(Value):
+class LoadWeightsResponse(Value):
+    """Engine to client."""
+
     path: str
-    size_bytes: int
-    type: Literal["save_weights_external"] = "save_weights_external"
+    model_id: str
+    type: Literal["load_weights"] = "load_weights"
 
 
 class LoadWeightsRequest(Value):
-    """Into a run (`model_id` and `seq_id`), or as a new one (`session_id` and `model_seq_id`).
+    """Client to engine: load a checkpoint into a run (`model_id`, `seq_id`), or as a new run (`session_id`,
+    `model_seq_id`).
 
     Attributes:
+        optimizer: whether to load the optimizer state too, or begin with a new optimizer.
         weights_access_token: another tenant's API key, for a checkpoint of that tenant.
     """
 
@@ -151,9 +206,3 @@ class LoadWeightsRequest(Value):
     user_metadata: Metadata | None = None
     optimizer_config: dict[str, Any] = Field(default_factory=lambda: {"type": "adamw"})
     weights_access_token: str | None = Field(default=None, repr=False)
-
-
-class LoadWeightsResponse(Value):
-    path: str
-    model_id: str
-    type: Literal["load_weights"] = "load_weights"

@@ -1,4 +1,4 @@
-"""A training backend in numpy, for tests of everything around it: milliseconds, no torch, no files.
+"""A training backend in numpy alone, for tests of everything around it: milliseconds, no torch, no files.
 
 It is a real model with exact gradients, only a very small one. With phi(x) a fixed vector [8] for a token x, and
 M + (alpha / rank) B A in place of each of three matrices M (attention, feed-forward, output head),

@@ -2,8 +2,8 @@
 
 A backend holds one frozen base model and any number of adapters on it. The engine packs the rows of many adapters
 into micro-batches; the backend runs them together, and keeps each adapter's gradient and moments with the adapter.
-Backends are found by entry points (group `twinkle.training_backends`, read by `twinkle.server.plugins`). Every backend
-passes the contract suite in `twinkle.server.backends.contract`.
+Backends are found by entry points (group `twinkle.training_backends`): see `plugins`. Every backend passes the
+contract suite in `twinkle.server.backends.contract`.
 """
 
 from __future__ import annotations

@@ -39,10 +39,6 @@ class Writes:
         self._last[uri] = _Write(tenant, task)
         return task
 
-    async def of_run(self, run_id: str) -> None:
-        """Wait for what is being written of a run now; for nothing that begins meanwhile."""
-        await _ended({write.task for uri, write in self._last.items() if uri.run_id == run_id})
-
     async def of(self, uri: CheckpointUri, tenant: str) -> None:
         """Wait for what a tenant writes now of the checkpoint that it means by `uri`, which may be a bare name."""
         await _ended(

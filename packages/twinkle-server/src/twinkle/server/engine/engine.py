@@ -1,28 +1,29 @@
-"""The loop that does the work: `step` is the architecture in a dozen lines."""
+"""The loop that does the work: `step` takes a call, has it computed, and completes its futures."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, RowResult, StepOutcome
-from twinkle.server.engine.adapters import AdapterKeeper, ReadCheckpoint
-from twinkle.server.engine.ahead import Begun, Pace
-from twinkle.server.engine.failures import StepRefused, to_failure
+from twinkle.server.engine.adapters import AdapterJobs
+from twinkle.server.engine.calls import Call, CallQueue, CallTimes, InFlightCall, calls_of
+from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.engine.worker import WorkerLost, WorkerPort
+from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.scheduling.records import StepRefused
+from twinkle.server.scheduling.runs import Job, Run, RunState
+from twinkle.server.scheduling.scheduler import Scheduler, Tick
+from twinkle.server.store.ledger import Ledger
 
 log = logging.getLogger("twinkle.engine")
 
@@ -39,28 +40,21 @@ _NOT_REPEATED = (
     "computed again; begin a new run from its last checkpoint"
 )
 
-# What is computed again after a loss, and ends the process each time, is given up after so many times.
-_MAX_REPEATS = 3
-
 
 class Engine:
-    """Takes ticks from the scheduler, runs them on the worker, completes their futures; one tick at a time."""
+    """Takes ticks from the scheduler, runs them on the worker, completes their futures; one call at a time."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         futures: FutureTable,
         worker: WorkerPort,
-        adapters: AdapterKeeper,
+        adapters: AdapterJobs,
         snapshots: Snapshots,
         residency: Residency,
         recovery: Recovery,
-        record_pass: Callable[[Job], None],
+        ledger: Ledger,
     ) -> None:
-        """
-        Args:
-            record_pass: told of each training pass that has been computed.
-        """
         self._scheduler = scheduler
         self._futures = futures
         self._worker = worker
@@ -68,21 +62,11 @@ class Engine:
         self._snapshots = snapshots
         self._residency = residency
         self._recovery = recovery
-        self._record_pass = record_pass
-        # What is under way: jobs leave it as they are done with. It may be one of the parts of a scheduler's tick, of
-        # which the others wait.
-        self._tick = Tick([], [], [])
-        self._waiting: list[Tick] = []
-        # The first of those that wait, if it has been sent already.
-        self._ahead: Begun | None = None
-        self._pace = Pace()
-        self._may_look_ahead = True
-        self._is_repeated = False
-        # Calls that are to be made again, before all else, and how often a job in them has ended the process.
-        self._repeat: deque[list[Job]] = deque()
-        self._losses: Counter[str] = Counter()
-        # By request: checkpoints that are being read, or have been, for loads that are held until then.
-        self._reading: dict[str, asyncio.Task[ReadCheckpoint]] = {}
+        self._ledger = ledger
+        self._calls = CallQueue()
+        self._in_flight: InFlightCall | None = None  # of a call in the queue that was dispatched ahead
+        self._times = CallTimes()
+        self._may_dispatch_ahead = True
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -91,9 +75,9 @@ class Engine:
         """Whether the worker was lost and could not be started anew, so that every job fails."""
         return self._has_failed
 
-    def repeat(self, calls: Iterable[list[Job]]) -> None:
-        """Make these calls first of all: an earlier engine made them, and they are in no run's copy."""
-        self._repeat.extend(calls)
+    def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
+        """Make these calls first of all: an earlier engine made them, and no snapshot has what they changed."""
+        self._calls.repeat(calls)
 
     async def run(self) -> None:
         """Step for ever; cancelled from outside."""
@@ -103,47 +87,51 @@ class Engine:
                     await self.step()
                 except WorkerLost as loss:
                     await self._recover(loss)
+            self._idle.set()  # nothing is computed any more
             while True:
-                self._fail_all(await self._scheduler.next_tick())
+                self._fail((await self._scheduler.next_tick()).jobs)
         finally:
-            self._drop_ahead()
-            for reading in self._reading.values():
-                reading.cancel()
+            self._drop_in_flight()
+            self._adapters.close()
 
     async def step(self) -> None:
-        self._idle.clear()
-        await self._catch_up()
-        tick = await self._next_tick()
-        if tick.passes and tick.optim_steps and not self._is_repeated:
-            await self._train(tick)
-        await self._together(tick.passes, self._run_passes)
-        await self._together(tick.optim_steps, self._run_optim_steps)
-        await self._one_by_one(tick.others, self._run_or_put_off)
+        """Take the next call, have the worker compute it, complete its futures. What failed is tried in smaller calls,
+        and what was under way when the worker was lost once more, each job alone.
+        """
+        call = await self._next_call()
+        try:
+            left = await self._compute(call)
+        except WorkerLost:
+            self._calls.replace_first(self._after_loss(call))
+            raise
+        except Exception as error:
+            left = await self._after_failure(call, error)
+        self._calls.replace_first(left)
 
-    async def between_ticks(self) -> None:
-        """Returns when nothing is being computed, until the loop goes on. From now on no tick is sent ahead."""
-        self._may_look_ahead = False
+    async def until_idle(self) -> None:
+        """Returns when nothing is being computed, until the loop goes on. From now on nothing is dispatched ahead."""
+        self._may_dispatch_ahead = False
         await self._idle.wait()
 
-    async def _next_tick(self) -> Tick:
-        """What a loss of the worker left undone, or else what comes next; snapshots are taken in between.
+    # ------------------------------------------------------------ which call
+
+    async def _next_call(self) -> Call:
+        """What is to be repeated, or else what is next of the tick, or of a new one.
 
         Raises:
             WorkerLost: if it is lost meanwhile.
         """
-        if not self._tick.jobs:
-            self._is_repeated = False
-            if self._ahead is None:  # a copy would have what has been sent
+        while True:
+            for job in self._calls.skip_lost_runs():
+                self._futures.complete(job.request_id, m.Failure(error=job.run.lost or "", category="server"))
+            call = self._calls.first
+            if call is not None and call.is_repeat:
+                return call
+            if self._in_flight is None:  # a snapshot would have what has been dispatched
                 await self._snapshots.take_due()
-            if not self._waiting:
-                self._waiting = self._parts(await self._wait_for_tick())
-            self._tick = self._waiting.pop(0) if self._waiting else Tick([], [], [])
-        self._residency.expect(self._tick)
-        return self._tick
-
-    def _parts(self, tick: Tick) -> list[Tick]:
-        """What is run one after the other."""
-        return [part for half in tick.quick_first() for part in self._residency.split(half)]
+            if call is not None:
+                return call
+            self._add(await self._wait_for_tick())
 
     async def _wait_for_tick(self) -> Tick:
         """A tick, or an empty one when a snapshot is due."""
@@ -158,274 +146,191 @@ class Engine:
                 return ready.result()
             if lost.done():
                 raise lost.result()
-            return Tick([], [], [])
+            return Tick()
         finally:
             ready.cancel()
             lost.cancel()
 
-    async def _train(self, tick: Tick) -> None:
-        """Passes and the steps behind them in one call, as far as that goes; what is left is in the tick still."""
-        begun, self._ahead = self._ahead, None
-        try:
-            begun = begun or await self._begin(tick)
-            looking = asyncio.create_task(self._look_ahead(begun))
-            try:
-                results, metrics = await begun.call
-            finally:
-                looking.cancel()
-        except WorkerLost:
-            raise
-        except Exception:  # nothing has changed, and it comes again where it belongs
-            await self._one_by_one(tick.passes, self._run_passes)
-            return
-        self._pace.ended(begun, asyncio.get_running_loop().time())
-        self._passes_done(tick.passes, begun.packed, results)
-        tick.passes.clear()
-        if metrics is not None:
-            self._optim_steps_done(tick.optim_steps, metrics)
-            tick.optim_steps.clear()
+    def _add(self, tick: Tick) -> list[Call]:
+        """Queue a tick's calls; returns those of its first part."""
+        self._residency.expect(tick)
+        parts = [calls_of(part) for half in tick.split_independent() for part in self._residency.split(half)]
+        for calls in parts:
+            self._calls.add(calls)
+        return parts[0] if parts else []
 
-    async def _begin(self, tick: Tick) -> Begun:
-        packed = await self._pack(tick.passes)
-        call = asyncio.create_task(self._worker.train(packed.micro_batches, _steps(tick.optim_steps)))
+    # ------------------------------------------------------------ one call
+
+    async def _compute(self, call: Call) -> list[Call]:
+        """Have a call made and complete its futures; returns what is left of it."""
+        if call.passes and call.optim_steps:
+            return await self._train(call)
+        if call.passes:
+            await self._residency.bring_in(call.runs, adding_gradients=True)
+            packed = self._pack(call.passes)
+            self._passes_done(call.passes, packed, await self._worker.forward_backward(packed.micro_batches))
+        elif call.optim_steps:
+            await self._residency.bring_in(call.runs)
+            self._steps_done(call.optim_steps, await self._worker.optim_step(_steps(call.optim_steps)))
+        else:
+            await self._adapters.run(call.only_job, call.is_repeat)
+        return []
+
+    async def _train(self, call: Call) -> list[Call]:
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            await self._residency.bring_in(call.runs, adding_gradients=True)
+            in_flight = self._dispatch(call)
+        assert in_flight.call is call, "nothing else with passes and steps comes before it"
+        results, outcomes = await self._result_of(in_flight)
+        self._times.ended(in_flight, asyncio.get_running_loop().time())
+        self._passes_done(call.passes, in_flight.packed, results)
+        if outcomes is None:
+            return [Call(call.optim_steps)]
+        self._steps_done(call.optim_steps, outcomes)
+        return []
+
+    def _dispatch(self, call: Call) -> InFlightCall:
+        packed = self._pack(call.passes)
+        result = asyncio.create_task(self._worker.train(packed.micro_batches, _steps(call.optim_steps)))
         cost = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in packed.micro_batches)
         cost += len(packed.micro_batches) * self._worker.info.overhead_tokens
-        return Begun(tick, packed, call, asyncio.get_running_loop().time(), cost)
+        return InFlightCall(call, packed, result, asyncio.get_running_loop().time(), cost)
 
-    async def _look_ahead(self, begun: Begun) -> None:
-        """Late in a tick, take the next one if it is complete, and send it if nothing comes between the two.
-
-        Its runs are others than this one's, so neither depends on what becomes of the other.
+    async def _result_of(self, in_flight: InFlightCall) -> Trained:
+        """The result of a call that was dispatched; late in the call the next one is dispatched behind it, if it is
+        complete by then and no other call comes between the two.
         """
-        late_at = self._pace.late_at(begun)
-        if late_at is None or self._waiting or self._repeat or begun.tick.others:
-            return
-        under_way = {job.run_id for job in begun.tick.jobs}
+        late_at = self._times.late_at(in_flight)
+        if late_at is None or len(self._calls) > 1:
+            return await in_flight.result
+        ready = asyncio.create_task(self._until_next_is_complete(in_flight, late_at))
+        try:
+            await asyncio.wait({in_flight.result, ready}, return_when=asyncio.FIRST_COMPLETED)
+            if not in_flight.result.done() and not ready.exception():
+                self._dispatch_ahead(in_flight)
+            return await in_flight.result
+        finally:
+            in_flight.result.cancel()
+            ready.cancel()
+            [outcome] = await asyncio.gather(ready, return_exceptions=True)
+            if isinstance(outcome, Exception):
+                log.error("it could not be waited for the next tick", exc_info=outcome)
+
+    async def _until_next_is_complete(self, in_flight: InFlightCall, late_at: float) -> None:
         await asyncio.sleep(late_at - asyncio.get_running_loop().time())
-        await self._scheduler.complete_beside(under_way)
-        if not self._may_look_ahead or self._snapshots.seconds_until_due() == 0:
-            return
-        # From here to its end nothing else runs: no call is waited for.
-        self._waiting = self._parts(self._scheduler.take_tick())
-        if not self._waiting:
-            return
-        tick = self._waiting[0]
-        runs = {job.run_id for job in tick.jobs}
-        if (
-            tick.passes
-            and tick.optim_steps
-            and not tick.others
-            and not runs & under_way
-            and self._residency.has(runs)
-        ):
-            try:
-                self._ahead = await self._begin(tick)
-            except Exception:  # it comes again when the tick's turn has come, and is told to whom it concerns
-                log.exception("a tick could not be sent ahead; it waits for its turn")
+        await self._scheduler.until_complete(in_flight.call.runs.keys())
 
-    def _drop_ahead(self) -> None:
-        """Nobody asks any more what becomes of what has been sent ahead; the tick waits still."""
-        if self._ahead is not None:
-            self._ahead.call.cancel()
-            self._ahead.call.add_done_callback(lambda call: call.cancelled() or call.exception())
-            self._ahead = None
-
-    async def _together(self, jobs: list[Job], run: Callable[[list[Job]], Awaitable[None]]) -> None:
-        """Run the jobs as one. If that fails nothing has changed, so each is run alone: only the one at fault fails."""
-        if len(jobs) > 1 and not self._is_repeated:
-            try:
-                await run(jobs)
-            except WorkerLost:
-                raise
-            except Exception:
-                pass  # it comes again where it belongs
-            else:
-                jobs.clear()
-        await self._one_by_one(jobs, run)
-
-    async def _one_by_one(self, jobs: list[Job], run: Callable[[list[Job]], Awaitable[None]]) -> None:
-        while jobs:
-            job = jobs[0]
-            try:
-                await run([job])
-            except WorkerLost:
-                if self._is_repeated:  # it was alone, and has been under way each time
-                    self._futures.complete(job.request_id, m.Failure(error=_ENDED_TWICE, category="server"))
-                    self._reading.pop(job.request_id, None)
-                    jobs.remove(job)
-                raise
-            except Exception as error:
-                doing = f"{type(job.request).__name__} {job.seq_id} of {job.run_id}"
-                self._futures.complete(job.request_id, to_failure(error, doing))
-            jobs.remove(job)
-
-    # ------------------------------------------------------------ after a loss
-
-    async def _recover(self, loss: WorkerLost) -> None:
-        """Bring the worker back; what was lost is then computed again, and what was under way run again, each job
-        alone, in case one of them ended it.
+    def _dispatch_ahead(self, in_flight: InFlightCall) -> None:
+        """Take the next tick, and dispatch its first call if no run of that is under way or away, so that neither call
+        depends on what becomes of the other. Not a coroutine: from the tick to the call nothing else may run.
         """
-        self._is_repeated = True
-        self._drop_ahead()
-        try:
-            await self._recovery.recover(loss)
-        except Exception as error:
-            log.error("The model could not be started anew: %s", error)
-            self._has_failed = True
-            for tick in (self._tick, *self._waiting):
-                self._fail_all(tick)
-        self._repeat.extendleft(reversed(self._snapshots.history.take_all()))
-
-    async def _catch_up(self) -> None:
-        """Make the calls again that no copy has."""
-        if self._repeat:
-            log.info("%d calls are made again, which are in no copy of their runs", len(self._repeat))
-        while self._repeat:
-            call = self._repeat[0]
-            try:
-                await self._make_again(call)
-            except WorkerLost:
-                self._losses.update(job.request_id for job in call)
-                if call and self._losses[call[0].request_id] >= _MAX_REPEATS:
-                    self._doubt(call)
-                raise
-            self._repeat.popleft()
-        self._losses.clear()
-
-    async def _make_again(self, call: list[Job]) -> None:
-        """Jobs that have been done leave the call, should it have to be made once more."""
-        try:
-            if call:
-                await self._run_alike(call)
-        except WorkerLost:
-            raise
-        except Exception:
-            while call:  # only those whose copies can't be read fail
-                job = call[0]
-                try:
-                    await self._run_alike([job])
-                except WorkerLost:
-                    raise
-                except Exception as error:
-                    log.exception(
-                        "what run %s had computed could not be computed again: %s", job.run_id, error
-                    )
-                    self._give_up(job)
-                    await self._residency.give_up(job.run_id)
-                else:
-                    call.remove(job)
-
-    def _doubt(self, call: list[Job]) -> None:
-        """The call has ended the process each time: its jobs are tried alone, or the only one is given up."""
-        for job in call:
-            del self._losses[job.request_id]
-        if len(call) == 1:
-            self._give_up(call[0])
+        if not self._may_dispatch_ahead or self._snapshots.seconds_until_due() == 0:
             return
-        self._repeat.popleft()
-        self._repeat.extendleft([job] for job in reversed(call))
+        calls = self._add(self._scheduler.take_tick())
+        if len(calls) != 1 or not calls[0].passes or not calls[0].optim_steps:
+            return
+        runs = calls[0].runs
+        if runs.keys() & in_flight.call.runs.keys() or not self._residency.claim(runs):
+            return
+        try:
+            self._in_flight = self._dispatch(calls[0])
+        except Exception:  # it fails again when its turn has come, and then its clients are told
+            log.exception("a call could not be dispatched ahead; it waits for its turn")
 
-    async def _run_alike(self, jobs: list[Job]) -> None:
-        match jobs[0].request:
-            case m.ForwardBackwardRequest():
-                await self._run_passes(jobs)
-            case m.OptimStepRequest():
-                await self._run_optim_steps(jobs)
-            case _:
-                await self._run_other(jobs)
+    def _drop_in_flight(self) -> None:
+        """Its call is still in the queue."""
+        if self._in_flight is not None:
+            self._in_flight.drop()
+            self._in_flight = None
 
-    def _give_up(self, job: Job) -> None:
-        """A run's state is lost: all that is asked of it fails."""
-        self._snapshots.give_up(job.run_id, _NOT_REPEATED)
-        self._futures.complete(job.request_id, m.Failure(error=_NOT_REPEATED, category="server"))
-        for call in self._repeat:
-            call[:] = [other for other in call if other.run_id != job.run_id]
+    # ------------------------------------------------------------ what came of a call
 
-    def _fail_all(self, tick: Tick) -> None:
-        for job in tick.jobs:
-            self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
+    def _pack(self, passes: Sequence[Job]) -> Packed:
+        return pack(passes, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
 
-    # ------------------------------------------------------------ jobs of one kind
-
-    async def _run_passes(self, jobs: list[Job]) -> None:
-        packed = await self._pack(jobs)
-        results = await self._worker.forward_backward(packed.micro_batches)
-        self._passes_done(jobs, packed, results)
-
-    async def _pack(self, jobs: list[Job]) -> Packed:
-        """The passes in micro-batches, their adapters on the worker."""
-        await self._residency.bring_in((job.run_id for job in jobs), adding_gradients=True)
-        return pack(jobs, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
-
-    def _passes_done(self, jobs: list[Job], packed: Packed, results: list[list[RowResult]]) -> None:
-        self._snapshots.changed([job for job in jobs if not _is_forward_only(job)], has_gradient=True)
+    def _passes_done(self, jobs: Sequence[Job], packed: Packed, results: list[list[RowResult]]) -> None:
+        self._snapshots.computed([job for job in jobs if not _request(job).forward_only], has_gradient=True)
         for job in jobs:
             if self._futures.is_pending(job.request_id):
-                self._record_pass(job)
+                tokens = sum(datum.model_input.length for datum in _request(job).data)
+                self._ledger.record(job.run.tenant, job.run.session_id, "training", tokens)
         outputs = unpack(jobs, packed, results)
         self._futures.complete_together(
             (job.request_id, output) for job, output in zip(jobs, outputs, strict=True)
         )
 
-    async def _run_optim_steps(self, jobs: list[Job]) -> None:
-        await self._residency.bring_in(job.run_id for job in jobs)
-        self._optim_steps_done(jobs, await self._worker.optim_step(_steps(jobs)))
-
-    def _optim_steps_done(self, jobs: list[Job], outcomes: list[StepOutcome]) -> None:
-        self._snapshots.changed(jobs, has_gradient=False)  # one that was refused has dropped its gradient
+    def _steps_done(self, jobs: Sequence[Job], outcomes: list[StepOutcome]) -> None:
+        self._snapshots.computed(jobs, has_gradient=False)  # one that was refused has dropped its gradient
         self._futures.complete_together(
             (job.request_id, _step_result(outcome)) for job, outcome in zip(jobs, outcomes, strict=True)
         )
 
-    async def _run_or_put_off(self, jobs: list[Job]) -> None:
-        """A load first has its checkpoint read while the ticks go on: nobody else waits for that."""
-        [job] = jobs
-        if isinstance(job.request, m.LoadWeightsRequest) and job.request_id not in self._reading:
-            self._read_beside(job, job.request)
-            return
-        is_over = True
+    async def _after_failure(self, call: Call, error: Exception) -> list[Call]:
+        """A call failed, and nothing has changed: returns what is made instead, so that only the job at fault fails."""
+        if len(call.jobs) > 1:
+            log.warning("a call of %d jobs failed as a whole; it is made in parts: %s", len(call.jobs), error)
+            return call.smaller()
+        job = call.only_job
+        run_id = job.run.run_id
+        if not call.is_repeat:
+            doing = f"{type(job.request).__name__} {job.seq_id} of {run_id}"
+            self._futures.complete(job.request_id, to_failure(error, doing))
+            return []
+        log.error("what run %s had computed could not be computed again", run_id, exc_info=error)
+        if self._give_up(job.run):
+            await self._worker.remove_adapter(run_id)
+        return [call]  # it is skipped, as is all else of the run that was to be repeated
+
+    # ------------------------------------------------------------ after a loss
+
+    def _after_loss(self, call: Call) -> list[Call]:
+        """The worker was lost during a call: returns what is tried once it is back."""
+        if call.is_repeat:
+            if not self._calls.is_too_much(call):
+                return [call]
+            if len(call.jobs) > 1:
+                return call.singles()
+            self._give_up(call.only_job.run)
+            return [call]
+        if not call.was_lost:
+            return call.singles(was_lost=True)
+        # It was alone, and has been under way both times.
+        job = call.only_job
+        job.run.reading = None
+        self._futures.complete(job.request_id, m.Failure(error=_ENDED_TWICE, category="server"))
+        return []
+
+    def _give_up(self, run: Run) -> bool:
+        """A run's state is lost: all that is asked of it fails. Returns whether its adapter is on the worker."""
+        run.lost = run.lost or _NOT_REPEATED
+        self._snapshots.drop(run)
+        return self._residency.drop(run, RunState.LOST)
+
+    async def _recover(self, loss: WorkerLost) -> None:
+        """Bring the worker back; what was lost is then computed again."""
+        self._drop_in_flight()
         try:
-            await self._run_other(jobs)
-        except WorkerLost:
-            is_over = False
-            raise
-        finally:
-            if is_over:
-                self._reading.pop(job.request_id, None)
+            await self._recovery.recover(loss)
+        except Exception as error:
+            log.error("The model could not be started anew: %s", error)
+            self._has_failed = True
+            self._fail(self._calls.take_all())
+        else:
+            self._calls.repeat(self._snapshots.take_unsaved())
 
-    def _read_beside(self, job: Job, request: m.LoadWeightsRequest) -> None:
-        self._scheduler.hold(job)
-        reading = self._reading[job.request_id] = asyncio.create_task(self._adapters.read_for(job, request))
-
-        def give_back(_reading: object) -> None:
-            if not self._scheduler.give_back(job):
-                del self._reading[job.request_id]
-
-        reading.add_done_callback(give_back)
-
-    async def _run_other(self, jobs: list[Job]) -> None:
-        [job] = jobs
-        match job.request:
-            case m.CreateModelRequest():
-                await self._adapters.create(job)
-            case m.UnloadModelRequest():
-                await self._adapters.unload(job)
-            case m.SaveWeightsRequest():
-                await self._adapters.save(job, job.request)
-            case m.SaveWeightsForSamplerRequest():
-                await self._adapters.save_for_sampler(job, job.request)
-            case m.SaveWeightsExternalRequest():
-                await self._adapters.save_external(job, job.request)
-            case m.LoadWeightsRequest():
-                reading = self._reading.get(job.request_id) or self._adapters.read_for(job, job.request)
-                await self._adapters.load(job, job.request, reading)
-            case m.ForwardBackwardRequest() | m.OptimStepRequest():
-                raise AssertionError("the scheduler puts these elsewhere")
+    def _fail(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
 
 
-def _steps(jobs: list[Job]) -> list[AdamStep]:
+def _request(job: Job) -> m.ForwardBackwardRequest:
+    return cast(m.ForwardBackwardRequest, job.request)
+
+
+def _steps(jobs: Iterable[Job]) -> list[AdamStep]:
     return [
-        AdamStep(job.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
+        AdamStep(job.run.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
         for job in jobs
     ]
 
@@ -434,7 +339,3 @@ def _step_result(outcome: StepOutcome) -> m.OptimStepResponse | m.Failure:
     if isinstance(outcome, InvalidRequest):
         return StepRefused(error=outcome.message, category=outcome.category)
     return m.OptimStepResponse(metrics=outcome)
-
-
-def _is_forward_only(job: Job) -> bool:
-    return cast(m.ForwardBackwardRequest, job.request).forward_only

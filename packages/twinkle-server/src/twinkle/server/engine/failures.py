@@ -10,10 +10,6 @@ from twinkle.server.store import patience
 log = logging.getLogger("twinkle.engine")
 
 
-class StepRefused(Failure):
-    """A step that was not made because of its gradient, which is gone: unlike other failures it has changed its run."""
-
-
 def to_failure(error: Exception, doing: str) -> Failure:
     """The outcome that stands for `error`.
 

@@ -7,9 +7,10 @@ from itertools import groupby
 import numpy as np
 
 from twinkle.protocol.messages import ForwardBackwardRequest
+from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, TensorData
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.runs import Job
 
 # Ends of a micro-batch that are tried.
 _MOST_ENDS = 256
@@ -60,7 +61,7 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Pa
         overhead_tokens: what a micro-batch costs beside its tokens: no cut is made that saves less padding than that.
     """
     rows = [
-        (to_row(job.run_id, job.request, datum, job.custom_loss), (i, j))
+        (to_row(job.run.run_id, job.request, datum, job.custom_loss), (i, j))
         for i, job in enumerate(jobs)
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)
@@ -125,18 +126,6 @@ def unpack(
 def _output(results: list[RowResult]) -> ForwardBackwardOutput:
     metrics = {"loss:sum": float(sum(result.loss for result in results))}
     for name in sorted({name for result in results for name in result.metrics}):
-        metrics[name] = _reduce(name, [result.metrics[name] for result in results if name in result.metrics])
+        values = [result.metrics[name] for result in results if name in result.metrics]
+        metrics[name] = reduce_metric(name, values)
     return ForwardBackwardOutput([{"logprobs": TensorData(result.logprobs)} for result in results], metrics)
-
-
-def _reduce(name: str, values: list[float]) -> float:
-    """By the suffix of the metric's name, as the SDK combines chunks."""
-    match name.rpartition(":")[2]:
-        case "mean":
-            return sum(values) / len(values)
-        case "max":
-            return max(values)
-        case "min":
-            return min(values)
-        case _:
-            return float(sum(values))

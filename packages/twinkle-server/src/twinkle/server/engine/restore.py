@@ -1,8 +1,8 @@
-"""What an earlier process knew, from its journal and its copies of the runs.
+"""What an earlier process knew, from its journal and its snapshots of the runs.
 
 Every run that had not ended takes requests again, but those of whose order something is missing: they are lost. What
-was accepted and has no outcome is queued again; what was computed behind a run's copy is to be computed again, in the
-same calls; results that were known can be fetched.
+was accepted and has no outcome is queued again; what was computed behind a run's snapshot is to be computed again, in
+the same calls; results that were known can be fetched.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.engine.failures import StepRefused
-from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.scheduling import records
-from twinkle.server.scheduling.futures import FutureTable, Outcome
-from twinkle.server.scheduling.jobs import Job, RunRequest
-from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Record, Rejected
+from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import (
+    Accepted,
+    Begun,
+    Done,
+    Ended,
+    Lost,
+    Outcome,
+    Record,
+    Rejected,
+)
+from twinkle.server.scheduling.runs import Job, LostRun, Run, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.server")
+
+LossOf: TypeAlias = Callable[[Run, m.ForwardBackwardRequest], Awaitable[CustomLoss | None]]
 
 _LOST = (
     "the state of this run is lost: the server ended before the checkpoint that had been loaded into it was kept, for "
@@ -56,10 +65,10 @@ class Found:
         is_damaged: records may be missing.
     """
 
-    runs: dict[str, LiveRun] = field(default_factory=dict[str, LiveRun])
+    runs: dict[str, Begun] = field(default_factory=dict[str, Begun])
     accepted: dict[str, Accepted] = field(default_factory=dict[str, Accepted])
     rejected: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    outcomes: dict[str, Encoded] = field(default_factory=dict[str, Encoded])
     calls: list[list[str]] = field(default_factory=list[list[str]])
     ended: set[str] = field(default_factory=set[str])
     lost: dict[str, LostRun] = field(default_factory=dict[str, LostRun])
@@ -67,8 +76,8 @@ class Found:
 
     def add(self, record: Record) -> None:
         match record:
-            case Begun(run):
-                self.runs[run.run_id] = run
+            case Begun(run_id=run_id):
+                self.runs[run_id] = record
             case Accepted(request_id=request_id):
                 known = self.accepted.get(request_id)
                 if known is None or known.body is None:
@@ -77,9 +86,7 @@ class Found:
                 self.rejected.setdefault(run_id, set()).add(seq_id)
             case Done(outcomes):
                 new = [outcome for outcome in outcomes if outcome[0] not in self.outcomes]
-                self.outcomes |= {
-                    request_id: records.decode_outcome(kind, body) for request_id, kind, body in new
-                }
+                self.outcomes |= {request_id: Encoded(kind, body) for request_id, kind, body in new}
                 self.calls.append([request_id for request_id, _, _ in new])
             case Ended(run_id):
                 self.runs.pop(run_id, None)
@@ -90,160 +97,155 @@ class Found:
     def may_have_changed(self, request_id: str) -> bool:
         """Whether a request with this outcome can have changed its run."""
         outcome = self.outcomes.get(request_id)
-        return outcome is not None and (
-            not isinstance(outcome, m.Failure) or isinstance(outcome, StepRefused)
-        )
+        return outcome is not None and outcome.kind != m.Failure.__name__  # a `StepRefused` has
 
 
 @dataclass(frozen=True, eq=False)
 class Restore:
-    """Where it all goes. Called on the event loop of these, before anything else is asked of them.
+    """Where it all goes. Called on the event loop of these, before anything else is asked of them."""
 
-    Attributes:
-        lost: the runs that can't go on, by id.
-        loss_of: the custom loss of a pass, if it names one.
-    """
-
-    runs: dict[str, LiveRun]
-    lost: dict[str, LostRun]
+    live: LiveRuns
     scheduler: Scheduler
     futures: FutureTable
-    snapshots: Snapshots
-    residency: Residency
     files: RunFiles
-    loss_of: Callable[[LiveRun, m.ForwardBackwardRequest], Awaitable[CustomLoss | None]]
 
-    async def apply(self, found: Found) -> list[list[Job]]:
-        """Returns the calls that are to be made again, in order."""
+    async def apply(self, found: Found, loss_of: LossOf) -> list[tuple[Job, ...]]:
+        """Returns the calls that are to be made again, in order.
+
+        Args:
+            loss_of: the custom loss of a pass, if it names one.
+        """
         by_run: dict[str, dict[int, Accepted]] = {}
         for record in found.accepted.values():
             if record.run_id is not None:
                 by_run.setdefault(record.run_id, {})[record.seq_id] = record
         stored = {run_id: self._stored(run_id) for run_id in found.runs}
         self._tell_lost(found, by_run, stored)
+        runs = {
+            run_id: _make_run(begun, by_run.get(run_id, {}), found, stored[run_id])
+            for run_id, begun in found.runs.items()
+        }
         for record in found.accepted.values():
-            self.futures.create(record.tenant, record.run_id, record.request_id, record.tokens)
+            run = runs.get(record.run_id or "")
+            self.futures.create(record.tenant, run, record.request_id, record.tokens)
             if (outcome := found.outcomes.get(record.request_id)) is not None:
                 self.futures.restore(record.request_id, outcome)
-            elif record.run_id in self.lost:
-                self._fail(record, self.lost[record.run_id].reason, "server")
-            elif record.run_id is not None and record.run_id not in found.runs:
+            elif record.run_id in self.live.lost:
+                self._fail(record, self.live.lost[record.run_id].reason, "server")
+            elif record.run_id is not None and run is None:
                 self._fail(record, _RUN_ENDED.format(record.run_id), "user")
         again = {
-            run.run_id: await self._apply_run(run, by_run.get(run.run_id, {}), found, stored[run.run_id])
-            for run in list(found.runs.values())
+            run: await self._apply_run(run, by_run.get(run_id, {}), found, loss_of)
+            for run_id, run in runs.items()
         }
         return list(in_order(found.calls, again))
 
     def _stored(self, run_id: str) -> int | None:
-        """The newest copy of a run that can be gone on from."""
+        """The newest snapshot of a run that can be gone on from."""
         numbers = self.files.numbers(run_id)
         while len(numbers) > 1 and not self.files.is_whole(run_id, numbers[-1]):
-            self.files.delete(
-                run_id, numbers.pop()
-            )  # what the older one lacks is computed again, if it is known
+            # What the older one lacks is computed again, if it is known.
+            self.files.delete(run_id, numbers.pop())
         return numbers[-1] if numbers else None
 
     def _tell_lost(
         self, found: Found, by_run: dict[str, dict[int, Accepted]], stored: dict[str, int | None]
     ) -> None:
         """Take the runs out of `found` that can't go on."""
-        self.lost.update(found.lost)
+        lost = self.live.lost
+        lost.update(found.lost)
         for run in list(found.runs.values()):
             accepted = by_run.get(run.run_id, {})
-            copied = stored[run.run_id]
-            if not accepted and copied is None:
+            number = stored[run.run_id]
+            if not accepted and number is None:
                 del found.runs[run.run_id]  # nobody was told of it
                 continue
-            # What was written without its body was in a copy.
-            known = {seq_id for seq_id, record in accepted.items() if record.body or seq_id <= (copied or 0)}
+            # What was written without its body was in a snapshot.
+            known = {seq_id for seq_id, record in accepted.items() if record.body or seq_id <= (number or 0)}
             known.update(found.rejected.get(run.run_id, ()))
-            missing = _first_missing(accepted, known, copied, found)
-            if missing is not None and run.run_id not in self.lost:
+            missing = _first_missing(accepted, known, number, found)
+            if missing is not None and run.run_id not in lost:
                 reason = _HOLE.format(run.run_id, f"its request {missing} is missing")
-                self.lost[run.run_id] = LostRun(run.run_id, run.tenant, reason)
+                lost[run.run_id] = LostRun(run.run_id, run.tenant, reason)
         for run_id, accepted in by_run.items():
             some = next(iter(accepted.values()))
-            is_unknown = run_id not in found.runs and run_id not in found.ended and run_id not in self.lost
+            is_unknown = run_id not in found.runs and run_id not in found.ended and run_id not in lost
             # Of those that end it is always written later than what they did.
             if is_unknown and any(record.body for record in accepted.values()):
                 reason = _HOLE.format(run_id, "its beginning is missing")
-                self.lost[run_id] = LostRun(run_id, some.tenant, reason)
-        for run_id in self.lost:
+                lost[run_id] = LostRun(run_id, some.tenant, reason)
+        for run_id in lost:
             found.runs.pop(run_id, None)
             if run_id not in found.lost:
-                log.error("%s", self.lost[run_id].reason)
+                log.error("%s", lost[run_id].reason)
 
     async def _apply_run(
-        self, run: LiveRun, accepted: dict[int, Accepted], found: Found, stored: int | None
+        self, run: Run, accepted: dict[int, Accepted], found: Found, loss_of: LossOf
     ) -> deque[Job]:
         """Bring back one run; returns what is to be done again before anything else is done of it, in order.
 
-        That is what was computed behind its copy, and what had no outcome though later requests had one: saves are
-        written behind, and while a disk is full outcomes aren't written.
+        That is what was computed behind its snapshot, and what had no outcome though later requests had one: saves are
+        written in the background, and while a disk is full outcomes aren't written.
         """
         again: deque[Job] = deque()
-        run_id = run.run_id
-        done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
-        # Without an outcome of any request its adapter was not made, or is made once more.
-        last = max([*done, stored or 0]) if done or stored is not None else -1
-        self.runs[run_id] = run
-        if last >= 0:
-            self.snapshots.begin(run, stored)
-            self.residency.begin_evicted(run_id)
-        queue = self.scheduler.add_run(run_id, first_seq_id=last + 1)
-        for seq_id in sorted({*accepted, *found.rejected.get(run_id, ())}):
+        stored, last = run.snapshot.stored or 0, run.queue.next_id - 1
+        self.live.restore(run)
+        for seq_id in sorted({*accepted, *found.rejected.get(run.run_id, ())}):
             record = accepted.get(seq_id)
             if record is None:
-                self.scheduler.reject(run_id, run.tenant, seq_id)
+                self.scheduler.reject(run, seq_id)
                 continue
             kind: type[RunRequest] = record.kind  # pyright: ignore[reportAssignmentType]
-            queue.remember(seq_id, record.request_id, kind, record.digest)
+            run.queue.remember(seq_id, record.request_id, kind, record.digest)
             if seq_id > last:
                 if record.body is not None:
-                    self.scheduler.submit(await self._job(run, record))
-            elif seq_id <= (stored or 0):
+                    self.scheduler.submit(await _job(run, record, loss_of))
+            elif seq_id <= stored:
                 if record.request_id not in found.outcomes:
                     self.futures.restore(record.request_id, _outcome_of(record))
             elif record.request_id not in found.outcomes:
-                again.append(await self._job(run, record))
+                again.append(await _job(run, record, loss_of))
             elif found.may_have_changed(record.request_id):
-                again.extend(await self._computed(run, record))
+                again.extend(await _computed(run, record, loss_of))
         return again
-
-    async def _computed(self, run: LiveRun, record: Accepted) -> list[Job]:
-        """What of a request whose outcome is known is to be computed again: nothing, or the job."""
-        if record.kind is m.LoadWeightsRequest:
-            self.snapshots.give_up(run.run_id, _LOST)
-        if record.kind not in (m.OptimStepRequest, m.ForwardBackwardRequest):
-            return []
-        job = await self._job(run, record)
-        is_forward_only = isinstance(job.request, m.ForwardBackwardRequest) and job.request.forward_only
-        return [] if is_forward_only else [job]
-
-    async def _job(self, run: LiveRun, record: Accepted) -> Job:
-        request: RunRequest = record.request()  # pyright: ignore[reportAssignmentType]
-        loss = await self.loss_of(run, request) if isinstance(request, m.ForwardBackwardRequest) else None
-        return Job(
-            record.request_id,
-            record.tenant,
-            run.run_id,
-            record.seq_id,
-            request,
-            record.tokens,
-            loss,
-            record.digest,
-        )
 
     def _fail(self, record: Accepted, error: str, category: str) -> None:
         failure = m.Failure(error=error, category=category)  # pyright: ignore[reportArgumentType]
         self.futures.restore(record.request_id, failure)
 
 
+def _make_run(begun: Begun, accepted: dict[int, Accepted], found: Found, stored: int | None) -> Run:
+    """The run behind the last of its requests that had an outcome, or that its snapshot has."""
+    done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
+    # Without an outcome of any request its adapter was not made, or is made once more.
+    last = max([*done, stored or 0]) if done or stored is not None else -1
+    run = begun.make_run(first_seq_id=last + 1)
+    if last >= 0:
+        run.state, run.changed, run.snapshot.stored = RunState.EVICTED, stored or 0, stored
+    return run
+
+
+async def _computed(run: Run, record: Accepted, loss_of: LossOf) -> list[Job]:
+    """What of a request whose outcome is known is to be computed again: nothing, or the job."""
+    if record.kind is m.LoadWeightsRequest:
+        run.state, run.lost = RunState.LOST, _LOST
+    if record.kind not in (m.OptimStepRequest, m.ForwardBackwardRequest):
+        return []
+    job = await _job(run, record, loss_of)
+    is_forward_only = isinstance(job.request, m.ForwardBackwardRequest) and job.request.forward_only
+    return [] if is_forward_only else [job]
+
+
+async def _job(run: Run, record: Accepted, loss_of: LossOf) -> Job:
+    request: RunRequest = record.request()  # pyright: ignore[reportAssignmentType]
+    loss = await loss_of(run, request) if isinstance(request, m.ForwardBackwardRequest) else None
+    return Job(record.request_id, run, record.seq_id, request, record.tokens, loss, record.digest)
+
+
 def _first_missing(
     accepted: dict[int, Accepted], known: set[int], stored: int | None, found: Found
 ) -> int | None:
-    """The first request of a run that it had behind its copy, and of which nothing is known.
+    """The first request of a run that it had behind its snapshot, and of which nothing is known.
 
     What was done was done in order, so nothing before it may be missing. What comes behind may be late; but not where
     records are missing: then its client may have been told that it was accepted.
@@ -255,7 +257,7 @@ def _first_missing(
 
 
 def _outcome_of(record: Accepted) -> Outcome:
-    """Of a request that the run's copy has, whose outcome was not written any more."""
+    """Of a request that the run's snapshot has, whose outcome was not written any more."""
     if record.kind is m.CreateModelRequest:
         return m.CreateModelResponse(model_id=record.run_id or "")
     if record.kind is m.LoadWeightsRequest and record.body is not None:
@@ -265,7 +267,7 @@ def _outcome_of(record: Accepted) -> Outcome:
     return m.Failure(error=_RESULT_LOST, category="server")
 
 
-def in_order(calls: Iterable[list[str]], again: dict[str, deque[Job]]) -> Iterable[list[Job]]:
+def in_order(calls: Iterable[list[str]], again: dict[Run, deque[Job]]) -> Iterable[tuple[Job, ...]]:
     """The calls that are to be made again, each with those of its jobs that are.
 
     The journal has calls in the order in which their outcomes were written. That of a run is its jobs' own: where one
@@ -277,17 +279,17 @@ def in_order(calls: Iterable[list[str]], again: dict[str, deque[Job]]) -> Iterab
     """
     by_id = {job.request_id: job for jobs in again.values() for job in jobs}
     for call in calls:
-        jobs = [by_id[request_id] for request_id in call if request_id in by_id]
+        jobs = tuple(by_id[request_id] for request_id in call if request_id in by_id)
         for job in jobs:
-            waiting = again[job.run_id]
+            waiting = again[job.run]
             while waiting[0].seq_id < job.seq_id and waiting[0].request_id not in call:
-                yield [_take(waiting, by_id)]
+                yield (_take(waiting, by_id),)
             _take(waiting, by_id)
         if jobs:
             yield jobs
     for waiting in again.values():
         while waiting:
-            yield [_take(waiting, by_id)]
+            yield (_take(waiting, by_id),)
 
 
 def _take(waiting: deque[Job], by_id: dict[str, Job]) -> Job:

@@ -1,8 +1,8 @@
-"""Copies of live runs, taken between ticks: what each can go on from when its adapter is no longer on the worker.
+"""Snapshots of live runs, taken between calls: what each can go on from when its adapter is no longer on the worker.
 
-A copy is the whole state behind one of the run's requests, moments and gradient included. One is taken some seconds
-after a run has changed, and written behind; what was computed since is in `history`. Owns what is known of each run's
-state and its copies; putting one onto the worker is `residency`'s business.
+A snapshot is the whole state behind one of the run's requests, moments and gradient included. One is taken some seconds
+after a run has changed, and written in the background; what was computed since is `Run.unsaved`, and is computed again
+if the snapshots are all there is. Putting one onto the worker is `residency`'s business.
 """
 
 from __future__ import annotations
@@ -10,59 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterState
-from twinkle.server.engine.history import History
-from twinkle.server.engine.runs import LiveRun
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
-from twinkle.server.scheduling.jobs import Job
+from twinkle.server.scheduling.runs import Job, Run
 from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.engine")
 
-# Copies that may wait in memory for the disk: beyond these the engine waits for it, lest the memory run out.
+# Snapshots that may wait in memory for the disk: beyond these the engine waits for it, so that memory doesn't run out.
 _MAX_HELD = 8
-# Copying stops the engine: at most this share of its time.
+# Taking snapshots stops the engine: at most this share of its time.
 _MAX_SHARE = 0.02
-# ... but one that took long for once (a process that was stopped) is not to keep runs without copies.
+# ... but one that took long for once (a process that was stopped) must not leave runs without snapshots.
 _LONGEST_SECONDS = 60.0
-# A run that has come so far since its copy is copied at once, so that what is to be computed again stays bounded.
+# A run that has changed so much since its snapshot gets one at once, which bounds what has to be computed again.
 _MAX_JOBS, _MAX_TOKENS = 512, 2**20
 # After a write has failed the disk is left alone for so long.
 _RETRY_SECONDS = 10.0
-
-
-@dataclass(eq=False)
-class _Track:
-    """A run and its latest copy. Numbers are the `seq_id` of the request behind which a state is.
-
-    Attributes:
-        changed: of its state; 0 is a new adapter's.
-        held: the copy, until it is written.
-        stored: of the newest copy on disk.
-        since: requests and tokens computed since the copy.
-        seconds: what the last copy cost the engine.
-        lost: the state can't be had any more, for this reason.
-    """
-
-    run: LiveRun
-    changed: int = 0
-    has_gradient: bool = False
-    held: tuple[int, AdapterState] | None = None
-    stored: int | None = None
-    since: tuple[int, int] = (0, 0)
-    seconds: float = 0.0
-    lost: str | None = None
-    has_ended: bool = False
-    writing: asyncio.Task[None] | None = None
-
-    @property
-    def copied(self) -> int:
-        """Number of the newest copy; a new adapter needs none, since its seed makes it again."""
-        return self.held[0] if self.held is not None else self.stored or 0
 
 
 @dataclass(eq=False)
@@ -70,86 +40,86 @@ class Snapshots:
     """Single-threaded: called on one event loop, `take_due` between ticks.
 
     Attributes:
-        files: None keeps no copies.
-        seconds: how long after a change a copy is taken; None takes none but those that are asked for.
-        settled: returns when all that a run's requests write to disk is written. A copy says that everything before it
-            is done.
+        files: None keeps no snapshots.
+        seconds: how long after a change a snapshot is taken; None takes none but those that are asked for.
     """
 
     worker: WorkerPort
     files: RunFiles | None
     seconds: float | None
-    history: History = field(default_factory=History)
     clock: Callable[[], float] = time.monotonic
-    settled: Callable[[str], Awaitable[None]] | None = None
-    _tracks: dict[str, _Track] = field(default_factory=dict[str, _Track])
-    _due: dict[str, float] = field(default_factory=dict[str, float])  # run -> when its copy is due
+    _due: dict[Run, float] = field(default_factory=dict[Run, float])  # when each one's snapshot is due
+    _unsaved: set[Run] = field(default_factory=set[Run])  # those with anything in `Run.unsaved`
+    _held: set[Run] = field(default_factory=set[Run])  # those whose snapshot is not on disk yet
     _writing: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    _calls: int = 0
 
     # ------------------------------------------------------------ what happened to a run
 
-    def begin(self, run: LiveRun, stored: int | None = None) -> None:
-        """The run's adapter was made, or is on disk as it was behind request `stored`."""
-        self._tracks[run.run_id] = _Track(run, changed=stored or 0, stored=stored)
-
-    def changed(self, jobs: list[Job], has_gradient: bool) -> None:
+    def computed(self, jobs: Sequence[Job], has_gradient: bool) -> None:
         """The jobs, computed in one call, have changed their runs' states."""
         if self.files is None:
             return
-        if self.seconds is not None:  # else nothing can be lost
-            self.history.add(jobs)
-        for job in jobs:
-            track = self._tracks[job.run_id]
-            track.changed, track.has_gradient = job.seq_id, has_gradient
-            count, tokens = track.since
-            track.since = count + 1, tokens + job.tokens
-            if self.seconds is not None:
-                self._set_due(track)
+        self._calls += 1
+        for place, job in enumerate(jobs):
+            run, snapshot = job.run, job.run.snapshot
+            run.changed, run.has_gradient = job.seq_id, has_gradient
+            snapshot.jobs_since += 1
+            snapshot.tokens_since += job.tokens
+            if self.seconds is not None:  # else nothing can be lost
+                run.unsaved.append((self._calls, place, job))
+                self._unsaved.add(run)
+                self._set_due(run)
 
-    def _set_due(self, track: _Track) -> None:
-        count, tokens = track.since
-        run_id = track.run.run_id
-        if run_id not in self._due:
-            costs = track.seconds + sum(self._tracks[other].seconds for other in self._due)
-            self._due[run_id] = self.clock() + max(
+    def _set_due(self, run: Run) -> None:
+        if run not in self._due:
+            costs = run.snapshot.seconds + sum(other.snapshot.seconds for other in self._due)
+            self._due[run] = self.clock() + max(
                 self.seconds or 0.0, min(costs / _MAX_SHARE, _LONGEST_SECONDS)
             )
-        elif count >= _MAX_JOBS or tokens >= _MAX_TOKENS:
-            self._due[run_id] = min(self._due[run_id], self.clock())
+        elif run.snapshot.jobs_since >= _MAX_JOBS or run.snapshot.tokens_since >= _MAX_TOKENS:
+            self._due[run] = min(self._due[run], self.clock())
 
     async def loaded(self, job: Job, state: AdapterState) -> None:
-        """The job has set its run to `state`; returns when that is safe, since what it was read from may go."""
-        track = self._tracks[job.run_id]
-        track.changed, track.has_gradient = job.seq_id, False
+        """The job has set its run to `state`; returns when that is safe, since the checkpoint may be deleted."""
+        job.run.changed, job.run.has_gradient = job.seq_id, False
         if self.files is not None:
-            self._hold(track, state)
-            await self.written(job.run_id)
+            self._hold(job.run, state)
+            await self.written(job.run)
 
-    def worker_lost(self, run_id: str) -> None:
-        """The run's adapter is gone: its state is that of its copy."""
-        track = self._tracks[run_id]
-        track.changed = track.copied
-        track.since = (0, 0)
-        self._due.pop(run_id, None)
+    def worker_lost(self, run: Run) -> None:
+        """The run's adapter is gone: its state is that of its snapshot."""
+        run.changed = run.snapshot.number
+        run.snapshot.jobs_since = run.snapshot.tokens_since = 0
+        self._due.pop(run, None)
 
-    def brought_back(self, run_id: str, state: AdapterState | None) -> None:
-        """The run is on the worker as its copy is; None is a new adapter."""
-        self._tracks[run_id].has_gradient = state is not None and state.gradients is not None
+    def take_unsaved(self) -> list[tuple[Job, ...]]:
+        """What was computed since the runs' snapshots, call by call in order; nothing of it is left.
 
-    def give_up(self, run_id: str, reason: str) -> None:
-        """The run's state is lost; whoever wants it is told the reason."""
-        self._tracks[run_id].lost = reason
-        self._due.pop(run_id, None)
-        self.history.forget(run_id)
+        The same jobs in the same calls give the same numbers, to the bit where all of a call's runs take part again.
+        """
+        found = [item for run in self._unsaved for item in run.unsaved]
+        for run in self._unsaved:
+            run.unsaved = deque()
+        self._unsaved.clear()
+        found.sort(key=lambda item: item[:2])
+        return [tuple(job for _, _, job in call) for _, call in groupby(found, key=lambda item: item[0])]
 
-    def forget(self, run_id: str) -> None:
-        """The run has ended; its copies are deleted."""
-        self._due.pop(run_id, None)
-        self.history.forget(run_id)
-        track = self._tracks.pop(run_id, None)
-        if track is not None and self.files is not None:
-            track.has_ended = True
-            self._write_behind(track, self.files)
+    def drop(self, run: Run) -> None:
+        """The run has ended or is lost: nothing of it is computed again. Once it has ended its snapshots go too."""
+        self._due.pop(run, None)
+        run.unsaved.clear()
+        self._unsaved.discard(run)
+        has_any = run.snapshot.stored is not None or run.snapshot.held is not None
+        if run.has_ended and has_any and self.files is not None:
+            self._write_behind(run, self.files)
+
+    def _forget_unsaved(self, run: Run, seq_id: int) -> None:
+        """What the run changed up to `seq_id` need not be computed again."""
+        while run.unsaved and run.unsaved[0][2].seq_id <= seq_id:
+            run.unsaved.popleft()
+        if not run.unsaved:
+            self._unsaved.discard(run)
 
     # ------------------------------------------------------------ taking
 
@@ -158,138 +128,128 @@ class Snapshots:
         return max(0.0, min(self._due.values()) - self.clock()) if self._due else None
 
     async def take_due(self) -> None:
-        """Copy the adapters whose time has come.
+        """Take the snapshots whose time has come.
 
         Raises:
             WorkerLost: as the worker.
         """
         now = self.clock()
-        for run_id in [run_id for run_id, due_at in self._due.items() if due_at <= now]:
+        for run in [run for run, due_at in self._due.items() if due_at <= now]:
             try:
-                await self.take(run_id)
+                await self.take(run)
             except WorkerLost:
                 raise
             except Exception:  # the run goes on
-                log.exception("no copy of run %s could be taken", run_id)
-                self._due[run_id] = self.clock() + _RETRY_SECONDS
+                log.exception("no snapshot of run %s could be taken", run.run_id)
+                self._due[run] = self.clock() + _RETRY_SECONDS
 
-    def hurry(self, run_id: str) -> None:
-        """A copy of the run is wanted as soon as can be, if it has changed since the last."""
-        track = self._tracks.get(run_id)
-        if track is not None and self.seconds is not None and track.copied < track.changed:
-            self._due[run_id] = self.clock()
+    def hurry(self, run: Run) -> None:
+        """A snapshot of the run is wanted as soon as can be, if it has changed since the last."""
+        if self.seconds is not None and run.is_ahead_of_snapshot:
+            self._due[run] = self.clock()
 
-    async def take(self, run_id: str) -> None:
-        """Copy a run that is on the worker, if it has changed since its last copy; the file is written behind.
+    async def take(self, run: Run) -> None:
+        """Take a snapshot of a run that is on the worker, if it has changed since its last one; it is written in the
+        background.
 
         Raises:
             Exception: what the worker raises.
         """
-        track = self._tracks[run_id]
-        self._due.pop(run_id, None)
-        if track.copied >= track.changed:
-            if track.held is not None and self.files is not None:  # it could not be written
-                self._write_behind(track, self.files)
+        self._due.pop(run, None)
+        if not run.is_ahead_of_snapshot:
+            if run.snapshot.held is not None and self.files is not None:  # it could not be written
+                self._write_behind(run, self.files)
             return
         await self._wait_for_disk()
         began = self.clock()
         state = await self.worker.export_adapter(
-            run_id, with_optimizer=True, with_gradients=track.has_gradient
+            run.run_id, with_optimizer=True, with_gradients=run.has_gradient
         )
-        track.seconds = self.clock() - began
-        self._hold(track, state)
+        run.snapshot.seconds = self.clock() - began
+        self._hold(run, state)
 
     async def _wait_for_disk(self) -> None:
-        """Until there is room in memory for one more copy."""
-        while sum(track.held is not None for track in self._tracks.values()) >= _MAX_HELD and self._writing:
+        """Until there is room in memory for one more snapshot."""
+        while len(self._held) >= _MAX_HELD and self._writing:
             await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
 
-    def _hold(self, track: _Track, state: AdapterState) -> None:
+    def _hold(self, run: Run, state: AdapterState) -> None:
         """`state` is all there is to the run now."""
-        run_id = track.run.run_id
-        self._due.pop(run_id, None)
-        self.history.covered(run_id, track.changed)
-        track.since = (0, 0)
+        self._due.pop(run, None)
+        self._forget_unsaved(run, run.changed)
+        run.snapshot.jobs_since = run.snapshot.tokens_since = 0
         if self.files is not None:
-            track.held = track.changed, state
-            self._write_behind(track, self.files)
+            run.snapshot.held = run.changed, state
+            self._held.add(run)
+            self._write_behind(run, self.files)
 
     # ------------------------------------------------------------ writing
 
-    def _write_behind(self, track: _Track, files: RunFiles) -> None:
+    def _write_behind(self, run: Run, files: RunFiles) -> None:
         """Write what is held, or delete everything if the run has ended; work on one run never overlaps."""
-        if track.writing is None:
-            track.writing = asyncio.create_task(self._write(track, files))
-            self._writing.add(track.writing)
-            track.writing.add_done_callback(self._writing.discard)
+        if run.snapshot.writing is None:
+            task = run.snapshot.writing = asyncio.create_task(self._write(run, files))
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
 
-    async def _write(self, track: _Track, files: RunFiles) -> None:
-        run_id = track.run.run_id
+    async def _write(self, run: Run, files: RunFiles) -> None:
+        snapshot = run.snapshot
         try:
-            while (held := track.held) is not None and not track.has_ended:
+            while (held := snapshot.held) is not None and not run.has_ended:
                 number, state = held
-                if self.settled is not None:
-                    await self.settled(run_id)
-                await asyncio.to_thread(files.write, run_id, number, state)
-                track.stored = number
-                if track.held is held:  # else a newer one has come meanwhile
-                    track.held = None
-                await asyncio.to_thread(files.delete_older, run_id, number)
+                # A snapshot says that everything before it is done, so the run's checkpoints come first.
+                await run.settled()
+                await asyncio.to_thread(files.write, run.run_id, number, state)
+                snapshot.stored = number
+                if snapshot.held is held:  # else a newer one has come meanwhile
+                    snapshot.held = None
+                await asyncio.to_thread(files.delete_older, run.run_id, number)
         except Exception as error:  # it stays in memory, where it can be used
-            log.warning("the copy of run %s could not be written to disk: %s", run_id, error)
-            if self.seconds is not None and run_id in self._tracks:
-                self._due[run_id] = self.clock() + _RETRY_SECONDS
+            log.warning("the snapshot of run %s could not be written to disk: %s", run.run_id, error)
+            if self.seconds is not None and not run.has_ended:
+                self._due[run] = self.clock() + _RETRY_SECONDS
         finally:
-            track.writing = None
-        if track.has_ended:
-            await asyncio.to_thread(files.delete_run, run_id)
+            snapshot.writing = None
+        if run.has_ended:
+            snapshot.held = None
+            await asyncio.to_thread(files.delete_run, run.run_id)
+        if snapshot.held is None:
+            self._held.discard(run)
 
-    async def written(self, run_id: str) -> bool:
+    async def written(self, run: Run) -> bool:
         """Wait until what is held of a run is on disk; False if it couldn't be written."""
-        track = self._tracks[run_id]
-        if track.held is not None and self.files is not None:
-            self._write_behind(track, self.files)
-        while track.writing is not None:
-            await asyncio.wait({track.writing})
-        return track.held is None
+        if run.snapshot.held is not None and self.files is not None:
+            self._write_behind(run, self.files)
+        while run.snapshot.writing is not None:
+            await asyncio.wait({run.snapshot.writing})
+        return run.snapshot.held is None
 
-    async def close(self) -> None:
-        """Wait until all that is being written is written."""
+    async def close(self, runs: Iterable[Run] = ()) -> None:
+        """Wait until all that is being written is written.
+
+        Args:
+            runs: a snapshot of each that has changed is taken before.
+        """
+        for run in runs:
+            try:
+                await self.take(run)
+            except Exception as error:  # what it lacks is computed again
+                log.warning("no last snapshot of run %s could be taken: %s", run.run_id, error)
         while self._writing:
             await asyncio.wait(set(self._writing))
 
-    # ------------------------------------------------------------ what there is
+    # ------------------------------------------------------------ reading
 
-    def has_gradient(self, run_id: str) -> bool:
-        """Whether a run has accumulated a gradient since its last step."""
-        track = self._tracks.get(run_id)
-        return track is not None and track.has_gradient
-
-    def stored(self, run_id: str) -> int:
-        """The newest request of a run that a copy on disk has; 0 if there is none."""
-        track = self._tracks.get(run_id)
-        return track.stored or 0 if track is not None else 0
-
-    def last_change(self, run_id: str) -> int:
-        """The newest request that changed a run."""
-        track = self._tracks.get(run_id)
-        return track.changed if track is not None else 0
-
-    def changed_runs(self) -> list[str]:
-        """Those with a state that no copy has."""
-        return [run_id for run_id, track in self._tracks.items() if track.copied < track.changed]
-
-    async def read(self, run_id: str) -> AdapterState | None:
-        """The run's copy; None if it is a new adapter still.
+    async def read(self, run: Run) -> AdapterState | None:
+        """The run's snapshot; None if it is a new adapter still.
 
         Raises:
             ServerFault: if it can't be read.
         """
-        track = self._tracks[run_id]
-        if track.lost is not None:
-            raise ServerFault(track.lost)
-        if track.held is not None:
-            return track.held[1]
-        if track.stored is None or self.files is None:
+        if run.lost is not None:
+            raise ServerFault(run.lost)
+        if run.snapshot.held is not None:
+            return run.snapshot.held[1]
+        if run.snapshot.stored is None or self.files is None:
             return None
-        return await asyncio.to_thread(self.files.read, run_id, track.stored)
+        return await asyncio.to_thread(self.files.read, run.run_id, run.snapshot.stored)

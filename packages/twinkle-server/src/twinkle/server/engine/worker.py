@@ -1,7 +1,7 @@
-"""The two halves of a base model in one process: training backend and sampling engine, and what passes between them.
+"""A base model as the engine sees it: `WorkerPort`, every call that is made to it, and `LocalWorker`, which makes them.
 
-`WorkerPort` is how the engine speaks to them; `LocalWorker` runs them in threads of this process. (Across processes
-`serve.ranks` does the same over Ray.)
+`LocalWorker` holds the two halves of a base model in this process, a training backend and a sampling engine. Where the
+model has processes of its own, each of them has a `LocalWorker`, and `serve.ranks` is the engine's worker.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Results of a pass, and outcomes of the optimizer steps behind it; None if they raised: called alone they are made, or
-# say why they can't be.
+# Results of a pass, and outcomes of the optimizer steps after it. None if they raised: the engine then calls
+# `optim_step` by itself, which makes them or raises.
 Trained: TypeAlias = tuple[list[list[RowResult]], list[StepOutcome] | None]
 
 
 class WorkerLost(ServerFault):
-    """A process that held the base model has ended, or can't go on: the adapters that were on it are gone.
+    """A process that held the base model has ended, hangs, or can't compute any more: its adapters are gone.
 
     Attributes:
         reason: what happened, for the log.
@@ -50,9 +50,10 @@ class WorkerLost(ServerFault):
 
 
 class WorkerPort(Protocol):
-    """A base model's process, or group of processes, as the engine sees it.
+    """A base model's process, or group of processes.
 
-    Calls raise what the backend raised, or `WorkerLost`.
+    The verbs are those of `TrainingBackend` and `SamplingEngine`, where they are described. They raise what the backend
+    or engine raised, or `WorkerLost`. `serve.ranks.RankGroup` says which ranks run each of them.
     """
 
     @property
@@ -70,7 +71,7 @@ class WorkerPort(Protocol):
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]: ...
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
-        """`forward_backward`, and right after it `optim_step`: one way there and back instead of two.
+        """`forward_backward`, and right after it `optim_step`: one round trip instead of two.
 
         Raises:
             Exception: what the pass raised; then no step was made.
@@ -94,7 +95,7 @@ class WorkerPort(Protocol):
     async def generate(self, request: GenerateRequest) -> SampleResponse: ...
 
     async def cancel(self, request_id: str) -> None:
-        """Nobody waits for that sample any more."""
+        """Stop drawing a sample that nobody waits for any more."""
         ...
 
     async def lost(self) -> WorkerLost:
@@ -102,15 +103,15 @@ class WorkerPort(Protocol):
         ...
 
     async def available(self) -> None:
-        """Returns when calls are taken (again).
+        """Returns once calls are taken: at once unless the worker is lost.
 
         Raises:
-            ServerFault: if a lost worker could not be started anew.
+            ServerFault: if a lost worker could not be restarted.
         """
         ...
 
     async def restart(self) -> None:
-        """Start a lost worker anew; it then holds no adapters. Nothing has called it yet when this returns.
+        """Restart a lost worker; it then holds no adapters. Nothing has called it yet when this returns.
 
         Raises:
             WorkerLost: if it was lost again meanwhile.
@@ -124,16 +125,17 @@ class WorkerPort(Protocol):
 class LocalWorker:
     """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread.
 
-    It is never lost: it lives as long as who calls it.
+    It is never lost: it ends with its caller.
     """
 
     def __init__(self, backend: TrainingBackend, sampler: SamplingEngine | None) -> None:
         """
         Args:
-            sampler: None on the ranks of a group that only train.
+            sampler: None on ranks that only train.
         """
         self._backend = backend
         self._sampler_or_none = sampler
+        # One thread: a backend takes one call at a time.
         self._training_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training")
 
     @property
@@ -144,32 +146,49 @@ class LocalWorker:
     def loss_fns(self) -> LossSpecs:
         return self._backend.loss_fns
 
+    async def describe(self) -> tuple[BaseModelInfo, LossSpecs]:
+        """What the engine needs to know of a model in another process."""
+        return self.info, self.loss_fns
+
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        await self._train(self._backend.add_adapter, adapter_id, spec)
+        await self._on_training_thread(self._backend.add_adapter, adapter_id, spec)
 
     async def remove_adapter(self, adapter_id: str) -> None:
-        await self._train(self._backend.remove_adapter, adapter_id)
+        await self._on_training_thread(self._backend.remove_adapter, adapter_id)
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        return await self._train(self._backend.forward_backward, micro_batches)
+        return await self._on_training_thread(self._backend.forward_backward, micro_batches)
 
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
-        return await self._train(self._backend.optim_step, steps)
+        return await self._on_training_thread(self._backend.optim_step, steps)
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
-        return await self._train(_train, self._backend, micro_batches, steps)
+        return await self._on_training_thread(_pass_and_steps, self._backend, micro_batches, steps)
 
     async def export_adapter(
         self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
     ) -> AdapterState:
-        return await self._train(self._backend.export_adapter, adapter_id, with_optimizer, with_gradients)
+        export = self._backend.export_adapter
+        return await self._on_training_thread(export, adapter_id, with_optimizer, with_gradients)
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        await self._train(self._backend.import_adapter, adapter_id, state)
+        await self._on_training_thread(self._backend.import_adapter, adapter_id, state)
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
+        error = await self.try_publish(adapter_id, sampler_adapter_id)
+        if error is not None:
+            raise error
+
+    async def try_publish(self, adapter_id: str, sampler_adapter_id: str) -> Exception | None:
+        """`publish` on one rank: all take part in the export. Returns the sampler's error, which others don't have."""
         state = await self.export_adapter(adapter_id, with_optimizer=False)
-        await self.add_sampler_adapter(sampler_adapter_id, state)
+        if self._sampler_or_none is None:
+            return None
+        try:
+            await self.add_sampler_adapter(sampler_adapter_id, state)
+        except Exception as error:
+            return error
+        return None
 
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
         await asyncio.to_thread(self._sampler.add_adapter, sampler_adapter_id, state)
@@ -196,35 +215,35 @@ class LocalWorker:
     async def close(self) -> None:
         if self._sampler_or_none is not None:
             await asyncio.to_thread(self._sampler_or_none.close)
-        await self._train(self._backend.close)
+        await self._on_training_thread(self._backend.close)
         self._training_thread.shutdown()
 
     @property
     def _sampler(self) -> SamplingEngine:
-        assert self._sampler_or_none is not None, "samples go to the first rank alone"
+        assert self._sampler_or_none is not None, "only rank 0 has a sampler"
         return self._sampler_or_none
 
-    async def _train(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def _on_training_thread(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = partial(method, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._training_thread, call)
 
 
-def _train(
+def _pass_and_steps(
     backend: TrainingBackend, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]
 ) -> Trained:
     results = backend.forward_backward(micro_batches)
     try:
         return results, backend.optim_step(steps)
-    except Exception:  # it comes again when the steps are called alone
+    except Exception:
+        # The pass stays done; the engine calls the steps by themselves, and gets the error there.
         return results, None
 
 
 def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
-    """Backend and sampling engine of one rank, in this process; they share the base weights if they can.
-
-    Only the first rank samples: the others would each hold the whole model once more.
-    """
+    """Backend and sampling engine of one rank, in this process; they share the base weights if they can."""
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
+    # The rank's role is decided here: rank 0 trains and samples. The others only train, since a sampler holds the
+    # whole model once more.
     return LocalWorker(training, sampler_class.create(model, training) if model.rank == 0 else None)

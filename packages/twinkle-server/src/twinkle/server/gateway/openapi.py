@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document of the HTTP interface, made from the protocol's tables and the models that they name.
 
-Owns how the tables are written down for other tools. What a path does, and which there are, is the tables' affair; the
-few routes beside them are listed here.
+Owns how the tables are described to other tools. Which paths there are, and what they do, the tables say; the few
+routes that are in none are listed here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from pydantic.json_schema import models_json_schema
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import (
-    CHECKPOINT,
     JSON,
     OPERATIONS,
     PREFIX,
     PROTOBUF,
     QUERIES,
     Endpoint,
-    QueryEndpoint,
 )
-from twinkle.protocol.operations import PATH
+from twinkle.protocol.operations import ENDPOINTS, MAX_OPERATIONS, PATH
 from twinkle.server._version import __version__
 
 Json: TypeAlias = dict[str, Any]
@@ -76,10 +74,10 @@ def document() -> Json:
 
 def _all_schemas() -> Defs:
     """The models' JSON schemas by name; they are the same for reading and writing, or named apart."""
-    requests = [endpoint.request for endpoint in OPERATIONS] + [query.request for query in QUERIES]
-    replies = [query.reply for query in QUERIES]
+    requests = [*(endpoint.request for endpoint in OPERATIONS), *QUERIES]
+    replies = [query.reply_type() for query in QUERIES]
     results = get_args(m.Result)
-    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.Pending, m.Failure)
+    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.TryAgain, m.Failure)
     configs = (m.ClientConfigRequest, m.ClientConfig, m.DynamicConfig, m.AuthTokenResponse)
     modes: dict[tuple[type[BaseModel], Mode], None] = {}
     for model in (*requests, *replies, *results, *beside, *configs):
@@ -113,9 +111,9 @@ def _operation(endpoint: Endpoint) -> Json:
     }
 
 
-def _query(query: QueryEndpoint, defs: Defs) -> Json:
-    """Fields travel in the path, a header, the query string, or the body: see `QueryEndpoint`."""
-    schema = defs[query.request.__name__]
+def _query(query: type[m.Query[Any]], defs: Defs) -> Json:
+    """Fields travel in the path, a header, the query string, or the body: see `messages.Query`."""
+    schema = defs[query.__name__]
     fields: Mapping[str, Json] = schema.get("properties", {})
     required = set[str](schema.get("required", []))
     in_path = re.findall(r"{(\w+)}", query.path)
@@ -124,7 +122,7 @@ def _query(query: QueryEndpoint, defs: Defs) -> Json:
     if "idempotency_key" in fields:
         parameters.append(_parameter(_KEY_HEADER, "header", fields["idempotency_key"], required=False))
     rest = {name: field for name, field in fields.items() if name not in elsewhere}
-    described = {**_heading(query.path, query.method.lower(), query.request), "parameters": parameters}
+    described = {**_heading(query.path, query.method.lower(), query), "parameters": parameters}
     if query.method in ("POST", "PUT"):
         body = {**schema, "properties": rest, "required": sorted(required & rest.keys())}
         described["requestBody"] = {
@@ -133,7 +131,7 @@ def _query(query: QueryEndpoint, defs: Defs) -> Json:
         }
     else:
         parameters += [_parameter(name, "query", rest[name], required=name in required) for name in rest]
-    described["responses"] = {"200": _reply("The answer.", _ref(query.reply)), "default": _ERROR}
+    described["responses"] = {"200": _reply("The answer.", _ref(query.reply_type())), "default": _ERROR}
     return described
 
 
@@ -183,7 +181,7 @@ def _beside_the_tables() -> Iterable[tuple[str, str, Json]]:
     yield "/client/dynamic_config", "post", _plain("/client/dynamic_config", "post", _ref(m.DynamicConfig))
     yield "/telemetry", "post", _plain("/telemetry", "post", {"type": "object"})
     yield "/download/{token}/{name}", "get", _download("/download/{token}/{name}", "200")
-    yield CHECKPOINT + "/archive", "get", _download(CHECKPOINT + "/archive", "302")
+    yield m.CHECKPOINT + "/archive", "get", _download(m.CHECKPOINT + "/archive", "302")
 
 
 def _plain(path: str, method: str, reply: Json) -> Json:
@@ -208,9 +206,17 @@ def _together() -> Json:
     return {
         **_heading(PATH, "post", None),
         "parameters": [_ZSTD],
-        "requestBody": {"required": True, "content": {PROTOBUF: _BINARY}},
+        "requestBody": {
+            "required": True,
+            "description": f"At most {MAX_OPERATIONS} bodies, each with its path: {', '.join(ENDPOINTS)}.",
+            "content": {PROTOBUF: _BINARY},
+        },
         "responses": {
-            "200": {"description": "What became of each operation.", "content": {PROTOBUF: _BINARY}},
+            "200": {
+                "description": "A reply to each operation, in order: its result, why it was refused or has failed, or "
+                "408 if there is no result in time, and retrieve_future has it later.",
+                "content": {PROTOBUF: _BINARY},
+            },
             "default": _ERROR,
         },
     }
@@ -230,7 +236,7 @@ def _retrieve_future() -> Json:
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref(m.RetrieveFutureRequest)}}},
         "responses": {
             "200": done,
-            "408": _reply("Not done yet: ask again.", _ref(m.Pending)),
+            "408": _reply("Not done yet: ask again.", _ref(m.TryAgain)),
             "default": _ERROR,
         },
     }

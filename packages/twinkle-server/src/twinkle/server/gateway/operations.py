@@ -1,63 +1,206 @@
-"""Several operations in one request: each is submitted in turn, and the reply waits for all their results."""
+"""Operations over HTTP: bodies are decoded and submitted, and their results encoded.
+
+`POST /operations` takes several and waits for their results. Each operation's own path answers with a promise, whose
+result `POST /retrieve_future` waits for.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import functools
+from typing import TypeAlias, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
+from twinkle.protocol import codec, operations, results
 from twinkle.protocol import messages as m
-from twinkle.protocol import operations
-from twinkle.protocol.endpoints import PROTOBUF
-from twinkle.protocol.errors import TwinkleError
+from twinkle.protocol.codec import Encoded
+from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, Endpoint
+from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
 from twinkle.protocol.operations import Posted, Reply
-from twinkle.server.gateway.bodies import Bodies
+from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.errors import twinkle_error
-from twinkle.server.gateway.replies import BytesReply
-from twinkle.server.gateway.tenants import Doorkeeper
+from twinkle.server.gateway.hang_ups import while_connected
+from twinkle.server.gateway.http import Bodies, BytesReply, check_json, most_bytes
+from twinkle.server.gateway.port import ServicePort
+
+Outcome: TypeAlias = Encoded | m.TryAgain | m.CompleteMetadata
+
+# Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
+LONG_POLL_SECONDS = 25.0
+# Whether the client has hung up is not watched at first: most results are there sooner, and watching costs two tasks.
+_UNWATCHED_SECONDS = 1.0
+
+# Larger results are announced first to clients that ask for it, and not sent with the reply to several operations: a
+# reply to a poll shares its bytes with all who ask for them, and is fetched when there is room for it.
+INLINE_BYTES = 2**20
+
+# Results larger than this, in protobuf, are not written as JSON: Python makes thirty times as much of them on the way.
+MAX_JSON_BYTES = 8 * 2**20
 
 
-def handler(
-    doorkeeper: Doorkeeper,
-    bodies: Bodies,
-    submit: Callable[[str, Posted], Awaitable[m.Promise]],
-    result: Callable[[str, str], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    """
-    Args:
-        submit: a tenant's operation, as its own path does it.
-        result: of a tenant's request id, as a poll for it answers.
-    """
+class Operations:
+    """The routes of operations and of their results."""
 
-    async def handle(request: Request) -> Response:
-        tenant = await doorkeeper.tenant_of(request)
-        accepted: list[m.Promise | Response] = []
-        with bodies.share(tenant) as share:
-            body = await bodies.read(request, share, bodies.most)
-            for operation in operations.decode_request(body):  # one after the other: that is their order
-                try:
-                    accepted.append(await submit(tenant, operation))
-                except TwinkleError as error:
-                    accepted.append(twinkle_error(error))
-            del body
+    def __init__(self, service: ServicePort, authenticator: Authenticator, bodies: Bodies) -> None:
+        self._service = service
+        self._authenticator = authenticator
+        self._bodies = bodies
+        self._context_length: int | None = None
 
-        async def reply(promise: m.Promise | Response) -> Reply:
-            if isinstance(promise, Response):
-                return _reply("", promise)
-            try:
-                return _reply(promise.request_id, await result(tenant, promise.request_id))
-            except TwinkleError as error:
-                return _reply(promise.request_id, twinkle_error(error))
+    def routes(self) -> list[Route]:
+        # Routes are tried in order: what a training loop asks for comes first.
+        handlers = {operations.PATH: self._post_together, "/retrieve_future": self._retrieve_future}
+        for endpoint in OPERATIONS:
+            handlers[endpoint.path] = functools.partial(self._post, endpoint)
+        return [Route(PREFIX + path, handler, methods=["POST"]) for path, handler in handlers.items()]
 
-        replies = await asyncio.gather(*(reply(promise) for promise in accepted))
+    async def _post(self, endpoint: Endpoint, request: Request) -> Response:
+        """An operation on its own path."""
+        tenant = await self._authenticator.tenant_of(request)
+        most = most_bytes(endpoint.request, await self._context_of(endpoint))
+        with self._bodies.share(tenant) as share:
+            body = await self._bodies.read(request, share, most)
+            promise = await self._submit(tenant, Posted(endpoint, body))
+        return Response(codec.encode_json(promise), media_type=JSON)
+
+    async def _post_together(self, request: Request) -> Response:
+        tenant = await self._authenticator.tenant_of(request)
+        accepted = await self._accept(tenant, request)
+        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
         return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
 
-    return handle
+    async def _accept(self, tenant: str, request: Request) -> list[m.Promise | TwinkleError]:
+        accepted: list[m.Promise | TwinkleError] = []
+        with self._bodies.share(tenant) as share:
+            body = await self._bodies.read(request, share, self._bodies.most)
+            for posted in operations.decode_request(body):  # one after the other: that is their order
+                try:
+                    accepted.append(await self._submit(tenant, posted))
+                except TwinkleError as error:
+                    accepted.append(error)
+        return accepted
+
+    async def _reply(self, tenant: str, request: Request, promise: m.Promise | TwinkleError) -> Reply:
+        if isinstance(promise, TwinkleError):
+            return _refusal("", promise)
+        request_id = promise.request_id
+        try:
+            outcome = await self._wait(tenant, request, request_id, INLINE_BYTES)
+        except TwinkleError as error:
+            return _refusal(request_id, error)
+        if isinstance(outcome, m.CompleteMetadata):
+            outcome = m.TryAgain(request_id=request_id)
+        return Reply(request_id, *_encode(outcome))
+
+    # ------------------------------------------------------------ submitting
+
+    async def _submit(self, tenant: str, posted: Posted) -> m.Promise:
+        """
+        Raises:
+            TwinkleError: what the service says, or why it can't be read.
+        """
+        context, size = await self._context_of(posted.endpoint), len(posted.body)
+        if size > (most := most_bytes(posted.endpoint.request, context)):
+            raise TooLarge(f"{posted.endpoint.path}: a body of {size} bytes; at most {most}")
+        try:
+            operation, digest = await self._bodies.do(tenant, size, lambda: _decode(posted, context))
+        except InvalidRequest:
+            await self._consume_seq_id(tenant, posted)
+            raise
+        if isinstance(operation, m.LoadWeightsRequest):
+            operation = await self._authenticator.with_access(operation)
+        return await self._service.submit(tenant, operation, posted.body, digest)
+
+    async def _consume_seq_id(self, tenant: str, posted: Posted) -> None:
+        """An unreadable request on a run still takes its place in the run's order: its client goes on to the next
+        `seq_id`, which would wait for this one for ever.
+        """
+        if posted.endpoint.request not in get_args(m.Ordered):
+            return
+        is_pass = posted.endpoint.request is m.ForwardBackwardRequest
+        read = codec.place_of_forward_backward if is_pass else codec.place_of_json
+        place = await self._bodies.do(tenant, len(posted.body), lambda: read(posted.body))
+        if place is not None:
+            # A pass without datums is always refused, and its id consumed.
+            refused = m.ForwardBackwardRequest(place.model_id, place.seq_id, [], "")
+            with contextlib.suppress(TwinkleError):
+                await self._service.submit(tenant, refused)
+
+    async def _context_of(self, endpoint: Endpoint) -> int:
+        """The model's context length, where it bounds the body."""
+        if endpoint.request is not m.SampleRequest:
+            return 0
+        if self._context_length is None:
+            reply = await self._service.ask("", m.GetServerCapabilities())
+            self._context_length = max(model.max_context_length or 0 for model in reply.supported_models)
+        return self._context_length
+
+    # ------------------------------------------------------------ results
+
+    async def _retrieve_future(self, request: Request) -> Response:
+        tenant = await self._authenticator.tenant_of(request)
+        with self._bodies.share(tenant) as share:
+            body = await self._bodies.read(request, share)
+        check_json(body, m.RetrieveFutureRequest)
+        wanted = codec.decode_json(m.RetrieveFutureRequest, body)
+        most = INLINE_BYTES if wanted.allow_metadata_only else None
+        outcome = await self._wait(tenant, request, wanted.request_id, most)
+        if isinstance(outcome, Encoded) and outcome.content_type == PROTOBUF and _wants_json(request):
+            return BytesReply(await self._as_json(tenant, outcome), media_type=JSON)
+        status, content_type, encoded = _encode(outcome)
+        return BytesReply(encoded, status, media_type=content_type)
+
+    async def _wait(self, tenant: str, request: Request, request_id: str, most_bytes: int | None) -> Outcome:
+        """As `ServicePort.fetch`, for as long as a long poll takes and the client of `request` is connected."""
+        outcome = await self._service.fetch(tenant, request_id, _UNWATCHED_SECONDS, most_bytes)
+        if isinstance(outcome, m.TryAgain):
+            longer = self._service.fetch(
+                tenant, request_id, LONG_POLL_SECONDS - _UNWATCHED_SECONDS, most_bytes
+            )
+            outcome = await while_connected(request, longer)
+        return outcome
+
+    async def _as_json(self, tenant: str, result: Encoded) -> bytes:
+        """
+        Raises:
+            InvalidRequest: for a result that would take too much memory on its way into JSON.
+        """
+        if len(result.body) > MAX_JSON_BYTES:
+            raise InvalidRequest(
+                f"Accept: this result is {len(result.body)} bytes in {PROTOBUF}, and no more than {MAX_JSON_BYTES} are "
+                f"written as JSON; ask for {PROTOBUF}"
+            )
+        return await self._bodies.do(
+            tenant, len(result.body), functools.partial(results.result_as_json, result)
+        )
 
 
-def _reply(request_id: str, response: Response) -> Reply:
-    return Reply(
-        request_id, response.status_code, response.headers.get("content-type", ""), bytes(response.body)
-    )
+def _decode(posted: Posted, context_length: int) -> tuple[m.Operation, bytes]:
+    """The request and its digest: both take long for a large one, so they are made in one go."""
+    if posted.endpoint.body == "json":
+        check_json(posted.body, posted.endpoint.request, context_length)
+    operation = codec.decode(posted.endpoint.request, posted.body)
+    return operation, operations.digest(operation)
+
+
+def _encode(outcome: Outcome) -> tuple[int, str, bytes]:
+    """Status, content type and body."""
+    if isinstance(outcome, Encoded):
+        return 200, outcome.content_type, outcome.body
+    # The SDK takes 408 for "ask again" without a warning in the user's log.
+    return 408 if isinstance(outcome, m.TryAgain) else 200, JSON, codec.encode_json(outcome)
+
+
+def _refusal(request_id: str, error: TwinkleError) -> Reply:
+    response = twinkle_error(error)
+    return Reply(request_id, response.status_code, JSON, bytes(response.body))
+
+
+def _wants_json(request: Request) -> bool:
+    """Whether the client reads JSON and no protobuf; one that says nothing of either reads both."""
+    accepted = request.headers.get("accept", "")
+    return JSON in accepted and PROTOBUF not in accepted and "*/*" not in accepted

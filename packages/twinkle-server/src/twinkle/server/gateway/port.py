@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.results import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.tokens import Download
 
 
@@ -14,13 +14,15 @@ class ServicePort(Protocol):
         """Raises `Unavailable` if it isn't."""
         ...
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise: ...
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise: ...
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata: ...
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata: ...
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply: ...
+    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT: ...
 
     async def download_sizes(self, download: Download) -> dict[str, int]: ...
 

@@ -6,15 +6,12 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.results import Encoded, encode_result
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor, TensorData, TopkTable
-
-# As it was computed, or as it travels.
-Outcome: TypeAlias = m.Result | m.Failure | Encoded
+from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
+from twinkle.server.scheduling.records import Outcome, RunLog, as_encoded
+from twinkle.server.scheduling.runs import Run
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Load:
 @dataclass(eq=False)
 class _Entry:
     tenant: str
-    run_id: str | None = None
+    run: Run | None = None
     tokens: int = 0
     outcome: Outcome | None = None
     size: int = 0  # of the outcome, in bytes
@@ -41,8 +38,8 @@ class _Entry:
 
 
 _NO_LOAD = Load()
-# Results that are larger are encoded and decoded in a thread.
-LARGE_BYTES = 2**18
+# Results of more numbers are encoded in a thread.
+_LARGE = 2**16
 # Of results that were fetched: they are of use only where a reply was lost.
 _KEEP_BYTES = 256 * 2**20
 
@@ -57,12 +54,21 @@ class FutureTable:
     def __init__(
         self,
         clock: Callable[[], float],
+        log: RunLog,
         keep_seconds: float = 600.0,
         unfetched_seconds: float = 86_400.0,
         keep_bytes: float = _KEEP_BYTES,
         unfetched_bytes: float = math.inf,
+        encodes: bool = False,
     ) -> None:
+        """
+        Args:
+            log: has each outcome before anybody else.
+            encodes: keep outcomes as they are sent, so that the journal and all replies share one encoding; in local
+                mode nothing is sent.
+        """
         self._clock = clock
+        self._log = log
         self._keep_seconds = keep_seconds
         self._unfetched_seconds = unfetched_seconds
         self._keep_bytes = keep_bytes
@@ -72,10 +78,7 @@ class FutureTable:
         self.load = Load()
         """Of all tenants."""
         self._loads: dict[str, Load] = {}
-        self.keep: Callable[[list[tuple[str, Outcome]]], None] | None = None
-        """Told of the outcomes of a call before anybody else."""
-        self.encodes = False
-        """Whether outcomes are encoded before that: it is done once then, for whoever keeps them and for replies."""
+        self._encodes = encodes
         # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
@@ -86,16 +89,16 @@ class FutureTable:
         return len(self._entries)
 
     def create(
-        self, tenant: str, run_id: str | None = None, request_id: str | None = None, tokens: int = 0
+        self, tenant: str, run: Run | None = None, request_id: str | None = None, tokens: int = 0
     ) -> str:
         """A new future's request id.
 
         Args:
-            run_id: the run that it belongs to, if it does.
+            run: the run that it belongs to, if it does.
             tokens: what its request adds to the tenant's load until there is an outcome.
         """
         request_id = request_id or new_request_id()
-        self._entries[request_id] = _Entry(tenant, run_id, tokens)
+        self._entries[request_id] = _Entry(tenant, run, tokens)
         for load in (self.load, self._loads.setdefault(tenant, Load())):
             load.requests += 1
             load.tokens += tokens
@@ -116,12 +119,19 @@ class FutureTable:
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome that an earlier process had."""
-        self._set_outcome(request_id, outcome)
+        self._set_outcome(request_id, self._as_kept(outcome))
 
-    def run_of(self, request_id: str) -> str | None:
+    def _as_kept(self, outcome: Outcome) -> Outcome:
+        return as_encoded(outcome) if self._encodes else outcome
+
+    async def encoded(self, result: ForwardBackwardOutput | SampleResponse) -> Outcome:
+        """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
+        return await asyncio.to_thread(self._as_kept, result) if _size_of(result) > _LARGE else result
+
+    def run_of(self, request_id: str) -> Run | None:
         """The run that a future belongs to."""
         entry = self._entries.get(request_id)
-        return entry.run_id if entry is not None else None
+        return entry.run if entry is not None else None
 
     def is_known(self, request_id: str) -> bool:
         """Whether somebody may still ask for it."""
@@ -132,32 +142,32 @@ class FutureTable:
         entry = self._entries.get(request_id)
         return entry is not None and entry.outcome is None
 
-    def complete(self, request_id: str, outcome: Outcome) -> None:
-        """Set the outcome and wake whoever waits; a second outcome is passed over."""
-        self.complete_together([(request_id, outcome)])
+    def complete(self, request_id: str, outcome: Outcome, record: bool = True) -> None:
+        """Set the outcome and wake whoever waits; a second outcome is ignored.
 
-    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
+        Args:
+            record: False leaves it out of the log until `record`: another process would have to do it again.
+        """
+        self.complete_together([(request_id, outcome)], record)
+
+    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]], record: bool = True) -> None:
         """`complete` for what came of one call."""
-        new = [(request_id, outcome) for request_id, outcome in outcomes if self.is_pending(request_id)]
-        if self.encodes:
-            new = [(request_id, encoded(outcome)) for request_id, outcome in new]
-        if new and self.keep is not None:
-            self.keep(new)
+        new = [
+            (request_id, self._as_kept(outcome))
+            for request_id, outcome in outcomes
+            if self.is_pending(request_id)
+        ]
+        if new and record:
+            self._log.done(new)
         for request_id, outcome in new:
             self._set_outcome(request_id, outcome)
         self._drop_old()
 
-    def complete_for_now(self, request_id: str, outcome: Outcome) -> None:
-        """`complete`, but it is kept from nobody that this is to be done again, should the process end."""
-        keep, self.keep = self.keep, None
-        self.complete(request_id, outcome)
-        self.keep = keep
-
-    def complete_for_good(self, request_id: str) -> None:
-        """What was completed for now need not be done again."""
+    def record(self, request_id: str) -> None:
+        """Log an outcome that was set without: what came of the request need not be done again."""
         entry = self._entries.get(request_id)
-        if entry is not None and entry.outcome is not None and self.keep is not None:
-            self.keep([(request_id, entry.outcome)])
+        if entry is not None and entry.outcome is not None:
+            self._log.done([(request_id, entry.outcome)])
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
         """The outcome, or None if there is none after `timeout` seconds. It counts as fetched.
@@ -197,19 +207,6 @@ class FutureTable:
         self._fetched[request_id] = self._clock() + self._keep_seconds
         self._fetched.move_to_end(request_id)
 
-    def replace(self, request_id: str, outcome: Encoded) -> None:
-        """Keep an outcome as it travels from now on, instead of what it was."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.outcome is None:
-            return
-        more = memory_of(outcome) - entry.size
-        entry.outcome, entry.size = outcome, entry.size + more
-        if request_id in self._unfetched:
-            for load in (self.load, self._loads[entry.tenant]):
-                load.unfetched_bytes += more
-        else:
-            self._fetched_bytes += more
-
     def _is_unfetched_no_more(self, entry: _Entry) -> None:
         own = self._loads[entry.tenant]
         for load in (self.load, own):
@@ -232,40 +229,27 @@ class FutureTable:
             self._is_unfetched_no_more(self._entries.pop(request_id))
 
 
-def encoded(outcome: Outcome) -> Outcome:
-    """As it travels, where that is protobuf."""
-    return encode_result(outcome) if isinstance(outcome, ForwardBackwardOutput | SampleResponse) else outcome
-
-
-# What Python takes for a number in a list, for a pair (token, log-probability), and for a result with all around it.
-_NUMBER_BYTES, _PAIR_BYTES, _RESULT_BYTES = 32, 128, 2048
+# What Python takes for a result with all around it.
+_RESULT_BYTES = 2048
 
 
 def memory_of(outcome: Outcome) -> int:
-    """About what an outcome takes in memory, in bytes."""
-    numbers, pairs, of_tables = 0, 0, 0
-    tensors: list[TensorData | SparseTensor] = []
-    match outcome:
-        case Encoded():
-            return _RESULT_BYTES + len(outcome.body)
-        case ForwardBackwardOutput():
-            tensors = [tensor for item in outcome.loss_fn_outputs for tensor in item.values()]
-        case SampleResponse():
-            for rows in (outcome.topk_prompt_logprobs, *(each.topk_logprobs for each in outcome.sequences)):
-                if isinstance(rows, TopkTable):
-                    of_tables += rows.nbytes
-                else:
-                    pairs += sum(len(row or ()) for row in rows or ())
-            numbers = 2 * sum(len(sequence.tokens) for sequence in outcome.sequences)
-            numbers += len(outcome.prompt_logprobs or ())
-            if outcome.target_prompt_logprobs is not None:
-                tensors.append(outcome.target_prompt_logprobs)
-            if outcome.prompt_alt_tokens is not None:
-                tensors += [outcome.prompt_alt_tokens.tokens, outcome.prompt_alt_tokens.logprobs]
-        case _:
-            pass
-    of_arrays = sum((t.values if isinstance(t, SparseTensor) else t.array).nbytes for t in tensors)
-    return _RESULT_BYTES + _NUMBER_BYTES * numbers + _PAIR_BYTES * pairs + of_tables + of_arrays
+    """About what an outcome takes in memory, in bytes. (One that isn't encoded is fetched at once, in local mode.)"""
+    return _RESULT_BYTES + (len(outcome.body) if isinstance(outcome, Encoded) else 0)
+
+
+def _size_of(result: ForwardBackwardOutput | SampleResponse) -> int:
+    """About how many numbers a result consists of."""
+    if isinstance(result, ForwardBackwardOutput):
+        return sum(tensor.array.size for output in result.loss_fn_outputs for tensor in output.values())
+    size = sum(len(sequence.tokens) for sequence in result.sequences) + len(result.prompt_logprobs or ())
+    for table in (result.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in result.sequences)):
+        size += len(table) * len(table[-1] or "-") if table else 0
+    if (targets := result.target_prompt_logprobs) is not None:
+        size += (targets.values if isinstance(targets, SparseTensor) else targets.array).size
+    if result.prompt_alt_tokens is not None:
+        size += result.prompt_alt_tokens.tokens.array.size
+    return size
 
 
 def new_request_id() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from twinkle.server.scheduling.futures import FutureTable
 # Results come at any moment; clients that are told to wait longer leave the server idle.
 _ROOM_SECONDS = 2.0
 _MAX_RETRY_SECONDS = 30.0
-# What a tenant may always hold of a budget of bytes.
-SMALL_BYTES = 2**16
 # Tenants whose buckets are looked at when another one comes.
 _LOOKED_AT = 2
 
@@ -104,95 +101,6 @@ class RateLimit:
             self._charge(bucket, self._per_tenant, 0)
             if bucket.level >= self._per_tenant * self._burst:
                 del self._tenants[tenant]
-
-
-class ByteBudget:
-    """Bytes that tenants hold at once, each and all together. Single-threaded.
-
-    Where all together hold what they may, a tenant may still hold `SMALL_BYTES`: others' large ones must not keep out
-    small ones.
-    """
-
-    def __init__(self, name: str, per_tenant: int | None, in_all: int | None) -> None:
-        """
-        Args:
-            name: of the limit in the configuration; that of a single tenant ends in `_per_tenant`.
-        """
-        self._name = name
-        self._per_tenant = per_tenant
-        self._in_all = in_all
-        self._tenants: dict[str, int] = {}
-        self.held = 0
-        """By all tenants."""
-
-    @property
-    def most(self) -> float:
-        """No share can ever be larger."""
-        return min(limit or math.inf for limit in (self._per_tenant, self._in_all))
-
-    def check(self, tenant: str, amount: int) -> None:
-        """
-        Raises:
-            LimitReached: if there is no room for so many more.
-        """
-        own = self._tenants.get(tenant, 0)
-        in_all = None if own + amount <= SMALL_BYTES else self._in_all
-        for name, held, limit in (
-            (f"{self._name}_per_tenant", own, self._per_tenant),
-            (self._name, self.held, in_all),
-        ):
-            if limit is not None and held + amount > limit:
-                raise LimitReached(
-                    f"limits.{name}: {held} bytes are held and {amount} more sent, but {limit} is the most that this "
-                    "server takes at once; send it again when others have been read",
-                    _ROOM_SECONDS,
-                )
-
-    def take(self, tenant: str, amount: int) -> None:
-        """
-        Raises:
-            LimitReached: as `check`.
-        """
-        self.check(tenant, amount)
-        self.held += amount
-        self._tenants[tenant] = self._tenants.get(tenant, 0) + amount
-
-    def give_back(self, tenant: str, amount: int) -> None:
-        self.held -= amount
-        self._tenants[tenant] -= amount
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
-
-
-class Share:
-    """What one request holds of a budget, given back at the end of a `with`."""
-
-    def __init__(self, budget: ByteBudget, tenant: str) -> None:
-        self._budget = budget
-        self.tenant = tenant
-        self._held = 0
-
-    def check(self, amount: int) -> None:
-        """
-        Raises:
-            LimitReached: if there is no room for so many bytes.
-        """
-        self._budget.check(self.tenant, amount)
-
-    def take(self, amount: int) -> None:
-        """
-        Raises:
-            LimitReached: as `check`.
-        """
-        self._budget.take(self.tenant, amount)
-        self._held += amount
-
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._held:
-            self._budget.give_back(self.tenant, self._held)
 
 
 def check_fetched(limits: LimitsSection, futures: FutureTable, tenant: str) -> None:

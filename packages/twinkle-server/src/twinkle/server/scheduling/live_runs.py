@@ -2,60 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.engine.compaction import RunLog
-from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.scheduling.digests import digest
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
-from twinkle.server.scheduling.jobs import Job, RunRequest
 from twinkle.server.scheduling.limits import RateLimit
+from twinkle.server.scheduling.records import RunLog
+from twinkle.server.scheduling.runs import Job, LostRun, Received, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.tables import RELEASED_NAME
 
+# A client that was away sends all that it has again, within seconds; large requests may be on their way for longer.
+STUCK_SECONDS = 120.0
+
 
 class LiveRuns:
-    """Single-threaded: everything is called on one event loop."""
+    """The runs by id, and what is left of those that were lost. Single-threaded: called on one event loop."""
 
     def __init__(
         self,
-        runs: dict[str, LiveRun],
-        lost: dict[str, LostRun],
         scheduler: Scheduler,
         futures: FutureTable,
         run_log: RunLog,
-        snapshots: Snapshots,
-        residency: Residency,
         tokens: RateLimit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            runs: by id; others read it.
-            lost: those that can't go on, by id.
             tokens: charged for what is queued.
         """
-        self._runs = runs
-        self._lost = lost
         self._scheduler = scheduler
         self._futures = futures
         self._log = run_log
-        self._snapshots = snapshots
-        self._residency = residency
         self._tokens = tokens
+        self._clock = clock
+        self._runs: dict[str, Run] = {}
+        self.lost: dict[str, LostRun] = {}
+        """What is left of runs that can't go on, by id."""
+        self._restored: set[Run] = set()
 
-    def find(self, tenant: str, run_id: str | None) -> LiveRun:
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def __contains__(self, run_id: object) -> bool:
+        return run_id in self._runs
+
+    def get(self, run_id: str | None) -> Run | None:
+        return self._runs.get(run_id or "")
+
+    def find(self, tenant: str, run_id: str | None) -> Run:
         """
         Raises:
             NotFound: if the tenant has no such run.
             Gone: if it is lost.
         """
         self.check_not_lost(tenant, run_id)
-        run = self._runs.get(run_id or "")
+        run = self.get(run_id)
         if run is None or run.tenant != tenant:
             raise NotFound(
                 f"model_id: no live run {(run_id or '')[:200]!r}; it never was, or has ended: begin one with "
@@ -64,34 +70,31 @@ class LiveRuns:
             )
         return run
 
-    def check_not_lost(self, tenant: str, run_id: str | None) -> None:
-        """
-        Raises:
-            Gone: if the tenant's run is lost.
-        """
-        lost = self._lost.get(run_id or "")
-        if lost is not None and lost.tenant == tenant:
-            raise Gone(lost.reason)
+    # ------------------------------------------------------------ begin and queue
 
-    def begin(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> m.Promise:
+    def begin(self, run: Run, received: Received) -> m.Promise:
         """
         Raises:
             Unavailable: if it can't be written down; then there is no such run.
         """
         self._log.begun(run)
         self._runs[run.run_id] = run
-        self._scheduler.add_run(run.run_id)
         try:
-            return self.enqueue(run, 0, request)
+            return self.enqueue(run, 0, received)
         except Unavailable:
-            self.forget(run.run_id)
+            self.end(run)
             raise
+
+    def restore(self, run: Run) -> None:
+        """A run of an earlier process takes requests again."""
+        self._runs[run.run_id] = run
+        self._restored.add(run)
 
     def enqueue(
         self,
-        run: LiveRun,
+        run: Run,
         seq_id: int,
-        request: RunRequest,
+        received: Received,
         tokens: int = 0,
         loss: CustomLoss | None = None,
     ) -> m.Promise:
@@ -99,45 +102,88 @@ class LiveRuns:
         Raises:
             Unavailable: if it can't be written down; then it is not queued.
         """
-        job = Job(new_request_id(), run.tenant, run.run_id, seq_id, request, tokens, loss, digest(request))
-        self._log.accepted(job)
+        request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
+        job = Job(new_request_id(), run, seq_id, request, tokens, loss, received.digest)
+        self._log.accepted(job, received.body)
         self._tokens.charge(run.tenant, tokens)
-        self._futures.create(job.tenant, job.run_id, job.request_id, tokens)
+        self._futures.create(run.tenant, run, job.request_id, tokens)
         self._scheduler.submit(job)
         return m.Promise(request_id=job.request_id, model_id=run.run_id)
 
-    def enqueue_last(self, run_id: str, make: Callable[[int], RunRequest]) -> m.Promise:
-        """Queue a request, made for its `seq_id`, behind all others of the run."""
-        queue = self._scheduler.queue(run_id)
-        for seq_id in queue.close_gaps():  # nobody is going to send what is missing
-            self._log.rejected(run_id, seq_id)
-        seq_id = queue.next_free
-        return self.enqueue(self._runs[run_id], seq_id, make(seq_id))
+    def enqueue_last(self, run: Run, request: m.SaveWeightsRequest | m.UnloadModelRequest) -> m.Promise:
+        """Queue a request behind all others of the run, with the next free `seq_id` whatever its own."""
+        for seq_id in self._scheduler.close_gaps(run):  # nobody is going to send what is missing
+            self._log.rejected(run, seq_id)
+        seq_id = run.queue.next_free
+        request = request.model_copy(update={"seq_id": seq_id})
+        return self.enqueue(run, seq_id, Received(request, digest=digest(request)))
 
-    def lose(self, run_id: str, reason: str) -> None:
-        """The run can't go on: what it has queued fails for this reason, as does all that is asked of it later."""
-        run = self._runs[run_id]
-        self._lost[run_id] = LostRun(run_id, run.tenant, reason)
-        self._log.lost(self._lost[run_id])
-        first_seq_id = self._scheduler.queue(run_id).next_free
-        for job in self._scheduler.remove_run(run_id, run.tenant):
-            self._futures.complete(job.request_id, m.Failure(error=reason, category="server"))
-        self._scheduler.add_run(run_id, first_seq_id)
-        self.enqueue_last(run_id, lambda seq_id: m.UnloadModelRequest(model_id=run_id, seq_id=seq_id))
+    def reject(self, run: Run, seq_id: int) -> None:
+        """Count a refused request's id as consumed."""
+        self._scheduler.reject(run, seq_id)
+        self._log.rejected(run, seq_id)
+
+    # ------------------------------------------------------------ end
+
+    def end(self, run: Run) -> None:
+        """The run takes no more requests; what it still had queued fails."""
+        if run.has_ended:
+            return
+        run.state = RunState.ENDED
+        del self._runs[run.run_id]
+        self._restored.discard(run)
+        self._log.ended(run)
+        self._fail_queued(run, m.Failure(error=f"model_id: run {run.run_id} has ended", category="user"))
+
+    def _fail_queued(self, run: Run, failure: m.Failure) -> None:
+        for job in self._scheduler.remove(run):
+            self._futures.complete(job.request_id, failure)
+
+    # ------------------------------------------------------------ runs that can't go on
+
+    def check_not_lost(self, tenant: str, run_id: str | None) -> None:
+        """
+        Raises:
+            Gone: if the tenant's run is lost.
+        """
+        lost = self.lost.get(run_id or "")
+        if lost is not None and lost.tenant == tenant:
+            raise Gone(lost.reason)
+
+    def lose(self, run: Run, reason: str) -> None:
+        """The run can't go on: what it has queued fails for this reason, as does all that is asked of it later.
+
+        Raises:
+            Unavailable: if its release can't be written down; it takes nothing more, and ends with its session.
+        """
+        lost = LostRun(run.run_id, run.tenant, reason)
+        self.lost[run.run_id] = lost
+        self._log.lost(lost)
+        next_seq_id = run.queue.next_free
+        self._fail_queued(run, m.Failure(error=reason, category="server"))
+        run.queue = RunQueue(next_seq_id)
+        self.enqueue_last(run, m.UnloadModelRequest(model_id=run.run_id))
 
     def forget_lost(self, session_id: str) -> None:
         """Nobody asks any more for the lost runs of this session."""
-        for run_id in [run.run_id for run in self._lost.values() if run.session_id == session_id]:
-            del self._lost[run_id]
+        for run_id in [run.run_id for run in self.lost.values() if run.session_id == session_id]:
+            del self.lost[run_id]
 
-    def forget(self, run_id: str) -> None:
-        """Take a run out of the scheduler; what it still had queued fails."""
-        run = self._runs.pop(run_id, None)
-        if run is None:
-            return
-        self._log.ended(run_id)
-        self._snapshots.forget(run_id)
-        self._residency.forget(run_id)
-        for job in self._scheduler.remove_run(run_id, run.tenant):
-            failure = m.Failure(error=f"model_id: run {run_id} has ended", category="user")
-            self._futures.complete(job.request_id, failure)
+    def stuck(self) -> list[tuple[Run, int]]:
+        """The runs that wait for a request which will never come, each with its `seq_id`; each is told of once.
+
+        A request that was answered and whose record was lost with a disk, or with the power, is not sent again: its
+        client goes on with the next, which would wait for ever. So a run that was brought back from a journal may
+        wait for a missing request only so long.
+        """
+        found: list[tuple[Run, int]] = []
+        for run in list(self._restored):
+            missing = run.queue.missing
+            if missing is None:
+                run.waits_since = None
+            elif run.waits_since is None or run.waits_since[0] != missing:
+                run.waits_since = missing, self._clock()
+            elif self._clock() - run.waits_since[1] >= STUCK_SECONDS:
+                found.append((run, missing))
+                self._restored.discard(run)
+        return found

@@ -1,32 +1,53 @@
-"""What is written to the journal: which requests were accepted, and what came of them. Encoded as msgpack arrays."""
+"""What is written to the journal: which requests were accepted, and what came of them. Encoded as msgpack arrays.
+
+The service writes down what it answers for before it answers: a request when it is accepted, a result before anybody
+has it. `engine.restore` reads it when a server starts; `engine.compaction` deletes what is no longer needed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
 import msgpack
-from pydantic import BaseModel
 
 from twinkle.hub import plain_name
 from twinkle.protocol import codec
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
-from twinkle.protocol.results import Encoded
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
+from twinkle.protocol.errors import Unavailable
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.engine.failures import StepRefused
-from twinkle.server.engine.runs import LiveRun, LostRun
-from twinkle.server.scheduling.futures import Outcome, encoded
+from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue
+from twinkle.server.store.journal import Journal
+
+log = logging.getLogger("twinkle.server")
+
+# As it was computed, or as it is sent.
+Outcome: TypeAlias = m.Result | m.Failure | Encoded
+
+
+class StepRefused(m.Failure):
+    """A step that was not made because of its gradient, which is gone: unlike other failures it has changed its run."""
 
 
 @dataclass(frozen=True)
 class Begun:
     """A run takes requests from now on."""
 
-    run: LiveRun
+    run_id: str
+    tenant: str
+    session_id: str
+    base_model: str
+    spec: AdapterSpec
+
+    def make_run(self, first_seq_id: int = 0) -> Run:
+        return Run(
+            self.run_id, self.tenant, self.session_id, self.base_model, self.spec, RunQueue(first_seq_id)
+        )
 
 
 @dataclass(frozen=True)
@@ -52,10 +73,7 @@ class Accepted:
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
-        kind = _REQUESTS[self.path]
-        if kind is m.ForwardBackwardRequest:
-            return codec.decode_forward_backward(self.body)
-        return cast("m.Operation", codec.decode_json(cast("Any", kind), self.body))
+        return codec.decode(self.kind, self.body)
 
     @property
     def kind(self) -> type[m.Operation]:
@@ -94,17 +112,12 @@ class Lost:
 Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
 _REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
-_JSON_OUTCOMES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (m.Failure, StepRefused, *(endpoint.result for endpoint in OPERATIONS))
-    if kind not in (ForwardBackwardOutput, SampleResponse)
-}
 
 
 def encode(record: Record) -> bytes:
     match record:
-        case Begun(run):
-            values: list[Any] = ["B", json.dumps(asdict(run))]
+        case Begun():
+            values: list[Any] = ["B", json.dumps(asdict(record))]
         case Accepted():
             values = [
                 "A",
@@ -135,7 +148,7 @@ def decode(payload: bytes) -> Record:
             run: dict[str, Any] = json.loads(fields[0])
             # Earlier versions noted the model as their configuration spelled it.
             run |= {"spec": AdapterSpec(**run["spec"]), "base_model": plain_name(run["base_model"])}
-            return Begun(LiveRun(**run))
+            return Begun(**run)
         case "A":
             return Accepted(*fields)
         case "R":
@@ -158,29 +171,125 @@ def accepted(
     run_id: str | None,
     seq_id: int,
     request: m.Operation,
+    body: bytes | None,
     tokens: int = 0,
     digest: bytes = b"",
 ) -> Accepted:
-    """A request as it is written: without keys, which are kept nowhere."""
-    if isinstance(request, m.LoadWeightsRequest) and request.weights_access_token is not None:
-        request = request.model_copy(update={"weights_access_token": None})
-    body = (
-        codec.encode_forward_backward(request)
-        if isinstance(request, m.ForwardBackwardRequest)
-        else codec.encode_json(request)
-    )
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, OPERATION[type(request)].path, body, digest)
+    """A request as it is written: its body as it was received, unless it may hold a key, which is kept nowhere.
+
+    Args:
+        body: None for requests of the server's own.
+    """
+    if isinstance(request, m.LoadWeightsRequest):
+        # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
+        request, body = request.model_copy(update={"weights_access_token": None}), None
+    path = OPERATION[type(request)].path
+    return Accepted(request_id, tenant, run_id, seq_id, tokens, path, body or codec.encode(request), digest)
 
 
-def encode_outcome(request_id: str, outcome: Outcome) -> tuple[str, str, bytes]:
-    outcome = encoded(outcome)
-    if isinstance(outcome, Encoded):
-        return request_id, outcome.kind, outcome.body
-    return request_id, type(outcome).__name__, codec.encode_json(cast("BaseModel", outcome))
+def as_encoded(outcome: Outcome) -> Encoded:
+    return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
 
 
-def decode_outcome(kind: str, body: bytes) -> Outcome:
-    """As it is kept: what travels as protobuf stays so."""
-    if kind == "ForwardBackwardOutput" or kind == "SampleResponse":
-        return Encoded(kind, body)
-    return cast("Outcome", codec.decode_json(_JSON_OUTCOMES[kind], body))
+def as_computed(outcome: Outcome) -> m.Result | m.Failure:
+    return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
+
+
+def done(outcomes: Iterable[tuple[str, Outcome]]) -> Done:
+    encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
+    return Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded])
+
+
+class RunLog:
+    """Writes to the journal. Single-threaded: called on one event loop. Until there is a journal nothing is written."""
+
+    def __init__(self) -> None:
+        self.journal: Journal | None = None
+        self._is_full = False
+
+    def open(self, journal: Journal) -> None:
+        """Write to `journal` from now on."""
+        self.journal = journal
+
+    def begun(self, run: Run) -> None:
+        """
+        Raises:
+            Unavailable: if it can't be written.
+        """
+        self.append(Begun(run.run_id, run.tenant, run.session_id, run.base_model, run.spec))
+
+    def accepted(self, job: Job, body: bytes | None) -> None:
+        """
+        Args:
+            body: of its request, as it was received; None if it was made here.
+
+        Raises:
+            Unavailable: if it can't be written; then it is not accepted.
+        """
+        if self.journal is not None:
+            run = job.run
+            self.append(
+                accepted(
+                    job.request_id,
+                    run.tenant,
+                    run.run_id,
+                    job.seq_id,
+                    job.request,
+                    body,
+                    job.tokens,
+                    job.digest,
+                )
+            )
+            run.note_logged(self.journal.segment, job.seq_id)
+
+    def accepted_on_no_run(
+        self, request_id: str, tenant: str, seq_id: int, request: m.Operation, body: bytes | None
+    ) -> None:
+        """
+        Raises:
+            Unavailable: as `accepted`.
+        """
+        if self.journal is not None:
+            self.append(accepted(request_id, tenant, None, seq_id, request, body))
+
+    def rejected(self, run: Run, seq_id: int) -> None:
+        self._try(Rejected(run.run_id, seq_id))
+
+    def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
+        """What came of one call; if it can't be written it is computed again after a crash."""
+        if self.journal is not None:
+            self._try(done(outcomes))
+
+    def ended(self, run: Run) -> None:
+        self._try(Ended(run.run_id))
+
+    def lost(self, run: LostRun) -> None:
+        self._try(Lost(run))
+
+    async def wait_durable(self) -> None:
+        """Wait until what was accepted is as durable as `storage.journal_flush` promises."""
+        if self.journal is not None:
+            await self.journal.wait_durable()
+
+    def append(self, record: Record) -> None:
+        """
+        Raises:
+            Unavailable: if it can't be written.
+        """
+        if self.journal is not None:
+            self.journal.append(encode(record))
+            self._is_full = False
+
+    def _try(self, record: Record) -> None:
+        try:
+            self.append(record)
+        except Unavailable as error:
+            if not self._is_full:  # said once, not for every record
+                log.error("%s", error.message)
+            self._is_full = True
+
+    def close(self) -> None:
+        """Write nothing from now on."""
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None

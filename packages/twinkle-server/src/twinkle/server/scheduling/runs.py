@@ -1,19 +1,68 @@
-"""One run's jobs, in the order of `seq_id` whatever order they arrive in."""
+"""A training run: its requests in the order of `seq_id`, and all that is known of its state.
 
-from collections import OrderedDict
+`Run` is the one holder. Scheduler, snapshots, residency and the journal's compaction keep only indices over runs: who
+is ready, whose snapshot is due, who was used last.
+"""
 
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TypeAlias
+
+from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
-from twinkle.server.scheduling.digests import digest
-from twinkle.server.scheduling.jobs import Job, RunRequest
+from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, CustomLoss
+
+RunRequest: TypeAlias = m.Ordered | m.CreateModelRequest | m.UnloadModelRequest
+ReadCheckpoint: TypeAlias = tuple[CheckpointUri, AdapterState]
 
 # How many answered ids a run remembers for retries, and how far ahead of the next id a request may be.
 MAX_REMEMBERED = 1024
 MAX_AHEAD = 4096
 
 
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A request as it arrived. Its bytes go to the journal, and no further.
+
+    Attributes:
+        body: as it was decoded from; None if it was made in this process.
+        digest: see `operations.digest`; empty if it is never sent again.
+    """
+
+    request: m.Operation
+    body: bytes | None = None
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One accepted request on a run: typed data, never a callable, so that it can be printed, fused and journaled.
+
+    Attributes:
+        request_id: of the future that its result completes.
+        seq_id: its place in the run's order; creation is 0.
+        tokens: what it costs in fairness: tokens of a training pass, 0 for the rest.
+        custom_loss: what a pass with the loss "custom" names by its id.
+        digest: of the request; empty where it isn't known.
+    """
+
+    request_id: str
+    run: Run
+    seq_id: int
+    request: RunRequest
+    tokens: int = 0
+    custom_loss: CustomLoss | None = None
+    digest: bytes = b""
+
+
 class RunQueue:
-    """Jobs of one run. Chunks may arrive out of order; a rejected id counts as consumed; an id seen before is
-    answered from the first request that carried it.
+    """Jobs of one run. Chunks may arrive out of order; a rejected id counts as consumed; a repeated id is answered
+    from the first request that carried it.
     """
 
     def __init__(self, first_seq_id: int = 0) -> None:
@@ -23,7 +72,7 @@ class RunQueue:
         self._held: Job | None = None  # was taken, and is going to come back
         self._back: Job | None = None  # has come back
 
-    def duplicate_of(self, seq_id: int, request: RunRequest) -> str | None:
+    def duplicate_of(self, seq_id: int, received: Received) -> str | None:
         """The request id under which `seq_id` was accepted before, if it was.
 
         Raises:
@@ -33,12 +82,12 @@ class RunQueue:
         if seq_id not in self._seen:
             return None
         request_id, kind, first = self._seen[seq_id]
-        if not isinstance(request, kind):
+        if not isinstance(received.request, kind):
             raise InvalidRequest(
                 f"seq_id: {seq_id} was used before on this run, for {kind.__name__}; the next free one is "
                 f"{self.next_free}"
             )
-        if first and digest(request) != first:
+        if first and received.digest and received.digest != first:
             raise Conflict(
                 f"seq_id: {seq_id} was used before on this run, for a {kind.__name__} that asks for something else: a "
                 f"request that is sent again must be the same; the next free one is {self.next_free}"
@@ -135,14 +184,131 @@ class RunQueue:
         return f"{before} requests of this run go before it"
 
     def drain(self) -> list[Job]:
-        """All jobs, taken out: the run is gone."""
+        """All jobs, taken out: the run has ended, and nothing of it is remembered."""
         waiting = [job for _, job in sorted(self._waiting.items())]
         jobs = [job for job in (self._held, self._back, *waiting) if job is not None]
         self._held = self._back = None
         self._waiting.clear()
+        self._seen.clear()
         return jobs
 
     def _skip_rejected(self) -> None:
         while self._next in self._waiting and self._waiting[self._next] is None:
             del self._waiting[self._next]
             self._next += 1
+
+
+class RunState(Enum):
+    """Where a run is in its life: docs/architecture.md draws it."""
+
+    CREATED = auto()
+    """Accepted; its adapter has not been made."""
+    RESIDENT = auto()
+    """Its adapter is on the worker."""
+    EVICTED = auto()
+    """Its snapshot on disk (or its seed, if it never changed) is all there is of it."""
+    LOST = auto()
+    """Its state can't be had any more; `Run.lost` says why."""
+    ENDED = auto()
+    """It takes no more requests."""
+
+
+@dataclass(eq=False)
+class RunSnapshot:
+    """A run's newest snapshot. Numbers are the `seq_id` of the request behind which a state is.
+
+    Attributes:
+        held: the snapshot, until it is written.
+        stored: of the newest snapshot on disk.
+        jobs_since, tokens_since: computed since the snapshot.
+        seconds: what taking the last one cost the engine.
+        writing: writes what is held, or deletes everything once the run has ended.
+    """
+
+    held: tuple[int, AdapterState] | None = None
+    stored: int | None = None
+    jobs_since: int = 0
+    tokens_since: int = 0
+    seconds: float = 0.0
+    writing: asyncio.Task[None] | None = None
+
+    @property
+    def number(self) -> int:
+        """Of the newest snapshot, held or stored; a new adapter needs none, since its seed makes it again."""
+        return self.held[0] if self.held is not None else self.stored or 0
+
+
+@dataclass(eq=False)
+class Run:
+    """A training run.
+
+    Attributes:
+        lost: why its state can't be had any more.
+        bytes: what its adapter takes on the worker; 0 while it is not there.
+        changed: the newest request that changed its state; 0 is a new adapter's.
+        has_gradient: it has accumulated a gradient since its last step.
+        unsaved: what changed it since its snapshot, rising: (number of the call, place in the call, job).
+        writes: work on its checkpoints that its requests have begun and that is under way.
+        reading: the checkpoint that its next job, a load, is to put in place.
+        logged: by segment of the journal, the newest of its requests in there.
+        waits_since: the `seq_id` that is missing though later ones wait for it, and since when; kept for runs that
+            were brought back from a journal.
+    """
+
+    run_id: str
+    tenant: str
+    session_id: str
+    base_model: str
+    spec: AdapterSpec
+    queue: RunQueue = field(default_factory=RunQueue, repr=False)
+    state: RunState = RunState.CREATED
+    lost: str | None = None
+    bytes: int = 0
+    changed: int = 0
+    has_gradient: bool = False
+    snapshot: RunSnapshot = field(default_factory=RunSnapshot, repr=False)
+    unsaved: deque[tuple[int, int, Job]] = field(default_factory=deque[tuple[int, int, Job]], repr=False)
+    writes: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]], repr=False)
+    reading: asyncio.Task[ReadCheckpoint] | None = field(default=None, repr=False)
+    logged: dict[int, int] = field(default_factory=dict[int, int], repr=False)
+    waits_since: tuple[int, float] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state is RunState.ENDED
+
+    @property
+    def is_ahead_of_snapshot(self) -> bool:
+        """Whether it has changed since its newest snapshot."""
+        return self.snapshot.number < self.changed
+
+    def note_logged(self, segment: int, seq_id: int) -> None:
+        """A request of this run is in that segment of the journal."""
+        self.logged[segment] = max(seq_id, self.logged.get(segment, 0))
+
+    def add_write(self, task: asyncio.Task[None]) -> None:
+        """A checkpoint of this run is being written."""
+        self.writes.add(task)
+        task.add_done_callback(self.writes.discard)
+
+    async def settled(self) -> None:
+        """Wait for the checkpoints that are being written now; for none that is begun meanwhile."""
+        if self.writes:
+            await asyncio.wait(set(self.writes))
+
+
+@dataclass(frozen=True)
+class LostRun:
+    """What is left of a run whose state or order can't be known any more, once it takes no more requests.
+
+    Attributes:
+        reason: the error for requests that still name it.
+    """
+
+    run_id: str
+    tenant: str
+    reason: str
+
+    @property
+    def session_id(self) -> str:
+        return self.run_id.rpartition(":train:")[0]

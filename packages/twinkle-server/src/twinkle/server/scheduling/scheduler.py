@@ -1,18 +1,98 @@
 """Picks what runs next: ready jobs of many runs at once, fair between tenants, in order within a run."""
 
+from __future__ import annotations
+
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from twinkle.protocol import messages as m
-from twinkle.server.scheduling.company import Company
-from twinkle.server.scheduling.jobs import Job, Tick
-from twinkle.server.scheduling.runs import RunQueue
-from twinkle.server.scheduling.turns import Turns
+from twinkle.server.scheduling.fair_queue import FairQueue
+from twinkle.server.scheduling.runs import Job, Run
+
+# A run that was in none of so many ticks is not expected any more.
+_REMEMBERED_TICKS = 16
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What runs together, in this order: all passes in shared micro-batches, then all optimizer steps, then the rest
+    one by one. A run is in it with any number of passes followed by at most one other job.
+    """
+
+    passes: tuple[Job, ...] = ()
+    optim_steps: tuple[Job, ...] = ()
+    others: tuple[Job, ...] = ()
+
+    @classmethod
+    def of(cls, jobs: Iterable[Job]) -> Tick:
+        """A tick of these jobs, which are in order within each run."""
+        kinds: dict[type, list[Job]] = {m.ForwardBackwardRequest: [], m.OptimStepRequest: []}
+        others: list[Job] = []
+        for job in jobs:
+            kinds.get(type(job.request), others).append(job)
+        passes, optim_steps = kinds.values()
+        return cls(tuple(passes), tuple(optim_steps), tuple(others))
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (*self.passes, *self.optim_steps, *self.others)
+
+    def split_independent(self) -> list[Tick]:
+        """The tick in at most two: the jobs of runs without a pass in it, which need not wait for the passes, and then
+        the others.
+        """
+        with_passes = {job.run for job in self.passes}
+        halves = [
+            Tick.of(job for job in self.jobs if (job.run in with_passes) == is_slow)
+            for is_slow in (False, True)
+        ]
+        return [half for half in halves if half.jobs]
+
+
+class BatchingWindow:
+    """How long a tick that could begin lingers for more runs.
+
+    A tick costs something however few runs are in it, so runs whose requests arrive shortly after one another are
+    better taken together. A run whose client is busy with its last result is not to be waited for, though. So a tick
+    waits for half of the active runs: while they are computed, the other half's clients prepare their next requests.
+
+    Attributes:
+        seconds: how long at most.
+        enough_tokens: with so many queued a tick begins at once.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.enough_tokens = 0
+        self._ticks: deque[frozenset[Run]] = deque()
+        self._active: Counter[Run] = Counter()
+
+    def add_tick(self, runs: Iterable[Run]) -> None:
+        """These runs were in a tick: they are active for a while."""
+        tick = frozenset(runs)
+        self._ticks.append(tick)
+        self._active.update(tick)
+        if len(self._ticks) > _REMEMBERED_TICKS:
+            for run in self._ticks.popleft():
+                self._active[run] -= 1
+                if not self._active[run]:
+                    del self._active[run]
+
+    def num_active_beside(self, runs: AbstractSet[Run]) -> int:
+        """How many of the active runs are not these."""
+        return len(self._active.keys() - runs)
+
+    @property
+    def num_wanted(self) -> int:
+        """How many ready runs make a tick worth starting at once; at least 1."""
+        return max(1, (len(self._active) + 1) // 2)
 
 
 class Scheduler:
-    """All runs' queues. Single-threaded: everything is called on one event loop.
+    """The runs that are ready. Single-threaded: everything is called on one event loop.
 
     A run is ready while its queue has a head. Only ready runs and their tenants are ever looked at, so an idle run
     costs nothing.
@@ -26,88 +106,71 @@ class Scheduler:
         """
         self._tick_tokens = tick_tokens
         self._overhead_tokens = overhead_tokens
-        self._queues: dict[str, RunQueue] = {}
-        self._ready: dict[str, OrderedDict[str, None]] = {}  # tenant -> its ready runs, next first
-        self._turns = Turns()
+        self._ready: dict[str, OrderedDict[Run, None]] = {}  # tenant -> its ready runs, next first
+        self._turns = FairQueue()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
-        self._arrived = asyncio.Event()  # set by every job that comes
-        self._company = Company()
-        self._patience_seconds = 0.0
-        self._enough_tokens = 0
+        self._arrived = asyncio.Event()  # set by every job that arrives
+        self._window = BatchingWindow()
         self._ready_runs = 0
         self._queued: Counter[str] = Counter()  # tenant -> tokens of what it has queued
         self._queued_tokens = 0  # of all of them
 
-    def wait_for_company(self, seconds: float, enough_tokens: int) -> None:
+    def set_batching_window(self, seconds: float, enough_tokens: int) -> None:
         """From now on a tick may wait for more runs.
 
         Args:
             seconds: at most so long; what a tick costs at least, so that waiting in vain at most doubles it.
             enough_tokens: with so many tokens a tick begins at once: they cost far more than a tick of their own.
         """
-        self._patience_seconds = seconds
-        self._enough_tokens = enough_tokens
+        self._window.seconds, self._window.enough_tokens = seconds, enough_tokens
+
+    @property
+    def ready_tenants(self) -> AbstractSet[str]:
+        """Tenants with a job that could be taken now."""
+        return self._ready.keys()
 
     # ------------------------------------------------------------ runs and jobs
 
-    def add_run(self, run_id: str, first_seq_id: int = 0) -> RunQueue:
-        """A queue for a new run; its first job is its creation, `seq_id` 0."""
-        self._queues[run_id] = RunQueue(first_seq_id)
-        return self._queues[run_id]
+    def submit(self, job: Job) -> None:
+        job.run.queue.offer(job)
+        self._queued[job.run.tenant] += job.tokens
+        self._queued_tokens += job.tokens
+        self._arrived.set()
+        self._update(job.run)
 
-    def remove_run(self, run_id: str, tenant: str) -> list[Job]:
-        """Forget a run; what it had queued is returned."""
-        queue = self._queues.pop(run_id, None)
-        self._set_ready(run_id, tenant, ready=False)
-        drained = queue.drain() if queue else []
+    def remove(self, run: Run) -> list[Job]:
+        """The run takes part no more; what it had queued is returned."""
+        drained = run.queue.drain()
+        self._update(run)
         for job in drained:
             self._leaves(job)
         return drained
 
-    def has_run(self, run_id: str) -> bool:
-        return run_id in self._queues
-
-    def queue(self, run_id: str) -> RunQueue:
-        return self._queues[run_id]
-
-    def submit(self, job: Job) -> None:
-        queue = self._queues[job.run_id]
-        queue.offer(job)
-        self._queued[job.tenant] += job.tokens
-        self._queued_tokens += job.tokens
-        self._arrived.set()
-        if queue.head() is not None:
-            self._set_ready(job.run_id, job.tenant, ready=True)
-
     def hold(self, job: Job) -> None:
         """A job that was taken can't be done yet: nothing of its run is taken before it is given back."""
-        self._queues[job.run_id].hold(job)
-        self._set_ready(job.run_id, job.tenant, ready=False)
+        job.run.queue.hold(job)
+        self._update(job.run)
 
     def give_back(self, job: Job) -> bool:
         """It can be done now; False if its run has ended meanwhile."""
-        queue = self._queues.get(job.run_id)
-        if queue is None:
+        if job.run.has_ended:
             return False
-        queue.give_back(job)
+        job.run.queue.give_back(job)
         self._arrived.set()
-        self._set_ready(job.run_id, job.tenant, ready=True)
+        self._update(job.run)
         return True
 
-    def reject(self, run_id: str, tenant: str, seq_id: int) -> None:
+    def reject(self, run: Run, seq_id: int) -> None:
         """Count a refused request's id as consumed."""
-        queue = self._queues[run_id]
-        queue.reject(seq_id)
-        if queue.head() is not None:
-            self._set_ready(run_id, tenant, ready=True)
+        run.queue.reject(seq_id)
+        self._update(run)
 
-    def why_waiting(self, run_id: str, request_id: str) -> str | None:
-        """Why a request has no result yet, in words; None if its run is gone."""
-        queue = self._queues.get(run_id)
-        if queue is None:
-            return None
-        return f"{queue.why_waiting(request_id)}; {len(self._ready)} tenants have requests ready"
+    def close_gaps(self, run: Run) -> list[int]:
+        """Count every id that is missing before the run's last one as consumed; returns them."""
+        closed = run.queue.close_gaps()
+        self._update(run)
+        return closed
 
     # ------------------------------------------------------------ ticks
 
@@ -115,69 +178,72 @@ class Scheduler:
         """The next tick: as soon as there is anything to do, or a moment later, if more runs are about to come."""
         await self._work.wait()
         try:
-            async with asyncio.timeout(self._patience_seconds):
-                while self._is_short_of_company():
+            async with asyncio.timeout(self._window.seconds):
+                while self._is_worth_lingering():
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
             pass
         return self.take_tick()
 
-    async def complete_beside(self, under_way: AbstractSet[str]) -> None:
-        """Returns when the next tick will not grow while these runs' clients wait for results: it is full, or all other
-        runs that have been coming are there.
+    async def until_complete(self, in_flight: AbstractSet[Run]) -> None:
+        """Wait until the next tick will not grow while these runs' clients wait for results: it is full, or all other
+        active runs are ready.
         """
         await self._work.wait()
-        while self._ready_runs < self._company.beside(under_way) and self._queued_tokens < self._tick_tokens:
+        while (
+            self._ready_runs < self._window.num_active_beside(in_flight)
+            and self._queued_tokens < self._tick_tokens
+        ):
             self._arrived.clear()
             await self._arrived.wait()
 
-    def _is_short_of_company(self) -> bool:
-        return self._ready_runs < self._company.wanted and self._queued_tokens < self._enough_tokens
+    def _is_worth_lingering(self) -> bool:
+        return self._ready_runs < self._window.num_wanted and self._queued_tokens < self._window.enough_tokens
 
     def take_tick(self) -> Tick:
         """What is ready now, up to `tick_tokens`."""
-        tick = self._take_ready()
-        self._company.took_part(job.run_id for job in tick.passes)
+        tick = Tick.of(self._take_ready())
+        self._window.add_tick(job.run for job in tick.passes)
         return tick
 
-    def _take_ready(self) -> Tick:
+    def _take_ready(self) -> list[Job]:
         """What all who are ready may bring, as far as their jobs are no larger than the share of each. Who has a larger
         one comes next, in a tick of its own.
 
         So a tenant with little to do waits for the end of the tick that is being computed, and then for one in which
         nobody brings much more than it does, however much they have.
         """
-        tick = Tick([], [], [])
+        if not self._ready:
+            return []
         if len(self._ready) == 1:
-            self._take_alone(next(iter(self._ready)), tick)
-        elif self._ready:
-            large, self._large = [tenant for tenant in self._large if self._may_bring(tenant)], []
-            if large:
-                self._take_large(large, tick)
-            else:
-                self._take_shares(tick)
-        return tick
+            return self._take_alone(next(iter(self._ready)))
+        large, self._large = [tenant for tenant in self._large if self._may_bring(tenant)], []
+        return self._take_large(large) if large else self._take_shares()
 
-    def _take_alone(self, tenant: str, tick: Tick) -> None:
-        self._take_from_tenant(tenant, tick, max(self._tick_tokens, self._first_head(tenant).tokens))
+    def _take_alone(self, tenant: str) -> list[Job]:
+        jobs = self._take_from_tenant(tenant, max(self._tick_tokens, self._first_head(tenant).tokens))
         self._turns.settle(tenant)
         self._large = []
+        return jobs
 
-    def _take_shares(self, tick: Tick) -> None:
+    def _take_shares(self) -> list[Job]:
         share = self._fair_share()
-        while not tick.jobs:
+        jobs: list[Job] = []
+        while not jobs:
             self._turns.earn(share)
-            self._large = self._bring_shares(tick, share)
-            if self._large and not tick.jobs:  # the smallest of them are the small ones then
+            jobs, self._large = self._bring_shares(share)
+            if self._large and not jobs:  # the smallest of them are the small ones then
                 sizes = {tenant: self._first_head(tenant).tokens for tenant in self._large}
                 least = min(sizes.values())
-                self._take_large([tenant for tenant, size in sizes.items() if size == least], tick)
+                jobs = self._take_large([tenant for tenant, size in sizes.items() if size == least])
                 self._large = [tenant for tenant, size in sizes.items() if size > least]
+        return jobs
 
-    def _bring_shares(self, tick: Tick, share: int) -> list[str]:
-        """Each tenant brings what it may; returns those whose next job is larger than a share, in turn."""
+    def _bring_shares(self, share: int) -> tuple[list[Job], list[str]]:
+        """What each tenant may bring, and the tenants whose next job is larger than a share, in turn."""
         budget = self._tick_tokens
+        jobs: list[Job] = []
         large: list[str] = []
         no_room: list[str] = []
         for tenant in self._turns.in_turn():
@@ -191,9 +257,11 @@ class Scheduler:
             elif budget < head <= balance:
                 no_room.append(tenant)
             else:
-                budget -= self._take_from_tenant(tenant, tick, min(budget, balance))
+                brought = self._take_from_tenant(tenant, min(budget, balance))
+                budget -= _tokens(brought)
+                jobs += brought
         self._turns.put_first(no_room)
-        return large
+        return jobs, large
 
     def _fair_share(self) -> int:
         """Tokens that each tenant may bring: what the median of those has queued who have anything to compute, so that
@@ -206,69 +274,74 @@ class Scheduler:
         median = queued[(len(queued) - 1) // 2]
         return max(self._overhead_tokens, min(median, self._tick_tokens // len(queued)))
 
-    def _take_large(self, tenants: list[str], tick: Tick) -> None:
+    def _take_large(self, tenants: list[str]) -> list[Job]:
         """The first of these brings its next job, and the others what is not larger."""
         share = self._first_head(tenants[0]).tokens
         budget = max(self._tick_tokens, share)
+        jobs: list[Job] = []
         for tenant in tenants:
-            budget -= self._take_from_tenant(tenant, tick, min(budget, share))
+            brought = self._take_from_tenant(tenant, min(budget, share))
+            budget -= _tokens(brought)
+            jobs += brought
+        return jobs
 
     def _may_bring(self, tenant: str) -> bool:
         return tenant in self._ready and self._turns.balance(tenant) > 0
 
     def _first_head(self, tenant: str) -> Job:
         """The next job of the run whose turn it is among the tenant's."""
-        head = self._queues[next(iter(self._ready[tenant]))].head()
+        head = next(iter(self._ready[tenant])).queue.head()
         assert head is not None, "a run is ready while it has a head"
         return head
 
-    def _take_from_tenant(self, tenant: str, tick: Tick, room: int) -> int:
-        """Move ready jobs of a tenant's runs into the tick, as far as there is room for them; returns their tokens."""
-        left, before = room, len(tick.jobs)
-        for run_id in list(self._ready[tenant]):
-            queue = self._queues[run_id]
-            is_open, had = True, len(tick.jobs)
-            while is_open and (job := queue.head()) is not None and job.tokens <= left:
+    def _take_from_tenant(self, tenant: str, room: int) -> list[Job]:
+        """Ready jobs of a tenant's runs, taken out of their queues, as far as `room` tokens go."""
+        left, taken = room, list[Job]()
+        for run in list(self._ready[tenant]):
+            is_open, had = True, len(taken)
+            while is_open and (job := run.queue.head()) is not None and job.tokens <= left:
                 left -= job.tokens
                 self._leaves(job)
-                self._place(queue.pop(), tick)
+                taken.append(run.queue.pop())
                 is_open = isinstance(job.request, m.ForwardBackwardRequest)
-            if queue.head() is None:
-                self._set_ready(run_id, tenant, ready=False)
-            elif len(tick.jobs) > had:
-                self._ready[tenant].move_to_end(run_id)  # the others come first next time
-        if len(tick.jobs) > before:
-            self._turns.had_turn(tenant, room - left)
-        return room - left
+            if run.queue.head() is None:
+                self._update(run)
+            elif len(taken) > had:
+                self._ready[tenant].move_to_end(run)  # the others come first next time
+        if taken:
+            self._turns.charge(tenant, room - left)
+        return taken
 
     def _leaves(self, job: Job) -> None:
+        tenant = job.run.tenant
         self._queued_tokens -= job.tokens
-        self._queued[job.tenant] -= job.tokens
-        if not self._queued[job.tenant]:
-            del self._queued[job.tenant]
+        self._queued[tenant] -= job.tokens
+        if not self._queued[tenant]:
+            del self._queued[tenant]
 
-    @staticmethod
-    def _place(job: Job, tick: Tick) -> None:
-        match job.request:
-            case m.ForwardBackwardRequest():
-                tick.passes.append(job)
-            case m.OptimStepRequest():
-                tick.optim_steps.append(job)
-            case _:
-                tick.others.append(job)
-
-    def _set_ready(self, run_id: str, tenant: str, *, ready: bool) -> None:
-        runs = self._ready.setdefault(tenant, OrderedDict())
-        self._ready_runs += int(ready) - int(run_id in runs)
-        if ready:
-            runs[run_id] = None
-            self._turns.activate(tenant)
+    def _update(self, run: Run) -> None:
+        """The run's queue has changed: it may be ready now, or no longer."""
+        is_ready = run.queue.head() is not None
+        if is_ready == (run in self._ready.get(run.tenant, ())):
+            return
+        if is_ready:
+            self._ready_runs += 1
+            self._ready.setdefault(run.tenant, OrderedDict())[run] = None
+            self._turns.activate(run.tenant)
         else:
-            runs.pop(run_id, None)
-            if not runs:
-                del self._ready[tenant]
-                self._turns.deactivate(tenant)
+            self._ready_runs -= 1
+            del self._ready[run.tenant][run]
+            if not self._ready[run.tenant]:
+                del self._ready[run.tenant]
+                # What its last pass cost beyond its share is forgiven: a client that waits for each result before it
+                # sends more takes at most twice as long as alone, however large its batches.
+                self._turns.settle(run.tenant)
+                self._turns.deactivate(run.tenant)
         if self._ready:
             self._work.set()
         else:
             self._work.clear()
+
+
+def _tokens(jobs: Iterable[Job]) -> int:
+    return sum(job.tokens for job in jobs)

@@ -1,12 +1,17 @@
-"""The processes that compute, behind one `WorkerPort`: one Ray actor a rank, in one placement group."""
+"""The rank processes behind one `WorkerPort`: the table of who runs which verb, agreement between ranks, restarts.
+
+A rank is a Ray actor (`rank.py`) that answers calls of its `LocalWorker` over a connection of its own (`rpc.py`). All
+ranks of a group are on the bundles of one placement group.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import CoroutineType
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -14,113 +19,153 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle.protocol.errors import ServerFault, TwinkleError
-from twinkle.protocol.types import SampleResponse
-from twinkle.server.backends.protocol import (
-    AdamStep,
-    AdapterSpec,
-    AdapterState,
-    BaseModelInfo,
-    LossSpecs,
-    ModelConfig,
-    Row,
-    RowResult,
-    StepOutcome,
-)
-from twinkle.server.engine.worker import Trained, WorkerLost
-from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.calls import Call, Line, LineBroken
-from twinkle.server.serve.generation import Generation, ProcessEnded
+from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, Row
+from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
+from twinkle.server.plan import Plan
 from twinkle.server.serve.rank import Rank
+from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 
-# What Ray says when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# When one rank has failed, the others either fail likewise or wait for it in vain.
+GRACE_SECONDS = 10.0
+
+# Errors after which a process can't compute any more, though it lives. PyTorch raises them as RuntimeErrors.
+_BEYOND_REPAIR = (
+    "CUDA error",
+    "HIP error",
+    "cuDNN error",
+    "CUBLAS_STATUS",
+    "device-side assert",
+    "NCCL",
+    "gloo",
+)
+
+# What Ray raises when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
 _PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """All that it takes to start the ranks, once and again."""
-
-    placement: PlacementGroup
-    config: ModelConfig
-    backend: str
-    sampler: str
+# ---------------------------------------------------------------- which ranks run a verb
 
 
-class RankActor:
-    """A `RankProcess`: an actor that Ray placed and watches, and a line to it."""
+def _on_all_ranks(
+    verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, R]],
+) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, R]]:
+    """Every rank runs it, with the same arguments; rank 0 returns for the group."""
 
-    def __init__(self, actor: Any, line: Line) -> None:
-        self._actor = actor
-        self._line = line
+    async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await group.incarnation.all_ranks(verb.__name__, *args, **kwargs)
 
-    async def call(self, call: Call) -> Any:
-        try:
-            return await self._line.call(call)
-        except LineBroken as error:
-            raise ProcessEnded from error
+    return call
 
-    async def ended(self) -> None:
-        signs = {asyncio.create_task(self._died()), asyncio.create_task(self._line.broken())}
-        try:
-            await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for sign in signs:
-                sign.cancel()
 
-    async def _died(self) -> None:
-        """Ray notices what a line doesn't: that the whole machine is gone."""
-        with contextlib.suppress(*_PROCESS_ENDED):
-            await self._actor.live.remote()
+def _on_rank_0(
+    verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, R]],
+) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, R]]:
+    """The rank with the sampler runs it, beside whatever is being trained."""
 
-    def end(self) -> None:
-        self._line.close()
-        ray.kill(self._actor)
+    async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await group.incarnation.rank_0(verb.__name__, *args, **kwargs)
+
+    return call
 
 
 class RankGroup:
-    """A `WorkerPort` over the ranks' processes."""
+    """A `WorkerPort` over the ranks' processes.
+
+    Attributes:
+        incarnation: the processes that run now, or ran last.
+        info, loss_fns: of the model that they hold.
+    """
+
+    # The table. A verb that goes to other processes (samplers of their own), or whose arguments or results differ by
+    # rank (rows shared out over data-parallel ranks), gets a function like the two above. What a rank does with a verb
+    # follows from its role, which `engine.worker.build_worker` decides.
+    add_adapter = _on_all_ranks(WorkerPort.add_adapter)
+    remove_adapter = _on_all_ranks(WorkerPort.remove_adapter)
+    forward_backward = _on_all_ranks(WorkerPort.forward_backward)
+    optim_step = _on_all_ranks(WorkerPort.optim_step)
+    export_adapter = _on_all_ranks(WorkerPort.export_adapter)
+    import_adapter = _on_all_ranks(WorkerPort.import_adapter)
+    add_sampler_adapter = _on_rank_0(WorkerPort.add_sampler_adapter)
+    remove_sampler_adapter = _on_rank_0(WorkerPort.remove_sampler_adapter)
+    generate = _on_rank_0(WorkerPort.generate)
+
+    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
+        if self.incarnation.num_ranks == 1:
+            return await self.incarnation.all_ranks("train", micro_batches, steps)
+        # Two calls, so that the ranks agree about the pass and about the steps.
+        async with self._training:
+            results = await self.forward_backward(micro_batches)
+            try:
+                return results, await self.optim_step(steps)
+            except WorkerLost:
+                raise
+            except Exception:
+                # The pass stays done; the engine calls the steps by themselves, and gets the error there.
+                return results, None
+
+    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
+        error = await self.incarnation.all_ranks("try_publish", adapter_id, sampler_adapter_id)
+        if error is not None:
+            self.incarnation.check_device("publish", error)
+            raise error
+
+    async def cancel(self, request_id: str) -> None:
+        with contextlib.suppress(WorkerLost):  # then the sample is gone with its process
+            await self.incarnation.rank_0("cancel", request_id)
+
+    # ------------------------------------------------------------ incarnations
 
     def __init__(
-        self, recipe: _Recipe, generation: Generation, info: BaseModelInfo, loss_fns: LossSpecs
+        self,
+        plan: Plan,
+        placement: PlacementGroup,
+        incarnation: Incarnation,
+        info: BaseModelInfo,
+        loss_fns: LossSpecs,
     ) -> None:
-        self._recipe = recipe
-        self._generation = generation
-        self._info = info
-        self._loss_fns = loss_fns
+        self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
+        self._plan = plan
+        self._placement = placement
         self._is_given_up = False
         self._training = asyncio.Lock()
-        self._restarted = asyncio.Event()  # set and replaced by each restart, whatever came of it
+        self._restarted = asyncio.Event()  # set and replaced by each restart, whether or not it succeeded
 
     @classmethod
     async def start(
-        cls,
-        placement: PlacementGroup,
-        config: ModelConfig,
-        backend: str,
-        sampler: str,
-        first: Sequence[Any] | None = None,
+        cls, plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
     ) -> RankGroup:
         """Start one actor on each bundle of `placement`.
 
         Args:
-            first: such actors that are there already, to be used unless another group has them.
+            first: actors that are there already, used unless another group has them.
 
         Raises:
             Exception: what the ranks raised when they loaded the model.
             ServerFault: if one of them ended, or only some could load it.
         """
-        recipe = _Recipe(placement, config, backend, sampler)
         try:
-            return cls(recipe, *await _start(recipe, first))
+            return cls(plan, placement, *await _start(plan, placement, first))
         except WorkerLost as loss:
             raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
 
+    async def lost(self) -> WorkerLost:
+        return await self.incarnation.lost()
+
+    async def available(self) -> None:
+        while self.incarnation.is_lost:
+            if self._is_given_up:
+                raise ServerFault("the process that held the model ended, and could not be started anew")
+            await self._restarted.wait()
+
     async def restart(self) -> None:
-        self._generation.end()
+        self.incarnation.end()
         try:
-            self._generation, self._info, self._loss_fns = await _start(self._recipe)
+            self.incarnation, self.info, self.loss_fns = await _start(self._plan, self._placement)
         except WorkerLost:
-            raise  # it may be tried again
+            raise  # the caller may try again
         except BaseException:
             self._is_given_up = True
             raise
@@ -128,152 +173,271 @@ class RankGroup:
             restarted, self._restarted = self._restarted, asyncio.Event()
             restarted.set()
 
+    async def close(self) -> None:
+        await self.incarnation.close()
+
+
+# ---------------------------------------------------------------- one incarnation
+
+
+class Incarnation:
+    """The ranks' processes from one start until one of them is lost. Single-threaded: used on one event loop.
+
+    They live and die together, since each holds a part of what the others need. Calls to all ranks are made one after
+    the other, so that all ranks run the same calls in the same order. The group is lost when a process ends or hangs,
+    when its ranks don't agree on what happened, and when a device can't compute any more.
+    """
+
+    def __init__(
+        self, connections: Sequence[Connection], actors: Sequence[Any], call_timeout: float | None
+    ) -> None:
+        """
+        Args:
+            connections: to the ranks, rank 0 first.
+            actors: the Ray actors behind them.
+            call_timeout: seconds without an answer to a call to all ranks after which the group is lost; None is never.
+        """
+        self._connections = connections
+        self._actors = actors
+        self._call_timeout = call_timeout
+        self._lost: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
+        self._turn = asyncio.Lock()
+        self._answered_at = 0.0  # the event loop's time when all ranks last answered
+        self._watches = [asyncio.create_task(self._watch(rank)) for rank in range(len(connections))]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self._connections)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost.done()
+
     async def lost(self) -> WorkerLost:
-        return await self._generation.lost()
+        """Why the group is lost, as soon as it is."""
+        return await asyncio.shield(self._lost)
 
-    async def available(self) -> None:
-        while self._generation.is_lost:
-            if self._is_given_up:
-                raise ServerFault("the process that held the model ended, and could not be started anew")
-            await self._restarted.wait()
+    async def describe(self) -> tuple[BaseModelInfo, LossSpecs]:
+        """Facts about the model, once it is loaded, however long that takes.
 
-    @property
-    def info(self) -> BaseModelInfo:
-        return self._info
+        Raises:
+            WorkerLost: if the group is lost.
+            Exception: what all ranks raised.
+        """
+        return await self._run(Call("describe"), None)
 
-    @property
-    def loss_fns(self) -> LossSpecs:
-        return self._loss_fns
+    async def all_ranks(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        """Rank 0's result.
 
-    # ------------------------------------------------------------ training
+        Raises:
+            WorkerLost: if the group is lost.
+            Exception: what all ranks raised.
+        """
+        return await self._run(Call(verb, args, kwargs), self._call_timeout)
 
-    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        await self._generation.all_ranks("add_adapter", adapter_id, spec)
+    async def rank_0(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            WorkerLost: if the group is lost, or the rank can't compute any more.
+            Exception: what else the rank raised.
+        """
+        self._check()
+        try:
+            return await self._call(0, Call(verb, args, kwargs))
+        except Exception as error:
+            self.check_device(verb, error)
+            raise
 
-    async def remove_adapter(self, adapter_id: str) -> None:
-        await self._generation.all_ranks("remove_adapter", adapter_id)
+    def check_device(self, verb: str, error: Exception) -> None:
+        """
+        Args:
+            error: from rank 0's sampler.
 
-    async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        return await self._generation.all_ranks("forward_backward", micro_batches)
+        Raises:
+            WorkerLost: if its process can't compute any more: it can't train on that device either.
+        """
+        if _is_beyond_repair(error):
+            raise self._lose(f"{verb}: rank 0 failed with {type(error).__name__}: {error}") from error
 
-    async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
-        return await self._generation.all_ranks("optim_step", steps)
-
-    async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
-        if self._recipe.config.num_ranks == 1:
-            return await self._generation.all_ranks("train", micro_batches, steps)
-        async with self._training:  # in two calls, in each of which the ranks agree
-            results = await self.forward_backward(micro_batches)
-            try:
-                return results, await self.optim_step(steps)
-            except WorkerLost:
-                raise
-            except Exception:  # it comes again when the steps are called alone
-                return results, None
-
-    async def export_adapter(
-        self, adapter_id: str, with_optimizer: bool, with_gradients: bool = False
-    ) -> AdapterState:
-        return await self._generation.all_ranks("export_adapter", adapter_id, with_optimizer, with_gradients)
-
-    async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        await self._generation.all_ranks("import_adapter", adapter_id, state)
-
-    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        error = await self._generation.all_ranks("publish", adapter_id, sampler_adapter_id)
-        if error is not None:
-            self._generation.check_device("publish", error)
-            raise error
+    def end(self) -> None:
+        """Kill the processes."""
+        for watch in self._watches:
+            watch.cancel()
+        for connection in self._connections:
+            connection.close()
+        for actor in self._actors:
+            ray.kill(actor)
+        if not self._lost.done():
+            self._lost.set_result(WorkerLost("it was ended"))
 
     async def close(self) -> None:
-        await self._generation.close()
+        """Let the ranks close what they hold; the processes end with the cluster."""
+        for watch in self._watches:
+            watch.cancel()
+        if not self.is_lost:
+            await self.all_ranks("close")
 
-    # ------------------------------------------------------------ sampling
+    # ------------------------------------------------------------ calls
 
-    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
-        await self._generation.first_rank("add_sampler_adapter", sampler_adapter_id, state)
+    async def _run(self, call: Call, timeout: float | None) -> Any:
+        # One process takes its calls in order; several might take them in different orders.
+        async with self._turn if self.num_ranks > 1 else contextlib.nullcontext():
+            self._check()
+            answers = [asyncio.create_task(self._call(rank, call)) for rank in range(self.num_ranks)]
+            for answer in answers:
+                answer.add_done_callback(_retrieve)
+            await self._wait_for(answers, call.method, timeout)
+            self._check()
+            self._answered_at = asyncio.get_running_loop().time()
+            return self._agreed(call.method, answers)
 
-    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
-        await self._generation.first_rank("remove_sampler_adapter", sampler_adapter_id)
+    async def _call(self, rank: int, call: Call) -> Any:
+        try:
+            # The other ranks' results are the same ones: they aren't sent.
+            return await self._connections[rank].call(call, wants_result=rank == 0)
+        except ConnectionLost as error:
+            raise self._lose_rank(rank, error) from error
 
-    async def generate(self, request: GenerateRequest) -> SampleResponse:
-        return await self._generation.first_rank("generate", request)
+    async def _wait_for(self, answers: Sequence[asyncio.Task[Any]], verb: str, timeout: float | None) -> None:
+        """Until all ranks have answered, or some never will, or the group is lost, as it is after `timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        answered = asyncio.create_task(_answered(answers))
+        sent_at, remaining = loop.time(), timeout
+        while True:
+            done, _ = await asyncio.wait(
+                {answered, self._lost}, timeout=remaining, return_when="FIRST_COMPLETED"
+            )
+            if done or timeout is None:
+                break
+            # A lone rank may have been sent calls before this one: the time is that since it last answered any.
+            remaining = max(sent_at, self._answered_at) + timeout - loop.time()
+            if remaining <= 0:
+                self._lose(f"{verb}: {_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)")
+                break
+        answered.cancel()
 
-    async def cancel(self, request_id: str) -> None:
-        with contextlib.suppress(WorkerLost):  # then the sample has gone with its process
-            await self._generation.first_rank("cancel", request_id)
+    async def _watch(self, rank: int) -> None:
+        self._lose_rank(rank, await self._connections[rank].lost())
+
+    def _check(self) -> None:
+        if self._lost.done():
+            raise self._lost.result()
+
+    def _lose_rank(self, rank: int, error: ConnectionLost) -> WorkerLost:
+        return self._lose(f"rank {rank}: {error}" if str(error) else f"rank {rank}")
+
+    def _lose(self, reason: str) -> WorkerLost:
+        """The group is lost; the first reason counts."""
+        if not self._lost.done():
+            self._lost.set_result(WorkerLost(reason))
+        return self._lost.result()
+
+    # ------------------------------------------------------------ agreement
+
+    def _agreed(self, verb: str, answers: Sequence[asyncio.Task[Any]]) -> Any:
+        """Rank 0's result, or what all ranks raised.
+
+        Raises:
+            WorkerLost: if they don't agree: their adapters may differ now.
+        """
+        errors = [answer.exception() if answer.done() else None for answer in answers]
+        if all(answer.done() for answer in answers) and not any(errors):
+            return answers[0].result()
+        raised = [error for error in errors if error is not None]
+        first = next((error for error in raised if isinstance(error, TwinkleError)), raised[0])
+        if len({type(error) for error in errors}) == 1 and not _is_beyond_repair(first):
+            raise first
+        raise self._lose(f"{verb}: {_outcomes(answers)}") from first
+
+
+async def _answered(answers: Sequence[asyncio.Task[Any]]) -> None:
+    """Until all ranks have answered, or for the time of grace after one has failed."""
+    _, waiting = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
+    if waiting:
+        await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+
+
+def _retrieve(answer: asyncio.Task[Any]) -> None:
+    """Or asyncio would log the errors of ranks that are waited for no longer, as never retrieved."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _is_beyond_repair(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
+
+
+def _outcomes(answers: Sequence[asyncio.Task[Any]]) -> str:
+    def outcome(answer: asyncio.Task[Any]) -> str:
+        if not answer.done():
+            return "didn't answer"
+        error = answer.exception()
+        return "succeeded" if error is None else f"failed with {type(error).__name__}: {error}"
+
+    return ", ".join(f"rank {rank} {outcome(answer)}" for rank, answer in enumerate(answers))
+
+
+# ---------------------------------------------------------------- starting
 
 
 async def _start(
-    recipe: _Recipe, first: Sequence[Any] | None = None
-) -> tuple[Generation, BaseModelInfo, LossSpecs]:
-    """Actors with the model loaded; if that fails none is left.
+    plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
+) -> tuple[Incarnation, BaseModelInfo, LossSpecs]:
+    """Ranks with the model loaded; none is left running if that fails.
 
     Raises:
         Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
         WorkerLost: if there is none, or a process ended.
     """
-    generation = Generation(await _connect_any(recipe, first))
+    incarnation = None
+    if first is not None:
+        with contextlib.suppress(WorkerLost):  # they ended, or are taken: new ones will do
+            incarnation = await _connect(plan, first)
+    incarnation = incarnation or await _connect(plan, place_ranks(plan, placement))
     try:
-        rendezvous = None
-        if recipe.config.num_ranks > 1:
-            rendezvous = await generation.first_rank("find_rendezvous")
-        configs = [
-            replace(recipe.config, rank=rank, rendezvous=rendezvous)
-            for rank in range(recipe.config.num_ranks)
-        ]
-        started = await generation.each_rank(
-            "start", [(config, recipe.backend, recipe.sampler) for config in configs]
-        )
+        return incarnation, *await incarnation.describe()
     except BaseException as error:
-        generation.end()
+        incarnation.end()
         if isinstance(error, WorkerLost) and isinstance(error.__cause__, TwinkleError):
             raise error.__cause__ from error
         raise
-    return generation, *started
 
 
-async def _connect_any(recipe: _Recipe, first: Sequence[Any] | None) -> list[RankActor]:
-    if first is not None:
-        with contextlib.suppress(WorkerLost):
-            return await _connect(first)
-    return await _connect(place_ranks(recipe.placement, recipe.config, recipe.backend, recipe.sampler))
-
-
-async def _connect(actors: Sequence[Any]) -> list[RankActor]:
-    """Lines to actors; if one can't be had, all actors are ended.
+async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
+    """Have actors load the model, and connect to them; if one can't be reached, all are killed.
 
     Raises:
         WorkerLost: if one of them ended, or is another group's.
     """
     node = ray.get_runtime_context().get_node_id()
+    heartbeat_seconds = plan.config.model.heartbeat_timeout_seconds
     try:
-        addresses = await asyncio.gather(*(actor.listen.remote(node) for actor in actors))
+        meeting = await actors[0].find_rendezvous.remote() if len(actors) > 1 else None
+        configs = [replace(plan.model, rank=rank, rendezvous=meeting) for rank in range(len(actors))]
+        serving = [
+            actor.serve.remote(node, config, plan.backend, plan.sampler)
+            for actor, config in zip(actors, configs, strict=True)
+        ]
+        addresses = await asyncio.gather(*serving)
         if None in addresses:
             raise WorkerLost("its ranks are another engine's")
-        lines = [await Line.connect(address) for address in addresses]
+        connections = [await Connection.connect(address, heartbeat_seconds) for address in addresses]
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
         if isinstance(error, (*_PROCESS_ENDED, OSError)):
             raise WorkerLost(f"it ended as it was started: {error}") from error
         raise
-    return [RankActor(actor, line) for actor, line in zip(actors, lines, strict=True)]
+    return Incarnation(connections, actors, plan.call_timeout_seconds)
 
 
-def place_ranks(placement: PlacementGroup, config: ModelConfig, backend: str, sampler: str) -> list[Any]:
-    """New actors, one on each bundle, which import at once what they will need."""
-    actor_class = cast(Any, ray.remote)(concurrency_groups={"life": 1})(Rank)
-    actors = [
-        actor_class.options(
-            num_cpus=1,
-            num_gpus=placement.bundle_specs[bundle].get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement, placement_group_bundle_index=bundle
-            ),
-        ).remote()
-        for bundle in range(placement.bundle_count)
-    ]
-    for actor in actors:
-        actor.preload.remote(config, backend, sampler)
+def place_ranks(plan: Plan, placement: PlacementGroup) -> list[Any]:
+    """New actors, one on each bundle, which at once import what they will need."""
+    actor_class = cast(Any, ray.remote)(Rank)
+    actors: list[Any] = []
+    for bundle in range(plan.num_ranks):
+        place = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle)
+        options = {"num_cpus": 1, "num_gpus": plan.gpus_per_rank, "scheduling_strategy": place}
+        actors.append(actor_class.options(**options).remote())
+        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler)
     return actors

@@ -12,8 +12,8 @@ from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.adapters import AdapterKeeper
 from twinkle.server.service import sessions, validation
 from twinkle.server.service.downloads import Downloads
 from twinkle.server.store import tables
@@ -36,7 +36,7 @@ class CheckpointDesk:
 
     def __init__(
         self,
-        keeper: AdapterKeeper,
+        checkpoints: Checkpoints,
         database: Database,
         downloads: Downloads,
         limits: LimitsSection,
@@ -44,7 +44,7 @@ class CheckpointDesk:
     ) -> None:
         self._create_session = create_session
         self._longest_ttl = limits.max_checkpoint_ttl_seconds
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._database = database
         self._downloads = downloads
 
@@ -55,7 +55,7 @@ class CheckpointDesk:
         """
         match query:
             case m.WeightsInfoRequest():
-                return _weights_info(await self._keeper.find(tenant, query.tinker_path, "tinker_path"))
+                return _weights_info(await self._checkpoints.find(tenant, query.tinker_path, "tinker_path"))
             case m.CopyWeightsRequest():
                 return await self._copy(tenant, query)
             case m.GetCheckpointUrls() | m.GetCheckpointArchive():
@@ -63,7 +63,7 @@ class CheckpointDesk:
             case (
                 m.DeleteCheckpoint() | m.PublishCheckpoint() | m.UnpublishCheckpoint() | m.SetCheckpointTtl()
             ):
-                await self._change(await self._keeper.find_own(tenant, _uri_of(query)), query)
+                await self._change(await self._checkpoints.find_own(tenant, _uri_of(query)), query)
                 return m.Acknowledged()
 
     async def _change(
@@ -75,7 +75,7 @@ class CheckpointDesk:
         match query:
             case m.DeleteCheckpoint():
                 event = "checkpoint_delete"
-                await self._keeper.delete(row)
+                await self._checkpoints.delete(row)
             case m.PublishCheckpoint():
                 event = "checkpoint_publish"
                 await asyncio.to_thread(self._database.set_public, row.tenant, row.uri, True)
@@ -86,25 +86,25 @@ class CheckpointDesk:
                 event = "checkpoint_ttl_set"
                 more = {"ttl_seconds": query.ttl_seconds}
                 validation.check_ttl(query.ttl_seconds, self._longest_ttl)
-                expires_at = self._keeper.expiry(query.ttl_seconds, time.time())
+                expires_at = self._checkpoints.expiry(query.ttl_seconds, time.time())
                 await asyncio.to_thread(self._database.set_expiry, row.tenant, row.uri, expires_at)
-        await self._keeper.audit(row.tenant, event, row.uri, **more)
+        await self._checkpoints.audit(row.tenant, event, row.uri, **more)
 
     async def _addresses(
         self, tenant: str, query: m.GetCheckpointUrls | m.GetCheckpointArchive
     ) -> m.ExternalWeightsUrls:
-        row = await self._keeper.find(tenant, str(_uri_of(query)))
+        row = await self._checkpoints.find(tenant, str(_uri_of(query)))
         make = (
             self._downloads.checkpoint if isinstance(query, m.GetCheckpointUrls) else self._downloads.archive
         )
         reply = await asyncio.to_thread(make, tenant, row)
-        await self._keeper.audit(tenant, "checkpoint_read", row.uri, purpose="download")
+        await self._checkpoints.audit(tenant, "checkpoint_read", row.uri, purpose="download")
         return reply
 
     # ------------------------------------------------------------ copies
 
     async def _copy(self, tenant: str, request: m.CopyWeightsRequest) -> m.CopyWeightsResponse:
-        source = await self._keeper.find(
+        source = await self._checkpoints.find(
             tenant, request.source_path, "source_path", request.weights_access_token
         )
         session_id, number = await self._destination(tenant, request, source)
@@ -116,9 +116,11 @@ class CheckpointDesk:
             raise InvalidRequest(f"model_seq_id: {number} is taken by another run of this session")
         validation.check_ttl(request.ttl_seconds, self._longest_ttl)
         run = _run_of_copy(run_id, tenant, session_id, source)
-        row = await self._keeper.copy(source, run, self._keeper.expiry(request.ttl_seconds, time.time()))
-        await self._keeper.audit(tenant, "checkpoint_read", source.uri, purpose="copy")
-        await self._keeper.audit(tenant, "checkpoint_create", row.uri, source=str(source.uri))
+        row = await self._checkpoints.copy(
+            source, run, self._checkpoints.expiry(request.ttl_seconds, time.time())
+        )
+        await self._checkpoints.audit(tenant, "checkpoint_read", source.uri, purpose="copy")
+        await self._checkpoints.audit(tenant, "checkpoint_create", row.uri, source=str(source.uri))
         return m.CopyWeightsResponse(tinker_path=str(row.uri))
 
     async def _destination(

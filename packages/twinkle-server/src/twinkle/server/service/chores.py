@@ -6,9 +6,8 @@ import asyncio
 import logging
 
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.engine.compaction import RunLog
-from twinkle.server.engine.stuck_runs import StuckRuns
+from twinkle.server.checkpoints.checkpoints import Checkpoints
+from twinkle.server.engine.compaction import Compaction
 from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store.ledger import Ledger
@@ -31,22 +30,20 @@ class Chores:
     def __init__(
         self,
         ledger: Ledger,
-        run_log: RunLog,
-        keeper: AdapterKeeper,
+        compaction: Compaction,
+        checkpoints: Checkpoints,
         sessions: SessionDesk,
         live: LiveRuns,
-        stuck_runs: StuckRuns,
     ) -> None:
         self._ledger = ledger
-        self._run_log = run_log
-        self._keeper = keeper
+        self._compaction = compaction
+        self._checkpoints = checkpoints
         self._sessions = sessions
         self._live = live
-        self._stuck_runs = stuck_runs
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        chores = (self._ledger.run(), self._run_log.run(), self._sweep(), self._release(), self._look())
+        chores = (self._ledger.run(), self._compaction.run(), self._sweep(), self._release(), self._look())
         self._tasks = [asyncio.create_task(chore) for chore in chores]
 
     async def close(self) -> None:
@@ -58,7 +55,7 @@ class Chores:
         """Delete what has expired."""
         while True:
             try:
-                await self._keeper.sweep()
+                await self._checkpoints.sweep()
             except Exception:  # the next time is soon
                 log.exception("expired checkpoints could not be deleted")
             await asyncio.sleep(_SWEEP_SECONDS)
@@ -84,10 +81,10 @@ class Chores:
 
     def end_stuck_runs(self) -> None:
         """A run whose next request is not there, and was lost if it was ever accepted, is lost."""
-        for run_id, missing in self._stuck_runs.look().items():
-            reason = _STUCK.format(run_id, missing)
+        for run, missing in self._live.stuck():
+            reason = _STUCK.format(run.run_id, missing)
             log.error("%s", reason)
             try:
-                self._live.lose(run_id, reason)
+                self._live.lose(run, reason)
             except Unavailable as error:  # it takes nothing more all the same, and ends with its session
                 log.warning("%s", error.message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -157,32 +156,3 @@ def shown_name(download: Download) -> str:
     if download.file != ARCHIVE:
         return download.file
     return uris.parse(download.place).name + ARCHIVE if download.place != TOKENIZER else TOKENIZER + ARCHIVE
-
-
-# ---------------------------------------------------------------- archives
-
-_BLOCK = tarfile.BLOCKSIZE
-
-
-def archive_header(name: str, size: int) -> bytes:
-    """What stands before a file in a tar."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.PAX_FORMAT)
-
-
-def archive_padding(size: int) -> bytes:
-    """What stands after it."""
-    return bytes(-size % _BLOCK)
-
-
-def archive_end() -> bytes:
-    return bytes(2 * _BLOCK)
-
-
-def archive_size(sizes: dict[str, int]) -> int:
-    """Bytes of the whole tar."""
-    files = sum(
-        len(archive_header(name, size)) + size + len(archive_padding(size)) for name, size in sizes.items()
-    )
-    return files + len(archive_end())

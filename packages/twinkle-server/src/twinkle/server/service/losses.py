@@ -8,7 +8,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.server.backends.lora.losses import custom_check
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss, LossSpecs
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
@@ -56,7 +56,7 @@ class CustomLosses:
             made = m.CreateCustomLossRequest.model_validate_json(row.body)
             self._known[loss_id] = CustomLoss(loss_id, made.name, tuple(made.inputs), made.graph)
 
-    def of(self, run: LiveRun, request: m.Ordered) -> CustomLoss | None:
+    def of(self, run: Run, request: m.Ordered) -> CustomLoss | None:
         """The loss that a request on a run names, if it is a pass with one.
 
         Raises:

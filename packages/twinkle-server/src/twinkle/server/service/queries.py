@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.uris import CheckpointKind
 from twinkle.server.backends.protocol import BaseModelInfo
-from twinkle.server.engine.runs import LiveRun
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service.metadata import iso, texts
 from twinkle.server.store import tables
@@ -39,7 +39,7 @@ def capabilities(model_name: str, info: BaseModelInfo) -> m.ServerCapabilities:
     )
 
 
-def run_info(run: LiveRun, info: BaseModelInfo) -> m.GetInfoResponse:
+def run_info(run: Run, info: BaseModelInfo) -> m.GetInfoResponse:
     data = m.ModelData(arch=info.architecture, model_name=run.base_model, tokenizer_id=run.base_model)
     return m.GetInfoResponse(
         model_data=data, model_id=run.run_id, lora_rank=run.spec.rank, model_name=run.base_model
@@ -91,12 +91,12 @@ def _training_run(
 # ---------------------------------------------------------------- lists
 
 
-async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query) -> m.Reply:
+async def answer(database: Database, threads: TenantThreads, tenant: str, query: m.Query[Any]) -> m.Reply:
     """The queries that read rows and do nothing else."""
     return await threads.run(tenant, lambda: _answer(database, tenant, query))
 
 
-def _answer(database: Database, tenant: str, query: m.Query) -> m.Reply:
+def _answer(database: Database, tenant: str, query: m.Query[Any]) -> m.Reply:
     now = time.time()
     match query:
         case m.GetSampler():

@@ -1,18 +1,12 @@
-"""Results for whoever asks: as they were computed, or as they travel; large ones are encoded off the event loop."""
+"""Results for whoever asks: as they were computed, or as they are sent."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar
-
 from twinkle.protocol import messages as m
-from twinkle.protocol.results import Encoded, decode_result, encode_result
-from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse
-from twinkle.server.scheduling.futures import LARGE_BYTES, FutureTable, memory_of
+from twinkle.protocol.codec import Encoded
+from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.records import as_computed, as_encoded
 from twinkle.server.scheduling.scheduler import Scheduler
-
-T = TypeVar("T")
 
 
 class Results:
@@ -24,35 +18,28 @@ class Results:
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
+    ) -> m.Result | m.Failure | m.TryAgain:
         """As `Service.retrieve`."""
         outcome = await self._futures.wait(tenant, request_id, timeout)
-        if isinstance(outcome, Encoded):
-            encoded = outcome
-            return await _off_loop(len(encoded.body), lambda: decode_result(encoded))
-        return self._pending(request_id) if outcome is None else outcome
+        return self._pending(request_id) if outcome is None else as_computed(outcome)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         """As `Service.fetch`."""
         outcome = await self._futures.look(tenant, request_id, timeout)
         if outcome is None:
             return self._pending(request_id)
-        if isinstance(outcome, ForwardBackwardOutput | SampleResponse):
-            result = outcome
-            outcome = await _off_loop(memory_of(result), lambda: encode_result(result))
-            self._futures.replace(request_id, outcome)
-        if isinstance(outcome, Encoded) and most_bytes is not None and len(outcome.body) > most_bytes:
-            return m.CompleteMetadata(response_payload_size=len(outcome.body))
+        encoded = as_encoded(outcome)
+        if most_bytes is not None and len(encoded.body) > most_bytes:
+            return m.CompleteMetadata(response_payload_size=len(encoded.body))
         self._futures.fetched(request_id)
-        return outcome
+        return encoded
 
-    def _pending(self, request_id: str) -> m.Pending:
-        run_id = self._futures.run_of(request_id)
-        reason = self._scheduler.why_waiting(run_id, request_id) if run_id is not None else None
-        return m.Pending(request_id=request_id, queue_state_reason=reason)
-
-
-async def _off_loop(size: int, work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work) if size > LARGE_BYTES else work()
+    def _pending(self, request_id: str) -> m.TryAgain:
+        run = self._futures.run_of(request_id)
+        reason = None
+        if run is not None and not run.has_ended:
+            tenants = len(self._scheduler.ready_tenants)
+            reason = f"{run.queue.why_waiting(request_id)}; {tenants} tenants have requests ready"
+        return m.TryAgain(request_id=request_id, queue_state_reason=reason)

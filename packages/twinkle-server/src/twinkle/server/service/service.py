@@ -11,31 +11,33 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
+from twinkle.protocol import operations
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Conflict, InvalidRequest, ServerFault, Unavailable
-from twinkle.protocol.results import Encoded
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import DEFAULT_ALPHA, AdapterSpec, CustomLoss
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.engine.compaction import RunLog
+from twinkle.server.engine.adapters import AdapterJobs
+from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
 from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
-from twinkle.server.engine.runs import LiveRun, LostRun
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
-from twinkle.server.engine.stuck_runs import StuckRuns
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.engine.worker import WorkerPort
 from twinkle.server.scheduling.futures import FutureTable, new_request_id
-from twinkle.server.scheduling.jobs import Job
 from twinkle.server.scheduling.limits import RateLimit, check_fetched, check_room, check_runs
 from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import RunLog
+from twinkle.server.scheduling.runs import Received, Run
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.scheduling.threads import Threads
 from twinkle.server.service import accounts, queries, sessions, validation
@@ -47,7 +49,7 @@ from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.presence import Presence
 from twinkle.server.service.restart import Restart
 from twinkle.server.service.results import Results
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_desk import SessionDesk
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -55,7 +57,7 @@ from twinkle.server.store.database import Database
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.store.run_files import RunFiles
-from twinkle.server.tokens import JWT_PREFIX, Download, Signer, tenant_of_key
+from twinkle.server.tokens import Download, Signer
 
 log = logging.getLogger("twinkle.server")
 
@@ -87,6 +89,7 @@ class Service:
         max_resident_adapter_bytes: int | None = None,
         open_journal: Callable[[], Journal] | None = None,
         limits: LimitsSection = LimitsSection(),  # noqa: B008 - frozen
+        encodes: bool = True,
     ) -> None:
         """
         Args:
@@ -97,6 +100,7 @@ class Service:
             snapshot_seconds: from a run's change to its copy; None if the worker can't be lost without this process.
             max_resident_adapter_bytes: None is what the worker says.
             open_journal: blocking; needs `run_files`. Without a journal, runs end with this process.
+            encodes: whether results are sent; without that they are not kept for a poll that is repeated, either.
         """
         model_name = self._model_name = plain_name(model_name)
         self._limits = limits
@@ -109,23 +113,27 @@ class Service:
         self._downloads = Downloads(files, database, model_path, signer)
         self._ledger = Ledger(database, model_name)
         self._threads = Threads()
-        self._runs: dict[str, LiveRun] = {}
-        self._lost: dict[str, LostRun] = {}
-        self._futures = FutureTable(time.monotonic, unfetched_bytes=limits.max_unfetched_bytes or math.inf)
+        self._log = RunLog()
+        self._futures = FutureTable(
+            time.monotonic,
+            self._log,
+            keep_seconds=600.0 if encodes else 0.0,
+            unfetched_bytes=limits.max_unfetched_bytes or math.inf,
+            encodes=encodes,
+        )
         self._scheduler = Scheduler(_TICK_BATCHES * worker.info.max_batch_tokens, worker.info.overhead_tokens)
         self._results = Results(self._futures, self._scheduler)
-        self._stuck_runs = StuckRuns(self._scheduler)
         sampler_adapters = SamplerAdapters(worker, max_resident_sampler_adapters)
         self._snapshots = Snapshots(worker, run_files, snapshot_seconds)
-        self._log = RunLog(self._runs, self._futures, self._snapshots, self._lost)
         budget = max_resident_adapter_bytes or worker.info.max_adapter_bytes
-        self._residency = Residency(self._runs, worker, self._snapshots, budget)
-        self._live = self._build_live_runs()
-        self._keeper = self._build_keeper(sampler_adapters, files)
+        self._residency = Residency(worker, self._snapshots, budget)
+        self._live = LiveRuns(self._scheduler, self._futures, self._log, self._tokens)
+        self._compaction = Compaction(self._live, self._futures, self._snapshots, self._log)
+        self._saved = Checkpoints(files, database, self._ledger, limits, worker.info.export, signer)
+        self._adapters = self._build_adapters(sampler_adapters)
         completions = CompletionLog()
-        self._snapshots.settled = self._keeper.settled
         self._samples = self._build_samples(sampler_adapters, completions)
-        self._samplers = Samplers(model_name, database, self._keeper, completions)
+        self._samplers = Samplers(model_name, database, self._saved, completions)
         self._losses = CustomLosses(database)
         self._sessions = self._build_sessions()
         self._checkpoints = self._build_checkpoints()
@@ -133,32 +141,17 @@ class Service:
         self.chores = self._build_chores()
         self._loop_task: asyncio.Task[None] | None = None
 
-    def _build_live_runs(self) -> LiveRuns:
-        return LiveRuns(
-            self._runs,
-            self._lost,
+    def _build_adapters(self, sampler_adapters: SamplerAdapters) -> AdapterJobs:
+        return AdapterJobs(
+            self._live,
             self._scheduler,
-            self._futures,
-            self._log,
-            self._snapshots,
-            self._residency,
-            self._tokens,
-        )
-
-    def _build_keeper(self, sampler_adapters: SamplerAdapters, files: CheckpointFiles) -> AdapterKeeper:
-        return AdapterKeeper(
-            self._runs,
             self._futures,
             self._worker,
             sampler_adapters,
             self._snapshots,
             self._residency,
-            files,
+            self._saved,
             self._database,
-            self._live.forget,
-            self._ledger,
-            self._tenant_of_token,
-            self._limits,
         )
 
     def _build_samples(self, sampler_adapters: SamplerAdapters, completions: CompletionLog) -> SampleRunner:
@@ -166,7 +159,7 @@ class Service:
             self._futures,
             self._worker,
             sampler_adapters,
-            self._keeper,
+            self._saved,
             completions,
             self._ledger,
             self._tokens.charge,
@@ -174,19 +167,17 @@ class Service:
 
     def _build_checkpoints(self) -> CheckpointDesk:
         make = self._sessions.create
-        return CheckpointDesk(self._keeper, self._database, self._downloads, self._limits, make)
+        return CheckpointDesk(self._saved, self._database, self._downloads, self._limits, make)
 
     def _build_sessions(self) -> SessionDesk:
         return SessionDesk(
             self._database,
-            self._runs,
+            self._live,
             self._futures,
-            self._keeper,
+            self._saved,
             self._samples,
             self._samplers,
             self._losses,
-            self._live.enqueue_last,
-            self._live.forget_lost,
             Presence(self._limits.max_client_silence_seconds),
             self._limits,
             self._threads.queries,
@@ -198,33 +189,31 @@ class Service:
             self._scheduler,
             self._futures,
             self._worker,
-            self._keeper,
+            self._adapters,
             self._snapshots,
             self._residency,
             recovery,
-            self._record_pass,
+            self._ledger,
         )
 
     def _build_chores(self) -> Chores:
-        return Chores(self._ledger, self._log, self._keeper, self._sessions, self._live, self._stuck_runs)
+        return Chores(self._ledger, self._compaction, self._saved, self._sessions, self._live)
 
     def _restart(self, run_files: RunFiles) -> Restart:
         return Restart(
-            self._runs,
-            self._lost,
+            self._live,
             self._scheduler,
             self._futures,
             self._worker,
             self._log,
+            self._compaction,
             run_files,
-            self._snapshots,
-            self._residency,
-            self._keeper,
+            self._engine,
+            self._saved,
             self._samples,
             self._samplers,
             self._losses,
             self._sessions,
-            self._stuck_runs,
         )
 
     # ------------------------------------------------------------ life
@@ -232,23 +221,24 @@ class Service:
     async def start(self) -> None:
         """Begin to work, and return when a training step and a sample have succeeded."""
         seconds = await warm_up(self._worker)
-        self._scheduler.wait_for_company(seconds, self._worker.info.max_batch_tokens)
+        self._scheduler.set_batching_window(seconds, self._worker.info.max_batch_tokens)
         if self._open_journal is not None and self._run_files is not None:
-            await self._restart(self._run_files).go_on(self._open_journal, self._engine.repeat)
+            await self._restart(self._run_files).go_on(self._open_journal)
         self._loop_task = asyncio.create_task(self._engine.run())
         self.chores.start()
 
     async def close(self) -> None:
         """Stop working; what is being written is written, and what is under way goes on with the next process."""
-        await self._stop_engine()
+        is_idle = await self._stop_engine()
         await self.chores.close()
-        # What comes of saves is still written down: the runs' copies have them behind them. Samples that are stopped
-        # after that are drawn again by the next process.
-        await self._keeper.settle()
-        self._futures.keep = None
-        await self._samples.close()
-        await self._snapshots.close()
+        # What comes of saves is still written down: the runs' snapshots have them behind them. Samples that are
+        # stopped after that are drawn again by the next process.
+        await self._saved.settle()
         self._log.close()
+        await self._samples.close()
+        # Between two calls, and with a journal, all runs are snapshotted: then nothing has to be computed again.
+        is_kept = is_idle and not self._engine.has_failed and self._open_journal is not None
+        await self._snapshots.close(self._live if is_kept else ())
         try:
             await self._ledger.flush()
         except Exception:
@@ -257,21 +247,18 @@ class Service:
         self._threads.close()
         self._database.close()
 
-    async def _stop_engine(self) -> None:
-        """Between two ticks, if that comes soon; then all runs are copied, and nothing has to be computed again."""
+    async def _stop_engine(self) -> bool:
+        """Between two calls, if that comes soon; returns whether it did."""
         if self._loop_task is None:
-            return
+            return False
         is_idle = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE_SECONDS):
-                await self._engine.between_ticks()
+                await self._engine.until_idle()
                 is_idle = True
         self._loop_task.cancel()
         await asyncio.gather(self._loop_task, return_exceptions=True)
-        if is_idle and self._open_journal is not None:
-            for run_id in self._snapshots.changed_runs():
-                with contextlib.suppress(Exception):  # then it is computed again
-                    await self._snapshots.take(run_id)
+        return is_idle
 
     def check(self) -> None:
         """
@@ -302,57 +289,64 @@ class Service:
 
     # ------------------------------------------------------------ operations
 
-    async def submit(self, tenant: str, request: m.Operation) -> m.Promise:
+    async def submit(
+        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
+    ) -> m.Promise:
         """Accept an operation.
+
+        Args:
+            body: the bytes that it was decoded from, which the journal keeps; None if there are none.
+            digest: as `operations.digest` makes it; None has it made here, and an empty one says that the request is
+                never sent again.
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
             QuotaReached: if it would be a run too many.
             LimitReached, Unavailable: if it can't be taken now; sent again it may be.
         """
-        promise = await self._submit(tenant, request)
-        await self._log.answered()
+        known = operations.digest(request) if digest is None else digest
+        promise = await self._submit(tenant, Received(request, body, known))
+        await self._log.wait_durable()
         return promise
 
-    async def _submit(self, tenant: str, request: m.Operation) -> m.Promise:
-        match request:
-            case m.CreateModelRequest():
-                return await self._create_run(tenant, request)
-            case m.LoadWeightsRequest(model_id=None):
-                return await self._create_run_from_checkpoint(tenant, request)
-            case m.UnloadModelRequest():
-                return self._unload(tenant, request)
-            case m.SampleRequest():
-                return await self._begin_sample(tenant, request)
-            case m.CreateCustomLossRequest():
-                return await self._create_custom_loss(tenant, request)
-            case m.ForwardBackwardRequest():
+    async def _submit(self, tenant: str, received: Received) -> m.Promise:
+        match received.request:
+            case m.CreateModelRequest() as request:
+                return await self._create_run(tenant, request, received)
+            case m.LoadWeightsRequest(model_id=None) as request:
+                return await self._create_run_from_checkpoint(tenant, request, received)
+            case m.UnloadModelRequest() as request:
+                return self._unload(tenant, request, received)
+            case m.SampleRequest() as request:
+                return await self._begin_sample(tenant, request, received)
+            case m.CreateCustomLossRequest() as request:
+                return await self._create_custom_loss(tenant, request, received)
+            case m.ForwardBackwardRequest() as request:
                 await self._losses.load(tenant, request)
-                return self._submit_ordered(tenant, request)
-            case _:
-                return self._submit_ordered(tenant, request)
+                return self._submit_ordered(tenant, request, received)
+            case request:
+                return self._submit_ordered(tenant, request, received)
 
-    def _submit_ordered(self, tenant: str, request: m.Ordered) -> m.Promise:
+    def _submit_ordered(self, tenant: str, request: m.Ordered, received: Received) -> m.Promise:
         run = self._live.find(tenant, request.model_id)
         self._ledger.touch(run.run_id)
         self._sessions.heard_of(run.session_id)
         seq_id = request.seq_id
         if seq_id is None:
             raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
-        queue = self._scheduler.queue(run.run_id)
-        if (first := queue.duplicate_of(seq_id, request)) is not None:
+        queue = run.queue
+        if (first := queue.duplicate_of(seq_id, received)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(seq_id)
         try:
             loss = self._losses.of(run, request)
             tokens = self._check(request, loss)
         except InvalidRequest:
-            self._scheduler.reject(run.run_id, tenant, seq_id)
-            self._log.rejected(run.run_id, seq_id)
+            self._live.reject(run, seq_id)
             raise
         # All else that the run has queued waits for the next one, so that is let in.
         self._check_limits(tenant, tokens, always_room=seq_id == queue.next_id)
-        return self._live.enqueue(run, seq_id, request, tokens, loss)
+        return self._live.enqueue(run, seq_id, received, tokens, loss)
 
     def _check_limits(self, tenant: str, tokens: int, always_room: bool = False) -> None:
         """
@@ -373,19 +367,19 @@ class Service:
         validation.check_on_run(request, limits.max_checkpoint_ttl_seconds, limits.max_metadata_bytes)
         return 0
 
-    def _unload(self, tenant: str, request: m.UnloadModelRequest) -> m.Promise:
+    def _unload(self, tenant: str, request: m.UnloadModelRequest, received: Received) -> m.Promise:
         run = self._live.find(tenant, request.model_id)
         if request.seq_id is None:
-            return self._live.enqueue_last(run.run_id, lambda _seq_id: request)
-        queue = self._scheduler.queue(run.run_id)
-        if (first := queue.duplicate_of(request.seq_id, request)) is not None:
+            return self._live.enqueue_last(run, request)
+        queue = run.queue
+        if (first := queue.duplicate_of(request.seq_id, received)) is not None:
             return m.Promise(request_id=first, model_id=run.run_id)
         queue.check(request.seq_id)
-        return self._live.enqueue(run, request.seq_id, request)
+        return self._live.enqueue(run, request.seq_id, received)
 
     # ------------------------------------------------------------ runs
 
-    async def _create_run(self, tenant: str, request: m.CreateModelRequest) -> m.Promise:
+    async def _create_run(self, tenant: str, request: m.CreateModelRequest, received: Received) -> m.Promise:
         validation.check_base_model(request.base_model, self._model_name)
         config = request.lora_config or LoraConfig(rank=DEFAULT_RANK)
         validation.check_lora_config(config, self._worker.info)
@@ -396,22 +390,28 @@ class Service:
             seed=config.seed if config.seed is not None else secrets.randbits(63),
             **validation.trainable_flags(config, self._worker.info),
         )
-        return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
+        return await self._begin_run(
+            tenant, request.session_id, request.model_seq_id, spec, request, received
+        )
 
-    async def _create_run_from_checkpoint(self, tenant: str, request: m.LoadWeightsRequest) -> m.Promise:
+    async def _create_run_from_checkpoint(
+        self, tenant: str, request: m.LoadWeightsRequest, received: Received
+    ) -> m.Promise:
         if request.session_id is None or request.model_seq_id is None:
             raise InvalidRequest(
                 "model_id: missing; name a run, or session_id and model_seq_id for a new one"
             )
         validation.check_optimizer(request.optimizer_config, "optimizer_config.type")
-        checkpoint = await self._keeper.find(tenant, request.path, token=request.weights_access_token)
-        await self._keeper.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
+        checkpoint = await self._saved.find(tenant, request.path, token=request.weights_access_token)
+        await self._saved.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
         validation.check_base_model(
             checkpoint.base_model, self._model_name, "path: the checkpoint's base model"
         )
         # Shape and scale come from the files, so that one who edited the row can't make them disagree.
-        spec = (await self._keeper.read(checkpoint.uri)).spec
-        return await self._begin_run(tenant, request.session_id, request.model_seq_id, spec, request)
+        spec = (await self._saved.read(checkpoint.uri)).spec
+        return await self._begin_run(
+            tenant, request.session_id, request.model_seq_id, spec, request, received
+        )
 
     async def _begin_run(
         self,
@@ -420,11 +420,12 @@ class Service:
         model_seq_id: int,
         spec: AdapterSpec,
         request: m.CreateModelRequest | m.LoadWeightsRequest,
+        received: Received,
     ) -> m.Promise:
         check_metadata(request.user_metadata, self._limits.max_metadata_bytes)
         await sessions.find_open(self._database, tenant, session_id)
         self._live.check_not_lost(tenant, f"{session_id}:train:{model_seq_id}")
-        run = LiveRun(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
+        run = Run(f"{session_id}:train:{model_seq_id}", tenant, session_id, self._model_name, spec)
         now = time.time()
         row = tables.Run(
             id=run.run_id,
@@ -437,66 +438,60 @@ class Service:
             user_metadata=request.user_metadata,
         )
         self._sessions.heard_of(session_id)
-        if run.run_id not in self._runs:
+        if run.run_id not in self._live:
             self._check_limits(tenant, 0)
-            check_runs(self._limits, [other.tenant for other in self._runs.values()], tenant)
+            check_runs(self._limits, [other.tenant for other in self._live], tenant)
             await asyncio.to_thread(self._database.put, row)
-        if run.run_id in self._runs:  # before, or meanwhile
-            return m.Promise(request_id=self._first_of_run(run, request), model_id=run.run_id)
-        return self._live.begin(run, request)
+        if (first := self._live.get(run.run_id)) is not None:  # before, or meanwhile
+            return m.Promise(
+                request_id=self._first_of_run(first, request.model_seq_id, received), model_id=run.run_id
+            )
+        return self._live.begin(run, received)
 
-    def _first_of_run(self, run: LiveRun, request: m.CreateModelRequest | m.LoadWeightsRequest) -> str:
+    def _first_of_run(self, run: Run, model_seq_id: int | None, received: Received) -> str:
         """
         Raises:
             Conflict: if the run was begun by a request that asks for something else.
             InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
         """
         try:
-            first = self._scheduler.queue(run.run_id).duplicate_of(0, request)
+            first = run.queue.duplicate_of(0, received)
         except Conflict as error:
             raise Conflict(
-                f"model_seq_id: {request.model_seq_id} was used before in this session, for a run that is something "
+                f"model_seq_id: {model_seq_id} was used before in this session, for a run that is something "
                 "else: a request that is sent again must be the same, and another run needs the next number"
             ) from error
         if first is None:
             raise InvalidRequest(
-                f"model_seq_id: {request.model_seq_id} was used before in this session, for run {run.run_id}, which "
+                f"model_seq_id: {model_seq_id} was used before in this session, for run {run.run_id}, which "
                 "takes requests; another run needs the next number"
             )
         return first
 
-    def _record_pass(self, job: Job) -> None:
-        run = self._runs.get(job.run_id)
-        if run is not None and isinstance(job.request, m.ForwardBackwardRequest):
-            tokens = sum(datum.model_input.length for datum in job.request.data)
-            self._ledger.record(job.tenant, run.session_id, "training", tokens)
-
-    def _tenant_of_token(self, token: str) -> str:
-        if self._signer is not None and token.startswith(JWT_PREFIX):
-            return self._signer.read_key_token(token).tenant
-        return tenant_of_key(token)
-
     # ------------------------------------------------------------ samples and losses
 
-    async def _begin_sample(self, tenant: str, request: m.SampleRequest) -> m.Promise:
+    async def _begin_sample(self, tenant: str, request: m.SampleRequest, received: Received) -> m.Promise:
         sampler = await self._samplers.find(tenant, request.sampling_session_id)
         self._sessions.heard_of(sampler.session_id)
         validation.check_sample(request, self._worker.info)
         targets = validation.target_tokens(request, self._worker.info)
-        if (first := self._samples.first_of(request)) is not None:
+        if (first := self._samples.first_of(request, received.digest)) is not None:
             return first
         self._check_limits(tenant, request.prompt.length)
         request_id = new_request_id()
-        self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request)
+        self._log.accepted_on_no_run(request_id, tenant, request.seq_id, request, received.body)
         self._tokens.charge(tenant, request.prompt.length)
         self._futures.create(tenant, request_id=request_id, tokens=request.prompt.length)
-        return self._samples.begin(sampler, request, request_id, targets)
+        return self._samples.begin(sampler, request, request_id, received.digest, targets)
 
-    async def _create_custom_loss(self, tenant: str, request: m.CreateCustomLossRequest) -> m.Promise:
+    async def _create_custom_loss(
+        self, tenant: str, request: m.CreateCustomLossRequest, received: Received
+    ) -> m.Promise:
         await sessions.find_open(self._database, tenant, request.session_id)
         loss_id = await self._losses.create(tenant, request, self._worker.loss_fns)
         request_id = new_request_id()
-        self._log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request)
+        seq_id = request.custom_loss_seq_id
+        self._log.accepted_on_no_run(request_id, tenant, seq_id, request, received.body)
         self._futures.create(tenant, request_id=request_id)
         self._futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
         return m.Promise(request_id=request_id)
@@ -505,14 +500,14 @@ class Service:
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        """The result, or `Pending` after `timeout` seconds without one."""
+    ) -> m.Result | m.Failure | m.TryAgain:
+        """The result, or `TryAgain` after `timeout` seconds without one."""
         with self._waiting(tenant, request_id):
             return await self._results.retrieve(tenant, request_id, timeout)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Result | m.Failure | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         """As `retrieve`, as it travels.
 
         Args:
@@ -523,17 +518,16 @@ class Service:
 
     def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
         """That a result is waited for keeps its session's client among those who are there."""
-        run_id = self._futures.run_of(request_id)
-        return self._sessions.waiting(self._session_of(tenant, run_id, request_id))
+        return self._sessions.waiting(self._session_of(tenant, request_id))
 
-    def _session_of(self, tenant: str, run_id: str | None, request_id: str) -> str | None:
+    def _session_of(self, tenant: str, request_id: str) -> str | None:
         """Whose client waits for this result, if there is none yet."""
-        if run_id is None:
+        run = self._futures.run_of(request_id)
+        if run is None:
             return self._samples.session_of(tenant, request_id)
-        run = self._runs.get(run_id)
-        return run.session_id if run is not None and run.tenant == tenant else None
+        return run.session_id if run.tenant == tenant and not run.has_ended else None
 
-    async def ask(self, tenant: str, query: m.Query) -> m.Reply:
+    async def ask(self, tenant: str, query: m.Query[Any]) -> Any:
         """Answer a query.
 
         Raises:

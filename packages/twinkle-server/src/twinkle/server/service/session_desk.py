@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TypeAlias
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.protocol.results import Encoded
+from twinkle.server.checkpoints.checkpoints import Checkpoints
 from twinkle.server.config import LimitsSection
-from twinkle.server.engine.adapters import AdapterKeeper
-from twinkle.server.engine.runs import LiveRun
-from twinkle.server.engine.sampling import SampleRunner
+from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.jobs import RunRequest
+from twinkle.server.scheduling.live_runs import LiveRuns
+from twinkle.server.scheduling.records import as_computed
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.scheduling.threads import TenantThreads
 from twinkle.server.service import sessions
 from twinkle.server.service.losses import CustomLosses
 from twinkle.server.service.presence import Presence
-from twinkle.server.service.samplers import Samplers
+from twinkle.server.service.sampling_sessions import Samplers
 from twinkle.server.service.session_search import ACTIVE_SECONDS, search
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
@@ -57,35 +57,27 @@ class SessionDesk:
     def __init__(
         self,
         database: Database,
-        runs: Mapping[str, LiveRun],
+        live: LiveRuns,
         futures: FutureTable,
-        keeper: AdapterKeeper,
+        checkpoints: Checkpoints,
         samples: SampleRunner,
         samplers: Samplers,
         losses: CustomLosses,
-        enqueue_last: Callable[[str, Callable[[int], RunRequest]], m.Promise],
-        forget_lost: Callable[[str], None],
         presence: Presence,
         limits: LimitsSection,
         threads: TenantThreads,
     ) -> None:
         """
         Args:
-            runs: the live ones.
-            enqueue_last: queues a request behind all that a run, named by its id, has queued; given its `seq_id` it
-                is made.
-            forget_lost: told of a session that is over, whose lost runs nobody asks for any more.
             threads: for what tenants ask.
         """
         self._database = database
-        self._runs = runs
+        self._live = live
         self._futures = futures
-        self._keeper = keeper
+        self._checkpoints = checkpoints
         self._samples = samples
         self._samplers = samplers
         self._losses = losses
-        self._enqueue_last = enqueue_last
-        self._forget_lost = forget_lost
         self._presence = presence
         self._limits = limits
         self._idle_seconds = limits.max_session_idle_seconds
@@ -97,14 +89,14 @@ class SessionDesk:
         """Its client has asked for something."""
         self._last_seen[session_id] = time.monotonic()
         self._presence.heard_of(session_id, heartbeat)
-        self._samples.go_on(session_id)
+        self._samples.resume(session_id)
 
     @contextmanager
     def waiting(self, session_id: str | None) -> Generator[None]:
         """Its client waits for a result while the block runs; None is of no session that is known."""
         if session_id is not None:
             self._last_seen[session_id] = time.monotonic()
-            self._samples.go_on(session_id)
+            self._samples.resume(session_id)
         with self._presence.waiting(session_id):
             yield
 
@@ -165,7 +157,7 @@ class SessionDesk:
 
     async def _finish(self, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
         session = await sessions.find(self._database, tenant, request.session_id)
-        self._samples.go_on(session.id)  # whoever ends it is there, and nothing is known of it from then on
+        self._samples.resume(session.id)  # whoever ends it is there, and nothing is known of it from then on
         await asyncio.to_thread(
             self._database.finish_session,
             tenant,
@@ -179,26 +171,27 @@ class SessionDesk:
         self._forget(session.id)
         return m.Acknowledged()
 
-    def _runs_of(self, session_id: str) -> list[LiveRun]:
-        return [run for run in self._runs.values() if run.session_id == session_id]
+    def _runs_of(self, session_id: str) -> list[Run]:
+        return [run for run in self._live if run.session_id == session_id]
 
-    async def _unload(self, run: LiveRun) -> None:
-        await self._do_last(run, lambda seq_id: m.UnloadModelRequest(model_id=run.run_id, seq_id=seq_id))
-        await self._keeper.drop_unnamed(run.run_id, run.tenant)
+    async def _unload(self, run: Run) -> None:
+        await self._do_last(run, m.UnloadModelRequest(model_id=run.run_id))
+        await self._checkpoints.drop_unnamed(run)
 
-    async def _do_last(self, run: LiveRun, make: Callable[[int], RunRequest]) -> m.Result | m.Failure:
-        promise = self._enqueue_last(run.run_id, make)
+    async def _do_last(
+        self, run: Run, request: m.SaveWeightsRequest | m.UnloadModelRequest
+    ) -> m.Result | m.Failure:
+        promise = self._live.enqueue_last(run, request)
         while (outcome := await self._futures.wait(run.tenant, promise.request_id, 60.0)) is None:
             pass
-        assert not isinstance(outcome, Encoded), "no training pass and no sample is asked for here"
-        return outcome
+        return as_computed(outcome)
 
     def _forget(self, session_id: str) -> None:
         self._last_seen.pop(session_id, None)
         self._samplers.forget(session_id)
         self._losses.forget(session_id)
         self._presence.forget(session_id)
-        self._forget_lost(session_id)
+        self._live.forget_lost(session_id)
 
     # ------------------------------------------------------------ clients that have vanished
 
@@ -219,7 +212,7 @@ class SessionDesk:
         """Let go of the sessions that nobody has been heard of for long."""
         if self._idle_seconds is None:
             return
-        for run in self._runs.values():  # of an earlier process: it is counted from now
+        for run in self._live:  # of an earlier process: it is counted from now
             self._last_seen.setdefault(run.session_id, time.monotonic())
         since = time.monotonic() - self._idle_seconds
         for session_id in [name for name, moment in self._last_seen.items() if moment <= since]:
@@ -240,13 +233,11 @@ class SessionDesk:
             log.info("run %s of a client that has vanished is kept as %s", run.run_id, tables.RELEASED_NAME)
         self._forget(session_id)
 
-    async def _save(self, run: LiveRun) -> m.Result | m.Failure:
-        def make(seq_id: int) -> m.SaveWeightsRequest:
-            return m.SaveWeightsRequest(
-                model_id=run.run_id, seq_id=seq_id, path=tables.RELEASED_NAME, overwrite=True
-            )
-
+    async def _save(self, run: Run) -> m.Result | m.Failure:
+        request = m.SaveWeightsRequest(
+            model_id=run.run_id, seq_id=0, path=tables.RELEASED_NAME, overwrite=True
+        )
         try:
-            return await self._do_last(run, make)
+            return await self._do_last(run, request)
         except Unavailable as error:
             return m.Failure(error=error.message, category=error.category)

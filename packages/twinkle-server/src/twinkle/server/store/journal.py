@@ -186,8 +186,8 @@ class Journal:
 
     # ------------------------------------------------------------ on the disk itself
 
-    async def answered(self) -> None:
-        """Wait until a request may be answered whose record has been appended.
+    async def wait_durable(self) -> None:
+        """With `flush="always"`, wait until all records that have been appended are on the disk itself.
 
         Raises:
             Unavailable: if it can't be brought onto the disk.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from twinkle.server.backends.hf.base_model import LoadedModel
 from twinkle.server.backends.hf.model_facts import affordable_cache_tokens
 from twinkle.server.backends.hf.rope import rope_boundaries
-from twinkle.server.samplers.load import Limits
+from twinkle.server.samplers.cache_usage import Limits
 
 MAX_ROWS_CPU = 64
 MAX_ROWS_GPU = 256
-# Tokens whose keys and values are kept, at most: as `Load` counts them, and as far as there is memory.
+# Tokens whose keys and values are kept, at most: as `CacheUsage` counts them, and as far as there is memory.
 MAX_CACHED_TOKENS_CPU = 2**17
 MAX_CACHED_TOKENS_GPU = 2**20
 

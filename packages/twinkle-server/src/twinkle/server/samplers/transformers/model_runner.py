@@ -1,0 +1,133 @@
+"""The model, split into body and head, with routed layers; the prompts it is given."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from twinkle.protocol.types import Int64Array
+from twinkle.server.backends.hf.base_model import decoder, finish_logits
+from twinkle.server.backends.hf.threads import Threads
+from twinkle.server.samplers.transformers.cache import SlotCache
+from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
+from twinkle.server.samplers.transformers.prompt_scores import PromptScores
+
+# Logits of prompt tokens that are held at once, when anything is asked about these: tokens times the vocabulary.
+PROMPT_LOGITS = 2**24
+
+# Fills up rows that have fewer tokens than others.
+PADDING = -1
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt to prefill.
+
+    Attributes:
+        rows: how many samples begin with it.
+        scores: gathers what is asked about its tokens; None if nothing is.
+    """
+
+    tenant: str
+    tokens: Int64Array
+    adapter: ResidentAdapter | None
+    rows: int
+    scores: PromptScores | None = None
+
+    @property
+    def owner(self) -> tuple[str, ResidentAdapter | None]:
+        return self.tenant, self.adapter
+
+
+class ModelRunner:
+    """Forward passes of a module tree with routed layers, split into body and head."""
+
+    def __init__(self, model: PreTrainedModel, route: Route) -> None:
+        self.route = route
+        self.routes = RouteMaker(model.device)
+        self.device = model.device
+        self.dtype = model.dtype
+        self.num_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.config = model.config
+        self._body = decoder(model)
+        # Without the decorators, which only fill in and convert arguments: they take longer than a layer of a small
+        # model.
+        self._run_body = inspect.unwrap(type(self._body).forward)
+        # Later versions of Transformers have another name for it.
+        names = inspect.signature(self._run_body).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._output = cast("nn.Module", model.get_output_embeddings())
+        self._threads = Threads(model)
+
+    def body(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: object) -> Tensor:
+        """Hidden states [rows, n, hidden]."""
+        self._threads.fit(tokens.numel())
+        output = self._run_body(
+            self._body,
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            **{self._cache_name: cache},
+        )
+        return cast("Tensor", output.last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, n, hidden] to [rows, n, vocabulary]; the route must be about these rows."""
+        return finish_logits(self._output(hidden), self.config)
+
+    def forward(self, cache: SlotCache, rows: slice, tokens: Tensor, starts: list[int]) -> Tensor:
+        """Run tokens through the model, and write their keys and values into rows of a cache.
+
+        Padding is computed too, but at a position of the cache's choice: some models choose their rope frequencies by
+        the largest position of a call, which must not depend on what else is in it.
+
+        Args:
+            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1.
+            starts: the position of each row's first.
+
+        Returns:
+            Hidden states [rows, n, hidden].
+        """
+        n = tokens.shape[1]
+        first = torch.tensor(starts, device=tokens.device).unsqueeze(1)
+        end = max(starts) + n
+        if n == 1:
+            cache.begin(rows, first, end)
+            return self.body(tokens, first, self._mask(first, end), cache)
+        positions = first + torch.arange(n, device=tokens.device)
+        cache.begin(rows, positions, end)
+        shown = positions.masked_fill(tokens < 0, cache.padding_position)
+        return self.body(tokens.clamp(min=0), shown, self._mask(positions, end), cache)
+
+    def _mask(self, positions: Tensor, end: int) -> Tensor:
+        """What attention adds to its scores, [rows, 1, n, end]: each token sees itself and what is before it.
+
+        In the type that attention computes in, or each layer would convert it.
+        """
+        unseen = torch.arange(end, device=positions.device) > positions.unsqueeze(-1)
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=positions.device)
+        return mask.masked_fill_(unseen, torch.finfo(self.dtype).min).unsqueeze(1)
+
+    def score_prompt(self, prompt: Prompt, states: Tensor, start: int) -> None:
+        """Answer what a prompt asks about the tokens that follow positions [start, start + n); changes the route.
+
+        Args:
+            states: hidden states [n, hidden]; those beyond the prompt's end are ignored.
+        """
+        scores = prompt.scores
+        if scores is None:
+            return
+        first, end = max(scores.first_row, start), min(scores.rows, start + len(states))
+        if first >= end:
+            return
+        self.route.groups = self.routes.make([prompt.adapter])
+        step = max(1, PROMPT_LOGITS // int(self.config.get_text_config().vocab_size))
+        for row in range(first, end, step):
+            piece = states[row - start : min(row + step, end) - start]
+            scores.read(row, self.logits(piece.unsqueeze(0)).squeeze(0))

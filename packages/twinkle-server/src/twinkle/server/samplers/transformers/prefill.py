@@ -1,0 +1,187 @@
+"""Chunked prefill: prompts go through the model piece by piece, so that decoding need not wait for a long one's end.
+
+A prompt has a row in a cache of the queue's own until it is complete. Where it begins as another of the same tenant and
+adapter did (its prefix donor), the keys and values of that beginning are copied; if the donor is still being prefilled,
+the prompt waits for that part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from twinkle.server.samplers.transformers.cache import SlotCache
+from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
+from twinkle.server.samplers.transformers.model_runner import PADDING, ModelRunner, Prompt
+from twinkle.server.samplers.transformers.prefix_cache import MIN_PREFIX_TOKENS, common_prefix_length
+
+# Finds what is cached of a prompt's beginning elsewhere: see `PrefixCache.lookup`.
+Lookup: TypeAlias = Callable[[Prompt], tuple[int, list[Tensor]]]
+
+
+@dataclass(eq=False)
+class Prefill:
+    """
+    Attributes:
+        position: tokens that are in the cache.
+        donor: an earlier prompt that begins alike, whose first `common` tokens are waited for.
+    """
+
+    prompt: Prompt
+    position: int = 0
+    donor: Prefill | None = None
+    common: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.prompt.tokens) - self.position
+
+    @property
+    def reusable(self) -> int:
+        """How many tokens' keys and values may be copied. Not the last one's, nor those that are asked about: their
+        hidden states are needed.
+        """
+        scores = self.prompt.scores
+        last = len(self.prompt.tokens) - 1
+        return last if scores is None else min(last, scores.first_row)
+
+
+@dataclass(eq=False)
+class Prefilled:
+    """A prompt that is complete.
+
+    Attributes:
+        hidden: of its last token [hidden].
+        contents: see `SlotCache.row`; valid until the queue is used again.
+    """
+
+    prompt: Prompt
+    hidden: Tensor
+    contents: list[Tensor]
+
+
+class PrefillQueue:
+    """Row i of its cache is the i-th active prompt's; others wait for their donors."""
+
+    def __init__(self, runner: ModelRunner, boundary: int = 0) -> None:
+        """
+        Args:
+            boundary: prompts are longer than this, which the model must see from the first chunk on: see
+                `rope_boundaries`. 0 if there is none.
+        """
+        self._runner = runner
+        self._boundary = boundary
+        self._cache = SlotCache(runner.num_layers, padding_position=boundary)
+        self._active: list[Prefill] = []
+        self._waiting: list[Prefill] = []
+        self._route: list[RouteGroup] | None = None  # of the active ones; None when they have changed
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [prefill.prompt for prefill in (*self._active, *self._waiting)]
+
+    @property
+    def adapters(self) -> AbstractSet[ResidentAdapter | None]:
+        return {prompt.adapter for prompt in self.prompts}
+
+    def add(self, prompt: Prompt) -> None:
+        prefill = Prefill(prompt)
+        self._find_donor(prefill, [*self._active, *self._waiting])
+        self._waiting.append(prefill)
+
+    def remove(self, prompts: AbstractSet[Prompt]) -> None:
+        """Complete or cancelled prompts leave."""
+        for row in reversed(range(len(self._active))):
+            if self._active[row].prompt in prompts:
+                self._take_out(row)
+        self._waiting = [prefill for prefill in self._waiting if prefill.prompt not in prompts]
+        for i, prefill in enumerate(self._waiting):
+            if prefill.donor is not None and prefill.donor.prompt in prompts:
+                self._find_donor(prefill, [*self._active, *self._waiting[:i]])
+        if not self._active:
+            self._cache.clear()
+
+    def prefill(self, tokens: int, lookup: Lookup) -> list[Prefilled]:
+        """One pass with a chunk of every prompt that need not wait, all of the same length, of so many tokens together
+        if possible.
+
+        Returns:
+            Those that are complete; the caller is to remove them.
+        """
+        self._activate(lookup)
+        count = len(self._active)
+        n = min(max(1, tokens // count), max(prefill.left for prefill in self._active))
+        starts = [prefill.position for prefill in self._active]
+        self._cache.reserve(count, max(starts) + n + 1)
+        hidden = self._forward(n, starts)[:, :n]
+        for i, prefill in enumerate(self._active):
+            self._runner.score_prompt(prefill.prompt, hidden[i], starts[i])
+        complete: list[Prefilled] = []
+        for row, prefill in enumerate(self._active):
+            left, prefill.position = prefill.left, min(prefill.position + n, len(prefill.prompt.tokens))
+            if left <= n:
+                contents = self._cache.row(row, prefill.position)
+                complete.append(Prefilled(prefill.prompt, hidden[row, left - 1], contents))
+        return complete
+
+    def _activate(self, lookup: Lookup) -> None:
+        """Give rows to prompts that need not wait any more, with what is cached of their beginnings."""
+        still_waiting: list[Prefill] = []
+        for prefill in self._waiting:
+            donor = prefill.donor
+            if donor is not None and donor.position < prefill.common:
+                still_waiting.append(prefill)
+                continue
+            common, contents = lookup(prefill.prompt)
+            row = len(self._active)
+            self._cache.reserve(row + 1, max(common, prefill.common))
+            if donor in self._active and prefill.common > common:
+                common = prefill.common
+                contents = self._cache.row(self._active.index(donor), common)
+            prefill.position = min(common, prefill.reusable)
+            if prefill.position < MIN_PREFIX_TOKENS:
+                prefill.position = 0
+            else:
+                beginning = [content[:, : prefill.position] for content in contents]
+                self._cache.write_rows(slice(row, row + 1), beginning)
+            self._active.append(prefill)
+            self._route = None
+        self._waiting = still_waiting
+
+    def _find_donor(self, prefill: Prefill, earlier: Sequence[Prefill]) -> None:
+        prefill.donor, prefill.common = None, 0
+        for other in earlier:
+            if other.prompt.owner != prefill.prompt.owner:
+                continue
+            common = common_prefix_length(prefill.prompt.tokens, other.prompt.tokens)
+            common = min(common, prefill.reusable)
+            if common >= MIN_PREFIX_TOKENS and common > prefill.common:
+                prefill.donor, prefill.common = other, common
+
+    def _take_out(self, row: int) -> None:
+        """The last row moves into its place."""
+        last = len(self._active) - 1
+        if row != last:
+            moved = self._active[row] = self._active[last]
+            self._cache.write_rows(slice(row, row + 1), self._cache.row(last, moved.position))
+        self._active.pop()
+        self._route = None
+
+    def _forward(self, n: int, starts: list[int]) -> Tensor:
+        """The next n tokens of every active prompt, padded where one has fewer left."""
+        runner = self._runner
+        # Before the boundary one more column of padding stands beyond it, so that the model sees a long sequence.
+        width = n if max(starts) + n > self._boundary or not self._boundary else n + 1
+        tokens = torch.full((len(starts), width), PADDING)
+        for row, prefill in zip(tokens, self._active, strict=True):
+            own = prefill.prompt.tokens[prefill.position : prefill.position + n]
+            row[: len(own)] = torch.from_numpy(own.copy())
+        if self._route is None:
+            self._route = runner.routes.make([prefill.prompt.adapter for prefill in self._active])
+        runner.route.groups = self._route
+        return runner.forward(self._cache, slice(0, len(starts)), tokens.to(runner.device), starts)
