@@ -189,7 +189,7 @@ class RunLog:
             # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
             request, body = request.model_copy(update={"weights_access_token": None}), None
         run_id, digest = (None, b"") if run is None else (run.run_id, received.digest)
-        path, body = OPERATION[type(request)].path, body or operations.encode(request)
+        path, body = OPERATION[type(request)].path, body or codec.encode(request)
         self.append(Accepted(request_id, tenant, run_id, seq_id, tokens, path, body, digest))
         if run is not None:
             run.note_logged(self.journal.segment, seq_id)
