@@ -97,9 +97,11 @@ async def _serve(root: Path, ready: threading.Event, stop: threading.Event) -> N
     # What a rank does once its model is loaded; Ray would have started its process.
     loaded = asyncio.get_running_loop().create_future()
     loaded.set_result(LocalWorker(backend, FakeEngine.create(model, backend)))
-    server = await Server.start(loaded, None)
-    connection = await Connection.connect(server.address, heartbeat_seconds=60)
-    group = RankGroup(cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns)
+    address = await Server(loaded).listen(None)
+    connection = await Connection.connect(address, heartbeat_seconds=60)
+    group = RankGroup(
+        cast(Any, None), cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
+    )
     config = ServerConfig(model=ModelSection(model_id="org/fake"), storage=StorageSection(root=root))
     signer = build_signer(config)
     service = build_service(config, group, signer=signer, live=root / "live")

@@ -134,7 +134,7 @@ class Trainer:
         promises = [await self._service.submit(tenant, request) for request in requests]
         for promise in promises:
             outcome = await self._service.retrieve(tenant, promise.request_id, 60.0)
-            assert not isinstance(outcome, m.Failure | m.Pending), outcome
+            assert not isinstance(outcome, m.Failure | m.TryAgain), outcome
 
     async def close(self) -> None:
         await self._service.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,7 +17,15 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, PROTOBUF
 from twinkle.protocol.errors import ConnectionFailed, InvalidRequest, NotFound, RequestFailed, TwinkleError
 from twinkle.protocol.operations import Reply
-from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
+from twinkle.protocol.types import (
+    Datum,
+    ForwardBackwardOutput,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 from twinkle_client.http_channel import HttpChannel
 from twinkle_client.settings import Settings
 
@@ -78,7 +87,7 @@ def channel(script: Script) -> Iterator[HttpChannel]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     channel = HttpChannel(
-        Settings(f"http://127.0.0.1:{server.server_address[1]}", "the-key"), patience_seconds=5
+        Settings(f"http://127.0.0.1:{server.server_address[1]}", "the-key"), retry_seconds=5
     )
     yield channel
     channel.close()
@@ -171,7 +180,7 @@ def test_fields_go_into_path_query_and_body(channel: HttpChannel, script: Script
 
 
 def test_a_server_that_is_not_there_is_said_to_be_with_the_address():
-    channel = HttpChannel(Settings("http://127.0.0.1:9", None), patience_seconds=0.1)
+    channel = HttpChannel(Settings("http://127.0.0.1:9", None), retry_seconds=0.1)
     with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9 can't be reached.*TWINKLE_BASE_URL"):
         channel.ask(m.GetServerCapabilities()).result(10)
     channel.close()
@@ -180,7 +189,7 @@ def test_a_server_that_is_not_there_is_said_to_be_with_the_address():
 def test_a_plain_server_asked_by_https_gets_a_hint(channel: HttpChannel, script: Script):
     script.answers.append((200, {}))
     address = channel._settings.base_url.replace("http://", "https://")
-    other = HttpChannel(Settings(address, None), patience_seconds=0.1)
+    other = HttpChannel(Settings(address, None), retry_seconds=0.1)
     with pytest.raises(ConnectionFailed, match="A server without certificates is reached by http://"):
         other.submit(SAVE).result(20)
     other.close()
@@ -296,3 +305,105 @@ def test_a_broken_connection_fails_none_of_them(channel: HttpChannel, script: Sc
     assert passed.result(10) and stepped.result(10)
     bodies = [body for _, _, body in script.seen]
     assert len(bodies) == 2 and bodies[0] == bodies[1]
+
+
+# ---------------------------------------------------------------- samples
+
+
+def a_sample(seq_id: int) -> m.SampleRequest:
+    return m.SampleRequest(
+        sampling_session_id="s",
+        seq_id=seq_id,
+        prompt=ModelInput.from_ints([1, 2]),
+        sampling_params=SamplingParams(max_tokens=4),
+    )
+
+
+def reply_of_sample(seq_id: int) -> Reply:
+    body = codec.encode_sample(SampleResponse([SampledSequence("length", [seq_id])]))
+    return Reply(f"sample-{seq_id}", 200, PROTOBUF, body)
+
+
+def tokens_of(future: Future[Any]) -> list[int]:
+    return future.result(10).sequences[0].tokens
+
+
+def test_a_sample_is_one_request_and_its_reply(channel: HttpChannel, script: Script):
+    script.answers = [together(reply_of_sample(7))]
+    assert tokens_of(channel.submit(a_sample(7))) == [7]
+    [(path, _, body)] = script.seen
+    [sent] = operations.decode_request(body)
+    assert path == "/api/v1/operations" and sent.endpoint.path == "/asample"
+    assert codec.decode_json(m.SampleRequest, sent.body).seq_id == 7
+
+
+def test_no_sample_waits_for_another(channel: HttpChannel, script: Script):
+    first_may_end = threading.Event()
+
+    def answer_to(body: bytes) -> Answer:
+        [posted] = operations.decode_request(body)
+        seq_id = codec.decode_json(m.SampleRequest, posted.body).seq_id
+        if seq_id == 0:
+            assert first_may_end.wait(10)
+        return together(reply_of_sample(seq_id))
+
+    script.answer_to = answer_to
+    slow, *quick = [channel.submit(a_sample(i)) for i in range(8)]
+    assert [tokens_of(future) for future in quick] == [[i] for i in range(1, 8)]
+    assert not slow.done()
+    first_may_end.set()
+    assert tokens_of(slow) == [0] and script.paths() == ["/operations"] * 8
+
+
+def test_a_sample_that_is_not_done_or_met_a_limit_goes_on_alone(channel: HttpChannel, script: Script):
+    pending = Reply("sample-1", 408, JSON, b'{"request_id": "sample-1", "type": "try_again"}')
+    limited = Reply("", 429, JSON, b'{"error": "too many", "category": "user"}')
+    script.answers = [together(pending), (200, reply_of_sample(1).body)]
+    assert tokens_of(channel.submit(a_sample(1))) == [1]
+    script.answers = [
+        None,
+        together(limited),
+        (429, {"error": "too many", "category": "user"}),
+        (200, {"request_id": "sample-2"}),
+        (200, reply_of_sample(2).body),
+    ]
+    assert tokens_of(channel.submit(a_sample(2))) == [2]
+    assert script.paths() == [
+        *("/operations", "/retrieve_future"),
+        *("/operations", "/operations", "/asample", "/asample", "/retrieve_future"),
+    ]
+
+
+def test_a_sample_that_failed_or_was_refused_says_why(channel: HttpChannel, script: Script):
+    failed = Reply("sample-1", 200, JSON, b'{"error": "the model failed", "category": "server"}')
+    refused = Reply("", 409, JSON, b'{"error": "seq_id: 2 was used before", "category": "user"}')
+    script.answers = [together(failed), together(refused)]
+    with pytest.raises(RequestFailed, match="the model failed") as caught:
+        channel.submit(a_sample(1)).result(10)
+    assert caught.value.request_id == "sample-1"
+    with pytest.raises(TwinkleError, match="was used before"):
+        channel.submit(a_sample(2)).result(10)
+
+
+def test_a_sample_that_is_given_up_while_its_reply_is_waited_for_is_cancelled(
+    channel: HttpChannel, script: Script
+):
+    waited_for, cancelled = threading.Event(), threading.Event()
+
+    def answer_to(body: Any) -> Answer:
+        if isinstance(body, bytes) and body[:1] != b"{":
+            waited_for.set()
+            cancelled.wait(10)
+            return together(Reply("sample-3", 200, JSON, b'{"error": "cancelled", "category": "user"}'))
+        values = json.loads(body)
+        if "request_id" in values:
+            cancelled.set()
+            return 200, {}
+        return 200, {"request_id": "sample-3"}
+
+    script.answer_to = answer_to
+    sampling = channel.submit(a_sample(3))
+    assert waited_for.wait(10) and sampling.cancel() and cancelled.wait(10)
+    assert script.paths() == ["/operations", "/asample", "/cancel_future"]
+    [sent] = operations.decode_request(script.seen[0][2])
+    assert json.loads(sent.body) == script.seen[1][2] and script.seen[2][2]["request_id"] == "sample-3"

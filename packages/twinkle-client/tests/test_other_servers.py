@@ -23,7 +23,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(http_channel, "FIRST_PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(http_channel, "UNREACHED_RETRY_SECONDS", 0.6)
 
 
 @pytest.fixture

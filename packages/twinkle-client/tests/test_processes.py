@@ -193,7 +193,7 @@ def test_queries_can_be_pickled(server: Server) -> None:
 UNCLOSED = """
 import sys
 from twinkle_client import ServiceClient, http_channel
-http_channel.LAST_PATIENCE_SECONDS = 0.5
+http_channel.EXIT_RETRY_SECONDS = 0.5
 service = ServiceClient(sys.argv[1])
 {what}
 print("ready", flush=True)
@@ -219,7 +219,7 @@ def test_a_program_ends_and_says_so_when_its_server_is_gone(server: Server, what
     try:
         assert program.stdout is not None and program.stdout.readline() == "ready\n"
         server.stop()
-        _, said = program.communicate("\n", timeout=120)  # forever without a bound: patience is 300 s
+        _, said = program.communicate("\n", timeout=120)  # forever without a bound: it is retried for 300 s
     finally:
         program.kill()
     assert program.returncode == 0

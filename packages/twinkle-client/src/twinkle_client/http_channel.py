@@ -1,4 +1,4 @@
-"""The channel over HTTP: one thread with an event loop sends requests, retries what may be retried, and long-polls."""
+"""The channel over HTTP: a thread with an event loop sends requests, retries those that may be retried, and polls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import httpx
 
 from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
-from twinkle.protocol.operations import Encoded, Posted, Reply
-from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.protocol.operations import Posted, Reply
+from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
 from twinkle_client.outbox import Item, Outbox
@@ -31,33 +32,34 @@ log = logging.getLogger("twinkle_client")
 
 R = TypeVar("R")
 
-# How long a request is tried again while the server can't be reached or says that it is overloaded.
-PATIENCE_SECONDS = 300.0
-# ... and before it has been reached at all, when the address is more likely wrong than the server down.
-FIRST_PATIENCE_SECONDS = 10.0
-# ... and when the program ends, which nobody wants to go on without its server.
-LAST_PATIENCE_SECONDS = 30.0
+# A request is retried for so long while the server can't be reached or is overloaded.
+RETRY_SECONDS = 300.0
+# Before the server has been reached at all: the address is more likely wrong than the server down.
+UNREACHED_RETRY_SECONDS = 10.0
+# When the program ends: a server that is gone must not keep it from ending.
+EXIT_RETRY_SECONDS = 30.0
+# Exponential backoff between tries.
 FIRST_DELAY_SECONDS = 0.25
-LONGEST_DELAY_SECONDS = 10.0
+MAX_DELAY_SECONDS = 10.0
 
-# The server ends a long poll after 25 s; bodies may be large.
+# Longer than a long poll, which the server ends after 25 s, and than it takes to send a large body.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 
-# Bodies smaller than this are not worth compressing.
+# Compressing smaller bodies takes longer than sending them.
 COMPRESS_FROM_BYTES = 16_384
 
 
 class HttpChannel:
-    """A `Channel` to a server. Every operation carries ids of its own, so that sending it twice does it once."""
+    """A `Channel` to a server. Operations carry ids (`seq_id` and the like), so a retry is idempotent."""
 
-    def __init__(self, settings: Settings, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, settings: Settings, retry_seconds: float = RETRY_SECONDS) -> None:
         self._settings = settings
-        self._patience_seconds = patience_seconds
+        self._retry_seconds = retry_seconds
         self._reached = False
         self._closed = False
         self._parents: list[object] = []
         self._begin()
-        begin_anew_when_forked(self)
+        reset_when_forked(self)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
@@ -69,17 +71,17 @@ class HttpChannel:
         self._sending: set[asyncio.Task[None]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _channel_to, (self._settings, self._patience_seconds)
+        return _channel_to, (self._settings, self._retry_seconds)
 
     def after_fork(self) -> None:
-        """Begin anew, with a thread and connections of this process."""
-        # Kept, since to collect them would close what the parent uses.
+        """Start over with a thread and connections of this process."""
+        # Kept alive: collecting them would close the parent's connections.
         self._parents.append((self._loop, self._client, self._sending, self._outbox))
         self._begin()
 
     def hurry(self) -> None:
-        """Wait no longer than `LAST_PATIENCE_SECONDS` for a server that can't be reached."""
-        self._patience_seconds = min(self._patience_seconds, LAST_PATIENCE_SECONDS)
+        """Retry for at most `EXIT_RETRY_SECONDS` from now on."""
+        self._retry_seconds = min(self._retry_seconds, EXIT_RETRY_SECONDS)
 
     @property
     def is_closed(self) -> bool:
@@ -90,8 +92,8 @@ class HttpChannel:
         """Nothing to do: the server holds its model."""
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
-        # Encoded here, so that what can't be encoded is the caller's error, and nothing counts as sent.
-        posted = Posted(OPERATION[type(request)], operations.encode(request))
+        # Encoded on the caller's thread: a request that can't be encoded is the caller's error, and nothing is sent.
+        posted = Posted(OPERATION[type(request)], codec.encode(request))
         if isinstance(request, m.ForwardBackwardRequest | m.OptimStepRequest):
             item = Item(posted, Future())
             is_step = isinstance(request, m.OptimStepRequest)
@@ -111,9 +113,8 @@ class HttpChannel:
             self._loop = self._thread = self._client = None
         if loop is None or thread is None or client is None:
             return
-        with contextlib.suppress(
-            concurrent.futures.TimeoutError
-        ):  # a server that is gone is told of no cancelled sample
+        # A server that is gone can't be told which samples were cancelled.
+        with contextlib.suppress(concurrent.futures.TimeoutError):
             asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(client), loop).result(5.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5.0)
@@ -135,7 +136,7 @@ class HttpChannel:
             if self._closed:
                 raise TwinkleError("this ServiceClient is closed; make a new one")
             if self._loop is None:
-                self._client = _http_client(self._settings)  # first: with a wrong proxy there is none
+                self._client = _http_client(self._settings)  # first: it raises if the proxy is wrong
                 loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=loop.run_forever, name="twinkle-client", daemon=True)
                 self._thread.start()
@@ -182,7 +183,7 @@ class HttpChannel:
             response = await self._send("POST", "/retrieve_future", body, headers)
             if response.status_code != 408:
                 return _decode_result(endpoint, _content_type(response), response.content, request_id)
-            pending = codec.decode_json(m.Pending, response.content)
+            pending = codec.decode_json(m.TryAgain, response.content)
             log.info("%s: not done yet: %s", endpoint.path, pending.queue_state_reason or "it is under way")
 
     # ------------------------------------------------------------ operations that go together
@@ -194,7 +195,7 @@ class HttpChannel:
         task.add_done_callback(self._sending.discard)
 
     async def _operate_together(self, items: list[Item]) -> None:
-        """Post several operations; each one's result comes with the reply, or is polled for."""
+        """Post several operations; results that are not in the reply are polled for."""
         try:
             replies = await self._post_together([item.posted for item in items])
         except asyncio.CancelledError:
@@ -208,7 +209,6 @@ class HttpChannel:
         await asyncio.gather(*(self._settle(item, reply) for item, reply in zip(items, replies, strict=True)))
 
     async def _post_together(self, posted: list[Posted]) -> list[Reply]:
-        """The replies, none of which says that the operation may be tried again."""
         body = operations.encode_request(posted)
         response = await self._send("POST", operations.PATH, *_compressed(body, PROTOBUF))
         return operations.decode_reply(response.content)
@@ -250,7 +250,7 @@ class HttpChannel:
         headers: dict[str, str],
         params: dict[str, Any] | None = None,
     ) -> httpx.Response:
-        """Send until the server answers with something final (408 to a poll is final too: "ask again").
+        """Retry until there is a final reply. (That to a poll may be 408: no result yet.)
 
         Raises:
             TwinkleError: what the server said, or that it could not be reached.
@@ -271,25 +271,23 @@ class HttpChannel:
                 if _is_from_a_server(response):
                     self._reached = True
                 else:
-                    error = self._another(response)
+                    error = self._not_twinkle(response)
                 if error is None:
                     return response
                 if not _may_retry(response):
                     raise error
-            if time.monotonic() + wanted > begun + self._patience():
+            if time.monotonic() + wanted > begun + self._retry_limit():
                 raise error
             log.info("%s %s: %s; trying again in %.1f s", method, path, error, wanted)
             await asyncio.sleep(wanted)
-            delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+            delay = min(2 * delay, MAX_DELAY_SECONDS)
 
-    def _patience(self) -> float:
-        """For how long a request is tried; asked each time, since the program may end meanwhile."""
-        return (
-            self._patience_seconds if self._reached else min(FIRST_PATIENCE_SECONDS, self._patience_seconds)
-        )
+    def _retry_limit(self) -> float:
+        """In seconds. It changes while a request is retried: the program may end."""
+        return self._retry_seconds if self._reached else min(UNREACHED_RETRY_SECONDS, self._retry_seconds)
 
-    def _another(self, response: httpx.Response) -> TwinkleError:
-        """The error for an answer that no Twinkle server gave."""
+    def _not_twinkle(self, response: httpx.Response) -> TwinkleError:
+        """The error for a reply that no Twinkle server sent."""
         url = self._settings.base_url
         start = " ".join(response.text[:200].split())
         return ConnectionFailed(
@@ -312,7 +310,7 @@ def _http_client(settings: Settings) -> httpx.AsyncClient:
     headers = {"User-Agent": f"twinkle-client/{__version__}"}
     if settings.api_key:
         headers["X-API-Key"] = settings.api_key
-    # Each operation under way holds a connection for its long poll: no limit but what is under way.
+    # Each operation in flight holds a connection while it waits for its result.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     try:
         return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
@@ -326,17 +324,17 @@ def _http_client(settings: Settings) -> httpx.AsyncClient:
 _channels: weakref.WeakValueDictionary[Settings, HttpChannel] = weakref.WeakValueDictionary()
 
 
-def _channel_to(settings: Settings, patience_seconds: float) -> HttpChannel:
-    """The channel of what was pickled elsewhere; one to a server, however many clients come."""
+def _channel_to(settings: Settings, retry_seconds: float) -> HttpChannel:
+    """The channel for unpickled clients: those of one server share it."""
     channel = _channels.get(settings)
     if channel is None or channel.is_closed:
-        channel = _channels[settings] = HttpChannel(settings, patience_seconds)
+        channel = _channels[settings] = HttpChannel(settings, retry_seconds)
     return channel
 
 
 def _is_from_a_server(response: httpx.Response) -> bool:
-    """Whether a Twinkle server gave this answer, and no proxy or other server: success in one of its own types, or an
-    error in its own form.
+    """Whether a Twinkle server sent this, and no proxy or other server: a success has one of its content types, and an
+    error its form.
     """
     if response.status_code < 300 or response.status_code == 408:
         return _content_type(response).startswith((JSON, PROTOBUF))
@@ -353,7 +351,7 @@ def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
 
 def _encode_query(query: m.Query[Any]) -> tuple[str, bytes | None, dict[str, Any] | None]:
     """Path, JSON body and query string of a query."""
-    # What a PUT sets may be set to nothing.
+    # A PUT may set a field to null.
     fields = query.model_dump(mode="json", exclude_none=query.method != "PUT", exclude={"idempotency_key"})
     in_path = {name for name in fields if f"{{{name}}}" in query.path}
     path = query.path.format(**{name: fields[name] for name in in_path})
@@ -369,7 +367,7 @@ def _decode_result(endpoint: Endpoint, content_type: str, body: bytes, request_i
     """
     is_failure = content_type.startswith(JSON) and _error_body(body) is not None
     kind = m.Failure if is_failure else endpoint.result
-    result = operations.decode_result(Encoded(kind.__name__, body))
+    result = codec.decode_result(Encoded(kind.__name__, body))
     if isinstance(result, m.Failure):
         raise RequestFailed(result.error, result.category, request_id)
     return result
@@ -380,8 +378,8 @@ def _content_type(response: httpx.Response) -> str:
 
 
 def _may_retry(response: httpx.Response) -> bool:
-    """Limits pass, and so does what the service says it can't do just now, or didn't get in time; so do 5xx that don't
-    come from the service itself but from a process of it that is gone.
+    """Whether the failure is transient: a limit, a service that is not available, a body that came too slowly, or a 5xx
+    that the service didn't write itself, since its process is gone.
     """
     return response.status_code in (408, 429, 503) or (
         response.status_code >= 500 and _error_body(response.content) is None
@@ -389,7 +387,7 @@ def _may_retry(response: httpx.Response) -> bool:
 
 
 def _error_body(body: bytes) -> str | None:
-    """The service's own sentence, if this is an error in its form."""
+    """The sentence of an error in the service's form; None for anything else."""
     try:
         values = json.loads(body)
     except ValueError:
@@ -404,7 +402,7 @@ def _message(status: int, body: bytes) -> str:
 
 
 def _error_of(response: httpx.Response) -> TwinkleError | None:
-    """The error that the server answered with, if it is one."""
+    """The error that a reply stands for; None if it is none."""
     is_pending = response.status_code == 408 and _error_body(response.content) is None
     if response.status_code < 400 or is_pending:
         return None

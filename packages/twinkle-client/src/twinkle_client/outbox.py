@@ -1,4 +1,4 @@
-"""Operations that wait a moment for company: a training step's pass and its optimizer step go in one request."""
+"""Holds passes for a moment, so that a training step's pass and its optimizer step go in one request."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from twinkle.protocol.operations import MAX_OPERATIONS, Posted
 
-# How long a pass waits for what its caller sends next: long against the time between two calls, short against a step.
+# How long a pass is held: long against the time between two calls of a loop, short against a training step.
 LINGER_SECONDS = 0.002
-# A larger body gains nothing from company, and is better sent while the next one is being made.
+# A larger body gains nothing from sharing a request, and is better sent while the next one is being made.
 MAX_BYTES = 131_072
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """An operation, and who waits for its result."""
+    """An operation, and the future of its result."""
 
     posted: Posted
     future: Future[Any]
@@ -32,21 +32,21 @@ class _Waiting:
 
 
 class Outbox:
-    """Items by run, in the order they came. Single-threaded: called on one event loop."""
+    """Items by run, in the order in which they were added. Single-threaded: called on one event loop."""
 
     def __init__(self, send: Callable[[list[Item]], None]) -> None:
         """
         Args:
-            send: starts to send some items in one request.
+            send: starts to send items in one request.
         """
         self._send = send
         self._waiting: dict[str, _Waiting] = {}
 
     def add(self, run_id: str, item: Item, ends_step: bool) -> None:
-        """Send the item, with those of the run that wait, at once or in a moment.
+        """Send the item together with those of its run that are held, at once or in a moment.
 
         Args:
-            ends_step: nothing is worth waiting for after it.
+            ends_step: it is not held, and neither are those before it.
         """
         waiting = self._waiting.setdefault(run_id, _Waiting())
         waiting.items.append(item)
@@ -57,7 +57,7 @@ class Outbox:
             waiting.timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._flush, run_id)
 
     def take_all(self) -> list[Item]:
-        """What waits; nothing of it is sent."""
+        """The items that are held, which are then not sent."""
         waiting = list(self._waiting.values())
         self._waiting.clear()
         for of_run in waiting:

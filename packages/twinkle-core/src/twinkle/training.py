@@ -13,8 +13,7 @@ from twinkle.data_format import to_datum
 from twinkle.dataloader.loader import Rows
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Datum, ForwardBackwardOutput
-from twinkle.verbs.chunks import join
-from twinkle.verbs.training import Batch, TrainingClient
+from twinkle.verbs.training import Batch, TrainingClient, join_outputs
 
 T = TypeVar("T")
 
@@ -102,7 +101,7 @@ def accumulate(
     if total <= 0:
         raise InvalidRequest("batches: no token is trained on (all labels are -100, or there is no batch)")
     passes = [training_client.forward_backward([_scaled(datum, total) for datum in batch]) for batch in data]
-    return join([each.result() for each in passes])
+    return join_outputs([each.result() for each in passes])
 
 
 def grouped(items: Iterable[T], size: int) -> Iterable[list[T]]:

@@ -1,10 +1,11 @@
 import asyncio
+from collections import deque
 from concurrent.futures import Future
 
 import pytest
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.verbs.futures import Pending, chain
+from twinkle.verbs.futures import Pending, chain, first_failure
 
 
 def done(value: object) -> Future:
@@ -87,3 +88,21 @@ def test_what_jupyter_and_debuggers_probe_for_waits_for_nothing():
     ]
     assert [name for name in probes if hasattr(pending, name)] == []
     assert repr(pending) == "<sample: under way>"
+
+
+def test_a_failure_between_two_looks_is_not_missed():
+    class EndsWhenLookedAt(Pending[int]):
+        """Fails just after it has been found under way."""
+
+        def done(self) -> bool:
+            was_done = super().done()
+            if not was_done:
+                self._future.set_exception(RuntimeError("late"))
+            return was_done
+
+    pending = EndsWhenLookedAt(Future(), "work")
+    failure, under_way = first_failure([pending])
+    assert failure is None and list(under_way) == [pending]
+    failure, under_way = first_failure(under_way)
+    assert str(failure) == "late" and not under_way
+    assert first_failure([pending]) == (None, deque())

@@ -16,8 +16,8 @@ from fake_service import MODEL, Tenant, make_service
 from twinkle.protocol import codec, results
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, PREFIX, PROTOBUF
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import Datum, ModelInput, SamplingParams
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import operations

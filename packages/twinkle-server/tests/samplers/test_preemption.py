@@ -8,68 +8,68 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from twinkle.server.samplers.cache_usage import Limits, Load
-from twinkle.server.samplers.preemption import FOR_NEWCOMERS, Held, to_make_room, to_shrink
+from twinkle.server.samplers.cache_usage import CacheUsage, Limits
+from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, Slot, victim, victims_for_newcomer
 
 LIMITS = Limits(rows=16, tokens=1600)
 
 
-def rows(tenant: str, count: int, length: int = 10, first: int = 0) -> list[Held]:
-    return [Held(tenant, (first + i, 0), length) for i in range(count)]
+def rows(tenant: str, count: int, length: int = 10, first: int = 0) -> list[Slot]:
+    return [Slot(tenant, (first + i, 0), length) for i in range(count)]
 
 
 def test_short_rows_always_have_memory_beside_long_ones():
-    load = Load.of(LIMITS, [1600])
-    assert load.fitting(100, 16, may_fill=True) == 4  # a quarter of the tokens
-    assert load.fitting(101, 1, may_fill=True) == 0
+    usage = CacheUsage.of(LIMITS, [1600])
+    assert usage.fitting(100, 16, may_fill=True) == 4  # a quarter of the tokens
+    assert usage.fitting(101, 1, may_fill=True) == 0
 
 
 def test_one_long_row_does_not_stretch_the_short_ones():
-    assert Load.of(LIMITS, [1000, *[10] * 15]).tokens == 1000
-    assert Load.of(LIMITS, [1000, 200]).tokens == 2000
+    assert CacheUsage.of(LIMITS, [1000, *[10] * 15]).tokens == 1000
+    assert CacheUsage.of(LIMITS, [1000, 200]).tokens == 2000
 
 
 def test_prompts_of_their_own_are_counted_as_they_are():
-    assert Load.of(Limits(8, 100, are_apart=True), [60, 30, 5]).tokens == 95
+    assert CacheUsage.of(Limits(8, 100, per_sequence=True), [60, 30, 5]).tokens == 95
 
 
 def test_both_sides_of_a_boundary_have_rectangles_of_their_own():
     limits = Limits(rows=4, tokens=400, boundaries=(50,))
-    assert [limits.kind(length) for length in (1, 50, 51)] == [0, 0, 1]
-    assert Load.of(limits, [50, 99, 100]).tokens == (50 + 200) - 100
+    assert [limits.rope_regime(length) for length in (1, 50, 51)] == [0, 0, 1]
+    assert CacheUsage.of(limits, [50, 99, 100]).tokens == (50 + 200) - 100
 
 
 def test_a_tenant_without_any_gets_up_to_a_quarter_of_the_rows():
-    held = rows("a", 16)
-    assert to_make_room(held, LIMITS, 10, 100) == [12, 13, 14, 15]
-    assert to_make_room(held, LIMITS, 10, 1) == [15]
-    assert to_make_room(held[:14], LIMITS, 10, 3) == [13]
+    slots = rows("a", 16)
+    assert victims_for_newcomer(slots, LIMITS, 10, 100) == [12, 13, 14, 15]
+    assert victims_for_newcomer(slots, LIMITS, 10, 1) == [15]
+    assert victims_for_newcomer(slots[:14], LIMITS, 10, 3) == [13]
 
 
 def test_nobody_gives_more_than_it_keeps_nor_its_last_row():
-    held = [one for tenant in "abcdefgh" for one in rows(tenant, 2, first=ord(tenant))]
-    [row] = to_make_room(held, LIMITS, 10, 4)
-    assert held[row].tenant == "h"
+    slots = [one for tenant in "abcdefgh" for one in rows(tenant, 2, first=ord(tenant))]
+    [row] = victims_for_newcomer(slots, LIMITS, 10, 4)
+    assert slots[row].tenant == "h"
     ones = [one for i in range(16) for one in rows(f"t{i}", 1, first=i)]
-    assert to_make_room(ones, LIMITS, 10, 4) == []
+    assert victims_for_newcomer(ones, LIMITS, 10, 4) == []
 
 
 def test_room_in_memory_is_made_by_who_has_most_of_it_and_only_if_it_does():
-    held = [*rows("a", 3, 500), *rows("b", 2, 20, first=10)]
-    assert to_make_room(held, LIMITS, 400, 4) == [2]
-    assert to_make_room(held, LIMITS, 1400, 1) == []
+    slots = [*rows("a", 3, 500), *rows("b", 2, 20, first=10)]
+    assert victims_for_newcomer(slots, LIMITS, 400, 4) == [2]
+    assert victims_for_newcomer(slots, LIMITS, 1400, 1) == []
 
 
 def test_what_is_being_read_is_not_paused():
-    held = [Held("a", (i, 0), 10, can_pause=False) for i in range(16)]
-    assert to_make_room(held, LIMITS, 10, 1) == [] and to_shrink(held) is None
+    slots = [Slot("a", (i, 0), 10, can_preempt=False) for i in range(16)]
+    assert victims_for_newcomer(slots, LIMITS, 10, 1) == [] and victim(slots) is None
 
 
 def test_the_newest_of_who_has_most_shrinks_and_never_the_oldest():
-    held = [*rows("a", 2, 700), *rows("b", 2, 100, first=10)]
-    assert to_shrink(held) == 1
-    assert to_shrink([*rows("a", 1, 1500), *rows("b", 1, 50, first=10)]) == 1
-    assert to_shrink(rows("a", 1, 1500)) is None
+    slots = [*rows("a", 2, 700), *rows("b", 2, 100, first=10)]
+    assert victim(slots) == 1
+    assert victim([*rows("a", 1, 1500), *rows("b", 1, 50, first=10)]) == 1
+    assert victim(rows("a", 1, 1500)) is None
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ def test_everybody_ends_within_memory_and_nobody_waits_for_anothers_end(seed: in
         _shrink(limits, waiting, running)
         assert running
         oldest = min(running, key=lambda job: job.order)
-        assert not Load.of(limits, [job.length for job in running]).is_too_much or len(running) == 1
+        assert not CacheUsage.of(limits, [job.length for job in running]).is_too_much or len(running) == 1
         before = oldest.done
         for job in running:
             job.done += 1
@@ -115,8 +115,8 @@ def test_everybody_ends_within_memory_and_nobody_waits_for_anothers_end(seed: in
         running[:] = [job for job in running if job.done < job.wanted]
 
 
-def _held(running: list[Job]) -> list[Held]:
-    return [Held(job.tenant, job.order, job.length) for job in running]
+def _held(running: list[Job]) -> list[Slot]:
+    return [Slot(job.tenant, job.order, job.length) for job in running]
 
 
 def _admit(limits: Limits, waiting: list[Job], running: list[Job]) -> None:
@@ -126,37 +126,37 @@ def _admit(limits: Limits, waiting: list[Job], running: list[Job]) -> None:
         if not running or tenant in {job.tenant for job in running}:
             continue
         first = next(job for job in waiting if job.tenant == tenant)
-        paused = to_make_room(_held(running), limits, first.length, 1)
+        paused = victims_for_newcomer(_held(running), limits, first.length, 1)
         lasts = {job.tenant: job.length for job in sorted(running, key=lambda job: job.order, reverse=True)}
         gone = [running[i] for i in paused]
         running[:] = [job for job in running if job not in gone]
         waiting += gone
-        load = Load.of(limits, [job.length for job in running])
-        if load.fitting(first.length, 1, may_fill=True):
+        usage = CacheUsage.of(limits, [job.length for job in running])
+        if usage.fitting(first.length, 1, may_fill=True):
             waiting.remove(first)
             running.append(first)
         else:  # beside everybody's last row there is no room
-            assert not Load.of(limits, lasts.values()).fitting(first.length, 1, may_fill=True)
+            assert not CacheUsage.of(limits, lasts.values()).fitting(first.length, 1, may_fill=True)
     for job in sorted(waiting, key=lambda job: job.order):
-        load = Load.of(limits, [one.length for one in running])
-        if load.fitting(job.length, 1, may_fill=False):
+        usage = CacheUsage.of(limits, [one.length for one in running])
+        if usage.fitting(job.length, 1, may_fill=False):
             waiting.remove(job)
             running.append(job)
 
 
 def _shrink(limits: Limits, waiting: list[Job], running: list[Job]) -> None:
-    while Load.of(limits, [job.length for job in running]).is_too_much:
-        row = to_shrink(_held(running))
+    while CacheUsage.of(limits, [job.length for job in running]).is_too_much:
+        row = victim(_held(running))
         if row is None:
             return
         waiting.append(running.pop(row))
 
 
 def test_newcomers_of_many_tenants_share_evenly():
-    held = rows("a", 16)
+    slots = rows("a", 16)
     for tenant in "bcd":
-        for row in reversed(to_make_room(held, LIMITS, 10, 16)):
-            del held[row]
-        free = LIMITS.rows - len(held)
-        held += rows(tenant, min(free, LIMITS.rows // FOR_NEWCOMERS), first=100 * ord(tenant))
-    assert Counter(one.tenant for one in held) == {"a": 4, "b": 4, "c": 4, "d": 4}
+        for row in reversed(victims_for_newcomer(slots, LIMITS, 10, 16)):
+            del slots[row]
+        free = LIMITS.rows - len(slots)
+        slots += rows(tenant, min(free, LIMITS.rows // NEWCOMERS_SHARE), first=100 * ord(tenant))
+    assert Counter(one.tenant for one in slots) == {"a": 4, "b": 4, "c": 4, "d": 4}

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinkle.server.samplers.cache_usage import Limits, Load
+from twinkle.server.samplers.cache_usage import CacheUsage, Limits
 from twinkle.server.samplers.waiting_queue import QUANTUM, Waiting, WaitingQueue
 
 ROWS = 64
@@ -16,7 +16,7 @@ def add(
 
 
 def take(queue: WaitingQueue[str], places: int):
-    return named(queue.take(Load(Limits(places, 10**9))))
+    return named(queue.take(CacheUsage(Limits(places, 10**9))))
 
 
 def named(taken: list[tuple[Waiting[str], int]]) -> list[tuple[str, int]]:
@@ -106,28 +106,28 @@ def test_debts_end_with_the_others_work():
 def test_what_finds_no_memory_waits_and_holds_up_nobody_else():
     queue: WaitingQueue[str] = WaitingQueue()
     limits = Limits(rows=10, tokens=1000)
-    load = Load.of(limits, [900])
+    usage = CacheUsage.of(limits, [900])
     add(queue, "t", "large", length=300)
     add(queue, "t", "behind it", length=5)
     add(queue, "u", "small", length=5)
-    assert [(one.item, count) for one, count in queue.take(load)] == [("small", 1)]
+    assert [(one.item, count) for one, count in queue.take(usage)] == [("small", 1)]
     assert queue.wants("t") == (300, 2)
-    assert [one.item for one, _ in queue.take(Load(limits))] == ["large", "behind it"]
+    assert [one.item for one, _ in queue.take(CacheUsage(limits))] == ["large", "behind it"]
 
 
 def test_what_most_may_come_to_is_not_reserved():
     queue: WaitingQueue[str] = WaitingQueue()
     add(queue, "t", "many", tokens=30_000, samples=60, length=10)
-    load = Load(Limits(ROWS, 2**17))
-    assert [count for _, count in queue.take(load)] == [60]
+    usage = CacheUsage(Limits(ROWS, 2**17))
+    assert [count for _, count in queue.take(usage)] == [60]
 
 
 def test_those_who_run_keep_something_to_grow_into():
     limits = Limits(rows=4, tokens=1600)
-    load = Load.of(limits, [1450])
-    assert load.fitting(600, 1, may_fill=False) == 0  # rows of 600 and 1450 are 2 x 1450
-    load = Load.of(limits, [700])
-    assert load.fitting(790, 1, may_fill=False) == 0 and load.fitting(790, 1, may_fill=True) == 1
+    usage = CacheUsage.of(limits, [1450])
+    assert usage.fitting(600, 1, may_fill=False) == 0  # rows of 600 and 1450 are 2 x 1450
+    usage = CacheUsage.of(limits, [700])
+    assert usage.fitting(790, 1, may_fill=False) == 0 and usage.fitting(790, 1, may_fill=True) == 1
 
 
 def test_a_paused_one_comes_first_and_has_been_paid_for():
@@ -141,7 +141,7 @@ def test_one_tenants_may_be_taken_alone():
     queue: WaitingQueue[str] = WaitingQueue()
     add(queue, "t", "a")
     add(queue, "u", "b", samples=9)
-    assert named(queue.take_from("u", 4, Load(Limits(64, 10**9)))) == [("b", 4)]
+    assert named(queue.take_from("u", 4, CacheUsage(Limits(64, 10**9)))) == [("b", 4)]
     assert sorted(take(queue, 64)) == [("a", 1), ("b", 5)]
 
 

@@ -39,6 +39,6 @@ def test_a_port_that_is_let_go_of_soon_is_waited_for(taken: socket.socket, tmp_p
 
 
 def test_one_that_is_kept_is_said(taken: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_DYING_SECONDS", 0.2)
+    monkeypatch.setattr(launch, "_PORT_SECONDS", 0.2)
     with taken, pytest.raises(InvalidRequest, match="Address already in use"):
         server_on(taken, tmp_path)._check()

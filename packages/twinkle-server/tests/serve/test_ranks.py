@@ -21,9 +21,11 @@ from twinkle.protocol.errors import InvalidRequest, NotFound
 from twinkle.protocol.types import AdamParams, SamplingParams
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
+from twinkle.server.config import ModelSection, ServerConfig
 from twinkle.server.engine.worker import WorkerLost
+from twinkle.server.plan import Plan
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve.ranks import RankGroup, Timeouts
+from twinkle.server.serve.ranks import RankGroup
 
 pytestmark = pytest.mark.serve
 
@@ -31,6 +33,11 @@ CONFIG = ModelConfig(Path("fake"), tensor_parallel_size=2)
 TOKENS = np.array([1, 2, 3])
 ROW = Row("a", TOKENS, "cross_entropy", {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)})
 STEP = AdamStep("a", AdamParams(learning_rate=0.1))
+
+
+def plan(model: ModelConfig = CONFIG, backend: str = "fake", **timeouts: float) -> Plan:
+    section = ModelSection.model_validate({"model_id": "org/fake", **timeouts})
+    return Plan(ServerConfig(model=section), model, backend, "fake", gpus_per_rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ async def train_and_compare(group: RankGroup) -> None:
 async def test_a_group_computes_like_one_survives_its_users_errors_and_is_started_anew_when_a_rank_is_killed(
     placement: PlacementGroup,
 ):
-    group = await RankGroup.start(placement, CONFIG, "fake", "fake", Timeouts())
+    group = await RankGroup.start(plan(), placement)
     await train_and_compare(group)
     samples = ray.get(
         [
@@ -143,7 +150,7 @@ async def block_training_thread(group: RankGroup, rank: int) -> None:
 
 
 async def test_ranks_that_hang_are_replaced_like_those_that_died(placement: PlacementGroup):
-    group = await RankGroup.start(placement, CONFIG, "fake", "fake", Timeouts(heartbeat=3, call=3))
+    group = await RankGroup.start(plan(heartbeat_timeout_seconds=3, call_timeout_seconds=3), placement)
     await train_and_compare(group)
     os.kill(process_of(group, 1), signal.SIGSTOP)
     with pytest.raises(WorkerLost) as loss:
@@ -185,7 +192,7 @@ def is_running(pid: int) -> bool:
 async def test_one_rank_takes_a_pass_and_steps_in_one_call():
     place = placement_group([{"CPU": 1.0}])
     ray.get(place.ready(), timeout=60)
-    group = await RankGroup.start(place, ModelConfig(Path("fake")), "fake", "fake", Timeouts())
+    group = await RankGroup.start(plan(ModelConfig(Path("fake"))), place)
     await train_and_compare(group)
     with pytest.raises(KeyError):
         await group.train([[replace(ROW, adapter_id="b")]], [STEP])
@@ -205,4 +212,4 @@ async def test_one_rank_takes_a_pass_and_steps_in_one_call():
 
 async def test_a_model_that_no_rank_can_load_is_said_as_the_ranks_said_it(placement: PlacementGroup):
     with pytest.raises(InvalidRequest, match="no_such"):
-        await RankGroup.start(placement, CONFIG, "no_such", "fake", Timeouts())
+        await RankGroup.start(plan(backend="no_such"), placement)

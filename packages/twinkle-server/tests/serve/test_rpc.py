@@ -59,8 +59,8 @@ def target() -> Target:
 async def address(request: pytest.FixtureRequest, target: Target) -> AsyncIterator[Address]:
     ready = asyncio.get_running_loop().create_future()
     ready.set_result(target)
-    server = await Server.start(ready, request.param)
-    yield server.address
+    server = Server(ready)
+    yield await server.listen(request.param)
     server.close()
     await asyncio.sleep(0.01)  # it sees that callers have hung up, and closes its end
 
@@ -122,8 +122,7 @@ async def test_errors_are_raised_as_they_were_with_the_place_they_came_from(addr
 async def test_calls_wait_for_what_is_called_and_raise_what_it_fails_with():
     for error in (None, InvalidRequest("model: not found")):
         ready = asyncio.get_running_loop().create_future()
-        server = await Server.start(ready, None)
-        connection = await connect(server.address)
+        connection = await connect(await Server(ready).listen(None))
         call = asyncio.create_task(connection.call(Call("echo", (1,))))
         await asyncio.sleep(0.02)
         assert not call.done()
@@ -204,7 +203,8 @@ async def test_one_who_answers_no_heartbeats_is_lost():
         writer.close()
 
     server = await asyncio.start_server(deaf, "127.0.0.1", 0)
-    connection = await connect(Address(None, *server.sockets[0].getsockname(), b"secret"), 0.3)
+    host, port = server.sockets[0].getsockname()
+    connection = await connect(Address(None, host, port, b"secret"), 0.3)
     call = asyncio.create_task(connection.call(Call("echo")))
     with pytest.raises(ConnectionLost, match=r"no heartbeat for 0\.3 s"):
         await asyncio.wait_for(call, 10)

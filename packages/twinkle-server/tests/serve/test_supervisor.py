@@ -18,9 +18,9 @@ from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault, Twink
 from twinkle.server.serve.process_session import end_session, members
 from twinkle.server.serve.supervisor import Supervisor
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tests look processes up in /proc")
 
-PAUSES = (0.01, 0.02, 0.03)
+BACKOFF = (0.01, 0.02, 0.03)
 WAIT_SECONDS = 60
 
 # It starts a process that outlives it, says so in a file, and then does what the file `do` of its directory says.
@@ -71,7 +71,7 @@ import sys
 from twinkle.server.serve.supervisor import Supervisor
 
 Supervisor(
-    [sys.executable, sys.argv[1]], sys.argv[2], check=lambda: None, pauses=[0.01], stop_seconds=float(sys.argv[3]),
+    [sys.executable, sys.argv[1]], sys.argv[2], check=lambda: None, backoff=[0.01], stop_seconds=float(sys.argv[3]),
     on_ready=lambda configuration: print("ready", file=sys.stderr, flush=True),
 ).run()
 print("returned", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def supervisor(program: Path, lives: list[str], check: Callable[[], None] = lamb
         str(program.parent),
         check=check,
         on_ready=lambda configuration: Path(configuration, "was-ready").touch(),
-        pauses=PAUSES,
+        backoff=BACKOFF,
         stop_seconds=WAIT_SECONDS,
     )
 
@@ -267,12 +267,12 @@ def test_the_configuration_that_was_reported_is_what_the_next_one_gets(program: 
     (tmp_path / "do").write_text("watch; ready; wait")
     command = [sys.executable, str(program)]
     stopper = stop_after(tmp_path, 1)
-    Supervisor(command, str(first), check=lambda: None, on_ready=lambda _: None, pauses=PAUSES).run()
+    Supervisor(command, str(first), check=lambda: None, on_ready=lambda _: None, backoff=BACKOFF).run()
     stopper.join()
     assert len(lives(first)) == len(lives(tmp_path)) == 1
 
 
-def test_the_pauses_begin_anew_when_it_has_been_ready_for_long(
+def test_the_backoff_is_reset_when_it_has_been_ready_for_long(
     program: Path, capfd: pytest.CaptureFixture[str]
 ):
     (program.parent / "do").write_text("\n".join([*["watch; ready; die"] * 3, "watch; ready; wait"]))
@@ -283,7 +283,7 @@ def test_the_pauses_begin_anew_when_it_has_been_ready_for_long(
         str(program.parent),
         check=lambda: None,
         on_ready=lambda _: None,
-        pauses=PAUSES,
+        backoff=BACKOFF,
         steady_seconds=0.0,
     ).run()
     stopper.join()

@@ -107,7 +107,7 @@ async def submit_step(tenant: Tenant, run: str, first_seq_id: int) -> list[m.Pro
 async def finish(submitted: list[tuple[Tenant, list[m.Promise]]]) -> None:
     for tenant, promises in submitted:
         for promise in promises:
-            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.Pending))
+            assert not isinstance(await tenant.outcome(promise), (m.Failure, m.TryAgain))
 
 
 async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
@@ -115,7 +115,7 @@ async def until_taken(tenant: Tenant, promise: m.Promise) -> None:
     async with asyncio.timeout(20):
         while True:
             waiting = await tenant.service.retrieve(tenant.name, promise.request_id, 0)
-            assert isinstance(waiting, m.Pending) and waiting.queue_state_reason is not None
+            assert isinstance(waiting, m.TryAgain) and waiting.queue_state_reason is not None
             if waiting.queue_state_reason.startswith("it is being computed"):
                 break
             await asyncio.sleep(0.005)

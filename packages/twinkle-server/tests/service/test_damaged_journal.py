@@ -68,14 +68,14 @@ def flip(path: Path, place: bytes, at: int = 0) -> None:
 async def outcome(tenant: Tenant, promise: m.Promise) -> m.Result | m.Failure:
     """As a client gets it that asks again and again; two minutes pass after the first time in vain."""
     found = await tenant.service.retrieve(tenant.name, promise.request_id, timeout=0.3)
-    if not isinstance(found, m.Pending):
+    if not isinstance(found, m.TryAgain):
         return found
     service = tenant.service
     end_stuck_runs(service.parts)
     with patch.object(live_runs, "STUCK_SECONDS", 0.0):
         end_stuck_runs(service.parts)
     found = await service.retrieve(tenant.name, promise.request_id, timeout=20)
-    assert not isinstance(found, m.Pending), found.queue_state_reason
+    assert not isinstance(found, m.TryAgain), found.queue_state_reason
     return found
 
 
@@ -159,8 +159,8 @@ async def test_a_lost_run_stays_lost_when_its_segment_has_been_cleaned_away(serv
     for _ in range(10):
         await alice.service.parts.compaction.clean(max_resting=0)
         await asyncio.sleep(0.02)
-    journal = alice.service.parts.run_log._journal
-    assert journal is not None and not set(journal.earlier) & set(journal.sealed())
+    journal = server.journal
+    assert not set(journal.earlier) & set(journal.sealed())
     alice = await server.kill_and_start()
     with pytest.raises(Gone, match=LOST):
         await alice.service.submit("alice", a_pass(runs[1], 2 * STEPS + 1))

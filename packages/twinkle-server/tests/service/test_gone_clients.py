@@ -62,7 +62,7 @@ class World:
             await asyncio.sleep(0)
 
     def drawing(self) -> int:
-        return len(self.service.parts.samples._under_way)
+        return sum(sample.task is not None for sample in self.service.parts.samples._samples.values())
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ async def test_a_client_that_asks_for_its_result_again_gets_it(world: World):
     sampler = await world.sampler(world.alice, await world.alice.session())
     promise = await world.sample(world.alice, sampler, 0)
     pending = await world.service.retrieve("alice", promise.request_id, timeout=0.01)
-    assert isinstance(pending, m.Pending)
+    assert isinstance(pending, m.TryAgain)
     await world.seconds(200)
     assert world.drawing() == 0
     again = await world.sample(
@@ -124,15 +124,25 @@ async def test_one_that_is_stopped_and_goes_on_at_once_is_not_said_to_have_faile
     promise = await world.sample(world.alice, sampler, 0)
     await asyncio.sleep(0)
     world.service.parts.samples.pause(session)
-    world.service.parts.samples.go_on(session)
+    world.service.parts.samples.resume(session)
     world.worker.hangs = lambda _method: False
     await asyncio.sleep(0.01)
     world.service.parts.samples.pause(session)
-    world.service.parts.samples.go_on(session)
+    world.service.parts.samples.resume(session)
     assert isinstance(await world.alice.outcome(promise), SampleResponse)
     target = m.SamplingSessionTarget(sampling_session_id=sampler)
     ended = await world.alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=5))
     assert [completion.state for completion in ended.completions] == ["finished"]
+
+
+async def test_one_that_is_cancelled_before_it_has_begun_is_said_to_have_ended(world: World):
+    session = await world.alice.session()
+    sampler = await world.sampler(world.alice, session)
+    promise = await world.sample(world.alice, sampler, 0)
+    await world.alice.ask(m.CancelFutureRequest(request_id=promise.request_id))
+    target = m.SamplingSessionTarget(sampling_session_id=sampler)
+    ended = await world.alice.ask(m.RetrieveFuturesRequest(target=target, prev_cursor=0, timeout=5))
+    assert [completion.state for completion in ended.completions] == ["failed"]
 
 
 async def test_one_that_never_comes_back_is_told_why_and_counts_no_more(world: World):

@@ -308,7 +308,7 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     held, write = asyncio.Event(), service.parts.checkpoints.write
 
     async def slow(job: Job, *args: Any) -> int:
-        if job.tenant == "bob":
+        if job.run.tenant == "bob":
             await held.wait()
         return await write(job, *args)
 
@@ -323,7 +323,7 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     await alice.do(m.SaveWeightsForSamplerRequest(model_id=run, seq_id=2, sampling_session_seq_id=0))
     yield service, alice, run
     outcome = await service.retrieve("bob", saving[0].request_id, timeout=0)
-    assert isinstance(outcome, m.Pending), "it is being written still"
+    assert isinstance(outcome, m.TryAgain), "it is being written still"
     held.set()
     assert isinstance(await bob.outcome(saving[0]), m.SaveWeightsResponse)
 

@@ -74,7 +74,7 @@ async def test_training_goes_on_without_it_and_the_rest_when_it_is_back(
     await server.service.parts.checkpoints.sweep()
     assert [record.levelname for record in caplog.records] == ["ERROR"], "it is said once"
     promise = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=5, path="name"))
-    assert isinstance(await alice.service.retrieve("alice", promise.request_id, 0.1), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", promise.request_id, 0.1), m.TryAgain)
     away.rename(path)
     saved = await alice.outcome(promise)
     assert isinstance(saved, m.SaveWeightsResponse)

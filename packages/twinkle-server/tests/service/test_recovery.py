@@ -93,7 +93,7 @@ async def test_what_is_queued_on_a_run_that_lost_nothing_is_computed_once_the_mo
     worker.may_restart.clear()
     worker.die()
     promises = [await alice.service.submit("alice", r) for r in (a_pass(run, 3), a_step(run, 4))]
-    assert isinstance(await alice.service.retrieve("alice", promises[1].request_id, 0.05), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", promises[1].request_id, 0.05), m.TryAgain)
     alice.service.check()  # nobody is to end the engine while it recovers
     worker.may_restart.set()
     outcomes = [await alice.outcome(promise) for promise in promises]

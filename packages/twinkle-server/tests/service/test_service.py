@@ -37,7 +37,7 @@ async def test_chunks_that_arrive_out_of_order_are_applied_in_order(alice: Tenan
     await asyncio.sleep(0.02)
     waiting = await alice.service.retrieve("alice", later[0].request_id, timeout=0)
     why = "it has seq_id 2, and seq_id 1 of this run has not arrived yet; 0 tenants have requests ready"
-    assert waiting == m.Pending(request_id=later[0].request_id, queue_state_reason=why)
+    assert waiting == m.TryAgain(request_id=later[0].request_id, queue_state_reason=why)
     first = await alice.do(a_pass(run, 1))
     norm = (await alice.outcome(later[2])).metrics["grad_norm:mean"]
     assert isinstance(first, ForwardBackwardOutput)
@@ -327,9 +327,9 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     for seq_id in range(1, 6):
         assert isinstance(await bob.do(a_pass(other, seq_id)), ForwardBackwardOutput)
     waiting = await alice.service.retrieve("alice", promises[2].request_id, timeout=0.1)
-    assert isinstance(waiting, m.Pending)
+    assert isinstance(waiting, m.TryAgain)
     assert (waiting.queue_state_reason or "").startswith("its checkpoint is being read")
-    assert isinstance(await alice.service.retrieve("alice", promises[3].request_id, timeout=0.1), m.Pending)
+    assert isinstance(await alice.service.retrieve("alice", promises[3].request_id, timeout=0.1), m.TryAgain)
     has_come.set()
     outcomes = [await alice.outcome(promise) for promise in promises]
     assert isinstance(outcomes[2], m.LoadWeightsResponse)

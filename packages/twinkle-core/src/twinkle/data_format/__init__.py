@@ -4,9 +4,8 @@ Users and datasets write `Message`s and `Trajectory`s, a template turns them int
 sends `Datum`s. Reading files, rendering and batching are done elsewhere.
 """
 
-from twinkle.data_format.features import NOT_TRAINED, InputFeature, to_datum
+from twinkle.data_format.features import NOT_TRAINED, InputFeature, Types, make_datum, to_datum
 from twinkle.data_format.messages import FunctionCall, Message, TextPart, ToolCall, Trajectory
-from twinkle.data_format.sdk_types import Types, make_datum
 from twinkle.protocol.types import Datum
 
 __all__ = [

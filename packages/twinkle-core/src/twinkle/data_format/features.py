@@ -5,12 +5,11 @@ one place only, `to_datum`. Templates make the labels.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, NotRequired, TypedDict, cast
+from typing import Any, Final, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from twinkle.data_format.sdk_types import Types, make_datum
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
 
@@ -30,6 +29,25 @@ class InputFeature(TypedDict):
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     loss_weights: NotRequired[npt.NDArray[np.float32]]
+
+
+class Types(Protocol):
+    """A client's module of types. `twinkle_client.types` and `tinker.types` have classes of the same names, with the
+    same constructors.
+    """
+
+    ModelInput: Any
+    Datum: Any
+    TensorData: Any
+    SamplingParams: Any
+
+
+def make_datum(types: Types, tokens: npt.ArrayLike, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """A datum with `tokens`, int [T], as model input, and loss inputs with one row per token."""
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(np.asarray(tokens).tolist()),
+        loss_fn_inputs={name: types.TensorData.from_numpy(array) for name, array in inputs.items()},
+    )
 
 
 def to_datum(feature: InputFeature | Mapping[str, Any], types: Types = core_types) -> Any:

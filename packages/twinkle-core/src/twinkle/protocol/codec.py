@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import zstandard
@@ -18,6 +19,7 @@ from pydantic_core import from_json
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
+from twinkle.protocol.endpoints import JSON, OPERATIONS, PROTOBUF
 from twinkle.protocol.errors import InvalidRequest, TooLarge
 from twinkle.protocol.types import (
     FROM_WIRE,
@@ -101,6 +103,66 @@ def decode_query(model: type[Model], body: bytes, fields: Mapping[str, str]) -> 
 
 def encode_json(message: BaseModel) -> bytes:
     return message.model_dump_json(exclude_none=True).encode()
+
+
+# ---------------------------------------------------------------- operations and their results
+
+
+def encode(request: m.Operation) -> bytes:
+    """An operation's body."""
+    return (
+        encode_forward_backward(request)
+        if isinstance(request, m.ForwardBackwardRequest)
+        else encode_json(request)
+    )
+
+
+def decode(kind: type[m.Operation], body: bytes) -> m.Operation:
+    """An operation from its body.
+
+    Raises:
+        InvalidRequest: if it can't be read.
+        TooLarge: if it would take too much memory.
+    """
+    if kind is m.ForwardBackwardRequest:
+        return decode_forward_backward(body)
+    return cast(m.Operation, decode_json(cast(Any, kind), body))
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A result or failure, encoded once for whoever stores, sends or reads it.
+
+    Attributes:
+        kind: name of its type.
+    """
+
+    kind: str
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        return PROTOBUF if self.kind in ("ForwardBackwardOutput", "SampleResponse") else JSON
+
+
+_RESULTS: dict[str, type[m.Result]] = {endpoint.result.__name__: endpoint.result for endpoint in OPERATIONS}
+
+
+def encode_result(result: m.Result | m.Failure) -> Encoded:
+    if isinstance(result, ForwardBackwardOutput):
+        body = encode_forward_backward_output(result)
+    else:
+        body = encode_sample(result) if isinstance(result, SampleResponse) else encode_json(result)
+    return Encoded(type(result).__name__, body)
+
+
+def decode_result(encoded: Encoded) -> m.Result | m.Failure:
+    kind = _RESULTS.get(encoded.kind, m.Failure)
+    if kind is ForwardBackwardOutput:
+        return decode_forward_backward_output(encoded.body)
+    if kind is SampleResponse:
+        return decode_sample(encoded.body)
+    return cast("m.Result | m.Failure", decode_json(cast(Any, kind), encoded.body))
 
 
 # ---------------------------------------------------------------- tensors
@@ -348,7 +410,7 @@ def _same_layout(datums: Iterable[dict[str, TensorData]]) -> list[list[dict[str,
     groups: list[list[dict[str, TensorData]]] = []
     previous: object = None
     for datum in datums:
-        layout = {name: (tensor.dtype, tensor.array.shape[1:]) for name, tensor in datum.items()}
+        layout = {name: (tensor.array.dtype.kind, tensor.array.shape[1:]) for name, tensor in datum.items()}
         if layout != previous:
             groups.append([])
             previous = layout

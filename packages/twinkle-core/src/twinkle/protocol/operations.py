@@ -1,4 +1,4 @@
-"""Operations on the wire: their bodies and results, several of them in one request, and when two are the same.
+"""Operations on the wire: several in one request, and when two are the same.
 
 `POST /operations` is not a second API: each entry is exactly the body of its own endpoint, and each reply what that
 endpoint, or a poll for its result, would have returned. It saves a training step three round trips of four, and a
@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast, get_args
+from typing import get_args
 
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel
 
-from twinkle.protocol import codec
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
-from twinkle.protocol.endpoints import JSON, OPERATIONS, PROTOBUF, Endpoint
+from twinkle.protocol.endpoints import OPERATIONS, Endpoint
 from twinkle.protocol.errors import InvalidRequest, TooLarge
-from twinkle.protocol.types import EncodedTextChunk, ForwardBackwardOutput, ModelInput, SampleResponse
+from twinkle.protocol.types import EncodedTextChunk, ModelInput
 
 PATH = "/operations"
 MAX_OPERATIONS = 32
@@ -31,8 +30,6 @@ ENDPOINTS: dict[str, Endpoint] = {
     for endpoint in OPERATIONS
     if endpoint.request in (*get_args(m.Ordered), m.SampleRequest)
 }
-
-# ---------------------------------------------------------------- one operation
 
 
 @dataclass(frozen=True)
@@ -45,24 +42,6 @@ class Posted:
 
     endpoint: Endpoint
     body: bytes
-
-
-def encode(request: m.Operation) -> bytes:
-    """An operation's body."""
-    if isinstance(request, m.ForwardBackwardRequest):
-        return codec.encode_forward_backward(request)
-    return codec.encode_json(request)
-
-
-def decode(posted: Posted) -> m.Operation:
-    """
-    Raises:
-        InvalidRequest, TooLarge: if it can't be read, or would take too much memory.
-    """
-    kind = posted.endpoint.request
-    if kind is m.ForwardBackwardRequest:
-        return codec.decode_forward_backward(posted.body)
-    return cast(m.Operation, codec.decode_json(cast(Any, kind), posted.body))
 
 
 # May differ between a request and its duplicate: the gateway signs a new token each time.
@@ -80,8 +59,9 @@ def digest(request: m.Operation) -> bytes:
         for datum in request.data:
             _add_tokens(found, datum.model_input)
             for name, tensor in sorted(datum.loss_fn_inputs.items()):
-                found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-                found.update(tensor.array.tobytes())
+                array = tensor.array
+                found.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+                found.update(array.tobytes())
     elif isinstance(request, m.SampleRequest):
         _add_tokens(found, request.prompt)
         found.update(_text(request, {"prompt"}))
@@ -101,49 +81,6 @@ def _add_tokens(found: hashlib.blake2b, text: ModelInput) -> None:
         if isinstance(chunk, EncodedTextChunk):
             found.update(f"{len(chunk.tokens)} ".encode())
             found.update(chunk.tokens.tobytes())
-
-
-# ---------------------------------------------------------------- results
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A result or failure, encoded once for whoever stores, sends or reads it.
-
-    Attributes:
-        kind: name of its type.
-    """
-
-    kind: str
-    body: bytes
-
-    @property
-    def content_type(self) -> str:
-        return PROTOBUF if self.kind in ("ForwardBackwardOutput", "SampleResponse") else JSON
-
-
-_RESULTS: dict[str, type[m.Result]] = {endpoint.result.__name__: endpoint.result for endpoint in OPERATIONS}
-
-Decoded: TypeAlias = m.Result | m.Failure
-
-
-def encode_result(result: Decoded) -> Encoded:
-    if isinstance(result, ForwardBackwardOutput):
-        body = codec.encode_forward_backward_output(result)
-    else:
-        body = (
-            codec.encode_sample(result) if isinstance(result, SampleResponse) else codec.encode_json(result)
-        )
-    return Encoded(type(result).__name__, body)
-
-
-def decode_result(encoded: Encoded) -> Decoded:
-    kind = _RESULTS.get(encoded.kind, m.Failure)
-    if kind is ForwardBackwardOutput:
-        return codec.decode_forward_backward_output(encoded.body)
-    if kind is SampleResponse:
-        return codec.decode_sample(encoded.body)
-    return cast(Decoded, codec.decode_json(cast(Any, kind), encoded.body))
 
 
 # ---------------------------------------------------------------- several in one request

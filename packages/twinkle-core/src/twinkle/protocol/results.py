@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pydantic_core import to_json
 
-from twinkle.protocol.operations import Encoded, decode_result
+from twinkle.protocol.codec import Encoded, decode_result
 from twinkle.protocol.types import (
     ForwardBackwardOutput,
     SampleResponse,

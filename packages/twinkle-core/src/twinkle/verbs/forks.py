@@ -24,7 +24,7 @@ class Forkable(Protocol):
 _living: "weakref.WeakSet[Forkable]" = weakref.WeakSet()
 
 
-def begin_anew_when_forked(living: Forkable) -> None:
+def reset_when_forked(living: Forkable) -> None:
     """Have `after_fork` called in each process that is forked while `living` is in use."""
     _living.add(living)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Generic, TypeVar, cast
@@ -121,6 +122,20 @@ class Pending(Generic[T]):
         if not self._future.done():
             return f"<{self._doing}: under way>"
         return f"<{self._doing}: failed>" if self._future.exception() else repr(self._future.result())
+
+
+def first_failure(pendings: Iterable[Pending[Any]]) -> tuple[BaseException | None, deque[Pending[Any]]]:
+    """The first failure that nobody has looked at, and which are still under way. Those that have ended count as looked
+    at after this.
+    """
+    failures: list[BaseException] = []
+    under_way: deque[Pending[Any]] = deque()
+    for pending in pendings:
+        if not pending.done():
+            under_way.append(pending)
+        elif (failure := pending.unseen_failure()) is not None:
+            failures.append(failure)
+    return (failures[0] if failures else None), under_way
 
 
 def wait(future: Future[T], doing: str, timeout: float | None = None) -> T:

@@ -19,7 +19,7 @@ from twinkle.protocol.types import LoraConfig
 from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import LossHandle, Rank
-from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
@@ -41,7 +41,7 @@ class ServiceClientBase:
         self._closed = False
         self._begin()
         atexit.register(self._close_at_exit)
-        begin_anew_when_forked(self)
+        reset_when_forked(self)
 
     def _begin(self) -> None:
         self._session: str | None = None

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
+from twinkle.protocol.metrics import reduce_metric
 from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
 from twinkle.protocol.uris import as_twinkle
 from twinkle.protocol.validation import make
-from twinkle.verbs import chunks, custom_loss
+from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
-from twinkle.verbs.futures import Pending, chain, wait
+from twinkle.verbs.futures import Pending, chain, first_failure, wait
 from twinkle.verbs.sampling import SamplingClient
 
 R = TypeVar("R")
@@ -36,6 +37,10 @@ _ONE_PROCESS = (
     "a run's requests are numbered, by one process alone. To go on with its weights in another, save_state() here and "
     "create_training_client_from_state(path) there; sampling clients can be used in both"
 )
+
+# Most datums and tokens of one request (a single datum may be longer).
+MAX_REQUEST_DATUMS = 1024
+MAX_REQUEST_TOKENS = 131_072
 
 # With more than this many operations in flight, a call waits for the oldest.
 MAX_UNDER_WAY = 32
@@ -99,14 +104,14 @@ class TrainingClient:
         _check_loss(loss_fn, config)
         with self._lock:
             futures: list[Future[ForwardBackwardOutput]] = []
-            for chunk in chunks.split(datums):
+            for chunk in split_batch(datums):
                 request = m.ForwardBackwardRequest(
                     self.model_id, self._seq_ids.following, chunk, loss_fn, dict(config or {}), forward_only
                 )
                 futures.append(cast(Future[ForwardBackwardOutput], self._channel.submit(request)))
                 self._seq_ids.next()
         name = "forward" if forward_only else "forward_backward"
-        return self._keep(Pending(chain(futures, chunks.join), f"{name} of {len(datums)} sequences"))
+        return self._keep(Pending(chain(futures, join_outputs), f"{name} of {len(datums)} sequences"))
 
     def forward_backward_custom(
         self, data: Batch, loss_fn: ClientLoss | ClosedFormLoss | LossHandle
@@ -330,11 +335,42 @@ class TrainingClient:
     def _raise_unseen_failures(self) -> None:
         self._require_own_process()
         with self._lock:
-            ended = [pending for pending in self._under_way if pending.done()]
-            self._under_way = deque(pending for pending in self._under_way if not pending.done())
-        failures = [failure for pending in ended if (failure := pending.unseen_failure()) is not None]
-        if failures:
-            raise failures[0]
+            failure, self._under_way = first_failure(self._under_way)
+        if failure is not None:
+            raise failure
+
+
+def split_batch(data: Sequence[Datum]) -> list[list[Datum]]:
+    """The datums of each request, in order. An empty batch is one empty request, which the server refuses.
+
+    Gradients accumulate in the adapter, so splitting changes only how long other runs wait.
+    """
+    chunks: list[list[Datum]] = [[]]
+    tokens = 0
+    for datum in data:
+        length = datum.model_input.length
+        if chunks[-1] and (len(chunks[-1]) == MAX_REQUEST_DATUMS or tokens + length > MAX_REQUEST_TOKENS):
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(datum)
+        tokens += length
+    return chunks
+
+
+def join_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+    """The result of the whole batch, with the metrics that all requests have; means are weighted by datums."""
+    if len(outputs) == 1:
+        return outputs[0]
+    names = set[str].intersection(*(set(output.metrics) for output in outputs))
+    counts = [len(output.loss_fn_outputs) for output in outputs]
+    return ForwardBackwardOutput(
+        [datum for output in outputs for datum in output.loss_fn_outputs],
+        {
+            name: reduce_metric(name, [output.metrics[name] for output in outputs], counts)
+            for name in sorted(names)
+        },
+        outputs[0].loss_fn_output_type,
+    )
 
 
 class SequenceCounter:

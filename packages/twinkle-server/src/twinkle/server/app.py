@@ -107,16 +107,14 @@ def build_parts(
     files = CheckpointFiles(config.storage.directory / "checkpoints")
     ledger = Ledger(database, plain_name(model.model_id))
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
-    run_log = RunLog()
+    run_log, tokens = RunLog(), _token_rate(config)
     futures = _build_futures(config, run_log, encodes)
     scheduler = Scheduler(_TICK_BATCHES * info.max_batch_tokens, info.overhead_tokens)
-    tokens = _token_rate(config)
     snapshots = Snapshots(worker, run_files, snapshot_seconds)
     residency = Residency(worker, snapshots, model.max_resident_adapter_bytes or info.max_adapter_bytes)
     live = LiveRuns(scheduler, futures, run_log, tokens)
     sampler_adapters = SamplerAdapters(worker, config.sampler.max_resident_adapters)
     completions = CompletionLog()
-    samples = SampleRunner(futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens)
     adapters = AdapterJobs(
         live, scheduler, futures, worker, sampler_adapters, snapshots, residency, checkpoints
     )
@@ -136,9 +134,8 @@ def build_parts(
         compaction=Compaction(live, futures, snapshots, run_log),
         run_files=run_files,
         snapshots=snapshots,
-        residency=residency,
         checkpoints=checkpoints,
-        samples=samples,
+        samples=SampleRunner(futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens),
         completions=completions,
         samplers=SamplerCache(database),
         losses=CustomLosses(database),

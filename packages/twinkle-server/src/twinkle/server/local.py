@@ -25,7 +25,7 @@ from twinkle.server.config import LimitsSection, ModelSection, ServerConfig, loa
 from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
 from twinkle.server.service.service import Service
-from twinkle.verbs.forks import begin_anew_when_forked
+from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.service import ServiceClientBase
 
 R = TypeVar("R")
@@ -77,7 +77,7 @@ class LocalChannel:
         self._thread: threading.Thread | None = None
         self._service: Service | None = None
         self._is_forked = False
-        begin_anew_when_forked(self)
+        reset_when_forked(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("clients of local mode can't be pickled: their model is in this process")
@@ -159,7 +159,7 @@ class LocalChannel:
             outcome = await service.retrieve(TENANT, promise.request_id, timeout=3600.0)
             if isinstance(outcome, m.Failure):
                 raise RequestFailed(outcome.error, outcome.category, promise.request_id)
-            if not isinstance(outcome, m.Pending):
+            if not isinstance(outcome, m.TryAgain):
                 return with_plain_rows(outcome) if isinstance(outcome, SampleResponse) else outcome
 
     def _refuse_if_forked(self) -> None:

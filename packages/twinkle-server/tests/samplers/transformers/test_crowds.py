@@ -60,14 +60,14 @@ def test_each_of_a_crowd_is_what_it_is_alone(
         backend.loaded, ModelConfig(tiny_model_dir), max_rows=rows, max_cached_tokens=tokens
     )
     turns = 0
-    turn = engine._turn
+    turn = engine._loop._turn
 
-    def counted() -> None:
+    def counted(messages: Any) -> None:
         nonlocal turns
         turns += 1
-        turn()
+        turn(messages)
 
-    monkeypatch.setattr(engine, "_turn", counted)
+    monkeypatch.setattr(engine._loop, "_turn", counted)
     try:
         for name, state in states.items():
             engine.add_adapter(name, state)

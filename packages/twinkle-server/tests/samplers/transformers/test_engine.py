@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from twinkle.protocol.errors import InvalidRequest, NotFound
-from twinkle.protocol.types import SampleResponse, SamplingParams
+from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
+from twinkle.protocol.types import SamplingParams
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -187,7 +188,7 @@ def test_the_engine_goes_on_after_a_failure_that_nobody_foresaw(engine, referenc
     def broken(rows, known):
         raise RuntimeError("the batch is in pieces")
 
-    monkeypatch.setattr(engine._batch, "drop", broken)
+    monkeypatch.setattr(engine._loop.running.batch, "drop", broken)
     done, running = [ask(engine, [1, 2, 3], max_tokens=n, stop=[]) for n in (2, 200)]
     assert len(done.result(60).sequences[0].tokens) == 2  # it was complete before
     with pytest.raises(RuntimeError, match="in pieces"):
@@ -211,9 +212,9 @@ def test_a_device_that_fails_for_good_is_told_to_everybody(engine, monkeypatch: 
     def dead(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(engine._network, "forward", dead)
-    monkeypatch.setattr(engine, "_free_memory", dead)
-    monkeypatch.setattr(engine, "_make_batch", dead)
+    monkeypatch.setattr(engine._runner, "forward", dead)
+    monkeypatch.setattr(engine._loop, "_free_memory", dead)
+    monkeypatch.setattr(engine._loop, "_make_batch", dead)
     for _ in range(2):
         futures = [ask(engine, prompt, max_tokens=3) for prompt in ([1, 2], [3])]
         for future in futures:
@@ -222,14 +223,14 @@ def test_a_device_that_fails_for_good_is_told_to_everybody(engine, monkeypatch: 
 
 
 def test_an_error_in_one_prompt_leaves_the_others(engine, monkeypatch: pytest.MonkeyPatch):
-    forward = engine._network.forward
+    forward = engine._runner.forward
 
     def explosive(cache, rows, tokens, starts):
         if tokens.shape[1] > 1 and (tokens[:, 0] == 7).any():  # a prompt, and not a sampled token
             raise MemoryError("too much")
         return forward(cache, rows, tokens, starts)
 
-    monkeypatch.setattr(engine._network, "forward", explosive)
+    monkeypatch.setattr(engine._runner, "forward", explosive)
     pending = [ask(engine, [token, 1], num_samples=2, max_tokens=4, stop=[]) for token in (5, 7, 6, 7, 8)]
     for token, future in zip((5, 7, 6, 7, 8), pending, strict=True):
         if token == 7:
@@ -277,7 +278,7 @@ class Gate:
         self.rows: list[int] = []  # of each step so far
         self._arrived, self._opened = threading.Semaphore(0), threading.Semaphore(0)
         self._is_open = False
-        step = engine._batch.step
+        step = engine._loop.running.batch.step
 
         def gated(tokens: Sequence[int]) -> torch.Tensor:
             self._arrived.release()
@@ -286,7 +287,7 @@ class Gate:
             self.rows.append(len(tokens))
             return step(tokens)
 
-        monkeypatch.setattr(engine._batch, "step", gated)
+        monkeypatch.setattr(engine._loop.running.batch, "step", gated)
 
     def wait_for_step(self) -> None:
         """Until the engine stands before a step that nobody waited for yet."""
@@ -323,7 +324,7 @@ def test_cancelling_one_that_runs_frees_its_rows_and_leaves_the_others_as_they_a
         np.testing.assert_allclose(sequence.logprobs, expected.logprobs, atol=1e-4)
     # The step that was under way was the last with its rows.
     assert gate.rows[:2] == [3, 5] and set(gate.rows[2:]) == {2}
-    assert not engine._under_way and not engine._unwanted
+    assert not engine._loop.cancellable
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_a_request_that_has_begun_in_part_is_cancelled_whole(engine, monkeypatch
         many.result(60)
     assert len(ask(engine, [1], max_tokens=3, num_samples=8, stop=[]).result(60).sequences) == 8
     assert gate.rows == [8, 8, 8]  # one with the cancelled samples, two without
-    assert not engine._line
+    assert not engine._loop.waiting
 
 
 def test_ids_that_are_unknown_empty_or_done_cancel_nothing(engine, monkeypatch: pytest.MonkeyPatch):
@@ -431,16 +432,25 @@ def test_cancelling_from_many_threads_ends_each_request_one_way_or_the_other(eng
         if i % 8 < 4 and isinstance(future.exception(60), CancelledError):
             continue
         assert future.result(60).sequences[0].tokens == expected.tokens
-    assert not engine._under_way
+    assert not engine._loop.cancellable
 
 
-def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path):
+def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
     engine = TransformersEngine(backend.loaded, ModelConfig(tiny_model_dir), max_rows=2)
+    gate = Gate(engine, monkeypatch)
     pending = [ask(engine, [1], max_tokens=200, stop=[]) for _ in range(20)]
+    gate.wait_for_step()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._inbox.is_closed:
+        time.sleep(0.001)
+    gate.open()
+    closing.join(60)
+    assert [type(future.exception(10)) for future in pending] == [CancelledError] * 20
+    late = ask(engine, [1], max_tokens=1)
+    assert isinstance(late.exception(10), ServerFault)
+    engine.cancel("unknown")  # harmless
     engine.close()
-    with pytest.raises(CancelledError):
-        for future in pending:
-            assert isinstance(future.result(10), SampleResponse)
 
 
 def test_a_model_with_linear_attention_takes_the_plain_way(linear_model_dir: Path):

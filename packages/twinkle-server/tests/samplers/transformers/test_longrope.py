@@ -25,7 +25,7 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine, batches
 from twinkle.server.samplers.transformers.batches import SlotBatch
-from twinkle.server.samplers.transformers.equal_length import LockstepBatch
+from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 
 DRAW = np.random.default_rng(5)
 PROMPTS = [DRAW.integers(3, VOCAB, n).tolist() for n in (20, 100, ORIGINAL, ORIGINAL + 1, 28, 5)]
@@ -81,7 +81,7 @@ def assert_as_alone(reference: Any, prompt: list[int], response: SampleResponse)
 
 
 def test_rows_of_both_sides_are_each_as_alone(engine, reference):
-    with engine._wake:
+    with engine._inbox.lock:
         pending = [
             ask(engine, prompt, seed=i, num_samples=2, prompt_logprobs=True)
             for i, prompt in enumerate(PROMPTS)
@@ -92,8 +92,8 @@ def test_rows_of_both_sides_are_each_as_alone(engine, reference):
 
 def test_pieces_of_a_long_prompt_are_read_as_the_whole(engine, reference, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 8)
-    monkeypatch.setattr(batches, "PREFILL_TOKENS_BETWEEN", 8)
-    with engine._wake:
+    monkeypatch.setattr(batches, "DECODING_PREFILL_TOKENS", 8)
+    with engine._inbox.lock:
         pending = [ask(engine, prompt, seed=i, prompt_logprobs=True) for i, prompt in enumerate(PROMPTS)]
     for prompt, future in zip(PROMPTS, pending, strict=True):
         assert_as_alone(reference, prompt, future.result(60))
@@ -144,7 +144,7 @@ def test_the_finished_row_is_scored_as_the_trainer_scores_it(engine, model_dir: 
 def test_a_full_context_beside_others_has_the_numbers_that_it_has_alone(engine, reference):
     full = DRAW.integers(3, VOCAB, CONTEXT - 4).tolist()
     ask(engine, full[:-1], max_tokens=1).result(60)  # so that it begins near its end, where others begin at 0
-    with engine._wake:
+    with engine._inbox.lock:
         pending = [
             (prompt, ask(engine, prompt, max_tokens=4)) for prompt in (full, PROMPTS[1], PROMPTS[1][::-1])
         ]
@@ -153,5 +153,5 @@ def test_a_full_context_beside_others_has_the_numbers_that_it_has_alone(engine, 
 
 
 def test_the_batch_fits_the_model(engine, model_dir: Path):
-    expected = LockstepBatch if "window" in model_dir.name else SlotBatch
-    assert isinstance(engine._batch, expected)
+    expected = EqualLengthBatch if "window" in model_dir.name else SlotBatch
+    assert isinstance(engine._loop.running.batch, expected)

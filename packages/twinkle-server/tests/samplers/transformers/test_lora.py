@@ -77,14 +77,14 @@ def test_each_row_gets_its_own_term_however_the_rows_change(together: int, monke
         maker.keep({adapters[name] for name in names})
 
 
-def test_a_place_that_was_given_up_is_used_again_and_stacks_that_nobody_needs_go():
+def test_a_slot_that_was_given_up_is_used_again_and_stacks_that_nobody_needs_go():
     maker, adapters = RouteMaker(CPU), resident(list(STATES))
     maker.make([adapters[f"2-{i}"] for i in range(4)])
     [stack] = maker._stacks.values()
     maker.keep({adapters[name] for name in ("2-0", "2-2")})
     maker.make([adapters[name] for name in ("2-4", "2-0", "2-2")])
-    assert list(maker._stacks.values()) == [stack] and len(stack.places) == 4
-    assert stack.places[:3] == [adapters["2-0"], adapters["2-4"], adapters["2-2"]]
+    assert list(maker._stacks.values()) == [stack] and len(stack.slots) == 4
+    assert stack.slots[:3] == [adapters["2-0"], adapters["2-4"], adapters["2-2"]]
     maker.keep({None})
     assert not maker._stacks
 

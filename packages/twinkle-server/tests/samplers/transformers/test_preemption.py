@@ -15,7 +15,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.cache_usage import Load
+from twinkle.server.samplers.cache_usage import CacheUsage
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine, cache
 
@@ -56,14 +56,14 @@ class Steps:
         self.rows: list[int] = []  # of each step
         self.ended: dict[str, int] = {}  # steps until then, by name
         self.then: dict[int, Callable[[], None]] = {}
-        step = engine._batch.step
+        step = engine._loop.running.batch.step
 
         def counted(tokens: Any) -> torch.Tensor:
             self.then.pop(len(self.rows), lambda: None)()
             self.rows.append(len(tokens))
             return step(tokens)
 
-        monkeypatch.setattr(engine._batch, "step", counted)
+        monkeypatch.setattr(engine._loop.running.batch, "step", counted)
 
     def note(self, name: str, future: Future[SampleResponse]) -> None:
         future.add_done_callback(lambda _: self.ended.setdefault(name, len(self.rows)))
@@ -142,14 +142,18 @@ def test_where_memory_runs_out_all_come_to_their_ends_as_if_alone(make: Make, mo
     alone = [ask(engine, p, t, **more).result(60) for p, t, more in asks]
     steps = Steps(engine, monkeypatch)
     loads: list[int] = []
-    step = engine._batch.step
+    step = engine._loop.running.batch.step
 
     def watched(tokens: Any) -> torch.Tensor:
-        loads.append(Load.of(engine._batch.limits, [s.length for s in engine._sequences]).tokens)
+        loads.append(
+            CacheUsage.of(
+                engine._loop.running.batch.limits, [s.length for s in engine._loop.running.sequences]
+            ).tokens
+        )
         return step(tokens)
 
-    monkeypatch.setattr(engine._batch, "step", watched)
-    with engine._wake:
+    monkeypatch.setattr(engine._loop.running.batch, "step", watched)
+    with engine._inbox.lock:
         pending = [ask(engine, p, t, **more) for p, t, more in asks]
     for future, expected in zip(pending, alone, strict=True):
         assert_alike(future.result(120), expected)
@@ -188,7 +192,7 @@ def test_paused_samples_are_cancelled_with_the_others(make: Make, monkeypatch):
     paused: list[int] = []
 
     def cancel() -> None:
-        paused.append(4 - len(engine._sequences))
+        paused.append(4 - len(engine._loop.running.sequences))
         engine.cancel("doomed")
 
     steps.then[60] = cancel
@@ -196,7 +200,7 @@ def test_paused_samples_are_cancelled_with_the_others(make: Make, monkeypatch):
     with pytest.raises(CancelledError):
         doomed.result(60)
     assert len(ask(engine, SHORT, "t", max_tokens=3).result(60).sequences[0].tokens) == 3
-    assert paused[0] > 0 and not engine._line and len(steps.rows) == 61 + 2
+    assert paused[0] > 0 and not engine._loop.waiting and len(steps.rows) == 61 + 2
 
 
 def fail_when(
@@ -225,10 +229,10 @@ def test_running_out_of_memory_fails_nobody_who_fits_alone(make: Make, monkeypat
         """Steps of more than three rows; prompts beside any other."""
         if end == "step":
             return tokens.shape[1] == 1 and len(tokens) > 3
-        return tokens.shape[1] > 1 and (len(tokens) > 1 or bool(engine._sequences))
+        return tokens.shape[1] > 1 and (len(tokens) > 1 or bool(engine._loop.running.sequences))
 
-    failed = fail_when(monkeypatch, engine._network, "forward", is_too_much)
-    with engine._wake:
+    failed = fail_when(monkeypatch, engine._runner, "forward", is_too_much)
+    with engine._inbox.lock:
         pending = [ask(engine, p, "t", **more) for p, more in asks]
     for future, expected in zip(pending, alone, strict=True):
         assert_alike(future.result(60), expected)
@@ -237,7 +241,7 @@ def test_running_out_of_memory_fails_nobody_who_fits_alone(make: Make, monkeypat
 
 def test_what_needs_more_memory_than_there_is_fails_alone(make: Make, monkeypatch):
     engine = make(max_rows=8)
-    fail_when(monkeypatch, engine._network, "forward", lambda _c, _r, _t, starts: max(starts) > 40)
+    fail_when(monkeypatch, engine._runner, "forward", lambda _c, _r, _t, starts: max(starts) > 40)
     doomed = ask(engine, LONG, "t", max_tokens=60)
     fine = [ask(engine, [i], "u", max_tokens=20) for i in range(4)]
     with pytest.raises(torch.OutOfMemoryError):
@@ -253,7 +257,7 @@ def test_a_cache_that_can_not_grow_is_as_it_was(make: Make, monkeypatch, nth: in
     alone = [ask(engine, p, "t", **more).result(60) for p, more in asks]
     calls: list[int] = []
     failed = fail_when(monkeypatch, cache, "_grown", lambda *_: calls.append(1) or len(calls) == nth)
-    with engine._wake:
+    with engine._inbox.lock:
         pending = [ask(engine, p, "t", **more) for p, more in asks]
     for future, expected in zip(pending, alone, strict=True):
         assert_alike(future.result(60), expected)
@@ -288,11 +292,11 @@ def test_a_step_that_fails_in_one_group_leaves_linear_attention_as_it_was(
         # The second group's fifth step.
         failed = fail_when(
             monkeypatch,
-            engine._network,
+            engine._runner,
             "body",
             lambda tokens, *_: tokens.shape[1] == 1 and (calls.append(1) or len(calls) == 14),
         )
-        with engine._wake:
+        with engine._inbox.lock:
             pending = [ask(engine, p, "t", **more) for p, more in asks]
         for future, expected in zip(pending, alone, strict=True):
             assert_alike(future.result(60), expected)

@@ -25,7 +25,7 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine
-from twinkle.server.samplers.transformers.batches import LockstepBatch, SlotBatch
+from twinkle.server.samplers.transformers.batches import EqualLengthBatch, SlotBatch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -59,7 +59,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
         # It makes its own mask of the one that it is given, and takes no positions.
         (
             BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1),
-            LockstepBatch,
+            EqualLengthBatch,
         ),
         # It has a size for each layer.
         (
@@ -72,7 +72,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
                 sliding_window=8,
                 activation_sparsity_pattern=[0.0] * 5,
             ),
-            LockstepBatch,
+            EqualLengthBatch,
         ),
         # Its heads are wider in some layers than in others.
         (
@@ -85,7 +85,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
                 vocab_size_per_layer_input=128,
                 num_kv_shared_layers=0,
             ),
-            LockstepBatch,
+            EqualLengthBatch,
         ),
         # Its routers are linear layers by their class, and give two tensors.
         (PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), SlotBatch),
@@ -98,7 +98,7 @@ def test_it_is_sampled_with_the_numbers_of_the_plain_model(
     model = save(config, tmp_path)
     engine = TransformersEngine.create(model, TransformersBackend(model))
     try:
-        assert type(engine._batch) is batch
+        assert type(engine._loop.running.batch) is batch
         prompt = np.array([5, 6, 7, 8], np.int64)
         request = GenerateRequest("r", None, prompt, SamplingParams(max_tokens=6, seed=1, stop=[]))
         [sequence] = engine.generate(request).result(60).sequences

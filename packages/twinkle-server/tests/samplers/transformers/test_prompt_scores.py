@@ -228,7 +228,7 @@ def test_a_prompt_of_one_token_has_no_rows(engine):
 @pytest.fixture
 def logits_made(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """For each time that the engine computes logits, of how many positions."""
-    network = engine._batch._network  # pyright: ignore[reportAttributeAccessIssue]
+    network = engine._loop.running.batch._runner  # pyright: ignore[reportAttributeAccessIssue]
     compute, made = network.logits, list[int]()
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,7 @@ def test_those_that_share_a_reading_with_a_scored_prompt_keep_their_adapters(
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 16)
     params = SamplingParams(max_tokens=1, stop=[], temperature=0)
     adapters = ["small", "other", None, "large", "other"]
-    with engine._wake:  # so that all are admitted together
+    with engine._inbox.lock:  # so that all are admitted together
         pending = [
             ask(engine, PROMPT[i:], adapter, params, prompt_logprobs=i == 1)
             for i, adapter in enumerate(adapters)

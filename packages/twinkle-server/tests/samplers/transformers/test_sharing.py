@@ -40,18 +40,18 @@ def assert_as_plain(response: SampleResponse, model: torch.nn.Module, prompt: li
 @pytest.fixture
 def passes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """For each forward pass: rows, and tokens of each."""
-    forward, made = engine._network.forward, list[tuple[int, int]]()
+    forward, made = engine._runner.forward, list[tuple[int, int]]()
 
     def counted(cache: Any, rows: slice, tokens: torch.Tensor, starts: list[int]) -> torch.Tensor:
         made.append((tokens.shape[0], tokens.shape[1]))
         return forward(cache, rows, tokens, starts)
 
-    monkeypatch.setattr(engine._network, "forward", counted)
+    monkeypatch.setattr(engine._runner, "forward", counted)
     yield made
 
 
 def test_a_common_beginning_of_prompts_that_come_together_is_read_once(engine, references, passes):
-    with engine._wake:  # so that all are admitted together
+    with engine._inbox.lock:  # so that all are admitted together
         pending = [ask(engine, PREAMBLE + tail, "small", max_tokens=1) for tail in TAILS]
     for tail, future in zip(TAILS, pending, strict=True):
         assert_as_plain(future.result(60), references["small"], PREAMBLE + tail)
@@ -72,14 +72,14 @@ def test_the_next_turn_of_a_conversation_reads_what_is_new(engine, references, p
 
 def test_a_prompt_that_begins_like_a_running_ones_reads_the_rest(engine, references, passes, monkeypatch):
     arrived: list[Future[SampleResponse]] = []
-    step = engine._batch.step
+    step = engine._loop.running.batch.step
 
     def step_and_ask(tokens: list[int]) -> torch.Tensor:
         if not arrived:
             arrived.append(ask(engine, PREAMBLE + TAILS[1], max_tokens=1))
         return step(tokens)
 
-    monkeypatch.setattr(engine._batch, "step", step_and_ask)
+    monkeypatch.setattr(engine._loop.running.batch, "step", step_and_ask)
     running = ask(engine, PREAMBLE + TAILS[0], max_tokens=6)
     assert_as_plain(running.result(60), references[None], PREAMBLE + TAILS[0])
     assert_as_plain(arrived[0].result(60), references[None], PREAMBLE + TAILS[1])
@@ -105,7 +105,7 @@ def test_an_adapter_that_has_gone_leaves_nothing_behind(engine, passes):
     engine.remove_adapter("other")
     running.result(60)
     ask(engine, [1], max_tokens=1).result(60)
-    assert not engine._batch._known
+    assert not engine._loop.running.batch._prefixes
 
 
 def test_a_prompt_whose_scores_are_wanted_is_read_from_where_they_begin(engine, references, passes):
@@ -125,17 +125,17 @@ def test_a_prompt_whose_scores_are_wanted_is_read_from_where_they_begin(engine, 
 
 
 def test_others_go_on_generating_while_a_long_prompt_is_read(engine, references, passes, monkeypatch):
-    monkeypatch.setattr(batches, "PREFILL_TOKENS_BETWEEN", 16)
+    monkeypatch.setattr(batches, "DECODING_PREFILL_TOKENS", 16)
     long = DRAW.integers(0, VOCAB, 100).tolist()
     arrived: list[Future[SampleResponse]] = []
-    step = engine._batch.step
+    step = engine._loop.running.batch.step
 
     def step_and_ask(tokens: list[int]) -> torch.Tensor:
         if not arrived:
             arrived.append(ask(engine, long, "other", max_tokens=1))
         return step(tokens)
 
-    monkeypatch.setattr(engine._batch, "step", step_and_ask)
+    monkeypatch.setattr(engine._loop.running.batch, "step", step_and_ask)
     running = ask(engine, PREAMBLE, "small", max_tokens=12)
     assert_as_plain(running.result(60), references["small"], PREAMBLE)
     assert_as_plain(arrived[0].result(60), references["other"], long)
@@ -145,14 +145,14 @@ def test_others_go_on_generating_while_a_long_prompt_is_read(engine, references,
 
 def test_a_leader_that_is_cancelled_leaves_its_followers_to_themselves(engine, references, monkeypatch):
     monkeypatch.setattr(batches, "PREFILL_TOKENS", 16)
-    forward = engine._network.forward
+    forward = engine._runner.forward
 
     def cancel_then_forward(*args: Any) -> torch.Tensor:
         engine.cancel("leader")
         return forward(*args)
 
-    monkeypatch.setattr(engine._network, "forward", cancel_then_forward)
-    with engine._wake:
+    monkeypatch.setattr(engine._runner, "forward", cancel_then_forward)
+    with engine._inbox.lock:
         leader = ask(engine, PREAMBLE * 2, "small", request_id="leader")
         followers = [ask(engine, PREAMBLE * 2 + tail, "small") for tail in TAILS]
     for tail, future in zip(TAILS, followers, strict=True):

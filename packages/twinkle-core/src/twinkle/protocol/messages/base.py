@@ -21,7 +21,7 @@ AccessScope: TypeAlias = Literal["owned", "accessible"]
 
 Reply: TypeAlias = Value
 """What a query is answered with."""
-ReplyT = TypeVar("ReplyT", bound=Value)
+ReplyT = TypeVar("ReplyT", bound=Value, covariant=True)
 
 
 class Query(Value, Generic[ReplyT]):

@@ -42,7 +42,7 @@ class CompleteMetadata(Value):
 QueueState: TypeAlias = Literal["active", "paused_capacity", "paused_rate_limit"]
 
 
-class Pending(Value):
+class TryAgain(Value):
     """Gateway to client, with status 408: not done yet, poll again.
 
     Attributes:

@@ -289,7 +289,7 @@ class Checkpoints:
 
     async def put_sampler(self, save: Save, sampler_id: str) -> None:
         """Write the row of the sampling session that samples from these weights."""
-        row = tables.Sampler(
+        row = tables.SamplingSession(
             id=sampler_id,
             tenant=save.tenant,
             session_id=save.session_id,

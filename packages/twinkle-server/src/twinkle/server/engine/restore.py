@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,8 +15,8 @@ import numpy as np
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import Conflict, NotFound
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import Int64Array, SampleResponse, SparseTensor, TensorData
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.checkpoints.checkpoints import Checkpoints
@@ -46,22 +45,20 @@ _AWAY = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Sample:
-    """One that was accepted and has not ended, with the task that sees it through, or did until it was paused."""
+    """A sample that was accepted and has not ended.
 
-    sampler: tables.Sampler
+    Attributes:
+        targets: the request's `target_prompt_logprobs`, decoded and checked.
+        task: draws it; None while the sample is paused.
+    """
+
+    request_id: str
+    sampler: tables.SamplingSession
     request: m.SampleRequest
     targets: TensorData | SparseTensor | None
-    task: asyncio.Task[None]
-
-    @property
-    def tenant(self) -> str:
-        return self.sampler.tenant
-
-    @property
-    def session_id(self) -> str:
-        return self.sampler.session_id
+    task: asyncio.Task[bool] | None = None
 
 
 class SampleRunner:
@@ -90,11 +87,9 @@ class SampleRunner:
         self._tokens = tokens
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
-        self._under_way: dict[str, _Sample] = {}
-        self._paused: dict[str, _Sample] = {}
-        # Those that are stopped, and whose samples are not over.
-        self._pausing: set[asyncio.Task[None]] = set()
-        self._cancelling: set[asyncio.Task[None]] = set()
+        self._samples: dict[str, _Sample] = {}  # by request id
+        # The event loop itself keeps no task alive.
+        self._stopping: set[asyncio.Task[bool] | asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest, digest: bytes) -> m.Promise | None:
         """The promise of the first request that had this one's (sampling session, seq_id), if there was one.
@@ -115,7 +110,7 @@ class SampleRunner:
 
     def begin(
         self,
-        sampler: tables.Sampler,
+        sampler: tables.SamplingSession,
         request: m.SampleRequest,
         request_id: str,
         digest: bytes,
@@ -125,31 +120,31 @@ class SampleRunner:
 
         Args:
             digest: of the request; empty if it is never sent again.
-            targets: the request's `target_prompt_logprobs`, decoded and checked.
+            targets: see `_Sample`.
         """
         self._remember(request, request_id, digest)
-        self._start(request_id, sampler, request, targets)
+        sample = self._samples[request_id] = _Sample(request_id, sampler, request, targets)
+        self._start(sample)
         return _promise(request_id, request)
 
-    def _start(
-        self,
-        request_id: str,
-        sampler: tables.Sampler,
-        request: m.SampleRequest,
-        targets: TensorData | SparseTensor | None,
-    ) -> None:
-        task = asyncio.create_task(self._run(request_id, sampler, request, targets))
-        sample = self._under_way[request_id] = _Sample(sampler, request, targets, task)
+    def _start(self, sample: _Sample) -> None:
+        sample.task = asyncio.create_task(self._run(sample))
+        # Not at the end of `_run`: a task that is cancelled before its first step never enters it.
+        sample.task.add_done_callback(lambda task: self._ended(sample, task))
 
-        def ended(_task: object) -> None:
-            if self._under_way.get(request_id) is sample:
-                del self._under_way[request_id]
-
-        task.add_done_callback(ended)
+    def _ended(self, sample: _Sample, task: asyncio.Task[bool]) -> None:
+        if sample.task is not task:
+            return  # it was paused, and is still promised
+        del self._samples[sample.request_id]
+        if task.cancelled():
+            error = "the sampling engine stopped before the sample was done"
+            self._futures.complete(sample.request_id, m.Failure(error=error, category="server"))
+        has_failed = task.cancelled() or task.exception() is not None or not task.result()
+        self._note_end(sample.sampler, sample.request, sample.request_id, has_failed)
 
     def restore(
         self,
-        sampler: tables.Sampler,
+        sampler: tables.SamplingSession,
         request: m.SampleRequest,
         request_id: str,
         digest: bytes,
@@ -166,7 +161,7 @@ class SampleRunner:
             self._accepted.popitem(last=False)
 
     def _note_end(
-        self, sampler: tables.Sampler, request: m.SampleRequest, request_id: str, is_failure: bool
+        self, sampler: tables.SamplingSession, request: m.SampleRequest, request_id: str, is_failure: bool
     ) -> None:
         target = (sampler.id, request.seq_id // IDS_OF_A_CLIENT)
         state: Literal["finished", "failed"] = "failed" if is_failure else "finished"
@@ -174,171 +169,120 @@ class SampleRunner:
 
     def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
-        if self.session_of(tenant, request_id) is None:
-            return
-        failure = m.Failure(error="the sample was cancelled by its client", category="user")
-        self._end(request_id, failure)
+        if self.session_of(tenant, request_id) is not None:
+            failure = m.Failure(error="the sample was cancelled by its client", category="user")
+            self._end(self._samples[request_id], failure)
 
-    def _end(self, request_id: str, failure: m.Failure) -> None:
-        """A sample that is under way, or paused, fails."""
-        self._futures.complete(request_id, failure)
-        paused = self._paused.pop(request_id, None)
-        if paused is not None:
-            self._note_end(paused.sampler, paused.request, request_id, is_failure=True)
+    def _end(self, sample: _Sample, failure: m.Failure) -> None:
+        self._futures.complete(sample.request_id, failure)
+        if sample.task is None:
+            del self._samples[sample.request_id]
+            self._note_end(sample.sampler, sample.request, sample.request_id, is_failure=True)
         else:
-            self._stop(request_id)
+            self._stop(sample.request_id, sample.task)
 
-    def _stop(self, request_id: str) -> None:
+    def _stop(self, request_id: str, task: asyncio.Task[bool]) -> None:
         """Draw no more of a sample."""
-        self._under_way[request_id].task.cancel()
-        cancelling = asyncio.create_task(self._worker.cancel(request_id))
-        self._cancelling.add(cancelling)
-        cancelling.add_done_callback(self._cancelling.discard)
+        task.cancel()
+        for stopping in (task, asyncio.create_task(self._worker.cancel(request_id))):
+            self._stopping.add(stopping)
+            stopping.add_done_callback(self._stopping.discard)
 
     def cancel_all(self, session_id: str) -> None:
         """Stop all samples of a session: nobody is left to wait for them."""
-        for request_id, sample in [*self._under_way.items(), *self._paused.items()]:
-            if sample.session_id == session_id:
-                self.cancel(sample.tenant, request_id)
+        for sample in self._of(session_id):
+            self.cancel(sample.sampler.tenant, sample.request_id)
+
+    def _of(self, session_id: str) -> list[_Sample]:
+        return [sample for sample in self._samples.values() if sample.sampler.session_id == session_id]
 
     # ------------------------------------------------------------ clients that are away
 
     def session_of(self, tenant: str, request_id: str) -> str | None:
         """Of a tenant's sample that has not ended; None if it has, is unknown or another's."""
-        sample = self._under_way.get(request_id) or self._paused.get(request_id)
-        return sample.session_id if sample is not None and sample.tenant == tenant else None
+        sample = self._samples.get(request_id)
+        return sample.sampler.session_id if sample is not None and sample.sampler.tenant == tenant else None
 
     def sessions(self) -> set[str]:
         """Those with samples that have not ended."""
-        return {sample.session_id for sample in (*self._under_way.values(), *self._paused.values())}
+        return {sample.sampler.session_id for sample in self._samples.values()}
 
     def pause(self, session_id: str) -> None:
-        """Stop a session's samples; they are still promised, and `go_on` draws them anew."""
-        stopped = [name for name, sample in self._under_way.items() if sample.session_id == session_id]
-        for request_id in stopped:
-            self._paused[request_id] = self._under_way[request_id]
-            task = self._under_way[request_id].task
-            self._pausing.add(task)
-            task.add_done_callback(self._pausing.discard)
-            self._stop(request_id)
-            del self._under_way[request_id]
-        if stopped:
-            log.info("%d samples of session %s stopped: its client is gone", len(stopped), session_id)
+        """Stop a session's samples; they are still promised, and `resume` draws them from their beginnings."""
+        drawn = [
+            (one, one.task) for one in self._of(session_id) if one.task is not None and not one.task.done()
+        ]
+        for sample, task in drawn:
+            sample.task = None
+            self._stop(sample.request_id, task)
+        if drawn:
+            log.info("%d samples of session %s stopped: its client is gone", len(drawn), session_id)
 
-    def go_on(self, session_id: str) -> None:
+    def resume(self, session_id: str) -> None:
         """Draw a session's samples that were paused."""
-        if not self._paused:
-            return
-        for request_id, sample in list(self._paused.items()):
-            if sample.session_id == session_id:
-                del self._paused[request_id]
-                self._start(request_id, sample.sampler, sample.request, sample.targets)
+        for sample in self._of(session_id):
+            if sample.task is None:
+                self._start(sample)
 
     def give_up(self, session_id: str) -> None:
         """The samples that were paused fail: their client has been away for too long."""
-        for request_id, sample in list(self._paused.items()):
-            if sample.session_id == session_id:
-                self._end(request_id, m.Failure(error=_AWAY, category="server"))
+        for sample in self._of(session_id):
+            if sample.task is None:
+                self._end(sample, m.Failure(error=_AWAY, category="server"))
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        tasks = [sample.task for sample in self._under_way.values()]
+        tasks = [sample.task for sample in self._samples.values() if sample.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._cancelling, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._stopping, return_exceptions=True)
 
-    async def _run(
-        self,
-        request_id: str,
-        sampler: tables.Sampler,
-        request: m.SampleRequest,
-        targets: TensorData | SparseTensor | None,
-    ) -> None:
-        is_failure = True
-        is_over = True
+    async def _run(self, sample: _Sample) -> bool:
+        """Draw a sample and complete its future; returns whether that went well."""
         try:
-            response = await self._generate_or_again(request_id, sampler, request, targets)
-            self._futures.complete(request_id, await self._futures.encoded(response))
-            self._record(sampler, request, response)
-            is_failure = False
-        except asyncio.CancelledError:
-            if asyncio.current_task() in self._pausing:
-                is_over = False
-                raise
-            stopped = m.Failure(
-                error="the sampling engine stopped before the sample was done", category="server"
-            )
-            self._futures.complete(request_id, stopped)
-            raise
+            response = await self._generate_or_again(sample)
+            self._futures.complete(sample.request_id, await self._futures.encoded(response))
+            self._record(sample.sampler, sample.request, response)
         except Exception as error:
-            self._futures.complete(request_id, to_failure(error, f"sample {request.seq_id} of {sampler.id}"))
-        finally:
-            if is_over:
-                self._note_end(sampler, request, request_id, is_failure)
+            what = f"sample {sample.request.seq_id} of {sample.sampler.id}"
+            self._futures.complete(sample.request_id, to_failure(error, what))
+            return False
+        return True
 
-    def _record(self, sampler: tables.Sampler, request: m.SampleRequest, response: SampleResponse) -> None:
+    def _record(
+        self, sampler: tables.SamplingSession, request: m.SampleRequest, response: SampleResponse
+    ) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
         self._tokens.charge(sampler.tenant, tokens)
 
-    async def _generate_or_again(
-        self,
-        request_id: str,
-        sampler: tables.Sampler,
-        request: m.SampleRequest,
-        targets: TensorData | SparseTensor | None,
-    ) -> SampleResponse:
+    async def _generate_or_again(self, sample: _Sample) -> SampleResponse:
         """A sample changes nothing, so one that was lost with its process is drawn again, and its client never knows.
 
         Once: it may be what ended the process.
         """
         try:
-            return await self._generate(request_id, sampler, request, targets)
+            return await self._generate(sample)
         except WorkerLost:
             await self._worker.available()
-            return await self._generate(request_id, sampler, request, targets)
+            return await self._generate(sample)
 
-    async def _generate(
-        self,
-        request_id: str,
-        sampler: tables.Sampler,
-        request: m.SampleRequest,
-        targets: TensorData | SparseTensor | None,
-    ) -> SampleResponse:
-        async with AsyncExitStack() as stack:
-            adapter_id: str | None = None
-            if sampler.model_path is not None:
-                # Not while the adapter's place is held: who writes the checkpoint needs it.
-                await self._checkpoints.arrived(uris.parse(sampler.model_path))
-                # A checkpoint that was overwritten since is another adapter than this sampler's.
-                key = (
-                    f"{sampler.model_path}@{sampler.checkpoint_time}"
-                    if sampler.checkpoint_time
-                    else sampler.model_path
-                )
-                adapter_id = await stack.enter_async_context(
-                    self._sampler_adapters.use(key, lambda: self._read(sampler))
-                )
-            response = await self._worker.generate(
-                GenerateRequest(
-                    tenant=sampler.tenant,
-                    adapter_id=adapter_id,
-                    prompt=request.prompt.tokens().astype(np.int64),
-                    params=request.sampling_params,
-                    num_samples=request.num_samples,
-                    prompt_logprobs=request.prompt_logprobs,
-                    topk_prompt_logprobs=request.topk_prompt_logprobs,
-                    topk_sample_logprobs=request.topk_sample_logprobs,
-                    prompt_logprobs_last_n=request.prompt_logprobs_last_n,
-                    target_tokens=None if targets is None else _dense(targets),
-                    prompt_alt_tokens_k=request.prompt_alt_tokens_k,
-                    request_id=request_id,
-                )
-            )
+    async def _generate(self, sample: _Sample) -> SampleResponse:
+        sampler, targets = sample.sampler, sample.targets
+        if sampler.model_path is None:
+            response = await self._worker.generate(_generate_request(sample, None))
+        else:
+            # Before the adapter's place is held: the job that writes the checkpoint needs it.
+            await self._checkpoints.arrived(uris.parse(sampler.model_path))
+            # A checkpoint that was overwritten since is another adapter than this sampler's.
+            made = f"@{sampler.checkpoint_time}" if sampler.checkpoint_time else ""
+            key = f"{sampler.model_path}{made}"
+            async with self._sampler_adapters.use(key, lambda: self._read(sampler)) as adapter_id:
+                response = await self._worker.generate(_generate_request(sample, adapter_id))
         return _in_layout_of(targets, response) if isinstance(targets, SparseTensor) else response
 
-    async def _read(self, sampler: tables.Sampler) -> AdapterState:
+    async def _read(self, sampler: tables.SamplingSession) -> AdapterState:
         assert sampler.model_path is not None, "a base model's sampler has nothing to read"
         checkpoint = await self._checkpoints.find(sampler.tenant, sampler.model_path, "model_path")
         if sampler.checkpoint_time is not None and checkpoint.created_at != sampler.checkpoint_time:
@@ -347,6 +291,24 @@ class SampleRunner:
                 "make a new one"
             )
         return await self._checkpoints.read(uris.parse(sampler.model_path))
+
+
+def _generate_request(sample: _Sample, adapter_id: str | None) -> GenerateRequest:
+    request, targets = sample.request, sample.targets
+    return GenerateRequest(
+        tenant=sample.sampler.tenant,
+        adapter_id=adapter_id,
+        prompt=request.prompt.tokens().astype(np.int64),
+        params=request.sampling_params,
+        num_samples=request.num_samples,
+        prompt_logprobs=request.prompt_logprobs,
+        topk_prompt_logprobs=request.topk_prompt_logprobs,
+        topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        target_tokens=None if targets is None else _dense(targets),
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        request_id=sample.request_id,
+    )
 
 
 def _dense(targets: TensorData | SparseTensor) -> Int64Array:

@@ -180,10 +180,7 @@ class LocalWorker:
             raise error
 
     async def try_publish(self, adapter_id: str, sampler_adapter_id: str) -> Exception | None:
-        """`publish` on one rank of a group: all take part in the export, and the one with a sampler hands it over.
-
-        What its sampler raises is returned: the ranks that have none don't disagree about it.
-        """
+        """`publish` on one rank: all take part in the export. Returns the sampler's error, which others don't have."""
         state = await self.export_adapter(adapter_id, with_optimizer=False)
         if self._sampler_or_none is None:
             return None
@@ -223,7 +220,7 @@ class LocalWorker:
 
     @property
     def _sampler(self) -> SamplingEngine:
-        assert self._sampler_or_none is not None, "this rank only trains"
+        assert self._sampler_or_none is not None, "only rank 0 has a sampler"
         return self._sampler_or_none
 
     async def _on_training_thread(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -237,9 +234,8 @@ def _pass_and_steps(
     results = backend.forward_backward(micro_batches)
     try:
         return results, backend.optim_step(steps)
-    except (
-        Exception
-    ):  # the pass stays done; the engine calls the steps by themselves, and gets the error there
+    except Exception:
+        # The pass stays done; the engine calls the steps by themselves, and gets the error there.
         return results, None
 
 

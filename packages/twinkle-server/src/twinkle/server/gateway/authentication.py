@@ -13,7 +13,7 @@ from twinkle.server.keys import KeyRing, audit_scope, describe
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.tokens import JWT_PREFIX, Signer, tenant_of_key
 
-T = TypeVar("T")
+WithAccess = TypeVar("WithAccess", m.LoadWeightsRequest, m.CopyWeightsRequest)
 
 
 class Authenticator:
@@ -81,16 +81,14 @@ class Authenticator:
             return tenant
         return audit_scope(await self._keys.of_credential(_credential(request), self._signer))
 
-    async def with_access(self, request: T) -> T:
+    async def with_access(self, request: WithAccess) -> WithAccess:
         """The request with its `weights_access_token`, another tenant's key that opens a checkpoint, replaced by a
         signed token, since the service knows no keys. A key that is not accepted opens nothing.
 
         Raises:
             Unavailable: as `tenant_of`.
         """
-        if self._keys is None or not isinstance(request, m.LoadWeightsRequest | m.CopyWeightsRequest):
-            return request
-        if request.weights_access_token is None:
+        if self._keys is None or request.weights_access_token is None:
             return request
         try:
             key = await self._keys.of_credential(request.weights_access_token.strip(), self._signer)

@@ -1,4 +1,4 @@
-"""Errors to replies: `{"error": sentence, "category": who can do something about it}`."""
+"""Errors as replies: `{"error": SENTENCE, "category": "user" or "server", by who can fix it}`."""
 
 import logging
 import re
@@ -34,13 +34,13 @@ _BARE_NAME_MESSAGE = (
 
 
 def twinkle_error(error: TwinkleError) -> Response:
-    """The reply that says it."""
+    """The reply for an error."""
     headers: dict[str, str] | None = None
     if isinstance(error, LimitReached | Unavailable):
         headers = {"Retry-After": f"{error.retry_after:g}"}
-    elif isinstance(error, Conflict):  # the SDK would try again otherwise
+    elif isinstance(error, Conflict):  # or the SDK would retry
         headers = {"X-Should-Retry": "false"}
-    elif isinstance(error, Unauthorized):  # tells the SDK to get a new token and try again
+    elif isinstance(error, Unauthorized):  # has the SDK get a new token and retry
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)
 
@@ -61,7 +61,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _hung_up(_request: Request, _error: Exception) -> Response:
-    """Nobody is there to read it, and nothing went wrong here."""
+    """For the access log: the client has disconnected, which is no error of the server."""
     return Response(status_code=499)
 
 
@@ -76,7 +76,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def _loggable(request: Request) -> str:
-    """The path, without the token of a download: whoever reads it there could have the file."""
+    """The path without a download's token, with which a reader of the log could fetch the file."""
     token = str(request.path_params.get("token", ""))
     return request.url.path.replace(token, "...") if token else request.url.path
 
@@ -95,4 +95,4 @@ HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     ClientDisconnect: _hung_up,
     Exception: _unexpected,
 }
-"""Makes an application answer every error in the one form."""
+"""For `Starlette(exception_handlers=...)`: replies to every error in one form."""

@@ -1,4 +1,4 @@
-"""Noticing that a client has hung up while its request waits for something: then nobody waits any more."""
+"""Cancels what a request waits for when its client disconnects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What comes of `work`, which ends with the connection.
+    """The result of `work`, which is cancelled when the client disconnects.
 
     Args:
-        request: whose body has been read.
+        request: its body must have been read.
 
     Raises:
-        ClientDisconnect: if the client hung up first.
+        ClientDisconnect: if the client disconnected first.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:

@@ -20,25 +20,25 @@ from twinkle.server.scheduling.threads import TenantThreads
 
 T = TypeVar("T")
 
-# The most that a request without tokens or tensors needs: what Python makes of JSON can be twenty times as large.
+# The most that a request without tokens or tensors needs. Parsed JSON can take twenty times as much memory.
 MAX_PLAIN_BYTES = 2**20
-# What a JSON body may consist of: values in lists and objects, and objects, which cost most.
+# The most values in lists and objects that a JSON body may have, and the most objects, which take most memory.
 _MAX_PLAIN_VALUES = 2**16
 _MAX_OBJECTS = 2**13
-# Of a sample: tokens to score at the positions of its prompt, and what a token takes in JSON.
+# A sample may also list tokens to score at each position of its prompt; a token takes so many bytes of JSON.
 _MAX_TARGETS = 2**20
 _TOKEN_BYTES = 8
 
-# Each such part of a body, and what is left of it in the end, must have come within so many seconds; and all of it.
+# Each part of this size, and the last one, must arrive within PART_SECONDS; the whole body within BODY_SECONDS.
 PART_BYTES = 2**19
 PART_SECONDS = 30.0
 BODY_SECONDS = 900.0
 
-# What a tenant may hold even while all together hold what they may.
+# A tenant may hold so much even while the limit of all tenants together is reached.
 SMALL_BYTES = 2**16
 _ROOM_SECONDS = 2.0
 
-# What is larger is decompressed and decoded in a thread: a large body must not keep all others waiting.
+# Larger bodies are decompressed and decoded in a thread, to keep the event loop free.
 INLINE_BYTES = 2**16
 _DECODING_THREADS = 2
 
@@ -46,14 +46,14 @@ _DECODING_THREADS = 2
 class ByteBudget:
     """Bytes that tenants hold at once, each and all together. Single-threaded.
 
-    Where all together hold what they may, a tenant may still hold `SMALL_BYTES`: others' large ones must not keep out
-    small ones.
+    Where all together are at their limit, a tenant may still hold `SMALL_BYTES`: large bodies of others must not keep
+    out small ones.
     """
 
     def __init__(self, name: str, per_tenant: int | None, in_all: int | None) -> None:
         """
         Args:
-            name: of the limit in the configuration; that of a single tenant ends in `_per_tenant`.
+            name: the limit's name in the configuration; the limit of a single tenant ends in `_per_tenant`.
         """
         self._name = name
         self._per_tenant = per_tenant
@@ -64,13 +64,13 @@ class ByteBudget:
 
     @property
     def most(self) -> float:
-        """No share can ever be larger."""
+        """The most that one share can hold."""
         return min(limit or math.inf for limit in (self._per_tenant, self._in_all))
 
     def check(self, tenant: str, amount: int) -> None:
         """
         Raises:
-            LimitReached: if there is no room for so many more.
+            LimitReached: if `amount` more bytes would exceed a limit.
         """
         own = self._tenants.get(tenant, 0)
         in_all = None if own + amount <= SMALL_BYTES else self._in_all
@@ -102,7 +102,7 @@ class ByteBudget:
 
 
 class Share:
-    """What one request holds of a budget, given back at the end of a `with`."""
+    """What one request holds of a budget; given back at the end of a `with`."""
 
     def __init__(self, budget: ByteBudget, tenant: str) -> None:
         self._budget = budget
@@ -138,7 +138,7 @@ class Bodies:
     def __init__(self, limits: LimitsSection) -> None:
         self._budget = ByteBudget("max_body_bytes", limits.max_body_bytes_per_tenant, limits.max_body_bytes)
         self.most = int(min(limits.max_request_bytes, self._budget.most))
-        """Bytes of the largest body that is ever taken."""
+        """Bytes of the largest body that is ever accepted."""
         self._threads = TenantThreads("bodies", _DECODING_THREADS, per_tenant=1)
 
     @property
@@ -155,8 +155,8 @@ class Bodies:
         Raises:
             TooLarge: before or after decompression.
             LimitReached: if there is no room for it just now.
-            InvalidRequest: if it is compressed in a way that isn't known here.
-            HTTPException: 408, if it comes too slowly.
+            InvalidRequest: if its compression is unknown.
+            HTTPException: 408, if it arrives too slowly.
         """
         most = min(most, self.most)
         body = await read_raw(request, most, share)
@@ -172,7 +172,7 @@ class Bodies:
                 raise InvalidRequest(f"Content-Encoding: {other[:40]!r} is not known here; use zstd or none")
 
     async def do(self, tenant: str, size: int, work: Callable[[], T]) -> T:
-        """The result of `work` on `size` bytes; in a thread if that is much, one after the other for each tenant."""
+        """The result of `work` on `size` bytes. Large ones are worked on in threads, one at a time for each tenant."""
         return work() if size <= INLINE_BYTES else await self._threads.run(tenant, work)
 
 
@@ -183,7 +183,7 @@ async def read_raw(request: Request, most: int, share: Share) -> bytes:
         if int(stated) > most:
             raise _too_large(most)
         share.check(int(stated))
-    received = bytearray()  # not a list of chunks: each would cost more than a chunk of a few bytes
+    received = bytearray()  # not a list of chunks: of a few bytes each they would take many times the memory
     end = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
         async with asyncio.timeout(PART_SECONDS) as deadline:
@@ -215,7 +215,7 @@ def _too_large(most: int) -> TooLarge:
 
 
 def most_bytes(request: type[m.Operation], max_context_length: int) -> int:
-    """Of a request's body: what it can mean at most, but for training passes, whose limit is the server's."""
+    """The largest body that makes sense for such a request. (Passes have no bound but the server's limit.)"""
     if request is m.ForwardBackwardRequest:
         return 2**62
     if request is m.SampleRequest:
@@ -224,10 +224,10 @@ def most_bytes(request: type[m.Operation], max_context_length: int) -> int:
 
 
 def check_json(body: bytes, request: type[object], max_context_length: int = 0) -> None:
-    """That a JSON body is small enough to be parsed: a few bytes of it become objects of hundreds.
+    """Check that a JSON body is small enough to be parsed: a few bytes of it can become objects of hundreds.
 
     Raises:
-        TooLarge: if it has more values, or more objects, than such a request can need.
+        TooLarge: if it has more values, or more objects, than such a request needs.
     """
     if len(body) <= _MAX_OBJECTS:
         return
@@ -242,13 +242,13 @@ def check_json(body: bytes, request: type[object], max_context_length: int = 0) 
 
 # ---------------------------------------------------------------- replies
 
-# What of a reply lies in a connection's buffer at most, beside what the operating system has.
+# How much of a reply is in a connection's buffer at most, beside the operating system's.
 REPLY_PART_BYTES = 2**18
 
 
 class BytesReply(Response):
-    """A body that is sent in parts, each when the client has read those before: of a large one that many ask for, and
-    nobody reads, there is one copy all the same.
+    """A body that is sent in parts, each when the client has read the previous ones. So a large body that many clients
+    ask for, and don't read, is in memory once.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -272,7 +272,7 @@ _WITH_TLS = ((b"strict-transport-security", b"max-age=31536000"),)
 class SecurityHeaders:
     """An ASGI application around another.
 
-    There is nothing about other origins: a browser lets no page of another site read what is answered here.
+    There are no CORS headers: without them browsers let no page of another site read the replies.
     """
 
     def __init__(self, app: ASGIApp, tls: bool) -> None:

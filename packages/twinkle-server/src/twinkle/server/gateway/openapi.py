@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document of the HTTP interface, made from the protocol's tables and the models that they name.
 
-Owns how the tables are written down for other tools. What a path does, and which there are, is the tables' affair; the
-few routes beside them are listed here.
+Owns how the tables are described to other tools. Which paths there are, and what they do, the tables say; the few
+routes that are in none are listed here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from twinkle.protocol.endpoints import (
     QUERIES,
     Endpoint,
 )
-from twinkle.protocol.operations import PATH
+from twinkle.protocol.operations import ENDPOINTS, MAX_OPERATIONS, PATH
 from twinkle.server._version import __version__
 
 Json: TypeAlias = dict[str, Any]
@@ -77,7 +77,7 @@ def _all_schemas() -> Defs:
     requests = [*(endpoint.request for endpoint in OPERATIONS), *QUERIES]
     replies = [query.reply_type() for query in QUERIES]
     results = get_args(m.Result)
-    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.Pending, m.Failure)
+    beside = (m.RetrieveFutureRequest, m.Promise, m.CompleteMetadata, m.TryAgain, m.Failure)
     configs = (m.ClientConfigRequest, m.ClientConfig, m.DynamicConfig, m.AuthTokenResponse)
     modes: dict[tuple[type[BaseModel], Mode], None] = {}
     for model in (*requests, *replies, *results, *beside, *configs):
@@ -206,9 +206,17 @@ def _together() -> Json:
     return {
         **_heading(PATH, "post", None),
         "parameters": [_ZSTD],
-        "requestBody": {"required": True, "content": {PROTOBUF: _BINARY}},
+        "requestBody": {
+            "required": True,
+            "description": f"At most {MAX_OPERATIONS} bodies, each with its path: {', '.join(ENDPOINTS)}.",
+            "content": {PROTOBUF: _BINARY},
+        },
         "responses": {
-            "200": {"description": "What became of each operation.", "content": {PROTOBUF: _BINARY}},
+            "200": {
+                "description": "A reply to each operation, in order: its result, why it was refused or has failed, or "
+                "408 if there is no result in time, and retrieve_future has it later.",
+                "content": {PROTOBUF: _BINARY},
+            },
             "default": _ERROR,
         },
     }
@@ -228,7 +236,7 @@ def _retrieve_future() -> Json:
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref(m.RetrieveFutureRequest)}}},
         "responses": {
             "200": done,
-            "408": _reply("Not done yet: ask again.", _ref(m.Pending)),
+            "408": _reply("Not done yet: ask again.", _ref(m.TryAgain)),
             "default": _ERROR,
         },
     }

@@ -17,16 +17,17 @@ from starlette.routing import Route
 
 from twinkle.protocol import codec, operations, results
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
-from twinkle.protocol.operations import Encoded, Posted, Reply
+from twinkle.protocol.operations import Posted, Reply
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.errors import twinkle_error
 from twinkle.server.gateway.hang_ups import while_connected
 from twinkle.server.gateway.http import Bodies, BytesReply, check_json, most_bytes
 from twinkle.server.gateway.port import ServicePort
 
-Outcome: TypeAlias = Encoded | m.Pending | m.CompleteMetadata
+Outcome: TypeAlias = Encoded | m.TryAgain | m.CompleteMetadata
 
 # Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
 LONG_POLL_SECONDS = 25.0
@@ -92,7 +93,7 @@ class Operations:
         except TwinkleError as error:
             return _refusal(request_id, error)
         if isinstance(outcome, m.CompleteMetadata):
-            outcome = m.Pending(request_id=request_id)
+            outcome = m.TryAgain(request_id=request_id)
         return Reply(request_id, *_encode(outcome))
 
     # ------------------------------------------------------------ submitting
@@ -110,7 +111,8 @@ class Operations:
         except InvalidRequest:
             await self._consume_seq_id(tenant, posted)
             raise
-        operation = await self._authenticator.with_access(operation)
+        if isinstance(operation, m.LoadWeightsRequest):
+            operation = await self._authenticator.with_access(operation)
         return await self._service.submit(tenant, operation, posted.body, digest)
 
     async def _consume_seq_id(self, tenant: str, posted: Posted) -> None:
@@ -155,7 +157,7 @@ class Operations:
     async def _wait(self, tenant: str, request: Request, request_id: str, most_bytes: int | None) -> Outcome:
         """As `ServicePort.fetch`, for as long as a long poll takes and the client of `request` is connected."""
         outcome = await self._service.fetch(tenant, request_id, _UNWATCHED_SECONDS, most_bytes)
-        if isinstance(outcome, m.Pending):
+        if isinstance(outcome, m.TryAgain):
             longer = self._service.fetch(
                 tenant, request_id, LONG_POLL_SECONDS - _UNWATCHED_SECONDS, most_bytes
             )
@@ -181,7 +183,7 @@ def _decode(posted: Posted, context_length: int) -> tuple[m.Operation, bytes]:
     """The request and its digest: both take long for a large one, so they are made in one go."""
     if posted.endpoint.body == "json":
         check_json(posted.body, posted.endpoint.request, context_length)
-    operation = operations.decode(posted)
+    operation = codec.decode(posted.endpoint.request, posted.body)
     return operation, operations.digest(operation)
 
 
@@ -190,7 +192,7 @@ def _encode(outcome: Outcome) -> tuple[int, str, bytes]:
     if isinstance(outcome, Encoded):
         return 200, outcome.content_type, outcome.body
     # The SDK takes 408 for "ask again" without a warning in the user's log.
-    return 408 if isinstance(outcome, m.Pending) else 200, JSON, codec.encode_json(outcome)
+    return 408 if isinstance(outcome, m.TryAgain) else 200, JSON, codec.encode_json(outcome)
 
 
 def _refusal(request_id: str, error: TwinkleError) -> Reply:

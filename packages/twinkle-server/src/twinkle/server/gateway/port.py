@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.operations import Encoded
+from twinkle.protocol.codec import Encoded
 from twinkle.server.tokens import Download
 
 
@@ -20,7 +20,7 @@ class ServicePort(Protocol):
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata: ...
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata: ...
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT: ...
 

@@ -58,7 +58,7 @@ class FakeEngine:
         return future
 
     def cancel(self, request_id: str) -> None:
-        """Nothing: whatever came has been answered."""
+        """Nothing: every request has been answered."""
 
     def close(self) -> None:
         with self._lock:

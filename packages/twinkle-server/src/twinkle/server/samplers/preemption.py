@@ -1,8 +1,8 @@
-"""Who makes room for whom: samples that are paused, to be read again and go on later. No torch.
+"""Which running samples are preempted, to be recomputed from their tokens and go on later. No torch.
 
-Three rules. The oldest sample that runs is never paused, so there is always one that comes to its end. Memory that runs
-out is given back by the tenant who has most of it. A tenant of whom nothing runs is given places by those who have more
-than it gets, up to a quarter of all, and nobody gives away the last one for that.
+Three rules. The oldest running sample is never preempted, so there is always one that gets to its end. When memory runs
+out, the tenant that has most of it gives some back. A tenant that has nothing running gets slots of those that have
+more than it gets, up to a quarter of all, and nobody gives its last one.
 """
 
 from __future__ import annotations
@@ -12,82 +12,82 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from twinkle.server.samplers.cache_usage import Limits, Load
+from twinkle.server.samplers.cache_usage import CacheUsage, Limits
 
-# A tenant of whom nothing runs is given so much of the rows, as a divisor.
-FOR_NEWCOMERS = 4
+# The share of the rows, as a divisor, that a tenant with nothing running may get of others.
+NEWCOMERS_SHARE = 4
 
 
 @dataclass(frozen=True)
-class Held:
-    """A row of the batch, or a prompt on its way there.
+class Slot:
+    """What a slot is taken by: a sample in the batch, or one whose prompt is being prefilled.
 
     Attributes:
-        order: rises with the time of the request, then with the sample's index.
-        length: tokens that are kept of it.
-        can_pause: whether it has begun.
+        order: age, the oldest first: the request's number, then the sample's index.
+        length: its tokens in the KV cache.
+        can_preempt: whether it has begun.
     """
 
     tenant: str
     order: tuple[int, int]
     length: int
-    can_pause: bool = True
+    can_preempt: bool = True
 
 
-def to_shrink(held: Sequence[Held]) -> int | None:
-    """Which row is paused where memory has run out: the newest of the tenant who has most; None if only the oldest one
+def victim(slots: Sequence[Slot]) -> int | None:
+    """Which row is preempted when memory has run out: the newest of the tenant that has most; None if only the oldest
     is left.
     """
-    most = Counter[str]()
-    for one in held:
-        most[one.tenant] += one.length
-    return _newest_of_most(held, most, {one.tenant for one in held})
+    tokens = Counter[str]()
+    for slot in slots:
+        tokens[slot.tenant] += slot.length
+    return _newest_of_richest(slots, tokens, {slot.tenant for slot in slots})
 
 
-def to_make_room(held: Sequence[Held], limits: Limits, length: int, samples: int) -> list[int]:
-    """Which rows are paused for a tenant of whom nothing runs; none if that would not do.
+def victims_for_newcomer(slots: Sequence[Slot], limits: Limits, length: int, samples: int) -> list[int]:
+    """Which rows are preempted for a tenant that has nothing running; none if that would not be enough for it.
 
     Args:
         length: what each of its samples takes to begin with.
         samples: how many it has waiting.
     """
-    kept_anyhow = _first_of_each(held)
-    if not Load.of(limits, (one.length for one in kept_anyhow)).fitting(length, 1, may_fill=True):
+    protected = _oldest_of_each(slots)
+    if not CacheUsage.of(limits, (slot.length for slot in protected)).fitting(length, 1, may_fill=True):
         return []
-    left = list(held)
-    want = max(1, min(samples, limits.rows // FOR_NEWCOMERS))
+    left = list(slots)
+    want = max(1, min(samples, limits.rows // NEWCOMERS_SHARE))
     while True:
-        load = Load.of(limits, (one.length for one in left))
-        fitting = load.fitting(length, want, may_fill=True)
-        needs_rows = fitting < want and fitting == limits.rows - load.rows
-        # What is kept in memory is dear, so that room for one is enough there; rows are shared evenly.
+        usage = CacheUsage.of(limits, (slot.length for slot in left))
+        fitting = usage.fitting(length, want, may_fill=True)
+        needs_rows = fitting < want and fitting == limits.rows - usage.rows
+        # Recomputing long samples is dear, so room for one is enough where memory is short; rows are shared evenly.
         if fitting == want or (fitting and not needs_rows):
             break
-        rows = Counter(one.tenant for one in left)
+        rows = Counter(slot.tenant for slot in left)
         tokens = Counter[str]()
-        for one in left:
-            tokens[one.tenant] += one.length
+        for slot in left:
+            tokens[slot.tenant] += slot.length
         givers = {tenant for tenant, count in rows.items() if count > fitting + 1}
-        victim = _newest_of_most(left, rows if needs_rows else tokens, givers)
-        if victim is None:
+        row = _newest_of_richest(left, rows if needs_rows else tokens, givers)
+        if row is None:
             break
-        del left[victim]
-    kept = {id(one) for one in left}
-    return [i for i, one in enumerate(held) if id(one) not in kept] if fitting else []
+        del left[row]
+    kept = {id(slot) for slot in left}
+    return [i for i, slot in enumerate(slots) if id(slot) not in kept] if fitting else []
 
 
-def _newest_of_most(held: Sequence[Held], most: Counter[str], givers: AbstractSet[str]) -> int | None:
-    """The newest row of the giver who has most; never the oldest row of all."""
-    running = [i for i, one in enumerate(held) if one.can_pause]
-    oldest = min(running, key=lambda i: held[i].order, default=None)
-    candidates = [i for i in running if i != oldest and held[i].tenant in givers]
-    return max(candidates, key=lambda i: (most[held[i].tenant], held[i].order), default=None)
+def _newest_of_richest(slots: Sequence[Slot], wealth: Counter[str], givers: AbstractSet[str]) -> int | None:
+    """The newest row of the giver that has most; never the oldest row of all."""
+    running = [i for i, slot in enumerate(slots) if slot.can_preempt]
+    oldest = min(running, key=lambda i: slots[i].order, default=None)
+    candidates = [i for i in running if i != oldest and slots[i].tenant in givers]
+    return max(candidates, key=lambda i: (wealth[slots[i].tenant], slots[i].order), default=None)
 
 
-def _first_of_each(held: Sequence[Held]) -> list[Held]:
-    """What nobody gives away for newcomers: the oldest of each tenant, and what can't be paused."""
-    oldest: dict[str, Held] = {}
-    for one in held:
-        if one.can_pause and (one.tenant not in oldest or one.order < oldest[one.tenant].order):
-            oldest[one.tenant] = one
-    return [*oldest.values(), *(one for one in held if not one.can_pause)]
+def _oldest_of_each(slots: Sequence[Slot]) -> list[Slot]:
+    """What nobody gives away for newcomers: the oldest of each tenant, and what can't be preempted."""
+    oldest: dict[str, Slot] = {}
+    for slot in slots:
+        if slot.can_preempt and (slot.tenant not in oldest or slot.order < oldest[slot.tenant].order):
+            oldest[slot.tenant] = slot
+    return [*oldest.values(), *(slot for slot in slots if not slot.can_preempt)]

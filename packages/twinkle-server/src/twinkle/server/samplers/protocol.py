@@ -1,4 +1,4 @@
-"""What a sampling engine is: adapters by id, requests in, futures out; it batches what it holds as it sees fit.
+"""The interface of a sampling engine: adapters by id, requests in, futures out; how it batches them is its own affair.
 
 Engines are found by entry points (group `twinkle.sampling_engines`). An engine runs in a thread (or process) of its
 own; its methods may be called from any thread and return at once.
@@ -19,11 +19,11 @@ class GenerateRequest:
     """One prompt, `num_samples` continuations.
 
     Attributes:
-        tenant: for fairness between those who wait.
+        tenant: waiting requests are served fairly between tenants.
         adapter_id: a resident adapter, or None for the base model.
         prompt: int64 [T], T >= 1.
-        prompt_logprobs: whether log-probabilities of the prompt's tokens are wanted too; they are of the plain
-            distribution (temperature 1), first entry None.
+        prompt_logprobs: whether to return log-probabilities of the prompt's tokens too, of the plain distribution
+            (temperature 1); the first entry is None.
         topk_prompt_logprobs, topk_sample_logprobs: how many likeliest tokens to list at each position.
         prompt_logprobs_last_n: score only the last so many prompt tokens (and list their likeliest); None is all. The
             entries before them are None.
@@ -66,16 +66,16 @@ class SamplingEngine(Protocol):
         ...
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
-        """Queue a request. The future fails alone if the request does (unknown adapter, more memory than there is).
+        """Queue a request. If it fails (unknown adapter, more memory than there is), only its own future does.
 
-        Many at a time are no reason to fail: those that find no room wait, and one tenant's keep no other
+        However many there are at a time, none fails for lack of room: they wait, and one tenant's don't keep another's
         out.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Nobody waits for that request any more: its future is cancelled and its place given back, soon. An id that is
-        not known (any more) changes nothing.
+        """Cancel a request's future, and free its slots soon. An id that is unknown, or whose request is done, changes
+        nothing.
         """
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from twinkle.server.samplers.cache_usage import Load
+from twinkle.server.samplers.cache_usage import CacheUsage
 from twinkle.server.scheduling.fair_queue import FairQueue
 
 T = TypeVar("T", bound=Hashable)
@@ -61,8 +61,8 @@ class WaitingQueue(Generic[T]):
         queue = self._queues[tenant]
         return queue[0].length, sum(waiting.samples for waiting in queue)
 
-    def take(self, load: Load) -> list[tuple[Waiting[T], int]]:
-        """Requests to admit, and how many samples of each; the load grows by them.
+    def take(self, usage: CacheUsage) -> list[tuple[Waiting[T], int]]:
+        """Requests to admit, and how many samples of each; the usage grows by them.
 
         Where a tenant's first request does not fit, others may go before it: room is made for a tenant that has
         nothing running, so it does not wait for ever.
@@ -73,26 +73,26 @@ class WaitingQueue(Generic[T]):
             tenant = next((tenant for tenant in candidates if self._affordable(tenant)), None)
             if tenant is None:
                 # No round where none of them fits: it would only pay their debts.
-                passed_over.update(tenant for tenant in candidates if not self._fitting(tenant, 1, load))
+                passed_over.update(tenant for tenant in candidates if not self._fitting(tenant, 1, usage))
                 if candidates := [tenant for tenant in candidates if tenant not in passed_over]:
                     self._turns.earn(QUANTUM, candidates)
-            elif count := self._fitting(tenant, self._affordable(tenant), load):
+            elif count := self._fitting(tenant, self._affordable(tenant), usage):
                 head = self._queues[tenant][0]
-                self._admit(head, count, load)
+                self._admit(head, count, usage)
                 admitted[head] += count
             else:
                 passed_over.add(tenant)
         return list(admitted.items())
 
-    def take_from(self, tenant: str, most: int, load: Load) -> list[tuple[Waiting[T], int]]:
+    def take_from(self, tenant: str, most: int, usage: CacheUsage) -> list[tuple[Waiting[T], int]]:
         """As `take`, but of one tenant, for which room was made: at most so many samples, whatever it owes."""
         admitted: list[tuple[Waiting[T], int]] = []
         while most > 0 and tenant in self._queues:
             head = self._queues[tenant][0]
-            count = load.fitting(head.length, min(head.samples, most), may_fill=True)
+            count = usage.fitting(head.length, min(head.samples, most), may_fill=True)
             if count == 0:
                 break
-            self._admit(head, count, load)
+            self._admit(head, count, usage)
             admitted.append((head, count))
             most -= count
         return admitted
@@ -115,11 +115,11 @@ class WaitingQueue(Generic[T]):
         # The one that exhausts the balance included: so samples of two tenants alternate, however many each asks for.
         return max(0, min(head.samples, -(-self._turns.balance(tenant) // head.tokens)))
 
-    def _fitting(self, tenant: str, most: int, load: Load) -> int:
-        return load.fitting(self._queues[tenant][0].length, most, may_fill=False)
+    def _fitting(self, tenant: str, most: int, usage: CacheUsage) -> int:
+        return usage.fitting(self._queues[tenant][0].length, most, may_fill=False)
 
-    def _admit(self, head: Waiting[T], count: int, load: Load) -> None:
-        load.add(head.length, count)
+    def _admit(self, head: Waiting[T], count: int, usage: CacheUsage) -> None:
+        usage.add(head.length, count)
         self._turns.charge(head.tenant, count * head.tokens)
         head.samples -= count
         if head.samples == 0:

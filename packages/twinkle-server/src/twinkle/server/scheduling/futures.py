@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import NotFound
-from twinkle.protocol.operations import Encoded
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
 from twinkle.server.scheduling.records import Outcome, RunLog, as_encoded
 from twinkle.server.scheduling.runs import Run

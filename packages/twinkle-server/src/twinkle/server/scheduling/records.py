@@ -14,11 +14,11 @@ from typing import Any, TypeAlias, cast
 
 import msgpack
 
+from twinkle.protocol import codec
 from twinkle.protocol import messages as m
-from twinkle.protocol import operations
-from twinkle.protocol.endpoints import OPERATION, OPERATIONS, Endpoint
+from twinkle.protocol.codec import Encoded, decode_result, encode_result
+from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.errors import Unavailable
-from twinkle.protocol.operations import Encoded, Posted, decode_result, encode_result
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.scheduling.runs import LostRun, Received, Run
 from twinkle.server.store.journal import Journal
@@ -67,11 +67,11 @@ class Accepted:
 
     def request(self) -> m.Operation:
         assert self.body is not None, "it can't be done again"
-        return operations.decode(Posted(_ENDPOINTS[self.path], self.body))
+        return codec.decode(self.kind, self.body)
 
     @property
     def kind(self) -> type[m.Operation]:
-        return _ENDPOINTS[self.path].request
+        return _REQUESTS[self.path]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Lost:
 
 Record: TypeAlias = Begun | Accepted | Rejected | Done | Ended | Lost
 
-_ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in OPERATIONS}
+_REQUESTS: dict[str, type[m.Operation]] = {endpoint.path: endpoint.request for endpoint in OPERATIONS}
 
 
 def encode(record: Record) -> bytes:
@@ -189,7 +189,7 @@ class RunLog:
             # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
             request, body = request.model_copy(update={"weights_access_token": None}), None
         run_id, digest = (None, b"") if run is None else (run.run_id, received.digest)
-        path, body = OPERATION[type(request)].path, body or operations.encode(request)
+        path, body = OPERATION[type(request)].path, body or codec.encode(request)
         self.append(Accepted(request_id, tenant, run_id, seq_id, tokens, path, body, digest))
         if run is not None:
             run.note_logged(self.journal.segment, seq_id)

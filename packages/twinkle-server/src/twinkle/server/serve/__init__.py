@@ -1,1 +1,1 @@
-"""Ray Serve: which processes there are and how they reach each other. The only package that imports ray."""
+"""The server's processes and how they reach each other, on Ray and Ray Serve. The only package that imports ray."""

@@ -1,5 +1,6 @@
-"""The server's process: starts Ray and Serve, says when it is ready, waits, and ends both. It is started by
-`supervisor.py`, again when it ends or Ray does.
+"""The server's process: starts Ray and Serve, reports when it is ready, waits, and ends both.
+
+`supervisor.py` starts it, and restarts it when it or Ray has ended.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ from twinkle.server.serve.supervised import Supervised, say
 
 log = logging.getLogger("twinkle.server")
 
-# Before this one there are no tokens.
+# Earlier versions have no tokens.
 _RAY_WITH_TOKENS = [2, 52]
-# How Ray says that something of it took too long.
+# How Ray words that a part of it took too long.
 _BUSY = re.compile("time(d )?out|within|deadline", re.IGNORECASE)
 
 _LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
-# How often Ray's own processes are looked for, and after how many times in vain they count as ended.
-_LOOK_SECONDS = 1.0
-_LOOKS = 2
+# Ray's own processes are probed so often, and count as ended after so many failures in a row.
+_PROBE_SECONDS = 1.0
+_PROBES = 2
 
 
 def main() -> int:
-    """Serve until the supervisor, or a signal, asks for the end; the exit code."""
-    os.umask(0o077)  # what it writes is for its user alone
+    """Serve until the supervisor, or a signal, asks for the end. Returns the exit code."""
+    os.umask(0o077)  # only its user may read what it writes
     supervised = Supervised(int(sys.argv[1]))
     ready, stop, over = threading.Event(), threading.Event(), threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
-            return  # it comes from the supervisor, and perhaps from who ends all processes of the machine
+            return  # the supervisor sends one, and so may whoever shuts the machine down
         stop.set()
         if not ready.is_set():
             raise KeyboardInterrupt  # out of whatever is being waited for
@@ -59,12 +60,12 @@ def main() -> int:
 
     take_signals()
     try:
-        # What this thread waits for is interrupted by a signal, and by nothing else.
+        # Only a signal interrupts whatever this thread is waiting for.
         supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
         plan = make_plan(with_auth_mode(ServerConfig.model_validate_json(supervised.configuration)))
         _say_what_is_loaded(plan)
         began = time.monotonic()
-        # Ray's own processes take seconds to start, and so does this.
+        # Takes seconds, and so do Ray's own processes, which are started meanwhile.
         importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
         importing.start()
         _start_ray(plan)
@@ -102,8 +103,8 @@ def _say_what_is_loaded(plan: Plan) -> None:
 
 
 def _start(plan: Plan) -> None:
-    """The ranks, Serve and the engine; they are ready then."""
-    # Ray and Serve report each of their own steps; what users want to know is said here.
+    """Start the ranks, Serve and the engine; returns when they are ready."""
+    # Ray and Serve log each of their own steps; what users want to know is said here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from ray import serve
@@ -112,9 +113,9 @@ def _start(plan: Plan) -> None:
     from twinkle.server.serve.deployments import APP_NAME, build_application
     from twinkle.server.serve.ranks import place_ranks
 
-    # The ranks take longest, so they are started first of all; the engine finds them there.
+    # The ranks take longest, so they are started first; the engine is handed them.
     placement = placement_group(plan.bundles, strategy="PACK")
-    ranks = place_ranks(placement, plan.model, plan.backend, plan.sampler)
+    ranks = place_ranks(plan, placement)
     serve.start(proxy_location="Disabled", logging_config=_LOGGING)
     try:
         serve.run(
@@ -133,7 +134,7 @@ def _start(plan: Plan) -> None:
 def _check_ray() -> None:
     """
     Raises:
-        ServerFault: if this Ray would run code for whoever reaches its ports.
+        ServerFault: if this Ray would run code for anybody who reaches its ports.
     """
     numbers = [int(number) for number in re.findall(r"\d+", ray.__version__)[:2]]
     if numbers < _RAY_WITH_TOKENS:
@@ -149,13 +150,13 @@ def _check_ray() -> None:
 
 def _start_ray(plan: Plan) -> None:
     _check_ray()
-    # Usage reports would reach for the network; Ray's dashboard is not ours to open on a user's machine.
+    # Usage reports go over the network, without asking the user.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's processes give way to all others of the machine, unless told that they are what it is for.
+    # By default Ray's processes have a lower priority than all others of the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
-            address="local",  # whatever cluster there is
+            address="local",  # never joins a cluster that is there
             num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
             num_gpus=plan.num_ranks * plan.gpus_per_rank,
             include_dashboard=False,
@@ -181,7 +182,7 @@ def _warn_of_open_ports() -> None:
 
 
 def _cause() -> str:
-    """What Serve says of the deployments that failed."""
+    """Serve's messages about the deployments that failed."""
     from ray import serve
 
     from twinkle.server.serve.deployments import APP_NAME
@@ -194,28 +195,27 @@ def _cause() -> str:
 
 
 def _watch_ray(supervised: Supervised, over: threading.Event) -> None:
-    """From now on, until it is `over`: end this process when Ray's head, or its raylet here, has ended.
+    """From now on, until `over` is set: end this process when Ray's head, or its raylet here, has ended.
 
-    Ray itself waits a minute for its head, and then ends each process that had to do with it, in whatever it is at.
+    Ray itself waits a minute for its head, and then kills each process that was connected to it.
     """
     addresses = _ray_addresses()
 
     def watch() -> None:
         failures = 0
-        while not over.wait(_LOOK_SECONDS):
+        while not over.wait(_PROBE_SECONDS):
             ended = [name for name, address in addresses.items() if not _listens(address)]
             failures = failures + 1 if ended else 0
-            if failures == _LOOKS:
+            if failures == _PROBES:
                 supervised.failed(ServerFault(f"{ended[0]} has ended"))
-                os._exit(
-                    1
-                )  # what would be closed in order waits for Ray; the supervisor ends all that is left
+                # An orderly shutdown would wait for Ray; the supervisor kills all that is left.
+                os._exit(1)
 
     threading.Thread(target=watch, name="watch Ray", daemon=True).start()
 
 
 def _ray_addresses() -> dict[str, tuple[str, int]]:
-    """Where the processes listen without which Ray is of no use."""
+    """Where the processes listen that Ray can't do without."""
     context = cast(Any, ray.get_runtime_context())
     host, _, port = str(context.gcs_address).rpartition(":")
     addresses = {"Ray's head": (host.strip("[]"), int(port))}
@@ -234,10 +234,10 @@ def _listens(address: tuple[str, int]) -> bool:
 
 
 def _close_engine() -> None:
-    """Let the engine write what it is writing; the cluster ends all the same."""
+    """Let the engine finish what it is writing."""
     try:
         _engine().close.remote().result(timeout_s=30)
-    except Exception as error:
+    except Exception as error:  # the cluster ends all the same
         log.warning("the engine could not be closed in order: %s", error)
 
 

@@ -1,6 +1,6 @@
-"""What a connection may cost before anybody knows whose it is: bytes of headers, time, and its place among others.
+"""Limits on an HTTP connection before its tenant is known: bytes of headers, time, and the number of connections.
 
-Owns the bytes of a request up to the end of its headers, and what stands around its body. Bodies are the gateway's.
+Covers the bytes of a request up to the end of its headers, and what surrounds its body. Bodies are the gateway's.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Of a request's line and headers. What is sent around a body (trailers, extensions of chunks) may take as much.
+# Of a request's line and headers. What surrounds a body (trailers, chunk extensions) may be as large.
 MAX_HEAD_BYTES = 64 * 2**10
 
-# How long the headers of a request may take, from the opening of a connection or their own first byte on; and how long
-# a body may go on that nobody reads, because its request was answered before.
+# How long the headers of a request may take, counted from the opening of the connection or from their first byte.
 HEAD_SECONDS = 20.0
+# How long a client may go on sending a body that nobody reads, because its request has been answered.
 UNREAD_BODY_SECONDS = 60.0
-# ... and how long a client may read nothing of what it is answered.
+# How long a client may read nothing of a response.
 UNREAD_ANSWER_SECONDS = 60.0
-# Requests that may be sent before the first of them is answered: each costs a hundred times its bytes while it waits.
+# Pipelined requests, sent before the first of them is answered: each costs a hundred times its bytes while it waits.
 MAX_AHEAD = 32
 
-# Files that are kept for all else (checkpoints, the journal, the database, ranks): a part of those that there may be.
+# The share (1 in 4) of the files a process may open that is kept for all else: checkpoints, journal, database, ranks.
 _KEPT_FILES = 4
 _FEWEST_CONNECTIONS = 16
 
-# Strangers can send as much nonsense as they like: what is wrong with it is in no log.
+# Anybody can send malformed requests: they must not fill the log.
 _log = logging.getLogger("twinkle.connections")
 _log.setLevel(logging.ERROR)
 
 
 def most_connections(limit: int | None) -> int:
-    """How many connections this process may hold: `limit`, or fewer where it may not open so many files."""
+    """How many connections this process may hold: `limit`, or fewer if it may not open so many files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return limit or 2**20
@@ -44,14 +44,14 @@ def most_connections(limit: int | None) -> int:
 
 
 class Connections:
-    """Those that are open. Where there are too many, the one gives way that nobody has sent a request on for longest:
-    first among those that never had one.
+    """The open ones. If there are too many, the one that has been without a request for longest is closed: first among
+    those that never had one.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._open: set[GuardedProtocol] = set()
-        # In the order in which they became so.
+        # Each in the order in which they became so.
         self._silent: dict[GuardedProtocol, None] = {}
         self._idle: dict[GuardedProtocol, None] = {}
 
@@ -59,7 +59,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: GuardedProtocol) -> None:
-        """A new one; it is ended at once if all others are being answered."""
+        """A new one; it is closed at once if all others are being answered."""
         self._open.add(connection)
         if len(self._open) > self._most:
             ended = next(iter(self._silent or self._idle), connection)
@@ -69,7 +69,7 @@ class Connections:
             self._silent[connection] = None
 
     def is_busy(self, connection: GuardedProtocol) -> None:
-        """A request of it is being answered."""
+        """One of its requests is being answered."""
         self._silent.pop(connection, None)
         self._idle.pop(connection, None)
 
@@ -84,13 +84,13 @@ class Connections:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection: uvicorn's, with bounds on what comes before the application is asked."""
+    """uvicorn's connection, with limits on what happens before the application is called."""
 
     def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logger = _log
         self._connections_open = connections
-        self._is_in_head = True  # of a request that has begun, or may begin
+        self._is_in_head = True  # of a request that has begun, or is yet to begin
         self._head_bytes = 0
         self._has_begun = False
         self._is_answering = False
@@ -100,11 +100,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._writing: asyncio.TimerHandle | None = None
 
     def end(self) -> None:
-        """At once, without a word."""
+        """Close at once, without a response."""
         self._stop_timers()
         self.transport.abort()
 
-    # ------------------------------------------------------------ asyncio's calls
+    # ------------------------------------------------------------ called by asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         super().connection_made(transport)
@@ -121,7 +121,7 @@ class GuardedProtocol(HttpToolsProtocol):
             data = self._read_head(data) if self._is_in_head else self._read_body(data)
 
     def _read_head(self, data: bytes) -> bytes:
-        """Parses no more than may be a head; returns what is left."""
+        """Parse no more than the largest head; return the rest."""
         room = MAX_HEAD_BYTES - self._head_bytes
         piece, rest = (data, b"") if len(data) <= room else (data[:room], data[room:])
         self._head_bytes += len(piece)
@@ -156,14 +156,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_watching()
         super().resume_writing()
 
-    # ------------------------------------------------------------ the parser's calls
+    # ------------------------------------------------------------ called by the parser
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._has_begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # what comes behind a body must not change what has been read of its request
+        if self._is_in_head:  # trailers must not change the headers of a request that is being answered
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -175,7 +175,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_AHEAD:
             self.end()
-            raise ConnectionAbortedError  # for the parser, which would read on
+            raise ConnectionAbortedError  # stops the parser
 
     def on_body(self, body: bytes) -> None:
         self._body_came = True
@@ -188,7 +188,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # The next one may have been sent before this answer.
+        # The next request may have been sent before this response.
         self._is_answering = not self.cycle.response_complete
         if not self._is_answering:
             self._connections_open.is_idle(self)
@@ -198,11 +198,11 @@ class GuardedProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ time
 
     def _watch_reader(self, left: int) -> None:
-        """End the connection if its client goes on to read nothing of the `left` bytes."""
+        """Close the connection if its client reads none of the `left` bytes for so long."""
         self._stop_watching()
-        self._writing = self.loop.call_later(UNREAD_ANSWER_SECONDS, self._has_it_read, left)
+        self._writing = self.loop.call_later(UNREAD_ANSWER_SECONDS, self._check_reader, left)
 
-    def _has_it_read(self, before: int) -> None:
+    def _check_reader(self, before: int) -> None:
         left = self.transport.get_write_buffer_size()
         if left < before:
             self._watch_reader(left)

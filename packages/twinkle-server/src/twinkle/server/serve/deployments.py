@@ -1,5 +1,6 @@
-"""The Serve deployments: one engine per base model, which answers HTTP itself, and further gateways where one process
-is not enough to read and write it.
+"""The Serve deployments: one engine per base model, which answers HTTP itself, and further gateways.
+
+Gateways are for servers where one process is not enough for reading and writing HTTP.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.loopback import keep_grpc_local
-from twinkle.server.serve.ranks import RankGroup, Timeouts
+from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.tokens import Download
 
-# The launcher imports this module too; these are imported where they run, while the ranks load the model.
+# The launcher imports this module too; these are imported where they are used, while the ranks load the model.
 if TYPE_CHECKING:
     from twinkle.server.gateway.port import ServicePort
     from twinkle.server.serve.http import HttpServer
@@ -35,14 +36,14 @@ T = TypeVar("T")
 
 APP_NAME = "twinkle"
 
-# An engine that could not start counts as healthy for so long, for the one who starts the server to ask why; an engine
-# that took another's place is then replaced in turn.
+# An engine that could not start counts as healthy for so long, so that the launcher can ask it why. One that replaced
+# another is then replaced in turn.
 _FAILURE_SHOWN_SECONDS = 30.0
 
-# An engine that is there answers at once whether it is ready.
+# A running engine answers at once whether it is ready.
 _READY_SECONDS = 2.0
 
-# Long polls wait in the engine: each holds one of these, so they must never be what runs out.
+# Each waiting long poll is an ongoing request of the engine: Serve's limit must never be reached.
 _MAX_ONGOING = 1_000_000
 
 
@@ -53,22 +54,19 @@ class EngineDeployment:
         """Serve awaits it.
 
         Args:
-            placement: where the ranks go.
-            ranks: the first of them, which were started beside Serve.
+            placement: where the ranks are placed.
+            ranks: the first ones, which were started beside Serve.
         """
         keep_grpc_local()
         self._start_failure: TwinkleError | None = None
         try:
             await self._start(plan, placement, ranks)
-        except Exception as error:  # raised here, it would reach the one who starts the server as a traceback
+        except Exception as error:  # raised here, it would reach the user as a traceback
             self._start_failure = _in_words(error)
             self._failed_at = time.monotonic()
 
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
-        timeouts = Timeouts(plan.config.model.heartbeat_timeout_seconds, plan.call_timeout_seconds)
-        ranks = asyncio.create_task(
-            RankGroup.start(placement, plan.model, plan.backend, plan.sampler, timeouts, first)
-        )
+        ranks = asyncio.create_task(RankGroup.start(plan, placement, first))
         await asyncio.sleep(0)  # they start to load
         from twinkle.server.app import build_service, build_signer, live_directory
 
@@ -83,7 +81,7 @@ class EngineDeployment:
         self._http = await listen(self._service, plan.config)
 
     async def start_failure(self) -> TwinkleError | None:
-        """Why the service could not start, if it couldn't."""
+        """Why the service could not start; None if it did."""
         return self._start_failure
 
     async def ready(self) -> None | TwinkleError:
@@ -96,7 +94,7 @@ class EngineDeployment:
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata | TwinkleError:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata | TwinkleError:
         return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
@@ -121,8 +119,8 @@ class EngineDeployment:
         await service.close()
 
     async def check_health(self) -> None:
-        """Fails when Serve is to start another engine. A rank that ended is none of its business: the service starts it
-        anew, and only if that fails it says so here.
+        """Raises if Serve is to start another engine. The service restarts ranks by itself, and only fails here if that
+        has failed.
         """
         if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
             return
@@ -131,11 +129,11 @@ class EngineDeployment:
 
 
 class GatewayDeployment:
-    """Reads and writes HTTP beside the engine, on the same port."""
+    """A process that reads and writes HTTP beside the engine, on the same port."""
 
     async def __init__(self, engine: DeploymentHandle[Any], config: ServerConfig) -> None:  # Serve awaits it
         keep_grpc_local()
-        # The engine listens last of all, when it is ready: nobody is to be answered before.
+        # The engine answers this when it is ready; no client is to be answered before.
         await cast(Any, engine).start_failure.remote()
         self._http = await listen(HandleService(engine), config)
 
@@ -186,7 +184,7 @@ class HandleService:
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
@@ -201,8 +199,8 @@ class HandleService:
         return await self._call(self._engine.download_part.remote(download, name, offset, size))
 
     async def _wait(self, response: Any) -> Any:
-        """`_call` for what may take long, and ends in the engine as well where its client has hung up: else it would
-        count as one that waits. Serve forgets such a call, and lets it go on.
+        """`_call` for long polls: cancelled in the engine too if the client hangs up, or it would count as waiting.
+        Serve by itself lets a call go on whose caller was cancelled.
         """
         try:
             return await self._call(response)
@@ -219,7 +217,7 @@ class HandleService:
 
 
 def _in_words(error: Exception) -> TwinkleError:
-    """What is said of an engine that can't start: one sentence. What nobody thought of is in the log with its place."""
+    """One sentence about why an engine can't start. What was not expected is logged with its traceback."""
     if isinstance(error, TwinkleError):
         return error
     log.error("the engine could not start", exc_info=error)
@@ -231,7 +229,7 @@ def _in_words(error: Exception) -> TwinkleError:
 
 
 async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
-    """Errors meant for people travel as values: Serve logs what is raised, traceback and all, as a fault of ours."""
+    """Errors meant for people are returned: Serve would log them with a traceback, as faults of the server."""
     try:
         return await answer()
     except TwinkleError as error:
@@ -239,8 +237,8 @@ async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
 
 
 def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> serve.Application:
-    """The deployments, wired; for the last two see `EngineDeployment`."""
-    # Serve's own annotations know no async constructors.
+    """The deployments, wired; see `EngineDeployment` for `placement` and `ranks`."""
+    # Serve's annotations don't allow async constructors.
     deployment = cast(Any, serve.deployment)
     engine = deployment(
         EngineDeployment,
@@ -248,7 +246,7 @@ def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=5,
-        # What fails at start-up (a model that can't be loaded) fails again; after that Serve retries by itself.
+        # What fails at start-up (a model that can't be loaded) fails again.
         max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=30,

@@ -1,6 +1,6 @@
-"""HTTP on the event loop of the process that answers: Ray Serve starts and watches the process, the socket is its own.
+"""HTTP on the event loop of the process that answers: Ray Serve starts and watches that process, but isn't in between.
 
-Serve's proxy would add a process and two hops to each request, several times what the request costs itself.
+Serve's proxy would add a process and two hops to each request, several times what the request itself costs.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class HttpServer:
     ) -> HttpServer:
         """Returns when requests are taken.
 
-        Several processes may listen on one port: the system spreads connections over them.
+        Several processes may listen on one port: the system distributes connections among them.
 
         Args:
-            tls: files of a certificate and its key; clients use plain http if None.
-            max_connections: at once; None is as many as this process may open files, but for a reserve.
+            tls: files of a certificate and its key; None is plain http.
+            max_connections: at once; None is as many as this process may open files, less a reserve.
 
         Raises:
-            OSError: if `host` and `port` can't be had.
+            OSError: if it can't listen on `host` and `port`.
         """
         certificate, key = tls or (None, None)
         listener = _bind(host, port)
@@ -75,7 +75,7 @@ class HttpServer:
         return not self._serving.done()
 
     async def close(self) -> None:
-        """Take no more requests, and drop those that still wait for a result: their clients ask again."""
+        """Take no more requests, and drop those that still wait for a result: their clients retry."""
         self._server.should_exit = self._server.force_exit = True
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving
@@ -84,7 +84,7 @@ class HttpServer:
 async def _listen(
     listener: socket.socket, config: uvicorn.Config, server: uvicorn.Server, most: int
 ) -> asyncio.Server:
-    """Instead of what uvicorn listens with, which knows no bound on what comes before the application is asked."""
+    """Listen with `GuardedProtocol`: uvicorn's own has no limits before the application is called."""
     connections = Connections(most)
     return await asyncio.get_running_loop().create_server(
         lambda: GuardedProtocol(connections, config, server.server_state, {}),
@@ -97,7 +97,7 @@ async def _listen(
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sends without delay only on sockets that do.
+    # The protocol is given because asyncio sets TCP_NODELAY only on sockets that have one.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,6 +1,6 @@
-"""The server as its user starts it: it is checked here what can be, and what runs it is started and kept running.
+"""The server as its user starts it: checks what can be checked, then runs the server's process under a supervisor.
 
-Light on purpose: this process stays for as long as the server does, and what Ray or the model do can't end it.
+Light on purpose: this process lasts as long as the server, and neither Ray nor the model can end it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from twinkle.server.serve.supervised import say
 from twinkle.server.serve.supervisor import Supervisor
 from twinkle.server.serve.tls import check_tls
 
-# -P: the directory in which the server is started holds no modules of it.
+# -P: no modules are imported from the directory in which the server is started.
 _COMMAND = (sys.executable, "-P", "-m", "twinkle.server.serve.cluster")
 
-# A server that was killed has its port until its last thread is gone, which takes a while on a busy machine.
-_DYING_SECONDS = 5.0
+# A server that was killed holds its port until its last thread is gone, which takes a while on a busy machine.
+_PORT_SECONDS = 5.0
 
 
 class TwinkleServer:
@@ -36,15 +36,15 @@ class TwinkleServer:
     def from_config(cls, path: str | os.PathLike[str]) -> TwinkleServer:
         """
         Raises:
-            InvalidRequest: naming what is wrong in the file.
+            InvalidRequest: says what is wrong in the file.
         """
         return cls(load_config(path))
 
     def run(self) -> None:
-        """Start, say when it is ready and where it listens, and serve until Ctrl-C or SIGTERM.
+        """Start, print where it listens once it is ready, and serve until Ctrl-C or SIGTERM.
 
-        Once it has been ready, it is started again whenever it ends otherwise: Ray's head or the server's own process
-        may be killed. The configuration stays what it was, the mode of access too.
+        Once it has been ready, it is restarted whenever it ends otherwise, as when Ray's head or the server's own
+        process is killed. The configuration stays the same, including who may use it.
 
         Raises:
             InvalidRequest, NotFound: if it can't start as configured (port taken, model not found, ...).
@@ -66,7 +66,7 @@ class TwinkleServer:
 
 
 def _check_port(host: str, port: int) -> None:
-    deadline = time.monotonic() + _DYING_SECONDS
+    deadline = time.monotonic() + _PORT_SECONDS
     while (error := _try_port(host, port)) is not None:
         if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
             raise InvalidRequest(
@@ -77,7 +77,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _try_port(host: str, port: int) -> OSError | None:
-    """Why nobody can listen there just now, if nobody can."""
+    """Why nobody can listen there just now; None if one can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,7 +101,7 @@ def _ready_lines(config: ServerConfig) -> str:
 
 
 def _access_lines(config: ServerConfig) -> list[str]:
-    """Who may come in, and what is wrong with that."""
+    """Who may use the server, and warnings about that."""
     host = config.server.host
     others = host != "localhost" and not _is_loopback(host)
     if config.auth.mode == "keys":
@@ -125,4 +125,4 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name: whatever it stands for
+        return False  # a name, whatever it resolves to

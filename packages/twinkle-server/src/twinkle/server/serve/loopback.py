@@ -1,8 +1,8 @@
-"""Keeps what Ray Serve opens in a replica's process to this machine.
+"""Keeps the port that Ray Serve opens in a replica's process on the loopback interface.
 
-A replica takes calls of other deployments on a port of all interfaces, and unpickles what comes there. Newer versions
-ask for Ray's token before that; nothing that isn't on this machine has any business there in any case, and the port is
-not used where deployments call each other by Ray's actors. There is no setting for the address.
+A replica takes calls of other deployments on a port of all interfaces, and unpickles what it receives. Newer versions
+ask for Ray's token first; even so nothing outside this machine needs that port, and deployments that call each other
+through Ray's actors don't use it. There is no setting for its address.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ALL = ("[::]:", "0.0.0.0:", ":::")
 
 
 def keep_grpc_local() -> None:
-    """From now on no server of gRPC's in this process listens on all interfaces."""
+    """From now on, no gRPC server in this process listens on all interfaces."""
     server: Any = import_module("grpc.aio._server").Server
     if hasattr(server, "twinkle_kept_local"):
         return

@@ -53,8 +53,8 @@ class Rank:
         self._loading = asyncio.create_task(asyncio.to_thread(_load, config, backend, sampler))
         is_here = callers_node == ray.get_runtime_context().get_node_id()
         host = None if is_here else cast(str, ray.util.get_node_ip_address())
-        self._server = await Server.start(self._loading, host)
-        return self._server.address
+        self._server = Server(self._loading)
+        return await self._server.listen(host)
 
 
 def _load(config: ModelConfig, backend: str, sampler: str) -> LocalWorker:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -19,8 +19,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle.protocol.errors import ServerFault, TwinkleError
-from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, ModelConfig, Row
+from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, Row
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
+from twinkle.server.plan import Plan
 from twinkle.server.serve.rank import Rank
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 
@@ -43,31 +44,6 @@ _BEYOND_REPAIR = (
 
 # What Ray raises when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
 _PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """When a rank that lives counts as lost all the same, in seconds.
-
-    Attributes:
-        heartbeat: without an answer to a heartbeat.
-        call: without an answer to a call that went to all ranks; None waits for ever. Loading the model isn't counted,
-            and neither are samples.
-    """
-
-    heartbeat: float = 60.0
-    call: float | None = None
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """All that it takes to start the ranks, the first time and again."""
-
-    placement: PlacementGroup
-    config: ModelConfig
-    backend: str
-    sampler: str
-    timeouts: Timeouts
 
 
 # ---------------------------------------------------------------- which ranks run a verb
@@ -100,6 +76,7 @@ class RankGroup:
 
     Attributes:
         incarnation: the processes that run now, or ran last.
+        info, loss_fns: of the model that they hold.
     """
 
     # The table. A verb that goes to other processes (samplers of their own), or whose arguments or results differ by
@@ -125,9 +102,8 @@ class RankGroup:
                 return results, await self.optim_step(steps)
             except WorkerLost:
                 raise
-            except (
-                Exception
-            ):  # the pass stays done; the engine calls the steps by themselves, and gets the error there
+            except Exception:
+                # The pass stays done; the engine calls the steps by themselves, and gets the error there.
                 return results, None
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
@@ -143,25 +119,23 @@ class RankGroup:
     # ------------------------------------------------------------ incarnations
 
     def __init__(
-        self, recipe: _Recipe, incarnation: Incarnation, info: BaseModelInfo, loss_fns: LossSpecs
+        self,
+        plan: Plan,
+        placement: PlacementGroup,
+        incarnation: Incarnation,
+        info: BaseModelInfo,
+        loss_fns: LossSpecs,
     ) -> None:
-        self.incarnation = incarnation
-        self._recipe = recipe
-        self._info = info
-        self._loss_fns = loss_fns
+        self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
+        self._plan = plan
+        self._placement = placement
         self._is_given_up = False
         self._training = asyncio.Lock()
         self._restarted = asyncio.Event()  # set and replaced by each restart, whether or not it succeeded
 
     @classmethod
     async def start(
-        cls,
-        placement: PlacementGroup,
-        config: ModelConfig,
-        backend: str,
-        sampler: str,
-        timeouts: Timeouts,
-        first: Sequence[Any] | None = None,
+        cls, plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
     ) -> RankGroup:
         """Start one actor on each bundle of `placement`.
 
@@ -172,19 +146,10 @@ class RankGroup:
             Exception: what the ranks raised when they loaded the model.
             ServerFault: if one of them ended, or only some could load it.
         """
-        recipe = _Recipe(placement, config, backend, sampler, timeouts)
         try:
-            return cls(recipe, *await _start(recipe, first))
+            return cls(plan, placement, *await _start(plan, placement, first))
         except WorkerLost as loss:
             raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
-
-    @property
-    def info(self) -> BaseModelInfo:
-        return self._info
-
-    @property
-    def loss_fns(self) -> LossSpecs:
-        return self._loss_fns
 
     async def lost(self) -> WorkerLost:
         return await self.incarnation.lost()
@@ -198,7 +163,7 @@ class RankGroup:
     async def restart(self) -> None:
         self.incarnation.end()
         try:
-            self.incarnation, self._info, self._loss_fns = await _start(self._recipe)
+            self.incarnation, self.info, self.loss_fns = await _start(self._plan, self._placement)
         except WorkerLost:
             raise  # the caller may try again
         except BaseException:
@@ -230,7 +195,7 @@ class Incarnation:
         Args:
             connections: to the ranks, rank 0 first.
             actors: the Ray actors behind them.
-            call_timeout: see `Timeouts.call`.
+            call_timeout: seconds without an answer to a call to all ranks after which the group is lost; None is never.
         """
         self._connections = connections
         self._actors = actors
@@ -416,7 +381,7 @@ def _outcomes(answers: Sequence[asyncio.Task[Any]]) -> str:
 
 
 async def _start(
-    recipe: _Recipe, first: Sequence[Any] | None = None
+    plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
 ) -> tuple[Incarnation, BaseModelInfo, LossSpecs]:
     """Ranks with the model loaded; none is left running if that fails.
 
@@ -424,7 +389,11 @@ async def _start(
         Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
         WorkerLost: if there is none, or a process ended.
     """
-    incarnation = await _connect_any(recipe, first)
+    incarnation = None
+    if first is not None:
+        with contextlib.suppress(WorkerLost):  # they ended, or are taken: new ones will do
+            incarnation = await _connect(plan, first)
+    incarnation = incarnation or await _connect(plan, place_ranks(plan, placement))
     try:
         return incarnation, *await incarnation.describe()
     except BaseException as error:
@@ -434,57 +403,41 @@ async def _start(
         raise
 
 
-async def _connect_any(recipe: _Recipe, first: Sequence[Any] | None) -> Incarnation:
-    if first is not None:
-        with contextlib.suppress(WorkerLost):  # they ended, or are taken: new ones will do
-            return await _connect(recipe, first)
-    return await _connect(
-        recipe, place_ranks(recipe.placement, recipe.config, recipe.backend, recipe.sampler)
-    )
-
-
-async def _connect(recipe: _Recipe, actors: Sequence[Any]) -> Incarnation:
+async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
     """Have actors load the model, and connect to them; if one can't be reached, all are killed.
 
     Raises:
         WorkerLost: if one of them ended, or is another group's.
     """
     node = ray.get_runtime_context().get_node_id()
-    config, timeouts = recipe.config, recipe.timeouts
+    heartbeat_seconds = plan.config.model.heartbeat_timeout_seconds
     try:
-        if config.num_ranks > 1:
-            config = replace(config, rendezvous=await actors[0].find_rendezvous.remote())
-        addresses = await asyncio.gather(
-            *(
-                actor.serve.remote(node, replace(config, rank=rank), recipe.backend, recipe.sampler)
-                for rank, actor in enumerate(actors)
-            )
-        )
+        meeting = await actors[0].find_rendezvous.remote() if len(actors) > 1 else None
+        configs = [replace(plan.model, rank=rank, rendezvous=meeting) for rank in range(len(actors))]
+        serving = [
+            actor.serve.remote(node, config, plan.backend, plan.sampler)
+            for actor, config in zip(actors, configs, strict=True)
+        ]
+        addresses = await asyncio.gather(*serving)
         if None in addresses:
             raise WorkerLost("its ranks are another engine's")
-        connections = [await Connection.connect(address, timeouts.heartbeat) for address in addresses]
+        connections = [await Connection.connect(address, heartbeat_seconds) for address in addresses]
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
         if isinstance(error, (*_PROCESS_ENDED, OSError)):
             raise WorkerLost(f"it ended as it was started: {error}") from error
         raise
-    return Incarnation(connections, actors, timeouts.call)
+    return Incarnation(connections, actors, plan.call_timeout_seconds)
 
 
-def place_ranks(placement: PlacementGroup, config: ModelConfig, backend: str, sampler: str) -> list[Any]:
+def place_ranks(plan: Plan, placement: PlacementGroup) -> list[Any]:
     """New actors, one on each bundle, which at once import what they will need."""
     actor_class = cast(Any, ray.remote)(Rank)
-    actors = [
-        actor_class.options(
-            num_cpus=1,
-            num_gpus=placement.bundle_specs[bundle].get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement, placement_group_bundle_index=bundle
-            ),
-        ).remote()
-        for bundle in range(placement.bundle_count)
-    ]
-    for actor in actors:
-        actor.preload.remote(config, backend, sampler)
+    actors: list[Any] = []
+    for bundle in range(plan.num_ranks):
+        place = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle)
+        options = {"num_cpus": 1, "num_gpus": plan.gpus_per_rank, "scheduling_strategy": place}
+        actors.append(actor_class.options(**options).remote())
+        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler)
     return actors

@@ -1,10 +1,8 @@
-"""Where one start of Ray is at home: a directory that only the server's user can enter, and the environment that goes
-with it.
+"""The place of one start of Ray: a directory that only the server's user can enter, and the environment for it.
 
-Whoever can speak with Ray runs code as the server's user. So each start has a token of its own, which all of Ray's
-processes ask for; its sockets and files lie in a directory of its own; and its ports are those of this machine alone.
-What is set for other programs, or other clusters, changes none of that. Knows Ray by its settings alone: they have to
-be there before it is imported.
+Anybody who can talk to Ray can run code as the server's user. So each start has a token of its own, which all of Ray's
+processes ask for, a directory of its own for sockets and files, and ports on the loopback interface only. Settings for
+other programs or clusters change none of that. Doesn't import Ray: its settings have to be there before.
 """
 
 from __future__ import annotations
@@ -25,13 +23,12 @@ from twinkle.protocol.errors import ServerFault
 _PREFIX = "twinkle-ray-"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 
-# A socket's path has at most 107 bytes (macOS: 103). Ray's, with all that it puts before its sockets' names, have so
-# many beyond its directory; those of the ranks are shorter.
+# A socket's path has at most 107 bytes (macOS: 103). Ray's paths add so many to its directory; the ranks' are shorter.
 _LONGEST_SOCKET = 103
 _OF_RAY = len("/r/session_2026-11-30_20-24-10_206472_1234567/sockets/plasma_store")
 _OF_RANKS = len("/twinkle-12345678/calls")
 
-# What would have this start join another cluster, or be somebody else's: another token, address, place or job.
+# Variables that would have this start join another cluster, or use another's token, address, directory or job.
 _NOT_OURS = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -47,13 +44,13 @@ _NOT_OURS = (
 
 @contextmanager
 def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
-    """The environment for one start, with a directory that is there while the block runs.
+    """The environment for one start, with a directory that exists while the block runs.
 
     Args:
-        variables: of the caller's environment.
+        variables: the caller's environment.
 
     Raises:
-        ServerFault: if there is no place for the directory.
+        ServerFault: if the directory can't be made anywhere.
     """
     directory, lock = _make_directory()
     try:
@@ -61,10 +58,10 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
         environment |= {
             "RAY_AUTH_MODE": "token",
             _TOKEN_PATH: str(_write_token(directory)),
-            # A cluster of one machine, as on macOS and Windows: all ports are those of the loopback interface.
+            # A cluster of one machine, as on macOS and Windows: all its ports are on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
-        # Ranks of a group meet on this machine as well.
+        # The ranks of a group connect to each other on this machine too.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         if len(os.fsencode(tempfile.gettempdir())) + _OF_RANKS > _LONGEST_SOCKET:
             environment["TMPDIR"] = str(directory)
@@ -75,15 +72,15 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
 
 
 def place() -> Path | None:
-    """The directory, in a process that was started with the environment."""
+    """The directory, in a process that was started with that environment; else None."""
     path = os.environ.get(_TOKEN_PATH)
     return None if path is None else Path(path).parent
 
 
 def ray_directory() -> Path:
-    """What Ray may have for its own in such a process: it opens that for everybody, who can't get there."""
+    """Ray's own directory, in such a process. Ray lets everybody read it, but the one around it keeps them out."""
     directory = place()
-    assert directory is not None, "the supervisor has made one"
+    assert directory is not None, "the supervisor makes one"
     return directory / "r"
 
 
@@ -95,7 +92,7 @@ def _write_token(directory: Path) -> Path:
 
 
 def _make_directory() -> tuple[Path, int]:
-    """A new one, and the descriptor that tells others that it is in use."""
+    """A new one, and the descriptor of the lock that shows others it is in use."""
     errors: list[str] = []
     for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
         if len(os.fsencode(f"{base}/{_PREFIX}12345678")) + _OF_RAY > _LONGEST_SOCKET:
@@ -103,7 +100,7 @@ def _make_directory() -> tuple[Path, int]:
             continue
         try:
             _remove_left(Path(base))
-            # For its owner alone, whatever the umask.
+            # Only its owner can enter it, whatever the umask.
             directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
             return directory, _lock(directory)
         except OSError as error:
@@ -121,7 +118,7 @@ def _lock(directory: Path) -> int:
 
 
 def _remove_left(base: Path) -> None:
-    """Delete what starts of this user have left whose supervisor was killed: the lock ends with it."""
+    """Delete directories that this user's killed supervisors have left behind: their locks are gone with them."""
     for directory in base.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or in use
             if directory.is_symlink() or directory.stat().st_uid != os.getuid():

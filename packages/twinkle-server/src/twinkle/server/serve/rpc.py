@@ -82,50 +82,44 @@ class Call:
 
 
 class Server:
-    """Runs async methods of one object for one caller, until that hangs up. On the event loop that started it.
-
-    Attributes:
-        address: where it listens.
-    """
+    """Runs async methods of one object for one caller, until that hangs up. On the event loop that it listens on."""
 
     address: Address
     _listener: asyncio.Server
 
     def __init__(self, target: asyncio.Future[Any]) -> None:
-        self._target = target
-        self._secret = secrets.token_bytes(_SECRET_BYTES)
-        self._directory: str | None = None
-
-    @classmethod
-    async def start(cls, target: asyncio.Future[Any], host: str | None) -> Server:
         """
         Args:
             target: the object, once it is there: calls wait for it, and raise what it failed with.
+        """
+        self._target = target
+
+    async def listen(self, host: str | None) -> Address:
+        """
+        Args:
             host: this machine's address, for a caller on another one; None for a caller on this machine.
         """
-        server = cls(target)
+        secret = secrets.token_bytes(_SECRET_BYTES)
         if host is None:
-            server._directory = tempfile.mkdtemp(prefix="twinkle-")
-            path = str(Path(server._directory) / "calls")
-            server._listener = await asyncio.start_unix_server(server._connected, path, limit=_BUFFER_BYTES)
-            server.address = Address(path, "", 0, server._secret)
+            path = Path(tempfile.mkdtemp(prefix="twinkle-")) / "calls"
+            self._listener = await asyncio.start_unix_server(self._connected, path, limit=_BUFFER_BYTES)
+            self.address = Address(str(path), "", 0, secret)
         else:
-            server._listener = await asyncio.start_server(server._connected, host, 0, limit=_BUFFER_BYTES)
-            port = server._listener.sockets[0].getsockname()[1]
-            server.address = Address(None, host, port, server._secret)
-        return server
+            self._listener = await asyncio.start_server(self._connected, host, 0, limit=_BUFFER_BYTES)
+            self.address = Address(None, host, self._listener.sockets[0].getsockname()[1], secret)
+        return self.address
 
     def close(self) -> None:
         """Listen no more; a caller that has connected is still answered."""
         self._listener.close()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.address.socket is not None:
+            shutil.rmtree(Path(self.address.socket).parent, ignore_errors=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_SECRET_SECONDS):
                 said = await reader.readexactly(_SECRET_BYTES)
-            if hmac.compare_digest(said, self._secret):
+            if hmac.compare_digest(said, self.address.secret):
                 self.close()
                 await self._answer_calls(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):

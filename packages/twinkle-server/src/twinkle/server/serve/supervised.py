@@ -1,7 +1,7 @@
-"""The supervised process's side: what it is to run with, how it fares, and when it is to end.
+"""The supervised process's side: it is given its configuration, reports its state, and is asked to stop.
 
-Both sides hold one end of a pair of sockets. Each message is a line of JSON. If the other end closes, whoever held it
-has ended.
+Each side holds one end of a pair of sockets. A message is a line of JSON. If the other end closes, its process has
+ended.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STOP = b'"stop"\n'
 
 
 class Supervised:
-    """A process's line to the supervisor that started it.
+    """A process's connection to the supervisor that started it.
 
     Attributes:
         configuration: what the supervisor passes on.
     """
 
     def __init__(self, descriptor: int) -> None:
-        os.set_inheritable(descriptor, False)  # whatever outlives this process must not seem to be it
+        os.set_inheritable(descriptor, False)  # a child that outlives this process would keep it open
         self._socket = socket.socket(fileno=descriptor)
         self._orders = self._socket.makefile("rb")
         first = self._orders.readline()
@@ -39,20 +39,20 @@ class Supervised:
         self.configuration: str = json.loads(first)
 
     def watch(self, on_stop: Callable[[], None]) -> None:
-        """From now on: call `on_stop`, in another thread, when this process is asked to end; and end it at once, with
-        all that it started, when its supervisor ends.
+        """From now on, call `on_stop` on another thread when this process is asked to stop. If the supervisor ends,
+        this process ends at once, with all that it started.
         """
         threading.Thread(target=self._watch, args=(on_stop,), name="supervisor", daemon=True).start()
 
     def ready(self, configuration: str) -> None:
         """
         Args:
-            configuration: what the next one is to be started with, if this one ends.
+            configuration: what the next process is started with, if this one ends.
         """
         self._report({"ready": configuration})
 
     def failed(self, error: TwinkleError) -> None:
-        """It can't start, or go on; the process ends now."""
+        """Report why this process can't start, or go on; it ends after that."""
         self._report({"status": error.status, "message": error.message})
 
     def _report(self, message: dict[str, Any]) -> None:
@@ -64,14 +64,15 @@ class Supervised:
             while order := self._orders.readline():
                 if order == STOP:
                     on_stop()
-        # Nobody would start this one again, and whoever starts another supervisor needs the port. Nothing accepted is
-        # lost by that.
+        # Nobody would restart this process, and another supervisor needs its port. Nothing accepted is lost.
         if os.getsid(0) == os.getpid():
             end_session(os.getpid())
         os._exit(1)
 
 
 def say(line: str) -> None:
-    """To whoever started the server; that nobody reads it (any more) must not end it."""
-    with contextlib.suppress(OSError, ValueError):
+    """Tell the user who started the server."""
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # nobody reads it (any more), which must not end the server
         print(line, file=sys.stderr, flush=True)

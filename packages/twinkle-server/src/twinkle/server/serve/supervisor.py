@@ -1,7 +1,6 @@
-"""Keeps a program running: starts it, starts it again when it ends unasked, and ends all that it has started.
+"""Keeps a program running: starts it, restarts it when it ends unasked, and kills all that it has started.
 
-It knows neither Ray nor the model, so that nothing of theirs can end it. What the program itself has to do is
-`supervised.py`.
+It knows neither Ray nor the model, so that nothing of theirs can end it. The program's own side is `supervised.py`.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from twinkle.server.serve.supervised import STOP, say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Before each further start without success, the last one for ever.
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# What has been ready for so long is no failure to start: the pauses begin anew.
+# Backoff between starts that fail; the last one from then on.
+_BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+# A program that has been ready for so long is no failure to start: the backoff is reset.
 _STEADY_SECONDS = 60.0
-# The engine has half a minute for what it is writing.
+# More than the half a minute that the engine has for what it is writing.
 _STOP_SECONDS = 45.0
-# The end of the program is seen on the line; this is for the case that something else holds the line's other end.
-_LOOK_SECONDS = 5.0
+# The end of the program closes its socket; this is for the case that a process which it started has inherited that.
+_POLL_SECONDS = 5.0
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, while it is entered, as something that can be waited for beside sockets.
+    """While entered, SIGINT and SIGTERM are something that can be waited for beside sockets.
 
     Attributes:
-        asked: whether one of them has come.
+        asked: whether one of them has arrived.
     """
 
     def __init__(self) -> None:
@@ -57,7 +56,7 @@ class StopSignals:
         self._sender.close()
 
     def fileno(self) -> int:
-        """Readable once a signal has come."""
+        """Readable once a signal has arrived."""
         return self._receiver.fileno()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -66,7 +65,7 @@ class StopSignals:
             self._sender.send(b".")
 
 
-class _Life:
+class _Child:
     """One process of the program, and what it has reported."""
 
     def __init__(
@@ -76,16 +75,16 @@ class _Life:
         Raises:
             ServerFault: if the system starts no process.
         """
-        self._line, theirs = socket.socketpair()
-        self._began_line = b""
+        self._socket, theirs = socket.socketpair()
+        self._partial_line = b""
         self.ready: str | None = None
         self.ready_at = 0.0
         self.error: TwinkleError | None = None
         with theirs:
             number = theirs.fileno()
             try:
-                # A session of its own: Ctrl-C in a terminal reaches the supervisor alone, and whatever the process
-                # starts is known by it.
+                # A session of its own: Ctrl-C in a terminal reaches the supervisor alone, and all that the process
+                # starts can be found by the session.
                 self.process = subprocess.Popen(
                     [*command, str(number)],
                     stdin=subprocess.DEVNULL,
@@ -94,7 +93,7 @@ class _Life:
                     start_new_session=True,
                 )
             except OSError as error:
-                self._line.close()
+                self._socket.close()
                 raise ServerFault(f"no process could be started for the server ({error})") from error
         self._send(json.dumps(configuration).encode() + b"\n")
 
@@ -102,24 +101,24 @@ class _Life:
         self._send(STOP)
 
     def wait(self, others: Sequence[int], seconds: float) -> bool:
-        """Until there is something new, here or on other descriptors, or the time is over; False: it has ended."""
-        if self._line not in wait([self._line, *others], seconds):
+        """Wait for a report, for other descriptors, or for the time to be over; returns whether it still runs."""
+        if self._socket not in wait([self._socket, *others], seconds):
             return self.process.poll() is None
         try:
-            part = self._line.recv(2**16)
+            part = self._socket.recv(2**16)
         except ConnectionError:
             part = b""
-        *lines, self._began_line = (self._began_line + part).split(b"\n")
+        *lines, self._partial_line = (self._partial_line + part).split(b"\n")
         for line in lines:
             self._take(json.loads(line))
         return bool(part)
 
     def end(self, seconds: float) -> int:
-        """The exit code, after so long at most; nothing that the process has started is left then."""
+        """Wait so long for it to end, then kill it and all that it has started; returns its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         end_session(self.process.pid)
-        self._line.close()
+        self._socket.close()
         return self.process.wait()
 
     def _take(self, report: dict[str, Any]) -> None:
@@ -129,12 +128,12 @@ class _Life:
             self.error = from_status(report["status"], report["message"])
 
     def _send(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # it has ended, which is seen by whoever reads
-            self._line.sendall(message)
+        with contextlib.suppress(OSError):  # it has ended, which `wait` notices
+            self._socket.sendall(message)
 
 
 class Supervisor:
-    """Runs a program that uses `Supervised`, for as long as nobody asks for its end."""
+    """Runs a program that uses `Supervised` until it is asked to stop."""
 
     def __init__(
         self,
@@ -144,43 +143,42 @@ class Supervisor:
         check: Callable[[], None],
         on_ready: Callable[[str], None],
         surroundings: Callable[[], AbstractContextManager[dict[str, str] | None]] = nullcontext,
-        pauses: Sequence[float] = _PAUSES,
+        backoff: Sequence[float] = _BACKOFF,
         steady_seconds: float = _STEADY_SECONDS,
         stop_seconds: float = _STOP_SECONDS,
     ) -> None:
         """
         Args:
-            command: of the program; the number of its line's descriptor is added.
-            check: called before each start; raises a `TwinkleError` if there is no use in it.
+            command: of the program; the number of its socket's descriptor is appended.
+            check: called before each start; raises a `TwinkleError` if the program can't start.
             on_ready: called each time the program is ready, with the configuration that it reports.
-            surroundings: entered for each process of the program: the environment that it gets, this process's own if
-                None.
-            pauses: seconds before a further start, by how many have come to nothing; the last one from then on.
-            steady_seconds: after so long of being ready, `pauses` begin anew.
-            stop_seconds: how long the program may take to end in order.
+            surroundings: entered for each process of the program, gives its environment; None is this process's own.
+            backoff: seconds before the next start, by the number of starts that failed; the last one from then on.
+            steady_seconds: after being ready for so long, the backoff is reset.
+            stop_seconds: how long the program may take to shut down.
         """
         self._command = command
         self._configuration = configuration
         self._check = check
         self._on_ready = on_ready
         self._surroundings = surroundings
-        self._pauses = pauses
+        self._backoff = backoff
         self._steady_seconds = steady_seconds
         self._stop_seconds = stop_seconds
         self._has_been_ready = False
         self._tries = 0
 
     def run(self) -> None:
-        """Until SIGINT or SIGTERM; nothing that the program has started is left then.
+        """Returns after SIGINT or SIGTERM; nothing that the program has started is left then.
 
         Raises:
-            TwinkleError: if the program can't start, before it has been ready once: as it was raised there.
+            TwinkleError: what the program failed with, if it has never been ready.
         """
         with StopSignals() as signals:
             while not signals.asked:
                 try:
                     self._check()
-                    what = self._live(signals) + ": starting the server again"
+                    what = self._run_once(signals) + ": starting the server again"
                 except TwinkleError as error:
                     if not self._has_been_ready:
                         raise
@@ -188,51 +186,53 @@ class Supervisor:
                 if not signals.asked:
                     self._pause(what, signals)
 
-    def _live(self, signals: StopSignals) -> str:
-        """One process of the program, from its start until nothing is left of it; says how a ready one ended.
+    def _run_once(self, signals: StopSignals) -> str:
+        """One process of the program, from its start until nothing is left of it. Returns how it ended.
 
         Raises:
             TwinkleError: if it ended before it was ready.
         """
         with self._surroundings() as environment:
-            life = _Life(self._command, self._configuration, environment)
+            child = _Child(self._command, self._configuration, environment)
             try:
-                self._follow(life, signals)
+                self._follow(child, signals)
             finally:
-                code = life.end(self._stop_seconds if life.error or signals.asked else 1.0)
-        if life.ready is not None:
-            if time.monotonic() - life.ready_at >= self._steady_seconds:
+                code = child.end(self._stop_seconds if child.error or signals.asked else 1.0)
+        if child.ready is not None:
+            if time.monotonic() - child.ready_at >= self._steady_seconds:
                 self._tries = 0
-            return life.error.message if life.error else f"The server's process has ended ({_how(code)})"
-        if life.error is not None:
-            raise life.error
+            return (
+                child.error.message if child.error else f"The server's process has ended ({_exit_text(code)})"
+            )
+        if child.error is not None:
+            raise child.error
         if not signals.asked:
-            raise ServerFault(f"the server's process ended before it was ready ({_how(code)})")
+            raise ServerFault(f"the server's process ended before it was ready ({_exit_text(code)})")
         return ""
 
-    def _follow(self, life: _Life, signals: StopSignals) -> None:
+    def _follow(self, child: _Child, signals: StopSignals) -> None:
         was_ready, asked_at = False, None
-        while life.wait([] if signals.asked else [signals.fileno()], _LOOK_SECONDS):
-            if life.ready is not None and not was_ready:
+        while child.wait([] if signals.asked else [signals.fileno()], _POLL_SECONDS):
+            if child.ready is not None and not was_ready:
                 was_ready = self._has_been_ready = True
-                self._configuration = life.ready
-                self._on_ready(life.ready)
+                self._configuration = child.ready
+                self._on_ready(child.ready)
             if signals.asked and asked_at is None:
                 asked_at = time.monotonic()
-                life.ask_to_stop()
+                child.ask_to_stop()
             if asked_at is not None and time.monotonic() > asked_at + self._stop_seconds:
                 say("The server did not end in order: its processes are killed.")
-                life.process.kill()
+                child.process.kill()
 
     def _pause(self, what: str, signals: StopSignals) -> None:
-        seconds = self._pauses[min(self._tries, len(self._pauses) - 1)]
+        seconds = self._backoff[min(self._tries, len(self._backoff) - 1)]
         self._tries += 1
         say(f"{what} in {seconds:g} s; requests wait.")
         if wait([signals.fileno()], seconds):
             say("Stopping.")
 
 
-def _how(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -1,4 +1,4 @@
-"""Certificates, looked at before anything is started with them."""
+"""Checks TLS certificates before anything is started with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twinkle.protocol.errors import InvalidRequest
 def check_tls(certificate: Path, key: Path) -> None:
     """
     Raises:
-        InvalidRequest: if the files can't be read, or don't belong together.
+        InvalidRequest: if the files can't be read, or aren't a certificate and its key.
     """
     for name, path in (("tls_certificate", certificate), ("tls_key", key)):
         try:
@@ -22,7 +22,7 @@ def check_tls(certificate: Path, key: Path) -> None:
                 "server may read"
             ) from error
     try:
-        # An empty passphrase, so that a key that has one is refused instead of asked for.
+        # An empty passphrase: a key that has one is refused, instead of asking for it on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
         raise InvalidRequest(

@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import TwinkleError
-from twinkle.protocol.operations import Encoded, digest
+from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CUSTOM_LOSS, CustomLoss
 from twinkle.server.engine.restore import Found, Restore
 from twinkle.server.scheduling.records import Accepted

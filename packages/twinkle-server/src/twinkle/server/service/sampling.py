@@ -31,7 +31,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     """
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
     parts.leases.renew(sampler.session_id)
-    parts.samples.go_on(sampler.session_id)
+    parts.samples.resume(sampler.session_id)
     validation.check_sample(request, parts.worker.info)
     targets = validation.target_tokens(request, parts.worker.info)
     if (first := parts.samples.first_of(request, received.digest)) is not None:
@@ -84,7 +84,7 @@ async def _create(
             f"{first.model_path or 'the base model'}; another sampling session needs the next number"
         )
     if first is None:
-        row = tables.Sampler(
+        row = tables.SamplingSession(
             id=sampler_id,
             tenant=tenant,
             session_id=request.session_id,
@@ -124,7 +124,7 @@ async def _ended_samples(
     sampler = await parts.samplers.find(tenant, request.target.sampling_session_id)
     wanted = LONG_POLL_SECONDS if request.timeout is None else request.timeout
     target = (sampler.id, request.target.cloned_sampler_id)
-    parts.samples.go_on(sampler.session_id)
+    parts.samples.resume(sampler.session_id)
     with parts.leases.waiting(sampler.session_id):
         return await parts.completions.after(target, request.prev_cursor, min(wanted, LONG_POLL_SECONDS))
 

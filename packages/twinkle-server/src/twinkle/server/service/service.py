@@ -10,8 +10,8 @@ from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import operations
+from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, Unavailable
-from twinkle.protocol.operations import Encoded
 from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.scheduling.records import as_computed, as_encoded
 from twinkle.server.scheduling.runs import Received
@@ -67,7 +67,7 @@ class Service:
         await parts.checkpoints.settle()
         parts.run_log.close()
         await parts.samples.close()
-        # With a snapshot of each run nothing has to be computed again. Not in the midst of a call.
+        # Between two calls, and with a journal, all runs are snapshotted: then nothing has to be computed again.
         is_kept = is_idle and not parts.engine.has_failed and parts.open_journal is not None
         await parts.snapshots.close(parts.live if is_kept else ())
         try:
@@ -79,7 +79,7 @@ class Service:
         parts.database.close()
 
     async def _stop_engine(self) -> bool:
-        """Between two calls, if that comes soon; returns whether it did."""
+        """Stop between two calls, if that comes soon; returns whether it did."""
         if self._loop_task is None:
             return False
         is_idle = False
@@ -142,15 +142,15 @@ class Service:
 
     async def retrieve(
         self, tenant: str, request_id: str, timeout: float
-    ) -> m.Result | m.Failure | m.Pending:
-        """The result, or `Pending` after `timeout` seconds without one."""
+    ) -> m.Result | m.Failure | m.TryAgain:
+        """The result, or `TryAgain` after `timeout` seconds without one."""
         with self._waiting(tenant, request_id):
             outcome = await self.parts.futures.wait(tenant, request_id, timeout)
-        return self._pending(request_id) if outcome is None else as_computed(outcome)
+        return self._try_again(request_id) if outcome is None else as_computed(outcome)
 
     async def fetch(
         self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.Pending | m.CompleteMetadata:
+    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
         """As `retrieve`, encoded as it is sent.
 
         Args:
@@ -159,7 +159,7 @@ class Service:
         with self._waiting(tenant, request_id):
             outcome = await self.parts.futures.look(tenant, request_id, timeout)
         if outcome is None:
-            return self._pending(request_id)
+            return self._try_again(request_id)
         encoded = as_encoded(outcome)
         if most_bytes is not None and len(encoded.body) > most_bytes:
             return m.CompleteMetadata(response_payload_size=len(encoded.body))
@@ -167,23 +167,25 @@ class Service:
         return encoded
 
     def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
-        """Waiting for a result keeps its session's lease, and resumes the session's samples if they were paused."""
+        """Waiting for a result keeps its session's lease; for a sample's, it resumes those that were paused."""
         parts = self.parts
         run = parts.futures.run_of(request_id)
         if run is not None:
-            is_own = run.tenant == tenant and not run.has_ended
-            return parts.leases.waiting(run.session_id if is_own else None)
+            return parts.leases.waiting(
+                run.session_id if run.tenant == tenant and not run.has_ended else None
+            )
         session_id = parts.samples.session_of(tenant, request_id)
         if session_id is not None:
-            parts.samples.go_on(session_id)
+            parts.samples.resume(session_id)
         return parts.leases.waiting(session_id)
 
-    def _pending(self, request_id: str) -> m.Pending:
-        run, reason = self.parts.futures.run_of(request_id), None
+    def _try_again(self, request_id: str) -> m.TryAgain:
+        run = self.parts.futures.run_of(request_id)
+        reason = None
         if run is not None and not run.has_ended:
             tenants = len(self.parts.scheduler.ready_tenants)
             reason = f"{run.queue.why_waiting(request_id)}; {tenants} tenants have requests ready"
-        return m.Pending(request_id=request_id, queue_state_reason=reason)
+        return m.TryAgain(request_id=request_id, queue_state_reason=reason)
 
     # ------------------------------------------------------------ queries and downloads
 

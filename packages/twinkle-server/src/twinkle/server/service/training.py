@@ -131,9 +131,9 @@ async def _begin_run(
         check_runs(parts.limits, [other.tenant for other in parts.live], tenant)
         await asyncio.to_thread(parts.database.put, row)
     if (
-        run := parts.live.get(run_id)
+        first := parts.live.get(run_id)
     ) is not None:  # a duplicate, or one that arrived while the row was written
-        return m.Promise(request_id=_first_of_run(run, request.model_seq_id, received), model_id=run_id)
+        return m.Promise(request_id=_first_of_run(first, request.model_seq_id, received), model_id=run_id)
     return parts.live.begin(Run(run_id, tenant, session_id, parts.model_name, spec), received)
 
 

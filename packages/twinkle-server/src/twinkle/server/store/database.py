@@ -41,7 +41,7 @@ from twinkle.server.store.tables import (
     Checkpoint,
     CustomLoss,
     Run,
-    Sampler,
+    SamplingSession,
     Session,
     Usage,
 )
@@ -108,7 +108,7 @@ class Database:
         with self._sessions.begin() as session:
             yield session
 
-    def put(self, row: Session | Run | Sampler | CustomLoss | Audit) -> None:
+    def put(self, row: Session | Run | SamplingSession | CustomLoss | Audit) -> None:
         """Write a row, in place of one with the same key."""
         with self._transaction() as session:
             session.merge(row)
@@ -167,7 +167,7 @@ class Database:
         is_over = or_(Session.finished_at.is_not(None), Session.created_at < since)
         left = [
             ~select(other.id).where(other.session_id == Session.id).exists()
-            for other in (Run, Sampler, CustomLoss)
+            for other in (Run, SamplingSession, CustomLoss)
         ]
         query = select(Session.id).where(Session.tenant == tenant, is_over, *left)
         query = query.order_by(Session.created_at).limit(_DELETED_AT_ONCE + len(besides))
@@ -204,9 +204,9 @@ class Database:
             return list(session.scalars(query))
 
     def sampler_ids(self, session_id: str) -> list[str]:
-        query = select(Sampler.id).where(Sampler.session_id == session_id)
+        query = select(SamplingSession.id).where(SamplingSession.session_id == session_id)
         with self._transaction() as session:
-            return list(session.scalars(query.order_by(Sampler.created_at, Sampler.id)))
+            return list(session.scalars(query.order_by(SamplingSession.created_at, SamplingSession.id)))
 
     def checkpoint_totals(self, session_ids: Sequence[str], now: float) -> dict[str, tuple[int, int]]:
         """Number and bytes of the checkpoints made in each session."""
@@ -221,17 +221,17 @@ class Database:
 
     # ------------------------------------------------------------ samplers and losses
 
-    def sampler(self, tenant: str, sampler_id: str) -> Sampler | None:
+    def sampler(self, tenant: str, sampler_id: str) -> SamplingSession | None:
         with self._transaction() as session:
-            row = session.get(Sampler, sampler_id)
+            row = session.get(SamplingSession, sampler_id)
             return row if row is not None and row.tenant == tenant else None
 
     def join_sampler(self, tenant: str, sampler_id: str) -> int | None:
         """The number of one more client of a sampler, from 1; None if there is no such sampler."""
-        mine = (Sampler.tenant == tenant, Sampler.id == sampler_id)
+        mine = (SamplingSession.tenant == tenant, SamplingSession.id == sampler_id)
         with self._transaction() as session:
-            session.execute(update(Sampler).where(*mine).values(clients=Sampler.clients + 1))
-            return session.scalar(select(Sampler.clients).where(*mine))
+            session.execute(update(SamplingSession).where(*mine).values(clients=SamplingSession.clients + 1))
+            return session.scalar(select(SamplingSession.clients).where(*mine))
 
     def custom_loss(self, tenant: str, loss_id: str) -> CustomLoss | None:
         with self._transaction() as session:

@@ -6,7 +6,7 @@ import asyncio
 
 from twinkle.protocol.errors import NotFound
 from twinkle.server.store.database import Database
-from twinkle.server.store.tables import Sampler
+from twinkle.server.store.tables import SamplingSession
 
 
 class SamplerCache:
@@ -14,9 +14,9 @@ class SamplerCache:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._rows: dict[str, Sampler] = {}
+        self._rows: dict[str, SamplingSession] = {}
 
-    async def find(self, tenant: str, sampler_id: str) -> Sampler:
+    async def find(self, tenant: str, sampler_id: str) -> SamplingSession:
         """
         Raises:
             NotFound: if there is no such sampling session of the tenant's.

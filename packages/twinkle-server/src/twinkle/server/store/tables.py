@@ -86,7 +86,7 @@ class Checkpoint(Base):
         return CheckpointUri(self.name, self.run_id, cast(CheckpointKind, self.kind))
 
 
-class Sampler(Base):
+class SamplingSession(Base):
     """A sampling session: a base model, or a checkpoint on it (that of `checkpoint_time`, should it be overwritten)."""
 
     __tablename__ = "samplers"

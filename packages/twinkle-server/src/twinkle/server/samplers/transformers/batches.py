@@ -1,6 +1,6 @@
-"""The running batch, as far as the model is concerned: rows with keys and values, prompts in, logits out.
+"""The running batch as the model sees it: prompts in, logits out; rows with keys and values in between.
 
-`SlotBatch` holds many sequences of different lengths. `lockstep.LockstepBatch` is for models whose layers are not all
+`SlotBatch` holds sequences of different lengths. `equal_length.EqualLengthBatch` is for models whose layers are not all
 full attention.
 """
 
@@ -14,20 +14,20 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from twinkle.server.samplers.cache_usage import Limits, Place
-from twinkle.server.samplers.transformers.buckets import Row, Shelf
-from twinkle.server.samplers.transformers.equal_length import LockstepBatch
+from twinkle.server.samplers.cache_usage import BucketKey, Limits
+from twinkle.server.samplers.transformers.buckets import Bucket, Row
+from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
-from twinkle.server.samplers.transformers.model_runner import Network, Prompt
-from twinkle.server.samplers.transformers.prefix_cache import Owner, Prefixes, common_length
+from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
+from twinkle.server.samplers.transformers.prefix_cache import Owner, PrefixCache, common_prefix_length
 
-# Tokens of prompts in one forward pass; longer ones are read piece by piece.
+# Tokens of prompts in one forward pass; longer prompts take several.
 PREFILL_TOKENS = 2048
-# As many while others generate: between two of their tokens lies one such pass.
-PREFILL_TOKENS_BETWEEN = 512
+# The same while sequences are decoding: such a pass delays the next token of each.
+DECODING_PREFILL_TOKENS = 512
 # Most sequences of a model that takes each group of them in a pass of its own.
-LOCKSTEP_ROWS = 32
+EQUAL_LENGTH_ROWS = 32
 
 
 class Batch(Protocol):
@@ -44,73 +44,71 @@ class Batch(Protocol):
         ...
 
     def add(self, prompts: Sequence[Prompt]) -> None:
-        """These are to be read."""
+        """These are to be prefilled."""
         ...
 
-    def read(self) -> tuple[list[Prompt], Tensor]:
-        """Read on, a piece at most. If it raises, what was being read is to be forgotten; nothing else has changed.
+    def prefill(self) -> tuple[list[Prompt], Tensor]:
+        """Prefill one chunk. If it raises, the prompts must be cancelled; nothing else has changed.
 
         Returns:
-            The prompts that have been read whole, and the logits [new rows, vocabulary] of the next tokens of their
-            rows, which stand behind those that there were, prompt by prompt.
+            The prompts that are complete, and the logits [new rows, vocabulary] of the next tokens of their rows. These
+            follow the rows that there were, prompt by prompt.
         """
         ...
 
-    def forget(self, prompts: AbstractSet[Prompt]) -> None:
-        """Stop reading these."""
-        ...
+    def cancel_prefill(self, prompts: AbstractSet[Prompt]) -> None: ...
 
-    def to_read_again(self) -> list[int]:
-        """Rows that have to be dropped before the next step, and read again with their next token.
+    def stale_rows(self) -> list[int]:
+        """Rows to be dropped before the next step, and prefilled again with their newest tokens.
 
-        What is kept of them isn't what the model would keep if it read them now: their next token takes them beyond a
-        rope boundary, or a pass has failed half-way.
+        Their keys and values are not what the model would compute now: the next token takes them beyond a rope
+        boundary, or a pass has failed half-way.
         """
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to each row; returns logits [rows, vocabulary]. All or nothing."""
+        """Decode: append a token to each row; returns logits [rows, vocabulary]. All or nothing."""
         ...
 
-    def drop(self, rows: Sequence[int], known: AbstractSet[int]) -> list[int]:
+    def drop(self, rows: Sequence[int], cacheable: bool) -> list[int]:
         """Take rows out.
 
         Args:
-            known: those of them that later prompts may begin like.
+            cacheable: whether their keys and values may serve later prompts.
 
         Returns:
-            For each row that there is then, which one it was before.
+            For each row that is left, its old number.
         """
         ...
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
-        """It has gone: nothing is kept for later prompts that would use it."""
+        """It has been removed: nothing is kept for later prompts that would use it."""
         ...
 
     def free_memory(self) -> None:
-        """Let go of what is only kept for later."""
+        """Let go of what is only kept for later prompts."""
         ...
 
 
-# A shelf, and which rows of the batch stand there; None if they are all of them, in the same order.
-Part: TypeAlias = tuple[Shelf, list[int] | None]
+# A bucket, and which rows of the batch are in it; None if all of them are, in the same order.
+Part: TypeAlias = tuple[Bucket, list[int] | None]
 
 
 class SlotBatch:
-    """Many sequences of different lengths, on shelves: most of the time on one."""
+    """Sequences of different lengths, in buckets: most of the time in one."""
 
-    def __init__(self, network: Network, limits: Limits, max_known_tokens: int) -> None:
+    def __init__(self, runner: ModelRunner, limits: Limits, max_prefix_tokens: int) -> None:
         """
         Args:
-            max_known_tokens: of sequences that have ended, for later prompts that begin like them.
+            max_prefix_tokens: of the prefix cache.
         """
         self.limits = limits
-        self._network = network
-        self._shelves: dict[Place, Shelf] = {}
+        self._runner = runner
+        self._buckets: dict[BucketKey, Bucket] = {}
         self._rows: list[Row] = []
-        self._parts: list[Part] | None = None  # made anew when the rows change
+        self._parts: list[Part] | None = None  # None when the rows have changed
         self._longest = 0  # at least as long as the longest row
-        self._known = Prefixes(max_known_tokens)
+        self._prefixes = PrefixCache(max_prefix_tokens)
 
     @property
     def rows(self) -> int:
@@ -122,50 +120,50 @@ class SlotBatch:
 
     def add(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            self._shelf(self.limits.place(len(prompt.tokens))).reader.add([prompt])
+            self._bucket(self.limits.bucket(len(prompt.tokens))).prefills.add(prompt)
 
-    def forget(self, prompts: AbstractSet[Prompt]) -> None:
-        for shelf in self._shelves.values():
-            shelf.reader.remove(prompts)
+    def cancel_prefill(self, prompts: AbstractSet[Prompt]) -> None:
+        for bucket in self._buckets.values():
+            bucket.prefills.remove(prompts)
 
-    def read(self) -> tuple[list[Prompt], Tensor]:
-        shelf = next((shelf for shelf in self._shelves.values() if shelf.reader.prompts), None)
-        if shelf is None:
+    def prefill(self) -> tuple[list[Prompt], Tensor]:
+        bucket = next((bucket for bucket in self._buckets.values() if bucket.prefills.prompts), None)
+        if bucket is None:
             return [], torch.empty(0)
-        self._shelves[shelf.place] = self._shelves.pop(shelf.place)  # another one's turn next time
-        network = self._network
-        tokens = PREFILL_TOKENS_BETWEEN if self._rows else PREFILL_TOKENS
-        read = shelf.reader.read(tokens, lambda prompt: self._find(prompt, shelf))
-        if not read:
+        self._buckets[bucket.key] = self._buckets.pop(bucket.key)  # another one's turn next time
+        runner = self._runner
+        tokens = DECODING_PREFILL_TOKENS if self._rows else PREFILL_TOKENS
+        complete = bucket.prefills.prefill(tokens, lambda prompt: self._lookup(prompt, bucket))
+        if not complete:
             return [], torch.empty(0)
-        prompts = [one.prompt for one in read]
-        network.route.groups = network.routes.make([prompt.adapter for prompt in prompts])
-        logits = network.logits(torch.stack([one.hidden for one in read]).unsqueeze(1)).squeeze(1)
-        self._rows += shelf.begin(read)
-        shelf.reader.remove(set(prompts))
+        prompts = [one.prompt for one in complete]
+        runner.route.groups = runner.routes.make([prompt.adapter for prompt in prompts])
+        logits = runner.logits(torch.stack([one.hidden for one in complete]).unsqueeze(1)).squeeze(1)
+        self._rows += bucket.begin(complete)
+        bucket.prefills.remove(set(prompts))
         self._rows_changed()
         counts = torch.tensor([prompt.rows for prompt in prompts], device=logits.device)
         return prompts, logits.repeat_interleave(counts, dim=0)
 
-    def _find(self, prompt: Prompt, shelf: Shelf) -> tuple[int, list[Tensor]]:
-        """What is known of a prompt's beginning: from sequences that have ended, or from prompts of running ones."""
-        best, contents = self._known.find(_owner(prompt, shelf), prompt.tokens)
-        found: tuple[Shelf, int] | None = None
-        for other in self._shelves.values():
-            if other.kind != shelf.kind:
+    def _lookup(self, prompt: Prompt, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """What is cached of a prompt's beginning: of sequences that have ended, or of running ones' prompts."""
+        best, contents = self._prefixes.lookup(_owner(prompt, bucket), prompt.tokens)
+        found: tuple[Bucket, int] | None = None
+        for other in self._buckets.values():
+            if other.rope_regime != bucket.rope_regime:
                 continue
             for i, row in enumerate(other.rows):
                 if row.prompt.owner == prompt.owner:
-                    common = common_length(prompt.tokens, row.prompt.tokens)
+                    common = common_prefix_length(prompt.tokens, row.prompt.tokens)
                     if common > best:
                         best, found = common, (other, i)
         return best, contents if found is None else found[0].cache.row(found[1], best)
 
-    def to_read_again(self) -> list[int]:
+    def stale_rows(self) -> list[int]:
         if not self.limits.boundaries:
             return []
-        kind = self.limits.kind
-        return [i for i, row in enumerate(self._rows) if kind(row.length) != kind(row.length + 1)]
+        regime = self.limits.rope_regime
+        return [i for i, row in enumerate(self._rows) if regime(row.length) != regime(row.length + 1)]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         if self._longest >= self.limits.short:
@@ -184,100 +182,102 @@ class SlotBatch:
     def _step_parts(self, parts: list[Part], tokens: Sequence[int]) -> Tensor:
         logits: list[Tensor] = []
         order: list[int] = []
-        for shelf, numbers in parts:
-            own = list(range(len(shelf.rows))) if numbers is None else numbers
-            logits.append(shelf.step([tokens[row] for row in own]))
+        for bucket, numbers in parts:
+            own = list(range(len(bucket.rows))) if numbers is None else numbers
+            logits.append(bucket.step([tokens[row] for row in own]))
             order += own
-        back = torch.tensor(order, device=self._network.device).argsort()
+        back = torch.tensor(order, device=self._runner.device).argsort()
         return torch.cat(logits)[back]
 
     def _made_parts(self) -> list[Part]:
-        shelves = [shelf for shelf in self._shelves.values() if shelf.rows]
-        if len(shelves) == 1 and shelves[0].rows == self._rows:
-            return [(shelves[0], None)]
+        buckets = [bucket for bucket in self._buckets.values() if bucket.rows]
+        if len(buckets) == 1 and buckets[0].rows == self._rows:
+            return [(buckets[0], None)]
         numbers = {row: i for i, row in enumerate(self._rows)}
-        return [(shelf, [numbers[row] for row in shelf.rows]) for shelf in shelves]
+        return [(bucket, [numbers[row] for row in bucket.rows]) for bucket in buckets]
 
     def _move_grown(self) -> None:
-        """Rows that become long with the next token go to the shelf for those."""
+        """Rows that become long with the next token move to a bucket of long ones."""
         grown = [
-            (shelf, row)
-            for shelf in list(self._shelves.values())
-            for row in shelf.rows
-            if not shelf.is_long and row.length >= self.limits.short
+            (bucket, row)
+            for bucket in list(self._buckets.values())
+            for row in bucket.rows
+            if not bucket.is_long and row.length >= self.limits.short
         ]
-        for shelf, row in grown:
-            self._shelf((shelf.kind, True)).take_over(row, shelf)
+        for bucket, row in grown:
+            self._bucket((bucket.rope_regime, True)).move_in(row, bucket)
             self._parts = None
         self._longest = max(row.length for row in self._rows)
 
-    def drop(self, rows: Sequence[int], known: AbstractSet[int]) -> list[int]:
-        shelf_of = {row: shelf for shelf in self._shelves.values() for row in shelf.rows}
-        for number in known:
+    def drop(self, rows: Sequence[int], cacheable: bool) -> list[int]:
+        bucket_of = {row: bucket for bucket in self._buckets.values() for row in bucket.rows}
+        for number in rows if cacheable else ():
             row = self._rows[number]
-            shelf = shelf_of[row]
-            contents = shelf.cache.row(shelf.rows.index(row), row.length)
+            bucket = bucket_of[row]
+            contents = bucket.cache.row(bucket.rows.index(row), row.length)
             try:
-                self._known.add(_owner(row.prompt, shelf), row.tokens, contents)
-            except Exception as error:  # it is only for speed, and a row that has ended has to go
+                self._prefixes.add(_owner(row.prompt, bucket), row.tokens, contents)
+            except Exception as error:  # the cache is only for speed, and the row has to go
                 if not is_out_of_memory(error):
                     raise
-                self._known.clear()
+                self._prefixes.clear()
         order = list(range(self.rows))
         for number in sorted(rows, reverse=True):
             row = self._rows[number]
-            shelf_of[row].take_out(row)
+            bucket_of[row].take_out(row)
             order[number], self._rows[number] = order[-1], self._rows[-1]
             order.pop()
             self._rows.pop()
-        for shelf in list(self._shelves.values()):
-            shelf.trim()
-            if not shelf.rows and not shelf.reader.prompts:
-                del self._shelves[shelf.place]
+        for bucket in list(self._buckets.values()):
+            bucket.trim()
+            if not bucket.rows and not bucket.prefills.prompts:
+                del self._buckets[bucket.key]
         self._rows_changed()
         return order
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
-        self._known.forget(adapter)
+        self._prefixes.forget(adapter)
 
     def free_memory(self) -> None:
-        self._known.clear()
+        self._prefixes.clear()
 
-    def _shelf(self, place: Place) -> Shelf:
-        if place not in self._shelves:
-            self._shelves[place] = Shelf(self._network, self.limits, place)
-        return self._shelves[place]
+    def _bucket(self, key: BucketKey) -> Bucket:
+        if key not in self._buckets:
+            self._buckets[key] = Bucket(self._runner, self.limits, key)
+        return self._buckets[key]
 
     def _rows_changed(self) -> None:
         self._parts = None
         self._longest = max((row.length for row in self._rows), default=0)
         used: set[ResidentAdapter | None] = {row.prompt.adapter for row in self._rows}
-        for shelf in self._shelves.values():
-            used |= shelf.reader.adapters
-        self._network.routes.keep(used)
+        for bucket in self._buckets.values():
+            used |= bucket.prefills.adapters
+        self._runner.routes.keep(used)
 
 
-def make_batch(network: Network, limits: Limits, max_known_tokens: int, context: int) -> Batch:
+def make_batch(runner: ModelRunner, limits: Limits, max_prefix_tokens: int, context: int) -> Batch:
     """The batch that fits the model's layers.
 
     Args:
         limits: of sequences in all; a batch may take fewer rows.
-        context: most tokens of a sequence. A window that is as long is none.
+        context: most tokens of a sequence. A window of that length is none.
     """
-    text = network.config.get_text_config()
+    text = runner.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None)
     windowed = window is not None and window < context and getattr(text, "use_sliding_window", True)
     if kinds == {"full_attention"} and not (windowed and getattr(text, "layer_types", None) is None):
-        return SlotBatch(network, limits, max_known_tokens)
-    return lockstep_batch(network, limits)
+        return SlotBatch(runner, limits, max_prefix_tokens)
+    return equal_length_batch(runner, limits)
 
 
-def lockstep_batch(network: Network, limits: Limits) -> Batch:
+def equal_length_batch(runner: ModelRunner, limits: Limits) -> Batch:
     """The batch that takes whatever cache Transformers has for the model."""
-    return LockstepBatch(network, replace(limits, rows=min(limits.rows, LOCKSTEP_ROWS), are_apart=True))
+    return EqualLengthBatch(
+        runner, replace(limits, rows=min(limits.rows, EQUAL_LENGTH_ROWS), per_sequence=True)
+    )
 
 
-def _owner(prompt: Prompt, shelf: Shelf) -> Owner:
-    """Keys and values of both sides of a rope boundary are not the same."""
-    return (*prompt.owner, shelf.kind)
+def _owner(prompt: Prompt, bucket: Bucket) -> Owner:
+    """Keys and values differ between the two sides of a rope boundary."""
+    return (*prompt.owner, bucket.rope_regime)

@@ -1,4 +1,4 @@
-"""Sequences of different lengths that go through the model together, and the prompts on their way to them."""
+"""Sequences that go through the model together, padded to the longest of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Int64Array
-from twinkle.server.samplers.cache_usage import Limits, Place
+from twinkle.server.samplers.cache_usage import BucketKey, Limits
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import RouteGroup
-from twinkle.server.samplers.transformers.model_runner import Network, Prompt
-from twinkle.server.samplers.transformers.prefill import Read, Reader
+from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
+from twinkle.server.samplers.transformers.prefill import Prefilled, PrefillQueue
 
 
 @dataclass(eq=False)
@@ -21,7 +21,7 @@ class Row:
     """A running sequence.
 
     Attributes:
-        generated: tokens after the prompt that have been read.
+        generated: tokens after the prompt whose keys and values are in the cache.
     """
 
     prompt: Prompt
@@ -36,25 +36,26 @@ class Row:
         return np.concatenate([self.prompt.tokens, np.array(self.generated, np.int64)])
 
 
-class Shelf:
-    """Sequences in one rectangle (see `load`), row i of the cache is the i-th; prompts on their way there."""
+class Bucket:
+    """Row i of the cache is the i-th sequence's; `prefills` are the prompts on their way there."""
 
-    def __init__(self, network: Network, limits: Limits, place: Place) -> None:
-        kind, self.is_long = place
-        self.kind = kind
-        self.place = place
-        self.cache = SlotCache(network.num_layers)
-        self.reader = Reader(network, limits.boundaries[kind - 1] if kind else 0)
+    def __init__(self, runner: ModelRunner, limits: Limits, key: BucketKey) -> None:
+        self.key = key
+        self.rope_regime, self.is_long = key
+        self.cache = SlotCache(runner.num_layers)
+        self.prefills = PrefillQueue(
+            runner, limits.boundaries[self.rope_regime - 1] if self.rope_regime else 0
+        )
         self.rows: list[Row] = []
-        self._network = network
-        self._route: list[RouteGroup] | None = None  # made anew when the rows change
+        self._runner = runner
+        self._route: list[RouteGroup] | None = None  # None when the rows have changed
 
-    def begin(self, read: list[Read]) -> list[Row]:
-        """Rows for prompts that have been read."""
-        rows = [Row(one.prompt) for one in read for _ in range(one.prompt.rows)]
+    def begin(self, prefilled: list[Prefilled]) -> list[Row]:
+        """Rows for prompts that are complete."""
+        rows = [Row(one.prompt) for one in prefilled for _ in range(one.prompt.rows)]
         self.cache.reserve(len(self.rows) + len(rows), max(row.length for row in (*self.rows, *rows)) + 1)
         first = len(self.rows)
-        for one in read:
+        for one in prefilled:
             end = first + one.prompt.rows
             self.cache.write_rows(slice(first, end), one.contents)
             first = end
@@ -64,32 +65,32 @@ class Shelf:
 
     def step(self, tokens: list[int]) -> Tensor:
         """Logits [rows, vocabulary] after one more token each, which the rows don't have yet."""
-        network = self._network
+        runner = self._runner
         lengths = [row.length for row in self.rows]
         self.cache.reserve(len(lengths), max(lengths) + 1)
         if self._route is None:
-            self._route = network.routes.make([row.prompt.adapter for row in self.rows])
-        network.route.groups = self._route
-        newest = torch.tensor(tokens, device=network.device).unsqueeze(1)
-        hidden = network.forward(self.cache, slice(0, len(lengths)), newest, lengths)
-        return network.logits(hidden).squeeze(1)
+            self._route = runner.routes.make([row.prompt.adapter for row in self.rows])
+        runner.route.groups = self._route
+        newest = torch.tensor(tokens, device=runner.device).unsqueeze(1)
+        hidden = runner.forward(self.cache, slice(0, len(lengths)), newest, lengths)
+        return runner.logits(hidden).squeeze(1)
 
-    def take_over(self, row: Row, other: Shelf) -> None:
-        """A row of another shelf is here from now on."""
-        place = len(self.rows)
-        self.cache.reserve(place + 1, max(one.length for one in (*self.rows, row)) + 1)
+    def move_in(self, row: Row, other: Bucket) -> None:
+        """Move a row here from another bucket."""
+        index = len(self.rows)
+        self.cache.reserve(index + 1, max(one.length for one in (*self.rows, row)) + 1)
         contents = other.cache.row(other.rows.index(row), row.length)
-        self.cache.write_rows(slice(place, place + 1), contents)
+        self.cache.write_rows(slice(index, index + 1), contents)
         self.rows.append(row)
         self._route = None
         other.take_out(row)
 
     def take_out(self, row: Row) -> None:
         """The last row moves into its place."""
-        place, last = self.rows.index(row), len(self.rows) - 1
-        if place != last:
-            self.cache.write_rows(slice(place, place + 1), self.cache.row(last, self.rows[last].length))
-            self.rows[place] = self.rows[last]
+        index, last = self.rows.index(row), len(self.rows) - 1
+        if index != last:
+            self.cache.write_rows(slice(index, index + 1), self.cache.row(last, self.rows[last].length))
+            self.rows[index] = self.rows[last]
         self.rows.pop()
         self._route = None
 

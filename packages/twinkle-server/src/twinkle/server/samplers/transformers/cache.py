@@ -14,7 +14,7 @@ from torch import Tensor
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 
 LENGTH_BLOCK = 64
-# What is made beyond what is asked for, so that growing is seldom: in length, and in rows x length.
+# Most that is allocated beyond what is asked for, so that growing is rare: in length, and in rows x length.
 MOST_SPARE_LENGTH = 1024
 MOST_SPARE_TOKENS = 2**14
 
@@ -25,14 +25,13 @@ class SlotCache:
     `begin` says which rows and positions the next forward pass writes; each layer then calls `update`.
     """
 
-    # Read by models that ask whether they may build their own masks around the cache.
+    # Prefilled by models that ask whether they may build their own masks around the cache.
     is_compileable = False
 
     def __init__(self, num_layers: int, padding_position: int = 0) -> None:
         """
         Args:
-            padding_position: the position that the model is told of tokens that are only there to fill up a row; see
-                `Network.forward`.
+            padding_position: the position at which padding is computed; see `ModelRunner.forward`.
         """
         self.padding_position = padding_position
         self.keys: list[Tensor | None] = [None] * num_layers
@@ -97,8 +96,8 @@ class SlotCache:
     def write_rows(self, rows: slice, contents: list[Tensor]) -> None:
         """Begin rows with what `row` gave, of other rows, here or of another cache; they must have been reserved.
 
-        Nothing is left behind it of who had the row before: attention adds its mask to the scores, and what is not a
-        number stays so whatever is added. Takes no memory but that of layers that are not there yet.
+        The rest of the row is cleared: attention adds its mask to the scores, and a NaN that the row's last sequence
+        left would stay one whatever is added. Takes no memory but that of layers that are not there yet.
         """
         layers = len(self.keys)
         for i, content in enumerate(contents):

@@ -1,21 +1,30 @@
-"""The engine's thread: admit who waits, draw a token for every row, take out who has ended; sleep when all have.
+"""The Transformers sampling engine: continuous batching with chunked prefill, in a thread of its own.
 
-Memory is taken as sequences grow. Where it runs out, or another tenant has no place at all, some are paused (`places`):
-they stand in line again, and are read again when there is room, with the tokens that they have.
+One turn of the thread (`SamplingLoop._turn`):
+
+    receive   requests, cancellations and removed adapters, from the callers' threads (`inbox`)
+    admit     waiting samples get slots, fairly between tenants (`waiting_queue`); for a tenant that has nothing
+              running, samples of others are preempted (`preemption`)
+    prefill   a chunk of the admitted prompts; those that are complete join the batch and get their first token
+    decode    the newest token of every running sequence goes through the model, and each gets its next one
+    stop      sequences that have ended leave the batch; a request is answered once all its samples have
+
+KV cache is taken as sequences grow. Where it runs out, samples are preempted: they wait again, ahead of all else of
+their tenants, and are recomputed from their tokens when there is room.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
-from typing import Self, TypeAlias
+from typing import Self
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
@@ -24,34 +33,40 @@ from twinkle.server.backends.lora.experts import wrap_experts
 from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.cache_usage import Load
-from twinkle.server.samplers.preemption import FOR_NEWCOMERS, Held, to_make_room, to_shrink
+from twinkle.server.samplers.cache_usage import CacheUsage
+from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, victim, victims_for_newcomer
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers.batches import (
-    PREFILL_TOKENS_BETWEEN,
+    DECODING_PREFILL_TOKENS,
     Batch,
-    lockstep_batch,
+    equal_length_batch,
     make_batch,
 )
-from twinkle.server.samplers.transformers.draw import Uniforms
+from twinkle.server.samplers.transformers.inbox import AdapterRemoved, Cancel, Inbox, Message
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
-from twinkle.server.samplers.transformers.model_runner import Network, Prompt
+from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
-from twinkle.server.samplers.transformers.prefill_delay import Patience
-from twinkle.server.samplers.transformers.probe import first_that_fits
-from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, make_task, task_of, waiting
+from twinkle.server.samplers.transformers.prefill_delay import PrefillDelay
+from twinkle.server.samplers.transformers.probe import first_working
+from twinkle.server.samplers.transformers.running import Drawable, RunningSamples
+from twinkle.server.samplers.transformers.sequences import (
+    Item,
+    Sequence,
+    Task,
+    make_task,
+    prompt_of,
+    task_of,
+    waiting,
+)
 from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
 from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")
 
-# Sequences, and the logits [sequences, vocabulary] of the next token of each.
-Drawable: TypeAlias = tuple[tuple[Sequence, ...], Tensor]
-
-# Tokens of sequences that have ended, whose keys and values are kept for prompts that begin like them.
-MAX_KNOWN_TOKENS = 2**14
+# Tokens whose keys and values are kept after their sequences have ended, for prompts that begin like them.
+MAX_PREFIX_CACHE_TOKENS = 2**14
 
 
 class TransformersEngine:
@@ -67,38 +82,30 @@ class TransformersEngine:
         """
         Args:
             loaded: its weights are shared, not copied; its module tree is left as it is.
-            max_rows: most sequences in the batch; by the device if None.
-            max_cached_tokens: most tokens whose keys and values are kept of running sequences, and the longest that any
-                may become; by device, context and free memory if None.
+            max_rows: most sequences in the batch; default: by the device.
+            max_cached_tokens: most tokens of running sequences in the KV cache, and the most that one of them may grow
+                to; default: by device, context and free memory.
         """
         model = copy_sharing_weights(loaded.model)
         route = Route()
         wrap_linears(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
         wrap_experts(model, loaded.experts, route)
         self._loaded = loaded
-        self._dtype = loaded.dtype
-        self._network = Network(model, route)
+        self._runner = ModelRunner(model, route)
         self._limits = make_limits(loaded, max_rows, max_cached_tokens)
-        makers = (self._preferred_batch, lambda: lockstep_batch(self._network, self._limits))
-        self._make_batch = makers[first_that_fits(loaded.model, makers)]
-        self._batch = self._make_batch()
         self._tokenizer = load_tokenizer(config.path)
-        self._adapters: dict[str, ResidentAdapter] = {}
-        self._sequences: tuple[Sequence, ...] = ()  # row i of the batch is the i-th
-        self._reading: dict[Prompt, Item] = {}  # whose prompts are on their way into the batch
-        self._is_full = False  # memory has run out, and nothing has ended since
-        self._next_tokens = NextTokens()
-        self._line: WaitingQueue[Item] = WaitingQueue()
+        self._inbox = Inbox()
+        self._adapters: dict[str, ResidentAdapter] = {}  # changed with the inbox's lock held
         self._accepted = 0
-        self._patience = Patience(PREFILL_TOKENS_BETWEEN)
-        # Held wherever the line, patience or one of the three below is touched.
-        self._wake = threading.Condition()
-        self._under_way: dict[str, set[Task]] = {}  # by request id, those that can be cancelled
-        self._unwanted: set[Task] = set()  # cancelled, not taken out yet
-        self._gone: list[ResidentAdapter] = []  # removed, not forgotten by the batch yet
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
+        makers = (self._preferred_batch, lambda: equal_length_batch(self._runner, self._limits))
+        make_batch = makers[first_working(loaded.model, makers)]
+        self._loop = SamplingLoop(self._inbox, make_batch, self._tokenizer)
+        self._thread = threading.Thread(target=self._loop.run, name="sampling", daemon=True)
         self._thread.start()
+
+    def _preferred_batch(self) -> Batch:
+        context = self._loaded.info.max_context_length
+        return make_batch(self._runner, self._limits, MAX_PREFIX_CACHE_TOKENS, context)
 
     @classmethod
     def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
@@ -107,41 +114,33 @@ class TransformersEngine:
         # However many ranks train it, the model that samples is whole, on this rank's device.
         return cls(load_base_model(ModelConfig(config.path, config.torch_dtype, config.device)), config)
 
-    # ------------------------------------------------------------ called from other threads
-
     def resident_adapters(self) -> list[str]:
         """Ids of the adapters that can be sampled."""
-        with self._wake:
+        with self._inbox.lock:
             return list(self._adapters)
 
     def add_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        with self._wake:
+        with self._inbox.lock:
             if adapter_id in self._adapters:
                 return
-        adapter = ResidentAdapter.of(state, self._dtype, self._loaded.device)
-        with self._wake:
+        adapter = ResidentAdapter.of(state, self._loaded.dtype, self._loaded.device)
+        with self._inbox.lock:
             self._adapters.setdefault(adapter_id, adapter)
 
     def remove_adapter(self, adapter_id: str) -> None:
-        with self._wake:
+        with self._inbox.lock:
             adapter = self._adapters.pop(adapter_id, None)  # tasks that use it hold it until they are done
             if adapter is not None:
-                self._gone.append(adapter)
-                self._wake.notify()
+                self._inbox.put(AdapterRemoved(adapter))
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         future: Future[SampleResponse] = Future()
         future.set_running_or_notify_cancel()  # only the engine ends it from here on
         try:
-            with self._wake:
-                if self._closed:
+            with self._inbox.lock:
+                if self._inbox.is_closed:
                     raise ServerFault("the sampling engine has been closed")
-                task = self._accept(request, future)
-                self._line.add(waiting(task, request.num_samples))
-                self._patience.arrived(len(request.prompt), task.max_tokens)
-                if request.request_id:
-                    self._under_way.setdefault(request.request_id, set()).add(task)
-                self._wake.notify()
+                self._inbox.put(self._accept(request, future))
         except (InvalidRequest, NotFound, ServerFault) as error:
             future.set_exception(error)
         return future
@@ -158,274 +157,205 @@ class TransformersEngine:
 
     def cancel(self, request_id: str) -> None:
         """The request ends with `CancelledError` before the next step."""
-        with self._wake:
-            self._unwanted |= self._under_way.get(request_id, set())
-            self._wake.notify()
+        self._inbox.put(Cancel(request_id))
 
     def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._inbox.close()
         self._thread.join()
+        self._adapters.clear()
 
-    # ------------------------------------------------------------ the engine's own thread
+
+class SamplingLoop:
+    """The engine's thread: what waits and what runs. Only `inbox` is shared with other threads."""
+
+    def __init__(self, inbox: Inbox, make_batch: Callable[[], Batch], tokenizer: Tokenizer | None) -> None:
+        self._inbox = inbox
+        self._make_batch = make_batch
+        self._tokenizer = tokenizer
+        self.running = RunningSamples(make_batch())
+        self.waiting: WaitingQueue[Item] = WaitingQueue()
+        self.cancellable: dict[str, set[Task]] = {}  # tasks that have not ended, by request id
+        self._is_full = False  # memory has run out, and nothing has ended since
+        self._delay = PrefillDelay(DECODING_PREFILL_TOKENS)
+        self._next_tokens = NextTokens()
 
     @torch.inference_mode()
-    def _run(self) -> None:
-        while self._wait_for_work():
+    def run(self) -> None:
+        while (messages := self._inbox.receive(wait=not (self.waiting or self.running))) is not None:
             try:
-                self._turn()
+                self._turn(messages)
             except Exception as error:  # not one sample's fault: without this thread all would wait for ever
                 log.exception("the sampling engine starts over: %s", error)
                 self._start_over(error)
         self._abandon()
 
-    def _turn(self) -> None:
-        """Read a piece of the prompts of those who may come in, then a step for everybody; what comes of either gives
-        those concerned their next token.
-        """
-        self._drop_unwanted()
+    def _turn(self, messages: Iterable[Message]) -> None:
+        self._receive(messages)
+        if self.running.sequences:
+            self._delay.stepped()  # only now: the step during which a prompt arrived counts for it
         self._admit()
-        for work in (self._read, self._step):
+        for work in (self._prefill, self._decode):
             drawable = work()
             if drawable is None:
                 continue
             try:
-                self._advance(*drawable)
+                self._draw(*drawable)
             except Exception as error:
                 for task in {sequence.task for sequence in drawable[0]}:
                     self._fail(task, error)
 
     def _start_over(self, error: Exception) -> None:
-        """Nobody knows what state the batch is in: who is in it fails, and a new one is begun. Who waits may come."""
-        tasks = self._tasks()
-        self._sequences = ()
-        self._reading = {}
+        """The state of the batch is unknown: what is in it fails, and a new one is begun. What waits may go on."""
+        tasks = self.running.tasks
         try:
-            self._batch = self._make_batch()
+            self.running.start_over(self._make_batch)
             self._free_memory()
-        except Exception:  # a device that has failed fails here too; then the next one to come is told so
+        except Exception:  # a device that has failed fails here too; then the next request is told so
             log.exception("the sampling engine could not start over")
         finally:
             self._end({task: error.with_traceback(None) for task in tasks})
 
-    def _wait_for_work(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._has_work())
-            return not self._closed
+    def _receive(self, messages: Iterable[Message]) -> None:
+        cancelled: dict[Task, BaseException] = {}
+        removed: list[ResidentAdapter] = []
+        for message in messages:
+            match message:
+                case Task():
+                    self._enqueue(message)
+                case Cancel(request_id):
+                    cancelled |= {task: CancelledError() for task in self.cancellable.get(request_id, ())}
+                case AdapterRemoved(adapter):
+                    removed.append(adapter)
+        # Only now what may fail: no message is lost with it.
+        if cancelled:
+            self._end(cancelled)
+        for adapter in removed:
+            self.running.batch.forget_adapter(adapter)
 
-    def _has_work(self) -> bool:
-        return bool(self._line or self._sequences or self._reading or self._unwanted or self._gone)
-
-    def _tasks(self) -> set[Task]:
-        """Those in the batch, or on their way there."""
-        return {*(sequence.task for sequence in self._sequences), *map(task_of, self._reading.values())}
-
-    def _preferred_batch(self) -> Batch:
-        return make_batch(self._network, self._limits, MAX_KNOWN_TOKENS, self._loaded.info.max_context_length)
-
-    def _drop_unwanted(self) -> None:
-        with self._wake:
-            tasks, self._unwanted = self._unwanted, set()
-            gone, self._gone = self._gone, []
-        for adapter in gone:
-            self._batch.forget_adapter(adapter)
-        if tasks:
-            self._end({task: CancelledError() for task in tasks})
-
-    def _held(self) -> list[Held]:
-        """The batch's rows in order, then the samples on their way there."""
-        held = [Held(s.task.request.tenant, s.order, s.length) for s in self._sequences]
-        for prompt, item in self._reading.items():
-            order = item.order if isinstance(item, Sequence) else (item.number, item.admitted)
-            held += [Held(prompt.tenant, order, len(prompt.tokens), can_pause=False)] * prompt.rows
-        return held
+    def _enqueue(self, task: Task) -> None:
+        request = task.request
+        self.waiting.add(waiting(task, request.num_samples))
+        self._delay.added(len(request.prompt), task.max_tokens)
+        if request.request_id:
+            self.cancellable.setdefault(request.request_id, set()).add(task)
 
     def _admit(self) -> None:
-        """Who waits and may come in is read from now on; while others generate not before there is company, or soon."""
-        self._is_full &= bool(self._sequences or self._reading)
-        with self._wake:
-            if not self._line or (self._sequences and not self._reading and not self._patience.is_over):
-                return
-            running = {task.request.tenant for task in self._tasks()}
-            newcomers = [tenant for tenant in self._line.tenants() if tenant not in running]
-        if self._is_full:
+        """Give slots to waiting samples: at once if nothing is decoding, else when the prefill delay has expired."""
+        running = self.running
+        self._is_full &= bool(running)
+        must_wait = running.sequences and not running.prefilling and not self._delay.has_expired
+        if not self.waiting or must_wait or self._is_full:
             return
-        for tenant in newcomers if running else []:
-            self._make_room_for(tenant)
-        self._take_in(self._line.take)
-        with self._wake:
-            self._patience.admitted(all_of_them=not self._line)
+        if running:
+            active = {task.request.tenant for task in running.tasks}
+            for tenant in [tenant for tenant in self.waiting.tenants() if tenant not in active]:
+                self._make_room_for(tenant)
+        self._admit_from(self.waiting.take)
+        self._delay.admitted(all_of_them=not self.waiting)
 
     def _make_room_for(self, tenant: str) -> None:
-        """Nothing of this tenant runs: others make room, and it takes it."""
-        limits = self._batch.limits
-        with self._wake:
-            length, samples = self._line.wants(tenant)
-        paused = to_make_room(self._held(), limits, length, samples)
-        self._pause({self._sequences[row] for row in paused}, known=True)
-        self._take_in(lambda load: self._line.take_from(tenant, max(1, limits.rows // FOR_NEWCOMERS), load))
+        """This tenant has nothing running: samples of others are preempted, and it takes their slots."""
+        limits = self.running.batch.limits
+        length, samples = self.waiting.wants(tenant)
+        rows = victims_for_newcomer(self.running.slots, limits, length, samples)
+        self._preempt({self.running.sequences[row] for row in rows}, cacheable=True)
+        most = max(1, limits.rows // NEWCOMERS_SHARE)
+        self._admit_from(lambda usage: self.waiting.take_from(tenant, most, usage))
 
-    def _take_in(self, take: Callable[[Load], list[tuple[Waiting[Item], int]]]) -> None:
-        """Begin to read who finds a place."""
-        limits = self._batch.limits
-        rows = len(self._sequences) + sum(prompt.rows for prompt in self._reading)
-        if rows >= limits.rows:
-            return
-        load = Load.of(limits, (one.length for one in self._held()))
-        with self._wake:
-            taken = take(load)
-        prompts = {
-            one.item.prompt_again() if isinstance(one.item, Sequence) else one.item.prompt(samples): one.item
-            for one, samples in taken
-        }
-        self._reading |= prompts
-        self._batch.add(list(prompts))
+    def _admit_from(self, take: Callable[[CacheUsage], list[tuple[Waiting[Item], int]]]) -> None:
+        usage = self.running.usage
+        if usage.rows < usage.limits.rows:
+            taken = take(usage)
+            self.running.admit({prompt_of(one.item, samples): one.item for one, samples in taken})
 
-    def _pause(self, sequences: AbstractSet[Sequence], known: bool) -> None:
-        """Sequences leave the batch, and come before everything else of their tenants when there is room.
+    def _preempt(self, sequences: AbstractSet[Sequence], cacheable: bool) -> None:
+        """Sequences leave the batch, and wait ahead of all else of their tenants.
 
         Args:
-            known: whether their keys and values may be kept until then, as far as those of ended ones are.
+            cacheable: whether their keys and values may be kept until then, as far as the prefix cache has room.
         """
-        if not sequences:
-            return
-        self._drop(sequences, known)
-        with self._wake:
-            for sequence in sorted(sequences, key=lambda one: one.order, reverse=True):
-                self._line.put_back(waiting(sequence, 1))
+        self.running.drop(sequences, cacheable)
+        for sequence in sorted(sequences, key=lambda one: one.order, reverse=True):
+            self.waiting.put_back(waiting(sequence, 1))
 
-    def _read(self) -> Drawable | None:
-        """Read on; returns the sequences that begin, with their logits."""
-        if not self._reading:
+    def _prefill(self) -> Drawable | None:
+        """A chunk of the admitted prompts; returns the sequences that begin, with their logits."""
+        if not self.running.prefilling:
             return None
         try:
-            prompts, logits = self._batch.read()
+            return self.running.prefill()
         except Exception as error:
-            return self._read_singly(error)
-        return (self._begin(prompts), logits) if prompts else None
+            return self._prefill_singly(error)
 
-    def _read_singly(self, error: Exception) -> Drawable | None:
-        """Prompts that can't be read together are read one by one; one that can't be read alone fails, or waits for
-        others to end if memory is what it lacks.
+    def _prefill_singly(self, error: Exception) -> Drawable | None:
+        """Prompts that can't be prefilled together are prefilled one by one; one that can't be alone fails, or waits
+        for others to end if memory is what it lacks.
         """
         self._free_memory()
-        reading, self._reading = self._reading, {}
-        self._batch.forget(reading.keys())
-        if len(reading) == 1:
-            self._not_read(*next(iter(reading.items())), error)
+        prompts = dict(self.running.prefilling)
+        self.running.cancel_prefill(lambda _: True)
+        if len(prompts) == 1:
+            self._not_prefilled(*next(iter(prompts.items())), error)
             return None
         begun: list[Sequence] = []
-        all_logits: list[Tensor] = []
-        for prompt, item in reading.items():
+        logits: list[torch.Tensor] = []
+        for prompt, item in prompts.items():
             task = task_of(item)
             if task.future.done():
                 continue
             try:
-                logits = self._read_whole(task.prompt_again(prompt), item)
+                sequences, their_logits = self.running.prefill_whole(task.retry_prompt(prompt), item)
             except Exception as own_error:
                 self._free_memory()
-                self._not_read(prompt, item, own_error)
+                self._not_prefilled(prompt, item, own_error)
             else:
-                begun += self._sequences[len(self._sequences) - len(logits) :]
-                all_logits.append(logits)
+                begun += sequences
+                logits.append(their_logits)
         # A later one that failed has taken the samples of its request out.
-        left = set(self._sequences)
+        left = set(self.running.sequences)
         kept = [row for row, sequence in enumerate(begun) if sequence in left]
-        return (tuple(begun[row] for row in kept), torch.cat(all_logits)[kept]) if kept else None
+        return (tuple(begun[row] for row in kept), torch.cat(logits)[kept]) if kept else None
 
-    def _not_read(self, prompt: Prompt, item: Item, error: Exception) -> None:
-        """A prompt could not be read alone."""
-        unread = {one for one, other in self._reading.items() if other is item}
-        self._batch.forget(unread)
-        self._reading = {one: other for one, other in self._reading.items() if one not in unread}
-        if not (self._sequences and is_out_of_memory(error)):
+    def _not_prefilled(self, prompt: Prompt, item: Item, error: Exception) -> None:
+        """A prompt could not be prefilled alone."""
+        self.running.cancel_prefill(lambda other: other is item)
+        if not (self.running.sequences and is_out_of_memory(error)):
             self._fail(task_of(item), error)
             return
         self._is_full = True
         if isinstance(item, Task):
             item.take_back(prompt)
-        with self._wake:
-            self._line.put_back(replace(waiting(item, prompt.rows), tokens=0))
+        self.waiting.put_back(replace(waiting(item, prompt.rows), tokens=0))
 
-    def _read_whole(self, prompt: Prompt, item: Item) -> Tensor:
-        """Read a prompt to its end, and begin its samples; returns their logits."""
-        self._reading[prompt] = item
-        self._batch.add([prompt])
-        read: list[Prompt] = []
-        logits = torch.empty(0)
-        while not read:
-            read, logits = self._batch.read()
-        self._begin(read)
-        return logits
-
-    def _begin(self, prompts: list[Prompt]) -> tuple[Sequence, ...]:
-        """Sequences for the rows that were just made, prompt by prompt."""
-        begun: list[Sequence] = []
-        for prompt in prompts:
-            item = self._reading.pop(prompt)
-            if isinstance(item, Sequence):
-                begun.append(item)  # it goes on
-                continue
-            item.note_prompt(prompt)
-            for _ in range(prompt.rows):
-                begun.append(Sequence(item, item.admitted, Uniforms(item.seed, item.admitted)))
-                item.admitted += 1
-        self._sequences += tuple(begun)
-        return tuple(begun)
-
-    def _step(self) -> Drawable | None:
-        """One more token for everybody."""
-        self._read_again()
-        self._shrink()
-        if not self._sequences:
+    def _decode(self) -> Drawable | None:
+        """The newest token of every sequence goes through the model; returns the logits of the next ones."""
+        running = self.running
+        running.recompute_stale()
+        while running.outgrows_memory and (row := victim(running.slots)) is not None:
+            self._preempt({running.sequences[row]}, cacheable=True)
+        if not running.sequences:
             return None
-        newest = [sequence.tokens[-1] for sequence in self._sequences]
         try:
-            logits = self._batch.step(newest)
+            logits = running.batch.step([sequence.tokens[-1] for sequence in running.sequences])
         except Exception as error:
-            self._not_stepped(error)
+            self._not_decoded(error)
             return None
-        with self._wake:
-            self._patience.stepped()
-        return self._sequences, logits
+        return running.sequences, logits
 
-    def _read_again(self) -> None:
-        """What the batch keeps of some is no use for their next tokens: they are read from their beginnings."""
-        rows = self._batch.to_read_again()
-        if rows:
-            sequences = [self._sequences[row] for row in rows]
-            self._drop(set(sequences), known=False)
-            prompts: dict[Prompt, Item] = {sequence.prompt_again(): sequence for sequence in sequences}
-            self._reading |= prompts
-            self._batch.add(list(prompts))
-
-    def _shrink(self) -> None:
-        """Pause some if the next step of all would take more memory than there is."""
-        limits = self._batch.limits
-        if not self._reading and self._batch.rows * self._batch.longest <= limits.tokens:
-            return  # as nearly always
-        held = self._held()
-        while Load.of(limits, (one.length for one in held)).is_too_much:
-            row = to_shrink(held)
-            if row is None:
-                return
-            self._pause({self._sequences[row]}, known=True)
-            held = self._held()
-
-    def _not_stepped(self, error: Exception) -> None:
-        """Where memory has run out, somebody is paused until another has ended; else the newest request fails."""
+    def _not_decoded(self, error: Exception) -> None:
+        """Where memory has run out, a sample is preempted until another has ended; else the newest request fails."""
         self._free_memory()
-        row = to_shrink(self._held()) if is_out_of_memory(error) else None
+        running = self.running
+        row = victim(running.slots) if is_out_of_memory(error) else None
         if row is None:
-            self._fail(max(self._sequences, key=lambda sequence: sequence.order).task, error)
+            self._fail(max(running.sequences, key=lambda sequence: sequence.order).task, error)
             return
-        log.info("memory ran out: a sample is paused (%s)", error)
+        log.info("memory ran out: a sample is preempted (%s)", error)
         self._is_full = True
-        self._pause({self._sequences[row]}, known=False)
+        self._preempt({running.sequences[row]}, cacheable=False)
 
-    def _advance(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
-        """Draw the next token of each sequence, and take out those that have ended."""
+    def _draw(self, sequences: tuple[Sequence, ...], logits: torch.Tensor) -> None:
+        """Draw the next token of each sequence, and stop those that have ended."""
         self._next_tokens.append(sequences, logits)
         ended: set[Sequence] = set()
         for sequence in sequences:
@@ -438,63 +368,39 @@ class TransformersEngine:
                     self._forget(task)
                     task.succeed()
         self._is_full &= not ended
-        self._drop(ended, known=True)
-
-    def _drop(self, ended: AbstractSet[Sequence], known: bool) -> None:
-        """Take sequences out.
-
-        Args:
-            known: whether later prompts may begin like them; not if their adapter has gone meanwhile.
-        """
-        rows = [row for row, sequence in enumerate(self._sequences) if sequence in ended]
-        if not rows:
-            return
-        adapters = self._adapters
-        known_rows = {
-            row
-            for row in rows
-            if known
-            and (task := self._sequences[row].task).adapter is adapters.get(task.request.adapter_id or "")
-        }
-        self._sequences = tuple(self._sequences[old] for old in self._batch.drop(rows, known_rows))
+        self.running.drop(ended, cacheable=True)
 
     def _fail(self, task: Task, error: Exception) -> None:
         log.warning("a sample failed: %s", error)
         self._end({task: error.with_traceback(None)})  # without the frames that hold its tensors
 
     def _end(self, errors: Mapping[Task, BaseException]) -> None:
-        """Tasks leave batch and line with an error each; the others go on."""
+        """Tasks end with an error each, wherever they are; the others go on."""
         for task, error in errors.items():
             self._forget(task)
             task.fail(error)
-        unread = {prompt for prompt, item in self._reading.items() if task_of(item) in errors}
-        if unread:
-            self._batch.forget(unread)
-            self._reading = {prompt: item for prompt, item in self._reading.items() if prompt not in unread}
-        self._drop({sequence for sequence in self._sequences if sequence.task in errors}, known=False)
-        self._is_full = False  # those who wait may find room now
-        with self._wake:
-            self._line.remove(lambda item: task_of(item) in errors)
+        self._is_full = False  # those that wait may find room now
+        self.waiting.remove(lambda item: task_of(item) in errors)
+        self.running.cancel_prefill(lambda item: task_of(item) in errors)
+        self.running.drop(
+            {sequence for sequence in self.running.sequences if sequence.task in errors}, cacheable=False
+        )
 
     def _forget(self, task: Task) -> None:
         """It can't be cancelled any more."""
-        with self._wake:
-            request_id = task.request.request_id
-            others = self._under_way.get(request_id, set()) - {task}
-            if others:
-                self._under_way[request_id] = others
-            else:
-                self._under_way.pop(request_id, None)
+        request_id = task.request.request_id
+        tasks = self.cancellable.get(request_id, set())
+        tasks.discard(task)
+        if not tasks:
+            self.cancellable.pop(request_id, None)
 
     def _free_memory(self) -> None:
-        self._batch.free_memory()
-        if self._loaded.device.type == "cuda":
+        self.running.batch.free_memory()
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def _abandon(self) -> None:
         """The engine was closed: whatever is not done is cancelled."""
-        with self._wake:
-            tasks = set(map(task_of, self._line.items()))
-        tasks |= self._tasks()
+        tasks = {message for message in self._inbox.take() if isinstance(message, Task)}
+        tasks |= self.running.tasks.union(map(task_of, self.waiting.items()))
         self._end({task: CancelledError() for task in tasks})
-        self._adapters.clear()

@@ -9,7 +9,7 @@ from twinkle.server.samplers.cache_usage import Limits
 
 MAX_ROWS_CPU = 64
 MAX_ROWS_GPU = 256
-# Tokens whose keys and values are kept, at most: as `Load` counts them, and as far as there is memory.
+# Tokens whose keys and values are kept, at most: as `CacheUsage` counts them, and as far as there is memory.
 MAX_CACHED_TOKENS_CPU = 2**17
 MAX_CACHED_TOKENS_GPU = 2**20
 

@@ -1,6 +1,6 @@
-"""Low-rank terms in inference: resident adapters, and the route that tells each layer which rows get whose term.
+"""Low-rank terms in inference: resident adapters, and the route that says which rows get which adapter's term.
 
-Rows come in any order. The adapters of one shape have their matrices stacked. As long as these are few, all rows take
+Rows may be in any order. The adapters of one shape have their matrices stacked. As long as these are few, all rows take
 one product with all their A's together and one with all their B's, in between which each row keeps the columns that are
 its own: few large products are faster than many small ones. Layers that read the same input share the first of them.
 Where that would compute too much beside what is wanted, the rows of each adapter are brought together and a batched
@@ -101,13 +101,13 @@ class RouteGroup:
     """The rows of a batch whose adapters have one shape.
 
     Attributes:
-        a, b: by family and by layer, stacked: [layers, places, rank, in_features], [places, rank, out_features]; of
-            routed experts [places, experts, rank, in_features], [places, experts, out_features, rank].
+        a, b: by family and by layer, stacked: [layers, slots, rank, in_features], [slots, rank, out_features]; of
+            routed experts [slots, experts, rank, in_features], [slots, experts, out_features, rank].
         family: of each layer that is not an expert's, and its number in it.
         batch_rows: how many rows the whole batch has.
-        own: integers as wide as the weights' type [batch_rows, 1, places * rank], all bits set in the columns that
+        own: integers as wide as the weights' type [batch_rows, 1, slots * rank], all bits set in the columns that
             are a row's own, and none in the others; None if all columns are.
-        used: int64 [adapters]: the places of adapters that have rows; None if all have.
+        used: int64 [adapters]: the slots of adapters that have rows; None if all have.
         rows: int64 [adapters, most rows of one adapter]: which rows; short ones repeat their first.
         kept: int64: which entries of `rows`, flattened, are not repetitions.
         targets: int64: `rows` flattened, at `kept`.
@@ -135,9 +135,9 @@ class RouteGroup:
             return
         family, number = self.family[layer]
         a, b = self.a[family], self.b[layer]
-        width, _, places, rank = a.shape
-        if self.own is None or places * rank <= TOGETHER:
-            out.addmm_(self._all_low(family, x)[number], b.view(places * rank, -1))
+        width, _, slots, rank = a.shape
+        if self.own is None or slots * rank <= TOGETHER:
+            out.addmm_(self._all_low(family, x)[number], b.view(slots * rank, -1))
             return
         a = a[:, number].permute(1, 0, 2)
         if self.used is not None:
@@ -149,7 +149,7 @@ class RouteGroup:
         out.view(self.batch_rows, -1, out.shape[1]).index_add_(0, self.targets, term[self.kept])
 
     def _all_low(self, family: str, x: Tensor) -> tuple[Tensor, ...]:
-        """For each layer of a family, x times all A's, 0 where they are not a row's own: [tokens, places * rank]."""
+        """For each layer of a family, x times all A's, 0 where they are not a row's own: [tokens, slots * rank]."""
         latest = self._latest
         if latest is not None and latest[0] == family and latest[1] is x:
             return latest[2]
@@ -180,10 +180,10 @@ class RouteGroup:
         positions = torch.arange(of_row, device=self.targets.device)
         rows = (self.targets.unsqueeze(1) * of_row + positions).flatten()
         adapter = self.kept // self.rows.shape[1]
-        place = adapter if self.used is None else self.used[adapter]
+        slot = adapter if self.used is None else self.used[adapter]
         return ExpertTerm(
             rows,
-            place.repeat_interleave(of_row),
+            slot.repeat_interleave(of_row),
             self.a[gate_up],
             self.b[gate_up],
             self.a[down],
@@ -192,7 +192,7 @@ class RouteGroup:
 
 
 class Route:
-    """Which rows get whose term; shared by the layers of a module tree, set by the one thread that computes."""
+    """Which rows get which adapter's term; shared by a module tree's layers, set by the one thread that computes."""
 
     def __init__(self) -> None:
         self.groups: list[RouteGroup] = []
@@ -202,37 +202,37 @@ class Route:
         return [term for group in self.groups if (term := group.expert_term(experts, rows))]
 
 
-class Stack:
-    """Matrices of adapters of one shape, one below the other; a place that was given up is used again.
+class AdapterStack:
+    """Matrices of adapters of one shape, stacked; a slot that becomes free is used again.
 
     Attributes:
-        places: whose matrices stand where; None where nobody's are needed.
+        slots: the adapter in each; None if it is free.
         a, b: see `RouteGroup`.
     """
 
-    def __init__(self, adapters: Sequence[ResidentAdapter], places: int) -> None:
+    def __init__(self, adapters: Sequence[ResidentAdapter], slots: int) -> None:
         first = adapters[0]
-        self.places: list[ResidentAdapter | None] = [None] * places
-        self.a = {name: _room_for(name, matrix, places) for name, matrix in first.a.items()}
-        self.b = {name: _room_for(name, matrix, places) for name, matrix in first.b.items()}
+        self.slots: list[ResidentAdapter | None] = [None] * slots
+        self.a = {name: _room_for(name, matrix, slots) for name, matrix in first.a.items()}
+        self.b = {name: _room_for(name, matrix, slots) for name, matrix in first.b.items()}
         for adapter in adapters:
             self._put(adapter)
 
-    def take_in(self, adapters: Sequence[ResidentAdapter]) -> bool:
-        """Give places to those that have none; False, and nothing is changed, if there are too few."""
-        new = [adapter for adapter in adapters if adapter not in self.places]
-        if len(new) > self.places.count(None):
+    def assign(self, adapters: Sequence[ResidentAdapter]) -> bool:
+        """Give slots to those that have none; if there are too few, change nothing and return False."""
+        new = [adapter for adapter in adapters if adapter not in self.slots]
+        if len(new) > self.slots.count(None):
             return False
         for adapter in new:
             self._put(adapter)
         return True
 
     def _put(self, adapter: ResidentAdapter) -> None:
-        place = self.places.index(None)
-        self.places[place] = adapter
+        slot = self.slots.index(None)
+        self.slots[slot] = adapter
         for stacked, own in ((self.a, adapter.a), (self.b, adapter.b)):
             for name, matrix in own.items():
-                stacked[name].narrow(_dimension(name, matrix), place, 1).copy_(matrix)
+                stacked[name].narrow(_dimension(name, matrix), slot, 1).copy_(matrix)
 
 
 def _dimension(name: str, matrix: Tensor) -> int:
@@ -240,11 +240,11 @@ def _dimension(name: str, matrix: Tensor) -> int:
     return 2 if matrix.ndim == 4 and not is_expert_parameter(name) else 0
 
 
-def _room_for(name: str, matrix: Tensor, places: int) -> Tensor:
+def _room_for(name: str, matrix: Tensor, slots: int) -> Tensor:
     if is_expert_parameter(name):  # expert by expert in memory, as `run_experts` goes through them
-        return matrix.new_zeros(matrix.shape[1], places, *matrix.shape[2:]).transpose(0, 1)
+        return matrix.new_zeros(matrix.shape[1], slots, *matrix.shape[2:]).transpose(0, 1)
     shape = list(matrix.shape)
-    shape[_dimension(name, matrix)] = places
+    shape[_dimension(name, matrix)] = slots
     return matrix.new_zeros(shape)
 
 
@@ -253,7 +253,7 @@ class RouteMaker:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stacks: dict[Shape, Stack] = {}
+        self._stacks: dict[Shape, AdapterStack] = {}
 
     def make(self, adapters: Sequence[ResidentAdapter | None]) -> list[RouteGroup]:
         """
@@ -269,25 +269,25 @@ class RouteMaker:
     def keep(self, adapters: AbstractSet[ResidentAdapter | None]) -> None:
         """Only these are in use."""
         for shape, stack in list(self._stacks.items()):
-            stack.places = [adapter if adapter in adapters else None for adapter in stack.places]
-            if 4 * (len(stack.places) - stack.places.count(None)) <= len(stack.places):
+            stack.slots = [adapter if adapter in adapters else None for adapter in stack.slots]
+            if 4 * (len(stack.slots) - stack.slots.count(None)) <= len(stack.slots):
                 del self._stacks[shape]  # most of it would be computed for nothing
 
     def _group(self, batch_rows: int, shape: Shape, rows: dict[ResidentAdapter, list[int]]) -> RouteGroup:
         if len(rows) == 1:
             [(only, own)] = rows.items()
-            return self._of_places(only, only.a, only.b, batch_rows, [own])
+            return self._of_slots(only, only.a, only.b, batch_rows, [own])
         stack = self._stacks.get(shape)
         if stack is None:
-            stack = self._stacks[shape] = Stack(list(rows), len(rows))
-        elif not stack.take_in(list(rows)):
-            everybody = [*rows, *(adapter for adapter in stack.places if adapter and adapter not in rows)]
-            places = max(len(everybody), 2 * len(stack.places))
-            stack = self._stacks[shape] = Stack(everybody, places)
-        in_places = [rows.get(adapter, []) if adapter else [] for adapter in stack.places]
-        return self._of_places(next(iter(rows)), stack.a, stack.b, batch_rows, in_places)
+            stack = self._stacks[shape] = AdapterStack(list(rows), len(rows))
+        elif not stack.assign(list(rows)):
+            all_of_them = [*rows, *(adapter for adapter in stack.slots if adapter and adapter not in rows)]
+            slots = max(len(all_of_them), 2 * len(stack.slots))
+            stack = self._stacks[shape] = AdapterStack(all_of_them, slots)
+        by_slot = [rows.get(adapter, []) if adapter else [] for adapter in stack.slots]
+        return self._of_slots(next(iter(rows)), stack.a, stack.b, batch_rows, by_slot)
 
-    def _of_places(
+    def _of_slots(
         self,
         like: ResidentAdapter,
         a: dict[str, Tensor],
@@ -298,21 +298,19 @@ class RouteMaker:
         """
         Args:
             like: any of the adapters.
-            rows: those of the adapter in each place.
+            rows: those of the adapter in each slot.
         """
         rank = like.shape[0]
-        used = [place for place, own in enumerate(rows) if own]
+        used = [slot for slot, own in enumerate(rows) if own]
         most = max(len(own) for own in rows)
-        filled = self._tensor(
-            [[*rows[place], *([rows[place][0]] * (most - len(rows[place])))] for place in used]
-        )
-        kept = self._tensor([i * most + j for i, place in enumerate(used) for j in range(len(rows[place]))])
+        filled = self._tensor([[*rows[slot], *([rows[slot][0]] * (most - len(rows[slot])))] for slot in used])
+        kept = self._tensor([i * most + j for i, slot in enumerate(used) for j in range(len(rows[slot]))])
         targets = filled.flatten()[kept]
         own: Tensor | None = None
         if most < batch_rows:
-            place_of_row = torch.full((batch_rows, 1, 1), -1, device=self._device)
-            place_of_row[targets, 0, 0] = self._tensor([place for place in used for _ in rows[place]])
-            mine = torch.arange(len(rows), device=self._device).repeat_interleave(rank) == place_of_row
+            slot_of_row = torch.full((batch_rows, 1, 1), -1, device=self._device)
+            slot_of_row[targets, 0, 0] = self._tensor([slot for slot in used for _ in rows[slot]])
+            mine = torch.arange(len(rows), device=self._device).repeat_interleave(rank) == slot_of_row
             own = -mine.to(_BITS[next(iter(b.values())).dtype])
         some = None if len(used) == len(rows) else self._tensor(used)
         return RouteGroup(a, b, like.family, batch_rows, own, some, filled, kept, targets)

@@ -1,4 +1,4 @@
-"""The model, cut into body and head, with routed layers; what it is given to read."""
+"""The model, split into body and head, with routed layers; the prompts it is given."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ PADDING = -1
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt to read.
+    """A prompt to prefill.
 
     Attributes:
-        tenant: whose it is.
         rows: how many samples begin with it.
-        scores: takes what is asked about its tokens; None if nothing is.
+        scores: gathers what is asked about its tokens; None if nothing is.
     """
 
     tenant: str
@@ -45,8 +44,8 @@ class Prompt:
         return self.tenant, self.adapter
 
 
-class Network:
-    """A module tree with routed layers, cut into body and head."""
+class ModelRunner:
+    """Forward passes of a module tree with routed layers, split into body and head."""
 
     def __init__(self, model: PreTrainedModel, route: Route) -> None:
         self.route = route
@@ -56,8 +55,8 @@ class Network:
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.config = model.config
         self._body = decoder(model)
-        # Without the decorators, which fill in and convert what is given here anyway: they take longer than a layer of
-        # a small model.
+        # Without the decorators, which only fill in and convert arguments: they take longer than a layer of a small
+        # model.
         self._run_body = inspect.unwrap(type(self._body).forward)
         # Later versions of Transformers have another name for it.
         names = inspect.signature(self._run_body).parameters
@@ -83,13 +82,13 @@ class Network:
         return finish_logits(self._output(hidden), self.config)
 
     def forward(self, cache: SlotCache, rows: slice, tokens: Tensor, starts: list[int]) -> Tensor:
-        """Read tokens into rows of a cache.
+        """Run tokens through the model, and write their keys and values into rows of a cache.
 
-        What fills up a row (`PADDING`) takes part, but for its position: some models choose their rope's frequencies by
-        the largest position of a call, which must be what it is to these rows, whoever is read beside them.
+        Padding is computed too, but at a position of the cache's choice: some models choose their rope frequencies by
+        the largest position of a call, which must not depend on what else is in it.
 
         Args:
-            tokens: int64 [rows, n]; `PADDING` behind a row's own, unless n is 1.
+            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1.
             starts: the position of each row's first.
 
         Returns:
@@ -103,23 +102,23 @@ class Network:
             return self.body(tokens, first, self._mask(first, end), cache)
         positions = first + torch.arange(n, device=tokens.device)
         cache.begin(rows, positions, end)
-        told = positions.masked_fill(tokens < 0, cache.padding_position)
-        return self.body(tokens.clamp(min=0), told, self._mask(positions, end), cache)
+        shown = positions.masked_fill(tokens < 0, cache.padding_position)
+        return self.body(tokens.clamp(min=0), shown, self._mask(positions, end), cache)
 
     def _mask(self, positions: Tensor, end: int) -> Tensor:
         """What attention adds to its scores, [rows, 1, n, end]: each token sees itself and what is before it.
 
-        Of the type that attention computes in: it would be converted in each layer otherwise.
+        In the type that attention computes in, or each layer would convert it.
         """
         unseen = torch.arange(end, device=positions.device) > positions.unsqueeze(-1)
         mask = torch.zeros(unseen.shape, dtype=self.dtype, device=positions.device)
         return mask.masked_fill_(unseen, torch.finfo(self.dtype).min).unsqueeze(1)
 
-    def read_scores(self, prompt: Prompt, states: Tensor, start: int) -> None:
+    def score_prompt(self, prompt: Prompt, states: Tensor, start: int) -> None:
         """Answer what a prompt asks about the tokens that follow positions [start, start + n); changes the route.
 
         Args:
-            states: hidden states [n, hidden]; what is beyond the prompt's end is passed over.
+            states: hidden states [n, hidden]; those beyond the prompt's end are ignored.
         """
         scores = prompt.scores
         if scores is None:

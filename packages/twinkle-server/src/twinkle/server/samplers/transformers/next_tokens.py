@@ -13,7 +13,7 @@ from twinkle.server.samplers.transformers.sequences import Sequence
 
 
 class NextTokens:
-    """Draws, and keeps the settings of those who were drawn for last: most steps are of the same sequences."""
+    """Draws; keeps the settings of the latest draw, since most steps are of the same sequences."""
 
     def __init__(self) -> None:
         self._latest: tuple[Several[Sequence], DrawSettings] | None = None
@@ -44,7 +44,7 @@ class NextTokens:
 
 
 def _list_likeliest(sequences: tuple[Sequence, ...], logprobs: Tensor) -> None:
-    """Note the likeliest tokens for those who asked for them."""
+    """Note the likeliest tokens where a request asks for them."""
     most = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
     if most == 0:
         return

@@ -1,7 +1,8 @@
-"""Prompts that are being read, piece by piece, so that those who generate needn't wait for the end of a long one.
+"""Chunked prefill: prompts go through the model piece by piece, so that decoding need not wait for a long one's end.
 
-Each has a row in a cache of its own kind until it has been read whole. Where it begins as another one did, of the same
-tenant and adapter, that beginning is copied; if the other is still being read, it is waited for.
+A prompt has a row in a cache of the queue's own until it is complete. Where it begins as another of the same tenant and
+adapter did (its prefix donor), the keys and values of that beginning are copied; if the donor is still being prefilled,
+the prompt waits for that part of it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor
 
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
-from twinkle.server.samplers.transformers.model_runner import PADDING, Network, Prompt
-from twinkle.server.samplers.transformers.prefix_cache import LEAST_COMMON, common_length
+from twinkle.server.samplers.transformers.model_runner import PADDING, ModelRunner, Prompt
+from twinkle.server.samplers.transformers.prefix_cache import MIN_PREFIX_TOKENS, common_prefix_length
 
-# What is known of a prompt's beginning elsewhere: see `Prefixes.find`.
-Find: TypeAlias = Callable[[Prompt], tuple[int, list[Tensor]]]
+# Finds what is cached of a prompt's beginning elsewhere: see `PrefixCache.lookup`.
+Lookup: TypeAlias = Callable[[Prompt], tuple[int, list[Tensor]]]
 
 
 @dataclass(eq=False)
-class Reading:
+class Prefill:
     """
     Attributes:
-        position: tokens that have been read.
-        leader: one that came before, begins alike and is waited for until it has read the common tokens.
+        position: tokens that are in the cache.
+        donor: an earlier prompt that begins alike, whose first `common` tokens are waited for.
     """
 
     prompt: Prompt
     position: int = 0
-    leader: Reading | None = None
+    donor: Prefill | None = None
     common: int = 0
 
     @property
@@ -41,9 +42,9 @@ class Reading:
         return len(self.prompt.tokens) - self.position
 
     @property
-    def sharable(self) -> int:
-        """So many tokens may be taken over: the last one is read for what follows it, and so is whatever is asked
-        about.
+    def reusable(self) -> int:
+        """How many tokens' keys and values may be copied. Not the last one's, nor those that are asked about: their
+        hidden states are needed.
         """
         scores = self.prompt.scores
         last = len(self.prompt.tokens) - 1
@@ -51,12 +52,12 @@ class Reading:
 
 
 @dataclass(eq=False)
-class Read:
-    """A prompt that has been read whole.
+class Prefilled:
+    """A prompt that is complete.
 
     Attributes:
         hidden: of its last token [hidden].
-        contents: see `SlotCache.row`; as long as the reader isn't used again.
+        contents: see `SlotCache.row`; valid until the queue is used again.
     """
 
     prompt: Prompt
@@ -64,124 +65,123 @@ class Read:
     contents: list[Tensor]
 
 
-class Reader:
-    """Row i of its cache is the i-th of those that are being read; others wait for their leaders."""
+class PrefillQueue:
+    """Row i of its cache is the i-th active prompt's; others wait for their donors."""
 
-    def __init__(self, network: Network, boundary: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, boundary: int = 0) -> None:
         """
         Args:
-            boundary: prompts are longer than this, and the model is to know it from the first piece on: see
-                `rope_boundaries`. 0 if there is none to know of.
+            boundary: prompts are longer than this, which the model must see from the first chunk on: see
+                `rope_boundaries`. 0 if there is none.
         """
-        self._network = network
+        self._runner = runner
         self._boundary = boundary
-        self._cache = SlotCache(network.num_layers, padding_position=boundary)
-        self._readings: list[Reading] = []
-        self._waiting: list[Reading] = []
-        self._route: list[RouteGroup] | None = None  # made anew when the readings change
+        self._cache = SlotCache(runner.num_layers, padding_position=boundary)
+        self._active: list[Prefill] = []
+        self._waiting: list[Prefill] = []
+        self._route: list[RouteGroup] | None = None  # of the active ones; None when they have changed
 
     @property
     def prompts(self) -> list[Prompt]:
-        return [reading.prompt for reading in (*self._readings, *self._waiting)]
+        return [prefill.prompt for prefill in (*self._active, *self._waiting)]
 
     @property
     def adapters(self) -> AbstractSet[ResidentAdapter | None]:
         return {prompt.adapter for prompt in self.prompts}
 
-    def add(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            reading = Reading(prompt)
-            self._find_leader(reading, [*self._readings, *self._waiting])
-            self._waiting.append(reading)
+    def add(self, prompt: Prompt) -> None:
+        prefill = Prefill(prompt)
+        self._find_donor(prefill, [*self._active, *self._waiting])
+        self._waiting.append(prefill)
 
     def remove(self, prompts: AbstractSet[Prompt]) -> None:
-        """Stop reading these."""
-        for row in reversed(range(len(self._readings))):
-            if self._readings[row].prompt in prompts:
+        """Complete or cancelled prompts leave."""
+        for row in reversed(range(len(self._active))):
+            if self._active[row].prompt in prompts:
                 self._take_out(row)
-        self._waiting = [reading for reading in self._waiting if reading.prompt not in prompts]
-        for i, reading in enumerate(self._waiting):
-            if reading.leader is not None and reading.leader.prompt in prompts:
-                self._find_leader(reading, [*self._readings, *self._waiting[:i]])
-        if not self._readings:
+        self._waiting = [prefill for prefill in self._waiting if prefill.prompt not in prompts]
+        for i, prefill in enumerate(self._waiting):
+            if prefill.donor is not None and prefill.donor.prompt in prompts:
+                self._find_donor(prefill, [*self._active, *self._waiting[:i]])
+        if not self._active:
             self._cache.clear()
 
-    def read(self, tokens: int, find: Find) -> list[Read]:
-        """Read a piece of every prompt that isn't waiting, of so many tokens together, if it can be.
+    def prefill(self, tokens: int, lookup: Lookup) -> list[Prefilled]:
+        """One pass with a chunk of every prompt that need not wait, all of the same length, of so many tokens together
+        if possible.
 
         Returns:
-            Those that have been read whole; they are to be removed then.
+            Those that are complete; the caller is to remove them.
         """
-        self._start(find)
-        count = len(self._readings)
-        n = min(max(1, tokens // count), max(reading.left for reading in self._readings))
-        starts = [reading.position for reading in self._readings]
+        self._activate(lookup)
+        count = len(self._active)
+        n = min(max(1, tokens // count), max(prefill.left for prefill in self._active))
+        starts = [prefill.position for prefill in self._active]
         self._cache.reserve(count, max(starts) + n + 1)
         hidden = self._forward(n, starts)[:, :n]
-        for i, reading in enumerate(self._readings):
-            self._network.read_scores(reading.prompt, hidden[i], starts[i])
-        finished: list[Read] = []
-        for row, reading in enumerate(self._readings):
-            left, reading.position = reading.left, min(reading.position + n, len(reading.prompt.tokens))
+        for i, prefill in enumerate(self._active):
+            self._runner.score_prompt(prefill.prompt, hidden[i], starts[i])
+        complete: list[Prefilled] = []
+        for row, prefill in enumerate(self._active):
+            left, prefill.position = prefill.left, min(prefill.position + n, len(prefill.prompt.tokens))
             if left <= n:
-                contents = self._cache.row(row, reading.position)
-                finished.append(Read(reading.prompt, hidden[row, left - 1], contents))
-        return finished
+                contents = self._cache.row(row, prefill.position)
+                complete.append(Prefilled(prefill.prompt, hidden[row, left - 1], contents))
+        return complete
 
-    def _start(self, find: Find) -> None:
-        """Give rows to those that needn't wait any more, and what is known of their beginnings."""
-        still_waiting: list[Reading] = []
-        for reading in self._waiting:
-            leader = reading.leader
-            if leader is not None and leader.position < reading.common:
-                still_waiting.append(reading)
+    def _activate(self, lookup: Lookup) -> None:
+        """Give rows to prompts that need not wait any more, with what is cached of their beginnings."""
+        still_waiting: list[Prefill] = []
+        for prefill in self._waiting:
+            donor = prefill.donor
+            if donor is not None and donor.position < prefill.common:
+                still_waiting.append(prefill)
                 continue
-            common, contents = find(reading.prompt)
-            row = len(self._readings)
-            self._cache.reserve(row + 1, max(common, reading.common))
-            if leader in self._readings and reading.common > common:
-                common = reading.common
-                contents = self._cache.row(self._readings.index(leader), common)
-            reading.position = min(common, reading.sharable)
-            if reading.position < LEAST_COMMON:
-                reading.position = 0
+            common, contents = lookup(prefill.prompt)
+            row = len(self._active)
+            self._cache.reserve(row + 1, max(common, prefill.common))
+            if donor in self._active and prefill.common > common:
+                common = prefill.common
+                contents = self._cache.row(self._active.index(donor), common)
+            prefill.position = min(common, prefill.reusable)
+            if prefill.position < MIN_PREFIX_TOKENS:
+                prefill.position = 0
             else:
-                begun = [content[:, : reading.position] for content in contents]
-                self._cache.write_rows(slice(row, row + 1), begun)
-            self._readings.append(reading)
+                beginning = [content[:, : prefill.position] for content in contents]
+                self._cache.write_rows(slice(row, row + 1), beginning)
+            self._active.append(prefill)
             self._route = None
         self._waiting = still_waiting
 
-    def _find_leader(self, reading: Reading, earlier: list[Reading]) -> None:
-        reading.leader, reading.common = None, 0
+    def _find_donor(self, prefill: Prefill, earlier: Sequence[Prefill]) -> None:
+        prefill.donor, prefill.common = None, 0
         for other in earlier:
-            if other.prompt.owner != reading.prompt.owner:
+            if other.prompt.owner != prefill.prompt.owner:
                 continue
-            common = min(common_length(reading.prompt.tokens, other.prompt.tokens), reading.sharable)
-            if common >= LEAST_COMMON and common > reading.common:
-                reading.leader, reading.common = other, common
+            common = common_prefix_length(prefill.prompt.tokens, other.prompt.tokens)
+            common = min(common, prefill.reusable)
+            if common >= MIN_PREFIX_TOKENS and common > prefill.common:
+                prefill.donor, prefill.common = other, common
 
     def _take_out(self, row: int) -> None:
         """The last row moves into its place."""
-        last = len(self._readings) - 1
+        last = len(self._active) - 1
         if row != last:
-            moved = self._readings[row] = self._readings[last]
+            moved = self._active[row] = self._active[last]
             self._cache.write_rows(slice(row, row + 1), self._cache.row(last, moved.position))
-        self._readings.pop()
+        self._active.pop()
         self._route = None
 
     def _forward(self, n: int, starts: list[int]) -> Tensor:
-        """The next n tokens of every reading, and padding behind the ends of those that have fewer left.
-
-        Where all are before the boundary still, one more column of padding stands beyond it.
-        """
-        network = self._network
+        """The next n tokens of every active prompt, padded where one has fewer left."""
+        runner = self._runner
+        # Before the boundary one more column of padding stands beyond it, so that the model sees a long sequence.
         width = n if max(starts) + n > self._boundary or not self._boundary else n + 1
         tokens = torch.full((len(starts), width), PADDING)
-        for row, reading in zip(tokens, self._readings, strict=True):
-            own = reading.prompt.tokens[reading.position : reading.position + n]
+        for row, prefill in zip(tokens, self._active, strict=True):
+            own = prefill.prompt.tokens[prefill.position : prefill.position + n]
             row[: len(own)] = torch.from_numpy(own.copy())
         if self._route is None:
-            self._route = network.routes.make([reading.prompt.adapter for reading in self._readings])
-        network.route.groups = self._route
-        return network.forward(self._cache, slice(0, len(starts)), tokens.to(network.device), starts)
+            self._route = runner.routes.make([prefill.prompt.adapter for prefill in self._active])
+        runner.route.groups = self._route
+        return runner.forward(self._cache, slice(0, len(starts)), tokens.to(runner.device), starts)

@@ -2,7 +2,7 @@
 question behind the same examples. Knows neither batches nor models.
 
 What a token's keys and values are depends on the tokens before it and the adapter alone. They are shared among requests
-of one tenant only: another could tell from the time that an answer takes what has been asked before.
+of one tenant only: from the time to the first token another could tell what has been asked before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 from torch import Tensor
@@ -21,12 +22,12 @@ from twinkle.server.samplers.transformers.lora import ResidentAdapter
 # is beyond (all of its keys are others then).
 Owner: TypeAlias = tuple[str, ResidentAdapter | None, *tuple[int, ...]]
 
-# Fewer common tokens are read again sooner than looked for and copied.
-LEAST_COMMON = 16
+# Fewer common tokens are computed again sooner than looked up and copied.
+MIN_PREFIX_TOKENS = 16
 
 
 @dataclass(eq=False)
-class Prefix:
+class CachedPrefix:
     """
     Attributes:
         tokens: int64 [n].
@@ -38,49 +39,51 @@ class Prefix:
     contents: list[Tensor]
 
 
-class Prefixes:
+class PrefixCache:
     """The latest prefixes, up to so many tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._oldest_first: OrderedDict[Prefix, None] = OrderedDict()
-        self._by_head: dict[tuple[Owner, bytes], list[Prefix]] = {}
+        self._oldest_first: OrderedDict[CachedPrefix, None] = OrderedDict()
+        self._by_head: dict[tuple[Owner, bytes], list[CachedPrefix]] = {}
+        self._removed: WeakSet[ResidentAdapter] = WeakSet()
 
     def __bool__(self) -> bool:
         return bool(self._oldest_first)
 
     def add(self, owner: Owner, tokens: Int64Array, contents: list[Tensor]) -> None:
-        """Keep a copy. What begins with it, or is its beginning, takes the place of the shorter one."""
-        if not LEAST_COMMON <= len(tokens) <= self._max_tokens:
+        """Keep a copy. If one of two prefixes begins with the other, only the longer one is kept."""
+        if owner[1] in self._removed or not MIN_PREFIX_TOKENS <= len(tokens) <= self._max_tokens:
             return
         alike = self._by_head.get(_head(owner, tokens), [])
         for other in list(alike):
-            common = common_length(tokens, other.tokens)
+            common = common_prefix_length(tokens, other.tokens)
             if common == len(tokens):
                 self._oldest_first.move_to_end(other)
                 return
             if common == len(other.tokens):
                 self._drop(other)
-        prefix = Prefix(owner, tokens, [content.clone() for content in contents])
+        prefix = CachedPrefix(owner, tokens, [content.clone() for content in contents])
         self._oldest_first[prefix] = None
         self._by_head.setdefault(_head(owner, tokens), []).append(prefix)
         self._tokens += len(tokens)
         while self._tokens > self._max_tokens:
             self._drop(next(iter(self._oldest_first)))
 
-    def find(self, owner: Owner, tokens: Int64Array) -> tuple[int, list[Tensor]]:
-        """The longest beginning that is known: its length, and contents that are at least as long; 0 if none is."""
+    def lookup(self, owner: Owner, tokens: Int64Array) -> tuple[int, list[Tensor]]:
+        """The longest cached beginning: its length, and contents that are at least as long; 0 if there is none."""
         best, contents = 0, list[Tensor]()
         for prefix in self._by_head.get(_head(owner, tokens), []):
-            common = common_length(tokens, prefix.tokens)
+            common = common_prefix_length(tokens, prefix.tokens)
             if common > best:
                 best, contents = common, prefix.contents
                 self._oldest_first.move_to_end(prefix)
         return best, contents
 
     def forget(self, adapter: ResidentAdapter) -> None:
-        """The adapter has gone."""
+        """The adapter has been removed: nothing would ask for its keys and values."""
+        self._removed.add(adapter)
         for prefix in [prefix for prefix in self._oldest_first if prefix.owner[1] is adapter]:
             self._drop(prefix)
 
@@ -89,7 +92,7 @@ class Prefixes:
         self._by_head.clear()
         self._tokens = 0
 
-    def _drop(self, prefix: Prefix) -> None:
+    def _drop(self, prefix: CachedPrefix) -> None:
         del self._oldest_first[prefix]
         self._tokens -= len(prefix.tokens)
         head = _head(prefix.owner, prefix.tokens)
@@ -98,14 +101,14 @@ class Prefixes:
             del self._by_head[head]
 
 
-def common_length(left: Int64Array, right: Int64Array) -> int:
-    """How many tokens two sequences begin alike with; less than `LEAST_COMMON` is 0."""
+def common_prefix_length(left: Int64Array, right: Int64Array) -> int:
+    """How many tokens two sequences have in common at their beginnings; 0 if fewer than `MIN_PREFIX_TOKENS`."""
     n = min(len(left), len(right))
-    if n < LEAST_COMMON or (left[:LEAST_COMMON] != right[:LEAST_COMMON]).any():
+    if n < MIN_PREFIX_TOKENS or (left[:MIN_PREFIX_TOKENS] != right[:MIN_PREFIX_TOKENS]).any():
         return 0
     different = left[:n] != right[:n]
     return int(different.argmax()) if different.any() else n
 
 
 def _head(owner: Owner, tokens: Int64Array) -> tuple[Owner, bytes]:
-    return owner, np.ascontiguousarray(tokens[:LEAST_COMMON]).tobytes()
+    return owner, np.ascontiguousarray(tokens[:MIN_PREFIX_TOKENS]).tobytes()

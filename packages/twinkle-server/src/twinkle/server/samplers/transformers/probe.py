@@ -1,6 +1,6 @@
-"""Which batch a model can be sampled in: found by sampling two tokens, before anyone waits for any.
+"""Which kind of batch works for a model: found at start by sampling two tokens with it.
 
-Models differ in the caches and masks that they take, and not all say so.
+Models differ in the caches and masks that they accept, and not all say so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _TOKENS = (1, 2, 3, 1, 2)
 _PROMPT = 3
 
 
-def first_that_fits(model: PreTrainedModel, makers: Sequence[Callable[[], Batch]]) -> int:
-    """Which of the batches, in order of preference, gives what the model gives without a cache; its index.
+def first_working(model: PreTrainedModel, makers: Sequence[Callable[[], Batch]]) -> int:
+    """The index of the first batch that gives the same logits as the model without a cache.
 
     Raises:
-        InvalidRequest: if none does, with what came of the last.
+        InvalidRequest: if none does, with what happened to the last.
     """
     with torch.inference_mode():
         tokens = torch.tensor([_TOKENS], device=model.device)
@@ -50,9 +50,9 @@ def first_that_fits(model: PreTrainedModel, makers: Sequence[Callable[[], Batch]
 def _sampled(batch: Batch) -> Tensor:
     """Logits behind the prompt, and behind each token after it: [tokens, vocabulary]."""
     batch.add([Prompt("", np.array(_TOKENS[:_PROMPT], np.int64), None, rows=1)])
-    logits = [batch.read()[1]]
+    logits = [batch.prefill()[1]]
     while not len(logits[-1]):
-        logits.append(batch.read()[1])
+        logits.append(batch.prefill()[1])
     logits += [batch.step([token]) for token in _TOKENS[_PROMPT:]]
-    batch.drop([0], frozenset())
+    batch.drop([0], cacheable=False)
     return torch.cat(logits)

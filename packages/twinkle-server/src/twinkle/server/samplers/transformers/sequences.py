@@ -31,12 +31,12 @@ class Task:
     """A request that was accepted.
 
     Attributes:
-        adapter: as it was when the request came; removing it from the engine changes nothing here.
+        adapter: as it was when the request arrived; the task keeps it if the engine removes it.
         max_tokens: most tokens of a sample.
         seed: the request's, or one drawn for it.
-        number: rises with the time of the request.
-        has_asked: whether what is asked about the prompt is answered by a reading that there has been, or is.
-        admitted: samples that have begun; `finished` holds those that have ended, by their index.
+        number: counts requests in order of arrival.
+        has_scores: whether a prefill, complete or not, gathers what is asked about the prompt.
+        admitted: samples that have begun; `finished` holds those that have ended, by index.
     """
 
     request: GenerateRequest
@@ -46,34 +46,34 @@ class Task:
     max_tokens: int
     number: int
     seed: int = field(default_factory=lambda: secrets.randbits(63))
-    has_asked: bool = False
+    has_scores: bool = False
     admitted: int = 0
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
     prompt_answers: PromptAnswers = field(default_factory=PromptAnswers)
 
     @property
     def longest(self) -> int:
-        """Tokens that a sample may come to, prompt included."""
+        """Most tokens of a sample, prompt included."""
         return len(self.request.prompt) + self.max_tokens
 
     def prompt(self, samples: int) -> Prompt:
-        """The prompt for `samples` more samples; what is asked about it is answered with the first ones only."""
-        asks = not self.has_asked and asks_about_prompt(self.request)
-        self.has_asked = True
+        """The prompt for `samples` more samples; what is asked about it is gathered with the first ones only."""
+        asks = not self.has_scores and asks_about_prompt(self.request)
+        self.has_scores = True
         scores = PromptScores(self.request, self.seed) if asks else None
         return Prompt(self.request.tenant, self.request.prompt, self.adapter, samples, scores)
 
-    def prompt_again(self, prompt: Prompt) -> Prompt:
-        """One that couldn't be read, to be read from its beginning."""
+    def retry_prompt(self, prompt: Prompt) -> Prompt:
+        """A copy of one whose prefill failed, to begin again."""
         return replace(prompt, scores=PromptScores(self.request, self.seed) if prompt.scores else None)
 
     def take_back(self, prompt: Prompt) -> None:
-        """A prompt that is not read now, but later."""
+        """A prompt is not prefilled now, but later."""
         if prompt.scores is not None:
-            self.has_asked = False
+            self.has_scores = False
 
     def note_prompt(self, prompt: Prompt) -> None:
-        """Take over what was learnt of the prompt."""
+        """The prompt is complete: note what was asked about it."""
         if prompt.scores is not None:
             self.prompt_answers = prompt.scores.answers()
 
@@ -102,9 +102,9 @@ class Task:
 
 @dataclass(eq=False)
 class Sequence:
-    """A sample that has begun: a row of the batch, unless it is paused.
+    """A sample that has begun: a row of the batch, unless it is preempted.
 
-    It goes on after a pause as if there had been none: its tokens are read again, and its uniform numbers go on.
+    After a preemption it goes on as if there had been none: its tokens are recomputed, and its uniform numbers go on.
     """
 
     task: Task
@@ -116,16 +116,16 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that are kept of it once the newest has been read."""
+        """Its tokens in the KV cache after the next decode step."""
         return len(self.task.request.prompt) + len(self.tokens)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Rises with age: see `places.Held`."""
+        """Age, the oldest first: see `preemption.Slot`."""
         return self.task.number, self.index
 
-    def prompt_again(self) -> Prompt:
-        """Everything so far, to go on from."""
+    def recompute_prompt(self) -> Prompt:
+        """All its tokens so far, to go on from."""
         request = self.task.request
         tokens = np.concatenate([request.prompt, np.array(self.tokens, np.int64)])
         return Prompt(request.tenant, tokens, self.task.adapter, 1)
@@ -144,15 +144,15 @@ def make_task(
     adapter: ResidentAdapter | None,
     number: int,
     info: BaseModelInfo,
-    max_kept_tokens: int,
+    max_cached_tokens: int,
     has_tokenizer: bool,
 ) -> Task:
     """
     Args:
-        max_kept_tokens: most tokens of a sequence that the sampler's memory holds.
+        max_cached_tokens: most tokens of a sequence that the sampler's KV cache holds.
 
     Raises:
-        InvalidRequest: if the request asks for what can't be.
+        InvalidRequest: if the request can't be served.
     """
     if adapter is not None and not adapter.is_finite:
         raise InvalidRequest(
@@ -162,12 +162,12 @@ def make_task(
     length, limit = len(request.prompt), info.max_context_length
     if not 1 <= length <= limit:
         raise InvalidRequest(f"prompt: {length} tokens; this model takes 1 to {limit}")
-    if length > (limit := min(limit, max_kept_tokens)):
+    if length > (limit := min(limit, max_cached_tokens)):
         raise InvalidRequest(
             f"prompt: {length} tokens; the sampler's memory holds {limit} on this machine: shorten the prompt"
         )
     check_targets(request, info.vocab_size)
-    # One token can be drawn after a prompt that fills the context: it is never read.
+    # One token can be drawn after a prompt that fills the context: it never goes through the model.
     room = max(1, limit - length)
     task = Task(
         request=request,
@@ -182,7 +182,7 @@ def make_task(
     return task
 
 
-# What waits for a place, or whose prompt is read: a request with samples that have not begun, or a paused sample.
+# What waits for slots, or is prefilled: a request with samples that have not begun, or a preempted sample.
 Item: TypeAlias = Task | Sequence
 
 
@@ -190,8 +190,13 @@ def task_of(item: Item) -> Task:
     return item.task if isinstance(item, Sequence) else item
 
 
+def prompt_of(item: Item, samples: int) -> Prompt:
+    """What is to be prefilled for so many samples of an item."""
+    return item.recompute_prompt() if isinstance(item, Sequence) else item.prompt(samples)
+
+
 def waiting(item: Item, samples: int) -> Waiting[Item]:
-    """So many samples of an item, to stand in line; a paused one costs its tenant nothing any more."""
+    """So many samples of an item, to wait for slots; a preempted one has been paid for."""
     request = task_of(item).request
     if isinstance(item, Sequence):
         return Waiting(request.tenant, item, 0, item.length, samples)

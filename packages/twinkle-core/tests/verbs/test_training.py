@@ -3,16 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
-from twinkle.verbs import chunks
+from twinkle.verbs import training
 
 
 @given(st.lists(st.integers(1, 60_000), max_size=12))
 def test_chunks_hold_every_datum_once_in_order_and_within_the_limits(lengths: list[int]):
     data = [Datum(ModelInput.from_ints(np.zeros(n, np.int32))) for n in lengths]
-    cut = chunks.split(data)
+    cut = training.split_batch(data)
     assert [id(d) for chunk in cut for d in chunk] == [id(d) for d in data]
     for chunk in cut:
-        assert len(chunk) <= 1 or sum(d.model_input.length for d in chunk) <= chunks.MAX_TOKENS
+        assert len(chunk) <= 1 or sum(d.model_input.length for d in chunk) <= training.MAX_REQUEST_TOKENS
     assert len(cut) == 1 or all(cut)
 
 
@@ -21,7 +21,7 @@ def output(metrics: dict[str, float], datums: int) -> ForwardBackwardOutput:
 
 
 def test_joined_metrics_are_reduced_by_their_suffix_and_means_weighted_by_datums():
-    joined = chunks.join(
+    joined = training.join_outputs(
         [
             output({"loss:sum": 1.0, "kl:mean": 1.0, "x:max": 3.0, "y:min": 3.0, "only-here:sum": 1.0}, 3),
             output({"loss:sum": 2.5, "kl:mean": 5.0, "x:max": 2.0, "y:min": 2.0}, 1),
