@@ -102,7 +102,7 @@ def _path_of(engine: Engine) -> Path | None:
 
 
 def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
-    """What is said where a server can't start on its database."""
+    """The error of a server that can't start on its database."""
     reason = str(error.orig).splitlines()[0][:200]
     path = _path_of(engine)
     if path is None:
@@ -124,7 +124,7 @@ def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
 
 def _make_private(path: Path) -> None:
     """Keys' hashes and tenants' metadata are for nobody else to read; SQLite's further files get the same mode."""
-    if path.parent.is_dir():  # else it can't be used, which is said where it is opened
+    if path.parent.is_dir():  # else opening it fails, with a message
         with contextlib.suppress(OSError):
             private_file(path)
             for suffix in ("-wal", "-shm"):
