@@ -139,8 +139,8 @@ class StorageSection(_Section):
     database_url: str | None = None
     """Any SQLAlchemy URL. Default: a SQLite file in `root`."""
     snapshot_seconds: float = Field(default=10.0, ge=0)
-    """A snapshot of a run is written to `root` so many seconds after the run has changed (later if writing would take more
-    than a 50th of the time); 0: at once. Whatever process is killed, nothing is lost: this is how much has to be
+    """A snapshot of a run is written to `root` so many seconds after the run has changed (later if writing would take
+    more than a 50th of the time); 0: at once. Whatever process is killed, nothing is lost: this is how much has to be
     computed again."""
     journal_flush: Literal["always", "second", "never"] = "second"
     """When the journal is fsynced, so that accepted requests survive a power cut. always: before they are acknowledged;

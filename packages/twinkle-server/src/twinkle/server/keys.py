@@ -1,4 +1,4 @@
-"""API keys that the operator makes: the holder of a key is its tenant. Only hashes are kept, in the server's database."""
+"""API keys made by the operator: the holder of a key is its tenant. Only hashes are kept, in the server's database."""
 
 from __future__ import annotations
 
