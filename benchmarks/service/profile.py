@@ -3,8 +3,8 @@
     python -m service.profile [--tenants 1] [--sequences 1] [--tokens 32] [--steps 50]
 
 Gateway, service and worker are the server's own, without the sockets between its processes. Prints the milliseconds of
-a step of all tenants by stop; what a stop does on behalf of another one is counted there. A pass has one lane, so that
-its stops follow one another.
+a step of all tenants by stop; what a stop does on behalf of another one is counted there. A pass has one network, so
+that its stops follow one another.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def put_clocks() -> Clocks:
     clocks.around("pack", engine, "pack")
     clocks.around("unpack", engine, "unpack")
     clocks.around("pass: rows to tensors, banks, results", passes, "run_pass")
-    clocks.around("forward", passes.Network, "logprobs")
+    clocks.around("forward", passes.LoraNetwork, "logprobs")
     clocks.around("backward", torch.Tensor, "backward")
     clocks.around("encode the result", futures, "encode_result")
     from twinkle.server.backends import transformers as backend

@@ -47,6 +47,14 @@ VIOLATIONS = [
         "from ray import serve",
         "Only serve/ and the composition root import ray",
     ),
+    (f"{SERVER}/engine/planted.py", "from twinkle.server.service import service", "The server's layers"),
+    (f"{SERVER}/store/planted.py", "from twinkle.server.scheduling import runs", "The server's layers"),
+    (f"{SERVER}/planted.py", "", "The server's layers"),  # a module that has no place among them
+    (
+        "twinkle-megatron/src/twinkle_megatron/planted.py",
+        "from twinkle.server.backends.transformers import passes",
+        "A backend of one's own",
+    ),
 ]
 
 

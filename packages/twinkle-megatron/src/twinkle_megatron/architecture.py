@@ -195,12 +195,8 @@ def _check_parts(hf: PretrainedConfig) -> None:
 
 
 def _check_sizes(hf: PretrainedConfig, config: ModelConfig) -> None:
-    tensor, pipeline, expert = (
-        config.tensor_parallel_size,
-        config.pipeline_parallel_size,
-        config.expert_parallel_size,
-    )
-    _check_divides("pipeline_parallel_size", pipeline, "layers", hf.num_hidden_layers)
+    tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
+    _check_divides("pipeline_parallel_size", config.pipeline_parallel_size, "layers", hf.num_hidden_layers)
     _check_divides("tensor_parallel_size", tensor, "key-value heads", hf.num_key_value_heads)
     _check_divides("tensor_parallel_size", tensor, "attention heads", hf.num_attention_heads)
     if len(_expert_layers(hf)) < hf.num_hidden_layers:

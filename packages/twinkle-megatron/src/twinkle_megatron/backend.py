@@ -41,7 +41,7 @@ class MegatronBackend(LoraBackend):
     def __init__(self, config: ModelConfig, loaded: Stage | None = None) -> None:
         """
         Args:
-            loaded: this rank's part of the model, if it is there already; else it is read from `config.path`.
+            loaded: this rank's part of the model; default: read it from `config.path`.
 
         Raises:
             InvalidRequest: if the model can't be loaded as `config` says.
@@ -56,9 +56,7 @@ class MegatronBackend(LoraBackend):
         return sharded_layout(targets, rank, self._stage.architecture, self._stage.groups)
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        """Run the micro-batches; add gradients of the rows' losses to their adapters'.
-
-        All or nothing: if it raises, no adapter's gradient has changed.
+        """See `TrainingBackend`.
 
         Raises:
             InvalidRequest: if a row's loss, inputs or tokens are not possible.

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm, run_experts
 from twinkle_megatron.collectives import exchange_rows
 from twinkle_megatron.groups import Group, Groups
-from twinkle_megatron.lora import Route, Segment
+from twinkle_megatron.lora import ForwardContext, ShardSegment
 
 
 class Router(nn.Module):
@@ -58,23 +58,23 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, hf.hidden_size, inner, dtype=dtype))
         self._expert = groups.expert
         self._name = ""
-        self._route = Route()
+        self._context = ForwardContext()
 
-    def attach(self, name: str, route: Route) -> None:
+    def attach(self, name: str, context: ForwardContext) -> None:
         """
         Args:
             name: of the experts in Transformers, such as `model.layers.0.mlp.experts`.
         """
         self._name = name
-        self._route = route
+        self._context = context
 
     def forward(self, hidden: Tensor, **_unused: Any) -> tuple[Tensor, None]:
         """[tokens here, rows, hidden] to the same."""
         x = hidden.reshape(-1, hidden.shape[-1])
         experts, weights = self.router(x)
-        adapters = _adapter_of_token(self._route.segments, hidden)
+        adapters = _adapter_of_token(self._context.segments, hidden)
         if self._expert.size == 1:
-            terms = _terms(self._route.segments, self._name, adapters)
+            terms = _terms(self._context.segments, self._name, adapters)
             out = run_experts(x, experts, self.gate_up_proj, self.down_proj, functional.silu, terms)
         else:
             out = self._on_their_ranks(x, experts, adapters)
@@ -94,7 +94,7 @@ class RoutedExperts(nn.Module):
         rows = exchange_rows(x.index_select(0, token), there, back, self._expert)
         labels = torch.stack([flat[order] % count, adapters[token]], dim=1)
         own, whose = exchange_rows(labels, there, back, self._expert).unbind(1)
-        terms = _terms(self._route.segments, self._name, whose)
+        terms = _terms(self._context.segments, self._name, whose)
         out = run_experts(rows, own, self.gate_up_proj, self.down_proj, functional.silu, terms)
         returned = exchange_rows(out, back, there, self._expert)
         inverse = torch.empty_like(order)
@@ -102,7 +102,7 @@ class RoutedExperts(nn.Module):
         return returned.index_select(0, inverse).view(*experts.shape, -1)
 
 
-def _adapter_of_token(segments: list[Segment], hidden: Tensor) -> Tensor:
+def _adapter_of_token(segments: list[ShardSegment], hidden: Tensor) -> Tensor:
     """int64 [tokens * rows]: adapters counted through all segments; -1 for rows that have none."""
     codes: list[Tensor] = []
     first = 0
@@ -115,7 +115,7 @@ def _adapter_of_token(segments: list[Segment], hidden: Tensor) -> Tensor:
     return torch.cat(codes).repeat(tokens)
 
 
-def _terms(segments: list[Segment], name: str, whose: Tensor) -> list[ExpertTerm]:
+def _terms(segments: list[ShardSegment], name: str, whose: Tensor) -> list[ExpertTerm]:
     """The terms of tokens, those here or those that have come here; `whose` is as `_adapter_of_token` counts."""
     gate_up, down = f"{name}.{GATE_UP}", f"{name}.{DOWN}"
     terms: list[ExpertTerm] = []

@@ -18,29 +18,24 @@ from torch.utils import checkpoint as checkpointing
 from twinkle.server.backends.lora.losses.logprobs import MAX_CHUNK_LOGITS
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
-from twinkle_megatron.lora import Parallelism, Route, Segment, add_terms
+from twinkle_megatron.lora import ForwardContext, Parallelism, ParallelLayer, ShardSegment, add_terms
 
 NAME = "lm_head"
 
 
-class LogprobHead(nn.Module):
-    """Gives log-softmax in float32 at `route.targets`, where the layer whose place it takes gives logits."""
+class LogprobHead(ParallelLayer):
+    """Gives log-softmax in float32 at `context.targets`, where the layer whose place it takes gives logits."""
 
-    def __init__(self, base: nn.Module, vocab_size: int, route: Route, parallelism: Parallelism) -> None:
+    def __init__(
+        self, base: nn.Module, vocab_size: int, context: ForwardContext, parallelism: Parallelism
+    ) -> None:
         """
         Args:
             base: column-parallel; its weight is [share of the padded vocabulary, hidden].
             vocab_size: how many tokens there are; what is beyond is padding.
         """
-        super().__init__()
-        self.base = base
+        super().__init__(base, context, parallelism)
         self._vocab_size = vocab_size
-        self._route = route
-        self._parallelism = parallelism
-
-    @property
-    def weight(self) -> Tensor:
-        return cast("Tensor", self.base.weight)
 
     def forward(self, hidden: Tensor, *_unused: Any, **_also_unused: Any) -> tuple[Tensor, None]:
         """
@@ -51,11 +46,11 @@ class LogprobHead(nn.Module):
             float32 [tokens, rows, k].
         """
         tensor, by_sequence = self._parallelism.tensor, self._parallelism.by_sequence
-        segments = self._route.segments or [_base_alone(hidden)]
+        segments = self._context.segments or [_base_alone(hidden)]
         lows = self._lows(hidden, segments)
         share = collectives.gather_tokens if by_sequence else collectives.sum_in_backward
         whole = share(hidden, tensor)
-        targets = self._route.targets
+        targets = self._context.targets
         positions = max(1, MAX_CHUNK_LOGITS // (max(1, whole.shape[1]) * self.weight.shape[0]))
         results: list[Tensor] = []
         for start in range(0, len(targets), positions):
@@ -68,7 +63,7 @@ class LogprobHead(nn.Module):
                 results.append(run(self._logprobs, *chunk, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(results), None
 
-    def _lows(self, hidden: Tensor, segments: list[Segment]) -> list[Tensor]:
+    def _lows(self, hidden: Tensor, segments: list[ShardSegment]) -> list[Tensor]:
         """What each segment's A gives: [tokens, rows of the segment, rank], or nothing where it has no A."""
         lows: list[Tensor] = []
         start = 0
@@ -82,12 +77,12 @@ class LogprobHead(nn.Module):
         return lows
 
     def _logprobs(
-        self, segments: list[Segment], hidden: Tensor, lows: list[Tensor], targets: Tensor
+        self, segments: list[ShardSegment], hidden: Tensor, lows: list[Tensor], targets: Tensor
     ) -> Tensor:
         """[n, rows, hidden] and [n, rows, k] to [n, rows, k]."""
         low_of = {id(segment): low for segment, low in zip(segments, lows, strict=True)}
 
-        def term(segment: Segment, _start: int) -> Tensor:
+        def term(segment: ShardSegment, _start: int) -> Tensor:
             return segment.high(NAME, low_of[id(segment)])
 
         logits = add_terms(nn.functional.linear(hidden, self.weight), segments, (NAME,), term).float()
@@ -99,8 +94,8 @@ class LogprobHead(nn.Module):
         return cast("Tensor", cast("Any", _ShardedLogprobs).apply(logits, targets, first, tensor))
 
 
-def _base_alone(hidden: Tensor) -> Segment:
-    return Segment(hidden.shape[1], 0, torch.zeros(0, dtype=torch.int64), {}, {})
+def _base_alone(hidden: Tensor) -> ShardSegment:
+    return ShardSegment(hidden.shape[1], 0, torch.zeros(0, dtype=torch.int64), {}, {})
 
 
 class _ShardedLogprobs(Function):

@@ -24,7 +24,7 @@ from twinkle_megatron.groups import Group
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class ShardSegment:
     """Consecutive rows of a micro-batch whose adapters are in one bank.
 
     Attributes:
@@ -58,7 +58,7 @@ class Segment:
 
 
 @dataclass(eq=False)
-class Route:
+class ForwardContext:
     """What the micro-batch under way needs of the layers; set by the one thread that computes.
 
     Attributes:
@@ -66,7 +66,7 @@ class Route:
         targets: int64 [tokens, rows, k], whose log-probabilities the last stage is to give.
     """
 
-    segments: list[Segment] = field(default_factory=list["Segment"])
+    segments: list[ShardSegment] = field(default_factory=list["ShardSegment"])
     targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
@@ -91,7 +91,10 @@ class Parallelism:
 
 
 def add_terms(
-    out: Tensor, segments: Sequence[Segment], names: Sequence[str], term_of: Callable[[Segment, int], Tensor]
+    out: Tensor,
+    segments: Sequence[ShardSegment],
+    names: Sequence[str],
+    term_of: Callable[[ShardSegment, int], Tensor],
 ) -> Tensor:
     """`out` with a term on the rows of each segment that has any of the layers `names`.
 
@@ -114,7 +117,21 @@ def add_terms(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class ColumnLora(nn.Module):
+class ParallelLayer(nn.Module):
+    """Takes the place of one of Megatron-Core's linear layers, and shows its weight."""
+
+    def __init__(self, base: nn.Module, context: ForwardContext, parallelism: Parallelism) -> None:
+        super().__init__()
+        self.base = base
+        self._context = context
+        self._parallelism = parallelism
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.base.weight)
+
+
+class ColumnLora(ParallelLayer):
     """A column-parallel layer: one that holds several of the model's (q, k, v), each with terms of its own."""
 
     def __init__(
@@ -122,7 +139,7 @@ class ColumnLora(nn.Module):
         base: nn.Module,
         names: Sequence[str],
         join: Callable[[list[Tensor]], Tensor],
-        route: Route,
+        context: ForwardContext,
         parallelism: Parallelism,
     ) -> None:
         """
@@ -130,21 +147,14 @@ class ColumnLora(nn.Module):
             names: the layers that it holds, by their names in Transformers.
             join: puts their outputs [tokens, rows, own features] in the order that the base layer's have.
         """
-        super().__init__()
-        self.base = base
+        super().__init__(base, context, parallelism)
         self._names = tuple(names)
         self._join = join
-        self._route = route
-        self._parallelism = parallelism
-
-    @property
-    def weight(self) -> Tensor:
-        return cast("Tensor", self.base.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         out, bias = self.base(x, *args, **kwargs)
 
-        def term(segment: Segment, start: int) -> Tensor:
+        def term(segment: ShardSegment, start: int) -> Tensor:
             own = x[:, start : start + segment.rows]
             lows = [segment.low(name, own) for name in self._names]
             # One message for all of them.
@@ -154,31 +164,24 @@ class ColumnLora(nn.Module):
                 [segment.high(name, part) for name, part in zip(self._names, parts, strict=True)]
             )
 
-        return add_terms(out, self._route.segments, self._names, term), bias
+        return add_terms(out, self._context.segments, self._names, term), bias
 
 
-class RowLora(nn.Module):
+class RowLora(ParallelLayer):
     """A row-parallel layer."""
 
-    def __init__(self, base: nn.Module, name: str, route: Route, parallelism: Parallelism) -> None:
-        super().__init__()
-        self.base = base
+    def __init__(self, base: nn.Module, name: str, context: ForwardContext, parallelism: Parallelism) -> None:
+        super().__init__(base, context, parallelism)
         self._name = name
-        self._route = route
-        self._parallelism = parallelism
-
-    @property
-    def weight(self) -> Tensor:
-        return cast("Tensor", self.base.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         out, bias = self.base(x, *args, **kwargs)
 
-        def term(segment: Segment, start: int) -> Tensor:
+        def term(segment: ShardSegment, start: int) -> Tensor:
             low = segment.low(self._name, x[:, start : start + segment.rows])
             return segment.high(self._name, self._parallelism.after_row_a(low))
 
-        return add_terms(out, self._route.segments, (self._name,), term), bias
+        return add_terms(out, self._context.segments, (self._name,), term), bias
 
 
 def side_by_side(parts: list[Tensor]) -> Tensor:

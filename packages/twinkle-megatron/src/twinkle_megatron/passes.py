@@ -25,7 +25,7 @@ from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle_megatron import cpu
 from twinkle_megatron.groups import Group, Groups
-from twinkle_megatron.lora import Segment
+from twinkle_megatron.lora import ShardSegment
 from twinkle_megatron.pieces import Piece, cut
 from twinkle_megatron.shards import ShardedLayout, expert_places, layout_of, partial_places
 from twinkle_megatron.stage import Stage
@@ -39,6 +39,7 @@ def run_pass(
     """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done."""
     active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
     banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
+    places = {name: (banks.index(adapter.bank), adapter.slot) for name, adapter in active.items()}
     trains = any(not row.forward_only for rows in micro_batches for row in rows)
     scratches = {
         bank: BankScratch(bank, [adapter for adapter in active.values() if adapter.bank is bank], trains)
@@ -52,20 +53,16 @@ def run_pass(
                 for i, rows in enumerate(micro_batches)
                 if rows and all(row.forward_only for row in rows) == forward_only
             ]
-            pieces = cut(batches, lambda row: _place(banks, active[row.adapter_id]), stage.groups)
+            pieces = cut(batches, lambda row: places[row.adapter_id], stage.groups)
             _run_schedule(stage, _Pieces(stage, active, scratches, pieces, forward_only, found))
     finally:
-        stage.route.segments = []
+        stage.context.segments = []
     results = _exchange_results(found, stage)
     if trains:
         for bank in banks:
             _add_up(scratches[bank].grads, layout_of(bank), stage.groups)
         commit(scratches.values())
     return results
-
-
-def _place(banks: list[Bank], adapter: Adapter) -> tuple[int, int]:
-    return next(i for i, bank in enumerate(banks) if bank is adapter.bank), adapter.slot
 
 
 # ---------------------------------------------------------------- schedule
@@ -95,8 +92,8 @@ class _Pieces:
     forward_only: bool
     found: _Found
 
-    def segments(self, piece: Piece) -> list[Segment]:
-        """The route of a piece. Of an adapter whose rows are all another rank's there is a segment too: where experts
+    def segments(self, piece: Piece) -> list[ShardSegment]:
+        """The segments of a piece. An adapter whose rows are all another rank's has one too: where experts
         are spread over ranks, these rows may come here.
         """
         by_bank: dict[Bank, tuple[list[int], list[int]]] = {}
@@ -106,12 +103,12 @@ class _Pieces:
         for row in piece.own_rows:
             adapter = self.adapters[row.adapter_id]
             by_bank[adapter.bank][1].append(adapter.slot)
-        segments: list[Segment] = []
+        segments: list[ShardSegment] = []
         for bank, (slots, own) in by_bank.items():
             a, b = self.scratches[bank].leaves(slots, needs_grad=not self.forward_only)
             number = {slot: i for i, slot in enumerate(sorted(set(slots)))}
             whose = torch.tensor([number[slot] for slot in own], dtype=torch.int64, device=bank.device)
-            segments.append(Segment(len(own), len(number), whose, a, b))
+            segments.append(ShardSegment(len(own), len(number), whose, a, b))
         return segments
 
 
@@ -139,7 +136,7 @@ def _forward(work: _Pieces, piece: Piece, model: Any) -> tuple[Tensor, Callable[
     """A piece through this stage, and what is to be done with what comes out of the last one."""
     stage = work.stage
     device, length = stage.groups.device, piece.length(stage)
-    stage.route.segments = work.segments(piece)
+    stage.context.segments = work.segments(piece)
     tokens = torch.zeros(max(1, len(piece.own_rows)), length, dtype=torch.int64, device=device)
     targets = torch.zeros(*tokens.shape, 1, dtype=torch.int64, device=device)
     if piece.own_rows:
@@ -148,7 +145,7 @@ def _forward(work: _Pieces, piece: Piece, model: Any) -> tuple[Tensor, Callable[
         wanted = padded([row.loss_inputs[TARGETS] for row in piece.own_rows], np.int64, device)
         targets = targets.repeat(1, 1, wanted.shape[2])
         targets[:, : wanted.shape[1]] = wanted
-    stage.route.targets = targets.transpose(0, 1)
+    stage.context.targets = targets.transpose(0, 1)
     out = model(tokens, None, None)
     return out, lambda logprobs: _finish(work, piece, logprobs)
 

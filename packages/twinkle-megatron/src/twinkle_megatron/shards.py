@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Array
-from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, Place, peft_names
+from twinkle.server.backends.lora.adapter_state import peft_names
+from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, Place
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP
 from twinkle.server.backends.lora.module_groups import ModuleGroup, module_group
 from twinkle_megatron.architecture import Architecture, head_size

@@ -25,7 +25,14 @@ from twinkle_megatron.architecture import Architecture
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import LogprobHead
-from twinkle_megatron.lora import ColumnLora, Parallelism, Route, RowLora, by_head_groups, side_by_side
+from twinkle_megatron.lora import (
+    ColumnLora,
+    ForwardContext,
+    Parallelism,
+    RowLora,
+    by_head_groups,
+    side_by_side,
+)
 from twinkle_megatron.shards import Target, targets
 
 
@@ -34,14 +41,14 @@ class Stage:
     """What a rank holds.
 
     Attributes:
-        model: the last stage's gives log-probabilities at `route.targets`, [rows, tokens, k]; the others hidden states.
+        model: on the last stage it gives log-probabilities [rows, tokens, k] at `context.targets`, else hidden states.
         targets: the layers of the whole model that adapters can act on.
     """
 
     architecture: Architecture
     groups: Groups
     model: GPTModel
-    route: Route
+    context: ForwardContext
     targets: list[Target]
     info: BaseModelInfo
 
@@ -59,14 +66,17 @@ def load(config: ModelConfig) -> Stage:
     model = build.build(architecture, ranks)
     read = bridge_weights.load if architecture.is_bridged else weights.load
     read(model, config.path, architecture, ranks)
-    route = Route()
-    _add_lora(model, architecture, ranks, route)
+    context = ForwardContext()
+    _add_lora(model, architecture, ranks, context)
     # Ranks that share a stage's experts have copies of all else: they make no more room.
     holders = config.tensor_parallel_size * config.pipeline_parallel_size
-    info = replace(info, max_adapter_bytes=affordable_adapter_bytes(torch.device(config.device), holders))
     found = targets(architecture)
-    info = replace(info, trainable=groups_there_are(target.group for target in found))
-    return Stage(architecture, ranks, model, route, found, info)
+    info = replace(
+        info,
+        max_adapter_bytes=affordable_adapter_bytes(torch.device(config.device), holders),
+        trainable=groups_there_are(target.group for target in found),
+    )
+    return Stage(architecture, ranks, model, context, found, info)
 
 
 def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
@@ -84,7 +94,7 @@ def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
     )
 
 
-def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, route: Route) -> None:
+def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, context: ForwardContext) -> None:
     tree = cast("Any", model)
     parallelism = Parallelism(groups.tensor, bool(architecture.config.sequence_parallel))
     first = build.first_layer(architecture, groups)
@@ -93,20 +103,20 @@ def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, route
         attention, mlp = f"model.layers.{first + i}.self_attn", f"model.layers.{first + i}.mlp"
         own = layer.self_attention
         qkv = [f"{attention}.{part}_proj" for part in "qkv"]
-        own.linear_qkv = ColumnLora(own.linear_qkv, qkv, heads, route, parallelism)
-        own.linear_proj = RowLora(own.linear_proj, f"{attention}.o_proj", route, parallelism)
+        own.linear_qkv = ColumnLora(own.linear_qkv, qkv, heads, context, parallelism)
+        own.linear_proj = RowLora(own.linear_proj, f"{attention}.o_proj", context, parallelism)
         if isinstance(layer.mlp, RoutedExperts):
-            layer.mlp.attach(f"{mlp}.experts", route)
+            layer.mlp.attach(f"{mlp}.experts", context)
             continue
         gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
-        layer.mlp.linear_fc1 = ColumnLora(layer.mlp.linear_fc1, gate_up, side_by_side, route, parallelism)
-        layer.mlp.linear_fc2 = RowLora(layer.mlp.linear_fc2, f"{mlp}.down_proj", route, parallelism)
+        layer.mlp.linear_fc1 = ColumnLora(layer.mlp.linear_fc1, gate_up, side_by_side, context, parallelism)
+        layer.mlp.linear_fc2 = RowLora(layer.mlp.linear_fc2, f"{mlp}.down_proj", context, parallelism)
     if groups.is_first_stage:
         # The embedding is frozen; what comes after it has gradients to take to the first layers' matrices, on all ranks
         # alike, whatever the adapters act on.
         tree.embedding.register_forward_hook(_require_grad)
     if groups.is_last_stage:
-        tree.output_layer = LogprobHead(tree.output_layer, architecture.vocab_size, route, parallelism)
+        tree.output_layer = LogprobHead(tree.output_layer, architecture.vocab_size, context, parallelism)
 
 
 def _require_grad(_module: nn.Module, _inputs: object, hidden: Tensor) -> Tensor:

@@ -39,16 +39,16 @@ def test_fake(check: contract.Check) -> None:
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
 def test_transformers(check: contract.Check, loaded: LoadedModel, tiny_model_dir: Path) -> None:
-    check(lambda: TransformersBackend.from_loaded(loaded, ModelConfig(tiny_model_dir)))
+    check(lambda: TransformersBackend(ModelConfig(tiny_model_dir), loaded))
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
 def test_transformers_with_tied_embeddings(
     check: contract.Check, loaded_tied: LoadedModel, tiny_tied_model_dir: Path
 ) -> None:
-    check(lambda: TransformersBackend.from_loaded(loaded_tied, ModelConfig(tiny_tied_model_dir)))
+    check(lambda: TransformersBackend(ModelConfig(tiny_tied_model_dir), loaded_tied))
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=name_of)
 def test_transformers_with_routed_experts(check: contract.Check, loaded_moe: LoadedModel) -> None:
-    check(lambda: TransformersBackend.from_loaded(loaded_moe, ModelConfig(Path("tiny-moe"))))
+    check(lambda: TransformersBackend(ModelConfig(Path("tiny-moe")), loaded_moe))

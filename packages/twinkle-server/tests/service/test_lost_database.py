@@ -15,13 +15,13 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.store import patience
+from twinkle.server.store import retry
 from twinkle.server.store.clock import STEADY_SECONDS, SteadyClock
 
 
 @pytest.fixture(autouse=True)
 def _short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture

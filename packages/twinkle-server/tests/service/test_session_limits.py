@@ -212,13 +212,13 @@ async def test_keys_are_known_while_they_are_read_again(tmp_path: Path, monkeypa
     assert database.reads == 1
     database.may_read.clear()
     monkeypatch.setattr(keys, "_REVOKED_WITHIN", 0.0)  # they should be read again for each request
-    monkeypatch.setattr(keys, "_PATIENCE", 0.01)
+    monkeypatch.setattr(keys, "_READ_SECONDS", 0.01)
     for _ in range(20):
         assert (await ring.of_key(key)).tenant == "alice"
     assert database.reads == 2  # one reading, for all of them
     revoke_key(real, row.id)
     database.may_read.set()
-    monkeypatch.setattr(keys, "_PATIENCE", 10.0)
+    monkeypatch.setattr(keys, "_READ_SECONDS", 10.0)
     for _ in range(2):  # the reading that was under way may have begun before
         try:
             await ring.of_key(key)
@@ -228,7 +228,7 @@ async def test_keys_are_known_while_they_are_read_again(tmp_path: Path, monkeypa
         pytest.fail("a revoked key was let in")
     # Those from before are not good for ever.
     database.may_read.clear()
-    monkeypatch.setattr(keys, "_PATIENCE", 0.01)
+    monkeypatch.setattr(keys, "_READ_SECONDS", 0.01)
     monkeypatch.setattr(keys, "_GOOD_FOR", 0.0)
     asking = asyncio.create_task(ring.of_key(create_key(real, "bob")[1]))
     await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ import pytest
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.store.database import Database
-from twinkle.server.store.patience import DatabaseGone
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import Session
 
 

@@ -16,7 +16,6 @@ from twinkle.server.engine.adapters import AdapterJobs
 from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
-from twinkle.server.engine.recovery import Recovery
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.samples import SampleRunner
@@ -119,7 +118,6 @@ def build_parts(
     adapters = AdapterJobs(
         live, scheduler, futures, worker, sampler_adapters, snapshots, residency, checkpoints
     )
-    recovery = Recovery(worker, residency, sampler_adapters)
     return Parts(
         model_name=plain_name(model.model_id),
         limits=limits,
@@ -141,7 +139,7 @@ def build_parts(
         completions=completions,
         samplers=SamplerCache(database),
         losses=CustomLosses(database),
-        engine=Engine(scheduler, futures, worker, adapters, snapshots, residency, recovery, ledger),
+        engine=Engine(scheduler, futures, worker, adapters, snapshots, residency, sampler_adapters, ledger),
         open_journal=open_journal,
     )
 

@@ -61,7 +61,7 @@ def create_key(
     config: ConfigOption,
     tenant: Annotated[
         str | None,
-        typer.Option(help="Whose key it is. Keys of one tenant see the same runs; a new tenant if not said."),
+        typer.Option(help="Whose key it is. Keys of one tenant see the same runs; default: a new tenant."),
     ] = None,
     role: Annotated[
         Literal["user", "admin"],

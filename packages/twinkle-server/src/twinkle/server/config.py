@@ -35,8 +35,8 @@ class ModelSection(_Section):
     use_megatron: bool = False
     """Train with Megatron (needs `pip install 'twinkle-server[megatron]'`) instead of Transformers."""
     torch_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the frozen weights and the arithmetic; bfloat16 on a GPU and float32 on a CPU if not said. Adapters are
-    float32 always. (float16 has no numbers for small gradients; weights that are saved in it are converted.)"""
+    """Of the frozen weights and the arithmetic. Default: bfloat16 on a GPU, float32 on a CPU. Adapters are always
+    float32. (float16 has no numbers for small gradients; weights that are saved in it are converted.)"""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer (Megatron)."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -45,17 +45,16 @@ class ModelSection(_Section):
     """Ranks that share out the routed experts of a mixture of experts (Megatron). They are taken from those of
     `tensor_parallel_size`, and added where these are fewer."""
     sequence_parallel: bool | None = None
-    """Share out along the sequence what lies between the matrix products of ranks that share a layer (Megatron): saves
-    their activations' memory. Where it is needed (a mixture of experts with `tensor_parallel_size` above 1) if not
-    said."""
+    """Shard the activations between tensor-parallel matrix products along the sequence (Megatron): saves memory.
+    Default: only where it is needed (a mixture of experts with `tensor_parallel_size` above 1)."""
     max_lora_rank: int = Field(default=128, ge=1)
     """Highest rank of an adapter."""
     max_context_length: int | None = Field(default=None, ge=2)
-    """Longest sequence in tokens; the model's own limit if not said."""
+    """Longest sequence in tokens. Default: the model's own limit."""
     max_resident_adapter_bytes: int | None = Field(default=None, ge=1)
     """Bytes that the adapters of training runs may take where the model computes, with moments and gradients, on all
     ranks together. Beyond them the least recently used are kept in `storage.root`, and come back when their runs go on.
-    What the backend finds room for if not said."""
+    Default: what the backend finds room for."""
 
     heartbeat_timeout_seconds: float = Field(default=60, gt=0)
     """A process of the model that answers no heartbeat for so long (it is stopped, or its machine is) is replaced as if
@@ -84,10 +83,10 @@ class ServerSection(_Section):
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port."""
     num_replicas: int = Field(default=1, ge=1)
-    """Processes that read and write HTTP; the first is the engine's own, which is enough until its core is full."""
+    """HTTP worker processes. The first is the engine's own, which is enough until its core is full."""
     public_url: str | None = None
-    """Address that downloads are offered under, as clients reach it (behind a proxy); where they sent their request
-    if not said."""
+    """Address that downloads are offered under, as clients reach it (behind a proxy). Default: where the request was
+    sent."""
     tls_certificate: Path | None = None
     """PEM file of the certificate, and of those between it and its root: clients then use https. Together with
     `tls_key`."""
@@ -96,7 +95,7 @@ class ServerSection(_Section):
 
     @property
     def tls(self) -> tuple[Path, Path] | None:
-        """Certificate and key, where both are said."""
+        """Certificate and key, if both are given."""
         if self.tls_certificate is None or self.tls_key is None:
             return None
         return self.tls_certificate.expanduser(), self.tls_key.expanduser()
@@ -113,14 +112,14 @@ class AuthSection(_Section):
 
     mode: Literal["open", "keys"] | None = None
     """open: any key will do, and so will none; each sees only its own. keys: only those that `twinkle-server keys
-    create` has made. If not said: keys if one was ever made when the server starts, else open."""
+    create` has made. Default: keys if any was ever made when the server starts, else open."""
 
 
 class RaySection(_Section):
     """What Ray may use."""
 
     num_gpus: int | None = Field(default=None, ge=0)
-    """GPUs to use at most; those that are found if not said. With none, the server computes on the CPU."""
+    """GPUs to use at most. Default: all that are found. With none, the server computes on the CPU."""
 
 
 class SamplerSection(_Section):
@@ -138,13 +137,14 @@ class StorageSection(_Section):
     root: Path = Path("~/.twinkle/server")
     """Directory of checkpoints, and of the SQLite database."""
     database_url: str | None = None
-    """Any SQLAlchemy URL; a SQLite file in `root` if not said."""
+    """Any SQLAlchemy URL. Default: a SQLite file in `root`."""
     snapshot_seconds: float = Field(default=10.0, ge=0)
-    """A run is copied to `root` so many seconds after it has changed (later where copying would take more than a 50th
-    of the time), 0: at once. Whatever process is killed, nothing is lost: this is how much has to be computed again."""
+    """A snapshot of a run is written to `root` so many seconds after the run has changed (later if writing would take
+    more than a 50th of the time); 0: at once. Whatever process is killed, nothing is lost: this is how much has to be
+    computed again."""
     journal_flush: Literal["always", "second", "never"] = "second"
-    """When accepted requests are on the disk itself, and so survive a power cut: before they are answered, within a
-    second, or when the operating system sees fit. (The end of any process loses nothing with either.)"""
+    """When the journal is fsynced, so that accepted requests survive a power cut. always: before they are acknowledged;
+    second: once per second; never: by the operating system. (The end of a process loses nothing with any of them.)"""
 
     @property
     def directory(self) -> Path:
@@ -156,7 +156,7 @@ class StorageSection(_Section):
 
 
 class LimitsSection(_Section):
-    """How much is taken of each tenant, and of all together; null is no limit."""
+    """What each tenant, and all together, may use; null is no limit."""
 
     # What refuses names its limit: 429 with Retry-After where waiting helps, 403 where something has to go first, 413
     # for a body. The highest rank is `model.max_lora_rank`, and what adapters may take where the model computes
@@ -221,7 +221,7 @@ class LimitsSection(_Section):
 
     @classmethod
     def none(cls) -> LimitsSection:
-        """No limits, for who is alone on a machine of their own."""
+        """No limits, for a single user on their own machine."""
         optional = [
             name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)
         ]

@@ -1,4 +1,4 @@
-"""API keys that the operator makes: who holds one is its tenant. Only hashes are kept, in the server's database."""
+"""API keys made by the operator: the holder of a key is its tenant. Only hashes are kept, in the server's database."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _REVOKED_WITHIN = 2.0
 # At what part of that time keys are read again in the background; how long a request that comes later waits for it; and
 # how long the keys from before are good where they can't be read.
 _READ_AGAIN_AT = 0.5
-_PATIENCE = 0.25
+_READ_SECONDS = 0.25
 _GOOD_FOR = 30.0
 
 # A key that isn't known may have been made a moment ago, so the database is asked once more, but not more often than
-# this, for all who wait together: whoever tries keys can't make it busy.
+# this, for all waiting requests together: guessing keys can't keep it busy.
 _UNKNOWN_AGAIN = 0.1
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -101,7 +101,7 @@ def describe(key: ApiKey) -> m.ApiKeyInfo:
 
 
 def with_auth_mode(config: ServerConfig) -> ServerConfig:
-    """The configuration with `auth.mode` said: it holds until the server ends, whatever becomes of the keys.
+    """The configuration with `auth.mode` set, which holds until the server ends, whatever becomes of the keys.
 
     A key that was revoked counts too: to take the last one away is not to let everybody in.
     """
@@ -128,7 +128,7 @@ class KeyRing:
         self._by_id: dict[int, ApiKey] = {}
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
-        # Of its own: whatever else keeps this process's threads busy, who asks is known.
+        # A thread of its own, so that authentication never waits for this process's other threads.
         self._thread = ThreadPoolExecutor(1, "twinkle-keys")
 
     async def of_credential(self, credential: str, signer: Signer) -> ApiKey:
@@ -193,7 +193,7 @@ class KeyRing:
         reading = self._read()
         if now < self._read_at + _REVOKED_WITHIN:
             return  # they are there before they are needed
-        await asyncio.wait([reading], timeout=_PATIENCE)
+        await asyncio.wait([reading], timeout=_READ_SECONDS)
         if self._read_at < now - _GOOD_FOR:
             await self._read_since(now - _REVOKED_WITHIN)
 

@@ -220,7 +220,7 @@ def test_experts_in_mxfp4_are_made_whole(tmp_path: Path) -> None:
     loaded = load_base_model(ModelConfig(tmp_path))
     for name, matrix in expected.items():
         torch.testing.assert_close(loaded.model.get_parameter(name).double(), matrix)
-    backend = TransformersBackend.from_loaded(loaded, ModelConfig(tmp_path))
+    backend = TransformersBackend(ModelConfig(tmp_path), loaded)
     backend.add_adapter("a", AdapterSpec(rank=2))
     train(backend, "a")
 

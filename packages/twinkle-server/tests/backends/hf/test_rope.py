@@ -41,7 +41,7 @@ def test_rows_on_both_sides_of_the_boundary_are_as_each_alone(
     longrope_dir: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ):
     torch.set_num_threads(threads)
-    monkeypatch.setattr("twinkle.server.backends.hf.threads._ENOUGH", 1)  # a lane each
+    monkeypatch.setattr("twinkle.server.backends.hf.threads._ENOUGH", 1)  # a network each
     try:
         backend = TransformersBackend(ModelConfig(longrope_dir))
     finally:

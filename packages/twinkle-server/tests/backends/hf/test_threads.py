@@ -36,7 +36,7 @@ def test_a_second_thread_comes_with_enough_multiplications(model_dir: Path):
         assert threads.worth(tokens) == count
         threads.fit(tokens)
         assert torch.get_num_threads() == count
-    threads.fit(9 * enough, lanes=2)
+    threads.fit(9 * enough, shared_by=2)
     assert torch.get_num_threads() == 1
     threads.restore()
     assert torch.get_num_threads() == 3

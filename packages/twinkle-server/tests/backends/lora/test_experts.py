@@ -213,9 +213,9 @@ def test_half_precision_experts_train_with_float32_adapters(moe_dir: Path, rando
 
 def test_models_without_experts_have_nothing_wrapped(tiny_model_dir: Path) -> None:
     backend = TransformersBackend(ModelConfig(tiny_model_dir))
-    kinds = {type(module).__name__ for module in backend._lanes.first.body.modules()}
+    kinds = {type(module).__name__ for module in backend._networks.first.body.modules()}
     assert (
         "LoraLinear" in kinds
         and "ExpertsWithLora" not in kinds
-        and isinstance(backend._lanes.first.body, nn.Module)
+        and isinstance(backend._networks.first.body, nn.Module)
     )

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from twinkle.server.backends.lora.linear import (
+    BankSegment,
     Gradients,
     LoraLinear,
-    Route,
-    Segment,
+    TrainingRoute,
     spans_of,
+    wrap_linears,
 )
-from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_rows_fall_into_as_few_equal_spans_as_possible(
     assert spans_of(adapters) == expected
 
 
-def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer") -> Segment:
+def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer") -> BankSegment:
     draw = torch.Generator().manual_seed(seed)
     count = max(adapters) + 1
     spans, of_span = spans_of(adapters)
@@ -40,9 +40,9 @@ def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer"
     # Gradients are added to what is there: ones.
     ones = {layer: torch.ones_like(a[layer])}, {layer: torch.ones_like(b[layer])}
     if of_span is None:
-        return Segment(len(adapters), spans, None, a, b, Gradients(*ones, slice(0, count)))
+        return BankSegment(len(adapters), spans, None, a, b, Gradients(*ones, slice(0, count)))
     index = torch.tensor(of_span)
-    return Segment(len(adapters), spans, index, a, b, Gradients(*ones, index))
+    return BankSegment(len(adapters), spans, index, a, b, Gradients(*ones, index))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer"
 def test_each_row_gets_its_own_adapters_term(banks: list[list[int]], shape: str) -> None:
     torch.manual_seed(0)
     segments = [make_segment(adapters, rank=i + 2, seed=i) for i, adapters in enumerate(banks)]
-    route = Route()
+    route = TrainingRoute()
     layer = LoraLinear(nn.Linear(5, 6), "layer", route)
     layer.requires_grad_(False)
     route.segments = segments
@@ -91,7 +91,7 @@ def test_each_row_gets_its_own_adapters_term(banks: list[list[int]], shape: str)
 def test_its_output_may_be_changed_in_place(change: Callable[[torch.Tensor], object], is_flat: bool) -> None:
     """As that of a plain linear layer, of which autograd takes its own account."""
     torch.manual_seed(0)
-    route = Route()
+    route = TrainingRoute()
     layer = LoraLinear(nn.Linear(5, 6), "layer", route)
     layer.requires_grad_(False)
     segment = make_segment([0, 1], rank=2, seed=0)
@@ -112,7 +112,7 @@ def test_its_output_may_be_changed_in_place(change: Callable[[torch.Tensor], obj
 
 
 def test_a_layer_whose_input_needs_no_gradient_still_gives_its_matrices_theirs() -> None:
-    route = Route()
+    route = TrainingRoute()
     layer = LoraLinear(nn.Linear(5, 6), "layer", route)
     layer.requires_grad_(False)
     segment = make_segment([0, 1], rank=2, seed=0)
@@ -127,7 +127,7 @@ def test_a_layer_whose_input_needs_no_gradient_still_gives_its_matrices_theirs()
 
 
 def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:
-    route = Route()
+    route = TrainingRoute()
     layer = LoraLinear(nn.Linear(5, 6), "layer", route)
     x = torch.randn(2, 3, 5)
     assert torch.equal(layer(x), layer.base(x))
@@ -138,7 +138,7 @@ def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:
 def test_only_the_layers_named_are_wrapped() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     weight = model.get_submodule("1.0").weight
-    wrap_linears(model, ["1.0"], lambda base, name: LoraLinear(base, name, Route()))
+    wrap_linears(model, ["1.0"], lambda base, name: LoraLinear(base, name, TrainingRoute()))
     kinds = [type(model.get_submodule(name)).__name__ for name in ("0", "1.0", "1.1")]
     assert kinds == ["Linear", "LoraLinear", "Linear"]
     assert model.get_submodule("1.0").weight is weight

@@ -122,8 +122,8 @@ def test_attention_is_causal_without_a_mask(
 def test_the_shared_base_model_stays_as_it_was_loaded(tiny_model_dir: Path, random_row: Any) -> None:
     loaded = load_base_model(ModelConfig(tiny_model_dir))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    one = TransformersBackend.from_loaded(loaded, ModelConfig(tiny_model_dir))
-    two = TransformersBackend.from_loaded(loaded, ModelConfig(tiny_model_dir, max_lora_rank=4))
+    one = TransformersBackend(ModelConfig(tiny_model_dir), loaded)
+    two = TransformersBackend(ModelConfig(tiny_model_dir, max_lora_rank=4), loaded)
     assert one.loaded is loaded and one.info.max_lora_rank == 128 and two.info.max_lora_rank == 4
     one.add_adapter("ada", TENANTS["ada"])
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A pass in several lanes: what each of them gets, and the numbers of one."""
+"""A pass on several networks: what each of them gets, and the numbers of one."""
 
 import threading
 from dataclasses import replace
@@ -17,7 +17,7 @@ from twinkle.server.backends.hf import threads
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.passes import PassLimits
-from twinkle.server.backends.transformers.thread_parallel import Lanes, padded_tokens, share_out
+from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks, padded_tokens, share_out
 
 SPECS = {
     "ada": AdapterSpec(rank=4, seed=1),
@@ -38,22 +38,22 @@ def rows_of(lengths: list[int]) -> list[Row]:
     st.integers(1, 4),
     st.sampled_from([1, 20, 10_000]),
 )
-def test_all_rows_are_in_one_lane_each_in_order_and_no_lane_has_much_more_than_the_mean(
-    lengths: list[list[int]], lanes: int, overhead: int
+def test_all_rows_are_in_one_network_each_in_order_and_no_network_has_much_more_than_the_mean(
+    lengths: list[list[int]], networks: int, overhead: int
 ) -> None:
     micro_batches = [rows_of(some) for some in lengths]
-    shares = share_out(micro_batches, lanes, overhead)
-    assert 1 <= len(shares) <= lanes
+    shares = share_out(micro_batches, networks, overhead)
+    assert 1 <= len(shares) <= networks
     assert all(piece for share in shares for piece in share)
     found = [id(row) for share in shares for piece in share for row in piece]
     assert found == [id(row) for rows in micro_batches for row in rows]
-    # No lane goes beyond the mean by more than a row and what is too small to be cut off; what the others were short of
-    # ends up in the last.
+    # No share goes beyond the mean by more than a row and what is too small to be cut off; what the others were short
+    # of ends up in the last.
     most = 50 + overhead
-    mean = sum(map(padded_tokens, micro_batches)) / lanes
+    mean = sum(map(padded_tokens, micro_batches)) / networks
     for share in shares[:-1]:
         assert sum(map(padded_tokens, share)) <= mean + most
-    assert sum(map(padded_tokens, shares[-1])) <= mean + most * lanes
+    assert sum(map(padded_tokens, shares[-1])) <= mean + most * networks
 
 
 def test_one_micro_batch_falls_into_equal_parts() -> None:
@@ -61,7 +61,7 @@ def test_one_micro_batch_falls_into_equal_parts() -> None:
     assert [[len(piece) for piece in share] for share in shares] == [[2], [2], [2]]
 
 
-def test_three_equal_micro_batches_on_two_lanes_are_one_and_a_half_each() -> None:
+def test_three_equal_micro_batches_on_two_networks_are_one_and_a_half_each() -> None:
     shares = share_out([rows_of([8] * 4) for _ in range(3)], 2, overhead_tokens=1)
     assert [[len(piece) for piece in share] for share in shares] == [[4, 2], [2, 4]]
 
@@ -71,14 +71,14 @@ def test_no_micro_batch_is_cut_where_a_part_would_cost_more_than_it_saves() -> N
     assert [[len(piece) for piece in share] for share in shares] == [[4, 4], [4]]
 
 
-def test_rows_of_several_lengths_are_cut_so_that_the_fullest_lane_has_least() -> None:
+def test_rows_of_several_lengths_are_cut_so_that_the_fullest_network_has_least() -> None:
     # Half of what they take as one micro-batch would be four and a half long rows.
     [long], [short] = share_out([rows_of([8, 8, 8, 2, 2, 2, 2, 2, 2])], 2, overhead_tokens=1)
     assert [len(row.tokens) for row in long] == [8] * 3
     assert [len(row.tokens) for row in short] == [2] * 6
 
 
-def test_nothing_small_is_cut_off_though_it_would_make_the_fullest_lane_less_full() -> None:
+def test_nothing_small_is_cut_off_though_it_would_make_the_fullest_network_less_full() -> None:
     shares = share_out([rows_of([8, 7, 7, 7])], 2, overhead_tokens=17)
     assert [[len(piece) for piece in share] for share in shares] == [[4]]
 
@@ -88,22 +88,22 @@ def test_no_rows_are_one_empty_share(micro_batches: list[list[Row]]) -> None:
     assert share_out(micro_batches, 2, 1) == [[]]
 
 
-# ---------------------------------------------------------------- lanes
+# ---------------------------------------------------------------- networks
 
 
-def test_lanes_work_at_the_same_time() -> None:
-    lanes, meeting = Lanes(["a", "b", "c"]), threading.Barrier(3)
+def test_networks_work_at_the_same_time() -> None:
+    networks, meeting = ParallelNetworks(["a", "b", "c"]), threading.Barrier(3)
 
     def work(network: str, share: int) -> tuple[str, int]:
         meeting.wait(30)
         return network, share
 
-    assert lanes.run(work, [1, 2, 3]) == [("a", 1), ("b", 2), ("c", 3)]
-    lanes.close()
+    assert networks.run(work, [1, 2, 3]) == [("a", 1), ("b", 2), ("c", 3)]
+    networks.close()
 
 
-def test_an_error_comes_when_all_lanes_have_ended() -> None:
-    lanes, first_failed, ended = Lanes([0, 1]), threading.Event(), threading.Event()
+def test_an_error_comes_when_all_networks_have_ended() -> None:
+    networks, first_failed, ended = ParallelNetworks([0, 1]), threading.Event(), threading.Event()
 
     def work(network: int, share: str) -> None:
         if network == 0:
@@ -113,9 +113,9 @@ def test_an_error_comes_when_all_lanes_have_ended() -> None:
         ended.set()
 
     with pytest.raises(ValueError, match="one"):
-        lanes.run(work, ["one", "other"])
+        networks.run(work, ["one", "other"])
     assert ended.is_set()
-    lanes.close()
+    networks.close()
 
 
 # ---------------------------------------------------------------- passes
@@ -125,7 +125,7 @@ def test_an_error_comes_when_all_lanes_have_ended() -> None:
 def backends(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, add_trained: Any
 ) -> tuple[TransformersBackend, ...]:
-    """With one lane, and with three."""
+    """With one network, and with three."""
     monkeypatch.setattr(threads, "_ENOUGH", 1)
     made: list[TransformersBackend] = []
     for count in (1, 3):
@@ -152,7 +152,7 @@ def check_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert error <= 1e-5 * np.linalg.norm(gradient) != 0, (who, name)
 
 
-def test_gradients_of_lanes_are_those_of_peft_alone(
+def test_gradients_of_networks_are_those_of_peft_alone(
     backends: tuple[TransformersBackend, ...],
     tiny_model_dir: Path,
     random_row: Any,
@@ -171,7 +171,7 @@ def test_gradients_of_lanes_are_those_of_peft_alone(
     check_close(gradients(backend), expected)
 
 
-def test_lanes_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...], random_row: Any) -> None:
+def test_networks_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...], random_row: Any) -> None:
     one, three = backends
     rows = [random_row(who, 5 + 2 * i, seed=i) for i, who in enumerate(["ada", "bob", "cyd"] * 3)]
     micro_batches = [rows[:1], rows[1:7], [], rows[7:]]
@@ -185,7 +185,7 @@ def test_lanes_give_the_numbers_of_one(backends: tuple[TransformersBackend, ...]
     check_close(gradients(three), gradients(one))
 
 
-def test_lanes_that_only_look_leave_gradients_to_those_that_train(
+def test_networks_that_only_look_leave_gradients_to_those_that_train(
     backends: tuple[TransformersBackend, ...], random_row: Any
 ) -> None:
     one, three = backends
@@ -214,14 +214,14 @@ def test_the_same_pass_gives_the_same_bits(
                 np.testing.assert_array_equal(gradient, first[who][name])
 
 
-def test_a_lane_that_fails_leaves_all_gradients_as_they_were(
+def test_a_network_that_fails_leaves_all_gradients_as_they_were(
     backends: tuple[TransformersBackend, ...], random_row: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, backend = backends
     rows = [random_row(who, 9, seed=i) for i, who in enumerate(["ada", "bob", "cyd"] * 4)]
     backend.forward_backward([rows])
     before = gradients(backend)
-    last = backend._lanes._networks[2]
+    last = backend._networks._networks[2]
     monkeypatch.setattr(last.body, "forward", lambda **_: (_ for _ in ()).throw(InvalidRequest("no")))
     with pytest.raises(InvalidRequest, match="no"):
         backend.forward_backward([rows])

@@ -117,7 +117,7 @@ def test_a_model_with_a_cache_of_its_own_is_refused_in_words(tmp_path: Path) -> 
     model = save(config, tmp_path)
     loaded = load_base_model(model)
     with pytest.raises(InvalidRequest, match="MiniMaxForCausalLM can't be sampled here: .* cache of its own"):
-        TransformersEngine.create(model, TransformersBackend.from_loaded(loaded, model))
+        TransformersEngine.create(model, TransformersBackend(model, loaded))
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:

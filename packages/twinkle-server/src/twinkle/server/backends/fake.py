@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Float32Array
-from twinkle.server.backends.lora.adapter_state import check_fits
+from twinkle.server.backends.lora.adapter_state import check_fits, peft_names
 from twinkle.server.backends.lora.finite import LARGEST_GRADIENT, Fault, refusal
 from twinkle.server.backends.lora.losses.formulas import FORMULAS, LOSS_SPECS
 from twinkle.server.backends.lora.module_groups import module_group, wanted_groups
+from twinkle.server.backends.lora.row_checks import check_row
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -72,11 +73,7 @@ class _Adapter:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.grads, self.exp_avg, self.exp_avg_sq = (
-            _zeros(self.weights),
-            _zeros(self.weights),
-            _zeros(self.weights),
-        )
+        self.grads, self.exp_avg, self.exp_avg_sq = (_zeros(self.weights) for _ in range(3))
 
 
 class FakeBackend:
@@ -120,8 +117,9 @@ class FakeBackend:
         bound = 1 / math.sqrt(_HIDDEN)
         weights: _Matrices = {}
         for module in modules:
-            weights[_name(module, "A")] = draw.uniform(-bound, bound, (spec.rank, _HIDDEN)).astype(np.float32)
-            weights[_name(module, "B")] = np.zeros((_LAYERS[module], spec.rank), np.float32)
+            a_name, b_name = peft_names(module)
+            weights[a_name] = draw.uniform(-bound, bound, (spec.rank, _HIDDEN)).astype(np.float32)
+            weights[b_name] = np.zeros((_LAYERS[module], spec.rank), np.float32)
         self._adapters[adapter_id] = _Adapter(spec, modules, weights)
 
     def remove_adapter(self, adapter_id: str) -> None:
@@ -129,7 +127,8 @@ class FakeBackend:
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         # Row by row onto what is there already, so that sums don't depend on which calls the rows came in.
-        sums = {row.adapter_id: _copy(self._adapters[row.adapter_id].grads) for row in _flat(micro_batches)}
+        active = {row.adapter_id for rows in micro_batches for row in rows}
+        sums = {adapter_id: _copy(self._adapters[adapter_id].grads) for adapter_id in active}
         with np.errstate(over="ignore", invalid="ignore"):  # the step looks at what comes of it
             results = [[self._run(row, sums[row.adapter_id]) for row in rows] for rows in micro_batches]
         for adapter_id, grads in sums.items():
@@ -137,13 +136,7 @@ class FakeBackend:
         return results
 
     def _run(self, row: Row, grads: _Matrices) -> RowResult:
-        if row.loss_fn not in FORMULAS:
-            raise InvalidRequest(
-                f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(FORMULAS))}"
-            )
-        for tokens in (row.tokens, row.loss_inputs["target_tokens"]):
-            if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
-                raise InvalidRequest(f"token ids must be between 0 and {VOCAB_SIZE - 1}")
+        check_row(row, VOCAB_SIZE)
         adapter = self._adapters[row.adapter_id]
         targets = row.loss_inputs["target_tokens"] % _CLASSES
         inputs: list[_Floats] = []
@@ -169,7 +162,8 @@ class FakeBackend:
         if module not in adapter.modules:
             return self._base[module]
         scale = adapter.spec.alpha / adapter.spec.rank
-        return self._base[module] + scale * _double(adapter, module, "B") @ _double(adapter, module, "A")
+        a, b = _in_float64(adapter, module)
+        return self._base[module] + scale * b @ a
 
     def _backward(self, adapter: _Adapter, inputs: list[_Floats], grad: _Floats, grads: _Matrices) -> None:
         """Add to `grads`; `grad` [T, classes] is with respect to the last layer's output."""
@@ -177,9 +171,10 @@ class FakeBackend:
         for module, x in reversed(list(zip(_LAYERS, inputs, strict=True))):
             if module in adapter.modules:
                 grad_matrix = scale * grad.T @ x  # of B A
-                a, b = _double(adapter, module, "A"), _double(adapter, module, "B")
-                grads[_name(module, "A")] += (b.T @ grad_matrix).astype(np.float32)
-                grads[_name(module, "B")] += (grad_matrix @ a.T).astype(np.float32)
+                a, b = _in_float64(adapter, module)
+                a_name, b_name = peft_names(module)
+                grads[a_name] += (b.T @ grad_matrix).astype(np.float32)
+                grads[b_name] += (grad_matrix @ a.T).astype(np.float32)
             grad = grad @ self._effective(adapter, module)
 
     def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
@@ -251,12 +246,9 @@ def _stepped(
     return weights, means, squares
 
 
-def _name(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"
-
-
-def _double(adapter: _Adapter, module: str, matrix: str) -> _Floats:
-    return adapter.weights[_name(module, matrix)].astype(np.float64)
+def _in_float64(adapter: _Adapter, module: str) -> list[_Floats]:
+    """A and B."""
+    return [adapter.weights[name].astype(np.float64) for name in peft_names(module)]
 
 
 def _zeros(like: _Matrices) -> _Matrices:
@@ -265,7 +257,3 @@ def _zeros(like: _Matrices) -> _Matrices:
 
 def _copy(matrices: _Matrices) -> _Matrices:
     return {name: matrix.copy() for name, matrix in matrices.items()}
-
-
-def _flat(micro_batches: Sequence[Sequence[Row]]) -> list[Row]:
-    return [row for rows in micro_batches for row in rows]

@@ -24,7 +24,7 @@ from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.clock import SteadyClock
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
-from twinkle.server.store.patience import DatabaseGone, patiently
+from twinkle.server.store.retry import DatabaseGone, retry_while_unavailable
 from twinkle.server.tokens import Signer, tenant_of_access_token
 
 log = logging.getLogger("twinkle.server")
@@ -120,7 +120,7 @@ class Checkpoints:
         Raises:
             InvalidRequest: if there is a checkpoint of that name, and it is not to be replaced.
         """
-        row = await patiently(lambda: self._database.checkpoint_row(save.uri))
+        row = await retry_while_unavailable(lambda: self._database.checkpoint_row(save.uri))
         if row is None:
             return True
         # An expired checkpoint frees its name, unless the clock can't be trusted about that.
@@ -136,7 +136,7 @@ class Checkpoints:
 
     async def write(self, save: Save, state: AdapterState) -> int:
         """Write files, then the row, without checks; returns the size in bytes."""
-        size = await patiently(
+        size = await retry_while_unavailable(
             lambda: self._files.write(save.uri, state, save.base_model, self._facts, save.recipients)
         )
         now = time.time()
@@ -157,7 +157,7 @@ class Checkpoints:
             request_id=save.request_id,
             user_metadata=save.user_metadata,
         )
-        await patiently(lambda: self._database.put_checkpoint(row))
+        await retry_while_unavailable(lambda: self._database.put_checkpoint(row))
         return size
 
     def expiry(self, ttl_seconds: int | None, now: float) -> float | None:
@@ -207,7 +207,9 @@ class Checkpoints:
         return row
 
     async def _row(self, reader: str, uri: CheckpointUri) -> tables.Checkpoint | None:
-        return await patiently(lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True))
+        return await retry_while_unavailable(
+            lambda: self._database.checkpoint(reader, uri, time.time(), or_public=True)
+        )
 
     async def find_own(self, tenant: str, uri: CheckpointUri) -> tables.Checkpoint:
         """The checkpoint, if it is the tenant's own.
@@ -273,7 +275,7 @@ class Checkpoints:
         """Record in the audit log what was done to a checkpoint."""
         details = {"tinker_path": str(uri), "model_id": uri.run_id, **more}
         entry = tables.Audit(tenant=tenant, time=time.time(), event=event, details=details)
-        await patiently(lambda: self._database.put(entry))
+        await retry_while_unavailable(lambda: self._database.put(entry))
 
     # ------------------------------------------------------------ ephemeral sampler weights
 
@@ -297,7 +299,7 @@ class Checkpoints:
             model_path=str(save.uri),
             created_at=time.time(),
         )
-        await patiently(lambda: self._database.put(row))
+        await retry_while_unavailable(lambda: self._database.put(row))
 
     def trim_unnamed(self, run: Run) -> None:
         """Delete, in the background, the oldest of a run's ephemeral weights that are more than a run may leave.
@@ -311,7 +313,9 @@ class Checkpoints:
 
     async def _trim(self, run: Run) -> None:
         try:
-            rows = await patiently(lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id))
+            rows = await retry_while_unavailable(
+                lambda: self._database.unnamed_checkpoints(run.tenant, run.run_id)
+            )
             # In the run's order, which need not be the order in which they were written.
             rows.sort(key=lambda row: int(row.name.removeprefix(tables.UNNAMED_PREFIX)))
             for row in rows[: -self._limits.max_sampler_snapshots_per_run]:

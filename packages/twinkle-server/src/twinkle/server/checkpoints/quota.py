@@ -12,7 +12,7 @@ from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.config import LimitsSection
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
-from twinkle.server.store.patience import patiently
+from twinkle.server.store.retry import retry_while_unavailable
 
 
 class CheckpointQuota:
@@ -70,7 +70,7 @@ class CheckpointQuota:
         """Checkpoints and bytes."""
         # One that is under way counts as such, and its row, which may be there by now, does not.
         under_way = dict(self._under_way)
-        total = await patiently(
+        total = await retry_while_unavailable(
             lambda: self._database.checkpoint_total(whose, time.time(), besides=list(under_way))
         )
         own = [size for tenant, size in under_way.values() if whose in (tenant, tables.EVERYBODY)]

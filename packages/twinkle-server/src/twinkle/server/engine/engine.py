@@ -15,8 +15,9 @@ from twinkle.server.engine.adapters import AdapterJobs
 from twinkle.server.engine.calls import Call, CallQueue, CallTimes, InFlightCall, calls_of
 from twinkle.server.engine.failures import to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
-from twinkle.server.engine.recovery import Recovery
+from twinkle.server.engine.recovery import recover
 from twinkle.server.engine.residency import Residency
+from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
@@ -52,7 +53,7 @@ class Engine:
         adapters: AdapterJobs,
         snapshots: Snapshots,
         residency: Residency,
-        recovery: Recovery,
+        sampler_adapters: SamplerAdapters,
         ledger: Ledger,
     ) -> None:
         self._scheduler = scheduler
@@ -61,7 +62,7 @@ class Engine:
         self._adapters = adapters
         self._snapshots = snapshots
         self._residency = residency
-        self._recovery = recovery
+        self._sampler_adapters = sampler_adapters
         self._ledger = ledger
         self._calls = CallQueue()
         self._in_flight: InFlightCall | None = None  # of a call in the queue that was dispatched ahead
@@ -311,7 +312,7 @@ class Engine:
         """Bring the worker back; what was lost is then computed again."""
         self._drop_in_flight()
         try:
-            await self._recovery.recover(loss)
+            await recover(loss, self._worker, self._residency, self._sampler_adapters)
         except Exception as error:
             log.error("The model could not be started anew: %s", error)
             self._has_failed = True

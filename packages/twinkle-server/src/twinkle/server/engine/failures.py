@@ -5,7 +5,7 @@ import uuid
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.protocol.messages import Failure
-from twinkle.server.store import patience
+from twinkle.server.store import retry
 
 log = logging.getLogger("twinkle.engine")
 
@@ -18,8 +18,8 @@ def to_failure(error: Exception, doing: str) -> Failure:
     """
     if isinstance(error, TwinkleError):
         return Failure(error=error.message, category=error.category)
-    if patience.passes(error):
-        return Failure(error=patience.unavailable(error).message, category="server")
+    if retry.is_transient(error):
+        return Failure(error=retry.unavailable(error).message, category="server")
     # By name, since this layer imports no torch; CUDA's and the allocator's errors are both called so.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         log.warning("%s ran out of memory: %s", doing, error)

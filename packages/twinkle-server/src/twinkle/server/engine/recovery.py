@@ -1,7 +1,7 @@
-"""What happens when a process of the model has ended: it is started anew, and what was lost is computed again.
+"""Starts a lost worker again.
 
-Every run that was on it is its copy then, and comes back when it is needed; what had been computed since the copies is
-computed again in the same calls. So nobody has to know.
+Every run that was on it is its snapshot then, and is brought in when it is needed; what had been computed since is
+computed again in the same calls. So no client has to know.
 """
 
 from __future__ import annotations
@@ -16,34 +16,28 @@ from twinkle.server.engine.worker import WorkerLost, WorkerPort
 
 log = logging.getLogger("twinkle.engine")
 
-# A new process that ends at once is started anew in turn, so often.
+# How often, if the new process ends at once.
 _ATTEMPTS = 3
 
 
-class Recovery:
-    """Brings a lost worker back."""
-
-    def __init__(self, worker: WorkerPort, residency: Residency, sampler_adapters: SamplerAdapters) -> None:
-        self._worker = worker
-        self._residency = residency
-        self._sampler_adapters = sampler_adapters
-
-    async def recover(self, loss: WorkerLost) -> None:
-        """
-        Raises:
-            Exception: if the worker could not be started anew, or not be brought to work.
-        """
-        began = time.monotonic()
-        for attempt in range(1, _ATTEMPTS + 1):
-            log.warning("A process of the model ended (%s): starting it anew. Requests wait.", loss.reason)
-            try:
-                await self._worker.restart()
-                self._residency.worker_lost()
-                self._sampler_adapters.forget_all()
-                await warm_up(self._worker)
-                break
-            except WorkerLost as again:
-                if attempt == _ATTEMPTS:
-                    raise
-                loss = again
-        log.warning("The model is back after %.0f s.", time.monotonic() - began)
+async def recover(
+    loss: WorkerLost, worker: WorkerPort, residency: Residency, sampler_adapters: SamplerAdapters
+) -> None:
+    """
+    Raises:
+        Exception: if the worker could not be started again, or not be brought to work.
+    """
+    began = time.monotonic()
+    for attempt in range(1, _ATTEMPTS + 1):
+        log.warning("A process of the model ended (%s): starting it anew. Requests wait.", loss.reason)
+        try:
+            await worker.restart()
+            residency.worker_lost()
+            sampler_adapters.forget_all()
+            await warm_up(worker)
+            break
+        except WorkerLost as again:
+            if attempt == _ATTEMPTS:
+                raise
+            loss = again
+    log.warning("The model is back after %.0f s.", time.monotonic() - began)

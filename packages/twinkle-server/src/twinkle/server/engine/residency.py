@@ -84,7 +84,7 @@ class Residency:
         return was_resident
 
     def worker_lost(self) -> None:
-        """The worker begins anew, without adapters: each run is its snapshot, until it is asked for."""
+        """The worker was started again, without adapters: each run is its snapshot, until it is asked for."""
         for run in list(self._resident):
             self.drop(run, RunState.EVICTED)
             self._snapshots.worker_lost(run)

@@ -18,7 +18,7 @@ from twinkle.protocol.errors import (
     Unauthorized,
 )
 from twinkle.protocol.uris import KINDS
-from twinkle.server.store import patience
+from twinkle.server.store import retry
 
 log = logging.getLogger("twinkle.gateway")
 
@@ -64,8 +64,8 @@ async def _hung_up(_request: Request, _error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    if patience.passes(error):
-        return twinkle_error(patience.unavailable(error))
+    if retry.is_transient(error):
+        return twinkle_error(retry.unavailable(error))
     error_id = uuid.uuid4().hex[:12]
     log.error("%s %s failed, error id %s", request.method, _loggable(request), error_id, exc_info=error)
     return _reply(

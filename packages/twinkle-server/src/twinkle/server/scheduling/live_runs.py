@@ -104,7 +104,7 @@ class LiveRuns:
         """
         request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
         job = Job(new_request_id(), run, seq_id, request, tokens, loss, received.digest)
-        self._log.accepted(job, received.body)
+        self._log.accepted(job.request_id, run.tenant, run, seq_id, received, tokens)
         self._tokens.charge(run.tenant, tokens)
         self._futures.create(run.tenant, run, job.request_id, tokens)
         self._scheduler.submit(job)
@@ -170,7 +170,7 @@ class LiveRuns:
             del self.lost[run_id]
 
     def stuck(self) -> list[tuple[Run, int]]:
-        """The runs that wait for a request which will never come, each with its `seq_id`; each is told of once.
+        """The runs that wait for a request which will never come, each with its `seq_id`; each is returned once.
 
         A request that was answered and whose record was lost with a disk, or with the power, is not sent again: its
         client goes on with the next, which would wait for ever. So a run that was brought back from a journal may

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
 
@@ -20,7 +20,7 @@ from twinkle.protocol.codec import Encoded, decode_result, encode_result
 from twinkle.protocol.endpoints import OPERATION, OPERATIONS
 from twinkle.protocol.errors import Unavailable
 from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.scheduling.runs import Job, LostRun, Run
+from twinkle.server.scheduling.runs import LostRun, Received, Run
 from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
@@ -98,7 +98,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Lost:
-    """A run can't go on; who asks for it is told so."""
+    """A run can't go on; requests that name it are refused with the reason."""
 
     run: LostRun
 
@@ -113,17 +113,7 @@ def encode(record: Record) -> bytes:
         case Begun():
             values: list[Any] = ["B", json.dumps(asdict(record))]
         case Accepted():
-            values = [
-                "A",
-                record.request_id,
-                record.tenant,
-                record.run_id,
-                record.seq_id,
-                record.tokens,
-                record.path,
-                record.body,
-                record.digest,
-            ]
+            values = ["A", *vars(record).values()]
         case Rejected(run_id, seq_id):
             values = ["R", run_id, seq_id]
         case Done(outcomes):
@@ -158,39 +148,12 @@ def decode(payload: bytes) -> Record:
             )
 
 
-def accepted(
-    request_id: str,
-    tenant: str,
-    run_id: str | None,
-    seq_id: int,
-    request: m.Operation,
-    body: bytes | None,
-    tokens: int = 0,
-    digest: bytes = b"",
-) -> Accepted:
-    """A request as it is written: its body as it was received, unless it may hold a key, which is kept nowhere.
-
-    Args:
-        body: None for requests of the server's own.
-    """
-    if isinstance(request, m.LoadWeightsRequest):
-        # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
-        request, body = request.model_copy(update={"weights_access_token": None}), None
-    path = OPERATION[type(request)].path
-    return Accepted(request_id, tenant, run_id, seq_id, tokens, path, body or codec.encode(request), digest)
-
-
 def as_encoded(outcome: Outcome) -> Encoded:
     return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
 
 
 def as_computed(outcome: Outcome) -> m.Result | m.Failure:
     return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
-
-
-def done(outcomes: Iterable[tuple[str, Outcome]]) -> Done:
-    encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
-    return Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded])
 
 
 class RunLog:
@@ -211,39 +174,25 @@ class RunLog:
         """
         self.append(Begun(run.run_id, run.tenant, run.session_id, run.base_model, run.spec))
 
-    def accepted(self, job: Job, body: bytes | None) -> None:
-        """
-        Args:
-            body: of its request, as it was received; None if it was made here.
+    def accepted(
+        self, request_id: str, tenant: str, run: Run | None, seq_id: int, received: Received, tokens: int = 0
+    ) -> None:
+        """A request, on a run or on none: its body as it was received, unless it may hold a key, which is kept nowhere.
 
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
         """
-        if self.journal is not None:
-            run = job.run
-            self.append(
-                accepted(
-                    job.request_id,
-                    run.tenant,
-                    run.run_id,
-                    job.seq_id,
-                    job.request,
-                    body,
-                    job.tokens,
-                    job.digest,
-                )
-            )
-            run.note_logged(self.journal.segment, job.seq_id)
-
-    def accepted_on_no_run(
-        self, request_id: str, tenant: str, seq_id: int, request: m.Operation, body: bytes | None
-    ) -> None:
-        """
-        Raises:
-            Unavailable: as `accepted`.
-        """
-        if self.journal is not None:
-            self.append(accepted(request_id, tenant, None, seq_id, request, body))
+        if self.journal is None:
+            return
+        request, body = received.request, received.body
+        if isinstance(request, m.LoadWeightsRequest):
+            # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
+            request, body = request.model_copy(update={"weights_access_token": None}), None
+        run_id, digest = (None, b"") if run is None else (run.run_id, received.digest)
+        path, body = OPERATION[type(request)].path, body or codec.encode(request)
+        self.append(Accepted(request_id, tenant, run_id, seq_id, tokens, path, body, digest))
+        if run is not None:
+            run.note_logged(self.journal.segment, seq_id)
 
     def rejected(self, run: Run, seq_id: int) -> None:
         self._try(Rejected(run.run_id, seq_id))
@@ -251,7 +200,8 @@ class RunLog:
     def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
         """What came of one call; if it can't be written it is computed again after a crash."""
         if self.journal is not None:
-            self._try(done(outcomes))
+            encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
+            self._try(Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded]))
 
     def ended(self, run: Run) -> None:
         self._try(Ended(run.run_id))

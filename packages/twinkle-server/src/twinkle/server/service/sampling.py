@@ -39,7 +39,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     tokens = len(request.prompt.tokens)
     check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens)
     request_id = new_request_id()
-    parts.run_log.accepted_on_no_run(request_id, tenant, request.seq_id, request, received.body)
+    parts.run_log.accepted(request_id, tenant, None, request.seq_id, received)
     parts.tokens.charge(tenant, tokens)
     parts.futures.create(tenant, request_id=request_id, tokens=tokens)
     return parts.samples.begin(sampler, request, request_id, received.digest, targets)

@@ -163,7 +163,7 @@ async def _create_custom_loss(
     await sessions.find_open(parts.database, tenant, request.session_id)
     loss_id = await parts.losses.create(tenant, request, parts.worker.loss_fns)
     request_id = new_request_id()
-    parts.run_log.accepted_on_no_run(request_id, tenant, request.custom_loss_seq_id, request, received.body)
+    parts.run_log.accepted(request_id, tenant, None, request.custom_loss_seq_id, received)
     parts.futures.create(tenant, request_id=request_id)
     parts.futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
     return m.Promise(request_id=request_id)

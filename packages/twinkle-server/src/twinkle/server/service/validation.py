@@ -93,7 +93,8 @@ def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_byte
         longest_ttl: seconds that a checkpoint may be kept; None is no limit.
         most_metadata_bytes: None is no limit.
     """
-    check_metadata(getattr(request, "user_metadata", None), most_metadata_bytes)
+    if (metadata := getattr(request, "user_metadata", None)) is not None:
+        check_metadata(metadata, most_metadata_bytes)
     match request:
         case m.OptimStepRequest(optimizer_params=params) if params is not None:
             check_optimizer(params, "optimizer_params.type")

@@ -36,7 +36,7 @@ class CheckpointFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
         # A directory can't be renamed over another: for a moment the one that is replaced is gone and the new one not
-        # there. Held then, so that who looks in that moment isn't told that files are missing.
+        # there. Held then, so that nobody who looks in that moment finds files missing.
         self._replacing = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
 

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Literal, NamedTuple
 
 from twinkle.server.store.database import Database
-from twinkle.server.store.patience import DatabaseGone
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import Usage
 
 log = logging.getLogger("twinkle.server")
@@ -55,8 +55,8 @@ class Ledger:
             try:
                 await self.flush()
             except DatabaseGone:
-                pass  # the database itself has said so, once
-            except Exception:  # the next time is soon
+                pass  # the database has logged it once
+            except Exception:  # tried again soon
                 log.exception("what was used could not be written; it is kept and tried again")
 
     async def flush(self) -> None:

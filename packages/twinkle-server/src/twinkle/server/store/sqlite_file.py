@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.store.patience import DatabaseGone
+from twinkle.server.store.retry import DatabaseGone
 
 log = logging.getLogger("twinkle.server")
 
 _Stamp: TypeAlias = tuple[int, ...]
 
-# How long those who are in the middle of something have to end it, before the log can be emptied.
+# How long transactions in progress have to end before the log can be emptied.
 _BUSY_SECONDS = 1.0
 
 _COPY = ".rescued-"

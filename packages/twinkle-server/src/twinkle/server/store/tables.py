@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    true,
+)
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
 from twinkle.protocol.uris import CheckpointKind, CheckpointUri
 
@@ -150,3 +162,8 @@ class ApiKey(Base):
     label: Mapped[str | None] = mapped_column(String(256))
     created_at: Mapped[float] = mapped_column(Float)
     revoked_at: Mapped[float | None] = mapped_column(Float)
+
+
+def belongs_to(tenant: str, column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    """The rows of a tenant, or of `EVERYBODY`."""
+    return true() if tenant == EVERYBODY else column == tenant

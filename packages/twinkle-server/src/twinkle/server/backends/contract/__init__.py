@@ -11,8 +11,7 @@ Expected values are closed forms, or the same thing done in another way. A check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import TypeAlias
 
 from twinkle.server.backends.contract import adapters, optimizer, passes, state
@@ -20,12 +19,10 @@ from twinkle.server.backends.contract.parts import Factory as Factory
 
 Check: TypeAlias = Callable[[Factory], None]
 
-
-def _checks_in(module: ModuleType) -> Iterator[Check]:
-    """The functions that are defined there, in their order."""
-    return (one for one in vars(module).values() if getattr(one, "__module__", None) == module.__name__)
-
-
+# The functions that are defined there, in their order.
 CHECKS: tuple[Check, ...] = tuple(
-    check for module in (adapters, passes, optimizer, state) for check in _checks_in(module)
+    found
+    for module in (adapters, passes, optimizer, state)
+    for found in vars(module).values()
+    if getattr(found, "__module__", None) == module.__name__
 )

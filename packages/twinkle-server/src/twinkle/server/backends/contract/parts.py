@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from twinkle.protocol.types import AdamParams, Array, Float32Array
+from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -101,11 +102,7 @@ def grad_norm(outcome: StepOutcome) -> float:
 
 def check_names(state: AdapterState) -> None:
     """Names by module, and shapes of the right rank; those of routed experts have it as often as there are experts."""
-    expected = [
-        f"base_model.model.{module}.lora_{matrix}.weight"
-        for module in state.target_modules
-        for matrix in "AB"
-    ]
+    expected = [name for module in state.target_modules for name in peft_names(module)]
     assert sorted(state.weights) == sorted(expected)
     for name, matrix in state.weights.items():
         assert matrix.dtype == np.float32

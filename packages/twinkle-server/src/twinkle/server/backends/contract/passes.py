@@ -70,9 +70,8 @@ def every_loss_is_its_formula(make: Factory) -> None:
             row = replace(
                 plain, loss_fn=name, loss_inputs={**plain.loss_inputs, **sampled_inputs(reference.logprobs)}
             )
-            backend.import_adapter(
-                "a", backend.export_adapter("a", with_optimizer=True)
-            )  # no gradient is left
+            # The gradient is left out of the state, and so reset.
+            backend.import_adapter("a", backend.export_adapter("a", with_optimizer=True))
             [[result]] = backend.forward_backward([[row]])
             found = gradients_of(backend, "a")
             loss, gradient = FORMULAS[name](

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
-from twinkle.server.backends.hf.export_facts import export_facts
+from twinkle.server.backends.hf.export_facts import export_facts, name_of
 from twinkle.server.backends.hf.model_facts import (
     context_length,
     eos_token_ids,
@@ -125,7 +125,7 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
     Returns:
         Them, and the names of the experts modules, both in the order of the module tree.
     """
-    prefix = _decoder_name(model) + "."
+    prefix = name_of(model, decoder(model)) + "."
     head = model.get_output_embeddings()
     found: dict[str, ModuleGroup] = {}
     experts: list[str] = []
@@ -281,11 +281,6 @@ def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
     for (name, _), is_finite in zip(named, cast("list[bool]", torch.stack(ends).tolist()), strict=True):
         if not is_finite:
             raise base_folder.not_finite(config.path, name)
-
-
-def _decoder_name(model: PreTrainedModel) -> str:
-    wanted = decoder(model)
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 @torch.no_grad()

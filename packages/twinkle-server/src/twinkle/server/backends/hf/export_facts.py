@@ -42,9 +42,8 @@ def export_facts(path: Path, tied_head: bool) -> ExportFacts:
     mixture = any(has_routed_experts(one) for one in (config, config.get_text_config()))
     try:
         serving_class, renamed = _serving_names(config)
-    except (
-        Exception
-    ) as error:  # whatever a class of Transformers raises: the model itself is served all the same
+    # Whatever a class of Transformers raises: the model itself is served all the same.
+    except Exception as error:
         log.warning(
             "%s: adapters can't be exported under the names of %s (%s)", path, config.architectures, error
         )
@@ -76,14 +75,16 @@ def _serving_names(config: PretrainedConfig) -> tuple[str | None, tuple[tuple[st
     with torch.device("meta"):
         ours = cast("PreTrainedModel", cast("Any", AutoModelForCausalLM).from_config(config))
         other = cast("PreTrainedModel", theirs._from_config(config))
-    pairs = ((_decoder(ours), _decoder_in(other, type(ours.base_model))), (_head(ours), _head(other)))
+    decoders = name_of(ours, ours.base_model), _decoder_in(other, type(ours.base_model))
+    heads = name_of(ours, ours.get_output_embeddings()), name_of(other, other.get_output_embeddings())
+    pairs = (decoders, heads)
     for mine, other_name in pairs:
         _check_alike(ours.get_submodule(mine), other.get_submodule(other_name), name)
     return name, tuple(pair for pair in pairs if pair[0] != pair[1])
 
 
-def _decoder(model: PreTrainedModel) -> str:
-    return next(name for name, module in model.named_modules() if module is model.base_model)
+def name_of(model: PreTrainedModel, module: object) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def _decoder_in(model: PreTrainedModel, kind: type[nn.Module]) -> str:
@@ -91,11 +92,6 @@ def _decoder_in(model: PreTrainedModel, kind: type[nn.Module]) -> str:
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has {len(found)} modules of {kind.__name__}")
     return found[0]
-
-
-def _head(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _check_alike(mine: nn.Module, other: nn.Module, name: str) -> None:

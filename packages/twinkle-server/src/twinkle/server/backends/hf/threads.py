@@ -1,4 +1,4 @@
-"""How many threads a computation on a CPU gets: with little to do, waking others costs more than they take off."""
+"""How many threads torch uses for a computation on a CPU: for a small one, waking more costs more than they save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ENOUGH = 64_000_000
 
 
 class Threads:
-    """How many threads a computation gets by what it is about to compute; on a GPU always one."""
+    """Sets torch's intra-op threads by the size of what is computed next; on a GPU always one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._weights = matrix_weights(model)
@@ -25,16 +25,16 @@ class Threads:
         return self._most
 
     def worth(self, tokens: int) -> int:
-        """How many have enough to do with the forward pass of so many tokens."""
+        """How many threads pay off in a forward pass of so many tokens."""
         return max(1, min(self._most, tokens * self._weights // _ENOUGH))
 
-    def fit(self, tokens: int, lanes: int = 1) -> None:
-        """The forward pass of so many tokens is next in the calling thread, while other lanes have their own."""
+    def fit(self, tokens: int, shared_by: int = 1) -> None:
+        """Set torch's threads for a forward pass of so many tokens, one of `shared_by` that run at the same time."""
         if self._most > 1:
-            torch.set_num_threads(max(1, min(self._most // lanes, self.worth(tokens))))
+            torch.set_num_threads(max(1, min(self._most // shared_by, self.worth(tokens))))
 
     def restore(self) -> None:
-        """All of them again."""
+        """Back to all threads."""
         if self._most > 1:
             torch.set_num_threads(self._most)
 

@@ -140,9 +140,8 @@ def _norms(bank: Bank, slots: Iterable[int]) -> dict[int, float]:
     pending = [slot for slot in norms if slot in bank.grads]
     if pending:
         found = torch.stack([torch.linalg.vector_norm(bank.grads[slot]) for slot in pending])
-        norms |= zip(
-            pending, cast("list[float]", found.tolist()), strict=True
-        )  # one transfer for all of them
+        # One transfer for all of them.
+        norms |= zip(pending, cast("list[float]", found.tolist()), strict=True)
     for slot in pending:
         if not is_sure_norm(norms[slot]):
             norms[slot] = float(torch.linalg.vector_norm(bank.grads[slot], dtype=torch.float64))

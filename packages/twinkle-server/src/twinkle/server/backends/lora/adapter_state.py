@@ -12,6 +12,11 @@ from twinkle.server.backends.lora.finite import check_finite
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState
 
 
+def peft_names(module: str) -> tuple[str, str]:
+    """PEFT's names of a layer's A and B."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
 def check_fits(
     state: AdapterState, spec: AdapterSpec, modules: list[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:

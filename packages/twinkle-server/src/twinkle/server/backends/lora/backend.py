@@ -28,7 +28,6 @@ from twinkle.server.backends.protocol import (
     ModuleGroup,
     OptimizerState,
     Row,
-    RowResult,
     StepOutcome,
 )
 
@@ -40,10 +39,7 @@ class LoraBackend(ABC):
     """
 
     def __init__(self, info: BaseModelInfo, device: torch.device) -> None:
-        """
-        Args:
-            device: where the banks are.
-        """
+        """The banks are on `device`."""
         self._info = info
         self._device = device
         self._adapters: dict[str, Adapter] = {}
@@ -60,10 +56,6 @@ class LoraBackend(ABC):
     @abstractmethod
     def _layout(self, rank: int, groups: frozenset[ModuleGroup]) -> Layout:
         """The layout of adapters of this rank on the model's layers of these groups; there may be none."""
-
-    @abstractmethod
-    def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        """See `TrainingBackend`."""
 
     # ------------------------------------------------------------ adapters
 
@@ -101,10 +93,6 @@ class LoraBackend(ABC):
         return self._banks[key]
 
     def _check_rows(self, micro_batches: Sequence[Sequence[Row]]) -> None:
-        """
-        Raises:
-            InvalidRequest: if a row's loss, inputs or tokens are not possible.
-        """
         for rows in micro_batches:
             for row in rows:
                 if row.adapter_id not in self._adapters:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.protocol.types import Float32Array
+from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.protocol import AdapterSpec
 
 
@@ -155,11 +156,6 @@ class Layout:
             matrix = row[place.start : place.end].view(-1, place.columns)
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         return row
-
-
-def peft_names(module: str) -> tuple[str, str]:
-    """Of a layer's A and B in an adapter's state."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 class Bank:

@@ -10,6 +10,7 @@ autograd would make a dozen nodes a layer, and copies of what is added up.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, cast
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
-from twinkle.server.backends.lora.wrapped_linear import WrappedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Gradients:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class BankSegment:
     """Consecutive rows of a micro-batch whose adapters are in one bank.
 
     The rows fall into spans of equally many rows, each of one adapter: with n rows for each adapter there is one span
@@ -110,7 +110,7 @@ def spans_of(adapters: list[int]) -> tuple[int, list[int] | None]:
     return spans, None if spans == len(counts) else span_adapters
 
 
-class Route:
+class TrainingRoute:
     """Which rows of the micro-batch under way get which adapters' terms; no segments is the base model alone.
 
     Shared by all layers of a module tree, set by the one thread that computes.
@@ -122,7 +122,7 @@ class Route:
     """
 
     def __init__(self) -> None:
-        self.segments: list[Segment] = []
+        self.segments: list[BankSegment] = []
         self.anchor = torch.zeros((), requires_grad=True)
 
     def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
@@ -138,10 +138,36 @@ class Route:
         return terms
 
 
+class WrappedLinear(nn.Module):
+    """Holds the base layer, and shows its weight and bias to models that look at them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+def wrap_linears(model: nn.Module, names: Iterable[str], wrap: Callable[[nn.Linear, str], nn.Module]) -> None:
+    """Put `wrap(layer, name)` in place of each linear layer named."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = getattr(parent, child)
+        assert isinstance(base, nn.Linear)
+        setattr(parent, child, wrap(base, name))
+
+
 class LoraLinear(WrappedLinear):
     """A frozen linear layer and, where the route says so, low-rank terms."""
 
-    def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
+    def __init__(self, base: nn.Linear, name: str, route: TrainingRoute) -> None:
         super().__init__(base)
         self._name = name
         self._route = route
@@ -213,7 +239,7 @@ class _Product(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
 
 
-def _by_span(flat: Tensor, segments: list[Segment]) -> list[Tensor]:
+def _by_span(flat: Tensor, segments: list[BankSegment]) -> list[Tensor]:
     """A micro-batch's tokens [tokens, features], row-major, as [spans, tokens a span, features] of each segment."""
     if len(segments) == 1:
         return [flat.view(segments[0].spans, -1, flat.shape[-1])]

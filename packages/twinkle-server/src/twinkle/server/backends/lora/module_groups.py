@@ -59,9 +59,4 @@ def groups_there_are(groups: Iterable[ModuleGroup]) -> tuple[ModuleGroup, ...]:
 
 def wanted_groups(spec: AdapterSpec) -> frozenset[ModuleGroup]:
     """The groups that an adapter of this shape acts on."""
-    flags: dict[ModuleGroup, bool] = {
-        "attn": spec.train_attn,
-        "mlp": spec.train_mlp,
-        "unembed": spec.train_unembed,
-    }
-    return frozenset(group for group, wanted in flags.items() if wanted)
+    return frozenset(group for group in ALL_GROUPS if getattr(spec, f"train_{group}"))

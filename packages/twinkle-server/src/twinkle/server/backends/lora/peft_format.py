@@ -36,7 +36,7 @@ from safetensors import numpy as safetensors_numpy
 from twinkle.layouts import CONFIG, SERVING_CLASS, SERVING_NAMES, WEIGHTS
 from twinkle.protocol.errors import InvalidRequest, words_of
 from twinkle.protocol.types import Array, Float32Array
-from twinkle.server.backends.lora.adapter_state import check_arrays
+from twinkle.server.backends.lora.adapter_state import check_arrays, peft_names
 from twinkle.server.backends.lora.model_card import model_card
 from twinkle.server.backends.lora.module_groups import EXPERT_PARAMETERS, is_expert_parameter, module_group
 from twinkle.server.backends.protocol import (
@@ -162,10 +162,7 @@ def _file_names(targets: Collection[str]) -> dict[str, str]:
             where, _, parameter = target.rpartition(".")
             if parameter == first and f"{where}.{last}" in targets:
                 where += _WRAPPED
-        for matrix in "AB":
-            names[f"base_model.model.{target}.lora_{matrix}.weight"] = (
-                f"base_model.model.{where}.lora_{matrix}.weight"
-            )
+        names |= zip(peft_names(target), peft_names(where), strict=True)
     return names
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twinkle.server.backends.lora.banks import Adapter, Bank, consecutive
-from twinkle.server.backends.lora.linear import Gradients, Segment, spans_of
+from twinkle.server.backends.lora.linear import BankSegment, Gradients, spans_of
 
 
 class BankScratch:
@@ -24,7 +24,7 @@ class BankScratch:
         self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
         self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
 
-    def segment(self, slots: Sequence[int], needs_grad: bool) -> Segment:
+    def segment(self, slots: Sequence[int], needs_grad: bool) -> BankSegment:
         """The route of consecutive rows, whose adapters are in `slots`, in rising order.
 
         Gradients that flow into its matrices are added to the scratch.
@@ -42,7 +42,7 @@ class BankScratch:
                 module for module, place in self._bank.layout.a.items() if place.experts is not None
             }
             self._collect(members, a, b, of_experts)
-        return Segment(len(slots), spans, adapter_of_span, a, b, gradients)
+        return BankSegment(len(slots), spans, adapter_of_span, a, b, gradients)
 
     def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The matrices A and (scaled) B of the adapters in `slots`, by layer, for whom autograd is to find gradients.

@@ -1,12 +1,10 @@
 """Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
 
-    base_model    loads the model            lora_linear    a linear layer with many adapters' terms
-    banks         where adapters live        expert_lora    routed experts with many adapters' terms
-    logprobs, losses, adamw   arithmetic     passes         micro-batches to results and gradients
-    activations   what a pass keeps, measured; computed again where it would be too much
-    threads, lanes   how many threads compute a pass, and how it is shared out among them
+    passes            micro-batches to results and gradients
+    activations       what a pass keeps, measured; computed again where it would be too much
+    thread_parallel   a pass's rows shared out over CPU threads
 
-Not here: routed experts that are not plain gated layers get no low-rank term.
+The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plain gated layers get no low-rank term.
 """
 
 from __future__ import annotations
@@ -35,14 +33,13 @@ from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.backend import LoraBackend
 from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShape
 from twinkle.server.backends.lora.experts import wrap_experts
-from twinkle.server.backends.lora.linear import LoraLinear, Route
+from twinkle.server.backends.lora.linear import LoraLinear, TrainingRoute, wrap_linears
 from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter
 from twinkle.server.backends.lora.scratch import BankScratch
-from twinkle.server.backends.lora.wrapped_linear import wrap_linears
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
-from twinkle.server.backends.transformers.passes import Network, PassLimits, run_pass
-from twinkle.server.backends.transformers.thread_parallel import MOST_LANES, Lanes
+from twinkle.server.backends.transformers.passes import LoraNetwork, PassLimits, run_pass
+from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks
 
 
 class TransformersBackend(LoraBackend):
@@ -51,17 +48,17 @@ class TransformersBackend(LoraBackend):
     def __init__(self, config: ModelConfig, loaded: LoadedModel | None = None) -> None:
         """
         Args:
-            loaded: a model that is there already, to share its weights; else it is loaded from `config.path`.
+            loaded: a model in this process to share the weights of; default: load `config.path`.
 
         Raises:
             InvalidRequest: if the model can't be loaded as `config` says.
         """
         self._loaded = loaded if loaded is not None else load_base_model(config)
         self._threads = Threads(self._loaded.model)
-        most = min(self._threads.most, MOST_LANES)
-        self._lanes = Lanes([_network(self._loaded) for _ in range(most)])
+        count = min(self._threads.most, MAX_NETWORKS)
+        self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
         device = self._loaded.device
-        affordable = affordable_tokens(_token_bytes(self._loaded, self._lanes.first), device)
+        affordable = affordable_tokens(_token_bytes(self._loaded, self._networks.first), device)
         self._limits = PassLimits(affordable, self._loaded.info.overhead_tokens)
         info = replace(
             self._loaded.info,
@@ -71,14 +68,9 @@ class TransformersBackend(LoraBackend):
         )
         super().__init__(info, device)
 
-    @classmethod
-    def from_loaded(cls, loaded: LoadedModel, config: ModelConfig) -> TransformersBackend:
-        """A backend on a model that something else in this process uses too; the weights are shared."""
-        return cls(config, loaded)
-
     @property
     def loaded(self) -> LoadedModel:
-        """The base model, without adapters: for whatever is to share its weights."""
+        """The base model, without adapters, for sharing its weights."""
         return self._loaded
 
     def _layout(self, rank: int, groups: frozenset[ModuleGroup]) -> Layout:
@@ -86,9 +78,7 @@ class TransformersBackend(LoraBackend):
         return Layout.of([_shape(name, self._loaded.model) for name in targets], rank)
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        """Run the micro-batches; add gradients of the rows' losses to their adapters'.
-
-        All or nothing: if it raises, no adapter's gradient has changed.
+        """See `TrainingBackend`.
 
         Raises:
             InvalidRequest: if a row's loss, inputs or tokens are not possible.
@@ -96,7 +86,7 @@ class TransformersBackend(LoraBackend):
         """
         self._check_rows(micro_batches)
         try:
-            return run_pass(self._lanes, self._threads, self._adapters, micro_batches, self._limits)
+            return run_pass(self._networks, self._threads, self._adapters, micro_batches, self._limits)
         except torch.OutOfMemoryError as error:
             out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
         except RuntimeError as error:
@@ -113,13 +103,13 @@ class TransformersBackend(LoraBackend):
     def close(self) -> None:
         """Forget all adapters. The base model goes with whoever holds it last."""
         super().close()
-        self._lanes.close()
+        self._networks.close()
         self._release_memory()
 
 
-def _network(loaded: LoadedModel) -> Network:
+def _network(loaded: LoadedModel) -> LoraNetwork:
     model = copy_sharing_weights(loaded.model)
-    route = Route()
+    route = TrainingRoute()
     wrap_linears(model, loaded.linears, lambda base, name: LoraLinear(base, name, route))
     wrap_experts(model, loaded.experts, route)
     output = cast("nn.Module", model.get_output_embeddings())
@@ -131,10 +121,10 @@ def _network(loaded: LoadedModel) -> Network:
     body, recomputation = decoder(model), Recomputation()
     recompute_layers(body, recomputation)
     boundaries = rope_boundaries(model.config, loaded.info.max_context_length)
-    return Network(body, head, weight.shape[0], route, recomputation, loaded.device, boundaries)
+    return LoraNetwork(body, head, weight.shape[0], route, recomputation, loaded.device, boundaries)
 
 
-def _token_bytes(loaded: LoadedModel, network: Network) -> float:
+def _token_bytes(loaded: LoadedModel, network: LoraNetwork) -> float:
     """Of a pass with terms on all layers, of rank 1."""
     bank = Bank(Layout.of([_shape(name, loaded.model) for name in loaded.targets], 1), loaded.device)
     adapter = Adapter(AdapterSpec(rank=1), bank, bank.take())

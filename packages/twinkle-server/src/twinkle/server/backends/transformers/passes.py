@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from twinkle.server.backends.hf.rope import by_kind
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter, Bank
-from twinkle.server.backends.lora.linear import Route
+from twinkle.server.backends.lora.linear import TrainingRoute
 from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
 from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
 from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation
-from twinkle.server.backends.transformers.thread_parallel import Lanes, padded_tokens, share_out
+from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks, padded_tokens, share_out
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
+class LoraNetwork:
     """A module tree with `LoraLinear` layers, cut in two.
 
     Attributes:
@@ -42,7 +42,7 @@ class Network:
     body: nn.Module
     head: Callable[[Tensor], Tensor]
     vocab_size: int
-    route: Route
+    route: TrainingRoute
     recomputation: Recomputation
     device: torch.device
     boundaries: tuple[int, ...] = ()
@@ -74,7 +74,7 @@ class PassLimits:
 
 
 def run_pass(
-    lanes: Lanes[Network],
+    networks: ParallelNetworks[LoraNetwork],
     threads: Threads,
     adapters: dict[str, Adapter],
     micro_batches: Sequence[Sequence[Row]],
@@ -85,10 +85,10 @@ def run_pass(
     The same micro-batches are shared out alike each time, so that the same gradients come of them, to the bit.
     """
     tokens = sum(padded_tokens(rows) for rows in micro_batches)
-    shares = share_out(micro_batches, min(len(lanes), threads.worth(tokens)), limits.overhead_tokens)
+    shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
     affordable = limits.affordable_tokens // len(shares)
 
-    def run_share(network: Network, share: Sequence[Sequence[Row]]) -> _Computed:
+    def run_share(network: LoraNetwork, share: Sequence[Sequence[Row]]) -> _Computed:
         computed = _Computed.begin(adapters, share)
         try:
             for rows in share:
@@ -102,7 +102,7 @@ def run_pass(
             threads.restore()
         return computed
 
-    done = lanes.run(run_share, shares)
+    done = networks.run(run_share, shares)
     commit(scratch for computed in done if computed.has_gradients for scratch in computed.scratches.values())
     results = chain.from_iterable(computed.results for computed in done)
     return [list(islice(results, len(rows))) for rows in micro_batches]
@@ -130,7 +130,10 @@ class _Computed:
 
 
 def _run_by_kind(
-    network: Network, adapters: dict[str, Adapter], scratches: dict[Bank, BankScratch], rows: Sequence[Row]
+    network: LoraNetwork,
+    adapters: dict[str, Adapter],
+    scratches: dict[Bank, BankScratch],
+    rows: Sequence[Row],
 ) -> list[RowResult]:
     """Results of a micro-batch, whose rows share a call as far as each gets its own numbers there."""
     kinds = by_kind(network.boundaries, [len(row.tokens) for row in rows])
@@ -142,7 +145,10 @@ def _run_by_kind(
 
 
 def _run_micro_batch(
-    network: Network, adapters: dict[str, Adapter], scratches: dict[Bank, BankScratch], rows: Sequence[Row]
+    network: LoraNetwork,
+    adapters: dict[str, Adapter],
+    scratches: dict[Bank, BankScratch],
+    rows: Sequence[Row],
 ) -> list[RowResult]:
     place = {bank: i for i, bank in enumerate(scratches)}
     keys = [(place[adapters[row.adapter_id].bank], adapters[row.adapter_id].slot) for row in rows]
@@ -157,7 +163,7 @@ def _run_micro_batch(
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
-def _forward_backward(network: Network, rows: list[Row], needs_grad: bool) -> list[RowResult]:
+def _forward_backward(network: LoraNetwork, rows: list[Row], needs_grad: bool) -> list[RowResult]:
     tokens = padded([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
     targets = padded([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
     with torch.set_grad_enabled(needs_grad):

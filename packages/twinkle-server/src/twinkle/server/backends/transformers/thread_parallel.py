@@ -1,7 +1,7 @@
-"""Micro-batches side by side: on a CPU a pass is shared out among lanes, each with a network and threads of its own.
+"""Data parallelism over the threads of one process: on a CPU each network takes a share of a pass's rows.
 
-Threads that share every product wait for one another at the end of each, and all of them for one whose core another
-process has taken. Lanes meet once a pass.
+Threads that split every matrix product (torch's intra-op parallelism) wait for one another at the end of each, and all
+of them for one whose core another process has taken. Networks with a share each wait once a pass.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Generic, TypeVar
 
 from twinkle.server.backends.protocol import Row
 
-# Each lane holds gradients of its own, and a micro-batch's activations.
-MOST_LANES = 4
+# Each network holds gradients of its own, and a micro-batch's activations.
+MAX_NETWORKS = 4
 
-# What a lane is filled up to, as shares of the mean; of equals the first is taken.
+# What a share is filled up to, as fractions of the mean; of equals the first is taken.
 _FILLINGS = tuple(1 - i / 20 for i in range(10))
 
 Network = TypeVar("Network")
@@ -23,16 +23,13 @@ Share = TypeVar("Share")
 Result = TypeVar("Result")
 
 
-class Lanes(Generic[Network]):
+class ParallelNetworks(Generic[Network]):
     """Networks that compute at the same time: the first in the caller's thread, each other in one of its own."""
 
     def __init__(self, networks: Sequence[Network]) -> None:
-        """
-        Args:
-            networks: at least one; they share weights and nothing else.
-        """
+        """At least one network; they share weights and nothing else."""
         self._networks = list(networks)
-        self._pool = ThreadPoolExecutor(max(1, len(networks) - 1), "lane")
+        self._pool = ThreadPoolExecutor(max(1, len(networks) - 1), "pass")
 
     def __len__(self) -> int:
         return len(self._networks)
@@ -45,7 +42,7 @@ class Lanes(Generic[Network]):
         """Each share's result. Returns, or raises what one of them raised, when all of them have ended.
 
         Args:
-            shares: at least one, at most as many as there are lanes.
+            shares: at least one, at most as many as there are networks.
         """
         others = [
             self._pool.submit(work, network, share)
@@ -67,38 +64,39 @@ def padded_tokens(rows: Sequence[Row]) -> int:
 
 
 def share_out(
-    micro_batches: Sequence[Sequence[Row]], lanes: int, overhead_tokens: int
+    micro_batches: Sequence[Sequence[Row]], count: int, overhead_tokens: int
 ) -> list[list[Sequence[Row]]]:
-    """Micro-batches by lane, so that all lanes have about as many tokens; each share goes on where the last one ends.
+    """Split micro-batches into shares of about equal tokens, each continuing where the last one ends.
 
-    A lane is filled up to the mean, and what does not fit begins the next (McNaughton 1959, Management Science 6(1)):
-    so at most one micro-batch a lane is cut in two, between rows. Where what is left of one has shorter rows it takes
-    less than before, so lower fillings than the mean are tried too.
+    A share is filled up to the mean, and what does not fit begins the next (McNaughton 1959, Management Science 6(1)):
+    so at most one micro-batch per share is cut in two, between rows. If the remainder has shorter rows it pads to less
+    than before, so lower fillings than the mean are tried too.
 
     Args:
+        count: how many shares there may be.
         overhead_tokens: what a micro-batch costs beside its tokens: none is cut that small.
 
     Returns:
-        At most `lanes` shares, none of them empty, unless there are no rows: then one.
+        At most `count` shares, none of them empty, unless there are no rows: then one.
     """
-    mean = sum(map(padded_tokens, micro_batches)) / lanes
+    mean = sum(map(padded_tokens, micro_batches)) / count
     are_ragged = any(len({len(row.tokens) for row in rows}) > 1 for rows in micro_batches)
     tries = _FILLINGS if are_ragged else _FILLINGS[:1]
-    filled = (_fill(micro_batches, lanes, filling * mean, overhead_tokens) for filling in tries)
+    filled = (_fill(micro_batches, count, filling * mean, overhead_tokens) for filling in tries)
     return min(filled, key=lambda shares: max(sum(map(padded_tokens, share)) for share in shares))
 
 
 def _fill(
-    micro_batches: Sequence[Sequence[Row]], lanes: int, filling: float, overhead_tokens: int
+    micro_batches: Sequence[Sequence[Row]], most: int, filling: float, overhead_tokens: int
 ) -> list[list[Sequence[Row]]]:
-    """As `share_out`, with so many tokens a lane at most, to the nearest row; the last takes what is left."""
+    """As `share_out`, with at most `filling` tokens per share, to the nearest row; the last takes the rest."""
     shares: list[list[Sequence[Row]]] = [[]]
     room = filling
     for rows in micro_batches:
         while rows:
             width = max(len(row.tokens) for row in rows)
             count = len(rows)
-            if len(shares) < lanes:
+            if len(shares) < most:
                 count = _fitting(count, width, room, overhead_tokens, is_empty=not shares[-1])
             if count:
                 shares[-1].append(rows[:count])
@@ -110,7 +108,7 @@ def _fill(
 
 
 def _fitting(count: int, width: int, room: float, overhead_tokens: int, is_empty: bool) -> int:
-    """How many of `count` rows go into what is left of a lane, to the nearest row; at least one if it is empty."""
+    """How many of `count` rows fit into the rest of a share, to the nearest row; at least one if it is empty."""
     least = max(1, -(-overhead_tokens // max(1, width)))
     fitting = min(count, max(least if is_empty else 0, round(room / max(1, width))))
     if count - fitting < least:

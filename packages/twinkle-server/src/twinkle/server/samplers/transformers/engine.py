@@ -30,7 +30,7 @@ from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.hf.base_model import LoadedModel, copy_sharing_weights, load_base_model
 from twinkle.server.backends.lora.experts import wrap_experts
-from twinkle.server.backends.lora.wrapped_linear import wrap_linears
+from twinkle.server.backends.lora.linear import wrap_linears
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.cache_usage import CacheUsage

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
+from twinkle.server.backends.lora.linear import WrappedLinear
 from twinkle.server.backends.lora.module_groups import is_expert_parameter
-from twinkle.server.backends.lora.wrapped_linear import WrappedLinear
 from twinkle.server.backends.protocol import AdapterState
 
 # What can be stacked: the rank, and the layers acted on.

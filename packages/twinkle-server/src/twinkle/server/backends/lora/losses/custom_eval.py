@@ -1,9 +1,8 @@
-"""Runs custom losses: goes through a graph's nodes and calls what their names stand for.
+"""Evaluates custom losses: goes through a graph's nodes and calls what their names stand for.
 
-Before a graph runs on tensors of some shapes for the first time it is rehearsed on tensors without memory (torch's
-"meta" device) of the same shapes: one that would take much memory or work, or doesn't fit together, is refused before
-it does harm. Where a mask picks values, only running it tells how many: such a graph is rehearsed node by node, as it
-runs.
+Before a graph runs on inputs of new shapes it has a dry run on meta tensors (shapes without memory): one that would
+take much memory or work, or has shapes that don't fit, is refused before it does harm. If a mask picks values, only
+running it tells how many: such a graph has its dry run node by node, as it runs.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
 Inputs: TypeAlias = Mapping[str, Tensor]
 Result: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
-# Whether a mask picks values in it, for each loss and shapes that have been rehearsed; of all lanes, under its lock.
-_rehearsed: OrderedDict[tuple[str, Shapes], bool] = OrderedDict()
-_rehearsed_lock = threading.Lock()
+# Whether a mask picks values, by loss and shapes that have had their dry run. Networks of one pass run in threads.
+_dry_runs: OrderedDict[tuple[str, Shapes], bool] = OrderedDict()
+_dry_runs_lock = threading.Lock()
 
 
 def run(loss: CustomLoss, logprobs: Tensor, inputs: Inputs) -> Result:
@@ -65,7 +64,7 @@ def run(loss: CustomLoss, logprobs: Tensor, inputs: Inputs) -> Result:
         InvalidRequest: naming the node that can't be computed.
     """
     values = {**inputs, "logprobs": logprobs}
-    step = _run_rehearsed(values) if _rehearse_once(loss, values) else _Call.run
+    step = _node_by_node(values) if _dry_run_once(loss, values) else _Call.run
     if not (torch.is_grad_enabled() and logprobs.requires_grad):
         return _evaluate(loss, values, step)
     leaf = logprobs.detach().requires_grad_()
@@ -92,16 +91,16 @@ class _Differentiated(torch.autograd.Function):
         return grad_outputs[0] * gradient, None, None
 
 
-# ---------------------------------------------------------------- rehearsals
+# ---------------------------------------------------------------- dry runs
 
 
-def _rehearse_once(loss: CustomLoss, values: Inputs) -> bool:
-    """Whether a mask picks values in it."""
+def _dry_run_once(loss: CustomLoss, values: Inputs) -> bool:
+    """Dry-run a loss unless it had one with these shapes. Returns whether a mask picks values in it."""
     key = loss.loss_id, tuple((wanted.name, *_signature(values[wanted.name])) for wanted in loss.inputs)
-    with _rehearsed_lock:
-        if key in _rehearsed:
-            _rehearsed.move_to_end(key)
-            return _rehearsed[key]
+    with _dry_runs_lock:
+        if key in _dry_runs:
+            _dry_runs.move_to_end(key)
+            return _dry_runs[key]
     budget = _Budget(values)
     empty = {name: _on_meta(value) for name, value in values.items()}
     with torch.enable_grad():
@@ -110,10 +109,10 @@ def _rehearse_once(loss: CustomLoss, values: Inputs) -> bool:
         raise InvalidRequest(
             f"custom loss {loss.name!r}: its value does not depend on logprobs in a way that can be differentiated"
         )
-    with _rehearsed_lock:
-        _rehearsed[key] = budget.picked
-        if len(_rehearsed) > _MAX_REMEMBERED:
-            _rehearsed.popitem(last=False)
+    with _dry_runs_lock:
+        _dry_runs[key] = budget.picked
+        if len(_dry_runs) > _MAX_REMEMBERED:
+            _dry_runs.popitem(last=False)
     return budget.picked
 
 
@@ -121,7 +120,8 @@ def _signature(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype)
 
 
-def _run_rehearsed(values: Inputs) -> Callable[[_Call], Any]:
+def _node_by_node(values: Inputs) -> Callable[[_Call], Any]:
+    """Each node's dry run just before the node itself."""
     budget = _Budget(values)
 
     def step(call: _Call) -> Any:
@@ -133,7 +133,7 @@ def _run_rehearsed(values: Inputs) -> Callable[[_Call], Any]:
 
 
 class _Budget:
-    """What the nodes of a graph may still cost, on tensors without memory.
+    """What the nodes of a graph may still cost, counted on meta tensors.
 
     Attributes:
         picked: whether a mask has picked values, so that the shapes from there on are only an upper bound.
@@ -166,7 +166,7 @@ class _Budget:
 
 
 def _on_meta(value: Any) -> Any:
-    """The same with tensors of the same shapes, without memory."""
+    """The same with meta tensors of the same shapes and strides."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, torch.device):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def _custom_loss(row: Row, loss: CustomLoss, logprobs: Tensor) -> tuple[Tensor, 
     return custom_eval.run(loss, _own_part(logprobs, row.loss_inputs[TARGETS].shape), inputs)
 
 
-def _own_part(padded_row: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _own_part(padded_row: Any, shape: tuple[int, ...]) -> Any:
     """A row's own part, [T] or [T, K], of [tokens, k]."""
     own = padded_row[: shape[0]]
     return own[:, 0] if len(shape) == 1 else own[:, : shape[1]]
@@ -122,8 +122,6 @@ def row_results(rows: Sequence[Row], logprobs: Tensor, losses: RowLosses) -> lis
     of_metrics = iter(numbers[len(rows) :])
     results: list[RowResult] = []
     for i, (row, metrics) in enumerate(zip(rows, losses.metrics, strict=True)):
-        shape = row.loss_inputs[TARGETS].shape
-        own = host_logprobs[i, : shape[0]]
-        own = own[:, 0] if len(shape) == 1 else own[:, : shape[1]]
+        own = _own_part(host_logprobs[i], row.loss_inputs[TARGETS].shape)
         results.append(RowResult(own.copy(), numbers[i], {name: next(of_metrics) for name in metrics}))
     return results

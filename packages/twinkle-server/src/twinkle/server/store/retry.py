@@ -1,5 +1,5 @@
-"""Waiting for a store that can't be used just now: its disk is full, its database is locked or not there, or this
-process has as many files open as it may.
+"""Retrying while the store is unavailable: its disk is full, its database is locked or gone, or this process has too
+many open files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("twinkle.server")
 
-PATIENCE_SECONDS = 600.0
+GIVE_UP_SECONDS = 600.0
 _PAUSE_SECONDS = 1.0
 
 
@@ -28,7 +28,7 @@ class DatabaseGone(Unavailable):
 
 
 # There is no room, or no file may be opened just now.
-_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+_TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 # What has come through a library has its number in words only. SQLite can't open a file that it had open before where
 # the process may open no more of them (one that is gone is `DatabaseGone`).
 _SIGNS = (
@@ -41,16 +41,16 @@ _SIGNS = (
 )
 
 
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same may succeed later: there is room again, the lock is gone, or the database is back."""
-    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _PASSING):
+    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
         return True
     is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
     return is_of_store and any(sign in str(error) for sign in _SIGNS)
 
 
 def unavailable(error: BaseException) -> Unavailable:
-    """What a caller is told who would have to wait."""
+    """The error for a caller that would have to wait."""
     if isinstance(error, DatabaseGone):
         return Unavailable(error.message, error.retry_after)
     reason = words_of(getattr(error, "orig", None) or error).splitlines()[0][:200]
@@ -60,23 +60,23 @@ def unavailable(error: BaseException) -> Unavailable:
     )
 
 
-async def patiently(work: Callable[[], T], patience_seconds: float = PATIENCE_SECONDS) -> T:
-    """The result of blocking `work`, which is tried again, in a thread, while the store can't be used.
+async def retry_while_unavailable(work: Callable[[], T], give_up_seconds: float = GIVE_UP_SECONDS) -> T:
+    """The result of blocking `work`, run in a thread, and again while it fails with transient errors.
 
     Raises:
         Unavailable: if that takes too long.
     """
-    give_up = time.monotonic() + patience_seconds
-    has_said_so = False
+    give_up = time.monotonic() + give_up_seconds
+    is_logged = False
     while True:
         try:
             return await asyncio.to_thread(work)
         except Exception as error:
-            if not passes(error):
+            if not is_transient(error):
                 raise
             if time.monotonic() > give_up:
                 raise unavailable(error) from error
-            if not has_said_so:
+            if not is_logged:
                 log.warning("waiting for the storage: %s", error)
-                has_said_so = True
+                is_logged = True
         await asyncio.sleep(_PAUSE_SECONDS)

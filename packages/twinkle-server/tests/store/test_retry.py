@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from twinkle.protocol.errors import Unavailable
-from twinkle.server.store import patience
+from twinkle.server.store import retry
 from twinkle.server.store.database import Database
-from twinkle.server.store.patience import DatabaseGone
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import Session
 
 FULL = [
@@ -43,7 +43,7 @@ LASTING = [
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("error", FULL, ids=str)
@@ -55,10 +55,10 @@ async def test_what_passes_is_tried_again(error: Exception):
             raise left.pop()
         return "done"
 
-    assert await patience.patiently(work) == "done"
+    assert await retry.retry_while_unavailable(work) == "done"
     left = [error] * 1000
     with pytest.raises(Unavailable, match="can't be written to just now") as refused:
-        await patience.patiently(work, patience_seconds=0.0)
+        await retry.retry_while_unavailable(work, give_up_seconds=0.0)
     assert "/a/path" not in refused.value.message
 
 
@@ -70,10 +70,10 @@ async def test_a_database_that_is_gone_is_waited_for():
             raise left.pop()
         return "done"
 
-    assert await patience.patiently(work) == "done"
+    assert await retry.retry_while_unavailable(work) == "done"
     left = [DatabaseGone("not where it was", retry_after=5.0)] * 1000
     with pytest.raises(Unavailable, match="not where it was") as raised:
-        await patience.patiently(work, patience_seconds=0.0)
+        await retry.retry_while_unavailable(work, give_up_seconds=0.0)
     assert raised.value.retry_after == 5.0
 
 
@@ -87,7 +87,7 @@ async def test_what_does_not_pass_is_raised_at_once(error: Exception):
         raise error
 
     with pytest.raises(type(error)):
-        await patience.patiently(work)
+        await retry.retry_while_unavailable(work)
     assert calls == 1
 
 
@@ -115,7 +115,7 @@ async def test_writes_wait_while_this_process_may_open_no_more_files(tmp_path: P
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(file.fileno() for file in held) + 1, hard))
         try:
-            await patience.patiently(full_at_first)
+            await retry.retry_while_unavailable(full_at_first)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             for file in held:

@@ -1,0 +1,69 @@
+"""Queries about usage, the audit log and API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select, update
+
+from twinkle.server.store.connection import Connection
+from twinkle.server.store.tables import ApiKey, Audit, Run, Usage, belongs_to
+
+
+class AccountRows(Connection):
+    def write_ledger(self, usage: Sequence[Usage], run_times: dict[str, float]) -> None:
+        """Add to what was used before, and note when each run was last asked for something."""
+        with self.transaction() as session:
+            for row in usage:
+                key = (row.tenant, row.hour, row.session_id, row.kind)
+                known = session.get(Usage, key, with_for_update=True)
+                if known is None:
+                    session.add(row)
+                else:
+                    known.count += row.count
+            for run_id, time in run_times.items():
+                session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
+
+    def usage(self, tenant: str, first_hour: int, end_hour: int) -> list[Usage]:
+        """By hour, then what there is most of; of a tenant, or of `EVERYBODY`, as `storage` and `audit`."""
+        query = select(Usage).where(
+            belongs_to(tenant, Usage.tenant), Usage.hour >= first_hour, Usage.hour < end_hour
+        )
+        with self.transaction() as session:
+            return list(session.scalars(query.order_by(Usage.hour, Usage.count.desc(), Usage.kind)))
+
+    def audit(self, tenant: str, start: float, end: float, resource: str | None) -> list[Audit]:
+        """Entries of a span of time, oldest first; `resource` is what the event's name begins with."""
+        query = select(Audit).where(belongs_to(tenant, Audit.tenant), Audit.time >= start, Audit.time < end)
+        if resource is not None:
+            query = query.where(Audit.event.startswith(resource, autoescape=True))
+        with self.transaction() as session:
+            return list(session.scalars(query.order_by(Audit.time, Audit.id)))
+
+    # ------------------------------------------------------------ keys
+
+    def add_key(self, key: ApiKey) -> ApiKey:
+        """The row as it was written, with its id."""
+        with self.transaction() as session:
+            session.add(key)
+        return key
+
+    def keys(self, valid_only: bool = False) -> list[ApiKey]:
+        """All tenants' keys, oldest first.
+
+        Args:
+            valid_only: without those that were revoked.
+        """
+        query = select(ApiKey).order_by(ApiKey.id)
+        if valid_only:
+            query = query.where(ApiKey.revoked_at.is_(None))
+        with self.transaction() as session:
+            return list(session.scalars(query))
+
+    def revoke_key(self, key_id: int, now: float) -> ApiKey | None:
+        """The key, revoked now or before; None if there is none with that id."""
+        with self.transaction() as session:
+            row = session.get(ApiKey, key_id)
+            if row is not None and row.revoked_at is None:
+                row.revoked_at = now
+            return row

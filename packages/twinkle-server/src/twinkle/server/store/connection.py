@@ -1,0 +1,139 @@
+"""The connection to the database: any SQLAlchemy URL; what is special about SQLite's files is here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Engine, create_engine, event, inspect
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session as OrmSession
+from sqlalchemy.orm import sessionmaker
+
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.store.private import private_file, tighten_if_there
+from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
+from twinkle.server.store.tables import Audit, Base, CustomLoss, Run, SamplingSession, Session
+
+
+class Connection:
+    """Blocking, and thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        """
+        Args:
+            url: any SQLAlchemy URL; tables that are missing are made.
+
+        Raises:
+            InvalidRequest: if its tables are those of another version, or it can't be used at all.
+        """
+        self._engine = create_engine(url)
+        self._file: SqliteFile | None = None
+        path = _path_of(self._engine)
+        if path is not None:
+            check_not_lost(path)
+            _make_private(path)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _tune_sqlite)
+        try:
+            _check_tables(self._engine)
+            Base.metadata.create_all(self._engine)
+        except DBAPIError as error:
+            self._engine.dispose()
+            raise _unusable(self._engine, error) from error
+        if path is not None:
+            self._file = SqliteFile(path)
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @contextmanager
+    def transaction(self) -> Generator[OrmSession]:
+        """
+        Raises:
+            DatabaseGone: if the file that was opened is not there just now.
+        """
+        if self._file is not None:
+            self._file.check()
+        with self._sessions.begin() as session:
+            yield session
+
+    def put(self, row: Session | Run | SamplingSession | CustomLoss | Audit) -> None:
+        """Write a row, in place of one with the same key."""
+        with self.transaction() as session:
+            session.merge(row)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._engine.dispose()
+
+
+def _check_tables(engine: Engine) -> None:
+    """
+    Raises:
+        InvalidRequest: if a table lacks a column that is needed.
+    """
+    inspector = inspect(engine)
+    for table in Base.metadata.sorted_tables:
+        if not inspector.has_table(table.name):
+            continue
+        missing = {column.name for column in table.columns} - {
+            column["name"] for column in inspector.get_columns(table.name)
+        }
+        if missing:
+            raise InvalidRequest(
+                f"storage: the database at {engine.url.render_as_string()} was made by another version of "
+                f"twinkle-server (its table {table.name!r} has no {', '.join(sorted(missing))}); use another "
+                "storage.root or database_url, or that version"
+            )
+
+
+def _path_of(engine: Engine) -> Path | None:
+    """Of the file of a SQLite database; None if it has none."""
+    name = engine.url.database or ":memory:"
+    is_file = engine.dialect.name == "sqlite" and name != ":memory:" and not name.startswith("file:")
+    return Path(name) if is_file else None
+
+
+def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
+    """The error of a server that can't start on its database."""
+    reason = str(error.orig).splitlines()[0][:200]
+    path = _path_of(engine)
+    if path is None:
+        return InvalidRequest(
+            f"storage: the database at {engine.url.render_as_string()} can't be used ({reason}); see that it can be "
+            "reached, or set another database_url"
+        )
+    if any(sign in reason for sign in ("not a database", "malformed")):
+        return InvalidRequest(
+            f"storage: {path} is damaged, or no database of SQLite at all ({reason}); put a backup in its place, or "
+            f"move it away, with {path.name}-wal and {path.name}-shm if they are there, to begin with an empty one, "
+            "which knows none of the checkpoints"
+        )
+    return InvalidRequest(
+        f"storage: the database {path} can't be used ({reason}); see that this user may write it and its directory, "
+        "that there is room, and that no other program holds it, or set another storage.root or database_url"
+    )
+
+
+def _make_private(path: Path) -> None:
+    """Keys' hashes and tenants' metadata are for nobody else to read; SQLite's further files get the same mode."""
+    if path.parent.is_dir():  # else opening it fails, with a message
+        with contextlib.suppress(OSError):
+            private_file(path)
+            for suffix in ("-wal", "-shm"):
+                tighten_if_there(Path(f"{path}{suffix}"))
+
+
+def _tune_sqlite(connection: object, _record: object) -> None:
+    # Write-ahead logging lets readers go on during a write; a second server on the same file waits its turn.
+    cursor = connection.cursor()  # pyright: ignore
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
