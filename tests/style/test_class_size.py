@@ -10,7 +10,6 @@ MOST_PARAMETERS = 8
 
 # Class -> its length or number of parameters when it was listed. An entry that breaks the limit no more fails the test.
 TOO_LONG: dict[str, int] = {
-    "server/samplers/transformers/engine.py TransformersEngine": 444,
     "server/store/database.py Database": 407,
 }
 TOO_MANY_PARTS: dict[str, int] = {}
