@@ -159,8 +159,8 @@ async def test_a_lost_run_stays_lost_when_its_segment_has_been_cleaned_away(serv
     for _ in range(10):
         await alice.service.parts.compaction.clean(max_resting=0)
         await asyncio.sleep(0.02)
-    journal = alice.service.parts.run_log._journal
-    assert journal is not None and not set(journal.earlier) & set(journal.sealed())
+    journal = server.journal
+    assert not set(journal.earlier) & set(journal.sealed())
     alice = await server.kill_and_start()
     with pytest.raises(Gone, match=LOST):
         await alice.service.submit("alice", a_pass(runs[1], 2 * STEPS + 1))

@@ -16,8 +16,8 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, LimitReached, NotFound, QuotaReached
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput, SamplingParams
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.checkpoints.checkpoints import Save
 from twinkle.server.config import LimitsSection
-from twinkle.server.scheduling.runs import Job
 from twinkle.server.service.service import Service
 from twinkle.server.service.session_expiry import release_vanished
 
@@ -307,10 +307,10 @@ async def busy(begin: Begin) -> AsyncIterator[tuple[Service, Tenant, str]]:
     theirs, run = await bob.run(), await alice.run()
     held, write = asyncio.Event(), service.parts.checkpoints.write
 
-    async def slow(job: Job, *args: Any) -> int:
-        if job.tenant == "bob":
+    async def slow(save: Save, *args: Any) -> int:
+        if save.tenant == "bob":
             await held.wait()
-        return await write(job, *args)
+        return await write(save, *args)
 
     service.parts.checkpoints.write = slow
     saving = [

@@ -292,12 +292,12 @@ async def test_a_request_is_answered_when_it_is_on_the_disk_and_one_flush_serves
     always, second = Journal(tmp_path / "a", "always"), Journal(tmp_path / "b", "second")
     for journal in (always, second):
         journal.append(b"one")
-        await journal.answered()
+        await journal.wait_durable()
     assert flushed == [always._descriptor]
-    await always.answered()
+    await always.wait_durable()
     assert len(flushed) == 1
     always.append(b"two")
-    await asyncio.gather(*(always.answered() for _ in range(20)))
+    await asyncio.gather(*(always.wait_durable() for _ in range(20)))
     assert len(flushed) == 2
 
 
