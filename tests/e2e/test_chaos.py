@@ -91,7 +91,7 @@ class Training(threading.Thread):
         types = self._tinker.types
         return [
             types.Datum(
-                model_input=types.ModelInput.from_ints(datum.model_input.tokens().tolist()),
+                model_input=types.ModelInput.from_ints(datum.model_input.tokens.tolist()),
                 loss_fn_inputs={
                     name: types.TensorData.from_numpy(tensor.array)
                     for name, tensor in datum.loss_fn_inputs.items()

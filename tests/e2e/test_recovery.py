@@ -253,5 +253,5 @@ def tinker_datum(tinker, datum):
         name: types.TensorData.from_numpy(tensor.array) for name, tensor in datum.loss_fn_inputs.items()
     }
     return types.Datum(
-        model_input=types.ModelInput.from_ints(datum.model_input.tokens().tolist()), loss_fn_inputs=inputs
+        model_input=types.ModelInput.from_ints(datum.model_input.tokens.tolist()), loss_fn_inputs=inputs
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from twinkle.loss import simpo_loss
@@ -25,9 +27,9 @@ def sent():
 
 @pytest.fixture
 def client(sent):
-    from twinkle.verbs.training import SequenceCounter, TrainingClient
+    from twinkle.verbs.training import TrainingClient
 
-    return TrainingClient(sent, "run", "session", SequenceCounter())
+    return TrainingClient(sent, "run", "session", itertools.count())
 
 
 DATA = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from twinkle.protocol.endpoints import JSON, PROTOBUF
 from twinkle.protocol.operations import Reply
 from twinkle.protocol.types import SampledSequence, SampleResponse
 from twinkle.verbs.sampling import SamplingClient
-from twinkle.verbs.training import SequenceCounter, TrainingClient
+from twinkle.verbs.training import TrainingClient
 from twinkle_client import ServiceClient
 from twinkle_client.http_channel import HttpChannel
 from twinkle_client.settings import Settings
@@ -177,7 +178,7 @@ def test_a_sampling_client_can_be_pickled(server: Server) -> None:
 
 def test_a_training_client_says_why_it_can_not_be_pickled() -> None:
     channel = HttpChannel(Settings("http://127.0.0.1:9", None))
-    client = TrainingClient(channel, "run", "s", SequenceCounter())
+    client = TrainingClient(channel, "run", "s", itertools.count())
     with pytest.raises(TypeError, match=r"numbered, by one process alone.*create_training_client_from_state"):
         pickle.dumps(client)
     channel.close()

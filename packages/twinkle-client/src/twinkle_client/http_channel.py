@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import httpx
 
@@ -21,16 +22,13 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATION, PREFIX, PROTOBUF, Endpoint
 from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleError, from_status
-from twinkle.protocol.operations import Posted, Reply
+from twinkle.protocol.operations import MAX_OPERATIONS, Posted, Reply
 from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.proxies import through
 from twinkle_client._version import __version__
-from twinkle_client.outbox import Item, Outbox
 from twinkle_client.settings import Settings
 
 log = logging.getLogger("twinkle_client")
-
-R = TypeVar("R")
 
 # A request is retried for so long while the server can't be reached or is overloaded.
 RETRY_SECONDS = 300.0
@@ -47,6 +45,67 @@ TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 
 # Compressing smaller bodies takes longer than sending them.
 COMPRESS_FROM_BYTES = 16_384
+
+# How long a pass is held: long against the time between two calls of a loop, short against a training step.
+LINGER_SECONDS = 0.002
+# A larger body gains nothing from sharing a request, and is better sent while the next one is being made.
+MAX_HELD_BYTES = 131_072
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    posted: Posted
+    future: Future[Any]
+
+
+@dataclass(eq=False)
+class _Waiting:
+    items: list[Item] = field(default_factory=list[Item])
+    size: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+
+class Outbox:
+    """Holds passes for a moment, so that a training step's pass and its optimizer step go in one request: by run, in
+    the order in which they were added. Single-threaded: called on one event loop.
+    """
+
+    def __init__(self, send: Callable[[list[Item]], None]) -> None:
+        """
+        Args:
+            send: starts to send items in one request.
+        """
+        self._send = send
+        self._waiting: dict[str, _Waiting] = {}
+
+    def add(self, run_id: str, item: Item, ends_step: bool) -> None:
+        """Send the item together with those of its run that are held, at once or in a moment.
+
+        Args:
+            ends_step: it is not held, and neither are those before it.
+        """
+        waiting = self._waiting.setdefault(run_id, _Waiting())
+        waiting.items.append(item)
+        waiting.size += len(item.posted.body)
+        if ends_step or waiting.size >= MAX_HELD_BYTES or len(waiting.items) >= MAX_OPERATIONS:
+            self._flush(run_id)
+        elif waiting.timer is None:
+            waiting.timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._flush, run_id)
+
+    def take_all(self) -> list[Item]:
+        """The items that are held, which are then not sent."""
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        for of_run in waiting:
+            if of_run.timer is not None:
+                of_run.timer.cancel()
+        return [item for of_run in waiting for item in of_run.items]
+
+    def _flush(self, run_id: str) -> None:
+        waiting = self._waiting.pop(run_id)
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        self._send(waiting.items)
 
 
 class HttpChannel:
@@ -85,26 +144,25 @@ class HttpChannel:
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
         return self._closed
 
     def prepare(self, base_model: str | None) -> None:
         """Nothing to do: the server holds its model."""
 
     def submit(self, request: m.Operation) -> Future[m.Result]:
+        loop = self._running_loop()
         # Encoded on the caller's thread: a request that can't be encoded is the caller's error, and nothing is sent.
         posted = Posted(OPERATION[type(request)], codec.encode(request))
         if isinstance(request, m.ForwardBackwardRequest | m.OptimStepRequest):
-            item = Item(posted, Future())
-            is_step = isinstance(request, m.OptimStepRequest)
-            self._running_loop().call_soon_threadsafe(self._outbox.add, request.model_id, item, is_step)
+            item, is_step = Item(posted, Future()), isinstance(request, m.OptimStepRequest)
+            loop.call_soon_threadsafe(self._outbox.add, request.model_id, item, is_step)
             return item.future
-        return self._start(
-            self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
-        )
+        work = self._sample(posted) if isinstance(request, m.SampleRequest) else self._operate(posted)
+        return asyncio.run_coroutine_threadsafe(work, loop)
 
     def ask(self, query: m.Query[m.ReplyT]) -> Future[m.ReplyT]:
-        return self._start(self._query(query))
+        loop = self._running_loop()  # first: it raises if the channel is closed
+        return asyncio.run_coroutine_threadsafe(self._query(query), loop)
 
     def close(self) -> None:
         with self._lock:
@@ -122,14 +180,6 @@ class HttpChannel:
             loop.close()
 
     # ------------------------------------------------------------ the thread
-
-    def _start(self, work: Coroutine[Any, Any, R]) -> Future[R]:
-        try:
-            loop = self._running_loop()
-        except TwinkleError:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, loop)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -189,7 +239,6 @@ class HttpChannel:
     # ------------------------------------------------------------ operations that go together
 
     def _send_together(self, items: list[Item]) -> None:
-        """The outbox's `send`."""
         task = asyncio.create_task(self._operate_together(items))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
@@ -342,7 +391,6 @@ def _is_from_a_server(response: httpx.Response) -> bool:
 
 
 def _compressed(body: bytes, content_type: str) -> tuple[bytes, dict[str, str]]:
-    """Body and headers."""
     headers = {"Content-Type": content_type}
     if len(body) >= COMPRESS_FROM_BYTES:
         return codec.compress(body), {**headers, "Content-Encoding": "zstd"}

@@ -287,7 +287,17 @@ async def test_a_download_needs_no_key_and_is_bound_to_its_file(gateway: KeyedGa
 async def test_every_response_has_the_headers_and_none_for_other_origins(
     gateway: KeyedGateway, monkeypatch: pytest.MonkeyPatch
 ):
-    http = gateway.client(gateway.new_key(), follow_redirects=False)
+    server = await HttpServer.start(gateway.app, "127.0.0.1", 0)
+    port = server._server.servers[0].sockets[0].getsockname()[1]
+    key = {"X-API-Key": gateway.new_key()}
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=key) as http:
+            await _check_headers(gateway, http, monkeypatch)
+    finally:
+        await server.close()
+
+
+async def _check_headers(gateway: KeyedGateway, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
     origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     for method, path, status in (
         ("GET", "/healthz", 200),

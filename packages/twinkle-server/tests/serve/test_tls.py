@@ -59,7 +59,6 @@ async def test_https_by_httpx_and_by_the_native_client(tmp_path: Path, monkeypat
         LimitsSection(max_request_bytes=2**20),
         gateway.signer,
         keys=KeyRing(gateway.database),
-        tls=True,
     )
     server = await HttpServer.start(app, "127.0.0.1", 0, (certificate, key))
     port = server._server.servers[0].sockets[0].getsockname()[1]

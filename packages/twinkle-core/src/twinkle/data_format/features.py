@@ -46,7 +46,7 @@ def make_datum(types: Types, tokens: npt.ArrayLike, inputs: Mapping[str, npt.NDA
     """A datum with `tokens`, int [T], as model input, and loss inputs with one row per token."""
     return types.Datum(
         model_input=types.ModelInput.from_ints(np.asarray(tokens).tolist()),
-        loss_fn_inputs={name: types.TensorData.from_numpy(array) for name, array in inputs.items()},
+        loss_fn_inputs=dict(inputs),
     )
 
 

@@ -188,7 +188,6 @@ def with_feature(row: Row, feature: InputFeature) -> Row:
 
 
 def with_features(row: Row, chosen: InputFeature, rejected: InputFeature) -> Row:
-    """The row with its two features in place of the columns they were made from."""
     others = {key: value for key, value in row.items() if key != "tools"}
     return {**others, "chosen": chosen, "rejected": rejected}
 

@@ -228,11 +228,9 @@ class Sources:
         return self._change(step, title, meta)
 
     def _row(self, item: LocatedRow) -> Row:
-        """The row of an item, as users see it."""
         return item.row
 
     def _part(self, items: list[LocatedRow]) -> Self:
-        """A dataset like this one with only these items."""
         part = copy(self)
         part._sources = [DataSource(self._sources[0].meta if len(self._sources) == 1 else None, items)]
         return part

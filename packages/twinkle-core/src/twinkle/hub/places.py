@@ -112,7 +112,6 @@ def _in_hub_root(repository: str) -> list[Path]:
 
 
 def _hubs(scheme: str) -> Sequence[Hub]:
-    """The hubs to try, in order."""
     preferred = os.environ.get("TWINKLE_HUB") or "hf"
     if preferred not in downloads.NAMES:
         raise InvalidRequest(f"TWINKLE_HUB={preferred}: allowed are hf and ms")

@@ -245,7 +245,6 @@ def _sigmoid(x: Float64Array) -> Float64Array:
 
 
 def _softplus(x: Float64Array) -> Float64Array:
-    """log(1 + exp(x))."""
     return np.logaddexp(0.0, x)
 
 

@@ -18,8 +18,6 @@ class TrainingOutput(Protocol):
 
 
 class TrainingDatum(Protocol):
-    """A Datum, in either SDK."""
-
     @property
     def loss_fn_inputs(self) -> Mapping[str, Any]: ...
 
@@ -100,7 +98,6 @@ def _logprobs(name: str, sequence: object, keep: BoolArray | None) -> Float64Arr
 
 
 def _tensor(name: str, tensors: Mapping[str, Any], key: str) -> Float64Array:
-    """A tensor of either SDK, flattened."""
     if key not in tensors:
         raise InvalidRequest(
             f"{name}: no {key!r} (it has: {', '.join(tensors) or 'nothing'}); give cross_entropy's data and its output"

@@ -109,7 +109,6 @@ def encode_json(message: BaseModel) -> bytes:
 
 
 def encode(request: m.Operation) -> bytes:
-    """An operation's body."""
     return (
         encode_forward_backward(request)
         if isinstance(request, m.ForwardBackwardRequest)
@@ -278,7 +277,6 @@ def _decode_tensor(tensor: pb.Tensor, name: str) -> TensorData:
 
 
 def encode_forward_backward(request: m.ForwardBackwardRequest) -> bytes:
-    """A training pass as protobuf."""
     message = pb.ForwardBackwardRequest(
         model_id=request.model_id,
         seq_id=request.seq_id,
@@ -296,7 +294,7 @@ def encode_forward_backward(request: m.ForwardBackwardRequest) -> bytes:
 
 
 def _encode_datum(datum: Datum) -> pb.Datum:
-    tokens = np.ascontiguousarray(datum.model_input.tokens(), "<i4").tobytes()
+    tokens = np.ascontiguousarray(datum.model_input.tokens, "<i4").tobytes()
     message = pb.Datum(model_input=[pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=tokens))])
     for name, tensor in datum.loss_fn_inputs.items():
         message.loss_fn_inputs[name].CopyFrom(_encode_tensor(tensor))
@@ -431,7 +429,6 @@ def _encode_batched(arrays: Sequence[Array]) -> pb.BatchedTensor:
 
 
 def decode_forward_backward_output(body: bytes) -> ForwardBackwardOutput:
-    """A training pass's result from protobuf."""
     message = pb.ForwardBackwardOutput.FromString(body)
     outputs: list[dict[str, TensorData]] = []
     for record in message.loss_fn_outputs:
@@ -455,7 +452,6 @@ def _decode_batched(field: pb.BatchedTensor, name: str) -> list[TensorData]:
 
 
 def encode_sample(response: SampleResponse) -> bytes:
-    """A sample's result as protobuf."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
     for sequence in response.sequences:
         encoded = message.sequences.add(
@@ -490,7 +486,6 @@ def _fill_topk(message: pb.TopkLogprobs, rows: Sequence[TopkRow]) -> None:
 
 
 def decode_sample(body: bytes) -> SampleResponse:
-    """A sample's result from protobuf."""
     message = pb.SampleResponse.FromString(body)
     sequences = [
         SampledSequence(

@@ -91,33 +91,29 @@ class TooLarge(TwinkleError):
     category: Category = "user"
 
 
-class LimitReached(TwinkleError):
-    """A limit that waiting helps with.
+class TryLater(TwinkleError):
+    """The request can't be taken now; sent again later, it may be.
 
     Attributes:
         retry_after: seconds until a retry makes sense.
     """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class LimitReached(TryLater):
+    """A limit that waiting helps with."""
 
     status = 429
     category: Category = "user"
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
-
-class Unavailable(TwinkleError):
-    """The server can't take the request right now, through no fault of the caller.
-
-    Attributes:
-        retry_after: seconds until a retry makes sense.
-    """
+class Unavailable(TryLater):
+    """The server can't take the request right now, through no fault of the caller."""
 
     status = 503
-
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class ServerFault(TwinkleError):
@@ -152,26 +148,16 @@ def words_of(error: BaseException) -> str:
     return _PATH.sub("...", getattr(error, "strerror", None) or str(error))
 
 
+# All but those of a client alone.
+_OF_SERVERS = InvalidRequest, Unauthorized, QuotaReached, NotFound, Conflict, Gone, TooLarge, ServerFault
 _BY_STATUS: dict[int, type[TwinkleError]] = {
-    error.status: error
-    for error in (
-        InvalidRequest,
-        Unauthorized,
-        QuotaReached,
-        NotFound,
-        Conflict,
-        Gone,
-        TooLarge,
-        ServerFault,
-    )
+    error.status: error for error in (*_OF_SERVERS, LimitReached, Unavailable)
 }
 
 
 def from_status(status: int, message: str, retry_after: float | None = None) -> TwinkleError:
     """The error of an HTTP reply; unknown 4xx are `InvalidRequest`, unknown 5xx `ServerFault`."""
-    if status == LimitReached.status:
-        return LimitReached(message, retry_after if retry_after is not None else 1.0)
-    if status == Unavailable.status:
-        return Unavailable(message, retry_after if retry_after is not None else 1.0)
-    fallback = InvalidRequest if 400 <= status < 500 else ServerFault
-    return _BY_STATUS.get(status, fallback)(message)
+    kind = _BY_STATUS.get(status, InvalidRequest if 400 <= status < 500 else ServerFault)
+    if issubclass(kind, TryLater) and retry_after is not None:
+        return kind(message, retry_after)
+    return kind(message)

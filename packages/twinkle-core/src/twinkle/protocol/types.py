@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast, overload
+from functools import cached_property
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 Array: TypeAlias = npt.NDArray[Any]
 
 MAX_TOKEN_ID = 2**31 - 1
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Value(BaseModel):
@@ -73,6 +76,18 @@ class Parameters(Value):
             return handler(values)
         except ValidationError as error:
             raise InvalidRequest(f"{cls.__name__}: {describe_validation(error)}") from error
+
+
+def make(model: type[Model], **fields: object) -> Model:
+    """Build a message from a user's arguments.
+
+    Raises:
+        InvalidRequest: naming each invalid field.
+    """
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error)) from error
 
 
 # ---------------------------------------------------------------- tensors
@@ -278,8 +293,6 @@ Chunk: TypeAlias = Annotated[EncodedTextChunk | OtherChunk, Field(discriminator=
 
 
 class ModelInput(Value):
-    """A model's input: a sequence of chunks."""
-
     chunks: Annotated[list[Chunk], FailFast()] = Field(default_factory=list[Chunk])
 
     @classmethod
@@ -303,8 +316,9 @@ class ModelInput(Value):
 
     @property
     def length(self) -> int:
-        return len(self.tokens())
+        return len(self.tokens)
 
+    @cached_property
     def tokens(self) -> Int32Array:
         """All token ids, int32 [T].
 
@@ -324,7 +338,7 @@ class ModelInput(Value):
         return np.concatenate(texts) if texts else np.zeros(0, np.int32)
 
     def to_ints(self) -> list[int]:
-        return self.tokens().tolist()
+        return self.tokens.tolist()
 
 
 # ---------------------------------------------------------------- training

@@ -2,13 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Final, TypeVar
+from typing import Final
 
-from pydantic import BaseModel, ValidationError
-
-from twinkle.protocol.errors import InvalidRequest
-
-Model = TypeVar("Model", bound=BaseModel)
+from pydantic import ValidationError
 
 MAX_NAME: Final = 80
 """Most characters of a foreign name in an error message."""
@@ -27,18 +23,6 @@ def describe_validation(error: ValidationError) -> str:
     if error.error_count() > _MAX_PROBLEMS:
         problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
     return "; ".join(problems)
-
-
-def make(model: type[Model], **fields: object) -> Model:
-    """Build a message from a user's arguments.
-
-    Raises:
-        InvalidRequest: naming each invalid field.
-    """
-    try:
-        return model(**fields)
-    except ValidationError as error:
-        raise InvalidRequest(describe_validation(error)) from error
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:

@@ -139,7 +139,6 @@ class _State:
     problems: Sequence[str] = ()
 
     def take_turn(self, template: Template, sequence: Any) -> None:
-        """Append a sampled turn."""
         before = self.rollout
         tokens, is_sampled, logprobs = sampled_arrays(before.tokens, sequence)
         known = len(before.tokens)

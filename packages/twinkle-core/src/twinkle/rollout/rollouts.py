@@ -43,7 +43,6 @@ class Rollout:
 
     @property
     def num_sampled(self) -> int:
-        """Number of sampled tokens."""
         return int(self.is_sampled.sum())
 
     @property

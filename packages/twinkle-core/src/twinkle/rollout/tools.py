@@ -129,7 +129,6 @@ def call_tools(tools: Mapping[str, Tool], message: Message, problems: Sequence[s
 
 
 def _schema_of(annotation: Any, where: str) -> dict[str, Any]:
-    """JSON schema of a parameter."""
     if annotation is None:
         raise InvalidRequest(f"{where}: has no annotation; say its type, such as `a: int`")
     origin, inner = get_origin(annotation), get_args(annotation)

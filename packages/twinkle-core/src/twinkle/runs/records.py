@@ -92,7 +92,6 @@ def read_state(directory: Path) -> RunState:
 
 
 def write_state(directory: Path, state: RunState) -> None:
-    """Replace the state atomically."""
     write_whole(directory / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
 
@@ -102,7 +101,6 @@ def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Save the hyperparameters."""
     write_whole(directory / CONFIG, json.dumps(as_json(config), indent=1) + "\n")
 
 

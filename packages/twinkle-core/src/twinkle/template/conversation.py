@@ -30,11 +30,9 @@ class Conversation:
     left_out: frozenset[int] = frozenset()
 
     def first(self, count: int) -> "Conversation":
-        """The first `count` messages."""
         return replace(self, messages=self.messages[:count])
 
     def with_message(self, index: int, message: dict[str, Any]) -> "Conversation":
-        """A copy with message `index` replaced."""
         return replace(self, messages=(*self.messages[:index], message, *self.messages[index + 1 :]))
 
 

@@ -73,8 +73,6 @@ def assistant_turns(
 
 
 class _Finder:
-    """Finds the turns of one conversation."""
-
     def __init__(
         self, template: ChatTemplate, conversation: Conversation, traced: Traced, prompted: bool
     ) -> None:

@@ -136,7 +136,6 @@ def _split_calls(
 
 
 def _start_pattern(form: CallForm) -> re.Pattern[str]:
-    """The pattern of a call's beginning."""
     if not form.open.text:
         return re.compile(form.section_open.pattern)
     section = rf"(?:{form.section_open.pattern}\s*)?" if form.section_open.text else ""

@@ -7,7 +7,6 @@ _CLASSES: dict[str, type[Template]] = {"Template": Template}
 
 
 def register_template(name: str, template_class: type[Template]) -> None:
-    """Register a subclass under `name`, replacing any earlier one."""
     _CLASSES[name] = template_class
 
 

@@ -80,7 +80,6 @@ class ChatTemplate:
 
     @property
     def owner(self) -> str:
-        """The model's name."""
         return self._owner
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:

@@ -119,7 +119,6 @@ class CallForm:
 
     @property
     def example(self) -> str:
-        """An example of a call, for messages."""
         if isinstance(self.body, JsonBody):
             inner = f'{{"{self.body.name}": "NAME", "{self.body.arguments}": {{...}}}}'
         elif isinstance(self.body, NamedBody):

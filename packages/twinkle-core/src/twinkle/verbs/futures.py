@@ -67,7 +67,6 @@ class Pending(Generic[T]):
         return self._future.cancel()
 
     def done(self) -> bool:
-        """Whether the operation has ended."""
         return self._future.done()
 
     def unseen_failure(self) -> BaseException | None:

@@ -49,7 +49,6 @@ class RestClient:
         return self._ask(query)
 
     def get_training_run(self, run_id: str, access_scope: m.AccessScope = "owned") -> m.TrainingRun:
-        """One run."""
         return self._ask(m.GetTrainingRun(run_id=run_id, access_scope=access_scope))
 
     # ------------------------------------------------------------ checkpoints
@@ -67,7 +66,6 @@ class RestClient:
         return self._ask(m.WeightsInfoRequest(tinker_path=path))
 
     def delete_checkpoint(self, path: str) -> None:
-        """Delete one of your checkpoints."""
         self._ask(m.DeleteCheckpoint(**_parts(path)))
 
     def publish_checkpoint(self, path: str) -> None:
@@ -159,7 +157,6 @@ class RestClient:
             query = query.model_copy(update={"cursor": page.next_cursor})
 
     def assign_session_project(self, session_id: str, project_id: str) -> None:
-        """Assign a session to a project."""
         self._ask(m.AssignSessionProject(session_id=session_id, project_id=project_id))
 
     def get_sampler(self, sampler_id: str) -> m.SamplerInfo:

@@ -9,8 +9,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.types import JsonTensor, ModelInput, SampleResponse, SamplingParams, TensorData
-from twinkle.protocol.validation import make
+from twinkle.protocol.types import JsonTensor, ModelInput, SampleResponse, SamplingParams, TensorData, make
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.forks import first_number_elsewhere
 from twinkle.verbs.futures import Pending, wait
@@ -75,7 +74,9 @@ class SamplingClient:
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
-            target_prompt_logprobs=_json_tensor(target_prompt_logprobs),
+            target_prompt_logprobs=None
+            if target_prompt_logprobs is None
+            else _json_tensor(target_prompt_logprobs),
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
@@ -90,7 +91,6 @@ class SamplingClient:
         return _client_elsewhere, (self._channel, self.sampling_session_id)
 
     def get_base_model(self) -> str:
-        """Name of the base model."""
         reply = self._channel.ask(m.GetSampler(sampler_id=self.sampling_session_id))
         return wait(reply, "get_base_model").base_model
 
@@ -99,8 +99,6 @@ def _client_elsewhere(channel: Channel, sampling_session_id: str) -> SamplingCli
     return SamplingClient(channel, sampling_session_id, first_number_elsewhere())
 
 
-def _json_tensor(values: object) -> JsonTensor | None:
-    if values is None:
-        return None
+def _json_tensor(values: object) -> JsonTensor:
     tensor = values if isinstance(values, TensorData) else TensorData.from_numpy(values)
     return JsonTensor(data=tensor.data, dtype=tensor.dtype, shape=tensor.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import sys
 import threading
 import uuid
@@ -23,7 +24,7 @@ from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.futures import wait
 from twinkle.verbs.rest import RestClient
 from twinkle.verbs.sampling import SamplingClient
-from twinkle.verbs.training import SequenceCounter, TrainingClient
+from twinkle.verbs.training import TrainingClient
 
 
 class ServiceClientBase:
@@ -46,9 +47,9 @@ class ServiceClientBase:
     def _begin(self) -> None:
         self._session: str | None = None
         self._session_lock = threading.Lock()
-        self._run_counter = SequenceCounter()
-        self._sampling_counter = SequenceCounter()
-        self._loss_counter = SequenceCounter()
+        self._run_counter = itertools.count()
+        self._sampling_counter = itertools.count()
+        self._loss_counter = itertools.count()
         self._training_clients: list[TrainingClient] = []
 
     def after_fork(self) -> None:
@@ -91,7 +92,7 @@ class ServiceClientBase:
         )
         request = m.CreateModelRequest(
             session_id=self._session_id(),
-            model_seq_id=self._run_counter.next(),
+            model_seq_id=next(self._run_counter),
             base_model=base_model,
             lora_config=config,
             user_metadata=user_metadata,
@@ -149,7 +150,7 @@ class ServiceClientBase:
             path=path,
             optimizer=optimizer,
             session_id=self._session_id(),
-            model_seq_id=self._run_counter.next(),
+            model_seq_id=next(self._run_counter),
             base_model=base_model,
             user_metadata=user_metadata,
             weights_access_token=weights_access_token,
@@ -185,7 +186,7 @@ class ServiceClientBase:
         self.flush()  # the checkpoint may be one whose saving is still in flight
         request = m.CreateSamplingSessionRequest(
             session_id=self._session_id(),
-            sampling_session_seq_id=self._sampling_counter.next(),
+            sampling_session_seq_id=next(self._sampling_counter),
             base_model=base_model,
             model_path=model_path,
         )
@@ -213,7 +214,7 @@ class ServiceClientBase:
         inputs, graph = custom_loss.trace(loss_fn, input_ranks)
         request = m.CreateCustomLossRequest(
             session_id=self._session_id(),
-            custom_loss_seq_id=self._loss_counter.next(),
+            custom_loss_seq_id=next(self._loss_counter),
             name=getattr(loss_fn, "__name__", type(loss_fn).__name__),
             inputs=inputs,
             graph=graph,

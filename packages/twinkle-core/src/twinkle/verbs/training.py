@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 from collections import deque
@@ -17,9 +18,8 @@ from twinkle.data_format import to_datum
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.metrics import reduce_metric
-from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig
+from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, LossFnConfig, make
 from twinkle.protocol.uris import as_twinkle
-from twinkle.protocol.validation import make
 from twinkle.verbs import custom_loss
 from twinkle.verbs.channel import Channel
 from twinkle.verbs.custom_loss import ClientLoss, ClosedFormLoss, LossHandle
@@ -57,12 +57,12 @@ class TrainingClient:
     """
 
     def __init__(
-        self, channel: Channel, run_id: str, session_id: str, sampling_counter: SequenceCounter
+        self, channel: Channel, run_id: str, session_id: str, sampling_counter: itertools.count[int]
     ) -> None:
         self._channel = channel
         self._session_id = session_id
         self._sampling_counter = sampling_counter
-        self._seq_ids = SequenceCounter(first=1)
+        self._next_seq_id = 1
         self._under_way: deque[Pending[Any]] = deque()
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -99,17 +99,17 @@ class TrainingClient:
         self, data: Batch, loss_fn: str, config: LossFnConfig | None, forward_only: bool
     ) -> Pending[ForwardBackwardOutput]:
         self._raise_unseen_failures()
-        datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        datums = _as_datums(data)
         # The server would wait for a sequence id that is taken but never sent, so arguments are checked first.
         _check_loss(loss_fn, config)
         with self._lock:
             futures: list[Future[ForwardBackwardOutput]] = []
             for chunk in split_batch(datums):
                 request = m.ForwardBackwardRequest(
-                    self.model_id, self._seq_ids.following, chunk, loss_fn, dict(config or {}), forward_only
+                    self.model_id, self._next_seq_id, chunk, loss_fn, dict(config or {}), forward_only
                 )
                 futures.append(cast(Future[ForwardBackwardOutput], self._channel.submit(request)))
-                self._seq_ids.next()
+                self._next_seq_id += 1
         name = "forward" if forward_only else "forward_backward"
         return self._keep(Pending(chain(futures, join_outputs), f"{name} of {len(datums)} sequences"))
 
@@ -134,7 +134,7 @@ class TrainingClient:
         """
         if isinstance(loss_fn, LossHandle):
             return self.forward_backward(data, CUSTOM_LOSS, {"loss_id": loss_fn.loss_id})
-        datums = [_as_datum(item, i) for i, item in enumerate(data)]
+        datums = _as_datums(data)
         forward = self.forward(custom_loss.without_gradient(datums)).result()
         surrogate = custom_loss.differentiate(loss_fn, datums, forward)
         passed = self.forward_backward(surrogate.data)
@@ -170,8 +170,8 @@ class TrainingClient:
             "weight_decay": weight_decay,
             "grad_clip_norm": grad_clip_norm,
         }
-        base = (adam_params or AdamParams()).model_dump()
-        params = AdamParams(**{**base, **{name: value for name, value in given.items() if value is not None}})
+        base = adam_params.model_dump() if adam_params else {}
+        params = AdamParams(**base | {name: value for name, value in given.items() if value is not None})
         request = m.OptimStepRequest(model_id=self.model_id, seq_id=0, adam_params=params)
         return self._send(request, m.OptimStepResponse, "optim_step")
 
@@ -264,7 +264,7 @@ class TrainingClient:
             m.SaveWeightsForSamplerRequest,
             model_id=self.model_id,
             seq_id=0,
-            sampling_session_seq_id=self._sampling_counter.next(),
+            sampling_session_seq_id=next(self._sampling_counter),
         )
         saved = self._send(request, m.SaveWeightsForSamplerResponse, "snapshot for the sampler").result()
         if saved.sampling_session_id is None:
@@ -308,9 +308,9 @@ class TrainingClient:
         self._raise_unseen_failures()
         with self._lock:
             assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
-            numbered = request.model_copy(update={"seq_id": self._seq_ids.following})
+            numbered = request.model_copy(update={"seq_id": self._next_seq_id})
             future = cast(Future[R], self._channel.submit(numbered))
-            self._seq_ids.next()
+            self._next_seq_id += 1
         return self._keep(Pending(future, doing))
 
     def _keep(self, pending: Pending[R]) -> Pending[R]:
@@ -348,7 +348,7 @@ def split_batch(data: Sequence[Datum]) -> list[list[Datum]]:
     chunks: list[list[Datum]] = [[]]
     tokens = 0
     for datum in data:
-        length = datum.model_input.length
+        length = len(datum.model_input.tokens)
         if chunks[-1] and (len(chunks[-1]) == MAX_REQUEST_DATUMS or tokens + length > MAX_REQUEST_TOKENS):
             chunks.append([])
             tokens = 0
@@ -373,25 +373,6 @@ def join_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOut
     )
 
 
-class SequenceCounter:
-    """0, 1, 2, ...; thread-safe."""
-
-    def __init__(self, first: int = 0) -> None:
-        self._next = first
-        self._lock = threading.Lock()
-
-    @property
-    def following(self) -> int:
-        """What `next` will return."""
-        return self._next
-
-    def next(self) -> int:
-        with self._lock:
-            value = self._next
-            self._next += 1
-            return value
-
-
 def _hide_bar(waiting: Sequence[Pending[Any]]) -> bool | None:
     """Hide the bar if everything is done; else tqdm decides (it is silent without a terminal)."""
     return True if all(pending.done() for pending in waiting) else None
@@ -414,12 +395,16 @@ def _check_loss(loss_fn: object, config: object) -> None:
             raise InvalidRequest(f"loss_fn_config.{name}: {value!r:.80} is neither a number nor text")
 
 
-def _as_datum(item: object, i: int) -> Datum:
-    if isinstance(item, Datum):
-        return item
-    if isinstance(item, Mapping):
-        return to_datum(cast(Mapping[str, Any], item))
-    raise InvalidRequest(
-        f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch of a "
-        "DataLoader over an encoded dataset"
-    )
+def _as_datums(data: Sequence[object]) -> list[Datum]:
+    datums: list[Datum] = []
+    for i, item in enumerate(data):
+        if isinstance(item, Mapping):
+            datums.append(to_datum(cast(Mapping[str, Any], item)))
+        elif isinstance(item, Datum):
+            datums.append(item)
+        else:
+            raise InvalidRequest(
+                f"data[{i}]: {type(item).__name__} is neither a Datum nor a feature; pass a list of Datums, or a batch "
+                "of a DataLoader over an encoded dataset"
+            )
+    return datums

@@ -1,11 +1,12 @@
 """Who a key belongs to, and signed tokens (JWT, RFC 7519) that stand for a key or a download for a while.
 
 In open mode the server takes any key, and none. The key still decides what one may see: its hash is the tenant. Where
-keys are checked (`twinkle.server.keys`) each has a tenant. A key itself is never kept.
+keys are checked (`twinkle.server.keys`) each has a tenant. A key itself is never stored.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import secrets
@@ -29,8 +30,11 @@ _ALGORITHM = "HS256"
 _ISSUER = "twinkle"
 
 _MAX_REMEMBERED = 4096
+# Fewer, since any key is taken in open mode: of these, 64 KiB each can be sent.
+_MAX_REMEMBERED_KEYS = 256
 
 
+@functools.lru_cache(maxsize=_MAX_REMEMBERED_KEYS)
 def tenant_of_key(key: str) -> str:
     """The tenant behind an API key in open mode; all who send none are one tenant."""
     return "t-" + hashlib.sha256(b"twinkle-tenant\0" + key.strip().encode()).hexdigest()[:32]

@@ -2,6 +2,9 @@
 
 Requests that the SDK sends as JSON are pydantic models whose fields are the wire's; `ForwardBackwardRequest`, which
 travels as protobuf, is a dataclass. Unknown fields are ignored, so that newer SDKs can talk to us.
+
+Where nothing else is said, clients send queries and the service replies; and a class without a docstring is such a
+message, or a part of the next one.
 """
 # ruff: noqa: F403
 

@@ -12,20 +12,14 @@ from twinkle.protocol.types import Value
 
 
 class OrgDetails(Value):
-    """Part of `KeyDetails`."""
-
     name: str
 
 
 class UserDetails(Value):
-    """Part of `KeyDetails`."""
-
     email: str
 
 
 class KeyDetails(Value):
-    """Part of `ApiKeyInfo`."""
-
     org_details: OrgDetails
     user_details: UserDetails
 
@@ -107,8 +101,6 @@ class UsageEvent(Value):
 
 
 class UsageSession(Value):
-    """Part of `Usage`."""
-
     user_metadata: Metadata | None = None
 
 
@@ -127,8 +119,6 @@ class GetUsage(Query[Usage], method="GET", path="/billing/usage/events"):
 
 
 class StorageUsageItem(Value):
-    """Part of `StorageUsage`."""
-
     project_id: str | None = None
     org_user_urn: str | None = None
     checkpoint_count: int

@@ -15,8 +15,6 @@ CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 
 
 class Checkpoint(Value):
-    """Part of `CheckpointList` and `TrainingRun`."""
-
     checkpoint_id: str
     checkpoint_type: Literal["training", "sampler", "external"]
     time: str
@@ -71,8 +69,6 @@ class TrainingRun(Value):
 
 
 class GetTrainingRun(Query[TrainingRun], method="GET", path="/training_runs/{run_id}"):
-    """Client to service."""
-
     run_id: str
     access_scope: AccessScope = "owned"
 
@@ -85,8 +81,6 @@ class TrainingRunList(Value):
 
 
 class ListTrainingRuns(Query[TrainingRunList], method="GET", path="/training_runs"):
-    """Client to service."""
-
     limit: int = Field(default=20, ge=1, le=1000)
     offset: Offset = 0
     access_scope: AccessScope = "owned"
@@ -106,8 +100,6 @@ class WeightsInfo(Value):
 
 
 class WeightsInfoRequest(Query[WeightsInfo], method="POST", path="/weights_info"):
-    """Client to service."""
-
     tinker_path: str
 
 

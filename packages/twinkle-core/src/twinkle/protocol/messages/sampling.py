@@ -9,8 +9,6 @@ from twinkle.protocol.types import JsonTensor, ModelInput, SamplingParams, Value
 
 
 class CreateSamplingSessionResponse(Value):
-    """Service to client."""
-
     sampling_session_id: str
 
 
@@ -70,8 +68,6 @@ class SampleRequest(Value):
 
 
 class SamplerInfo(Value):
-    """Service to client."""
-
     sampler_id: str
     base_model: str
     model_path: str | None = None

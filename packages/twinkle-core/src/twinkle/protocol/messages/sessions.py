@@ -72,8 +72,6 @@ class SessionList(Value):
 
 
 class ListSessions(Query[SessionList], method="GET", path="/sessions"):
-    """Client to service."""
-
     limit: int = Field(default=20, ge=1, le=1000)
     offset: Offset = 0
     access_scope: AccessScope = "owned"
@@ -81,8 +79,6 @@ class ListSessions(Query[SessionList], method="GET", path="/sessions"):
 
 
 class SessionInfo(Value):
-    """Service to client."""
-
     training_run_ids: list[str]
     sampler_ids: list[str]
     user_metadata: Metadata | None = None
@@ -90,8 +86,6 @@ class SessionInfo(Value):
 
 
 class GetSession(Query[SessionInfo], method="GET", path="/sessions/{session_id}"):
-    """Client to service."""
-
     session_id: str
     access_scope: AccessScope = "owned"
 
@@ -125,8 +119,6 @@ class SearchCursor(Value):
 
 
 class ActiveStatus(Value):
-    """Part of `SessionSummary`."""
-
     type: Literal["active"] = "active"
 
 

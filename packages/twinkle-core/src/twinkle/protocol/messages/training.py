@@ -36,8 +36,6 @@ class CreateModelRequest(Value):
 
 
 class ModelData(Value):
-    """Part of `GetInfoResponse`."""
-
     arch: str = "unknown"
     model_name: str
     tokenizer_id: str

@@ -50,6 +50,7 @@ _LAYERS = {
     "model.layers.0.mlp.down_proj": _HIDDEN,
     "lm_head": _CLASSES,
 }
+_PEFT_NAMES = {module: peft_names(module) for module in _LAYERS}
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Matrices: TypeAlias = dict[str, Float32Array]
@@ -117,7 +118,7 @@ class FakeBackend:
         bound = 1 / math.sqrt(_HIDDEN)
         weights: _Matrices = {}
         for module in modules:
-            a_name, b_name = peft_names(module)
+            a_name, b_name = _PEFT_NAMES[module]
             weights[a_name] = draw.uniform(-bound, bound, (spec.rank, _HIDDEN)).astype(np.float32)
             weights[b_name] = np.zeros((_LAYERS[module], spec.rank), np.float32)
         self._adapters[adapter_id] = _Adapter(spec, modules, weights)
@@ -172,7 +173,7 @@ class FakeBackend:
             if module in adapter.modules:
                 grad_matrix = scale * grad.T @ x  # of B A
                 a, b = _in_float64(adapter, module)
-                a_name, b_name = peft_names(module)
+                a_name, b_name = _PEFT_NAMES[module]
                 grads[a_name] += (b.T @ grad_matrix).astype(np.float32)
                 grads[b_name] += (grad_matrix @ a.T).astype(np.float32)
             grad = grad @ self._effective(adapter, module)
@@ -248,7 +249,7 @@ def _stepped(
 
 def _in_float64(adapter: _Adapter, module: str) -> list[_Floats]:
     """A and B."""
-    return [adapter.weights[name].astype(np.float64) for name in peft_names(module)]
+    return [adapter.weights[name].astype(np.float64) for name in _PEFT_NAMES[module]]
 
 
 def _zeros(like: _Matrices) -> _Matrices:

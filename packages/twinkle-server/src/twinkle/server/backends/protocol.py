@@ -74,12 +74,12 @@ class ModelConfig:
             gradients and moments are float32 always.
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.
-        max_context_length: longest sequence, in tokens; None is what the model's own config says.
+        max_context_length: longest sequence, in tokens; default: what the model's own config says.
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share out the layers.
         expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
-        sequence_parallel: whether the ranks that share a layer share out what lies between its matrix products, too,
-            along the sequence; None is where it is needed.
+        sequence_parallel: whether tensor-parallel ranks also shard the activations between their matrix products along
+            the sequence; default: where it is needed.
         rank: this process's place in the group of ranks, below `num_ranks`.
         rendezvous: where the ranks of the group meet, "tcp://host:port" or "file://path"; None where there is one rank.
     """

@@ -187,7 +187,7 @@ class Checkpoints:
             NotFound: if there is none of that name, or it is another tenant's.
         """
         uri = uris.parse(path, field)
-        await self.arrived(uri)
+        await self.arrived(str(uri))
         reader = tenant if token is None else tenant_of_access_token(token, self._signer)
         await self._writes.of(uri, reader)
         row = await self._row(reader, uri)
@@ -283,9 +283,9 @@ class Checkpoints:
         """An earlier process accepted these weights and had not written them: readers wait until they are begun."""
         self._expected[str(unnamed_uri(run_id, seq_id))] = asyncio.Event()
 
-    async def arrived(self, uri: CheckpointUri) -> None:
-        """Wait for a checkpoint that is expected."""
-        if (expected := self._expected.get(str(uri))) is not None:
+    async def arrived(self, path: str) -> None:
+        """Wait for the checkpoint of this full name, if it is expected."""
+        if (expected := self._expected.get(path)) is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
 

@@ -254,7 +254,7 @@ class Engine:
         self._snapshots.computed([job for job in jobs if not _request(job).forward_only], has_gradient=True)
         for job in jobs:
             if self._futures.is_pending(job.request_id):
-                tokens = sum(datum.model_input.length for datum in _request(job).data)
+                tokens = sum(len(datum.model_input.tokens) for datum in _request(job).data)
                 self._ledger.record(job.run.tenant, job.run.session_id, "training", tokens)
         outputs = unpack(jobs, packed, results)
         self._futures.complete_together(

@@ -34,7 +34,7 @@ def to_row(
     """One datum as the backend takes it."""
     return Row(
         adapter_id=run_id,
-        tokens=datum.model_input.tokens().astype(np.int64),
+        tokens=datum.model_input.tokens.astype(np.int64),
         loss_fn=request.loss_fn,
         loss_inputs={name: tensor.array for name, tensor in datum.loss_fn_inputs.items()},
         loss_config={k: v for k, v in request.loss_fn_config.items() if not isinstance(v, str)},

@@ -253,7 +253,9 @@ class SampleRunner:
         self, sampler: tables.SamplingSession, request: m.SampleRequest, response: SampleResponse
     ) -> None:
         tokens = sum(len(sequence.tokens) for sequence in response.sequences)
-        self._ledger.record(sampler.tenant, sampler.session_id, "sampling_prefill", request.prompt.length)
+        self._ledger.record(
+            sampler.tenant, sampler.session_id, "sampling_prefill", len(request.prompt.tokens)
+        )
         self._ledger.record(sampler.tenant, sampler.session_id, "sampling_sample", tokens)
         self._tokens.charge(sampler.tenant, tokens)
 
@@ -274,7 +276,7 @@ class SampleRunner:
             response = await self._worker.generate(_generate_request(sample, None))
         else:
             # Before the adapter's place is held: the job that writes the checkpoint needs it.
-            await self._checkpoints.arrived(uris.parse(sampler.model_path))
+            await self._checkpoints.arrived(sampler.model_path)
             # A checkpoint that was overwritten since is another adapter than this sampler's.
             made = f"@{sampler.checkpoint_time}" if sampler.checkpoint_time else ""
             key = f"{sampler.model_path}{made}"
@@ -298,7 +300,7 @@ def _generate_request(sample: _Sample, adapter_id: str | None) -> GenerateReques
     return GenerateRequest(
         tenant=sample.sampler.tenant,
         adapter_id=adapter_id,
-        prompt=request.prompt.tokens().astype(np.int64),
+        prompt=request.prompt.tokens.astype(np.int64),
         params=request.sampling_params,
         num_samples=request.num_samples,
         prompt_logprobs=request.prompt_logprobs,

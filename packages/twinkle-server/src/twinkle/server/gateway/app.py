@@ -16,7 +16,7 @@ from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import errors, openapi
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.downloads import Downloads
-from twinkle.server.gateway.http import Bodies, SecurityHeaders
+from twinkle.server.gateway.http import Bodies
 from twinkle.server.gateway.operations import Operations
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.gateway.queries import Queries
@@ -34,7 +34,6 @@ def create_app(
     signer: Signer,
     public_url: str | None = None,
     keys: KeyRing | None = None,
-    tls: bool = False,
 ) -> Starlette:
     """The application in front of `service`.
 
@@ -42,7 +41,6 @@ def create_app(
         signer: the server's; tokens that it made are read here.
         public_url: what addresses for downloads begin with; default: where the request was sent to.
         keys: the valid ones; None is open mode, in which any will do.
-        tls: whether clients reach it by https.
     """
     authenticator = Authenticator(signer, _rate_of_requests(limits), keys)
     bodies = Bodies(limits)
@@ -68,10 +66,7 @@ def create_app(
         Route(PREFIX + "/telemetry", _telemetry, methods=["POST"]),
         Route("/openapi.json", _openapi, methods=["GET"]),
     ]
-    app = Starlette(routes=routes, exception_handlers=errors.HANDLERS)
-    # Not as Starlette's `middleware`: that would lie inside of what answers to unexpected errors.
-    app.middleware_stack = SecurityHeaders(app.build_middleware_stack(), tls)
-    return app
+    return Starlette(routes=routes, exception_handlers=errors.HANDLERS)
 
 
 def _rate_of_requests(limits: LimitsSection) -> RateLimit:

@@ -103,7 +103,6 @@ def archive_end() -> bytes:
 
 
 def archive_size(sizes: dict[str, int]) -> int:
-    """Bytes of the whole tar."""
     files = sum(
         len(archive_header(name, size)) + size + len(archive_padding(size)) for name, size in sizes.items()
     )

@@ -13,10 +13,9 @@ from starlette.responses import JSONResponse, Response
 from twinkle.protocol.errors import (
     Conflict,
     InvalidRequest,
-    LimitReached,
+    TryLater,
     TwinkleError,
     Unauthorized,
-    Unavailable,
 )
 from twinkle.protocol.uris import KINDS
 from twinkle.server.store import retry
@@ -34,9 +33,8 @@ _BARE_NAME_MESSAGE = (
 
 
 def twinkle_error(error: TwinkleError) -> Response:
-    """The reply for an error."""
     headers: dict[str, str] | None = None
-    if isinstance(error, LimitReached | Unavailable):
+    if isinstance(error, TryLater):
         headers = {"Retry-After": f"{error.retry_after:g}"}
     elif isinstance(error, Conflict):  # or the SDK would retry
         headers = {"X-Should-Retry": "false"}

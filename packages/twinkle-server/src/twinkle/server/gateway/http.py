@@ -1,4 +1,4 @@
-"""What all routes share of HTTP: request bodies within the limits of memory and time, replies, headers."""
+"""What all routes share of HTTP: request bodies within the limits of memory and time, and large replies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TypeVar
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from twinkle.protocol import codec
+from twinkle.protocol import codec, operations
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest, LimitReached, TooLarge
+from twinkle.protocol.operations import Posted
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.threads import TenantThreads
 
@@ -171,6 +172,17 @@ class Bodies:
             case other:
                 raise InvalidRequest(f"Content-Encoding: {other[:40]!r} is not known here; use zstd or none")
 
+    async def decode(self, tenant: str, posted: Posted, max_context_length: int) -> tuple[m.Operation, bytes]:
+        """An operation and its digest: both take long for a large one, so they are made in one go.
+
+        Raises:
+            InvalidRequest, TooLarge: if it can't be read, or is larger than such an operation needs.
+        """
+        size, most = len(posted.body), most_bytes(posted.endpoint.request, max_context_length)
+        if size > most:
+            raise TooLarge(f"{posted.endpoint.path}: a body of {size} bytes; at most {most}")
+        return await self.do(tenant, size, lambda: _decode(posted, max_context_length))
+
     async def do(self, tenant: str, size: int, work: Callable[[], T]) -> T:
         """The result of `work` on `size` bytes. Large ones are worked on in threads, one at a time for each tenant."""
         return work() if size <= INLINE_BYTES else await self._threads.run(tenant, work)
@@ -223,6 +235,13 @@ def most_bytes(request: type[m.Operation], max_context_length: int) -> int:
     return MAX_PLAIN_BYTES
 
 
+def _decode(posted: Posted, max_context_length: int) -> tuple[m.Operation, bytes]:
+    if posted.endpoint.body == "json":
+        check_json(posted.body, posted.endpoint.request, max_context_length)
+    operation = codec.decode(posted.endpoint.request, posted.body)
+    return operation, operations.digest(operation)
+
+
 def check_json(body: bytes, request: type[object], max_context_length: int = 0) -> None:
     """Check that a JSON body is small enough to be parsed: a few bytes of it can become objects of hundreds.
 
@@ -259,30 +278,3 @@ class BytesReply(Response):
             await send({"type": "http.response.body", "body": part, "more_body": True})
             start += REPLY_PART_BYTES
         await send({"type": "http.response.body", "body": self.body[start:]})
-
-
-_ALWAYS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-    (b"referrer-policy", b"no-referrer"),
-)
-_WITH_TLS = ((b"strict-transport-security", b"max-age=31536000"),)
-
-
-class SecurityHeaders:
-    """An ASGI application around another.
-
-    There are no CORS headers: without them browsers let no page of another site read the replies.
-    """
-
-    def __init__(self, app: ASGIApp, tls: bool) -> None:
-        self._app = app
-        self._headers = (*_ALWAYS, *_WITH_TLS) if tls else _ALWAYS
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self._headers]
-            await send(message)
-
-        await self._app(scope, receive, send_with)

@@ -42,7 +42,6 @@ _ZSTD: Json = {
 
 
 def document() -> Json:
-    """The whole document, as JSON values."""
     defs = _all_schemas()
     paths: dict[str, Json] = {}
     for endpoint in OPERATIONS:

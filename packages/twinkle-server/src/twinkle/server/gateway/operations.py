@@ -19,7 +19,7 @@ from twinkle.protocol import codec, operations, results
 from twinkle.protocol import messages as m
 from twinkle.protocol.codec import Encoded
 from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, Endpoint
-from twinkle.protocol.errors import InvalidRequest, TooLarge, TwinkleError
+from twinkle.protocol.errors import InvalidRequest, TwinkleError
 from twinkle.protocol.operations import Posted, Reply
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.errors import twinkle_error
@@ -69,11 +69,6 @@ class Operations:
 
     async def _post_together(self, request: Request) -> Response:
         tenant = await self._authenticator.tenant_of(request)
-        accepted = await self._accept(tenant, request)
-        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
-        return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
-
-    async def _accept(self, tenant: str, request: Request) -> list[m.Promise | TwinkleError]:
         accepted: list[m.Promise | TwinkleError] = []
         with self._bodies.share(tenant) as share:
             body = await self._bodies.read(request, share, self._bodies.most)
@@ -82,7 +77,8 @@ class Operations:
                     accepted.append(await self._submit(tenant, posted))
                 except TwinkleError as error:
                     accepted.append(error)
-        return accepted
+        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
+        return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
 
     async def _reply(self, tenant: str, request: Request, promise: m.Promise | TwinkleError) -> Reply:
         if isinstance(promise, TwinkleError):
@@ -103,11 +99,9 @@ class Operations:
         Raises:
             TwinkleError: what the service says, or why it can't be read.
         """
-        context, size = await self._context_of(posted.endpoint), len(posted.body)
-        if size > (most := most_bytes(posted.endpoint.request, context)):
-            raise TooLarge(f"{posted.endpoint.path}: a body of {size} bytes; at most {most}")
+        context = await self._context_of(posted.endpoint)
         try:
-            operation, digest = await self._bodies.do(tenant, size, lambda: _decode(posted, context))
+            operation, digest = await self._bodies.decode(tenant, posted, context)
         except InvalidRequest:
             await self._consume_seq_id(tenant, posted)
             raise
@@ -177,14 +171,6 @@ class Operations:
         return await self._bodies.do(
             tenant, len(result.body), functools.partial(results.result_as_json, result)
         )
-
-
-def _decode(posted: Posted, context_length: int) -> tuple[m.Operation, bytes]:
-    """The request and its digest: both take long for a large one, so they are made in one go."""
-    if posted.endpoint.body == "json":
-        check_json(posted.body, posted.endpoint.request, context_length)
-    operation = codec.decode(posted.endpoint.request, posted.body)
-    return operation, operations.digest(operation)
 
 
 def _encode(outcome: Outcome) -> tuple[int, str, bytes]:

@@ -20,8 +20,6 @@ from twinkle.server.gateway.port import ServicePort
 
 
 class Queries:
-    """The routes of queries."""
-
     def __init__(
         self, service: ServicePort, authenticator: Authenticator, bodies: Bodies, downloads: Downloads
     ) -> None:

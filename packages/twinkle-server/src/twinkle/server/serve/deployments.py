@@ -148,14 +148,7 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     from twinkle.server.serve.http import HttpServer
 
     server = config.server
-    app = create_app(
-        service,
-        config.limits,
-        build_signer(config),
-        server.public_url,
-        build_keys(config),
-        server.tls is not None,
-    )
+    app = create_app(service, config.limits, build_signer(config), server.public_url, build_keys(config))
     return await HttpServer.start(app, server.host, server.port, server.tls, config.limits.max_connections)
 
 

@@ -20,6 +20,14 @@ _KEEP_ALIVE_SECONDS = 90
 _BACKLOG = 2048
 _HANDSHAKE_SECONDS = 10.0
 
+# Of all responses. There are no CORS headers: without them browsers let no page of another site read the replies.
+_HEADERS = [
+    ("x-content-type-options", "nosniff"),
+    ("cache-control", "no-store"),
+    ("referrer-policy", "no-referrer"),
+]
+_HEADERS_WITH_TLS = [*_HEADERS, ("strict-transport-security", "max-age=31536000")]
+
 
 class HttpServer:
     """An application that is being served."""
@@ -57,6 +65,7 @@ class HttpServer:
             access_log=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             server_header=False,
+            headers=_HEADERS_WITH_TLS if tls else _HEADERS,
             ws="none",
             ssl_certfile=certificate,
             ssl_keyfile=key,

@@ -39,7 +39,6 @@ class Background:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _sweep(self) -> None:
-        """Delete expired checkpoints."""
         while True:
             try:
                 await self._parts.checkpoints.sweep()

@@ -36,7 +36,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     targets = validation.target_tokens(request, parts.worker.info)
     if (first := parts.samples.first_of(request, received.digest)) is not None:
         return first
-    tokens = request.prompt.length
+    tokens = len(request.prompt.tokens)
     check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens)
     request_id = new_request_id()
     parts.run_log.accepted(request_id, tenant, None, request.seq_id, received)

@@ -10,7 +10,8 @@ from collections.abc import Set as AbstractSet
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, QuotaReached
 from twinkle.server.config import LimitsSection
-from twinkle.server.service.metadata import check_metadata, texts
+from twinkle.server.service.metadata import texts
+from twinkle.server.service.validation import check_metadata
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 

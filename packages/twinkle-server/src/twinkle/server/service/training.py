@@ -14,7 +14,6 @@ from twinkle.server.scheduling.futures import new_request_id
 from twinkle.server.scheduling.limits import check_runs, check_submission
 from twinkle.server.scheduling.runs import Received, Run
 from twinkle.server.service import sessions, validation
-from twinkle.server.service.metadata import check_metadata
 from twinkle.server.service.parts import Parts, Submit
 from twinkle.server.store import tables
 
@@ -110,7 +109,7 @@ async def _begin_run(
     request: m.CreateModelRequest | m.LoadWeightsRequest,
     received: Received,
 ) -> m.Promise:
-    check_metadata(request.user_metadata, parts.limits.max_metadata_bytes)
+    validation.check_metadata(request.user_metadata, parts.limits.max_metadata_bytes)
     await sessions.find_open(parts.database, tenant, session_id)
     run_id = f"{session_id}:train:{model_seq_id}"
     parts.live.check_not_lost(tenant, run_id)

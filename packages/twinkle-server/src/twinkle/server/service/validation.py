@@ -1,8 +1,10 @@
 """What a request must fulfil before it is queued. Each message names the field, what is allowed, and what to do."""
 
 import difflib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,6 @@ from twinkle.server.backends.protocol import (
     LossSpec,
     LossSpecs,
 )
-from twinkle.server.service.metadata import check_metadata
 from twinkle.server.store import tables
 from twinkle.server.store.encryption import check_recipients
 
@@ -114,6 +115,23 @@ def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_byte
             pass
 
 
+def check_metadata(metadata: Mapping[str, Any] | None, most: int | None) -> None:
+    """
+    Args:
+        most: bytes, as JSON.
+
+    Raises:
+        InvalidRequest: if it is longer.
+    """
+    if metadata and most is not None:
+        size = len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"))
+        if size > most:
+            raise InvalidRequest(
+                f"user_metadata: {size} bytes as JSON; at most {most} (limits.max_metadata_bytes); keep what is large "
+                "in a file of your own, and its name here"
+            )
+
+
 def _check_new(name: str, ttl_seconds: int | None, longest_ttl: int | None) -> None:
     """That a checkpoint may be called so, and kept for so long."""
     uris.check_name(name, "path")
@@ -161,7 +179,7 @@ def check_pass(
         if custom_loss is not None:
             _check_custom_inputs(datum, f"data[{i}]", custom_loss)
     nodes = len(custom_loss.graph.nodes) if custom_loss is not None else 0
-    return sum(datum.model_input.length + nodes for datum in request.data)
+    return sum(len(datum.model_input.tokens) + nodes for datum in request.data)
 
 
 def _unknown_loss(given: str, known: LossSpecs) -> str:
@@ -215,21 +233,21 @@ def check_tokens(tokens: Int32Array, field: str, info: BaseModelInfo) -> None:
 
 def _check_datum(datum: Datum, where: str, info: BaseModelInfo, spec: LossSpec) -> None:
     """What the loss reads, all of it; inputs that it doesn't read are left to their senders."""
-    tokens = datum.model_input.tokens()
+    tokens = datum.model_input.tokens
     check_tokens(tokens, f"{where}.model_input", info)
-    inputs = datum.loss_fn_inputs
+    inputs = {name: tensor.array for name, tensor in datum.loss_fn_inputs.items()}
     missing = [name for name in (TARGETS, *spec.inputs) if name not in inputs]
     if missing:
         raise InvalidRequest(f"{where}.loss_fn_inputs: {', '.join(missing)} missing; send one value a token")
-    _check_targets(inputs[TARGETS].array, len(tokens), f"{where}.loss_fn_inputs.{TARGETS}", info, spec)
+    _check_targets(inputs[TARGETS], len(tokens), f"{where}.loss_fn_inputs.{TARGETS}", info, spec)
     for name in spec.inputs:
         field = f"{where}.loss_fn_inputs.{name}"
         if inputs[name].shape != inputs[TARGETS].shape:
             raise InvalidRequest(
-                f"{field}: shape {inputs[name].shape}, but {TARGETS} has {inputs[TARGETS].shape}; send one value "
-                "for each target"
+                f"{field}: shape {list(inputs[name].shape)}, but {TARGETS} has {list(inputs[TARGETS].shape)}; send one "
+                "value for each target"
             )
-        check_finite(inputs[name].array, field)
+        check_finite(inputs[name], field)
 
 
 def _check_targets(targets: Array, length: int, field: str, info: BaseModelInfo, spec: LossSpec) -> None:
@@ -273,12 +291,12 @@ def _check_custom_inputs(datum: Datum, where: str, loss: CustomLoss) -> None:
 
 
 def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
-    check_tokens(request.prompt.tokens(), "prompt", info)
-    params = request.sampling_params
-    room = info.max_context_length - request.prompt.length
+    check_tokens(request.prompt.tokens, "prompt", info)
+    params, length = request.sampling_params, len(request.prompt.tokens)
+    room = info.max_context_length - length
     if room < (params.max_tokens or 1) and not (request.prompt_logprobs and params.max_tokens == 1):
         raise InvalidRequest(
-            f"sampling_params.max_tokens: {params.max_tokens} after a prompt of {request.prompt.length} tokens goes "
+            f"sampling_params.max_tokens: {params.max_tokens} after a prompt of {length} tokens goes "
             f"beyond this model's {info.max_context_length}; ask for at most {max(room, 0)} or shorten the prompt"
         )
     if request.num_samples > MAX_SAMPLES:
@@ -314,7 +332,7 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
 
 
 def _check_prompt_extras(request: m.SampleRequest, info: BaseModelInfo) -> None:
-    length = request.prompt.length
+    length = len(request.prompt.tokens)
     last_n = request.prompt_logprobs_last_n
     if last_n is not None and not (request.prompt_logprobs and last_n < length):
         raise InvalidRequest(
@@ -343,10 +361,10 @@ def target_tokens(request: m.SampleRequest, info: BaseModelInfo) -> TensorData |
     field = "target_prompt_logprobs"
     tensor = tensor_of_json(request.target_prompt_logprobs, field)
     is_sparse = isinstance(tensor, SparseTensor)
-    shape = tensor.shape
-    if len(shape) != 2 or shape[0] != request.prompt.length - 1 or shape[0] * shape[1] > MAX_PROMPT_CELLS:
+    shape, rows = tensor.shape, len(request.prompt.tokens) - 1
+    if len(shape) != 2 or shape[0] != rows or shape[0] * shape[1] > MAX_PROMPT_CELLS:
         raise InvalidRequest(
-            f"{field}: shape {list(shape)}; it must be [{request.prompt.length - 1}, K], a row for each prompt token "
+            f"{field}: shape {list(shape)}; it must be [{rows}, K], a row for each prompt token "
             f"after the first, and at most {MAX_PROMPT_CELLS} values"
         )
     ids = tensor.values if is_sparse else tensor.array
