@@ -134,6 +134,7 @@ def build_parts(
         compaction=Compaction(live, futures, snapshots, run_log),
         run_files=run_files,
         snapshots=snapshots,
+        residency=residency,
         checkpoints=checkpoints,
         samples=SampleRunner(futures, worker, sampler_adapters, checkpoints, completions, ledger, tokens),
         completions=completions,

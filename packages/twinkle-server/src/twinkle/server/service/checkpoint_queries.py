@@ -44,17 +44,14 @@ async def _delete(parts: Parts, tenant: str, query: m.DeleteCheckpoint) -> m.Ack
     return m.Acknowledged()
 
 
-async def _publish(parts: Parts, tenant: str, query: m.PublishCheckpoint) -> m.Acknowledged:
+async def _publish(
+    parts: Parts, tenant: str, query: m.PublishCheckpoint | m.UnpublishCheckpoint
+) -> m.Acknowledged:
+    is_public = isinstance(query, m.PublishCheckpoint)
     row = await parts.checkpoints.find_own(tenant, _uri_of(query))
-    await asyncio.to_thread(parts.database.set_public, tenant, row.uri, True)
-    await parts.checkpoints.audit(tenant, "checkpoint_publish", row.uri)
-    return m.Acknowledged()
-
-
-async def _unpublish(parts: Parts, tenant: str, query: m.UnpublishCheckpoint) -> m.Acknowledged:
-    row = await parts.checkpoints.find_own(tenant, _uri_of(query))
-    await asyncio.to_thread(parts.database.set_public, tenant, row.uri, False)
-    await parts.checkpoints.audit(tenant, "checkpoint_unpublish", row.uri)
+    await asyncio.to_thread(parts.database.set_public, tenant, row.uri, is_public)
+    event = "checkpoint_publish" if is_public else "checkpoint_unpublish"
+    await parts.checkpoints.audit(tenant, event, row.uri)
     return m.Acknowledged()
 
 
@@ -145,7 +142,7 @@ QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.CopyWeightsRequest: _copy,
     m.DeleteCheckpoint: _delete,
     m.PublishCheckpoint: _publish,
-    m.UnpublishCheckpoint: _unpublish,
+    m.UnpublishCheckpoint: _publish,
     m.SetCheckpointTtl: _set_ttl,
     m.GetCheckpointUrls: _urls,
     m.GetCheckpointArchive: _urls,

@@ -12,6 +12,7 @@ from twinkle.server.config import LimitsSection
 from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
 from twinkle.server.engine.engine import Engine
+from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.samples import SampleRunner
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerPort
@@ -58,6 +59,7 @@ class Parts:
     run_log: RunLog
     compaction: Compaction
     snapshots: Snapshots
+    residency: Residency
     checkpoints: Checkpoints
     samples: SampleRunner
     completions: CompletionLog

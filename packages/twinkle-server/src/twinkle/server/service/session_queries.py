@@ -8,7 +8,7 @@ from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.server.service import session_search, sessions
-from twinkle.server.service.parts import Answer, Parts
+from twinkle.server.service.parts import Answer, Parts, reads
 from twinkle.server.service.session_expiry import end_session
 from twinkle.server.store import tables
 
@@ -59,14 +59,6 @@ async def _finish(parts: Parts, tenant: str, request: m.FinishSessionRequest) ->
     return m.Acknowledged()
 
 
-async def _list(parts: Parts, tenant: str, query: m.ListSessions) -> m.SessionList:
-    return await parts.threads.queries.run(tenant, lambda: sessions.listed(parts.database, tenant, query))
-
-
-async def _info(parts: Parts, tenant: str, query: m.GetSession) -> m.SessionInfo:
-    return await parts.threads.queries.run(tenant, lambda: sessions.info(parts.database, tenant, query))
-
-
 async def _search(parts: Parts, tenant: str, query: m.SearchSessions) -> m.SearchSessionsResponse:
     active = parts.leases.active(session_search.ACTIVE_SECONDS)
     return await parts.threads.queries.run(
@@ -92,8 +84,8 @@ QUERIES: dict[type[m.Query[Any]], Answer] = {
     m.CreateSessionRequest: _create_and_lease,
     m.SessionHeartbeatRequest: _heartbeat,
     m.FinishSessionRequest: _finish,
-    m.ListSessions: _list,
-    m.GetSession: _info,
+    m.ListSessions: reads(sessions.listed),
+    m.GetSession: reads(sessions.info),
     m.SearchSessions: _search,
     m.AssignSessionProject: _assign_project,
     m.ExportTrace: _export_trace,
