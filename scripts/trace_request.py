@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import socket
 import sys
 import tempfile
 import threading
@@ -40,7 +41,6 @@ from twinkle.server.serve.rpc import Connection, Server
 from twinkle_client import ServiceClient
 from twinkle_client import types as T
 
-PORT = 18765
 ROUNDS = 5
 
 
@@ -91,7 +91,7 @@ class Tracer:
             self._trace = None
 
 
-async def _serve(root: Path, ready: threading.Event, stop: threading.Event) -> None:
+async def _serve(root: Path, port: int, ready: threading.Event, stop: threading.Event) -> None:
     model = ModelConfig(root)
     backend = FakeBackend(model)
     # What a rank does once its model is loaded; Ray would have started its process.
@@ -106,7 +106,7 @@ async def _serve(root: Path, ready: threading.Event, stop: threading.Event) -> N
     signer = build_signer(config)
     service = build_service(config, group, signer=signer, live=root / "live")
     await service.start()
-    http = await HttpServer.start(create_app(service, config.limits, signer), "127.0.0.1", PORT)
+    http = await HttpServer.start(create_app(service, config.limits, signer), "127.0.0.1", port)
     ready.set()
     while not stop.is_set():
         await asyncio.sleep(0.05)
@@ -148,11 +148,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     tracer = Tracer()
     ready, stop = threading.Event(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
-        serving = threading.Thread(target=lambda: asyncio.run(_serve(Path(directory), ready, stop)))
+        serving = threading.Thread(target=lambda: asyncio.run(_serve(Path(directory), port, ready, stop)))
         serving.start()
         ready.wait(60)
-        client = ServiceClient(base_url=f"http://127.0.0.1:{PORT}", api_key="key")
+        client = ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key="key")
         training = client.create_lora_training_client(base_model="org/fake", rank=4)
         rows = [
             {"input_ids": np.array([1, 2, 3, 4, 5]), "labels": np.array([-100, 2, 3, 4, 5])} for _ in range(2)
