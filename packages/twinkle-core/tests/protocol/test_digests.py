@@ -93,6 +93,15 @@ def test_what_is_asked_for_counts_and_how_one_may_ask_for_it_does_not():
     assert digest(SAMPLE.model_copy(update={"prompt": longer})) != digest(SAMPLE)
 
 
+def test_an_unnamed_save_that_the_sdk_sends_again_is_the_same():
+    first, again = (
+        m.SaveWeightsForSamplerRequest(model_id="run", seq_id=3, sampling_session_seq_id=number)
+        for number in (0, 1)
+    )
+    assert digest(first) == digest(again)
+    assert digest(first.model_copy(update={"path": "named"})) != digest(first)
+
+
 def test_a_later_version_that_knows_more_fields_finds_the_same():
     class Later(m.OptimStepRequest):
         more: int | None = None

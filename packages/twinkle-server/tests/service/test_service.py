@@ -457,3 +457,19 @@ async def test_a_checkpoint_of_another_base_model_is_refused_though_its_shapes_f
             )
         )
     await second.close()
+
+
+async def test_an_unnamed_save_that_is_sent_again_under_the_next_sampling_number_gets_the_first_result(
+    alice: Tenant,
+):
+    """As the SDK does when its connection breaks: it counts the sampling session up before each try."""
+    run = await alice.run()
+    first, again = [
+        await alice.service.submit(
+            "alice", m.SaveWeightsForSamplerRequest(model_id=run, seq_id=1, sampling_session_seq_id=number)
+        )
+        for number in (0, 1)
+    ]
+    assert again == first
+    saved = await alice.outcome(again)
+    assert saved.sampling_session_id.endswith(":sample:0")

@@ -44,8 +44,9 @@ class Posted:
     body: bytes
 
 
-# May differ between a request and its duplicate: the gateway signs a new token each time.
-_NOT_COMPARED = {"weights_access_token"}
+# May differ between a request and its duplicate: the gateway signs a new token each time, and the SDK numbers the
+# sampling session of an unnamed save anew whenever it sends it again.
+_NOT_COMPARED = {"weights_access_token", "sampling_session_seq_id"}
 
 
 def digest(request: m.Operation) -> bytes:
