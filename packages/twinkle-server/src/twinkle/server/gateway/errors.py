@@ -10,13 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from twinkle.protocol.errors import (
-    Conflict,
-    InvalidRequest,
-    TryLater,
-    TwinkleError,
-    Unauthorized,
-)
+from twinkle.protocol.errors import Conflict, InvalidRequest, TryLater, TwinkleError, Unauthorized
 from twinkle.protocol.uris import KINDS
 from twinkle.server.store import retry
 
