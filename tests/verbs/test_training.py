@@ -130,3 +130,16 @@ def test_a_released_adapters_place_is_clean_for_the_next(verbs):
     assert second.forward(batch).metrics["loss:sum"] == expected_start
     assert second.optim_step(learning_rate=0.5).metrics["grad_norm:mean"] == 0.0
     assert second.forward(batch).metrics["loss:sum"] == expected_start
+
+
+def test_a_cancelled_save_or_step_is_carried_out_and_the_run_goes_on(verbs):
+    """A number of the run that was given and never sent would be waited for by all that follow."""
+    client = verbs.connect("cancels").create_lora_training_client(MODEL, rank=2)
+    batch = random_batch(7, (6,))
+    client.forward_backward(batch)
+    for pending in (client.optim_step(learning_rate=1e-2), client.save_state("cancelled")):
+        pending.cancel()
+    client.forward_backward(batch).result(timeout=60)
+    client.optim_step(learning_rate=1e-2).result(timeout=60)
+    last = client.save_state("last").path
+    assert verbs.directory(last.replace("/last", "/cancelled")).is_dir(), "the save was carried out"

@@ -1,9 +1,15 @@
+import itertools
+from concurrent.futures import Future
+from typing import Any, cast
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twinkle.protocol import messages as m
 from twinkle.protocol.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 from twinkle.verbs import training
+from twinkle.verbs.training import TrainingClient
 
 
 @given(st.lists(st.integers(1, 60_000), max_size=12))
@@ -29,3 +35,27 @@ def test_joined_metrics_are_reduced_by_their_suffix_and_means_weighted_by_datums
     )
     assert joined.metrics == {"loss:sum": 3.5, "kl:mean": 2.0, "x:max": 3.0, "y:min": 2.0}
     assert len(joined.loss_fn_outputs) == 4
+
+
+class _Channel:
+    """Takes requests and answers none."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[m.Operation, Future[m.Result]]] = []
+
+    def submit(self, request: m.Operation) -> Future[m.Result]:
+        self.sent.append((request, Future()))
+        return self.sent[-1][1]
+
+
+def test_what_a_run_was_asked_for_is_sent_though_its_result_is_cancelled():
+    """Each has a number, and what comes after it waits for a number that is missing."""
+    channel = _Channel()
+    client = TrainingClient(cast(Any, channel), "run", "session", itertools.count())
+    batch = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    pendings = [client.forward_backward(batch), client.optim_step(), client.save_state("name")]
+    assert [pending.cancel() for pending in pendings] == [True] * 3
+    assert [request.seq_id for request, _ in channel.sent] == [1, 2, 3]
+    assert not any(future.cancelled() for _, future in channel.sent)
+    for _, future in channel.sent:
+        future.set_result(m.OptimStepResponse())

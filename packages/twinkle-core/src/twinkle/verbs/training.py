@@ -309,9 +309,10 @@ class TrainingClient:
         with self._lock:
             assert not isinstance(request, m.ForwardBackwardRequest), "passes are numbered chunk by chunk"
             numbered = request.model_copy(update={"seq_id": self._next_seq_id})
-            future = cast(Future[R], self._channel.submit(numbered))
+            sent = cast(Future[R], self._channel.submit(numbered))
             self._next_seq_id += 1
-        return self._keep(Pending(future, doing))
+        # Cancelling the channel's own future might stop the request, for whose number the run would wait for ever.
+        return self._keep(Pending(chain([sent], lambda results: results[0]), doing))
 
     def _keep(self, pending: Pending[R]) -> Pending[R]:
         """Track a pending operation, and block the caller while too many are in flight."""
