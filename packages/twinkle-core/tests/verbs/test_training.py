@@ -55,7 +55,7 @@ def test_what_a_run_was_asked_for_is_sent_though_its_result_is_cancelled():
     batch = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     pendings = [client.forward_backward(batch), client.optim_step(), client.save_state("name")]
     assert [pending.cancel() for pending in pendings] == [True] * 3
-    assert [request.seq_id for request, _ in channel.sent] == [1, 2, 3]
+    assert [cast(Any, request).seq_id for request, _ in channel.sent] == [1, 2, 3]
     assert not any(future.cancelled() for _, future in channel.sent)
     for _, future in channel.sent:
         future.set_result(m.OptimStepResponse())
