@@ -197,3 +197,13 @@ async def test_what_was_accepted_on_a_run_is_done_though_its_client_is_gone(worl
     await world.service.submit("alice", a_pass(run, 1))
     assert isinstance(await world.alice.outcome(waiting), m.OptimStepResponse)
     await check_state(world.worker, run, 1)
+
+
+async def test_a_client_that_trains_again_is_back_and_its_samples_are_drawn(world: World):
+    run = await world.alice.run()
+    session = run.partition(":")[0]
+    await world.sample(world.alice, await world.sampler(world.alice, session), 0)
+    await world.seconds(200)
+    assert world.drawing() == 0
+    await world.service.submit("alice", m.OptimStepRequest(model_id=run, seq_id=1))
+    assert world.drawing() == 1

@@ -88,6 +88,7 @@ class SampleRunner:
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._samples: dict[str, _Sample] = {}  # by request id
+        self._paused: set[str] = set()  # sessions: every request asks, and there may be thousands of samples
         # The event loop itself keeps no task alive.
         self._stopping: set[asyncio.Task[bool] | asyncio.Task[None]] = set()
 
@@ -190,6 +191,7 @@ class SampleRunner:
 
     def cancel_all(self, session_id: str) -> None:
         """Stop all samples of a session: nobody is left to wait for them."""
+        self._paused.discard(session_id)
         for sample in self._of(session_id):
             self.cancel(sample.sampler.tenant, sample.request_id)
 
@@ -216,16 +218,21 @@ class SampleRunner:
             sample.task = None
             self._stop(sample.request_id, task)
         if drawn:
+            self._paused.add(session_id)
             log.info("%d samples of session %s stopped: its client is gone", len(drawn), session_id)
 
     def resume(self, session_id: str) -> None:
         """Draw a session's samples that were paused."""
+        if session_id not in self._paused:
+            return
+        self._paused.remove(session_id)
         for sample in self._of(session_id):
             if sample.task is None:
                 self._start(sample)
 
     def give_up(self, session_id: str) -> None:
         """The samples that were paused fail: their client has been away for too long."""
+        self._paused.discard(session_id)
         for sample in self._of(session_id):
             if sample.task is None:
                 self._end(sample, m.Failure(error=_AWAY, category="server"))

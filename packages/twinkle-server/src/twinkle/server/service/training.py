@@ -29,6 +29,7 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
     run = parts.live.find(tenant, request.model_id)
     parts.ledger.touch(run.run_id)
     parts.leases.renew(run.session_id)
+    parts.samples.resume(run.session_id)  # its client is back
     seq_id = request.seq_id
     if seq_id is None:
         raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
