@@ -71,6 +71,13 @@ async def _restore_requests(parts: Parts, found: Found) -> None:
 async def _put_back(parts: Parts, record: Accepted, outcome: Encoded | None) -> None:
     """A request on no run: a sample is drawn again, unless it has been; a loss is kept once more."""
     request = record.request()
+    if outcome is None:
+        session_id = ""
+        if isinstance(request, m.SampleRequest):
+            session_id = request.sampling_session_id.rpartition(":sample:")[0]
+        elif isinstance(request, m.CreateCustomLossRequest):
+            session_id = request.session_id
+        parts.futures.create(record.request_id, record.tenant, session_id, tokens=record.tokens)
     try:
         if isinstance(request, m.SampleRequest):
             await _put_back_sample(parts, record, request, outcome)

@@ -174,12 +174,13 @@ def check_pass(
         _check_loss_config(request, spec)
     if not request.data:
         raise InvalidRequest("data: no datums were sent; send at least one")
+    lengths = [len(datum.model_input.tokens) for datum in request.data]
     for i, datum in enumerate(request.data):
         _check_datum(datum, f"data[{i}]", info, spec)
         if custom_loss is not None:
             _check_custom_inputs(datum, f"data[{i}]", custom_loss)
     nodes = len(custom_loss.graph.nodes) if custom_loss is not None else 0
-    return sum(len(datum.model_input.tokens) + nodes for datum in request.data)
+    return sum(lengths) + nodes * len(lengths)
 
 
 def _unknown_loss(given: str, known: LossSpecs) -> str:
