@@ -149,7 +149,7 @@ class RankGroup:
         try:
             return cls(plan, placement, *await _start(plan, placement, first))
         except WorkerLost as loss:
-            raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
+            raise ServerFault(f"the model's process was lost while it started ({loss.reason})") from loss
 
     async def lost(self) -> WorkerLost:
         return await self.incarnation.lost()
@@ -157,7 +157,9 @@ class RankGroup:
     async def available(self) -> None:
         while self.incarnation.is_lost:
             if self._is_given_up:
-                raise ServerFault("the process that held the model ended, and could not be started anew")
+                raise ServerFault(
+                    "the model's process could not be restarted; the server's log has the cause"
+                )
             await self._restarted.wait()
 
     async def restart(self) -> None:
@@ -265,7 +267,7 @@ class Incarnation:
         """Kill the processes."""
         for watch in self._watches:
             watch.cancel()
-        self._lose("it was ended")
+        self._lose("it was shut down")
         for actor in self._actors:
             ray.kill(actor)
 
@@ -408,13 +410,13 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
         ]
         addresses = await asyncio.gather(*serving)
         if None in addresses:
-            raise WorkerLost("its ranks are another engine's")
+            raise WorkerLost("another engine has its ranks")
         connections = [await Connection.connect(address, heartbeat_seconds) for address in addresses]
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
         if isinstance(error, (*_PROCESS_ENDED, OSError)):
-            raise WorkerLost(f"it ended as it was started: {error}") from error
+            raise WorkerLost(f"a process ended while it started: {error}") from error
         raise
     return Incarnation(connections, actors, plan.call_timeout_seconds)
 
