@@ -124,7 +124,7 @@ def test_a_killed_rank_takes_its_group_with_it_and_the_runs_go_on(
         mine, theirs = (run.forward(batch).metrics["loss:sum"] for run in (client, undisturbed))
         assert mine == pytest.approx(theirs, rel=1e-5)
     said = "".join(server.lines)
-    assert "A process of the model ended (rank " in said
+    assert "The model was lost (rank " in said
 
 
 def _train(client: Any, steps: range) -> None:

@@ -25,13 +25,18 @@ class StandIn(Connection):
         self.dead = asyncio.Event()
         self._work = work
 
-    async def call(self, call: Call, wants_result: bool = True) -> Any:
+    def call(self, call: Call, wants_result: bool = True) -> asyncio.Future[Any]:
+        answer = asyncio.ensure_future(self._call(call, wants_result))
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody need look at it
+        return answer
+
+    async def _call(self, call: Call, wants_result: bool) -> Any:
         assert call.method == "work"
         working = asyncio.ensure_future(self._awaited())
         dying = asyncio.ensure_future(self.dead.wait())
         await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
         if dying.done():
-            raise ConnectionLost
+            raise ConnectionLost("dead")
         result = working.result()
         return result if wants_result else None
 
@@ -41,7 +46,7 @@ class StandIn(Connection):
 
     async def lost(self) -> ConnectionLost:
         await self.dead.wait()
-        return ConnectionLost()
+        return ConnectionLost("dead")
 
     def close(self) -> None:
         self.dead.set()
@@ -200,7 +205,7 @@ async def test_a_death_ends_a_call_that_the_others_would_wait_in_for_ever():
     stand_ins[2].dead.set()
     with pytest.raises(WorkerLost) as loss:
         await call
-    assert loss.value.reason == "rank 2"
+    assert loss.value.reason == "rank 2: dead"
 
 
 async def test_a_death_is_noticed_when_nothing_is_asked():
@@ -208,7 +213,7 @@ async def test_a_death_is_noticed_when_nothing_is_asked():
     group = group_of(*stand_ins)
     await asyncio.sleep(0)
     stand_ins[1].dead.set()
-    assert (await group.lost()).reason == "rank 1"
+    assert (await group.lost()).reason == "rank 1: dead"
 
 
 async def test_one_call_is_over_on_all_ranks_before_the_next_begins():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -89,7 +90,7 @@ async def test_arguments_may_be_named_and_results_left_behind(address: Address):
 
 async def test_calls_begin_in_order_and_one_that_waits_holds_up_no_other(address: Address, target: Target):
     connection = await connect(address)
-    waiting = asyncio.create_task(connection.call(Call("wait")))
+    waiting = connection.call(Call("wait"))
     await asyncio.gather(*(connection.call(Call("note", (i,))) for i in range(50)))
     assert target.order == list(range(50))
     assert not waiting.done()
@@ -119,11 +120,38 @@ async def test_errors_are_raised_as_they_were_with_the_place_they_came_from(addr
     connection.close()
 
 
+async def test_an_error_that_nobody_looks_at_is_not_logged(
+    address: Address, caplog: pytest.LogCaptureFixture
+):
+    connection = await connect(address)
+    connection.call(Call("fail", ("user",)))
+    waiting = connection.call(Call("wait"))
+    await connection.call(Call("echo"))
+    connection.close()
+    connection.call(Call("echo"))
+    assert waiting.done()
+    del waiting
+    gc.collect()
+    assert caplog.text == ""
+
+
+async def test_one_who_gives_up_on_a_call_disturbs_no_other(address: Address, target: Target):
+    connection = await connect(address)
+    given_up, waiting = connection.call(Call("wait")), connection.call(Call("wait"))
+    given_up.cancel()
+    target.gate.set()
+    assert await waiting == "done"
+    with pytest.raises(AttributeError, match="pickle"):
+        connection.call(Call("echo", (lambda: None,)))
+    assert await connection.call(Call("echo", (1,))) == (1,)
+    connection.close()
+
+
 async def test_calls_wait_for_what_is_called_and_raise_what_it_fails_with():
     for error in (None, InvalidRequest("model: not found")):
         ready = asyncio.get_running_loop().create_future()
         connection = await connect(await Server(ready).listen(None))
-        call = asyncio.create_task(connection.call(Call("echo", (1,))))
+        call = connection.call(Call("echo", (1,)))
         await asyncio.sleep(0.02)
         assert not call.done()
         if error is None:
@@ -205,7 +233,7 @@ async def test_one_who_answers_no_heartbeats_is_lost():
     server = await asyncio.start_server(deaf, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     connection = await connect(Address(None, host, port, b"secret"), 0.3)
-    call = asyncio.create_task(connection.call(Call("echo")))
+    call = connection.call(Call("echo"))
     with pytest.raises(ConnectionLost, match=r"no heartbeat for 0\.3 s"):
         await asyncio.wait_for(call, 10)
     assert str(await connection.lost()) == "no heartbeat for 0.3 s"
@@ -215,7 +243,7 @@ async def test_one_who_answers_no_heartbeats_is_lost():
 
 async def test_a_call_may_take_longer_than_heartbeats_do(address: Address, target: Target):
     connection = await connect(address, 0.1)
-    call = asyncio.create_task(connection.call(Call("wait")))
+    call = connection.call(Call("wait"))
     await asyncio.sleep(0.5)
     target.gate.set()
     assert await call == "done"
@@ -224,10 +252,10 @@ async def test_a_call_may_take_longer_than_heartbeats_do(address: Address, targe
 
 async def test_when_the_other_end_goes_whoever_waits_is_told(address: Address):
     connection = await connect(address)
-    waiting = asyncio.create_task(connection.call(Call("wait")))
+    waiting = connection.call(Call("wait"))
     await connection.call(Call("echo"))
     connection._writer.transport.abort()
-    with pytest.raises(ConnectionLost):
+    with pytest.raises(ConnectionLost, match="its process ended, or the connection to it broke"):
         await asyncio.wait_for(waiting, 10)
     await asyncio.wait_for(connection.lost(), 10)
     with pytest.raises(ConnectionLost):

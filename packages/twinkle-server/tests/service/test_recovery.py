@@ -80,7 +80,7 @@ async def test_a_run_goes_on_and_its_client_notices_nothing(
         await train(alice, run, 2, first_seq_id=5)
     await check_state(worker, run, 4)
     said = [record.getMessage() for record in caplog.records if record.name == "twinkle.engine"]
-    assert said[0] == "A process of the model ended (rank 0): starting it anew. Requests wait."
+    assert said[0] == "The model was lost (rank 0); its processes are restarted. Requests wait."
     assert said[1].startswith("The model is back after ")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,8 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import AdamParams, Float32Array
 from twinkle.server.backends.lora.adapter_state import check_fits, peft_names
 from twinkle.server.backends.lora.finite import LARGEST_GRADIENT, Fault, refusal
-from twinkle.server.backends.lora.losses.formulas import FORMULAS, LOSS_SPECS
+from twinkle.server.backends.lora.losses.formulas import FORMULAS, LOSS_SPECS, check_row
 from twinkle.server.backends.lora.module_groups import module_group, wanted_groups
-from twinkle.server.backends.lora.row_checks import check_row
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -77,6 +76,13 @@ class _Adapter:
         self.grads, self.exp_avg, self.exp_avg_sq = (_zeros(self.weights) for _ in range(3))
 
 
+class _Forward(NamedTuple):
+    inputs: list[_Floats]  # of each layer, [T, 8]
+    log_softmax: _Floats  # [T, classes]
+    at: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # the targets' indices in it, [T, 1] and [T, K]
+    logprobs: _Floats  # in the shape of the targets
+
+
 class FakeBackend:
     """See `twinkle.server.backends.protocol.TrainingBackend`. `config.path` is not looked at.
 
@@ -127,37 +133,39 @@ class FakeBackend:
         del self._adapters[adapter_id]
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        flat = [row for rows in micro_batches for row in rows]
         # Row by row onto what is there already, so that sums don't depend on which calls the rows came in.
-        active = {row.adapter_id for rows in micro_batches for row in rows}
+        active = {row.adapter_id for row in flat}
         sums = {adapter_id: _copy(self._adapters[adapter_id].grads) for adapter_id in active}
+        for row in flat:
+            check_row(row, VOCAB_SIZE)
         with np.errstate(over="ignore", invalid="ignore"):  # the step looks at what comes of it
-            results = [[self._run(row, sums[row.adapter_id]) for row in rows] for rows in micro_batches]
+            forwards = [self._forward(row) for row in flat]
+            configs = [{**LOSS_SPECS[row.loss_fn].config, **row.loss_config} for row in flat]
+            losses = [
+                FORMULAS[row.loss_fn](forward.logprobs, row.loss_inputs, config)
+                for row, forward, config in zip(flat, forwards, configs, strict=True)
+            ]
+            for row, forward, (_, grad) in zip(flat, forwards, losses, strict=True):
+                if not row.forward_only:
+                    self._backward(self._adapters[row.adapter_id], forward, grad, sums[row.adapter_id])
         for adapter_id, grads in sums.items():
             self._adapters[adapter_id].grads = grads
-        return results
+        computed = zip(forwards, losses, strict=True)
+        results = (RowResult(forward.logprobs.astype(np.float32), loss) for forward, (loss, _) in computed)
+        return [[next(results) for _ in rows] for rows in micro_batches]
 
-    def _run(self, row: Row, grads: _Matrices) -> RowResult:
-        check_row(row, VOCAB_SIZE)
-        adapter = self._adapters[row.adapter_id]
-        targets = row.loss_inputs["target_tokens"] % _CLASSES
+    def _forward(self, row: Row) -> _Forward:
         inputs: list[_Floats] = []
         x = np.cos(np.outer(row.tokens + 1.0, np.arange(1.0, _HIDDEN + 1)))  # phi
         for module in _LAYERS:
             inputs.append(x)
-            x = x @ self._effective(adapter, module).T
+            x = x @ self._effective(self._adapters[row.adapter_id], module).T
         log_softmax = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-        flat = targets.reshape(len(targets), -1)  # [T, K]
-        positions = np.arange(len(targets))[:, None]
-        logprobs = (log_softmax[positions, flat] - math.log(VOCAB_SIZE / _CLASSES)).reshape(targets.shape)
-        config = {**LOSS_SPECS[row.loss_fn].config, **row.loss_config}
-        loss, loss_grad = FORMULAS[row.loss_fn](logprobs, row.loss_inputs, config)
-        if not row.forward_only:
-            # Of a log-probability with respect to z: one-hot - softmax, summed over candidates.
-            per_target = loss_grad.reshape(flat.shape)
-            grad = -np.exp(log_softmax) * per_target.sum(axis=1, keepdims=True)
-            np.add.at(grad, (positions, flat), per_target)
-            self._backward(adapter, inputs, grad, grads)
-        return RowResult(logprobs.astype(np.float32), loss)
+        targets = row.loss_inputs["target_tokens"]
+        at = np.arange(len(targets))[:, None], targets.reshape(len(targets), -1) % _CLASSES
+        logprobs = (log_softmax[at] - math.log(VOCAB_SIZE / _CLASSES)).reshape(targets.shape)
+        return _Forward(inputs, log_softmax, at, logprobs)
 
     def _effective(self, adapter: _Adapter, module: str) -> _Floats:
         if module not in adapter.modules:
@@ -166,10 +174,14 @@ class FakeBackend:
         a, b = _in_float64(adapter, module)
         return self._base[module] + scale * b @ a
 
-    def _backward(self, adapter: _Adapter, inputs: list[_Floats], grad: _Floats, grads: _Matrices) -> None:
-        """Add to `grads`; `grad` [T, classes] is with respect to the last layer's output."""
+    def _backward(self, adapter: _Adapter, forward: _Forward, loss_grad: _Floats, grads: _Matrices) -> None:
+        """Add to `grads`; `loss_grad` is with respect to the log-probabilities."""
+        # Of a log-probability with respect to z: one-hot - softmax, summed over candidates.
+        per_target = loss_grad.reshape(forward.at[1].shape)
+        grad = -np.exp(forward.log_softmax) * per_target.sum(axis=1, keepdims=True)
+        np.add.at(grad, forward.at, per_target)
         scale = adapter.spec.alpha / adapter.spec.rank
-        for module, x in reversed(list(zip(_LAYERS, inputs, strict=True))):
+        for module, x in reversed(list(zip(_LAYERS, forward.inputs, strict=True))):
             if module in adapter.modules:
                 grad_matrix = scale * grad.T @ x  # of B A
                 a, b = _in_float64(adapter, module)

@@ -1,7 +1,7 @@
-"""Starts a lost worker again.
+"""Restarts a lost worker.
 
-Every run that was on it is its snapshot then, and is brought in when it is needed; what had been computed since is
-computed again in the same calls. So no client has to know.
+Every run that was on it is then its snapshot, loaded when it is needed; what had been computed since is computed again
+in the same calls. So no client notices.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
+from twinkle.protocol.errors import ServerFault
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.warm_up import warm_up
@@ -16,7 +17,7 @@ from twinkle.server.engine.worker import WorkerLost, WorkerPort
 
 log = logging.getLogger("twinkle.engine")
 
-# How often, if the new process ends at once.
+# How often, if the restarted worker is lost at once.
 _ATTEMPTS = 3
 
 
@@ -25,11 +26,11 @@ async def recover(
 ) -> None:
     """
     Raises:
-        Exception: if the worker could not be started again, or not be brought to work.
+        Exception: if the worker could not be restarted, or can't compute.
     """
     began = time.monotonic()
     for attempt in range(1, _ATTEMPTS + 1):
-        log.warning("A process of the model ended (%s): starting it anew. Requests wait.", loss.reason)
+        log.warning("The model was lost (%s); its processes are restarted. Requests wait.", loss.reason)
         try:
             await worker.restart()
             residency.worker_lost()
@@ -38,6 +39,8 @@ async def recover(
             break
         except WorkerLost as again:
             if attempt == _ATTEMPTS:
-                raise
+                raise ServerFault(
+                    f"it was lost again at each of {_ATTEMPTS} attempts: {again.reason}"
+                ) from again
             loss = again
     log.warning("The model is back after %.0f s.", time.monotonic() - began)

@@ -45,7 +45,7 @@ class WorkerLost(ServerFault):
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__("the process that held the model ended")
+        super().__init__("the process that held the model ended or hung; the server's log has the cause")
         self.reason = reason
 
 

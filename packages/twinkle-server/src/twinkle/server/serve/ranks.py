@@ -28,7 +28,7 @@ from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# When one rank has failed, the others either fail likewise or wait for it in vain.
+# How long the others are waited for when one rank has failed.
 GRACE_SECONDS = 10.0
 
 # Errors after which a process can't compute any more, though it lives. PyTorch raises them as RuntimeErrors.
@@ -149,7 +149,7 @@ class RankGroup:
         try:
             return cls(plan, placement, *await _start(plan, placement, first))
         except WorkerLost as loss:
-            raise ServerFault(f"the model's process ended while it started ({loss.reason})") from loss
+            raise ServerFault(f"the model's process was lost while it started ({loss.reason})") from loss
 
     async def lost(self) -> WorkerLost:
         return await self.incarnation.lost()
@@ -157,7 +157,9 @@ class RankGroup:
     async def available(self) -> None:
         while self.incarnation.is_lost:
             if self._is_given_up:
-                raise ServerFault("the process that held the model ended, and could not be started anew")
+                raise ServerFault(
+                    "the model's process could not be restarted; the server's log has the cause"
+                )
             await self._restarted.wait()
 
     async def restart(self) -> None:
@@ -243,7 +245,9 @@ class Incarnation:
         """
         self._check()
         try:
-            return await self._call(0, Call(verb, args, kwargs))
+            return await self._connections[0].call(Call(verb, args, kwargs))
+        except ConnectionLost as error:
+            raise self._lose(f"rank 0: {error}") from error
         except Exception as error:
             self.check_device(verb, error)
             raise
@@ -263,12 +267,9 @@ class Incarnation:
         """Kill the processes."""
         for watch in self._watches:
             watch.cancel()
-        for connection in self._connections:
-            connection.close()
+        self._lose("it was shut down")
         for actor in self._actors:
             ray.kill(actor)
-        if not self._lost.done():
-            self._lost.set_result(WorkerLost("it was ended"))
 
     async def close(self) -> None:
         """Let the ranks close what they hold; the processes end with the cluster."""
@@ -283,64 +284,66 @@ class Incarnation:
         # One process takes its calls in order; several might take them in different orders.
         async with self._turn if self.num_ranks > 1 else contextlib.nullcontext():
             self._check()
-            answers = [asyncio.create_task(self._call(rank, call)) for rank in range(self.num_ranks)]
-            for answer in answers:
-                answer.add_done_callback(_retrieve)
+            # The other ranks' results are the same ones: they aren't sent.
+            answers = [
+                connection.call(call, wants_result=rank == 0)
+                for rank, connection in enumerate(self._connections)
+            ]
             await self._wait_for(answers, call.method, timeout)
             self._check()
             self._answered_at = asyncio.get_running_loop().time()
             return self._agreed(call.method, answers)
 
-    async def _call(self, rank: int, call: Call) -> Any:
-        try:
-            # The other ranks' results are the same ones: they aren't sent.
-            return await self._connections[rank].call(call, wants_result=rank == 0)
-        except ConnectionLost as error:
-            raise self._lose_rank(rank, error) from error
-
-    async def _wait_for(self, answers: Sequence[asyncio.Task[Any]], verb: str, timeout: float | None) -> None:
-        """Until all ranks have answered, or some never will, or the group is lost, as it is after `timeout` seconds."""
+    async def _wait_for(
+        self, answers: Sequence[asyncio.Future[Any]], verb: str, timeout: float | None
+    ) -> None:
+        """Until all ranks have answered, or for the time of grace after one has failed; the group is lost if they have
+        not after `timeout` seconds.
+        """
         loop = asyncio.get_running_loop()
-        answered = asyncio.create_task(_answered(answers))
         sent_at, remaining = loop.time(), timeout
         while True:
-            done, _ = await asyncio.wait(
-                {answered, self._lost}, timeout=remaining, return_when="FIRST_COMPLETED"
-            )
-            if done or timeout is None:
-                break
+            done, waiting = await asyncio.wait(answers, timeout=remaining, return_when="FIRST_EXCEPTION")
+            if not waiting:
+                return
+            if any(answer.exception() for answer in done):
+                # The others fail likewise, or wait for it in vain. A loss of the group ends this.
+                await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+                return
+            assert timeout is not None
             # A lone rank may have been sent calls before this one: the time is that since it last answered any.
             remaining = max(sent_at, self._answered_at) + timeout - loop.time()
             if remaining <= 0:
                 self._lose(f"{verb}: {_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)")
-                break
-        answered.cancel()
+                return
 
     async def _watch(self, rank: int) -> None:
-        self._lose_rank(rank, await self._connections[rank].lost())
+        self._lose(f"rank {rank}: {await self._connections[rank].lost()}")
 
     def _check(self) -> None:
         if self._lost.done():
             raise self._lost.result()
 
-    def _lose_rank(self, rank: int, error: ConnectionLost) -> WorkerLost:
-        return self._lose(f"rank {rank}: {error}" if str(error) else f"rank {rank}")
-
     def _lose(self, reason: str) -> WorkerLost:
-        """The group is lost; the first reason counts."""
+        """The group is lost, and with it all that it was asked; the first reason counts."""
         if not self._lost.done():
             self._lost.set_result(WorkerLost(reason))
+            for connection in self._connections:
+                connection.close()
         return self._lost.result()
 
     # ------------------------------------------------------------ agreement
 
-    def _agreed(self, verb: str, answers: Sequence[asyncio.Task[Any]]) -> Any:
+    def _agreed(self, verb: str, answers: Sequence[asyncio.Future[Any]]) -> Any:
         """Rank 0's result, or what all ranks raised.
 
         Raises:
             WorkerLost: if they don't agree: their adapters may differ now.
         """
         errors = [answer.exception() if answer.done() else None for answer in answers]
+        for rank, error in enumerate(errors):
+            if isinstance(error, ConnectionLost):
+                raise self._lose(f"rank {rank}: {error}") from error
         if all(answer.done() for answer in answers) and not any(errors):
             return answers[0].result()
         raised = [error for error in errors if error is not None]
@@ -350,25 +353,12 @@ class Incarnation:
         raise self._lose(f"{verb}: {_outcomes(answers)}") from first
 
 
-async def _answered(answers: Sequence[asyncio.Task[Any]]) -> None:
-    """Until all ranks have answered, or for the time of grace after one has failed."""
-    _, waiting = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
-    if waiting:
-        await asyncio.wait(waiting, timeout=GRACE_SECONDS)
-
-
-def _retrieve(answer: asyncio.Task[Any]) -> None:
-    """Or asyncio would log the errors of ranks that are waited for no longer, as never retrieved."""
-    if not answer.cancelled():
-        answer.exception()
-
-
 def _is_beyond_repair(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
 
 
-def _outcomes(answers: Sequence[asyncio.Task[Any]]) -> str:
-    def outcome(answer: asyncio.Task[Any]) -> str:
+def _outcomes(answers: Sequence[asyncio.Future[Any]]) -> str:
+    def outcome(answer: asyncio.Future[Any]) -> str:
         if not answer.done():
             return "didn't answer"
         error = answer.exception()
@@ -420,13 +410,13 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
         ]
         addresses = await asyncio.gather(*serving)
         if None in addresses:
-            raise WorkerLost("its ranks are another engine's")
+            raise WorkerLost("another engine has its ranks")
         connections = [await Connection.connect(address, heartbeat_seconds) for address in addresses]
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
         if isinstance(error, (*_PROCESS_ENDED, OSError)):
-            raise WorkerLost(f"it ended as it was started: {error}") from error
+            raise WorkerLost(f"a process ended while it started: {error}") from error
         raise
     return Incarnation(connections, actors, plan.call_timeout_seconds)
 

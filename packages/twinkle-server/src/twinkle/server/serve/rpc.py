@@ -14,7 +14,7 @@ Limits:
 - Heartbeats are answered by the event loop, so a process that is stopped, or whose interpreter lock is never released,
   answers none: the connection is lost after `heartbeat_seconds`. A frame must cross within that time too.
 - A call by itself has no deadline: a method that never returns is its caller's business (see `ranks`).
-- A caller waits while its frames aren't read. A server reads no more calls while its replies aren't.
+- A caller's unread frames are those whose answers it waits for. A server whose replies are unread reads no more calls.
 - Frames have no largest size: both ends are the same program. Each is held whole in memory.
 """
 
@@ -47,7 +47,7 @@ _BUFFER_BYTES = 4 * 2**20
 
 
 class ConnectionLost(ConnectionError):
-    """The other process has ended, answers no heartbeats, or was hung up on. Its text says which, if not the first."""
+    """The other process has ended, answers no heartbeats, or was hung up on. Its text says which."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Connection:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heartbeat_seconds: float
     ) -> None:
         self._writer = writer
-        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._calls = 0
         self._heartbeat_seconds = heartbeat_seconds
         self._unanswered = 0
@@ -202,29 +202,21 @@ class Connection:
         streams[1].write(address.secret)
         return cls(*streams, heartbeat_seconds)
 
-    async def call(self, call: Call, wants_result: bool = True) -> Any:
-        """What the method returned; None if its result isn't wanted.
+    def call(self, call: Call, wants_result: bool = True) -> asyncio.Future[Any]:
+        """Send a call; calls begin in the order in which they are sent.
 
-        Raises:
-            ConnectionLost: if the connection is lost before the answer has arrived.
-            Exception: what the method raised.
+        Returns:
+            What the method returns or raises, or `ConnectionLost`; None if its result isn't wanted. An exception that
+            nobody looks at isn't logged.
         """
+        answer = asyncio.get_running_loop().create_future()
         if self._lost.done():
-            raise self._lost.result()
-        self._calls += 1
-        number = self._calls
-        waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
-        try:
-            _write_frame(self._writer, number, call.body, wants_result)
-            # Behind the write, not before it: callers that wait here would be overtaken by later ones.
-            with contextlib.suppress(ConnectionError):  # `waiting` raises it
-                await self._writer.drain()
-            succeeded, value = pickle.loads(await waiting)
-        finally:
-            self._waiting.pop(number, None)
-        if not succeeded:
-            raise value
-        return value
+            _fail(answer, self._lost.result())
+        else:
+            self._calls += 1
+            _write_frame(self._writer, self._calls, call.body, wants_result)
+            self._answers[self._calls] = answer
+        return answer
 
     async def lost(self) -> ConnectionLost:
         """Why the connection is lost, as soon as it is."""
@@ -238,10 +230,10 @@ class Connection:
             while True:
                 number, _, body = await _read_frame(reader)
                 self._unanswered = 0
-                waiting = self._waiting.get(number)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(body)
-        self._lose(ConnectionLost())
+                answer = self._answers.pop(number, None)
+                if answer is not None and not answer.done():  # its caller may have given up
+                    _settle(answer, body)
+        self._lose(ConnectionLost("its process ended, or the connection to it broke"))
 
     async def _send_heartbeats(self) -> None:
         while self._unanswered < _HEARTBEATS:
@@ -258,9 +250,26 @@ class Connection:
             task.cancel()
         # Not `close`, which would wait for a stopped process to read what was sent to it.
         self._writer.transport.abort()
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(reason)
+        for answer in self._answers.values():
+            if not answer.done():
+                _fail(answer, reason)
+
+
+def _settle(answer: asyncio.Future[Any], body: bytes) -> None:
+    try:
+        succeeded, value = pickle.loads(body)
+    except Exception as error:  # whatever the value's own methods raise
+        succeeded, value = False, error
+    if succeeded:
+        answer.set_result(value)
+    else:
+        _fail(answer, value)
+
+
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    answer.set_exception(error)
+    # Or asyncio would log, as never retrieved, the errors of ranks that are waited for no longer.
+    answer.exception()
 
 
 # ---------------------------------------------------------------- both

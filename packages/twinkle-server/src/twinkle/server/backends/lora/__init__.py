@@ -1,8 +1,8 @@
 """LoRA adapters, whatever holds the base model: what they are, where they live, how they compute, step and are saved.
 
-module_groups, adapter_state, finite, row_checks   rules that need no torch
+module_groups, adapter_state, finite               rules that need no torch
 peft_format, model_card                            an adapter as files
 banks, scratch, adapters, adamw                    where adapters live, their gradients and steps
 linear, experts                                    low-rank terms on linear layers and routed experts
-losses/                                            log-probabilities and losses
+losses/                                            log-probabilities, losses, checks of rows
 """

@@ -14,9 +14,8 @@ from twinkle.protocol.types import AdamParams, Float32Array
 from twinkle.server.backends.lora.adamw import PlannedSteps, plan_steps
 from twinkle.server.backends.lora.adapter_state import check_fits
 from twinkle.server.backends.lora.banks import Adapter, Bank, Layout
-from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
+from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS, check_row
 from twinkle.server.backends.lora.module_groups import wanted_groups
-from twinkle.server.backends.lora.row_checks import check_row
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,

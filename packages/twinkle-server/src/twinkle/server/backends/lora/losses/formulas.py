@@ -1,5 +1,5 @@
-"""What each loss reads, and the losses in numpy with their gradients in closed form: how the fake backend computes, and
-what every other backend is compared with. The formulas and their sources are in `functions`.
+"""What each loss reads, the check of a row for it, and the losses in numpy with their gradients in closed form: how the
+fake backend computes, and what every other backend is compared with. The formulas and their sources are in `functions`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from twinkle.server.backends.protocol import LossSpec
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends.protocol import TARGETS, LossSpec, Row
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Inputs: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -88,3 +89,36 @@ LOSS_SPECS: dict[str, LossSpec] = {
     "dro": LossSpec(_SAMPLED, config={"beta": 0.05}),
     "gspo": LossSpec((*_SAMPLED, "sequence_ratio_mask"), config=_thresholds(1 - 3e-4, 1 + 4e-4)),
 }
+
+
+def check_row(row: Row, vocab_size: int) -> None:
+    """Whether a row can be computed: every backend checks all rows before it begins a pass.
+
+    Raises:
+        InvalidRequest: naming what is not possible.
+    """
+    if row.custom_loss is not None:
+        needed: tuple[str, ...] = ()
+    elif row.loss_fn in LOSS_SPECS:
+        needed = LOSS_SPECS[row.loss_fn].inputs
+    else:
+        raise InvalidRequest(
+            f"loss_fn: {row.loss_fn!r} is not known here; use one of {', '.join(sorted(LOSS_SPECS))}"
+        )
+    targets = row.loss_inputs.get(TARGETS)
+    if targets is None or targets.ndim not in (1, 2) or len(targets) != len(row.tokens):
+        raise InvalidRequest(
+            f"loss_fn_inputs.{TARGETS}: must be there, [T] or [T, K] for the {len(row.tokens)} tokens"
+        )
+    for name in needed:
+        if name not in row.loss_inputs or row.loss_inputs[name].shape != targets.shape:
+            raise InvalidRequest(
+                f"loss_fn_inputs.{name}: {row.loss_fn} needs it in the shape of {TARGETS}, "
+                f"{list(targets.shape)}"
+            )
+    # On a GPU an index out of bounds would end the process.
+    for name, tokens in (("model_input", row.tokens), (TARGETS, targets)):
+        if tokens.size == 0 or np.min(tokens) < 0 or np.max(tokens) >= vocab_size:
+            raise InvalidRequest(
+                f"{name}: token ids must be between 0 and {vocab_size - 1}, at least one of them"
+            )
