@@ -12,7 +12,7 @@ of rows. `run_experts` takes plain tensors, for use by other backends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -266,11 +266,3 @@ class ExpertsWithLora(nn.Module):
             return base(hidden_states, top_k_index, top_k_weights)
         out = run_experts(hidden_states, top_k_index, base.gate_up_proj, base.down_proj, base.act_fn, terms)
         return (out * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
-
-
-def wrap_experts(model: nn.Module, names: Iterable[str], route: ExpertRoute) -> None:
-    """Replace each named experts module by an `ExpertsWithLora`."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, child, ExpertsWithLora(getattr(parent, child), name, route))
