@@ -19,16 +19,7 @@ from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
-from twinkle.server.scheduling.records import (
-    Accepted,
-    Begun,
-    Done,
-    Ended,
-    Lost,
-    Outcome,
-    Record,
-    Rejected,
-)
+from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Outcome, Record, Rejected
 from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.run_files import RunFiles

@@ -33,6 +33,7 @@ async def restore(parts: Parts) -> None:
     read, found.is_damaged = await asyncio.to_thread(parts.compaction.read_earlier, journal)
     for _, record in read:
         found.add(record)
+    # Snapshots of other runs are left over: their runs have ended.
     await asyncio.to_thread(parts.run_files.delete_all_but, set(found.runs))
 
     async def loss_of(run: Run, request: m.ForwardBackwardRequest) -> CustomLoss | None:
@@ -46,6 +47,7 @@ async def restore(parts: Parts) -> None:
     for segment, record in read:
         if isinstance(record, Accepted) and (run := parts.live.get(record.run_id)) is not None:
             run.note_logged(segment, record.seq_id)
+    # Not before: what was read must not be written again.
     parts.run_log.open(journal)
     for lost in parts.live.lost.values():
         if lost.run_id not in found.lost:

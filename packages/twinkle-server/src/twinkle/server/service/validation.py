@@ -295,6 +295,7 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
     check_tokens(request.prompt.tokens, "prompt", info)
     params, length = request.sampling_params, len(request.prompt.tokens)
     room = info.max_context_length - length
+    # A prompt may fill the context if it is only scored: nobody reads the one token that comes with it.
     if room < (params.max_tokens or 1) and not (request.prompt_logprobs and params.max_tokens == 1):
         raise InvalidRequest(
             f"sampling_params.max_tokens: {params.max_tokens} after a prompt of {length} tokens goes "
