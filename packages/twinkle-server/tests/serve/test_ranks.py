@@ -150,13 +150,14 @@ async def block_training_thread(group: RankGroup, rank: int) -> None:
 
 
 async def test_ranks_that_hang_are_replaced_like_those_that_died(placement: PlacementGroup):
-    group = await RankGroup.start(plan(heartbeat_timeout_seconds=3, call_timeout_seconds=3), placement)
+    # A rank that imports torch on a busy machine may answer no heartbeat for some seconds.
+    group = await RankGroup.start(plan(heartbeat_timeout_seconds=10, call_timeout_seconds=3), placement)
     await train_and_compare(group)
     os.kill(process_of(group, 1), signal.SIGSTOP)
     with pytest.raises(WorkerLost) as loss:
         await group.forward_backward([[ROW]])
     assert loss.value.reason in {
-        "rank 1: no heartbeat for 3 s",
+        "rank 1: no heartbeat for 10 s",
         "forward_backward: rank 0 succeeded, rank 1 didn't answer within 3 s (model.call_timeout_seconds)",
     }
     await group.restart()
@@ -164,7 +165,7 @@ async def test_ranks_that_hang_are_replaced_like_those_that_died(placement: Plac
 
     stopped = process_of(group, 0)
     os.kill(stopped, signal.SIGSTOP)
-    assert (await group.lost()).reason == "rank 0: no heartbeat for 3 s", "nothing was called"
+    assert (await group.lost()).reason == "rank 0: no heartbeat for 10 s", "nothing was called"
     await group.restart()
     await train_and_compare(group)
     assert not is_running(stopped)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twinkle.server.engine.packing import Packed
 from twinkle.server.engine.worker import Trained
@@ -73,8 +73,7 @@ class Call:
         them; without passes each job alone.
         """
         if self.passes and self.optim_steps:
-            steps = Call(optim_steps=self.optim_steps, is_repeat=self.is_repeat)
-            return [*Call(self.passes, is_repeat=self.is_repeat).singles(), steps]
+            return [*replace(self, optim_steps=()).singles(), replace(self, passes=())]
         return self.singles()
 
 

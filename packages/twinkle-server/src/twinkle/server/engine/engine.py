@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 from twinkle.protocol import messages as m
@@ -191,7 +192,7 @@ class Engine:
         outputs = unpack(call.passes, in_flight.packed, results)
         if outcomes is None:
             self._trained(call.passes, outputs)
-            return [Call(optim_steps=call.optim_steps)]
+            return [replace(call, passes=())]
         self._trained(call.passes, outputs, call.optim_steps, outcomes)
         return []
 
@@ -207,24 +208,28 @@ class Engine:
         complete by then and no other call comes between the two.
         """
         late_at = self._times.late_at(in_flight)
-        if late_at is None or len(self._calls) > 1:
-            return await in_flight.result
-        ready = asyncio.create_task(self._until_next_is_complete(in_flight, late_at))
         try:
-            await asyncio.wait({in_flight.result, ready}, return_when=asyncio.FIRST_COMPLETED)
-            if not in_flight.result.done() and not ready.exception():
-                self._dispatch_ahead(in_flight)
+            if late_at is not None and len(self._calls) == 1:
+                await asyncio.wait({in_flight.result}, timeout=late_at - asyncio.get_running_loop().time())
+                await self._dispatch_next_behind(in_flight)
             return await in_flight.result
         finally:
             in_flight.result.cancel()
-            ready.cancel()
-            [outcome] = await asyncio.gather(ready, return_exceptions=True)
+
+    async def _dispatch_next_behind(self, in_flight: InFlightCall) -> None:
+        """As soon as the next call is complete; returns without it once this one is done."""
+        if in_flight.result.done():
+            return
+        complete = asyncio.create_task(self._scheduler.until_complete(in_flight.call.runs.keys()))
+        try:
+            await asyncio.wait({in_flight.result, complete}, return_when=asyncio.FIRST_COMPLETED)
+            if not in_flight.result.done() and not complete.exception():
+                self._dispatch_ahead(in_flight)
+        finally:
+            complete.cancel()
+            [outcome] = await asyncio.gather(complete, return_exceptions=True)
             if isinstance(outcome, Exception):
                 log.error("it could not be waited for the next tick", exc_info=outcome)
-
-    async def _until_next_is_complete(self, in_flight: InFlightCall, late_at: float) -> None:
-        await asyncio.sleep(late_at - asyncio.get_running_loop().time())
-        await self._scheduler.until_complete(in_flight.call.runs.keys())
 
     def _dispatch_ahead(self, in_flight: InFlightCall) -> None:
         """Take the next tick, and dispatch its first call if no run of that is under way or away, so that neither call

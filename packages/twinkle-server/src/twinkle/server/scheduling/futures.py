@@ -122,14 +122,18 @@ class FutureTable:
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
         """Set the outcome that an earlier process had."""
-        self._set_outcome(request_id, self._as_kept(outcome))
+        self._set_outcome(request_id, *self._as_kept([outcome]))
 
-    def _as_kept(self, outcome: Outcome) -> Outcome:
-        return encode_result(outcome) if self._encodes and not isinstance(outcome, Encoded) else outcome
+    def _as_kept(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        encodes = self._encodes
+        return [encode_result(o) if encodes and not isinstance(o, Encoded) else o for o in outcomes]
 
     async def encoded(self, result: ForwardBackwardOutput | SampleResponse) -> Outcome:
         """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
-        return await asyncio.to_thread(self._as_kept, result) if _size_of(result) > _LARGE else result
+        if _size_of(result) <= _LARGE:
+            return result
+        [outcome] = await asyncio.to_thread(self._as_kept, [result])
+        return outcome
 
     def run_of(self, request_id: str) -> Run | None:
         """The run that a future belongs to."""
@@ -160,13 +164,14 @@ class FutureTable:
 
     def complete_together(self, outcomes: Sequence[tuple[str, Outcome]], record: bool = True) -> set[str]:
         """`complete` for what came of one call; returns those that had no outcome before."""
-        new = [(each, self._as_kept(outcome)) for each, outcome in outcomes if self.is_pending(each)]
+        pending = {request_id: outcome for request_id, outcome in outcomes if self.is_pending(request_id)}
+        new = list(zip(pending, self._as_kept(pending.values()), strict=True))
         if new and record:
             self._log.done(new)
         for request_id, outcome in new:
             self._set_outcome(request_id, outcome)
         self._drop_old()
-        return {request_id for request_id, _ in new}
+        return set(pending)
 
     def record(self, request_id: str) -> None:
         """Log an outcome that was set without: what came of the request need not be done again."""
