@@ -1,13 +1,12 @@
-"""Exchanges between ranks that autograd goes through in both directions.
+"""Differentiable collectives. In a group of one rank they do nothing.
 
-Each makes its tensor contiguous before it leaves: of a tensor that isn't, Megatron-Core 0.16 drops the result silently.
-A group of one rank is a no-op.
+Each sends a contiguous copy of its tensor: Megatron-Core 0.16 silently drops the result of one that isn't contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -16,36 +15,58 @@ from torch.autograd import Function
 
 from twinkle_megatron.groups import Group
 
+Exchange: TypeAlias = Callable[[Tensor], Tensor]
+
 
 def sum_in_backward(x: Tensor, group: Group) -> Tensor:
-    """`x` as it is; its gradient is the sum of all ranks'. For a value that is the same on all of them, and is used by
-    each in another way.
+    """`x` unchanged; its gradient is summed over the ranks. For a value that all ranks have, and each uses in another
+    way.
     """
-    return x if group.size == 1 else cast("Tensor", cast("Any", _SumInBackward).apply(x, group))
+    return _exchange(x, lambda x: x.view_as(x), lambda grad: _sum(grad, group), group)
 
 
 def sum_in_forward(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' `x`; each gets the sum's gradient as it is."""
-    return x if group.size == 1 else cast("Tensor", cast("Any", _SumInForward).apply(x, group))
+    """The sum of all ranks' `x`; the gradient is passed on unchanged."""
+    return _exchange(x, lambda x: _sum(x, group), lambda grad: grad, group)
 
 
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
-    """[tokens, ...] of each rank, one after the other: [ranks * tokens, ...]. Each rank gets back the sum of all ranks'
+    """Concatenates the ranks' [tokens, ...] to [ranks * tokens, ...]. Each rank gets back the sum of all ranks'
     gradients for its own tokens.
     """
-    return x if group.size == 1 else cast("Tensor", cast("Any", _GatherTokens).apply(x, group))
+    return _exchange(x, lambda x: _gather(x, group), lambda grad: _sum_and_scatter(grad, group), group)
 
 
 def sum_and_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' [ranks * tokens, ...]; each keeps its own tokens of it: [tokens, ...]."""
-    return x if group.size == 1 else cast("Tensor", cast("Any", _ScatterTokens).apply(x, group))
+    """The sum of all ranks' [ranks * tokens, ...], of which each rank keeps its own [tokens, ...]."""
+    return _exchange(x, lambda x: _sum_and_scatter(x, group), lambda grad: _gather(grad, group), group)
 
 
-def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """All to all: `sent[r]` of the rows of x [sum of sent, ...] go to rank r; [sum of received, ...] come from all."""
-    if group.size == 1:
-        return x
-    return cast("Tensor", cast("Any", _ExchangeRows).apply(x, list(sent), list(received), group))
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """All-to-all: rank r gets `sent[r]` rows of x [sum of sent, ...]; the result is [sum of received, ...]."""
+    return _exchange(
+        x,
+        lambda x: _all_to_all(x, sent, received, group),
+        lambda grad: _all_to_all(grad, received, sent, group),
+        group,
+    )
+
+
+def _exchange(x: Tensor, forward: Exchange, backward: Exchange, group: Group) -> Tensor:
+    return x if group.size == 1 else cast("Tensor", cast("Any", _Exchange).apply(x, forward, backward))
+
+
+class _Exchange(Function):
+    """`forward(x)`, with `backward(gradient)` as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Exchange, backward: Exchange) -> Tensor:
+        ctx.exchange = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        return ctx.exchange(grad), None, None
 
 
 def _sum(x: Tensor, group: Group) -> Tensor:
@@ -68,67 +89,7 @@ def _sum_and_scatter(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def _exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group.ranks)
     return out
-
-
-# pyright reads torch's Function as it was written for contexts of any kind.
-# pyright: reportIncompatibleMethodOverride=false
-
-
-class _SumInBackward(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
-
-
-class _SumInForward(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        del ctx
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grad, None
-
-
-class _GatherTokens(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_and_scatter(grad, ctx.group), None
-
-
-class _ScatterTokens(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _sum_and_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.group), None
-
-
-class _ExchangeRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None

@@ -1,8 +1,8 @@
-"""A mixture of experts whose experts are spread over ranks, with low-rank terms of many adapters on each expert.
+"""Expert parallelism with low-rank terms of many adapters on each expert.
 
-Every token travels to the ranks that hold its experts, together with the number of its adapter; there the experts of
-all tenants' tokens are computed at once, and what comes out travels back. (Megatron-Core's own layer sorts tokens by
-expert and forgets whose they are.)
+Each token is sent, with its adapter's number, to the ranks that hold its experts. They compute their experts for all
+tenants' tokens together and send the outputs back. (Megatron-Core's own layer loses track of a token's adapter when it
+sorts tokens by expert.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from twinkle_megatron.lora import ForwardContext, ShardSegment
 
 
 class Router(nn.Module):
-    """Chooses each token's experts: the k likeliest, weighted by their probabilities.
-
-    Source: `Qwen3MoeTopKRouter` of Transformers.
-    """
+    """Top-k routing, as in Transformers' `Qwen3MoeTopKRouter`."""
 
     def __init__(self, config: TransformerConfig, hf: PretrainedConfig) -> None:
         super().__init__()
@@ -44,7 +41,7 @@ class Router(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """The feed-forward part of a layer. `attach` has to be called before it is used."""
+    """A layer's feed-forward block. Call `attach` before use."""
 
     def __init__(
         self, config: TransformerConfig, hf: PretrainedConfig, groups: Groups, **_unused: Any
@@ -82,7 +79,7 @@ class RoutedExperts(nn.Module):
         return mixed.to(hidden.dtype).view_as(hidden), None
 
     def _on_their_ranks(self, x: Tensor, experts: Tensor, adapters: Tensor) -> Tensor:
-        """[n, hidden] and [n, k] to what each of its experts makes of each token, [n, k, hidden]."""
+        """[n, hidden] and experts [n, k] to the experts' outputs, [n, k, hidden]."""
         k = experts.shape[1]
         flat = experts.flatten()
         order = flat.argsort(stable=True)
@@ -103,7 +100,7 @@ class RoutedExperts(nn.Module):
 
 
 def _adapter_of_token(segments: list[ShardSegment], hidden: Tensor) -> Tensor:
-    """int64 [tokens * rows]: adapters counted through all segments; -1 for rows that have none."""
+    """int64 [tokens * rows]: adapters numbered across segments; -1: none."""
     codes: list[Tensor] = []
     first = 0
     for segment in segments:
@@ -116,7 +113,7 @@ def _adapter_of_token(segments: list[ShardSegment], hidden: Tensor) -> Tensor:
 
 
 def _terms(segments: list[ShardSegment], name: str, whose: Tensor) -> list[ExpertTerm]:
-    """The terms of tokens, those here or those that have come here; `whose` is as `_adapter_of_token` counts."""
+    """The terms for tokens with these adapters, numbered as in `_adapter_of_token`."""
     gate_up, down = f"{name}.{GATE_UP}", f"{name}.{DOWN}"
     terms: list[ExpertTerm] = []
     first = 0

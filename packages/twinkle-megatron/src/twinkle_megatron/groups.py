@@ -80,6 +80,7 @@ def join(config: ModelConfig) -> Groups:
         cpu.install()
     else:
         torch.cuda.set_device(device)
+    # torch needs a store even for a group of one.
     alone = cast("Any", dist).HashStore() if config.rendezvous is None else None
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
@@ -93,7 +94,7 @@ def join(config: ModelConfig) -> Groups:
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
         expert_model_parallel_size=config.expert_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=1,  # an expert is whole on its rank
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
     )

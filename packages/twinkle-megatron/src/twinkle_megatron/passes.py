@@ -47,6 +47,7 @@ def run_pass(
     }
     found = _Found([[None] * len(rows) for rows in micro_batches])
     try:
+        # Two schedules, since Megatron-Core runs the backward pass of all pieces or of none.
         for forward_only in (True, False):
             batches = [
                 (i, rows)

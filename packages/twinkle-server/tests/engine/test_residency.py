@@ -63,12 +63,12 @@ class Bench:
         await self.bring_in(run_id, adding_gradients=True)
         inputs = {"target_tokens": TOKENS, "weights": np.ones(3, np.float32)}
         await self.worker.forward_backward([[Row(run_id, TOKENS, "cross_entropy", inputs)]])
-        self.snapshots.computed([self.a_pass(run_id, next(self.seq_ids))], has_gradient=True)
+        self.snapshots.computed([self.a_pass(run_id, next(self.seq_ids))])
 
     async def step(self, run_id: str) -> None:
         await self.bring_in(run_id)
         await self.worker.optim_step([AdamStep(run_id, AdamParams(learning_rate=0.1))])
-        self.snapshots.computed([self.a_step(run_id, next(self.seq_ids))], has_gradient=False)
+        self.snapshots.computed((), [self.a_step(run_id, next(self.seq_ids))])
 
     async def state(self, run_id: str) -> AdapterState:
         return await self.worker.export_adapter(run_id, with_optimizer=True, with_gradients=True)

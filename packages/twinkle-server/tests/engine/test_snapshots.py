@@ -76,7 +76,7 @@ async def test_a_run_is_copied_once_a_period_and_an_idle_one_no_more(
     assert snapshots.seconds_until_due() is None
     for seq_id, now in enumerate((1.0, 2.0, 20.0), start=1):
         at(snapshots, now)
-        snapshots.computed([a_step(run, seq_id)], has_gradient=False)
+        snapshots.computed((), [a_step(run, seq_id)])
         await snapshots.take_due()
     assert exports(worker) == 0
     assert snapshots.seconds_until_due() == 11.0  # since the first step
@@ -97,9 +97,9 @@ async def test_much_that_would_have_to_be_computed_again_is_copied_at_once(
 ):
     snapshots = make(worker, tmp_path, 30.0)
     for seq_id in range(1, jobs):
-        snapshots.computed([a_step(run, seq_id, tokens)], has_gradient=True)
+        snapshots.computed([a_step(run, seq_id, tokens)])
     assert snapshots.seconds_until_due() == 30.0
-    snapshots.computed([a_step(run, jobs, tokens)], has_gradient=True)
+    snapshots.computed([a_step(run, jobs, tokens)])
     assert snapshots.seconds_until_due() == 0.0
 
 
@@ -109,10 +109,10 @@ async def test_copies_that_take_long_are_taken_seldom_within_bounds(
 ):
     snapshots = make(worker, tmp_path, 1.0)
     worker.note_after = lambda _method: at(snapshots, snapshots.clock() + cost)
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     at(snapshots, 1.0)
     await snapshots.take_due()
-    snapshots.computed([a_step(run, 2)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 2)])
     assert snapshots.seconds_until_due() == pause
     await snapshots.close()
 
@@ -123,7 +123,8 @@ async def test_the_newest_copy_alone_stays_on_disk_and_is_what_is_read(
     snapshots = make(worker, tmp_path, 0.0)
     for seq_id in range(1, 4):
         await worker.optim_step([AdamStep(RUN_ID, AdamParams(learning_rate=0.1, weight_decay=0.5))])
-        snapshots.computed([a_step(run, seq_id)], has_gradient=seq_id == 3)
+        jobs = [a_step(run, seq_id)]
+        snapshots.computed(*((jobs, ()) if seq_id == 3 else ((), jobs)))
         await snapshots.take_due()
     in_memory = await snapshots.read(run)
     assert in_memory is not None and in_memory.optimizer is not None and in_memory.optimizer.step == 3
@@ -148,7 +149,7 @@ async def test_a_copy_waits_for_what_the_run_still_writes(run: Run, worker: Mort
         await settled.wait()
 
     run.add_write(asyncio.create_task(write()))
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     await snapshots.take_due()
     await asyncio.sleep(0.02)
     assert run.snapshot.stored is None and not (tmp_path / "s").exists()
@@ -161,7 +162,7 @@ async def test_a_run_that_ends_while_its_copy_is_written_leaves_nothing(
     run: Run, worker: MortalWorker, tmp_path: Path
 ):
     snapshots = make(worker, tmp_path, 0.0)
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     await snapshots.take_due()
     end(snapshots, run)
     await snapshots.close()
@@ -178,7 +179,7 @@ async def test_a_copy_that_cannot_be_written_is_kept_in_memory_and_written_when_
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshots.files, "write", full)
-        snapshots.computed([a_step(run, 1)], has_gradient=False)
+        snapshots.computed((), [a_step(run, 1)])
         await snapshots.take_due()
         assert not await snapshots.written(run)
     assert await snapshots.read(run) is not None
@@ -191,7 +192,7 @@ async def test_a_copy_that_cannot_be_written_is_kept_in_memory_and_written_when_
 
 async def test_without_files_nothing_is_kept(run: Run, worker: MortalWorker):
     snapshots = Snapshots(worker, None, 0.0)
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     await snapshots.take_due()
     assert exports(worker) == 0
 
@@ -200,7 +201,7 @@ async def test_where_nothing_can_be_lost_copies_are_taken_on_demand_alone(
     run: Run, worker: MortalWorker, tmp_path: Path
 ):
     snapshots = make(worker, tmp_path, None)
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     snapshots.hurry(run)
     assert snapshots.seconds_until_due() is None
     assert snapshots.take_unsaved() == []  # it would grow for ever
@@ -215,7 +216,7 @@ async def test_what_was_loaded_is_safe_before_it_is_said_to_be_loaded(
     run: Run, worker: MortalWorker, tmp_path: Path
 ):
     snapshots = make(worker, tmp_path, 30.0)
-    snapshots.computed([a_step(run, 1)], has_gradient=True)
+    snapshots.computed([a_step(run, 1)])
     await snapshots.loaded(a_step(run, 2), await worker.export_adapter(RUN_ID, with_optimizer=True))
     assert run.snapshot.stored == 2 and not run.has_gradient
     assert snapshots.take_unsaved() == [] and snapshots.seconds_until_due() is None
@@ -223,7 +224,7 @@ async def test_what_was_loaded_is_safe_before_it_is_said_to_be_loaded(
 
 async def test_a_run_that_is_given_up_says_why(run: Run, worker: MortalWorker, tmp_path: Path):
     snapshots = make(worker, tmp_path, 0.0)
-    snapshots.computed([a_step(run, 1)], has_gradient=False)
+    snapshots.computed((), [a_step(run, 1)])
     run.lost = "it is gone"
     snapshots.drop(run)
     with pytest.raises(ServerFault, match="it is gone"):
@@ -246,8 +247,8 @@ def some_runs() -> tuple[Snapshots, dict[str, Run]]:
 def test_calls_come_in_their_order_with_the_jobs_in_theirs_once():
     snapshots, runs = some_runs()
     a, b = runs["a"], runs["b"]
-    snapshots.computed([a_step(b, 1), a_step(a, 1), a_step(b, 2)], has_gradient=False)
-    snapshots.computed([a_step(a, 2)], has_gradient=False)
+    snapshots.computed((), [a_step(b, 1), a_step(a, 1), a_step(b, 2)])
+    snapshots.computed((), [a_step(a, 2)])
     assert names(snapshots.take_unsaved()) == [["b-1", "a-1", "b-2"], ["a-2"]]
     assert snapshots.take_unsaved() == []
 
@@ -283,7 +284,7 @@ def test_the_rest_is_what_was_added_less_what_snapshots_have_and_runs_that_ended
             for name in call:
                 last[name] += 1
                 jobs.append(a_step(runs[name], last[name]))
-            snapshots.computed(jobs, has_gradient=False)
+            snapshots.computed((), jobs)
             added.append(jobs)
         for name, seq_id in taken.items():
             await take(snapshots, runs[name], seq_id)

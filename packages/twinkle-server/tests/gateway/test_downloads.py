@@ -16,6 +16,7 @@ from keyed_gateway import KeyedGateway
 
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.uris import CheckpointUri
+from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.tokens import DOWNLOAD_SECONDS
 
 KINDS = ["/external_weights_urls", "/archive"]
@@ -122,7 +123,11 @@ async def test_an_address_never_gives_another_checkpoint_of_the_same_name(
 
 
 async def test_while_a_checkpoint_is_overwritten_its_old_address_gives_nothing(
-    gateway: KeyedGateway, owner: Owner, reader: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    gateway: KeyedGateway,
+    owner: Owner,
+    reader: httpx.AsyncClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """The files are there before their row: for as long as the database can't be written to."""
     old = await address(reader, owner, "/external_weights_urls")
@@ -135,7 +140,7 @@ async def test_while_a_checkpoint_is_overwritten_its_old_address_gives_nothing(
         put(row)
 
     monkeypatch.setattr(gateway.service.parts.database, "put_checkpoint", late)
-    files, uri = gateway.service.parts.downloads._files, CheckpointUri("name", owner.run, "weights")
+    files, uri = CheckpointFiles(tmp_path / "checkpoints"), CheckpointUri("name", owner.run, "weights")
     first = files.digest(uri)
     datum = {"model_id": owner.run, "seq_id": 2, "path": "name", "overwrite": True}
     step = await owner.do("/optim_step", model_id=owner.run, seq_id=1 + owner.seq_id, adam_params={})

@@ -58,7 +58,7 @@ async def sampled(tenant: Tenant, **more: Any) -> str:
     )
     promise = await tenant.service.submit(tenant.name, sample)
     while tenant.service.parts.futures.is_pending(promise.request_id):  # pyright: ignore[reportPrivateUsage]
-        await tenant.service.parts.futures.look(tenant.name, promise.request_id, 10)  # pyright: ignore
+        await tenant.service.parts.futures.look(tenant.name, [promise.request_id], 10)  # pyright: ignore
     return promise.request_id
 
 

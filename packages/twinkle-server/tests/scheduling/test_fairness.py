@@ -6,30 +6,13 @@ from collections import Counter, defaultdict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduled_jobs import a_pass, a_run, a_step
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.types import Datum, ModelInput
-from twinkle.server.backends.protocol import AdapterSpec
-from twinkle.server.scheduling.runs import Job, Run
+from twinkle.server.scheduling.runs import Run
 from twinkle.server.scheduling.scheduler import Scheduler, Tick
 
 TICK, OVERHEAD = 1000, 50
-
-
-def a_run(name: str, tenant: str = "t") -> Run:
-    return Run(name, tenant, "session", "fake/model", AdapterSpec(rank=1))
-
-
-def a_pass(run: Run, seq_id: int, tokens: int) -> Job:
-    request = m.ForwardBackwardRequest(
-        run.run_id, seq_id, [Datum(ModelInput.from_ints([0]))], "cross_entropy"
-    )
-    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request, tokens)
-
-
-def a_step(run: Run, seq_id: int) -> Job:
-    request = m.OptimStepRequest(model_id=run.run_id, seq_id=seq_id)
-    return Job(f"{run.run_id}-{seq_id}", run, seq_id, request)
 
 
 def cost(tick: Tick) -> int:

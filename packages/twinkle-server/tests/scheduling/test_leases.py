@@ -51,7 +51,8 @@ def test_one_that_never_waited_for_anything_may_come_at_any_time(clock: Clock):
 
 def test_one_that_waits_is_there_however_long_that_takes(clock: Clock):
     leases = Leases(25, clock)
-    with leases.waiting("a"), leases.waiting("a"):
+    leases.renew("a")
+    with leases.waiting(["a"]), leases.waiting(["a"]):
         ticks(leases, clock, 500)
         assert not leases.is_gone("a")
     ticks(leases, clock, 20)
@@ -62,7 +63,8 @@ def test_one_that_waits_is_there_however_long_that_takes(clock: Clock):
 
 def test_one_that_hangs_up_was_there_when_it_began_to_wait(clock: Clock):
     leases = Leases(25, clock)
-    with pytest.raises(asyncio.CancelledError), leases.waiting("a"):
+    leases.renew("a")
+    with pytest.raises(asyncio.CancelledError), leases.waiting(["a"]):
         ticks(leases, clock, 25)
         raise asyncio.CancelledError
     assert leases.is_gone("a")
@@ -70,9 +72,10 @@ def test_one_that_hangs_up_was_there_when_it_began_to_wait(clock: Clock):
 
 def test_one_that_polls_seldom_is_taken_for_gone_once(clock: Clock):
     leases = Leases(25, clock)
+    leases.renew("a")
     gone = []
     for _ in range(5):
-        with leases.waiting("a"):
+        with leases.waiting(["a"]):
             pass
         ticks(leases, clock, 60)
         gone.append(leases.is_gone("a"))

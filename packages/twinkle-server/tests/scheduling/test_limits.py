@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_futures import create
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import LimitReached
@@ -89,26 +90,26 @@ def test_room_in_the_queue_is_bounded_by_requests_and_tokens_of_each_and_of_all(
         max_queued_requests=4,
         max_queued_tokens=150,
     )
-    check_room(limits, futures, "a", 1000)  # the first is taken, however large
-    first = futures.create("a", tokens=90)
+    check_room(limits, futures.load_of("a"), futures.load, 1000)  # the first is taken, however large
+    first = create(futures, "a", tokens=90)
     with pytest.raises(LimitReached, match=r"limits\.max_queued_tokens_per_tenant: 90 .* 11 more .* 100"):
-        check_room(limits, futures, "a", 11)
-    check_room(limits, futures, "a", 10)
-    futures.create("b", tokens=60)
+        check_room(limits, futures.load_of("a"), futures.load, 11)
+    check_room(limits, futures.load_of("a"), futures.load, 10)
+    create(futures, "b", tokens=60)
     with pytest.raises(LimitReached, match=r"limits\.max_queued_tokens: 150 "):
-        check_room(limits, futures, "b", 1)
-    check_room(limits, futures, "c", 1)
-    futures.create("a")
-    futures.create("a")
+        check_room(limits, futures.load_of("b"), futures.load, 1)
+    check_room(limits, futures.load_of("c"), futures.load, 1)
+    create(futures, "a")
+    create(futures, "a")
     with pytest.raises(
         LimitReached, match=r"limits\.max_queued_requests_per_tenant: 3 .* 3 is the most"
     ) as told:
-        check_room(limits, futures, "a", 0)
+        check_room(limits, futures.load_of("a"), futures.load, 0)
     assert told.value.retry_after > 0
     with pytest.raises(LimitReached, match=r"limits\.max_queued_requests: 4 "):
-        check_room(limits, futures, "b", 0)
+        check_room(limits, futures.load_of("b"), futures.load, 0)
     futures.complete(first, DONE)
-    check_room(limits, futures, "a", 40)
+    check_room(limits, futures.load_of("a"), futures.load, 40)
     assert (futures.load.requests, futures.load.tokens) == (3, 60)
     assert futures.load_of("a").tokens == 0
 
@@ -116,12 +117,12 @@ def test_room_in_the_queue_is_bounded_by_requests_and_tokens_of_each_and_of_all(
 async def test_who_does_not_fetch_results_is_told_to():
     futures = FutureTable(Clock(), RunLog())
     limits = LimitsSection(max_unfetched_bytes_per_tenant=5000)
-    ids = [futures.create("a") for _ in range(3)]
+    ids = [create(futures, "a") for _ in range(3)]
     for request_id in ids:
-        check_fetched(limits, futures, "a")
+        check_fetched(limits, futures.load_of("a"))
         futures.complete(request_id, DONE)
     with pytest.raises(LimitReached, match=r"limits\.max_unfetched_bytes_per_tenant: .* fetch them first"):
-        check_fetched(limits, futures, "a")
-    check_fetched(limits, futures, "b")
+        check_fetched(limits, futures.load_of("a"))
+    check_fetched(limits, futures.load_of("b"))
     await futures.wait("a", ids[0], 0)
-    check_fetched(limits, futures, "a")
+    check_fetched(limits, futures.load_of("a"))

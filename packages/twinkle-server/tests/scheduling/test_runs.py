@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ def job(seq_id: int) -> Job:
 
 def drain(queue: RunQueue) -> list[int]:
     taken = []
-    while queue.head() is not None:
-        taken.append(queue.pop().seq_id)
+    while queue.head is not None:
+        jobs, _ = queue.take(room=math.inf)
+        taken += [job.seq_id for job in jobs]
     return taken
 
 
@@ -25,7 +27,7 @@ def test_jobs_come_out_in_order_whatever_order_they_arrive_in():
     queue = RunQueue(first_seq_id=1)
     for seq_id in (2, 3):
         queue.offer(job(seq_id))
-    assert queue.head() is None
+    assert queue.head is None
     queue.offer(job(1))
     assert drain(queue) == [1, 2, 3]
 
@@ -45,7 +47,7 @@ def test_a_retry_finds_the_first_request_also_after_it_ran():
     queue.offer(job(1))
     step = Received(job(1).request)
     assert queue.duplicate_of(1, step) == "request-1"
-    queue.pop()
+    queue.take(room=math.inf)
     assert queue.duplicate_of(1, step) == "request-1"
     assert queue.duplicate_of(2, step) is None
 
@@ -85,7 +87,7 @@ def test_a_queue_says_what_a_request_waits_for():
     queue.offer(job(1))
     queue.reject(2)
     assert queue.why_waiting("request-4") == "2 requests of this run go before it"
-    queue.pop()
+    queue.take(room=math.inf)
     assert queue.why_waiting("request-1") == "it is being computed"
     assert queue.why_waiting("request-3") == "0 requests of this run go before it"
 

@@ -47,7 +47,7 @@ SAMPLE = m.SampleRequest.model_validate(
 async def test_a_poll_whose_client_hung_up_ends_in_the_engine_too_and_a_request_does_not(is_poll: bool):
     handle = Handle()
     service = HandleService(handle)  # pyright: ignore[reportArgumentType]
-    asking = service.fetch("t", "id", 25.0) if is_poll else service.submit("t", SAMPLE)
+    asking = service.fetch("t", ["id"], 25.0) if is_poll else service.submit("t", SAMPLE)
     task = asyncio.create_task(asking)
     await asyncio.sleep(0)
     task.cancel()

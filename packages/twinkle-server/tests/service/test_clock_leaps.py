@@ -14,6 +14,7 @@ from trained_states import a_pass, a_step, check_state
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.types import ModelInput
+from twinkle.server.checkpoints import checkpoints
 from twinkle.server.store.clock import STEADY_SECONDS, SteadyClock
 
 YEAR, DAY = 365 * 86_400.0, 86_400.0
@@ -126,13 +127,13 @@ async def test_what_is_overwritten_within_one_tick_of_the_clock_is_another(serve
 
 
 async def test_a_leap_deletes_nothing_that_time_has_not_ended(
-    server: Server, wall: WallClock, caplog: pytest.LogCaptureFixture
+    server: Server, wall: WallClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    ran = 0.0
+    monkeypatch.setattr(checkpoints, "SteadyClock", lambda: SteadyClock(wall, lambda: ran))
     alice = await server.start()
     run = await alice.run()
-    ran = 0.0
     keeper = server.service.parts.checkpoints
-    keeper._steady_clock = SteadyClock(wall, lambda: ran)
 
     async def pass_time(seconds: float) -> None:
         nonlocal ran
@@ -163,15 +164,15 @@ async def test_a_leap_deletes_nothing_that_time_has_not_ended(
 
 @leaps
 async def test_a_server_that_has_just_been_started_deletes_nothing_yet(
-    server: Server, wall: WallClock, leap: float
+    server: Server, wall: WallClock, monkeypatch: pytest.MonkeyPatch, leap: float
 ):
     alice = await server.start()
     run = await alice.run()
     path = await saved(alice, run, 1, path="brief", ttl_seconds=3600)
     await server.close()
     wall.now += leap
+    monkeypatch.setattr(checkpoints, "SteadyClock", lambda: SteadyClock(wall))
     alice = await server.start()
-    server.service.parts.checkpoints._steady_clock = SteadyClock(wall)
     await server.service.parts.checkpoints.sweep()
     wall.now -= leap
     assert await alice.ask(m.WeightsInfoRequest(tinker_path=path))

@@ -107,9 +107,9 @@ async def test_a_client_that_asks_for_its_result_again_gets_it(world: World):
     assert isinstance(pending, m.TryAgain)
     await world.seconds(200)
     assert world.drawing() == 0
-    again = await world.sample(
-        world.alice, sampler, 0
-    )  # as a client does that doesn't know whether it arrived
+    # As a client does that doesn't know whether it arrived.
+    again = await world.sample(world.alice, sampler, 0)
+    pause_gone(world.service.parts)
     assert again.request_id == promise.request_id and world.drawing() == 1
     world.worker.hangs = lambda _method: False
     await world.service.retrieve("alice", promise.request_id, timeout=0.01)
@@ -206,4 +206,5 @@ async def test_a_client_that_trains_again_is_back_and_its_samples_are_drawn(worl
     await world.seconds(200)
     assert world.drawing() == 0
     await world.service.submit("alice", m.OptimStepRequest(model_id=run, seq_id=1))
+    await world.seconds(5)
     assert world.drawing() == 1

@@ -20,6 +20,7 @@ from twinkle.server.checkpoints.checkpoints import Save
 from twinkle.server.config import LimitsSection
 from twinkle.server.service.service import Service
 from twinkle.server.service.session_expiry import release_vanished
+from twinkle.server.store.checkpoint_files import CheckpointFiles
 
 T = TypeVar("T")
 Begin = Callable[..., Any]
@@ -139,18 +140,18 @@ async def test_checkpoints_too_many_or_too_large_are_refused_by_name_and_snapsho
     assert isinstance(saved, m.SaveWeightsResponse)
 
 
-async def test_checkpoints_that_are_being_written_count(begin: Begin):
+async def test_checkpoints_that_are_being_written_count(begin: Begin, monkeypatch: pytest.MonkeyPatch):
     service = await begin(max_checkpoints_per_tenant=3)
     alice = Tenant(service, "alice")
     run = await alice.run()
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=1, path="before"))
-    write = service.parts.checkpoints._files.write
+    write = CheckpointFiles.write
 
     def slowly(*args: Any) -> int:
         time.sleep(0.3)
         return write(*args)
 
-    service.parts.checkpoints._files.write = slowly
+    monkeypatch.setattr(CheckpointFiles, "write", slowly)
     saves = [m.SaveWeightsRequest(model_id=run, seq_id=2 + i, path=f"at-once-{i}") for i in range(5)]
     promises = [await service.submit("alice", save) for save in saves]
     outcomes = [await alice.outcome(promise) for promise in promises]
@@ -166,9 +167,9 @@ async def test_checkpoints_that_are_being_written_count(begin: Begin):
     def failing(*args: Any) -> int:
         raise RuntimeError("no such luck")
 
-    service.parts.checkpoints._files.write = failing
+    monkeypatch.setattr(CheckpointFiles, "write", failing)
     assert isinstance(await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=7, path="fails")), m.Failure)
-    service.parts.checkpoints._files.write = write
+    monkeypatch.setattr(CheckpointFiles, "write", write)
     assert not isinstance(
         await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=8, path="last")), m.Failure
     )
@@ -198,18 +199,19 @@ async def test_a_checkpoint_is_kept_no_longer_than_allowed(begin: Begin):
     assert listed.expires_at is not None and listed.expires_at > listed.time
 
 
-async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin):
+async def test_of_the_snapshots_for_sampling_the_newest_stay(begin: Begin, monkeypatch: pytest.MonkeyPatch):
     service = await begin(max_sampler_snapshots_per_run=2)
     alice = Tenant(service, "alice")
     run = await alice.run()
-    files = service.parts.checkpoints._files
-    write = files.write
+    write = CheckpointFiles.write
 
-    def later(uri: CheckpointUri, *args: Any) -> int:  # those that are to go are the last to be written
+    def later(
+        files: CheckpointFiles, uri: CheckpointUri, *args: Any
+    ) -> int:  # those that are to go are the last to be written
         time.sleep(0.3 if uri.name in ("unnamed-1", "unnamed-2") else 0.0)
-        return write(uri, *args)
+        return write(files, uri, *args)
 
-    files.write = later
+    monkeypatch.setattr(CheckpointFiles, "write", later)
     samplers = [
         (
             await alice.do(

@@ -15,6 +15,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Unavailable
+from twinkle.server.checkpoints import checkpoints
 from twinkle.server.store import retry
 from twinkle.server.store.clock import STEADY_SECONDS, SteadyClock
 
@@ -58,8 +59,13 @@ def session_of(run: str) -> str:
 
 
 async def test_training_goes_on_without_it_and_the_rest_when_it_is_back(
-    server: Server, path: Path, away: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    path: Path,
+    away: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
+    monkeypatch.setattr(checkpoints, "SteadyClock", steady_clock)
     alice = await server.start()
     run = await alice.run()
     await train(alice, run, 1)
@@ -70,7 +76,6 @@ async def test_training_goes_on_without_it_and_the_rest_when_it_is_back(
             await alice.ask(m.SessionHeartbeatRequest(session_id=session_of(run)))
         with pytest.raises(Unavailable):
             await alice.run()
-    server.service.parts.checkpoints._steady_clock = steady_clock()
     await server.service.parts.checkpoints.sweep()
     assert [record.levelname for record in caplog.records] == ["ERROR"], "it is said once"
     promise = await alice.service.submit("alice", m.SaveWeightsRequest(model_id=run, seq_id=5, path="name"))

@@ -16,6 +16,7 @@ from twinkle.protocol.types import AdamParams, Datum, ForwardBackwardOutput, Mod
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
 from twinkle.server.scheduling import runs
+from twinkle.server.store.checkpoint_files import CheckpointFiles
 
 
 def a_pass(
@@ -307,14 +308,13 @@ async def test_nobody_else_waits_while_a_checkpoint_is_read(
     await alice.do(a_step(run, 2))
     await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=3, path="here"))
     before = (await alice.do(a_pass(run, 4, forward_only=True))).metrics["loss:sum"]
-    files = alice.service.parts.checkpoints._files
-    read, has_come = files.read, threading.Event()
+    read, has_come = CheckpointFiles.read, threading.Event()
 
     def slowly(*args: Any, **kwargs: Any) -> AdapterState:
         assert has_come.wait(20)
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(files, "read", slowly)
+    monkeypatch.setattr(CheckpointFiles, "read", slowly)
     requests = [
         a_pass(run, 5),
         a_step(run, 6, lr=1.0),

@@ -51,10 +51,7 @@ def init_tinker_client(base_url: str | None = None, api_key: str | None = None) 
     Warns:
         UserWarning: if the SDK's version is unknown to this package, but has everything that it patches.
     """
-    environment = {
-        "TINKER_BASE_URL": resolve_base_url(base_url),
-        "TINKER_API_KEY": resolve_api_key(api_key),
-    }
+    environment = {"TINKER_BASE_URL": resolve_base_url(base_url), "TINKER_API_KEY": resolve_api_key(api_key)}
     # First, since with the import hook this import calls `init_tinker_client` itself.
     sdk = _import_sdk()
     if not _originals:

@@ -7,14 +7,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from twinkle.dataset.encoding import (
-    EncodedRow,
-    Encoder,
-    check_left,
-    check_trained,
-    encode_pair,
-    encode_row,
-)
+from twinkle.dataset.encoding import EncodedRow, Encoder, check_left, check_trained, encode_pair, encode_row
 from twinkle.dataset.meta import DatasetMeta, MetaLike, as_metas
 from twinkle.dataset.mixing import Stop, check_mixing, mix
 from twinkle.dataset.readers import Row

@@ -22,11 +22,7 @@ class HubUnavailable(Exception):
 
 
 def download(
-    hub: Hub,
-    repository: str,
-    kind: Kind,
-    allow_patterns: Sequence[str] | None,
-    revision: str | None,
+    hub: Hub, repository: str, kind: Kind, allow_patterns: Sequence[str] | None, revision: str | None
 ) -> Path:
     """The local folder of a repository, updated if the hub can be reached.
 
@@ -41,64 +37,54 @@ def download(
 
 def _from_huggingface(repository: str, kind: Kind, patterns: list[str] | None, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         found = huggingface_hub.snapshot_download(
             repository, repo_type=kind, revision=revision, allow_patterns=patterns
         )
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         state = "offline (HF_HUB_OFFLINE)" if _offline() else "can't be reached"
         raise HubUnavailable(
             f"{state}, and it has not been downloaded before ({_first_line(error)})"
         ) from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise HubUnavailable(
             f"gated; ask for access on its page and log in with `hf auth login` ({_first_line(error)})"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise HubUnavailable("no such repository, or a private one and you are not logged in") from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise HubUnavailable(f"no such revision: {revision}") from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
         raise HubUnavailable(_first_line(error)) from error
     return Path(found)
 
 
 def _from_modelscope(repository: str, kind: Kind, patterns: list[str] | None, revision: str | None) -> Path:
-    from modelscope_hub import (
-        CacheNotFound,
-        HubApi,
-        HubError,
-        NetworkError,
-        NotExistError,
-        get_default_config,
-    )
+    import modelscope_hub
 
     if "/" not in repository:
         raise HubUnavailable("ids are org/name there")
-    api = HubApi()
-    reason = "offline (HF_HUB_OFFLINE)" if _offline() else _unreachable(get_default_config().endpoint)
+    api = modelscope_hub.HubApi()
+    reason = (
+        "offline (HF_HUB_OFFLINE)"
+        if _offline()
+        else _unreachable(modelscope_hub.get_default_config().endpoint)
+    )
     if reason is None:
         try:
             return api.download_repo(repository, kind, revision=revision, allow_patterns=patterns)
-        except NetworkError as error:
+        except modelscope_hub.NetworkError as error:
             reason = f"can't be reached ({_first_line(error)})"
-        except NotExistError as error:
+        except modelscope_hub.NotExistError as error:
             private = "no such repository or revision, or a private one and you are not logged in"
             raise HubUnavailable(private) from error
-        except (HubError, OSError) as error:
+        except (modelscope_hub.HubError, OSError) as error:
             raise HubUnavailable(_first_line(error)) from error
     try:
         return api.download_repo(repository, kind, revision=revision, local_files_only=True)
-    except CacheNotFound as error:
+    except modelscope_hub.CacheNotFound as error:
         raise HubUnavailable(f"{reason}, and it has not been downloaded before") from error
 
 

@@ -59,6 +59,7 @@ def sample_groups(
         raise InvalidRequest(f"group_size: {group_size}; sample at least one answer a prompt")
     require_sampler(sampling_client)
     prompts = [encode_prompt(template, conversation, i) for i, conversation in enumerate(conversations)]
+    # All are sent before any is waited for: samples in flight together are generated together.
     pending = [
         sampling_client.sample(
             prompt=types.ModelInput.from_ints(prompt.tolist()),

@@ -16,12 +16,7 @@ from tqdm import tqdm
 from twinkle.data_format import Message, Trajectory, Types
 from twinkle.protocol import types as core_types
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.rollout.groups import (
-    PROGRESS_DELAY_SECONDS,
-    encode_prompt,
-    require_sampler,
-    sampled_arrays,
-)
+from twinkle.rollout.groups import PROGRESS_DELAY_SECONDS, encode_prompt, require_sampler, sampled_arrays
 from twinkle.rollout.protocols import Result, Sampler
 from twinkle.rollout.rollouts import Rollout
 from twinkle.rollout.tools import Tool, as_tools, call_tools

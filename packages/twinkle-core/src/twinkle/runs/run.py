@@ -91,6 +91,7 @@ class Run:
         if resume is not None:
             self.directory = Path(resume)
             self.state = records.read_state(self.directory)
+            # Steps after the last checkpoint are trained, and logged, again.
             records.keep_metrics_through(self.directory, self.state.step)
             if config is not None:
                 _tell_differences(records.read_config(self.directory), records.as_json(config), resume_option)

@@ -52,17 +52,7 @@ def cosine(step: int, total_steps: int, peak: float, warmup_steps: int = 0, floo
 
         floor + (peak - floor) * (1 + cos(pi * progress)) / 2
 
-    SGDR without restarts: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5.
-
-    Args:
-        step: from 0.
-        total_steps: steps of the whole training, warm-up included.
-        peak: the highest learning rate.
-        warmup_steps: steps on the way up to it.
-        floor: the lowest learning rate of the decay; the warm-up rises from zero whatever it is.
-
-    Raises:
-        InvalidRequest: naming a number that is negative, not finite, not whole, or does not fit the others.
+    SGDR without restarts: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5. Arguments and errors as in `linear`.
     """
     _check(step, peak, warmup_steps, total_steps, floor)
     if step < warmup_steps:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
-from twinkle.protocol.types import Datum, ForwardBackwardOutput
+from twinkle.protocol.types import Datum, ForwardBackwardOutput, TensorData
 
 ClientLoss: TypeAlias = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
 """Datums and the log-probabilities of each (torch tensors of the targets' shape) to a scalar tensor and metrics."""
@@ -116,16 +116,7 @@ class Surrogate:
 
 def without_gradient(data: Sequence[Datum]) -> list[Datum]:
     """The datums with zero weights, for the pass that only computes log-probabilities."""
-    return [
-        Datum(
-            datum.model_input,
-            {
-                "target_tokens": _targets(datum, i),
-                "weights": 0.0 * datum.loss_fn_inputs["target_tokens"].array,
-            },
-        )
-        for i, datum in enumerate(data)
-    ]
+    return _weighted(data, [0.0 * _targets(datum, i).array for i, datum in enumerate(data)])
 
 
 def differentiate(
@@ -182,7 +173,7 @@ def with_custom_metrics(output: ForwardBackwardOutput, surrogate: Surrogate) -> 
     return ForwardBackwardOutput(output.loss_fn_outputs, metrics, output.loss_fn_output_type)
 
 
-def _targets(datum: Datum, i: int) -> object:
+def _targets(datum: Datum, i: int) -> TensorData:
     if "target_tokens" not in datum.loss_fn_inputs:
         raise InvalidRequest(f"data[{i}].loss_fn_inputs: target_tokens missing; a loss needs them")
     return datum.loss_fn_inputs["target_tokens"]

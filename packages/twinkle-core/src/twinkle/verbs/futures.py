@@ -100,8 +100,9 @@ class Pending(Generic[T]):
                 "alone; look at the result before forking, or ask again here"
             )
 
+    # By name, since a result may be of any type: `sample(...).sequences` works like a finished result's.
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # probed by copy, pickle and Jupyter; no result has such
+        if name.startswith("_"):  # copy, pickle and Jupyter probe for these, which must not wait
             raise AttributeError(name)
         return getattr(self.result(), name)
 
@@ -114,7 +115,7 @@ class Pending(Generic[T]):
     def __getitem__(self, key: Any) -> Any:
         return cast(Any, self.result())[key]
 
-    def __bool__(self) -> bool:  # else `if pending:` would call `__len__`, and wait
+    def __bool__(self) -> bool:  # otherwise `if pending:` would call `__len__`, and wait
         return True
 
     def __repr__(self) -> str:

@@ -1,7 +1,4 @@
-"""What is decided before anything is started: a configuration together with what was found on this machine.
-
-Light on purpose: the launcher imports this, and what computes is imported by the processes that do.
-"""
+"""Decisions made before start-up. The launcher imports this, so it must not pull in torch or a backend."""
 
 from __future__ import annotations
 
@@ -15,24 +12,23 @@ from twinkle.server import plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import ServerConfig
 
-# What is needed of a model's repository; many hold the same weights in other formats too.
+# Many repositories also hold the weights in other formats.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
-# Where drivers of GPUs show themselves: NVIDIA's, AMD's, and those of the Windows subsystem for Linux.
+# Device files of NVIDIA, AMD and the Windows Subsystem for Linux.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
-# Of a training call on GPUs. A CPU may really take hours for a large batch, and gloo, by which its ranks meet, has a
-# limit of its own.
+# GPUs only: a CPU can take hours for a large batch, and gloo, which connects its ranks, has its own timeout.
 _CALL_TIMEOUT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration together with what was found on this machine: everything that is decided before start-up.
+    """The configuration together with the devices and files found on this machine.
 
     Attributes:
         backend, sampler: names of entry points.
-        gpus_per_rank: 0 is the CPU.
+        gpus_per_rank: 0 means CPU.
     """
 
     config: ServerConfig
@@ -47,7 +43,7 @@ class Plan:
 
     @property
     def call_timeout_seconds(self) -> float | None:
-        """After which ranks that still compute count as lost; None is never."""
+        """How long a training call may run before its ranks count as lost; None: no limit."""
         default = _CALL_TIMEOUT_SECONDS if self.gpus_per_rank else None
         return self.config.model.call_timeout_seconds or default
 
@@ -61,10 +57,10 @@ class Plan:
 
 
 def make_plan(config: ServerConfig) -> Plan:
-    """Find the model's files and the device.
+    """Find the model's files, downloading them if need be, and the devices.
 
     Raises:
-        InvalidRequest, NotFound: if the model, the backend or the GPUs are not there.
+        InvalidRequest, NotFound: if the model, the backend or the GPUs are missing.
     """
     backend = "megatron" if config.model.use_megatron else "transformers"
     _check_parallelism(config)
@@ -95,7 +91,7 @@ def make_plan(config: ServerConfig) -> Plan:
 def _check_parallelism(config: ServerConfig) -> None:
     """
     Raises:
-        InvalidRequest: if several ranks are asked for where there is but one.
+        InvalidRequest: if the configuration needs several ranks and the backend has only one.
     """
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
     asked = [f"model.{name}: {size}" for name in sizes if (size := getattr(config.model, name)) > 1]
@@ -109,10 +105,10 @@ def _check_parallelism(config: ServerConfig) -> None:
 
 
 def num_gpus(config: ServerConfig) -> int:
-    """How many GPUs this server may use: those that are there, up to `ray.num_gpus`."""
+    """The number of GPUs found, at most `ray.num_gpus`."""
     if config.ray.num_gpus == 0 or not _may_have_gpu():
         return 0
-    import torch  # takes seconds: only where there may be something to find
+    import torch  # takes seconds, so only if there may be a GPU
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return found if config.ray.num_gpus is None else min(found, config.ray.num_gpus)

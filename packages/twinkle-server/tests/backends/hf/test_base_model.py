@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import save
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -73,13 +74,6 @@ OTHERS: dict[str, Any] = {
     ),
     "Mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
 }
-
-
-def save(config: Any, directory: Path) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    return directory
 
 
 def test_a_loaded_model_is_frozen_and_described(tiny_model_dir: Path) -> None:

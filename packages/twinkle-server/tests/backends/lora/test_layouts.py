@@ -5,17 +5,16 @@ Transformers and PEFT on the same files.
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft_alone
 import published_models
 import pytest
 import tiny_moe
 import torch
 import transformers
+from adapter_files import peft_logprobs, trained
 from peft import PeftModel
 from published_models import MODELS
 from safetensors.numpy import load_file, save_file
@@ -23,39 +22,15 @@ from transformers import AutoModelForCausalLM
 
 from twinkle import layouts
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.lora import peft_format
-from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ExportFacts, ModelConfig
-from twinkle.server.backends.transformers import TransformersBackend
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ExportFacts
 
-ROW = peft_alone.random_row("a", 20, 0, tiny_moe.SIZES["vocab_size"])
 FLAGS = {"all": {}, "no head": {"train_unembed": False}, "head": {"train_attn": False, "train_mlp": False}}
 
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: published_models.save(name, tmp_path_factory.mktemp("published")) for name in MODELS}
-
-
-def trained(model_dir: Path, spec: AdapterSpec) -> tuple[TransformersBackend, AdapterState, Any]:
-    backend = TransformersBackend(ModelConfig(model_dir))
-    backend.add_adapter("a", spec)
-    for _ in range(2):
-        backend.forward_backward([[ROW]])
-        backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.05))])
-    [[after]] = backend.forward_backward([[ROW]])
-    return backend, backend.export_adapter("a", with_optimizer=True), after.logprobs
-
-
-def peft_logprobs(base: Any, adapter: Path) -> tuple[Any, Any]:
-    """The row's log-probabilities, of the base model and with the adapter."""
-    with torch.no_grad():
-        plain = peft_alone.logprobs(base, ROW)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
-            peft = PeftModel.from_pretrained(base, adapter)
-        return plain, peft_alone.logprobs(peft, ROW)
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)

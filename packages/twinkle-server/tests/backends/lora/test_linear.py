@@ -10,7 +10,7 @@ from twinkle.server.backends.lora.linear import (
     LoraLinear,
     TrainingRoute,
     spans_of,
-    wrap_linears,
+    wrap_modules,
 )
 
 
@@ -138,7 +138,7 @@ def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:
 def test_only_the_layers_named_are_wrapped() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     weight = model.get_submodule("1.0").weight
-    wrap_linears(model, ["1.0"], lambda base, name: LoraLinear(base, name, TrainingRoute()))
+    wrap_modules(model, ["1.0"], lambda base, name: LoraLinear(base, name, TrainingRoute()))
     kinds = [type(model.get_submodule(name)).__name__ for name in ("0", "1.0", "1.1")]
     assert kinds == ["Linear", "LoraLinear", "Linear"]
     assert model.get_submodule("1.0").weight is weight

@@ -5,23 +5,20 @@ rewrites (`peft.utils.transformers_weight_conversion`), by the kind of model and
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft_alone
 import pytest
+import random_models
 import tiny_moe
 import torch
 import transformers
-from peft import PeftModel
+from adapter_files import peft_logprobs, trained
 from transformers import AutoModelForCausalLM
 
-from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.lora import peft_format
-from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ModelConfig
-from twinkle.server.backends.transformers import TransformersBackend
+from twinkle.server.backends.protocol import AdapterSpec
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 ROUTED: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -72,7 +69,6 @@ FLAGS = {
     "attention": {"train_mlp": False, "train_unembed": False},
     "feed-forward": {"train_attn": False, "train_unembed": False},
 }
-ROW = peft_alone.random_row("a", 20, 0, tiny_moe.SIZES["vocab_size"])
 
 
 @pytest.fixture(scope="module")
@@ -80,30 +76,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, Path] = {}
     for family, (config, more) in FAMILIES.items():
         settings = getattr(transformers, config)(**(tiny_moe.SIZES | more), tie_word_embeddings=False)
-        made[family] = tiny_moe.save_config(settings, tmp_path_factory.mktemp("mixture"))
+        made[family] = random_models.save(settings, tmp_path_factory.mktemp("mixture"))
     return made
-
-
-def trained(model_dir: Path, spec: AdapterSpec) -> tuple[TransformersBackend, AdapterState, Any]:
-    """A backend with an adapter "a" after two steps, the adapter, and the row's log-probabilities under it."""
-    backend = TransformersBackend(ModelConfig(model_dir))
-    backend.add_adapter("a", spec)
-    for _ in range(2):
-        backend.forward_backward([[ROW]])
-        backend.optim_step([AdamStep("a", AdamParams(learning_rate=0.05))])
-    [[after]] = backend.forward_backward([[ROW]])
-    return backend, backend.export_adapter("a", with_optimizer=True), after.logprobs
-
-
-def peft_logprobs(model_dir: Path, adapter: Path) -> tuple[Any, Any]:
-    """The row's log-probabilities, of the base model and with the adapter."""
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    with torch.no_grad():
-        plain = peft_alone.logprobs(base, ROW)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # what PEFT says of matrices that it misses
-            peft = PeftModel.from_pretrained(base, adapter)
-        return plain, peft_alone.logprobs(peft, ROW)
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
@@ -114,7 +88,8 @@ def test_peft_computes_the_same(
     spec = AdapterSpec(rank=3, alpha=10.0, **flags)
     backend, state, ours = trained(model_dirs[family], spec)
     peft_format.write(tmp_path, state, str(model_dirs[family]), backend.info.export)
-    plain, theirs = peft_logprobs(model_dirs[family], tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32)
+    plain, theirs = peft_logprobs(base, tmp_path)
     assert (plain - theirs).abs().max() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

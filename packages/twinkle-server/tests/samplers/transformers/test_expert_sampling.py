@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import tiny_moe
 from transformers import Qwen2MoeConfig, Qwen3_5MoeTextConfig
 
@@ -44,7 +45,7 @@ MODELS: dict[str, Any] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_sampled_and_prompt_logprobs_are_those_of_the_trainer(name: str, tmp_path: Path) -> None:
     config = MODELS[name]
-    path = tiny_moe.save(tmp_path) if config is None else tiny_moe.save_config(config, tmp_path)
+    path = tiny_moe.save(tmp_path) if config is None else random_models.save(config, tmp_path)
     backend = TransformersBackend(ModelConfig(path))
     assert any(".experts." in target for target in backend.loaded.targets)
     engine = TransformersEngine(backend.loaded, ModelConfig(path), max_rows=8)

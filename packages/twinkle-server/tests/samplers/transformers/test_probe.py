@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -46,10 +47,7 @@ FIVE_LAYERS: dict[str, Any] = {**SIZES, "num_hidden_layers": 5}
 
 
 def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    return ModelConfig(directory, max_context_length=64)
+    return ModelConfig(random_models.save(config, directory), max_context_length=64)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class Call:
         them; without passes each job alone.
         """
         if self.passes and self.optim_steps:
-            return [*Call(self.passes).singles(), Call(optim_steps=self.optim_steps)]
+            steps = Call(optim_steps=self.optim_steps, is_repeat=self.is_repeat)
+            return [*Call(self.passes, is_repeat=self.is_repeat).singles(), steps]
         return self.singles()
 
 

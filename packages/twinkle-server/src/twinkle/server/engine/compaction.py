@@ -87,13 +87,14 @@ class Compaction:
             for run in waited_for:
                 self._snapshots.hurry(run)
             if waited_for:
-                return
+                return  # nor delete a later one: a request whose outcome is gone would be done again
             found = await asyncio.to_thread(journal.examine, segment)
             if found.is_damaged and segment not in self._damaged:
                 self._unknown_damage = segment
                 return
             for payload in found.payloads:
                 self._keep_if_needed(records.decode(payload))
+            # What was rewritten must be on the disk before its only other copy goes.
             await journal.wait_durable()
             journal.delete(segment)
             for run in self._live:

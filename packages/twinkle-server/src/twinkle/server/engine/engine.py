@@ -9,8 +9,8 @@ from typing import cast
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import AdamParams
-from twinkle.server.backends.protocol import AdamStep, RowResult, StepOutcome
+from twinkle.protocol.types import AdamParams, ForwardBackwardOutput
+from twinkle.server.backends.protocol import AdamStep, StepOutcome
 from twinkle.server.engine.adapters import AdapterJobs
 from twinkle.server.engine.calls import Call, CallQueue, CallTimes, InFlightCall, calls_of
 from twinkle.server.engine.failures import to_failure
@@ -21,7 +21,7 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.records import StepRefused
+from twinkle.server.scheduling.records import Outcome, StepRefused
 from twinkle.server.scheduling.runs import Job, Run, RunState
 from twinkle.server.scheduling.scheduler import Scheduler, Tick
 from twinkle.server.store.ledger import Ledger
@@ -169,10 +169,13 @@ class Engine:
         if call.passes:
             await self._residency.bring_in(call.runs, adding_gradients=True)
             packed = self._pack(call.passes)
-            self._passes_done(call.passes, packed, await self._worker.forward_backward(packed.micro_batches))
+            results = await self._worker.forward_backward(packed.micro_batches)
+            self._trained(call.passes, unpack(call.passes, packed, results))
         elif call.optim_steps:
             await self._residency.bring_in(call.runs)
-            self._steps_done(call.optim_steps, await self._worker.optim_step(_steps(call.optim_steps)))
+            self._trained(
+                steps=call.optim_steps, outcomes=await self._worker.optim_step(_steps(call.optim_steps))
+            )
         else:
             await self._adapters.run(call.only_job, call.is_repeat)
         return []
@@ -185,10 +188,11 @@ class Engine:
         assert in_flight.call is call, "nothing else with passes and steps comes before it"
         results, outcomes = await self._result_of(in_flight)
         self._times.ended(in_flight, asyncio.get_running_loop().time())
-        self._passes_done(call.passes, in_flight.packed, results)
+        outputs = unpack(call.passes, in_flight.packed, results)
         if outcomes is None:
+            self._trained(call.passes, outputs)
             return [Call(optim_steps=call.optim_steps)]
-        self._steps_done(call.optim_steps, outcomes)
+        self._trained(call.passes, outputs, call.optim_steps, outcomes)
         return []
 
     def _dispatch(self, call: Call) -> InFlightCall:
@@ -250,22 +254,24 @@ class Engine:
     def _pack(self, passes: Sequence[Job]) -> Packed:
         return pack(passes, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
 
-    def _passes_done(self, jobs: Sequence[Job], packed: Packed, results: list[list[RowResult]]) -> None:
-        self._snapshots.computed([job for job in jobs if not _request(job).forward_only], has_gradient=True)
-        for job in jobs:
-            if self._futures.is_pending(job.request_id):
+    def _trained(
+        self,
+        passes: Sequence[Job] = (),
+        outputs: Sequence[ForwardBackwardOutput] = (),
+        steps: Sequence[Job] = (),
+        outcomes: Sequence[StepOutcome] = (),
+    ) -> None:
+        """Passes, and the steps behind them, have been computed."""
+        changed = [job for job in passes if not _request(job).forward_only]
+        self._snapshots.computed(changed, steps)
+        results: list[tuple[str, Outcome]] = []
+        results += [(job.request_id, output) for job, output in zip(passes, outputs, strict=True)]
+        results += [(job.request_id, _step_result(each)) for job, each in zip(steps, outcomes, strict=True)]
+        new = self._futures.complete_together(results)
+        for job in passes:
+            if job.request_id in new:
                 tokens = sum(len(datum.model_input.tokens) for datum in _request(job).data)
                 self._ledger.record(job.run.tenant, job.run.session_id, "training", tokens)
-        outputs = unpack(jobs, packed, results)
-        self._futures.complete_together(
-            (job.request_id, output) for job, output in zip(jobs, outputs, strict=True)
-        )
-
-    def _steps_done(self, jobs: Sequence[Job], outcomes: list[StepOutcome]) -> None:
-        self._snapshots.computed(jobs, has_gradient=False)  # one that was refused has dropped its gradient
-        self._futures.complete_together(
-            (job.request_id, _step_result(outcome)) for job, outcome in zip(jobs, outcomes, strict=True)
-        )
 
     async def _after_failure(self, call: Call, error: Exception) -> list[Call]:
         """A call failed, and nothing has changed: returns what is made instead, so that only the job at fault fails."""

@@ -19,16 +19,7 @@ from twinkle.protocol.codec import Encoded
 from twinkle.server.backends.protocol import CustomLoss
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.live_runs import LiveRuns
-from twinkle.server.scheduling.records import (
-    Accepted,
-    Begun,
-    Done,
-    Ended,
-    Lost,
-    Outcome,
-    Record,
-    Rejected,
-)
+from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Outcome, Record, Rejected
 from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.run_files import RunFiles
@@ -127,9 +118,12 @@ class Restore:
             for run_id, begun in found.runs.items()
         }
         for record in found.accepted.values():
-            run = runs.get(record.run_id or "")
-            self.futures.create(record.tenant, run, record.request_id, record.tokens)
-            if (outcome := found.outcomes.get(record.request_id)) is not None:
+            run, outcome = runs.get(record.run_id or ""), found.outcomes.get(record.request_id)
+            if record.run_id is None and outcome is None:
+                continue  # it is begun again by who knows its session
+            session_id = run.session_id if run is not None else ""
+            self.futures.create(record.request_id, record.tenant, session_id, run, record.tokens)
+            if outcome is not None:
                 self.futures.restore(record.request_id, outcome)
             elif record.run_id in self.live.lost:
                 self._fail(record, self.live.lost[record.run_id].reason, "server")

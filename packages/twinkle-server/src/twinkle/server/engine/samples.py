@@ -88,7 +88,7 @@ class SampleRunner:
         # (sampling session, seq_id) -> request id and the request's digest
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._samples: dict[str, _Sample] = {}  # by request id
-        self._paused: set[str] = set()  # sessions: every request asks, and there may be thousands of samples
+        self._paused: set[str] = set()  # sessions
         # The event loop itself keeps no task alive.
         self._stopping: set[asyncio.Task[bool] | asyncio.Task[None]] = set()
 
@@ -170,9 +170,9 @@ class SampleRunner:
 
     def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
-        if self.session_of(tenant, request_id) is not None:
-            failure = m.Failure(error="the sample was cancelled by its client", category="user")
-            self._end(self._samples[request_id], failure)
+        sample = self._samples.get(request_id)
+        if sample is not None and sample.sampler.tenant == tenant:
+            self._end(sample, m.Failure(error="the sample was cancelled by its client", category="user"))
 
     def _end(self, sample: _Sample, failure: m.Failure) -> None:
         self._futures.complete(sample.request_id, failure)
@@ -199,11 +199,6 @@ class SampleRunner:
         return [sample for sample in self._samples.values() if sample.sampler.session_id == session_id]
 
     # ------------------------------------------------------------ clients that are away
-
-    def session_of(self, tenant: str, request_id: str) -> str | None:
-        """Of a tenant's sample that has not ended; None if it has, is unknown or another's."""
-        sample = self._samples.get(request_id)
-        return sample.sampler.session_id if sample is not None and sample.sampler.tenant == tenant else None
 
     def sessions(self) -> set[str]:
         """Those with samples that have not ended."""

@@ -56,14 +56,15 @@ class Snapshots:
 
     # ------------------------------------------------------------ what happened to a run
 
-    def computed(self, jobs: Sequence[Job], has_gradient: bool) -> None:
-        """The jobs, computed in one call, have changed their runs' states."""
+    def computed(self, passes: Sequence[Job], steps: Sequence[Job] = ()) -> None:
+        """Passes and the steps behind them, computed in one call, have changed their runs' states."""
         if self.files is None:
             return
         self._calls += 1
-        for place, job in enumerate(jobs):
+        for place, job in enumerate((*passes, *steps)):
             run, snapshot = job.run, job.run.snapshot
-            run.changed, run.has_gradient = job.seq_id, has_gradient
+            # A step that was refused has dropped its gradient too.
+            run.changed, run.has_gradient = job.seq_id, place < len(passes)
             snapshot.jobs_since += 1
             snapshot.tokens_since += job.tokens
             if self.seconds is not None:  # else nothing can be lost

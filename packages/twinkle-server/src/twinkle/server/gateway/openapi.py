@@ -14,14 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.endpoints import (
-    JSON,
-    OPERATIONS,
-    PREFIX,
-    PROTOBUF,
-    QUERIES,
-    Endpoint,
-)
+from twinkle.protocol.endpoints import JSON, OPERATIONS, PREFIX, PROTOBUF, QUERIES, Endpoint
 from twinkle.protocol.operations import ENDPOINTS, MAX_OPERATIONS, PATH
 from twinkle.server._version import __version__
 
@@ -124,10 +117,7 @@ def _query(query: type[m.Query[Any]], defs: Defs) -> Json:
     described = {**_heading(query.path, query.method.lower(), query), "parameters": parameters}
     if query.method in ("POST", "PUT"):
         body = {**schema, "properties": rest, "required": sorted(required & rest.keys())}
-        described["requestBody"] = {
-            "required": bool(body["required"]),
-            "content": {JSON: {"schema": body}},
-        }
+        described["requestBody"] = {"required": bool(body["required"]), "content": {JSON: {"schema": body}}}
     else:
         parameters += [_parameter(name, "query", rest[name], required=name in required) for name in rest]
     described["responses"] = {"200": _reply("The answer.", _ref(query.reply_type())), "default": _ERROR}

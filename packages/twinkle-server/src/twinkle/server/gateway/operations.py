@@ -6,10 +6,11 @@ result `POST /retrieve_future` waits for.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
-from typing import TypeAlias, get_args
+import itertools
+from collections.abc import Sequence
+from typing import get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,8 +27,7 @@ from twinkle.server.gateway.errors import twinkle_error
 from twinkle.server.gateway.hang_ups import while_connected
 from twinkle.server.gateway.http import Bodies, BytesReply, check_json, most_bytes
 from twinkle.server.gateway.port import ServicePort
-
-Outcome: TypeAlias = Encoded | m.TryAgain | m.CompleteMetadata
+from twinkle.server.scheduling.futures import Fetched
 
 # Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
 LONG_POLL_SECONDS = 25.0
@@ -77,20 +77,21 @@ class Operations:
                     accepted.append(await self._submit(tenant, posted))
                 except TwinkleError as error:
                     accepted.append(error)
-        replies = await asyncio.gather(*(self._reply(tenant, request, promise) for promise in accepted))
+        replies = await self._replies(tenant, request, accepted)
         return BytesReply(operations.encode_reply(replies), media_type=PROTOBUF)
 
-    async def _reply(self, tenant: str, request: Request, promise: m.Promise | TwinkleError) -> Reply:
-        if isinstance(promise, TwinkleError):
-            return _refusal("", promise)
-        request_id = promise.request_id
+    async def _replies(
+        self, tenant: str, request: Request, accepted: Sequence[m.Promise | TwinkleError]
+    ) -> list[Reply]:
+        promised = [promise.request_id for promise in accepted if isinstance(promise, m.Promise)]
         try:
-            outcome = await self._wait(tenant, request, request_id, INLINE_BYTES)
+            outcomes = iter(await self._wait(tenant, request, promised, INLINE_BYTES))
         except TwinkleError as error:
-            return _refusal(request_id, error)
-        if isinstance(outcome, m.CompleteMetadata):
-            outcome = m.TryAgain(request_id=request_id)
-        return Reply(request_id, *_encode(outcome))
+            outcomes = itertools.repeat(error)
+        return [
+            _reply("", each) if isinstance(each, TwinkleError) else _reply(each.request_id, next(outcomes))
+            for each in accepted
+        ]
 
     # ------------------------------------------------------------ submitting
 
@@ -142,21 +143,25 @@ class Operations:
         check_json(body, m.RetrieveFutureRequest)
         wanted = codec.decode_json(m.RetrieveFutureRequest, body)
         most = INLINE_BYTES if wanted.allow_metadata_only else None
-        outcome = await self._wait(tenant, request, wanted.request_id, most)
+        [outcome] = await self._wait(tenant, request, [wanted.request_id], most)
+        if isinstance(outcome, TwinkleError):
+            raise outcome
         if isinstance(outcome, Encoded) and outcome.content_type == PROTOBUF and _wants_json(request):
             return BytesReply(await self._as_json(tenant, outcome), media_type=JSON)
         status, content_type, encoded = _encode(outcome)
         return BytesReply(encoded, status, media_type=content_type)
 
-    async def _wait(self, tenant: str, request: Request, request_id: str, most_bytes: int | None) -> Outcome:
+    async def _wait(
+        self, tenant: str, request: Request, request_ids: Sequence[str], most_bytes: int | None
+    ) -> list[Fetched]:
         """As `ServicePort.fetch`, for as long as a long poll takes and the client of `request` is connected."""
-        outcome = await self._service.fetch(tenant, request_id, _UNWATCHED_SECONDS, most_bytes)
-        if isinstance(outcome, m.TryAgain):
-            longer = self._service.fetch(
-                tenant, request_id, LONG_POLL_SECONDS - _UNWATCHED_SECONDS, most_bytes
-            )
-            outcome = await while_connected(request, longer)
-        return outcome
+        outcomes = await self._service.fetch(tenant, request_ids, _UNWATCHED_SECONDS, most_bytes)
+        waiting = [outcome.request_id for outcome in outcomes if isinstance(outcome, m.TryAgain)]
+        if not waiting:
+            return outcomes
+        longer = self._service.fetch(tenant, waiting, LONG_POLL_SECONDS - _UNWATCHED_SECONDS, most_bytes)
+        later = iter(await while_connected(request, longer))
+        return [next(later) if isinstance(outcome, m.TryAgain) else outcome for outcome in outcomes]
 
     async def _as_json(self, tenant: str, result: Encoded) -> bytes:
         """
@@ -173,7 +178,7 @@ class Operations:
         )
 
 
-def _encode(outcome: Outcome) -> tuple[int, str, bytes]:
+def _encode(outcome: Encoded | m.TryAgain | m.CompleteMetadata) -> tuple[int, str, bytes]:
     """Status, content type and body."""
     if isinstance(outcome, Encoded):
         return 200, outcome.content_type, outcome.body
@@ -181,9 +186,13 @@ def _encode(outcome: Outcome) -> tuple[int, str, bytes]:
     return 408 if isinstance(outcome, m.TryAgain) else 200, JSON, codec.encode_json(outcome)
 
 
-def _refusal(request_id: str, error: TwinkleError) -> Reply:
-    response = twinkle_error(error)
-    return Reply(request_id, response.status_code, JSON, bytes(response.body))
+def _reply(request_id: str, outcome: Fetched | TwinkleError) -> Reply:
+    if isinstance(outcome, TwinkleError):
+        response = twinkle_error(outcome)
+        return Reply(request_id, response.status_code, JSON, bytes(response.body))
+    if isinstance(outcome, m.CompleteMetadata):
+        outcome = m.TryAgain(request_id=request_id)
+    return Reply(request_id, *_encode(outcome))
 
 
 def _wants_json(request: Request) -> bool:

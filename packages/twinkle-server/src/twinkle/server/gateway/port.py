@@ -1,9 +1,10 @@
 """What the gateway calls: the service, in this process or in another."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded
+from twinkle.server.scheduling.futures import Fetched
 from twinkle.server.tokens import Download
 
 
@@ -19,8 +20,8 @@ class ServicePort(Protocol):
     ) -> m.Promise: ...
 
     async def fetch(
-        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.TryAgain | m.CompleteMetadata: ...
+        self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
+    ) -> list[Fetched]: ...
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT: ...
 

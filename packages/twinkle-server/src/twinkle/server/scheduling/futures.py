@@ -2,16 +2,20 @@
 
 import asyncio
 import math
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from twinkle.protocol.codec import Encoded
+from twinkle.protocol import messages as m
+from twinkle.protocol.codec import Encoded, encode_result
 from twinkle.protocol.errors import NotFound
 from twinkle.protocol.types import ForwardBackwardOutput, SampleResponse, SparseTensor
-from twinkle.server.scheduling.records import Outcome, RunLog, as_encoded
+from twinkle.server.scheduling.records import Outcome, RunLog
 from twinkle.server.scheduling.runs import Run
+
+Fetched: TypeAlias = Encoded | m.TryAgain | m.CompleteMetadata | NotFound
+"""What a client gets that waited for a result."""
 
 
 @dataclass
@@ -30,8 +34,9 @@ class Load:
 @dataclass(eq=False)
 class _Entry:
     tenant: str
-    run: Run | None = None
-    tokens: int = 0
+    session_id: str
+    run: Run | None
+    tokens: int
     outcome: Outcome | None = None
     size: int = 0  # of the outcome, in bytes
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,20 +94,18 @@ class FutureTable:
         return len(self._entries)
 
     def create(
-        self, tenant: str, run: Run | None = None, request_id: str | None = None, tokens: int = 0
-    ) -> str:
-        """A new future's request id.
+        self, request_id: str, tenant: str, session_id: str, run: Run | None = None, tokens: int = 0
+    ) -> None:
+        """A new future.
 
         Args:
             run: the run that it belongs to, if it does.
             tokens: what its request adds to the tenant's load until there is an outcome.
         """
-        request_id = request_id or new_request_id()
-        self._entries[request_id] = _Entry(tenant, run, tokens)
+        self._entries[request_id] = _Entry(tenant, session_id, run, tokens)
         for load in (self.load, self._loads.setdefault(tenant, Load())):
             load.requests += 1
             load.tokens += tokens
-        return request_id
 
     def load_of(self, tenant: str) -> Load:
         return self._loads.get(tenant, _NO_LOAD)
@@ -122,7 +125,7 @@ class FutureTable:
         self._set_outcome(request_id, self._as_kept(outcome))
 
     def _as_kept(self, outcome: Outcome) -> Outcome:
-        return as_encoded(outcome) if self._encodes else outcome
+        return encode_result(outcome) if self._encodes and not isinstance(outcome, Encoded) else outcome
 
     async def encoded(self, result: ForwardBackwardOutput | SampleResponse) -> Outcome:
         """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
@@ -132,6 +135,11 @@ class FutureTable:
         """The run that a future belongs to."""
         entry = self._entries.get(request_id)
         return entry.run if entry is not None else None
+
+    def sessions_of(self, tenant: str, request_ids: Iterable[str]) -> set[str]:
+        """The sessions of the tenant's futures among these."""
+        entries = [self._entries.get(request_id) for request_id in request_ids]
+        return {entry.session_id for entry in entries if entry is not None and entry.tenant == tenant}
 
     def is_known(self, request_id: str) -> bool:
         """Whether somebody may still ask for it."""
@@ -150,18 +158,15 @@ class FutureTable:
         """
         self.complete_together([(request_id, outcome)], record)
 
-    def complete_together(self, outcomes: Iterable[tuple[str, Outcome]], record: bool = True) -> None:
-        """`complete` for what came of one call."""
-        new = [
-            (request_id, self._as_kept(outcome))
-            for request_id, outcome in outcomes
-            if self.is_pending(request_id)
-        ]
+    def complete_together(self, outcomes: Sequence[tuple[str, Outcome]], record: bool = True) -> set[str]:
+        """`complete` for what came of one call; returns those that had no outcome before."""
+        new = [(each, self._as_kept(outcome)) for each, outcome in outcomes if self.is_pending(each)]
         if new and record:
             self._log.done(new)
         for request_id, outcome in new:
             self._set_outcome(request_id, outcome)
         self._drop_old()
+        return {request_id for request_id, _ in new}
 
     def record(self, request_id: str) -> None:
         """Log an outcome that was set without: what came of the request need not be done again."""
@@ -175,37 +180,47 @@ class FutureTable:
         Raises:
             NotFound: no such future, or another tenant's.
         """
-        outcome = await self.look(tenant, request_id, timeout)
+        [outcome] = await self.look(tenant, [request_id], timeout)
+        if isinstance(outcome, NotFound):
+            raise outcome
         if outcome is not None:
-            self.fetched(request_id)
+            self.fetched([request_id])
         return outcome
 
-    async def look(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
-        """As `wait`, but it has not been fetched by that."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.tenant != tenant:
-            raise NotFound(
-                f"request_id: {request_id[:80]!r} is not known here; results are kept for "
-                f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and for a day where nobody came"
-                f"{self.note}"
-            )
-        if entry.outcome is None:
-            try:
-                await asyncio.wait_for(entry.done.wait(), timeout)
-            except TimeoutError:
-                return None
-        return entry.outcome
+    async def look(
+        self, tenant: str, request_ids: Collection[str], timeout: float
+    ) -> list[Outcome | NotFound | None]:
+        """As `wait`, for several at once: as soon as all are there. They have not been fetched by that."""
+        entries = [self._entry(tenant, request_id) for request_id in request_ids]
+        try:
+            async with asyncio.timeout(timeout):
+                for entry in entries:
+                    if isinstance(entry, _Entry) and entry.outcome is None:
+                        await entry.done.wait()
+        except TimeoutError:
+            pass
+        return [entry.outcome if isinstance(entry, _Entry) else entry for entry in entries]
 
-    def fetched(self, request_id: str) -> None:
-        """Somebody has come for the outcome."""
+    def _entry(self, tenant: str, request_id: str) -> _Entry | NotFound:
         entry = self._entries.get(request_id)
-        if entry is None:
-            return
-        if self._unfetched.pop(request_id, None) is not None:
-            self._is_unfetched_no_more(entry)
-            self._fetched_bytes += entry.size
-        self._fetched[request_id] = self._clock() + self._keep_seconds
-        self._fetched.move_to_end(request_id)
+        if entry is not None and entry.tenant == tenant:
+            return entry
+        return NotFound(
+            f"request_id: {request_id[:80]!r} is not known here; results are kept for "
+            f"{self._keep_seconds / 60:.0f} minutes after they were fetched, and for a day where nobody came{self.note}"
+        )
+
+    def fetched(self, request_ids: Iterable[str]) -> None:
+        """Somebody has come for these outcomes."""
+        for request_id in request_ids:
+            entry = self._entries.get(request_id)
+            if entry is None:
+                continue
+            if self._unfetched.pop(request_id, None) is not None:
+                self._is_unfetched_no_more(entry)
+                self._fetched_bytes += entry.size
+            self._fetched[request_id] = self._clock() + self._keep_seconds
+            self._fetched.move_to_end(request_id)
 
     def _is_unfetched_no_more(self, entry: _Entry) -> None:
         own = self._loads[entry.tenant]
@@ -250,7 +265,3 @@ def _size_of(result: ForwardBackwardOutput | SampleResponse) -> int:
     if result.prompt_alt_tokens is not None:
         size += result.prompt_alt_tokens.tokens.array.size
     return size
-
-
-def new_request_id() -> str:
-    return uuid.uuid4().hex

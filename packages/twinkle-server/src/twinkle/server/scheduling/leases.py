@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,21 +81,22 @@ class Leases:
         self.renew(session_id).is_watched = True
 
     @contextmanager
-    def waiting(self, session_id: str | None) -> Generator[None]:
-        """The session's client waits for a result while the block runs; None is of no session."""
-        if session_id is None:
-            yield
-            return
-        self.renew(session_id).is_watched = True
-        self._waiting[session_id] += 1
+    def waiting(self, sessions: Collection[str]) -> Generator[None]:
+        """The client waits for results of these sessions while the block runs. Those without a lease are over."""
+        sessions = [session_id for session_id in sessions if session_id in self._leases]
+        for session_id in sessions:
+            self.renew(session_id).is_watched = True
+        self._waiting.update(sessions)
         try:
             yield
-            if session_id in self._leases:  # it didn't hang up
-                self.renew(session_id)
+            for session_id in sessions:  # the client didn't hang up
+                if session_id in self._leases:
+                    self.renew(session_id)
         finally:
-            self._waiting[session_id] -= 1
-            if not self._waiting[session_id]:
-                del self._waiting[session_id]
+            for session_id in sessions:
+                self._waiting[session_id] -= 1
+                if not self._waiting[session_id]:
+                    del self._waiting[session_id]
 
     def forget(self, session_id: str) -> None:
         self._leases.pop(session_id, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from twinkle.protocol.errors import LimitReached, QuotaReached
 from twinkle.server.config import LimitsSection
-from twinkle.server.scheduling.futures import FutureTable
+from twinkle.server.scheduling.futures import Load
 
 # Results come at any moment; clients that are told to wait longer leave the server idle.
 _ROOM_SECONDS = 2.0
@@ -105,7 +105,8 @@ class RateLimit:
 
 def check_submission(
     limits: LimitsSection,
-    futures: FutureTable,
+    own: Load,
+    in_all: Load,
     rate: RateLimit,
     tenant: str,
     tokens: int,
@@ -113,24 +114,25 @@ def check_submission(
 ) -> None:
     """
     Args:
+        own, in_all: of the tenant, and of all tenants.
         always_room: what else the tenant has queued waits for this request, so it may be queued however much that is.
 
     Raises:
         LimitReached: if a request of so many tokens can't be taken now.
     """
-    check_fetched(limits, futures, tenant)
+    check_fetched(limits, own)
     if not always_room:
-        check_room(limits, futures, tenant, tokens)
+        check_room(limits, own, in_all, tokens)
     if tokens:
         rate.check(tenant)
 
 
-def check_fetched(limits: LimitsSection, futures: FutureTable, tenant: str) -> None:
+def check_fetched(limits: LimitsSection, own: Load) -> None:
     """
     Raises:
         LimitReached: if the tenant has left too many results lying.
     """
-    unfetched, most = futures.load_of(tenant).unfetched_bytes, limits.max_unfetched_bytes_per_tenant
+    unfetched, most = own.unfetched_bytes, limits.max_unfetched_bytes_per_tenant
     if most is not None and unfetched > most:
         raise LimitReached(
             f"limits.max_unfetched_bytes_per_tenant: results of {unfetched} bytes wait to be fetched, and this server "
@@ -139,7 +141,7 @@ def check_fetched(limits: LimitsSection, futures: FutureTable, tenant: str) -> N
         )
 
 
-def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens: int) -> None:
+def check_room(limits: LimitsSection, own: Load, in_all: Load, tokens: int) -> None:
     """
     Args:
         tokens: of a request that wants to be queued. A tenant who has nothing queued may always queue one, however
@@ -148,14 +150,13 @@ def check_room(limits: LimitsSection, futures: FutureTable, tenant: str, tokens:
     Raises:
         LimitReached: if there is no room for it now.
     """
-    own = futures.load_of(tenant)
     if not own.requests:
         return
     for name, load, limit, more in (
         ("max_queued_requests_per_tenant", own.requests, limits.max_queued_requests_per_tenant, 1),
         ("max_queued_tokens_per_tenant", own.tokens, limits.max_queued_tokens_per_tenant, tokens),
-        ("max_queued_requests", futures.load.requests, limits.max_queued_requests, 1),
-        ("max_queued_tokens", futures.load.tokens, limits.max_queued_tokens, tokens),
+        ("max_queued_requests", in_all.requests, limits.max_queued_requests, 1),
+        ("max_queued_tokens", in_all.tokens, limits.max_queued_tokens, tokens),
     ):
         if limit is not None and load + more > limit:
             raise LimitReached(

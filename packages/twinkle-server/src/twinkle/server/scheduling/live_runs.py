@@ -9,7 +9,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
 from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
-from twinkle.server.scheduling.futures import FutureTable, new_request_id
+from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.records import RunLog
 from twinkle.server.scheduling.runs import Job, LostRun, Received, Run, RunQueue, RunRequest, RunState
@@ -103,12 +103,12 @@ class LiveRuns:
             Unavailable: if it can't be written down; then it is not queued.
         """
         request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
-        job = Job(new_request_id(), run, seq_id, request, tokens, loss, received.digest)
-        self._log.accepted(job.request_id, run.tenant, run, seq_id, received, tokens)
-        self._tokens.charge(run.tenant, tokens)
-        self._futures.create(run.tenant, run, job.request_id, tokens)
-        self._scheduler.submit(job)
-        return m.Promise(request_id=job.request_id, model_id=run.run_id)
+        request_id = self._log.accepted(run.tenant, run, seq_id, received, tokens)
+        if tokens:
+            self._tokens.charge(run.tenant, tokens)
+        self._futures.create(request_id, run.tenant, run.session_id, run, tokens)
+        self._scheduler.submit(Job(request_id, run, seq_id, request, tokens, loss, received.digest))
+        return m.Promise(request_id=request_id, model_id=run.run_id)
 
     def enqueue_last(self, run: Run, request: m.SaveWeightsRequest | m.UnloadModelRequest) -> m.Promise:
         """Queue a request behind all others of the run, with the next free `seq_id` whatever its own."""

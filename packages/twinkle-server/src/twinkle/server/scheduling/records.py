@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, cast
@@ -148,10 +149,6 @@ def decode(payload: bytes) -> Record:
             )
 
 
-def as_encoded(outcome: Outcome) -> Encoded:
-    return outcome if isinstance(outcome, Encoded) else encode_result(outcome)
-
-
 def as_computed(outcome: Outcome) -> m.Result | m.Failure:
     return decode_result(outcome) if isinstance(outcome, Encoded) else outcome
 
@@ -174,16 +171,16 @@ class RunLog:
         """
         self.append(Begun(run.run_id, run.tenant, run.session_id, run.base_model, run.spec))
 
-    def accepted(
-        self, request_id: str, tenant: str, run: Run | None, seq_id: int, received: Received, tokens: int = 0
-    ) -> None:
-        """A request, on a run or on none: its body as it was received, unless it may hold a key, which is kept nowhere.
+    def accepted(self, tenant: str, run: Run | None, seq_id: int, received: Received, tokens: int = 0) -> str:
+        """A request, on a run or on none, which gets its id by this. Its body is written as it was received, unless it
+        may hold a key, which is kept nowhere.
 
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
         """
+        request_id = uuid.uuid4().hex
         if self.journal is None:
-            return
+            return request_id
         request, body = received.request, received.body
         if isinstance(request, m.LoadWeightsRequest):
             # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
@@ -193,6 +190,7 @@ class RunLog:
         self.append(Accepted(request_id, tenant, run_id, seq_id, tokens, path, body, digest))
         if run is not None:
             run.note_logged(self.journal.segment, seq_id)
+        return request_id
 
     def rejected(self, run: Run, seq_id: int) -> None:
         self._try(Rejected(run.run_id, seq_id))
@@ -200,8 +198,8 @@ class RunLog:
     def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
         """What came of one call; if it can't be written it is computed again after a crash."""
         if self.journal is not None:
-            encoded = [(request_id, as_encoded(outcome)) for request_id, outcome in outcomes]
-            self._try(Done([(request_id, outcome.kind, outcome.body) for request_id, outcome in encoded]))
+            encoded = [(each, o if isinstance(o, Encoded) else encode_result(o)) for each, o in outcomes]
+            self._try(Done([(each, outcome.kind, outcome.body) for each, outcome in encoded]))
 
     def ended(self, run: Run) -> None:
         self._try(Ended(run.run_id))

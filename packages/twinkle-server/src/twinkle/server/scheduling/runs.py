@@ -94,10 +94,11 @@ class RunQueue:
             )
         return request_id
 
-    def check(self, seq_id: int) -> None:
-        """
+    def check(self, seq_id: int) -> bool:
+        """Whether all others wait for this `seq_id`.
+
         Raises:
-            InvalidRequest: if `seq_id` was consumed long ago, was rejected, or is absurdly far ahead.
+            InvalidRequest: if it was consumed long ago, was rejected, or is absurdly far ahead.
         """
         if seq_id < self._next or seq_id in self._waiting:
             raise InvalidRequest(
@@ -107,6 +108,7 @@ class RunQueue:
             raise InvalidRequest(
                 f"seq_id: {seq_id} is too far ahead: this run waits for {self._next}; send that one first"
             )
+        return seq_id == self._next
 
     @property
     def next_id(self) -> int:
@@ -123,10 +125,11 @@ class RunQueue:
     def next_free(self) -> int:
         return max(self._waiting, default=self._next - 1) + 1
 
-    def offer(self, job: Job) -> None:
-        """Queue a job whose id `check` has passed."""
+    def offer(self, job: Job) -> Job | None:
+        """Queue a job whose id `check` has passed; returns the head."""
         self._waiting[job.seq_id] = job
         self.remember(job.seq_id, job.request_id, type(job.request), job.digest)
+        return self.head
 
     def remember(self, seq_id: int, request_id: str, kind: type[RunRequest], digest: bytes = b"") -> None:
         """Have a repeated request answered from the first."""
@@ -147,21 +150,28 @@ class RunQueue:
         self._skip_rejected()
         return missing
 
+    @property
     def head(self) -> Job | None:
-        """The next job, if all before it are done with."""
+        """The next job, if all before it have been taken or were rejected."""
         if self._held is not None:
             return None
         return self._back or self._waiting.get(self._next)
 
-    def pop(self) -> Job:
-        if self._back is not None:
-            job, self._back = self._back, None
-            return job
-        job = self._waiting.pop(self._next)
-        assert job is not None, "head() is checked before pop()"
-        self._next += 1
-        self._skip_rejected()
-        return job
+    def take(self, room: float) -> tuple[list[Job], Job | None]:
+        """The next jobs, up to the first that is no pass, as far as `room` tokens go; and the head that is left."""
+        taken: list[Job] = []
+        while (job := self.head) is not None and job.tokens <= room:
+            if self._back is not None:
+                self._back = None
+            else:
+                del self._waiting[self._next]
+                self._next += 1
+                self._skip_rejected()
+            taken.append(job)
+            room -= job.tokens
+            if not isinstance(job.request, m.ForwardBackwardRequest):
+                break
+        return taken, self.head
 
     def hold(self, job: Job) -> None:
         """Nothing goes on until this job, which was just taken, is given back."""

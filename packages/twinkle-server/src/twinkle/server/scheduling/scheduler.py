@@ -106,7 +106,7 @@ class Scheduler:
         """
         self._tick_tokens = tick_tokens
         self._overhead_tokens = overhead_tokens
-        self._ready: dict[str, OrderedDict[Run, None]] = {}  # tenant -> its ready runs, next first
+        self._ready: dict[str, OrderedDict[Run, Job]] = {}  # tenant -> heads of its ready runs, next first
         self._turns = FairQueue()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
@@ -133,18 +133,17 @@ class Scheduler:
     # ------------------------------------------------------------ runs and jobs
 
     def submit(self, job: Job) -> None:
-        job.run.queue.offer(job)
+        head = job.run.queue.offer(job)
         self._queued[job.run.tenant] += job.tokens
         self._queued_tokens += job.tokens
         self._arrived.set()
-        self._update(job.run)
+        self._set_head(job.run, head)
 
     def remove(self, run: Run) -> list[Job]:
         """The run takes part no more; what it had queued is returned."""
         drained = run.queue.drain()
         self._update(run)
-        for job in drained:
-            self._leaves(job)
+        self._leave(run.tenant, _tokens(drained))
         return drained
 
     def hold(self, job: Job) -> None:
@@ -290,45 +289,42 @@ class Scheduler:
 
     def _first_head(self, tenant: str) -> Job:
         """The next job of the run whose turn it is among the tenant's."""
-        head = next(iter(self._ready[tenant])).queue.head()
-        assert head is not None, "a run is ready while it has a head"
-        return head
+        return next(iter(self._ready[tenant].values()))
 
     def _take_from_tenant(self, tenant: str, room: int) -> list[Job]:
         """Ready jobs of a tenant's runs, taken out of their queues, as far as `room` tokens go."""
         left, taken = room, list[Job]()
         for run in list(self._ready[tenant]):
-            is_open, had = True, len(taken)
-            while is_open and (job := run.queue.head()) is not None and job.tokens <= left:
-                left -= job.tokens
-                self._leaves(job)
-                taken.append(run.queue.pop())
-                is_open = isinstance(job.request, m.ForwardBackwardRequest)
-            if run.queue.head() is None:
-                self._update(run)
-            elif len(taken) > had:
+            jobs, head = run.queue.take(left)
+            left -= _tokens(jobs)
+            taken += jobs
+            if jobs and head is not None:
                 self._ready[tenant].move_to_end(run)  # the others come first next time
+            self._set_head(run, head)
         if taken:
+            self._leave(tenant, room - left)
             self._turns.charge(tenant, room - left)
         return taken
 
-    def _leaves(self, job: Job) -> None:
-        tenant = job.run.tenant
-        self._queued_tokens -= job.tokens
-        self._queued[tenant] -= job.tokens
+    def _leave(self, tenant: str, tokens: int) -> None:
+        """So many tokens are queued no more."""
+        self._queued_tokens -= tokens
+        self._queued[tenant] -= tokens
         if not self._queued[tenant]:
             del self._queued[tenant]
 
     def _update(self, run: Run) -> None:
         """The run's queue has changed: it may be ready now, or no longer."""
-        is_ready = run.queue.head() is not None
-        if is_ready == (run in self._ready.get(run.tenant, ())):
-            return
-        if is_ready:
-            self._ready_runs += 1
-            self._ready.setdefault(run.tenant, OrderedDict())[run] = None
-            self._turns.activate(run.tenant)
-        else:
+        self._set_head(run, run.queue.head)
+
+    def _set_head(self, run: Run, head: Job | None) -> None:
+        was_ready = run in self._ready.get(run.tenant, ())
+        if head is not None:
+            self._ready.setdefault(run.tenant, OrderedDict())[run] = head
+            if not was_ready:
+                self._ready_runs += 1
+                self._turns.activate(run.tenant)
+        elif was_ready:
             self._ready_runs -= 1
             del self._ready[run.tenant][run]
             if not self._ready[run.tenant]:

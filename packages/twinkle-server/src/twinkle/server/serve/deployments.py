@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ray import serve
@@ -16,7 +16,6 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.codec import Encoded
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
@@ -27,6 +26,7 @@ from twinkle.server.tokens import Download
 # The launcher imports this module too; these are imported where they are used, while the ranks load the model.
 if TYPE_CHECKING:
     from twinkle.server.gateway.port import ServicePort
+    from twinkle.server.scheduling.futures import Fetched
     from twinkle.server.serve.http import HttpServer
     from twinkle.server.service.service import Service
 
@@ -93,9 +93,9 @@ class EngineDeployment:
         return await _or_error(lambda: self._running().submit(tenant, request, body, digest))
 
     async def fetch(
-        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.TryAgain | m.CompleteMetadata | TwinkleError:
-        return await _or_error(lambda: self._running().fetch(tenant, request_id, timeout, most_bytes))
+        self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
+    ) -> list[Fetched] | TwinkleError:
+        return await _or_error(lambda: self._running().fetch(tenant, request_ids, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT | TwinkleError:
         return await _or_error(lambda: self._running().ask(tenant, query))
@@ -176,9 +176,9 @@ class HandleService:
         return await self._call(self._engine.submit.remote(tenant, request, body, digest))
 
     async def fetch(
-        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
-        return await self._wait(self._engine.fetch.remote(tenant, request_id, timeout, most_bytes))
+        self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
+    ) -> list[Fetched]:
+        return await self._wait(self._engine.fetch.remote(tenant, request_ids, timeout, most_bytes))
 
     async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
         answer = self._engine.ask.remote(tenant, query)

@@ -71,6 +71,7 @@ class HttpServer:
             ssl_keyfile=key,
         )
         server = uvicorn.Server(config)
+        # Without a socket: uvicorn's own protocol would serve it. Ours is added below, for uvicorn to close.
         serving = asyncio.create_task(server.serve(sockets=[]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)

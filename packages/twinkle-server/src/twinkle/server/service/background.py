@@ -56,7 +56,7 @@ class Background:
             await asyncio.sleep(_SWEEP_SECONDS)
 
     async def _look(self) -> None:
-        """Stop samples that nobody waits for, and end runs that wait in vain."""
+        """Stop samples while nobody waits for them, and end runs that wait in vain."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:

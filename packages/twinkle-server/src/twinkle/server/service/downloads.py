@@ -1,4 +1,4 @@
-"""Files that can be downloaded: those of a checkpoint, and the base model's tokenizer."""
+"""Downloads of checkpoints and of the base model's tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
 from twinkle.server.tokens import ARCHIVE, DOWNLOAD_SECONDS, TOKENIZER, Download, Signer
 
-# What a tokenizer is loaded from, by Transformers or by `tokenizers`.
+# The files that Transformers and `tokenizers` load a tokenizer from.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,42 +32,40 @@ TOKENIZER_FILES = (
 
 
 class Downloads:
-    """Addresses of files, and what is behind them. Without a signer (local mode) addresses are file:// ones."""
+    """Makes download URLs and reads the files behind them. Without a signer (local mode) URLs are file:// ones."""
 
     def __init__(
         self, files: CheckpointFiles, database: Database, model_path: Path | None, signer: Signer | None
     ) -> None:
         """
         Args:
-            model_path: where the base model's tokenizer is, if it has one.
+            model_path: directory of the base model, if it has one.
         """
         self._files = files
         self._database = database
         self._model_path = model_path
         self._signer = signer
 
-    # ------------------------------------------------------------ addresses
+    # ------------------------------------------------------------ URLs
 
     def checkpoint(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
-        """An address for each of the checkpoint's files."""
+        """One URL for each of the checkpoint's files."""
         return self._urls(tenant, str(row.uri), list(self._files.sizes(row.uri)), self._stamp(row))
 
     def archive(self, tenant: str, row: tables.Checkpoint) -> m.ExternalWeightsUrls:
-        """One address, of a tar of all files."""
+        """One URL, of a tar archive of all files."""
         return self._urls(tenant, str(row.uri), [ARCHIVE], self._stamp(row))
 
     def tokenizer(self, tenant: str) -> m.ExternalWeightsUrls:
         """
         Raises:
-            NotFound: if the model came without a tokenizer.
+            NotFound: if the model has no tokenizer.
         """
         return self._urls(tenant, TOKENIZER, list(self._tokenizer_files()))
 
     def _stamp(self, row: tables.Checkpoint) -> str:
-        """What no later checkpoint of the same name has.
-
-        When it was saved, by its row, and what its files are: of one that is overwritten the files are there first.
-        """
+        """Distinguishes a checkpoint from later ones of the same name."""
+        # The digest too, since overwriting a checkpoint replaces its files before its row.
         return f"{row.created_at!r} {self._files.digest(row.uri)}"
 
     def _urls(self, tenant: str, place: str, files: list[str], stamp: str = "") -> m.ExternalWeightsUrls:
@@ -75,18 +73,18 @@ class Downloads:
         return m.ExternalWeightsUrls(urls=urls, expires=iso(time.time() + DOWNLOAD_SECONDS))
 
     def _url(self, download: Download) -> str:
-        """Below the gateway's own address, which the gateway puts before it."""
+        """Relative to the gateway's own URL, which the gateway prepends."""
         if self._signer is None:
             return self._path(download).resolve().as_uri()
         return f"/download/{self._signer.download_token(download)}/{shown_name(download)}"
 
-    # ------------------------------------------------------------ what is behind them
+    # ------------------------------------------------------------ files
 
     def sizes(self, download: Download) -> dict[str, int]:
-        """The files that a download gives, with their sizes in bytes: one, or all that are in an archive.
+        """Size in bytes of each file of a download: one, or all in the archive.
 
         Raises:
-            NotFound: if they are not there (any more), or not for this reader.
+            NotFound: if they are gone, or this tenant may not read them.
         """
         if download.place == TOKENIZER:
             files = {name: path.stat().st_size for name, path in self._tokenizer_files().items()}
@@ -106,12 +104,12 @@ class Downloads:
         """At most `size` bytes of one of the files that `sizes` names.
 
         Raises:
-            NotFound: if it is not there (any more).
+            NotFound: if it is gone.
         """
         assert download.file in (ARCHIVE, name), "names come from `sizes`"
         try:
             with self._path(replace(download, file=name)).open("rb") as file:
-                # Once it is open: it may be replaced at any moment, and what is open then is the old one still.
+                # Checked after opening: the checkpoint may be replaced at any time, but an open file stays the same.
                 self._check_is_it(download)
                 file.seek(offset)
                 return file.read(size)
@@ -121,7 +119,7 @@ class Downloads:
     def _check_is_it(self, download: Download) -> None:
         """
         Raises:
-            NotFound: if what is at the download's place is another checkpoint.
+            NotFound: if the checkpoint was replaced by another.
         """
         if download.place == TOKENIZER:
             return
@@ -152,7 +150,7 @@ def _not_there(download: Download) -> NotFound:
 
 
 def shown_name(download: Download) -> str:
-    """What a browser would call the file."""
+    """The file name a browser would save it under."""
     if download.file != ARCHIVE:
         return download.file
     return uris.parse(download.place).name + ARCHIVE if download.place != TOKENIZER else TOKENIZER + ARCHIVE

@@ -33,6 +33,7 @@ async def restore(parts: Parts) -> None:
     read, found.is_damaged = await asyncio.to_thread(parts.compaction.read_earlier, journal)
     for _, record in read:
         found.add(record)
+    # Snapshots of other runs are left over: their runs have ended.
     await asyncio.to_thread(parts.run_files.delete_all_but, set(found.runs))
 
     async def loss_of(run: Run, request: m.ForwardBackwardRequest) -> CustomLoss | None:
@@ -46,6 +47,7 @@ async def restore(parts: Parts) -> None:
     for segment, record in read:
         if isinstance(record, Accepted) and (run := parts.live.get(record.run_id)) is not None:
             run.note_logged(segment, record.seq_id)
+    # Not before: what was read must not be written again.
     parts.run_log.open(journal)
     for lost in parts.live.lost.values():
         if lost.run_id not in found.lost:
@@ -71,6 +73,13 @@ async def _restore_requests(parts: Parts, found: Found) -> None:
 async def _put_back(parts: Parts, record: Accepted, outcome: Encoded | None) -> None:
     """A request on no run: a sample is drawn again, unless it has been; a loss is kept once more."""
     request = record.request()
+    if outcome is None:
+        session_id = ""
+        if isinstance(request, m.SampleRequest):
+            session_id = request.sampling_session_id.rpartition(":sample:")[0]
+        elif isinstance(request, m.CreateCustomLossRequest):
+            session_id = request.session_id
+        parts.futures.create(record.request_id, record.tenant, session_id, tokens=record.tokens)
     try:
         if isinstance(request, m.SampleRequest):
             await _put_back_sample(parts, record, request, outcome)

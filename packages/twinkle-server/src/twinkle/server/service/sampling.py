@@ -10,7 +10,6 @@ from twinkle.hub import plain_name
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import Conflict, InvalidRequest, NotFound
-from twinkle.server.scheduling.futures import new_request_id
 from twinkle.server.scheduling.limits import check_submission
 from twinkle.server.scheduling.runs import Received
 from twinkle.server.service import sessions, validation
@@ -31,17 +30,16 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     """
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
     parts.leases.renew(sampler.session_id)
-    parts.samples.resume(sampler.session_id)
     validation.check_sample(request, parts.worker.info)
     targets = validation.target_tokens(request, parts.worker.info)
     if (first := parts.samples.first_of(request, received.digest)) is not None:
         return first
     tokens = len(request.prompt.tokens)
-    check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens)
-    request_id = new_request_id()
-    parts.run_log.accepted(request_id, tenant, None, request.seq_id, received)
+    own, in_all = parts.futures.load_of(tenant), parts.futures.load
+    check_submission(parts.limits, own, in_all, parts.tokens, tenant, tokens)
+    request_id = parts.run_log.accepted(tenant, None, request.seq_id, received)
     parts.tokens.charge(tenant, tokens)
-    parts.futures.create(tenant, request_id=request_id, tokens=tokens)
+    parts.futures.create(request_id, tenant, sampler.session_id, tokens=tokens)
     return parts.samples.begin(sampler, request, request_id, received.digest, targets)
 
 
@@ -124,8 +122,7 @@ async def _ended_samples(
     sampler = await parts.samplers.find(tenant, request.target.sampling_session_id)
     wanted = LONG_POLL_SECONDS if request.timeout is None else request.timeout
     target = (sampler.id, request.target.cloned_sampler_id)
-    parts.samples.resume(sampler.session_id)
-    with parts.leases.waiting(sampler.session_id):
+    with parts.leases.waiting([sampler.session_id]):
         return await parts.completions.after(target, request.prev_cursor, min(wanted, LONG_POLL_SECONDS))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import operations
-from twinkle.protocol.codec import Encoded
-from twinkle.protocol.errors import ServerFault, Unavailable
+from twinkle.protocol.codec import Encoded, encode_result
+from twinkle.protocol.errors import NotFound, ServerFault, Unavailable
 from twinkle.server.engine.warm_up import warm_up
-from twinkle.server.scheduling.records import as_computed, as_encoded
+from twinkle.server.scheduling.futures import Fetched
+from twinkle.server.scheduling.records import as_computed
 from twinkle.server.scheduling.runs import Received
 from twinkle.server.service import accounts, checkpoint_queries, queries, sampling, session_queries, training
 from twinkle.server.service.background import Background
@@ -144,40 +145,36 @@ class Service:
         self, tenant: str, request_id: str, timeout: float
     ) -> m.Result | m.Failure | m.TryAgain:
         """The result, or `TryAgain` after `timeout` seconds without one."""
-        with self._waiting(tenant, request_id):
-            outcome = await self.parts.futures.wait(tenant, request_id, timeout)
+        futures = self.parts.futures
+        with self.parts.leases.waiting(futures.sessions_of(tenant, [request_id])):
+            outcome = await futures.wait(tenant, request_id, timeout)
         return self._try_again(request_id) if outcome is None else as_computed(outcome)
 
     async def fetch(
-        self, tenant: str, request_id: str, timeout: float, most_bytes: int | None = None
-    ) -> Encoded | m.TryAgain | m.CompleteMetadata:
-        """As `retrieve`, encoded as it is sent.
+        self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
+    ) -> list[Fetched]:
+        """As `retrieve`, for several at once, encoded as they are sent: as soon as all are there.
 
         Args:
-            most_bytes: a larger result is announced by its size alone, and does not count as fetched.
+            most_bytes: larger results are announced by their size alone, and do not count as fetched.
         """
-        with self._waiting(tenant, request_id):
-            outcome = await self.parts.futures.look(tenant, request_id, timeout)
-        if outcome is None:
-            return self._try_again(request_id)
-        encoded = as_encoded(outcome)
-        if most_bytes is not None and len(encoded.body) > most_bytes:
-            return m.CompleteMetadata(response_payload_size=len(encoded.body))
-        self.parts.futures.fetched(request_id)
-        return encoded
-
-    def _waiting(self, tenant: str, request_id: str) -> AbstractContextManager[None]:
-        """Waiting for a result keeps its session's lease; for a sample's, it resumes those that were paused."""
-        parts = self.parts
-        run = parts.futures.run_of(request_id)
-        if run is not None:
-            return parts.leases.waiting(
-                run.session_id if run.tenant == tenant and not run.has_ended else None
-            )
-        session_id = parts.samples.session_of(tenant, request_id)
-        if session_id is not None:
-            parts.samples.resume(session_id)
-        return parts.leases.waiting(session_id)
+        futures = self.parts.futures
+        with self.parts.leases.waiting(futures.sessions_of(tenant, request_ids)):
+            outcomes = await futures.look(tenant, request_ids, timeout)
+        replies: list[Fetched] = []
+        for request_id, outcome in zip(request_ids, outcomes, strict=True):
+            if outcome is None:
+                replies.append(self._try_again(request_id))
+            elif isinstance(outcome, NotFound):
+                replies.append(outcome)
+            else:
+                encoded = outcome if isinstance(outcome, Encoded) else encode_result(outcome)
+                size = len(encoded.body)
+                is_large = most_bytes is not None and size > most_bytes
+                replies.append(m.CompleteMetadata(response_payload_size=size) if is_large else encoded)
+        pairs = zip(request_ids, replies, strict=True)
+        futures.fetched([request_id for request_id, reply in pairs if isinstance(reply, Encoded)])
+        return replies
 
     def _try_again(self, request_id: str) -> m.TryAgain:
         run = self.parts.futures.run_of(request_id)

@@ -30,15 +30,16 @@ async def end_session(parts: Parts, session_id: str) -> None:
 
 
 def pause_gone(parts: Parts) -> None:
-    """Stop the samples of clients that are gone; nobody waits for them.
+    """Stop the samples of clients that are gone, since nobody waits for them; resume those of clients that are back.
 
-    What was accepted stays promised: a client that comes back has them drawn again. (Passes and steps are done
-    anyway: they are what a run is.)
+    What was accepted stays promised. (Passes and steps are done anyway: they are what a run is.)
     """
     parts.leases.tick()
     for session_id in parts.samples.sessions():
         if parts.leases.is_gone(session_id):
             parts.samples.pause(session_id)
+        else:
+            parts.samples.resume(session_id)
         if parts.leases.silent_for(session_id) >= _GIVE_UP_SECONDS:
             parts.samples.give_up(session_id)
 

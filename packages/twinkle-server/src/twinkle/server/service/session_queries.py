@@ -39,14 +39,12 @@ async def _heartbeat(
 ) -> m.SessionHeartbeatResponse:
     row = await sessions.find_open(parts.database, tenant, request.session_id)
     parts.leases.renew(row.id, heartbeat=True)
-    parts.samples.resume(row.id)
     return m.SessionHeartbeatResponse()
 
 
 async def _finish(parts: Parts, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
     session = await sessions.find(parts.database, tenant, request.session_id)
     # Whoever ends it is there, and its lease is about to go: samples that are paused would stay so.
-    parts.samples.resume(session.id)
     await asyncio.to_thread(
         parts.database.finish_session,
         tenant,

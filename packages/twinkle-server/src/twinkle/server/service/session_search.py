@@ -126,11 +126,7 @@ def _status(row: FoundSession | tables.Session, active: AbstractSet[str], now: f
     return m.ActiveStatus() if row.id in active or row.created_at > now - ACTIVE_SECONDS else None
 
 
-def _summary(
-    row: tables.Session,
-    status: Status,
-    totals: tuple[int, int],
-) -> m.SessionSummary:
+def _summary(row: tables.Session, status: Status, totals: tuple[int, int]) -> m.SessionSummary:
     return m.SessionSummary(
         session_id=row.id,
         created_at=iso(row.created_at),

@@ -10,7 +10,6 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Conflict, InvalidRequest
 from twinkle.protocol.types import LoraConfig
 from twinkle.server.backends.protocol import CUSTOM_LOSS, DEFAULT_ALPHA, AdapterSpec
-from twinkle.server.scheduling.futures import new_request_id
 from twinkle.server.scheduling.limits import check_runs, check_submission
 from twinkle.server.scheduling.runs import Received, Run
 from twinkle.server.service import sessions, validation
@@ -29,14 +28,14 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
     run = parts.live.find(tenant, request.model_id)
     parts.ledger.touch(run.run_id)
     parts.leases.renew(run.session_id)
-    parts.samples.resume(run.session_id)  # its client is back
     seq_id = request.seq_id
     if seq_id is None:
         raise InvalidRequest("seq_id: missing; number the requests of a run 1, 2, 3, ...")
     queue = run.queue
     if (first := queue.duplicate_of(seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
-    queue.check(seq_id)
+    # The run's later requests wait for its next one, so that one is always let in.
+    is_next = queue.check(seq_id)
     loss, tokens = None, 0
     try:
         if is_pass:
@@ -50,9 +49,8 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
     except InvalidRequest:
         parts.live.reject(run, seq_id)
         raise
-    # The run's later requests wait for its next one, so that one is always let in.
-    is_next = seq_id == queue.next_id
-    check_submission(parts.limits, parts.futures, parts.tokens, tenant, tokens, always_room=is_next)
+    own, in_all = parts.futures.load_of(tenant), parts.futures.load
+    check_submission(parts.limits, own, in_all, parts.tokens, tenant, tokens, always_room=is_next)
     return parts.live.enqueue(run, seq_id, received, tokens, loss)
 
 
@@ -127,7 +125,8 @@ async def _begin_run(
         user_metadata=request.user_metadata,
     )
     if run_id not in parts.live:
-        check_submission(parts.limits, parts.futures, parts.tokens, tenant, 0)
+        own, in_all = parts.futures.load_of(tenant), parts.futures.load
+        check_submission(parts.limits, own, in_all, parts.tokens, tenant, 0)
         check_runs(parts.limits, [other.tenant for other in parts.live], tenant)
         await asyncio.to_thread(parts.database.put, row)
     if (
@@ -163,9 +162,8 @@ async def _create_custom_loss(
 ) -> m.Promise:
     await sessions.find_open(parts.database, tenant, request.session_id)
     loss_id = await parts.losses.create(tenant, request, parts.worker.loss_fns)
-    request_id = new_request_id()
-    parts.run_log.accepted(request_id, tenant, None, request.custom_loss_seq_id, received)
-    parts.futures.create(tenant, request_id=request_id)
+    request_id = parts.run_log.accepted(tenant, None, request.custom_loss_seq_id, received)
+    parts.futures.create(request_id, tenant, request.session_id)
     parts.futures.complete(request_id, m.CreateCustomLossResponse(loss_id=loss_id))
     return m.Promise(request_id=request_id)
 

@@ -174,12 +174,13 @@ def check_pass(
         _check_loss_config(request, spec)
     if not request.data:
         raise InvalidRequest("data: no datums were sent; send at least one")
+    lengths = [len(datum.model_input.tokens) for datum in request.data]
     for i, datum in enumerate(request.data):
         _check_datum(datum, f"data[{i}]", info, spec)
         if custom_loss is not None:
             _check_custom_inputs(datum, f"data[{i}]", custom_loss)
     nodes = len(custom_loss.graph.nodes) if custom_loss is not None else 0
-    return sum(len(datum.model_input.tokens) + nodes for datum in request.data)
+    return sum(lengths) + nodes * len(lengths)
 
 
 def _unknown_loss(given: str, known: LossSpecs) -> str:
@@ -294,6 +295,7 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
     check_tokens(request.prompt.tokens, "prompt", info)
     params, length = request.sampling_params, len(request.prompt.tokens)
     room = info.max_context_length - length
+    # A prompt may fill the context if it is only scored: nobody reads the one token that comes with it.
     if room < (params.max_tokens or 1) and not (request.prompt_logprobs and params.max_tokens == 1):
         raise InvalidRequest(
             f"sampling_params.max_tokens: {params.max_tokens} after a prompt of {length} tokens goes "

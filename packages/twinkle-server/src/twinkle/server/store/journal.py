@@ -1,11 +1,17 @@
 """An append-only log of records that outlives the process: segments of checksummed frames.
 
-    DIRECTORY/NNNNNNNN.log    frames, one behind the other; `segments` says how they lie
-    DIRECTORY/lock            held by the process that writes; has the journal's marker
+    DIRECTORY/NNNNNNNN.log    a segment: header, and frames one behind the other
+        header                magic, marker, bytes of the segment before that count, CRC-32 of these
+        frame                 marker, length of the payload, CRC-32 of length and payload, payload
+    DIRECTORY/lock            held by the process that writes; has the marker
 
 A record is with the operating system when `append` returns, so it survives whatever process is killed; when it is on
 the disk itself is the business of `flush`. A frame that was cut off by a crash or a full disk counts as nothing, and
-nothing is ever appended behind one. Damage hides no record but those that it hit. Knows nothing of what they say.
+nothing is ever appended behind one. Knows nothing of what records say.
+
+The marker is drawn at random for a journal, so nobody who sends a payload can put a frame into it. Behind a damaged
+frame the next one is found by it. What a write that was cut off left at the end of a segment is told from damage by
+the next header, which says where that segment ended. Reads what versions without headers wrote, as far as it is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +23,9 @@ import fcntl
 import logging
 import os
 import re
+import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +33,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from twinkle.protocol.errors import ServerFault, Unavailable, words_of
-from twinkle.server.store import segments
 
 log = logging.getLogger("twinkle.server")
 
@@ -33,9 +40,35 @@ Flush: TypeAlias = Literal["always", "second", "never"]
 """When records are on the disk itself, and so survive a power cut: before a request is answered, within a second, or
 when the operating system sees fit."""
 
+_MAGIC = b"TWKLJRN2"
+_HEADER = struct.Struct("<8s8sQI")
+_FRAME = struct.Struct("<8sII")
+_OLD_FRAME = struct.Struct("<II")
+HEADER_BYTES = _HEADER.size
+_MARKER_BYTES = 8
+
 _SUFFIX = ".log"
 _SEGMENT_BYTES = 32 * 2**20
 _LOCK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What was read of a segment.
+
+    Attributes:
+        payloads: of all whole frames, in order.
+        holes: (first byte, behind the last) of what is no whole frame, where more follows.
+        end: behind the last whole frame.
+        size: in bytes.
+        is_cut_off: what comes behind `end` is the beginning of a frame, as a write leaves it that was cut off.
+    """
+
+    payloads: list[bytes]
+    holes: list[tuple[int, int]]
+    end: int
+    size: int
+    is_cut_off: bool
 
 
 @dataclass(frozen=True)
@@ -86,10 +119,10 @@ class Journal:
         Raises:
             Unavailable: if it can't be written; then nothing of it is there.
         """
-        frame = segments.frame(self._marker, payload)
+        frame = _frame(self._marker, payload)
         self.check_place()
         try:
-            is_begun = self._end > segments.HEADER_BYTES
+            is_begun = self._end > HEADER_BYTES
             if self._descriptor < 0 or (is_begun and self._end + len(frame) > self._segment_bytes):
                 self._begin_segment()
             self._write(frame)
@@ -123,7 +156,7 @@ class Journal:
 
     def _begin_segment(self) -> None:
         path = self._path(self._number + 1)
-        header = segments.header(self._marker, self._end)
+        header = _header(self._marker, self._end)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if os.write(descriptor, header) < len(header):
@@ -253,7 +286,7 @@ class Journal:
         data = path.read_bytes()
         end = self._end_by_next(number)
         counted = data if end is None else data[:end]
-        segment = segments.parse(counted, self._marker)
+        segment = parse(counted, self._marker)
         missing = [f"{stop - start} bytes from {start}" for start, stop in segment.holes]
         if end is not None and len(data) < end:
             missing.append(f"{end - len(data)} bytes at the end, which are not there any more")
@@ -285,13 +318,13 @@ class Journal:
     def _header_of(self, number: int) -> tuple[bytes, int] | None:
         try:
             with self._path(number).open("rb") as file:
-                return segments.read_header(file.read(segments.HEADER_BYTES))
+                return read_header(file.read(HEADER_BYTES))
         except FileNotFoundError:
             return None
 
     def _end_of(self, number: int) -> int:
         """How many bytes of the last segment of an earlier process count: all but a write that was cut off."""
-        segment = segments.parse(self._path(number).read_bytes(), self._marker)
+        segment = parse(self._path(number).read_bytes(), self._marker)
         return segment.end if segment.is_cut_off else segment.size
 
     def _known_marker(self) -> bytes:
@@ -304,7 +337,7 @@ class Journal:
         elif re.fullmatch(rb"[0-9a-f]{16}", kept):
             marker = bytes.fromhex(kept.decode())
         else:
-            marker = segments.new_marker()
+            marker = os.urandom(_MARKER_BYTES)
         if kept != marker.hex().encode():
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, marker.hex().encode(), 0)
@@ -336,3 +369,99 @@ def _lock(path: Path) -> int:
                     "server.port"
                 ) from None
             time.sleep(0.1)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _header(marker: bytes, previous_end: int) -> bytes:
+    """
+    Args:
+        previous_end: so many bytes of the segment before count.
+    """
+    fields = struct.pack("<8s8sQ", _MAGIC, marker, previous_end)
+    return fields + struct.pack("<I", zlib.crc32(fields))
+
+
+def read_header(data: bytes) -> tuple[bytes, int] | None:
+    """The marker and the end of the segment before; None if there is no whole header."""
+    if len(data) < HEADER_BYTES:
+        return None
+    magic, marker, previous_end, checksum = _HEADER.unpack_from(data)
+    if magic != _MAGIC or zlib.crc32(data[: HEADER_BYTES - 4]) != checksum:
+        return None
+    return marker, previous_end
+
+
+def _frame(marker: bytes, payload: bytes) -> bytes:
+    return _FRAME.pack(marker, len(payload), _checksum(payload)) + payload
+
+
+def _checksum(payload: bytes | memoryview) -> int:
+    return zlib.crc32(payload, zlib.crc32(struct.pack("<I", len(payload))))
+
+
+def parse(data: bytes, marker: bytes | None) -> Segment:
+    """
+    Args:
+        data: the bytes of it that count.
+        marker: of the journal's other segments, for one whose own header is damaged.
+    """
+    found = read_header(data)
+    if found is not None:
+        return _parse(data, found[0], HEADER_BYTES)
+    if marker is not None and (marker in data or not data[:HEADER_BYTES].strip(b"\0")):
+        return _parse(data, marker, 0)
+    return _parse_old(data)
+
+
+def _parse(data: bytes, marker: bytes, start: int) -> Segment:
+    payloads: list[bytes] = []
+    holes: list[tuple[int, int]] = []
+    whole_until, at = start, start
+    while (at := data.find(marker, at)) >= 0:
+        behind = _end_of_frame(data, at)
+        if behind is None:
+            at += 1
+            continue
+        if at > whole_until:
+            holes.append((whole_until, at))
+        payloads.append(data[at + _FRAME.size : behind])
+        whole_until = at = behind
+    tail = data[whole_until : whole_until + _FRAME.size]
+    begins = tail[:_MARKER_BYTES] == marker[: len(tail)]
+    if begins and len(tail) == _FRAME.size:
+        begins = whole_until + _FRAME.size + _FRAME.unpack(tail)[1] > len(data)
+    return Segment(payloads, holes, whole_until, len(data), is_cut_off=bool(tail) and begins)
+
+
+def _end_of_frame(data: bytes, start: int) -> int | None:
+    """Behind the frame that begins there; None if it is not whole."""
+    if start + _FRAME.size > len(data):
+        return None
+    _, length, checksum = _FRAME.unpack_from(data, start)
+    end = start + _FRAME.size + length
+    if end > len(data) or _checksum(memoryview(data)[start + _FRAME.size : end]) != checksum:
+        return None
+    return end
+
+
+def _parse_old(data: bytes) -> Segment:
+    """Frames without marker: nothing is found behind one that is not whole."""
+    payloads: list[bytes] = []
+    start, is_cut_off = 0, False
+    while start < len(data):
+        is_cut_off = start + _OLD_FRAME.size > len(data)
+        if is_cut_off:
+            break
+        length, checksum = _OLD_FRAME.unpack_from(data, start)
+        end = start + _OLD_FRAME.size + length
+        payload = data[start + _OLD_FRAME.size : end]
+        is_cut_off = end > len(data)
+        if is_cut_off or zlib.crc32(payload) != checksum:
+            break
+        payloads.append(payload)
+        start = end
+    # With no record at all it is none of that version's, but one of ours of which nothing is left.
+    is_cut_off = is_cut_off and (bool(payloads) or len(data) < HEADER_BYTES)
+    return Segment(payloads, [], start, len(data), is_cut_off)

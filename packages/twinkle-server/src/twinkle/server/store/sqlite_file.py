@@ -1,10 +1,9 @@
-"""The file of a SQLite database, watched while it is open.
+"""Notices when the file of an open SQLite database is moved, deleted or replaced.
 
-SQLite goes on with a file that was moved, deleted or replaced: all that is written then is gone when the process ends.
-Worse, what it had not put into the file itself yet stays at the old path, in the write-ahead log, and whatever file is
-opened there next gets it mixed into its own pages. So nothing is read or written while another file, or none, is at the
-path; what there is in the log is put into the file that it belongs to, wherever that is now; and a copy is made, since
-there may be no other.
+SQLite keeps writing to the old file, so those writes are lost when the process ends. Worse, the write-ahead log stays
+at the old path, and SQLite would mix it into whatever database is opened there next. So while another file, or none,
+is at the path, nothing is read or written, the log is checkpointed into the file it belongs to, wherever that is now,
+and a copy is made, since the file itself may be deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ log = logging.getLogger("twinkle.server")
 
 _Stamp: TypeAlias = tuple[int, ...]
 
-# How long transactions in progress have to end before the log can be emptied.
+# How long to wait for transactions in progress, which keep the log from being emptied.
 _BUSY_SECONDS = 1.0
 
 _COPY = ".rescued-"
@@ -35,7 +34,7 @@ _COPY = ".rescued-"
 def check_not_lost(path: Path) -> None:
     """
     Raises:
-        InvalidRequest: if there is no file, and an earlier process has noticed that it went: nobody wants an empty one.
+        InvalidRequest: if the file is missing and an earlier process left a copy; an empty database would hide that.
     """
     if path.exists():
         return
@@ -49,32 +48,32 @@ def check_not_lost(path: Path) -> None:
 
 
 class SqliteFile:
-    """Knows whether the file that was opened is still at its path. Called by any thread."""
+    """Checks that the file that was opened is still at its path. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         """
         Args:
-            path: of a database that there is.
+            path: of an existing database.
         """
         self._path = path.absolute()
         self._log = Path(f"{self._path}-wal")
         self._guard = threading.Lock()
-        # Of its own, since the pool's connections may come and go, and a new one would open whatever is there. As long
-        # as it is open no other connection can take the log away.
+        # The pool's connections come and go, and a new one would open whatever is at the path by then. While this one
+        # is open, no other connection can delete the log.
         self._connection = sqlite3.connect(
             self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        # Only what is read is opened.
+        # SQLite opens a file only when it is first read.
         self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         self._opened = self._files()
         self._is_gone = False
-        self._left: _Stamp | None = None  # how the file was left when it went, once its log is in it
+        self._left: _Stamp | None = None  # size and time of the moved file after its log was emptied
         self._copy: Path | None = None
 
     def check(self) -> None:
         """
         Raises:
-            DatabaseGone: if another file is at the path, or none.
+            DatabaseGone: if the path has another file, or none.
         """
         if self._files() == self._opened and not self._is_gone:
             return
@@ -92,11 +91,11 @@ class SqliteFile:
 
     def close(self) -> None:
         with contextlib.suppress(DatabaseGone):
-            self.check()  # the last time that its log can be emptied
+            self.check()  # last chance to empty the log
         self._connection.close()
 
     def _files(self) -> tuple[_Stamp | None, _Stamp | None]:
-        """Which files are at the two paths."""
+        """The files now at the two paths."""
         return _identity(self._path), _identity(self._log)
 
     # ------------------------------------------------------------ gone, and back
@@ -124,7 +123,7 @@ class SqliteFile:
         )
 
     def _empty_log(self) -> None:
-        """Put what the write-ahead log has into the file that was opened. If that can't be, it is tried again."""
+        """Checkpoint the write-ahead log into the file that was opened; `check` tries again if that fails."""
         try:
             is_busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error as error:
@@ -135,10 +134,10 @@ class SqliteFile:
 
     def _is_back(self) -> None:
         if not self._is_gone:
-            return  # another thread has noticed before
+            return  # another thread was first
         self._is_gone, self._left = False, None
         if self._copy is not None:
-            self._copy.unlink(missing_ok=True)  # the file has all of it
+            self._copy.unlink(missing_ok=True)
             self._copy = None
         log.warning("the database %s is back: the server goes on with it", self._path)
 
@@ -146,15 +145,15 @@ class SqliteFile:
 def _identity(path: Path) -> _Stamp | None:
     try:
         found = os.stat(path)
-    except OSError:  # or it can't be reached: then SQLite couldn't either
+    except OSError:  # missing or unreachable
         return None
     return found.st_dev, found.st_ino
 
 
 def _content_of_open(identity: _Stamp | None) -> _Stamp:
-    """What changes when the content does, of a file that this process has open, wherever it is now."""
+    """Size and modification time of a file that this process has open, wherever it is now."""
     for name in os.listdir("/dev/fd"):
-        # Not by opening it: to close any descriptor of a file would give up the locks that SQLite has on it.
+        # Don't open the file: closing any descriptor of it would release SQLite's locks (POSIX).
         with contextlib.suppress(OSError):
             found = os.fstat(int(name))
             if (found.st_dev, found.st_ino) == identity:

@@ -1,6 +1,6 @@
-"""Whether a directory holds a whole base model: what its files say, before any weight is read. No torch.
+"""Checks that a directory holds a complete base model, before any weight is read. No torch.
 
-A base that lacks a tensor, or has one that nothing reads, would be served as another model than its name says.
+With missing or unused tensors the server would serve another model than the one it names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 _AGAIN = "download the model again, all of its files"
 _LFS = b"version https://git-lfs"
-# Where configurations say how weights are quantised; files that say so beside config.json, as older tools wrote them.
+# Keys of config.json that describe quantisation, and files of their own in which older tools describe it.
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _QUANTISATION_FILES = {
     "quantize_config.json": "gptq",
@@ -31,16 +31,16 @@ _NARROW_DTYPES = ("F8_", "F6_", "F4")
 
 
 def check(path: Path, can_dequantise: Collection[str] = ()) -> dict[str, Path]:
-    """Look at all files of a model.
+    """Check all files of a model.
 
     Args:
-        can_dequantise: ways of quantising whose weights are made whole when they are loaded.
+        can_dequantise: quantisation methods whose weights can be dequantised on loading.
 
     Returns:
-        Where each tensor is.
+        The file of each tensor.
 
     Raises:
-        InvalidRequest: naming the file or tensor that is wrong, or how the weights are quantised.
+        InvalidRequest: with the file or tensor at fault, or the quantisation method.
     """
     config = _read_json(path / "config.json", _no_config(path))
     if (path / "adapter_config.json").is_file():
@@ -58,10 +58,10 @@ def check(path: Path, can_dequantise: Collection[str] = ()) -> dict[str, Path]:
 
 
 def quantised_by(path: Path, config: Mapping[str, Any] | None = None) -> str | None:
-    """How the weights are quantised, as far as the directory says; None if it says nothing of it.
+    """The quantisation method that the directory declares, or None.
 
     Args:
-        config: what `config.json` says, if it has been read.
+        config: `config.json`, if already read.
     """
     if config is None:
         config = _read_json(path / "config.json", _no_config(path))
@@ -77,10 +77,10 @@ def quantised_by(path: Path, config: Mapping[str, Any] | None = None) -> str | N
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Where each tensor is: in `model.safetensors`, or where the index says.
+    """The file of each tensor: `model.safetensors`, or as the index says.
 
     Raises:
-        InvalidRequest: if a file is missing or can't be read, or doesn't hold what the index says.
+        InvalidRequest: if a file is missing or unreadable, or lacks a tensor of the index.
     """
     if (path / WEIGHTS).is_file():
         return dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
@@ -108,12 +108,12 @@ def tensor_files(path: Path) -> dict[str, Path]:
 def check_layers(path: Path, names: Iterable[str], layers: str, count: int) -> None:
     """
     Args:
-        names: of the checkpoint's tensors that nothing reads, or of all.
-        layers: the name of the list of decoder layers.
-        count: how many there are, by `config.json`.
+        names: of the unused tensors, or of all.
+        layers: name of the list of decoder layers.
+        count: number of layers in `config.json`.
 
     Raises:
-        InvalidRequest: if there are weights of more layers.
+        InvalidRequest: if there are weights for more layers.
     """
     pattern = re.compile(re.escape(layers) + r"\.(\d+)\.")
     for name in sorted(names):
@@ -126,7 +126,7 @@ def check_layers(path: Path, names: Iterable[str], layers: str, count: int) -> N
 
 
 def missing(path: Path, names: Iterable[str], architecture: str) -> InvalidRequest:
-    """What is said of tensors that the model has and no file does."""
+    """The error for tensors that no file has."""
     return InvalidRequest(
         f"model: {path} is not whole: no file in it holds {_shown(names)}, of which {architecture} is made by its "
         f"config.json; {_AGAIN}, config.json with them"
@@ -134,7 +134,7 @@ def missing(path: Path, names: Iterable[str], architecture: str) -> InvalidReque
 
 
 def not_finite(path: Path, name: str) -> InvalidRequest:
-    """What is said of a weight that is infinite or not a number."""
+    """The error for a weight that is infinite or NaN."""
     return InvalidRequest(
         f"model: the weight {name} in {path} holds numbers that are not finite (NaN or infinity); {_AGAIN}, or load it "
         "in the type that it was saved in"
@@ -182,7 +182,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _not_downloaded(file: Path) -> str | None:
-    """Why a file is not what it should be, where that can be seen at its beginning."""
+    """A reason why a file can't be parsed, if its first bytes show one."""
     try:
         with file.open("rb") as opened:
             beginning = opened.read(len(_LFS))
@@ -194,7 +194,7 @@ def _not_downloaded(file: Path) -> str | None:
 
 
 def _check_dtypes(path: Path, files: Mapping[str, Path]) -> None:
-    """Numbers of 8 bits and fewer are quantised, with scales beside, though the configuration says nothing."""
+    """Types of 8 bits or fewer mean quantised weights, even if the configuration doesn't say so."""
     for file in sorted(set(files.values())):
         with cast("Any", safe_open)(file, framework="numpy") as opened:
             for name in cast("list[str]", opened.keys()):

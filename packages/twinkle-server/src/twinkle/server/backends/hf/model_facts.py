@@ -1,4 +1,4 @@
-"""What a model's configuration and the memory of its device say of the requests that it can take."""
+"""Limits that follow from a model's configuration and its device's memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.lora.losses.logprobs import MAX_CHUNK_LOGITS
 from twinkle.server.backends.protocol import ModelConfig
 
-# The share of free memory that a micro-batch may fill, and all adapters together; the rest is for the sampler and other
-# programs.
+# Shares of free memory for a micro-batch and for all adapters; the rest is for the sampler and other programs.
 _GPU_SHARE = 0.5
 _CPU_SHARE = 0.25
 _ADAPTERS_SHARE = 0.25
-# What a sampler's keys and values may take at most. More than is left beside the others, since they seldom take theirs;
-# where it is too much, samples are paused.
+# Of free memory, for the sampler's keys and values. The shares add up to more than 1 on a GPU because they are seldom
+# all used; if memory does run out, samples are preempted.
 _CACHE_SHARE = 0.5
 _MIN_BATCH_TOKENS = 512
-# On a CPU larger micro-batches are not faster, or even slower, since activations leave the cache.
+# Larger micro-batches are no faster on a CPU, or even slower, since activations no longer fit in the cache.
 _MAX_BATCH_TOKENS_CPU = 2048
 _MAX_BATCH_TOKENS_GPU = 65536
-# Logits and what is computed from them, as many numbers each, in float32.
+# Logits and two tensors of the same size, all float32.
 _HEAD_BYTES = 3 * 4 * MAX_CHUNK_LOGITS
 
 
@@ -56,11 +55,11 @@ def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -
 
 
 def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """What `bounded_batch_tokens` gives for a model that is known by its configuration only.
+    """`bounded_batch_tokens`, estimated from the configuration alone.
 
     A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
-    pass; twice that is reckoned with, for what the backward pass makes on its way. In a mixture of experts every copy
-    of a token, one for each of its experts, adds 2 and 4.
+    pass; that is doubled for the backward pass's own temporaries. In a mixture of experts, each expert of a token adds
+    2 and 4.
     """
     hidden = int(text.hidden_size)
     intermediate = _largest(getattr(text, "intermediate_size", None)) or 4 * hidden
@@ -74,37 +73,37 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
 
 
 def _largest(size: int | Sequence[int] | None) -> int:
-    """Of a size that some models have once, and others for each layer; 0 if there is none."""
+    """The largest of a size that may be given per layer; 0 if missing."""
     return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
 def _size(text: PretrainedConfig, name: str) -> int:
-    """The largest of a size that may be the layers' own (Gemma 4's heads are); 0 if there is none."""
+    """As `_largest`, also for sizes that differ between layers, as Gemma 4's heads do."""
     try:
         return _largest(getattr(text, name, None))
-    except RuntimeError:  # Transformers refuses to name one of several
+    except RuntimeError:  # Transformers raises it if layers differ
         layers: Any = getattr(text, "per_layer_config", ())
         return max((_largest(getattr(layer, name, None)) for layer in layers), default=0)
 
 
 def affordable_tokens(token_bytes: float, device: torch.device) -> int:
-    """How many tokens a training pass can hold: a share of the memory that is free, once the weights are in it.
+    """Tokens that a training pass can hold in its share of the memory left beside the weights.
 
     Args:
-        token_bytes: what the layers keep of a token, in bytes; what the output head takes is known.
+        token_bytes: bytes that the layers keep per token; the output head's are known.
     """
     share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
     return int(max(0.0, share * _free_memory(device) - _HEAD_BYTES) / token_bytes)
 
 
 def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
-    """Most tokens of a micro-batch, where so many can be held: no more than make it faster, nor too few."""
+    """The token budget of a micro-batch: what fits, between a minimum and the size beyond which it gets no faster."""
     most = _MAX_BATCH_TOKENS_GPU if device.type == "cuda" else _MAX_BATCH_TOKENS_CPU
     return max(_MIN_BATCH_TOKENS, min(most, affordable))
 
 
-# For `overhead_tokens`: what a layer takes forward and backward whatever is in it (seconds of Python and of launching
-# kernels), and how fast the rest is computed (floating-point operations a second). Orders of magnitude will do.
+# For `overhead_tokens`: a layer's fixed cost, forward and backward (seconds of Python and kernel launches), and the
+# device's speed (FLOP/s). Orders of magnitude are enough.
 _LAYER_SECONDS_CPU = 6e-3
 _LAYER_SECONDS_GPU = 3e-3
 _SPEED_CPU = 5e10
@@ -112,14 +111,14 @@ _SPEED_GPU = 1.5e14
 
 
 def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
-    """What a micro-batch costs beside its tokens, in tokens: where cutting a batch into more of them begins to pay.
+    """A micro-batch's fixed cost, as a number of tokens: splitting pays only if it saves more padding than this.
 
-    A token takes 6 operations a weight, forward and backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-    Reckoned and not measured, so that the same rows are cut alike on every start.
+    A token takes 6 operations per weight, forward and backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    Estimated rather than measured, so that the same rows are split alike after each restart.
 
     Args:
-        layers: decoder layers.
-        weights: numbers in all matrices that a token goes through.
+        layers: number of decoder layers.
+        weights: number of weights that a token is multiplied with.
     """
     on_gpu = device.type == "cuda"
     seconds = layers * (_LAYER_SECONDS_GPU if on_gpu else _LAYER_SECONDS_CPU)
@@ -128,17 +127,17 @@ def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
 
 
 def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
-    """What all adapters may take together: a share of the memory that is free, once the weights are in it.
+    """Bytes for all adapters: their share of the memory left beside the weights.
 
     Args:
-        ranks: how many hold a part of each adapter; those on GPUs have a memory each.
+        ranks: number of ranks that hold a part of each adapter; on GPUs each has its own memory.
     """
     return int(_ADAPTERS_SHARE * _free_memory(device)) * (ranks if device.type == "cuda" else 1)
 
 
 def affordable_cache_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Of how many tokens a sampler can keep keys and values, in a share of the memory that is free: at least one."""
-    # Where heads are unknown, as many as fill the hidden size.
+    """Tokens whose keys and values fit in the sampler's share of free memory; at least 1."""
+    # Without a head count: one head of the hidden size.
     own_heads = _size(text, "num_attention_heads") or 1
     heads = _size(text, "num_key_value_heads") or own_heads
     width = _size(text, "head_dim") or int(text.hidden_size) // own_heads
@@ -151,10 +150,10 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _free_host_memory() -> int:
-    """Bytes of memory that programs can have without swapping; where the system doesn't tell, 8 GiB."""
+    """Bytes available without swapping; 8 GiB if the system doesn't say."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):  # in kB; unlike free pages, with what caches would give back
+            if line.startswith("MemAvailable:"):  # in kB; unlike MemFree, includes reclaimable caches
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -6,7 +6,7 @@ Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, as `torch.optim.AdamW` 
     m <- beta1 m + (1 - beta1) g          v <- beta2 v + (1 - beta2) g^2
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-A step without a gradient is a step with a gradient of zero. A step that would not leave finite numbers is not made.
+Without a gradient, g is zero. A step whose result would not be finite is refused.
 """
 
 from __future__ import annotations
@@ -24,35 +24,34 @@ from twinkle.server.backends.lora.banks import Bank
 from twinkle.server.backends.lora.finite import LARGEST_GRADIENT, LARGEST_MEAN, Fault, refusal
 from twinkle.server.backends.protocol import StepOutcome
 
-# Elements that are worked on at once: on a CPU what the cache holds, so that memory is gone through once and not for
-# each operation; elsewhere a bound of the one temporary that the steps need.
+# Elements per block. On a CPU a block fits in the cache, so that memory is read once, not once per operation;
+# elsewhere this bounds the workspace.
 _CPU_BLOCK = 2**16
 _BLOCK = 2**24
-# torch.nn.utils.clip_grad_norm_ has the same.
+# As in torch.nn.utils.clip_grad_norm_.
 _CLIP_EPS = 1e-6
-# Where eps is 0, or as good as that, the least that is divided by: 0 / 0, where there never was a gradient, is no step.
+# The smallest divisor: with eps = 0, a weight that never had a gradient would become 0 / 0 = NaN.
 _TINY = torch.finfo(torch.float32).tiny
 _LARGEST = torch.finfo(torch.float32).max
-# Between these a norm in float32 is right: squares of smaller and larger numbers are none of float32's.
+# Outside of this range the squares underflow or overflow float32, and the norm is wrong.
 _SURE_NORMS = (1e-12, 1e18)
-# A little less than half of the distance between float32's two largest numbers: a number below it that is added to
-# a finite weight leaves it finite.
+# Slightly less than half the distance between the two largest float32 numbers: a smaller number added to any finite
+# weight leaves it finite.
 _HARMLESS = 1e31
-# The operations on lists of tensors have no public names; torch's own optimizers use them.
+# Operations on lists of tensors have no public API; torch's own optimizers use these.
 _torch: Any = torch
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedSteps:
-    """Steps of some of a bank's adapters, ready to be applied: what can fail (memory, mostly) has been done.
+    """Steps of some of a bank's adapters, ready to apply: whatever can fail (mostly allocation) has been done.
 
     Attributes:
         params: by slot.
         norms: by slot, the L2 norm of the gradient before clipping.
-        faults: by slot, why a step is not made; only of those that are not.
-        is_suspicious: whether a step had to be looked at more closely. Where the norms are of the whole gradients it is
-            the same on all ranks.
-        workspace: float32, as long as a block.
+        faults: by slot, why a step is refused.
+        is_suspicious: whether any step needed the exact check. Equal on all ranks if the norms are of whole gradients.
+        workspace: float32 [block].
     """
 
     bank: Bank
@@ -63,7 +62,7 @@ class PlannedSteps:
     is_suspicious: bool = False
 
     def apply(self) -> None:
-        """Step, all in place, and let go of the gradients, also of steps that are not made."""
+        """Step in place, and drop all gradients, those of refused steps too."""
         for slot in self.faults:
             self.bank.grads.pop(slot, None)
         if self.bank.device.type == "cpu":
@@ -72,13 +71,12 @@ class PlannedSteps:
             self.apply_together()
 
     def outcome(self, slot: int) -> StepOutcome:
-        """What is said of a step."""
         if slot in self.faults:
             return refusal(self.faults[slot], self.norms[slot])
         return {"grad_norm:mean": self.norms[slot]}
 
     def _next_steps(self) -> dict[int, _Step]:
-        """Those that are made, which are counted up."""
+        """The steps that are not refused; their counts are incremented."""
         made = {slot: params for slot, params in self.params.items() if slot not in self.faults}
         steps = {slot: _Step.next(self.bank, slot, params, self.norms[slot]) for slot, params in made.items()}
         for slot in steps:
@@ -86,15 +84,16 @@ class PlannedSteps:
         return steps
 
     def apply_by_block(self) -> None:
-        """Adapter by adapter, block by block: on a CPU, where the cache counts."""
+        """Adapter by adapter, block by block: for CPUs, where the cache matters."""
         for slot, step in self._next_steps().items():
             _apply(self.bank, slot, step, self.workspace)
 
     def apply_together(self) -> None:
-        """A block's worth of adapters in each operation: elsewhere, where each operation is a launch."""
+        """Many adapters per operation: for GPUs, where each operation is a kernel launch."""
         steps = self._next_steps()
         size, block = self.bank.layout.size, max(1, len(self.workspace))
         a_group = max(1, block // max(1, size))
+        # A foreach operation has the same operands for all its adapters, so those without a gradient go apart.
         having = [slot for slot in steps if slot in self.bank.grads]
         for slots in (having, [slot for slot in steps if slot not in self.bank.grads]):
             for first in range(0, len(slots), a_group):
@@ -108,10 +107,10 @@ class PlannedSteps:
 def plan_steps(
     bank: Bank, params: dict[int, AdamParams], norms: Mapping[int, float] | None = None
 ) -> PlannedSteps:
-    """Prepare a step for each slot in `params`; nothing changes yet.
+    """Prepare a step for each slot in `params` without changing anything.
 
     Args:
-        norms: by slot, the L2 norm of the gradient, where the bank holds only a part of it.
+        norms: by slot, the L2 norm of the whole gradient, if the bank holds only a part of it.
     """
     size = bank.layout.size
     needed = min(_CPU_BLOCK, size) if bank.device.type == "cpu" else min(_BLOCK, size * len(params))
@@ -131,7 +130,7 @@ def plan_steps(
 
 
 def is_sure_norm(norm: float) -> bool:
-    """Whether a norm that was computed in float32 is right; else it is to be computed in float64."""
+    """Whether a norm computed in float32 is right; otherwise compute it in float64."""
     return _SURE_NORMS[0] < norm < _SURE_NORMS[1]
 
 
@@ -140,7 +139,7 @@ def _norms(bank: Bank, slots: Iterable[int]) -> dict[int, float]:
     pending = [slot for slot in norms if slot in bank.grads]
     if pending:
         found = torch.stack([torch.linalg.vector_norm(bank.grads[slot]) for slot in pending])
-        # One transfer for all of them.
+        # One transfer from the device for all norms.
         norms |= zip(pending, cast("list[float]", found.tolist()), strict=True)
     for slot in pending:
         if not is_sure_norm(norms[slot]):
@@ -149,7 +148,7 @@ def _norms(bank: Bank, slots: Iterable[int]) -> dict[int, float]:
 
 
 def _fault(bank: Bank, slot: int, step: _Step, norm: float, workspace: Tensor) -> Fault:
-    """What is wrong with a suspicious step, if anything is."""
+    """Whether a suspicious step is really a fault, and which."""
     if not math.isfinite(norm):
         return Fault.GRADIENT
     gradient = bank.grads.get(slot)
@@ -157,7 +156,7 @@ def _fault(bank: Bank, slot: int, step: _Step, norm: float, workspace: Tensor) -
         return Fault.SQUARE
     if not step.fits_float32:
         return Fault.RESULT
-    trial = Bank(bank.layout, bank.device)  # the step on a copy, which is thrown away
+    trial = Bank(bank.layout, bank.device)  # take the step on a copy
     place = trial.take()
     for rows, own in (
         (trial.params, bank.params),
@@ -179,10 +178,10 @@ class _Step:
     """The scalars of one adapter's step.
 
     Attributes:
-        clip: what the gradient is multiplied by, at most 1.
-        decay: what the parameters are multiplied by.
-        eps: what is added to sqrt(v), that is `eps` times the root of v's correction.
-        size: what m / (sqrt(v) + eps) is multiplied by: both corrections are in it.
+        clip: factor of the gradient, at most 1.
+        decay: factor of the parameters.
+        eps: added to sqrt(v): AdamW's eps times sqrt(1 - beta2^t).
+        size: factor of m / (sqrt(v) + eps), with both bias corrections.
     """
 
     beta1: float
@@ -194,7 +193,6 @@ class _Step:
 
     @classmethod
     def next(cls, bank: Bank, slot: int, s: AdamParams, norm: float) -> _Step:
-        """The next one of `slot`."""
         count = bank.steps[slot] + 1
         root_correction = (1.0 - s.beta2**count) ** 0.5
         return cls(
@@ -211,10 +209,10 @@ class _Step:
         return self.size <= _LARGEST and abs(self.decay) <= _LARGEST
 
     def is_suspicious(self, norm: float) -> bool:
-        """Whether this could make a number infinite; told without looking at the numbers themselves.
+        """Whether this might overflow, judged from the scalars alone.
 
-        Weights are safe if no step is longer than what rounding swallows beside the largest float32: they change by
-        size * m / (sqrt(v) + eps), in which m is bounded.
+        Weights change by size * m / (sqrt(v) + eps), in which m is bounded. They stay finite if that is too small to
+        change the largest float32 number.
         """
         if not (math.isfinite(norm) and norm * self.clip <= LARGEST_GRADIENT):
             return True
@@ -248,7 +246,7 @@ def _apply(bank: Bank, slot: int, s: _Step, workspace: Tensor) -> None:
 
 
 def _apply_together(bank: Bank, steps: Mapping[int, _Step], part: slice, workspace: Tensor) -> None:
-    """A part of each adapter's row, which has a gradient in all of them or in none."""
+    """As `_apply`, on `part` of several adapters' rows; all of them have a gradient, or none has."""
     scalars = list(steps.values())
     p, m, v = ([rows[slot][part] for slot in steps] for rows in (bank.params, bank.exp_avg, bank.exp_avg_sq))
     work = list(workspace[: len(p) * len(p[0])].view(len(p), -1).unbind())
@@ -259,7 +257,7 @@ def _apply_together(bank: Bank, steps: Mapping[int, _Step], part: slice, workspa
         if any(s.clip < 1.0 for s in scalars):
             _torch._foreach_mul_(g, [s.clip for s in scalars])
         _torch._foreach_addcmul_(v, g, g, [1.0 - s.beta2 for s in scalars])
-        # The gradient is used up: in the place of lerp, which takes a scalar for each since torch 2.7 only.
+        # Instead of lerp, whose foreach form takes a list of scalars only since torch 2.7. Overwrites the gradient.
         _torch._foreach_mul_(g, [1.0 - s.beta1 for s in scalars])
         _torch._foreach_add_(m, g)
     _torch._foreach_copy_(work, v)

@@ -5,14 +5,14 @@ For a token x that the router sends to expert e with weight p, and an adapter wi
     h = (W1[e] + (alpha / rank) B1[e] A1[e]) x,     (gate, up) = h,
     y = (W2[e] + (alpha / rank) B2[e] A2[e]) (act(gate) * up),      out = sum over the token's experts of p y
 
-as Transformers computes experts (`modeling_qwen3_moe.Qwen3MoeExperts`) with PEFT's LoRA on each expert's matrices
-(`peft.tuners.lora.layer.ParamWrapper`). Rows are sorted by expert once, so that each product is one of consecutive
-groups of rows. Knows neither banks nor models: `run_experts` takes tensors, and is all that another backend needs.
+as in Transformers (`modeling_qwen3_moe.Qwen3MoeExperts`) with PEFT's LoRA on each expert's matrices
+(`peft.tuners.lora.layer.ParamWrapper`). Rows are sorted by expert once, so that each product is over consecutive groups
+of rows. `run_experts` takes plain tensors, for use by other backends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -24,17 +24,17 @@ from twinkle.server.backends.lora.module_groups import EXPERT_PARAMETERS
 
 GATE_UP, DOWN = EXPERT_PARAMETERS
 
-# torch's grouped product wants rows of whole 16 bytes: 8 numbers of bfloat16.
+# torch's grouped_mm needs rows of a multiple of 16 bytes: 8 bfloat16 numbers.
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertTerm:
-    """The low-rank terms of adapters of one rank, on all experts of a layer.
+    """Low-rank terms of adapters of the same rank, on all experts of a layer.
 
     Attributes:
-        rows: int64 [m], which rows of the input get a term, no row twice; None where all do, in order.
-        adapter: int64 [m], whose: an index into the adapters below.
+        rows: int64 [m], the input rows that get a term, without duplicates; None: all, in order.
+        adapter: int64 [m], each row's index into the adapters below.
         gate_up_a: [adapters, experts, rank, hidden].
         gate_up_b: [adapters, experts, 2 * intermediate, rank], times alpha / rank.
         down_a: [adapters, experts, rank, intermediate].
@@ -57,18 +57,18 @@ def run_experts(
     act: Callable[[Tensor], Tensor],
     terms: Sequence[ExpertTerm] = (),
 ) -> Tensor:
-    """Experts' outputs, not yet weighted; differentiable in `x` and in the terms' matrices.
+    """The experts' outputs before weighting; differentiable in `x` and the terms' matrices.
 
     Args:
         x: [n, hidden]; n may be 0.
-        expert: int64 [n] or [n, k]: to which experts each row goes, below the number of experts here.
-        gate_up: [experts, 2 * intermediate, hidden], the gate's rows first; of the type of `x`.
-        down: [experts, hidden, intermediate].
-        act: of the gate, elementwise.
-        terms: no row in two of them; matrices of any float type, they are cast to that of `x`.
+        expert: int64 [n] or [n, k], each row's experts.
+        gate_up: [experts, 2 * intermediate, hidden], the gate's rows first; dtype of `x`.
+        down: [experts, hidden, intermediate]; dtype of `x`.
+        act: the gate's activation, elementwise.
+        terms: with disjoint rows; matrices of any float dtype, cast to that of `x`.
 
     Returns:
-        [n, hidden] or [n, k, hidden], of the type of `x`.
+        [n, hidden] or [n, k, hidden], dtype of `x`.
     """
     copies = expert.shape[1] if expert.ndim == 2 else 1
     by_kernel = _has_kernel(x, gate_up, down)
@@ -86,11 +86,11 @@ def run_experts(
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Consecutive rows that share a matrix, for each matrix; a group may be empty.
+    """Consecutive rows that share a matrix, one possibly empty group per matrix.
 
     Attributes:
-        ends: int32 [groups], where each ends.
-        sizes: how many rows each has, on the host, for a loop; None where torch's kernel takes `ends`.
+        ends: int32 [groups], each group's end.
+        sizes: each group's number of rows, on the host, for a loop; None if torch's kernel is used, which takes `ends`.
     """
 
     ends: Tensor
@@ -98,8 +98,8 @@ class _Groups:
 
     @classmethod
     def of(cls, group: Tensor, count: int, by_kernel: bool) -> _Groups:
-        """Of rows in any order, by their group numbers, int64 [n]."""
-        # Not bincount, for which a GPU would have to wait.
+        """Groups of rows in any order; `group` is int64 [n]."""
+        # bincount would synchronize with the GPU.
         sizes = torch.zeros(count, dtype=torch.int64, device=group.device)
         sizes.scatter_add_(0, group, torch.ones_like(group))
         return cls(sizes.cumsum(0).to(torch.int32), None if by_kernel else sizes.tolist())
@@ -107,14 +107,14 @@ class _Groups:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Rows sorted by expert, and for one expert by adapter.
+    """Rows sorted by expert, then by adapter.
 
     Attributes:
-        order: int64 [n * k], where each sorted row was.
-        inverse: int64 [n * k], where each row is in sorted order.
-        experts: the sorted rows' groups, one an expert.
-        members: for each term the places of its rows in sorted order, rising, or None where all are.
-        member_groups: for each term its rows' groups, number `expert * adapters + adapter`.
+        order: int64 [n * k], each sorted row's original index.
+        inverse: int64 [n * k], each row's sorted index.
+        experts: the sorted rows' groups, one per expert.
+        members: for each term the sorted indices of its rows, ascending; None: all rows.
+        member_groups: for each term its rows' groups, numbered `expert * adapters + adapter`.
     """
 
     order: Tensor
@@ -125,7 +125,7 @@ class _Plan:
 
 
 def _plan(expert: Tensor, copies: int, experts: int, terms: Sequence[ExpertTerm], by_kernel: bool) -> _Plan:
-    """`expert` is int64 [n * copies]; the terms count rows in n."""
+    """`expert` is int64 [n * copies]; the terms' rows index n."""
     numbered = [_copied(term, copies) for term in terms]
     key = expert
     if terms:
@@ -151,7 +151,7 @@ def _plan(expert: Tensor, copies: int, experts: int, terms: Sequence[ExpertTerm]
 
 
 def _copied(term: ExpertTerm, copies: int) -> tuple[Tensor | None, Tensor]:
-    """A term's rows and adapters where each row stands `copies` times, one after the other."""
+    """A term's rows and adapters after each row is repeated `copies` times."""
     if copies == 1:
         return term.rows, term.adapter
     adapter = term.adapter.repeat_interleave(copies)
@@ -165,14 +165,14 @@ def _copied(term: ExpertTerm, copies: int) -> tuple[Tensor | None, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """A term's matrices by group, number `expert * adapters + adapter`: [groups, rank, in], [groups, out, rank]."""
+    """A term's matrices by group, as in `_Plan.member_groups`: [groups, rank, in] and [groups, out, rank]."""
 
     a: Tensor
     b: Tensor
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, by_kernel: bool) -> _Factors:
-        # One copy at most: the cast makes it, or flatten where nothing is to be cast.
+        # At most one copy: made by the cast, or by flatten if there is nothing to cast.
         a, b = (
             matrices.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
             for matrices in (a, b)
@@ -183,7 +183,7 @@ class _Factors:
 
 
 def _product(x: Tensor, weight: Tensor, factors: Sequence[_Factors], plan: _Plan) -> Tensor:
-    """Sorted rows [n, in] times the matrices of their experts, and their terms: [n, out]."""
+    """Sorted rows [n, in] times their experts' matrices, plus terms: [n, out]."""
     out = _grouped_product(x, weight, plan.experts)
     for own, members, groups in zip(factors, plan.members, plan.member_groups, strict=True):
         rows = x if members is None else x.index_select(0, members)
@@ -194,31 +194,32 @@ def _product(x: Tensor, weight: Tensor, factors: Sequence[_Factors], plan: _Plan
 
 
 def _grouped_product(x: Tensor, weight: Tensor, groups: _Groups) -> Tensor:
-    """x[i] times weight[g] transposed, for the rows i of each group g.
+    """x[i] @ weight[g].T for the rows i of each group g.
 
     Args:
-        x: [n, in], all rows in groups.
-        weight: [groups, out, in], same type.
+        x: [n, in].
+        weight: [groups, out, in], same dtype.
     """
     if len(x) == 0:
-        return functional.linear(x, weight[0])  # in the graph all the same: `x` may come from other ranks
+        # Keeps `x` in the graph: if it was received from other ranks, its backward pass is a collective.
+        return functional.linear(x, weight[0])
     if groups.sizes is None:
         if weight.requires_grad:
-            # The kernel says nothing of the gradient of a group without rows.
+            # The kernel leaves the gradient of an empty group undefined.
             sizes = groups.ends.diff(prepend=groups.ends.new_zeros(1))
             empty = (sizes == 0).view(-1, 1, 1)
             weight = weight.view_as(weight)
             weight.register_hook(lambda gradient: gradient.masked_fill(empty, 0))
         return cast("Tensor", cast("Any", functional).grouped_mm(x, weight.transpose(1, 2), offs=groups.ends))
     filled = [i for i, size in enumerate(groups.sizes) if size]
-    # unbind, not an index for each: its gradient is one tensor, not one of the whole size for each group.
+    # unbind: the backward pass of indexing would allocate a full-size gradient per group.
     matrices = weight.unbind(0)
     pieces = x.split([groups.sizes[i] for i in filled])
     return torch.cat([functional.linear(piece, matrices[i]) for i, piece in zip(filled, pieces, strict=True)])
 
 
 def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether torch has one kernel for all groups (public since 2.10, for bfloat16 from compute capability 8.0)."""
+    """Whether torch has a grouped kernel (public since 2.10, for bfloat16 from compute capability 8.0)."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
         return False
     sizes = (*gate_up.shape[1:], *down.shape[1:])
@@ -229,19 +230,19 @@ def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 
 
 class ExpertRoute(Protocol):
-    """Says which rows of the micro-batch under way get which adapters' terms."""
+    """Which rows of the current micro-batch get which adapters' terms."""
 
     def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
         """
         Args:
             experts: full name of an experts module.
-            rows: how many rows its input has: the micro-batch's tokens, row-major.
+            rows: number of rows of its input: the micro-batch's tokens, row-major.
         """
         ...
 
 
 class ExpertsWithLora(nn.Module):
-    """A frozen experts module of Transformers and, where the route says so, low-rank terms."""
+    """A frozen experts module of Transformers, plus the low-rank terms that the route names."""
 
     def __init__(self, base: nn.Module, name: str, route: ExpertRoute) -> None:
         super().__init__()
@@ -252,7 +253,7 @@ class ExpertsWithLora(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
         Args:
-            hidden_states: [n, hidden], row-major in the micro-batch's rows.
+            hidden_states: [n, hidden], the micro-batch's tokens, row-major.
             top_k_index: int64 [n, k].
             top_k_weights: [n, k].
 
@@ -265,11 +266,3 @@ class ExpertsWithLora(nn.Module):
             return base(hidden_states, top_k_index, top_k_weights)
         out = run_experts(hidden_states, top_k_index, base.gate_up_proj, base.down_proj, base.act_fn, terms)
         return (out * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
-
-
-def wrap_experts(model: nn.Module, names: Iterable[str], route: ExpertRoute) -> None:
-    """Put an `ExpertsWithLora` in place of each experts module named."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, child, ExpertsWithLora(getattr(parent, child), name, route))

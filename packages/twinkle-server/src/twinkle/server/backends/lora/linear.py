@@ -1,11 +1,11 @@
-"""A linear layer with the low-rank terms of many adapters, and the route that says which rows get whose term.
+"""A linear layer with the low-rank terms of many adapters, and the route from rows to adapters.
 
-For the rows of an adapter, `out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685). All adapters of a
-bank are computed in one batched matrix product each for A and B; the base's product is one for all rows. Owns no
-weights: a route carries them, and is set for the time of one micro-batch.
+`out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685), with one batched matrix product for the A's and
+one for the B's of a bank, and one product of W with all rows. A route, set for each micro-batch, holds the adapters'
+weights.
 
-A layer with its terms is one node of the graph, and writes the matrices' gradients itself, where the route says:
-autograd would make a dozen nodes a layer, and copies of what is added up.
+A layer with its terms is a single autograd node, which adds the gradients in place: autograd would make a dozen nodes a
+layer, and copies.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Gradients:
     """Where the gradients of a segment's matrices are added.
 
     Attributes:
-        a, b: by layer, float32 [n, rank, in_features] and [n, out_features, rank]; n adapters, in rising order.
-        of_span: which of them each span is: a slice, or int64 [spans], where an adapter may come several times.
+        a, b: by layer, float32 [n, rank, in_features] and [n, out_features, rank], of n adapters in ascending order.
+        of_span: each span's adapter: a slice, or int64 [spans], possibly with duplicates.
     """
 
     a: dict[str, Tensor]
@@ -47,16 +47,16 @@ class Gradients:
 class BankSegment:
     """Consecutive rows of a micro-batch whose adapters are in one bank.
 
-    The rows fall into spans of equally many rows, each of one adapter: with n rows for each adapter there is one span
-    an adapter, and nothing needs to be gathered.
+    The rows are split into spans of equal size, each of one adapter. If all adapters have equally many rows there is
+    one span per adapter, and nothing needs to be gathered.
 
     Attributes:
-        rows: how many rows.
-        spans: how many spans; divides `rows`.
-        adapter_of_span: int64 [spans], index into the adapters; None where span i is adapter i.
+        rows: number of rows.
+        spans: number of spans; divides `rows`.
+        adapter_of_span: int64 [spans], index into the adapters; None: span i is adapter i.
         a: by layer, float32 [adapters, rank, in_features]; of routed experts' parameters [adapters, experts, rank, in].
         b: by layer, float32 [adapters, out_features, rank], times alpha / rank; of experts likewise.
-        gradients: of linear layers' matrices; None where they are not needed. Those of experts are autograd's.
+        gradients: for linear layers; None if not needed. Experts' gradients are left to autograd.
     """
 
     rows: int
@@ -74,12 +74,12 @@ class BankSegment:
         return a.to(dtype), b.to(dtype).contiguous()
 
     def expert_term(self, experts: str, first_row: int | None, tokens: int) -> ExpertTerm | None:
-        """The terms of a routed experts' module, if it has any.
+        """The terms of a routed experts module, if it has any.
 
         Args:
             experts: the module's full name.
-            first_row: where the segment begins in the micro-batch; None if it is all of it.
-            tokens: how many a row.
+            first_row: the segment's first row in the micro-batch; None: it is the whole micro-batch.
+            tokens: per row.
         """
         gate_up, down = f"{experts}.{GATE_UP}", f"{experts}.{DOWN}"
         if gate_up not in self.a:
@@ -95,13 +95,13 @@ class BankSegment:
 
 
 def spans_of(adapters: list[int]) -> tuple[int, list[int] | None]:
-    """Cut rows into equal spans of one adapter each, as few as possible.
+    """Split rows into the fewest equal spans of one adapter each.
 
     Args:
-        adapters: for each row the index of its adapter; rows of an adapter stand together, indices count up from 0.
+        adapters: each row's adapter index, ascending from 0.
 
     Returns:
-        How many spans, and each one's adapter, or None where span i is adapter i.
+        The number of spans, and each one's adapter; None: span i is adapter i.
     """
     counts = [adapters.count(adapter) for adapter in range(adapters[-1] + 1)]
     rows_a_span = gcd(*counts)
@@ -111,14 +111,13 @@ def spans_of(adapters: list[int]) -> tuple[int, list[int] | None]:
 
 
 class TrainingRoute:
-    """Which rows of the micro-batch under way get which adapters' terms; no segments is the base model alone.
+    """Which rows of the current micro-batch get which adapters' terms; without segments, the base model alone.
 
-    Shared by all layers of a module tree, set by the one thread that computes.
+    Shared by all layers of a module tree; set only by the thread that computes.
 
     Attributes:
-        segments: together all rows, in order.
-        anchor: an input that requires a gradient, and never gets one: it has autograd go back to layers whose own input
-            requires none.
+        segments: cover all rows, in order.
+        anchor: requires a gradient but never gets one, so that autograd visits layers whose input requires none.
     """
 
     def __init__(self) -> None:
@@ -139,7 +138,7 @@ class TrainingRoute:
 
 
 class WrappedLinear(nn.Module):
-    """Holds the base layer, and shows its weight and bias to models that look at them."""
+    """Holds the base layer, and exposes its weight and bias to models that read them."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -154,18 +153,16 @@ class WrappedLinear(nn.Module):
         return self.base.bias
 
 
-def wrap_linears(model: nn.Module, names: Iterable[str], wrap: Callable[[nn.Linear, str], nn.Module]) -> None:
-    """Put `wrap(layer, name)` in place of each linear layer named."""
+def wrap_modules(model: nn.Module, names: Iterable[str], wrap: Callable[[Any, str], nn.Module]) -> None:
+    """Replace each named module by `wrap(module, name)`."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        base = getattr(parent, child)
-        assert isinstance(base, nn.Linear)
-        setattr(parent, child, wrap(base, name))
+        setattr(parent, child, wrap(getattr(parent, child), name))
 
 
 class LoraLinear(WrappedLinear):
-    """A frozen linear layer and, where the route says so, low-rank terms."""
+    """A frozen linear layer, plus the low-rank terms that the route names."""
 
     def __init__(self, base: nn.Linear, name: str, route: TrainingRoute) -> None:
         super().__init__(base)
@@ -175,20 +172,20 @@ class LoraLinear(WrappedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """
         Args:
-            x: [..., in_features], row-major in the micro-batch's rows: [rows, tokens, in_features], or flattened.
+            x: the micro-batch's tokens, row-major: [rows, tokens, in_features], or flattened.
         """
         segments = self._route.segments
         if not any(self._name in segment.a for segment in segments):
             return functional.linear(x, self.weight, self.bias)
         product = _Product.apply(x, self.weight, self.bias, self._route.anchor, self._name, segments)
-        # Here and not in there: what a model adds to this in place, as Falcon does, must be no view made by a Function.
+        # Not inside the Function, of whose views none may be changed in place, as Falcon does with this output.
         return cast("Tensor", product).view(*x.shape[:-1], self.weight.shape[0])
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer and its terms as one node of the graph. See `LoraLinear.forward`.
+    """A linear layer and its terms as one autograd node; see `LoraLinear.forward`.
 
-    What is as narrow as the rank is kept transposed, [spans, rank, tokens] and [spans, rank, features]: on a CPU
+    Tensors as narrow as the rank are kept transposed, [spans, rank, tokens] and [spans, rank, features]: on a CPU,
     products whose last dimension is that narrow take up to nine times as long.
     """
 
@@ -196,10 +193,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         """
         Args:
-            args: x, the layer's weight and bias, the route's anchor, the layer's name, the segments.
+            args: x, weight, bias, the route's anchor, the layer's name, the segments.
 
         Returns:
-            [all but the last dimension of x as one, out_features].
+            [tokens, out_features].
         """
         x, weight, bias, _, layer, segments = args
         flat = x.reshape(-1, x.shape[-1])
@@ -240,7 +237,7 @@ class _Product(torch.autograd.Function):
 
 
 def _by_span(flat: Tensor, segments: list[BankSegment]) -> list[Tensor]:
-    """A micro-batch's tokens [tokens, features], row-major, as [spans, tokens a span, features] of each segment."""
+    """[tokens, features] of a micro-batch, row-major, to [spans, tokens per span, features] of each segment."""
     if len(segments) == 1:
         return [flat.view(segments[0].spans, -1, flat.shape[-1])]
     tokens_a_row = flat.shape[0] // sum(segment.rows for segment in segments)

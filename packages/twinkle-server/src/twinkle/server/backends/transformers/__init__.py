@@ -32,8 +32,8 @@ from twinkle.server.backends.hf.rope import rope_boundaries
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.backend import LoraBackend
 from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShape
-from twinkle.server.backends.lora.experts import wrap_experts
-from twinkle.server.backends.lora.linear import LoraLinear, TrainingRoute, wrap_linears
+from twinkle.server.backends.lora.experts import ExpertsWithLora
+from twinkle.server.backends.lora.linear import LoraLinear, TrainingRoute, wrap_modules
 from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter
 from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row, RowResult
@@ -110,8 +110,8 @@ class TransformersBackend(LoraBackend):
 def _network(loaded: LoadedModel) -> LoraNetwork:
     model = copy_sharing_weights(loaded.model)
     route = TrainingRoute()
-    wrap_linears(model, loaded.linears, lambda base, name: LoraLinear(base, name, route))
-    wrap_experts(model, loaded.experts, route)
+    wrap_modules(model, loaded.linears, lambda base, name: LoraLinear(base, name, route))
+    wrap_modules(model, loaded.experts, lambda base, name: ExpertsWithLora(base, name, route))
     output = cast("nn.Module", model.get_output_embeddings())
 
     def head(hidden: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def run_pass(
     """
     tokens = sum(padded_tokens(rows) for rows in micro_batches)
     shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
-    affordable = limits.affordable_tokens // len(shares)
+    affordable = limits.affordable_tokens // len(shares)  # shares are computed at the same time
 
     def run_share(network: LoraNetwork, share: Sequence[Sequence[Row]]) -> _Computed:
         computed = _Computed.begin(adapters, share)

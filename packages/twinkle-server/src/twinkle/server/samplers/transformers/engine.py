@@ -29,8 +29,8 @@ from tokenizers import Tokenizer
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.hf.base_model import LoadedModel, copy_sharing_weights, load_base_model
-from twinkle.server.backends.lora.experts import wrap_experts
-from twinkle.server.backends.lora.linear import wrap_linears
+from twinkle.server.backends.lora.experts import ExpertsWithLora
+from twinkle.server.backends.lora.linear import wrap_modules
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.cache_usage import CacheUsage
@@ -88,8 +88,8 @@ class TransformersEngine:
         """
         model = copy_sharing_weights(loaded.model)
         route = Route()
-        wrap_linears(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
-        wrap_experts(model, loaded.experts, route)
+        wrap_modules(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
+        wrap_modules(model, loaded.experts, lambda base, name: ExpertsWithLora(base, name, route))
         self._loaded = loaded
         self._runner = ModelRunner(model, route)
         self._limits = make_limits(loaded, max_rows, max_cached_tokens)

@@ -1,10 +1,9 @@
-"""Low-rank terms in inference: resident adapters, and the route that says which rows get which adapter's term.
+"""Low-rank terms in inference: resident adapters, and the route from rows to adapters.
 
-Rows may be in any order. The adapters of one shape have their matrices stacked. As long as these are few, all rows take
-one product with all their A's together and one with all their B's, in between which each row keeps the columns that are
-its own: few large products are faster than many small ones. Layers that read the same input share the first of them.
-Where that would compute too much beside what is wanted, the rows of each adapter are brought together and a batched
-product serves each with its own matrices.
+Rows may be in any order. Matrices of adapters of the same shape are stacked. With few adapters, all rows are multiplied
+by all A's at once, masked to each row's own columns, and multiplied by all B's: few large products are faster than many
+small ones. Layers that read the same input share the first product. With many adapters that would waste too much, so
+rows are grouped by adapter for one batched product.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from twinkle.server.backends.lora.linear import WrappedLinear
 from twinkle.server.backends.lora.module_groups import is_expert_parameter
 from twinkle.server.backends.protocol import AdapterState
 
-# What can be stacked: the rank, and the layers acted on.
+# Adapters can be stacked if these are equal: the rank and the target layers.
 Shape: TypeAlias = tuple[int, tuple[str, ...]]
 
-# Layers of one module that are given the same input; those that are not only cost what they'd cost alone.
+# Layers of one module that usually read the same input; if they don't, nothing is shared.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-# Columns of all A's together, adapters times rank, up to which that is faster, whatever the number of tokens.
+# Up to this many columns of all A's (adapters * rank) one product is faster, for any number of tokens.
 TOGETHER = 128
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -39,11 +38,10 @@ class ResidentAdapter:
     """A copy of an adapter's weights.
 
     Attributes:
-        family: of each layer that is not an expert's: the name of the first that reads the same input, and which one
-            of these the layer is.
+        family: by layer, except experts: the first layer that reads the same input, and this layer's index among those.
         a: by family, [in_features, layers, 1, rank]; of routed experts' parameters [1, experts, rank, in_features].
         b: by layer, [1, rank, out_features], times alpha / rank; of experts [1, experts, out_features, rank].
-        is_finite: whether all of them are numbers. (0 times infinity is not 0: others' rows would not be safe.)
+        is_finite: whether all numbers are finite.
     """
 
     shape: Shape
@@ -60,7 +58,7 @@ class ResidentAdapter:
         b: dict[str, Tensor] = {}
         for layer in state.target_modules:
             prefix = f"base_model.model.{layer}"
-            # torch.tensor copies: whatever becomes of the state, this stays.
+            # torch.tensor copies, so later changes of the state have no effect.
             a_own = torch.tensor(state.weights[f"{prefix}.lora_A.weight"], dtype=dtype, device=device)
             b_float = torch.tensor(state.weights[f"{prefix}.lora_B.weight"], device=device)
             b_own = (b_float * scale).to(dtype)
@@ -83,7 +81,7 @@ class ResidentAdapter:
 
 
 def families(a: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Layers that read the same input together, by the name of the first.
+    """Layers grouped by their input, by the name of the first.
 
     Args:
         a: by layer, [rank, in_features].
@@ -103,14 +101,14 @@ class RouteGroup:
     Attributes:
         a, b: by family and by layer, stacked: [layers, slots, rank, in_features], [slots, rank, out_features]; of
             routed experts [slots, experts, rank, in_features], [slots, experts, out_features, rank].
-        family: of each layer that is not an expert's, and its number in it.
-        batch_rows: how many rows the whole batch has.
-        own: integers as wide as the weights' type [batch_rows, 1, slots * rank], all bits set in the columns that
-            are a row's own, and none in the others; None if all columns are.
-        used: int64 [adapters]: the slots of adapters that have rows; None if all have.
-        rows: int64 [adapters, most rows of one adapter]: which rows; short ones repeat their first.
-        kept: int64: which entries of `rows`, flattened, are not repetitions.
-        targets: int64: `rows` flattened, at `kept`.
+        family: as in `ResidentAdapter`.
+        batch_rows: number of rows of the whole batch.
+        own: bit mask [batch_rows, 1, slots * rank] in integers of the weights' width: all ones in a row's own columns,
+            else zeros; None if every column is every row's own.
+        used: int64 [adapters], the slots of adapters with rows; None: all slots.
+        rows: int64 [adapters, most rows of an adapter], each adapter's rows, padded with its first.
+        kept: int64, indices into the flattened `rows` that are not padding.
+        targets: int64, the flattened `rows` at `kept`.
     """
 
     a: dict[str, Tensor]
@@ -149,7 +147,7 @@ class RouteGroup:
         out.view(self.batch_rows, -1, out.shape[1]).index_add_(0, self.targets, term[self.kept])
 
     def _all_low(self, family: str, x: Tensor) -> tuple[Tensor, ...]:
-        """For each layer of a family, x times all A's, 0 where they are not a row's own: [tokens, slots * rank]."""
+        """For each layer of a family: x times all A's, masked to each row's own: [tokens, slots * rank]."""
         latest = self._latest
         if latest is not None and latest[0] == family and latest[1] is x:
             return latest[2]
@@ -160,18 +158,18 @@ class RouteGroup:
             own = self._own_of.get(layers)
             if own is None:
                 own = self._own_of[layers] = self.own.repeat(1, 1, layers)
-            # By their bits: whatever another adapter makes of a row, infinity times 0 included, is not to be there.
+            # Masked bitwise: multiplying by 0 would let another adapter's infinity through as NaN.
             low.view(self.batch_rows, -1, low.shape[1]).view(own.dtype).bitwise_and_(own)
         pieces = low.chunk(layers, dim=1) if layers > 1 else (low,)
         self._latest = (family, x, pieces)
         return pieces
 
     def expert_term(self, experts: str, tokens: int) -> ExpertTerm | None:
-        """The terms of a routed experts' module, if these adapters have any.
+        """The terms of a routed experts module, if these adapters have any.
 
         Args:
             experts: the module's full name.
-            tokens: how many all rows of the batch have together.
+            tokens: total of the batch's rows.
         """
         gate_up, down = f"{experts}.{GATE_UP}", f"{experts}.{DOWN}"
         if gate_up not in self.b:
@@ -182,17 +180,12 @@ class RouteGroup:
         adapter = self.kept // self.rows.shape[1]
         slot = adapter if self.used is None else self.used[adapter]
         return ExpertTerm(
-            rows,
-            slot.repeat_interleave(of_row),
-            self.a[gate_up],
-            self.b[gate_up],
-            self.a[down],
-            self.b[down],
+            rows, slot.repeat_interleave(of_row), self.a[gate_up], self.b[gate_up], self.a[down], self.b[down]
         )
 
 
 class Route:
-    """Which rows get which adapter's term; shared by a module tree's layers, set by the one thread that computes."""
+    """Which rows get which adapter's term. Shared by all layers; set only by the thread that computes."""
 
     def __init__(self) -> None:
         self.groups: list[RouteGroup] = []
@@ -203,10 +196,10 @@ class Route:
 
 
 class AdapterStack:
-    """Matrices of adapters of one shape, stacked; a slot that becomes free is used again.
+    """Stacked matrices of adapters of one shape; free slots are reused.
 
     Attributes:
-        slots: the adapter in each; None if it is free.
+        slots: the adapter in each slot; None: free.
         a, b: see `RouteGroup`.
     """
 
@@ -219,7 +212,7 @@ class AdapterStack:
             self._put(adapter)
 
     def assign(self, adapters: Sequence[ResidentAdapter]) -> bool:
-        """Give slots to those that have none; if there are too few, change nothing and return False."""
+        """Give slots to adapters without one. Returns False, changing nothing, if there are too few."""
         new = [adapter for adapter in adapters if adapter not in self.slots]
         if len(new) > self.slots.count(None):
             return False
@@ -236,12 +229,12 @@ class AdapterStack:
 
 
 def _dimension(name: str, matrix: Tensor) -> int:
-    """The one that counts adapters: it is the third of a family's A's, and else the first."""
+    """The dimension of the slots: the third of a family's A's, otherwise the first."""
     return 2 if matrix.ndim == 4 and not is_expert_parameter(name) else 0
 
 
 def _room_for(name: str, matrix: Tensor, slots: int) -> Tensor:
-    if is_expert_parameter(name):  # expert by expert in memory, as `run_experts` goes through them
+    if is_expert_parameter(name):  # contiguous by expert, the order in which `run_experts` reads them
         return matrix.new_zeros(matrix.shape[1], slots, *matrix.shape[2:]).transpose(0, 1)
     shape = list(matrix.shape)
     shape[_dimension(name, matrix)] = slots
@@ -249,7 +242,7 @@ def _room_for(name: str, matrix: Tensor, slots: int) -> Tensor:
 
 
 class RouteMaker:
-    """Makes routes, and keeps the stacks of those adapters that are in use."""
+    """Makes routes, and keeps the stacks of adapters in use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -258,7 +251,7 @@ class RouteMaker:
     def make(self, adapters: Sequence[ResidentAdapter | None]) -> list[RouteGroup]:
         """
         Args:
-            adapters: each row's; None is the base model alone.
+            adapters: each row's; None: the base model alone.
         """
         by_shape: dict[Shape, dict[ResidentAdapter, list[int]]] = {}
         for row, adapter in enumerate(adapters):
@@ -267,11 +260,11 @@ class RouteMaker:
         return [self._group(len(adapters), shape, rows) for shape, rows in by_shape.items()]
 
     def keep(self, adapters: AbstractSet[ResidentAdapter | None]) -> None:
-        """Only these are in use."""
+        """Free the slots of all other adapters."""
         for shape, stack in list(self._stacks.items()):
             stack.slots = [adapter if adapter in adapters else None for adapter in stack.slots]
             if 4 * (len(stack.slots) - stack.slots.count(None)) <= len(stack.slots):
-                del self._stacks[shape]  # most of it would be computed for nothing
+                del self._stacks[shape]  # mostly empty, and products are over all slots
 
     def _group(self, batch_rows: int, shape: Shape, rows: dict[ResidentAdapter, list[int]]) -> RouteGroup:
         if len(rows) == 1:
@@ -298,7 +291,7 @@ class RouteMaker:
         """
         Args:
             like: any of the adapters.
-            rows: those of the adapter in each slot.
+            rows: by slot.
         """
         rank = like.shape[0]
         used = [slot for slot, own in enumerate(rows) if own]
@@ -320,7 +313,7 @@ class RouteMaker:
 
 
 class RoutedLinear(WrappedLinear):
-    """A frozen linear layer and, for the rows that the route names, low-rank terms."""
+    """A frozen linear layer, plus low-rank terms on the rows that the route names."""
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
         super().__init__(base)
@@ -328,7 +321,7 @@ class RoutedLinear(WrappedLinear):
         self._route = route
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` is [rows, n, in_features], or flattened (a shared expert's)."""
+        """`x` is [rows, n, in_features], or flattened in a shared expert."""
         out: Tensor = self.base(x)
         for group in self._route.groups:
             group.add_term(self._name, x, out.view(-1, out.shape[-1]))

@@ -83,17 +83,15 @@ class Task:
 
     def succeed(self) -> None:
         """All samples have ended."""
-        self.future.set_result(self._response())
-
-    def _response(self) -> SampleResponse:
         answers = self.prompt_answers
-        return SampleResponse(
+        response = SampleResponse(
             sequences=[self.finished[i] for i in range(self.request.num_samples)],
             prompt_logprobs=answers.prompt_logprobs,
             topk_prompt_logprobs=answers.topk_prompt_logprobs,
             target_prompt_logprobs=answers.target_prompt_logprobs,
             prompt_alt_tokens=answers.prompt_alt_tokens,
         )
+        self.future.set_result(response)
 
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
