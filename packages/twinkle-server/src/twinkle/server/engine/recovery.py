@@ -39,8 +39,6 @@ async def recover(
             break
         except WorkerLost as again:
             if attempt == _ATTEMPTS:
-                raise ServerFault(
-                    f"it was lost again at each of {_ATTEMPTS} attempts: {again.reason}"
-                ) from again
+                raise ServerFault(f"lost at each of {_ATTEMPTS} attempts: {again.reason}") from again
             loss = again
     log.warning("The model is back after %.0f s.", time.monotonic() - began)

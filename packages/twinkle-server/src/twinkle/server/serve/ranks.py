@@ -157,9 +157,7 @@ class RankGroup:
     async def available(self) -> None:
         while self.incarnation.is_lost:
             if self._is_given_up:
-                raise ServerFault(
-                    "the model's process could not be restarted; the server's log has the cause"
-                )
+                raise ServerFault("the model's process could not be restarted: see the server's log")
             await self._restarted.wait()
 
     async def restart(self) -> None:
@@ -284,38 +282,35 @@ class Incarnation:
         # One process takes its calls in order; several might take them in different orders.
         async with self._turn if self.num_ranks > 1 else contextlib.nullcontext():
             self._check()
-            # The other ranks' results are the same ones: they aren't sent.
-            answers = [
-                connection.call(call, wants_result=rank == 0)
-                for rank, connection in enumerate(self._connections)
-            ]
-            await self._wait_for(answers, call.method, timeout)
+            answers = await self._ask(call, timeout)
             self._check()
             self._answered_at = asyncio.get_running_loop().time()
             return self._agreed(call.method, answers)
 
-    async def _wait_for(
-        self, answers: Sequence[asyncio.Future[Any]], verb: str, timeout: float | None
-    ) -> None:
-        """Until all ranks have answered, or for the time of grace after one has failed; the group is lost if they have
-        not after `timeout` seconds.
+    async def _ask(self, call: Call, timeout: float | None) -> list[asyncio.Future[Any]]:
+        """The ranks' answers, when all are there, or the time of grace after one has failed is over.
+
+        The group is lost if some aren't there after `timeout` seconds.
         """
+        # The other ranks' results are the same ones: they aren't sent.
+        answers = [to.call(call, wants_result=rank == 0) for rank, to in enumerate(self._connections)]
         loop = asyncio.get_running_loop()
         sent_at, remaining = loop.time(), timeout
         while True:
             done, waiting = await asyncio.wait(answers, timeout=remaining, return_when="FIRST_EXCEPTION")
-            if not waiting:
-                return
             if any(answer.exception() for answer in done):
                 # The others fail likewise, or wait for it in vain. A loss of the group ends this.
-                await asyncio.wait(waiting, timeout=GRACE_SECONDS)
-                return
-            assert timeout is not None
+                await asyncio.wait(answers, timeout=GRACE_SECONDS)
+                break
+            if not waiting or timeout is None:
+                break
             # A lone rank may have been sent calls before this one: the time is that since it last answered any.
             remaining = max(sent_at, self._answered_at) + timeout - loop.time()
             if remaining <= 0:
-                self._lose(f"{verb}: {_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)")
-                return
+                said = f"{_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)"
+                self._lose(f"{call.method}: {said}")
+                break
+        return answers
 
     async def _watch(self, rank: int) -> None:
         self._lose(f"rank {rank}: {await self._connections[rank].lost()}")
