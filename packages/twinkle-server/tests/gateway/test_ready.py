@@ -50,7 +50,7 @@ async def test_ready_is_a_server_that_has_trained_and_sampled_and_has_its_proces
         worker.may_restart.clear()
         worker.die()
         code, why = await status()
-        assert code == 503 and "is being started anew" in why
+        assert code == 503 and "is being restarted" in why
         worker.may_restart.set()
         await worker.available()
         assert await status() == (200, "")
@@ -63,7 +63,7 @@ async def test_ready_is_a_server_that_has_trained_and_sampled_and_has_its_proces
         )
         assert isinstance(outcome, m.Failure)
         code, why = await status()
-        assert code == 503 and "could not be started anew" in why
+        assert code == 503 and "could not be restarted" in why
     await service.close()
 
 

@@ -16,6 +16,7 @@ from trained_states import a_pass, a_step, check_state
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.types import ForwardBackwardOutput, ModelInput
+from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.service import service as service_module
 from twinkle.server.service.service import Service
 
@@ -252,7 +253,7 @@ async def test_a_request_that_ends_the_process_each_time_fails_alone(begin: Begi
     ]
     first, bad, last = [await t.outcome(p) for t, p in zip(tenants, promises, strict=True)]
     assert worker.restarts == 2
-    assert isinstance(bad, m.Failure) and "ended again" in bad.error
+    assert isinstance(bad, m.Failure) and "did so again" in bad.error
     assert isinstance(first, ForwardBackwardOutput) and isinstance(last, ForwardBackwardOutput)
     await train(tenants[1], runs[1], 1, first_seq_id=2)
     for tenant, run in ((tenants[0], runs[0]), (tenants[2], runs[2])):
@@ -312,7 +313,7 @@ async def test_a_process_that_ends_while_a_run_is_put_back_is_started_once_more(
     await check_state(worker, run, 2)
 
 
-async def test_a_model_that_cannot_be_started_anew_fails_the_health_check_and_what_was_under_way(
+async def test_a_model_that_cannot_be_restarted_fails_the_health_check_and_what_was_under_way(
     begin: Begin, worker: MortalWorker
 ):
     alice = Tenant(await begin(AFTER_EVERY_STEP), "alice")
@@ -320,15 +321,32 @@ async def test_a_model_that_cannot_be_started_anew_fails_the_health_check_and_wh
     worker.restart_fails = RuntimeError("no GPU is left")
     worker.kills = lambda method, _args: method == "forward_backward"
     outcome = await alice.do(a_pass(run, 1))
-    assert isinstance(outcome, m.Failure) and "could not be started anew" in outcome.error
-    with pytest.raises(RuntimeError, match="could not be started anew"):
+    assert isinstance(outcome, m.Failure) and "could not be restarted" in outcome.error
+    with pytest.raises(RuntimeError, match="could not be restarted"):
         alice.service.check()
     # Until the engine is replaced nobody waits in vain.
     later = await alice.do(a_step(run, 2))
-    assert isinstance(later, m.Failure) and "could not be started anew" in later.error
+    assert isinstance(later, m.Failure) and "could not be restarted" in later.error
 
 
-async def test_a_service_whose_model_could_not_be_started_anew_closes_at_once(
+async def test_a_sample_does_not_wait_for_a_model_that_is_lost_each_time_it_is_restarted(
+    begin: Begin, worker: MortalWorker
+):
+    alice = Tenant(await begin(AFTER_EVERY_STEP), "alice")
+    session = await alice.session()
+    sampler = await alice.ask(
+        m.CreateSamplingSessionRequest(session_id=session, sampling_session_seq_id=0, base_model=MODEL)
+    )
+    worker.kills = lambda method, _args: method == "generate"
+    worker.restart_fails = WorkerLost("rank 0")
+    sample = m.SampleRequest(
+        sampling_session_id=sampler.sampling_session_id, seq_id=0, prompt=ModelInput.from_ints([1])
+    )
+    outcome = await alice.do(sample)
+    assert isinstance(outcome, m.Failure) and "could not be restarted" in outcome.error
+
+
+async def test_a_service_whose_model_could_not_be_restarted_closes_at_once(
     begin: Begin, worker: MortalWorker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(service_module, "_STOP_SECONDS", 3600.0)

@@ -267,7 +267,7 @@ async def test_a_run_whose_return_ends_the_process_each_time_fails_alone(bob: Te
     other = await bob.run(seed=1)
     worker.kills = lambda name, args: name == "import_adapter" and args[0] == run
     outcome = await bob.do(a_pass(run, 2))
-    assert isinstance(outcome, m.Failure) and "ended again" in outcome.error
+    assert isinstance(outcome, m.Failure) and "did so again" in outcome.error
     assert isinstance(await bob.do(a_pass(other, 1)), ForwardBackwardOutput)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fake_service import make_config
 
+from twinkle.protocol.errors import ServerFault
 from twinkle.server.app import build_parts
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
@@ -47,6 +48,7 @@ class MortalWorker(LocalWorker):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._loss: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
         self._back = asyncio.Event()
+        self._is_given_up = False
 
     def die(self, reason: str = "rank 0") -> None:
         if not self._loss.done():
@@ -58,6 +60,12 @@ class MortalWorker(LocalWorker):
     async def available(self) -> None:
         if self._loss.done():
             await self._back.wait()
+        if self._is_given_up:
+            raise ServerFault("it could not be restarted")
+
+    def give_up(self) -> None:
+        self._is_given_up = True
+        self._back.set()
 
     async def restart(self) -> None:
         await self.may_restart.wait()

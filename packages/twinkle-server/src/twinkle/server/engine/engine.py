@@ -30,16 +30,16 @@ from twinkle.server.store.ledger import Ledger
 log = logging.getLogger("twinkle.engine")
 
 _ENDED_TWICE = (
-    "the process that held the model ended while it computed this request, and ended again when the request was tried "
-    "once more: don't send it again as it is; the server's log has what is known of the cause"
+    "the process that held the model ended or hung while it computed this request, and did so again when the request "
+    "was tried once more: don't send it again as it is; the server's log has what is known of the cause"
 )
 _NOT_BACK = (
-    "the process that held the model ended and could not be started anew; this request was not computed: the server's "
-    "log has the cause"
+    "the process that held the model ended or hung, and could not be restarted; this request was not computed: the "
+    "server's log has the cause"
 )
 _NOT_REPEATED = (
-    "the state of this run is lost: the process that held the model ended, and what the run had computed could not be "
-    "computed again; begin a new run from its last checkpoint"
+    "the state of this run is lost: the process that held the model ended or hung, and what the run had computed could "
+    "not be computed again; begin a new run from its last checkpoint"
 )
 
 
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the worker was lost and could not be started anew, so that every job fails."""
+        """Whether the worker was lost and could not be restarted, so that every job fails."""
         return self._has_failed
 
     def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
@@ -325,8 +325,9 @@ class Engine:
         try:
             await recover(loss, self._worker, self._residency, self._sampler_adapters)
         except Exception as error:
-            log.error("The model could not be started anew: %s", error)
+            log.error("The model could not be restarted: %s", error)
             self._has_failed = True
+            self._worker.give_up()
             self._fail(self._calls.take_all())
         else:
             self._calls.repeat(self._snapshots.take_unsaved())

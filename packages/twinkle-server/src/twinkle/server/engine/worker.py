@@ -119,6 +119,10 @@ class WorkerPort(Protocol):
         """
         ...
 
+    def give_up(self) -> None:
+        """A lost worker is not restarted any more: who waits for it is told."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -210,6 +214,9 @@ class LocalWorker:
         """At once."""
 
     async def restart(self) -> None:
+        raise AssertionError("a worker in this process is never lost")
+
+    def give_up(self) -> None:
         raise AssertionError("a worker in this process is never lost")
 
     async def close(self) -> None:

@@ -131,7 +131,7 @@ class RankGroup:
         self._placement = placement
         self._is_given_up = False
         self._training = asyncio.Lock()
-        self._restarted = asyncio.Event()  # set and replaced by each restart, whether or not it succeeded
+        self._restarted = asyncio.Event()  # set and replaced by each restart, and when there are no more
 
     @classmethod
     async def start(
@@ -155,23 +155,23 @@ class RankGroup:
         return await self.incarnation.lost()
 
     async def available(self) -> None:
-        while self.incarnation.is_lost:
-            if self._is_given_up:
-                raise ServerFault("the model's process could not be restarted: see the server's log")
+        while self.incarnation.is_lost and not self._is_given_up:
             await self._restarted.wait()
+        if self._is_given_up:
+            raise ServerFault("the model's process could not be restarted: see the server's log")
 
     async def restart(self) -> None:
         self.incarnation.end()
-        try:
-            self.incarnation, self.info, self.loss_fns = await _start(self._plan, self._placement)
-        except WorkerLost:
-            raise  # the caller may try again
-        except BaseException:
-            self._is_given_up = True
-            raise
-        finally:
-            restarted, self._restarted = self._restarted, asyncio.Event()
-            restarted.set()
+        self.incarnation, self.info, self.loss_fns = await _start(self._plan, self._placement)
+        self._wake_waiting()
+
+    def give_up(self) -> None:
+        self._is_given_up = True
+        self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
+        restarted, self._restarted = self._restarted, asyncio.Event()
+        restarted.set()
 
     async def close(self) -> None:
         await self.incarnation.close()

@@ -100,7 +100,7 @@ class Service:
         if self._loop_task is None or self._loop_task.done():
             raise RuntimeError("the engine's loop has ended")
         if self.parts.engine.has_failed:
-            raise RuntimeError("the model could not be started anew")
+            raise RuntimeError("the model could not be restarted")
 
     async def ready(self) -> None:
         """
@@ -115,9 +115,11 @@ class Service:
             async with asyncio.timeout(0):  # what is there already is there at once
                 await self.parts.worker.available()
         except (RuntimeError, ServerFault) as error:
-            raise Unavailable("the model's process has ended, and could not be started anew", 30.0) from error
+            raise Unavailable(
+                "the model's process ended or hung, and could not be restarted", 30.0
+            ) from error
         except TimeoutError as error:
-            raise Unavailable("the model's process has ended, and is being started anew", 2.0) from error
+            raise Unavailable("the model's process ended or hung, and is being restarted", 2.0) from error
 
     # ------------------------------------------------------------ operations and their results
 
