@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import twinkle_pb2 as pb
-from twinkle.protocol.endpoints import JSON, OPERATIONS, PROTOBUF
+from twinkle.protocol.endpoints import OPERATIONS, PROTOBUF
 from twinkle.protocol.errors import InvalidRequest, TooLarge
 from twinkle.protocol.types import (
     FROM_WIRE,
@@ -139,10 +139,9 @@ class Encoded:
     kind: str
     body: bytes
 
-    @property
-    def content_type(self) -> str:
-        return PROTOBUF if self.kind in ("ForwardBackwardOutput", "SampleResponse") else JSON
 
+CONTENT_TYPES = {"ForwardBackwardOutput": PROTOBUF, "SampleResponse": PROTOBUF}
+"""Of results by kind; of all others JSON."""
 
 _RESULTS: dict[str, type[m.Result]] = {endpoint.result.__name__: endpoint.result for endpoint in OPERATIONS}
 

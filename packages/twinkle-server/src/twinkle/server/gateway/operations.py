@@ -146,9 +146,9 @@ class Operations:
         [outcome] = await self._wait(tenant, request, [wanted.request_id], most)
         if isinstance(outcome, TwinkleError):
             raise outcome
-        if isinstance(outcome, Encoded) and outcome.content_type == PROTOBUF and _wants_json(request):
-            return BytesReply(await self._as_json(tenant, outcome), media_type=JSON)
         status, content_type, encoded = _encode(outcome)
+        if isinstance(outcome, Encoded) and content_type == PROTOBUF and _wants_json(request):
+            return BytesReply(await self._as_json(tenant, outcome), media_type=JSON)
         return BytesReply(encoded, status, media_type=content_type)
 
     async def _wait(
@@ -181,7 +181,7 @@ class Operations:
 def _encode(outcome: Encoded | m.TryAgain | m.CompleteMetadata) -> tuple[int, str, bytes]:
     """Status, content type and body."""
     if isinstance(outcome, Encoded):
-        return 200, outcome.content_type, outcome.body
+        return 200, codec.CONTENT_TYPES.get(outcome.kind, JSON), outcome.body
     # The SDK takes 408 for "ask again" without a warning in the user's log.
     return 408 if isinstance(outcome, m.TryAgain) else 200, JSON, codec.encode_json(outcome)
 

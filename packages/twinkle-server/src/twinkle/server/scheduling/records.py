@@ -207,11 +207,6 @@ class RunLog:
     def lost(self, run: LostRun) -> None:
         self._try(Lost(run))
 
-    async def wait_durable(self) -> None:
-        """Wait until what was accepted is as durable as `storage.journal_flush` promises."""
-        if self.journal is not None:
-            await self.journal.wait_durable()
-
     def append(self, record: Record) -> None:
         """
         Raises:

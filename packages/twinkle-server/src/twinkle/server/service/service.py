@@ -140,7 +140,8 @@ class Service:
         """
         received = Received(request, body, operations.digest(request) if digest is None else digest)
         promise = await OPERATIONS[type(request)](self.parts, tenant, request, received)
-        await self.parts.run_log.wait_durable()
+        if (journal := self.parts.run_log.journal) is not None:
+            await journal.wait_durable()
         return promise
 
     async def retrieve(
