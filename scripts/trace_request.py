@@ -34,6 +34,7 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import ModelSection, ServerConfig, StorageSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
+from twinkle.server.plan import Plan
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.serve.http import HttpServer
 from twinkle.server.serve.ranks import Incarnation, RankGroup
@@ -99,10 +100,11 @@ async def _serve(root: Path, port: int, ready: threading.Event, stop: threading.
     loaded.set_result(LocalWorker(backend, FakeEngine.create(model, backend)))
     address = await Server(loaded).listen(None)
     connection = await Connection.connect(address, heartbeat_seconds=60)
-    group = RankGroup(
-        cast(Any, None), cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
-    )
     config = ServerConfig(model=ModelSection(model_id="org/fake"), storage=StorageSection(root=root))
+    plan = Plan(config, model, "fake", "fake", gpus_per_rank=0)
+    group = RankGroup(
+        plan, cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
+    )
     signer = build_signer(config)
     service = build_service(config, group, signer=signer, live=root / "live")
     await service.start()

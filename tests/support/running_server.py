@@ -104,12 +104,13 @@ def write_config(
         extra: lines at the end, beginning in the section `storage`.
         model_extra: lines of the section `model`.
         replicas: processes that answer HTTP.
-        layout: with Megatron, spread over ranks so (`tensor_parallel_size` and the like).
+        layout: ranks (`tensor_parallel_size` and the like), with Megatron unless each holds the whole model.
     """
     path = directory / "server_config.yaml"
     spread = "".join(f"  {name}: {size}\n" for name, size in (layout or {}).items())
+    use_megatron = not {"data_parallel_size"}.issuperset(layout or {})
     path.write_text(
-        f"model:\n  model_id: {model_id}\n  use_megatron: {'false' if layout is None else 'true'}\n"
+        f"model:\n  model_id: {model_id}\n  use_megatron: {str(use_megatron).lower()}\n"
         f"{spread}{model_extra}  torch_dtype: float32\n"
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
         f"ray:\n  num_gpus: 0\n"

@@ -23,7 +23,7 @@ GROUPS = {
     "tests/mission/test_mission_scripts.py": LIVE_SERVER,
     "tests/mission/test_tinker_cookbook.py": LIVE_SERVER,
     "packages/twinkle-megatron/": "ranks",
-    "tests/e2e/test_megatron.py": "servers of several ranks",
+    "tests/e2e/test_several_ranks.py": "servers of several ranks",
     "tests/e2e/test_quickstart.py": "quick start",
     "tests/mission/test_twinkle_cookbook.py": "the cookbook's server",
     "tests/docs/test_examples.py": "the cookbook's server",

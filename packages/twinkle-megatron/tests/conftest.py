@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_ranks
 import pytest
 import tiny_models
 from rank_processes import RankProcesses
@@ -25,6 +26,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"expert_parallel_size": 2},
     "TP2xEP2": {"tensor_parallel_size": 2, "expert_parallel_size": 2},
     "PP2xEP2": {"pipeline_parallel_size": 2, "expert_parallel_size": 2},
+    "DP2": {"data_parallel_size": 2},
+    "DP2xTP2": {"data_parallel_size": 2, "tensor_parallel_size": 2},
+    "DP2xPP2": {"data_parallel_size": 2, "pipeline_parallel_size": 2},
+    "DP2xEP2": {"data_parallel_size": 2, "expert_parallel_size": 2},
 }
 
 
@@ -51,7 +56,7 @@ def ranks() -> Iterator[Callable[..., RankProcesses]]:
         if key not in groups:
             while len(groups) >= KEPT_GROUPS:
                 groups.popitem(last=False)[1].stop()
-            groups[key] = RankProcesses.start(ModelConfig(path, **LAYOUTS[layout]))
+            groups[key] = megatron_ranks.start(ModelConfig(path, **LAYOUTS[layout]))
         groups.move_to_end(key)
         return groups[key]
 

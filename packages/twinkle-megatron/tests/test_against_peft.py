@@ -36,7 +36,8 @@ CASES = [
     *[("qwen3", layout) for layout in DENSE],
     *[("llama", layout) for layout in ("TP2", "TP2xPP2")],
     *[("qwen2", layout) for layout in ("TP2+SP", "PP2")],
-    *[("qwen3_moe", layout) for layout in ("TP1", "EP2", "PP2", "TP2xEP2", "PP2xEP2")],
+    *[("qwen3_moe", layout) for layout in ("TP1", "EP2", "PP2", "TP2xEP2", "PP2xEP2", "DP2xEP2")],
+    *[("qwen3", layout) for layout in ("DP2", "DP2xTP2", "DP2xPP2")],
 ]
 
 

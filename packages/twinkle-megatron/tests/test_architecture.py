@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_ranks
 import pytest
-from rank_processes import RankProcesses
 from tiny_models import CONFIGS, SIZES
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
@@ -78,7 +78,7 @@ def test_experts_are_spread_over_the_ranks_of_a_stage(family: str, sizes: dict[s
 
 def test_all_ranks_refuse_alike(model: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidRequest, match=r"model\.tensor_parallel_size: 4 ranks"):
-        RankProcesses.start(ModelConfig(model("qwen3"), tensor_parallel_size=4))
+        megatron_ranks.start(ModelConfig(model("qwen3"), tensor_parallel_size=4))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_shape_is_refused(model: Callable[[str], Path], 
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").symlink_to(model("qwen3") / "model.safetensors")
     with pytest.raises(InvalidRequest, match=r"_proj\.weight give .* don't belong together"):
-        RankProcesses.start(ModelConfig(tmp_path))
+        megatron_ranks.start(ModelConfig(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InvalidRequest, match="no safetensors"):
-        RankProcesses.start(ModelConfig(tmp_path))
+        megatron_ranks.start(ModelConfig(tmp_path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bridged_twins
+import megatron_ranks
 import numpy as np
 import peft_alone
 import pytest
@@ -175,7 +176,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_all_ranks(
     layouts: list[dict[str, Any]] = [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}]
     for layout in layouts:
         with pytest.raises(InvalidRequest, match=said):
-            RankProcesses.start(ModelConfig(tmp_path, **layout))
+            megatron_ranks.start(ModelConfig(tmp_path, **layout))
 
 
 # ---------------------------------------------------------------- without it

@@ -13,7 +13,7 @@ from twinkle.server.backends import contract
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP", "DP2", "DP2xTP2", "DP2xPP2"])
 def test_contract(
     layout: str,
     check: contract.Check,

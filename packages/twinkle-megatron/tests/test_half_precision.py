@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_ranks
 import numpy as np
 import peft_alone
 import pytest
-from rank_processes import RankProcesses
 from tiny_models import VOCAB_SIZE
 
 from twinkle.protocol.types import AdamParams
@@ -29,7 +29,7 @@ def test_losses_are_those_of_float32_but_for_rounding(
 ) -> None:
     losses: dict[str, list[float]] = {}
     for dtype in ("float32", "bfloat16"):
-        with RankProcesses.start(ModelConfig(model(family), torch_dtype=dtype, **layout)) as group:
+        with megatron_ranks.start(ModelConfig(model(family), torch_dtype=dtype, **layout)) as group:
             backend = group.backend()
             for i, who in enumerate("ab"):
                 backend.add_adapter(who, AdapterSpec(rank=4, seed=i))

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_ranks
 import peft_alone
 import pytest
-from rank_processes import RankProcesses
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE
 
@@ -39,8 +39,8 @@ def test_no_rank_ever_holds_the_whole_model(
     # Of a mixture only the experts are shared out; every rank has the attention.
     shared = sum(size for name, size in sizes.items() if family != "qwen3_moe" or ".experts." in name)
     most = whole - 0.45 * shared
-    with RankProcesses.start(config) as group:
-        held, read, largest = zip(*group.parameters_of_each_rank(), strict=True)
+    with megatron_ranks.start(config) as group:
+        held, read, largest = zip(*group.held_by_each_rank(), strict=True)
     for elements in (held, read):
         assert max(elements) < most
         assert sum(elements) >= whole
@@ -70,7 +70,7 @@ def test_experts_may_be_stacked_on_disk(model: Callable[[str], Path], tmp_path: 
     rows = [peft_alone.random_row("a", 20, i, VOCAB_SIZE) for i in range(3)]
     found: list[Any] = []
     for path in (source, tmp_path):
-        with RankProcesses.start(ModelConfig(path, expert_parallel_size=2)) as group:
+        with megatron_ranks.start(ModelConfig(path, expert_parallel_size=2)) as group:
             backend = group.backend()
             backend.add_adapter("a", AdapterSpec(rank=2))
             found.append(backend.forward_backward([rows]))
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_the_tensors_name(
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InvalidRequest, match=message):
-        RankProcesses.start(ModelConfig(directory))
+        megatron_ranks.start(ModelConfig(directory))
 
 
 def test_a_directory_that_is_no_base_model_is_refused(model: Callable[[str], Path], tmp_path: Path) -> None:

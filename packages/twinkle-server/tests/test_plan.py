@@ -6,7 +6,7 @@ import pytest
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import plan as planning
-from twinkle.server.backends.protocol import ModelConfig
+from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.config import ServerConfig, parse_config
 from twinkle.server.engine.worker import build_worker
 from twinkle.server.local import ServiceClient
@@ -88,13 +88,80 @@ def test_local_mode_is_one_process(model: str, monkeypatch: pytest.MonkeyPatch):
         )
 
 
-async def test_the_first_rank_alone_has_a_sampler():
-    first, second = [
-        build_worker(ModelConfig(Path("fake"), tensor_parallel_size=2, rank=rank), "fake", "fake")
-        for rank in (0, 1)
-    ]
-    await first.remove_sampler_adapter("none")
-    with pytest.raises(AssertionError, match="only rank 0"):
-        await second.remove_sampler_adapter("none")
-    await second.close()
-    await first.close()
+async def test_a_rank_without_a_sampler_trains_alone():
+    worker = build_worker(ModelConfig(Path("fake"), tensor_parallel_size=2, rank=1), "fake", None)
+    await worker.add_adapter("a", AdapterSpec(rank=1))
+    with pytest.raises(AssertionError, match="a rank without a sampler"):
+        await worker.remove_sampler_adapter("none")
+    await worker.close()
+
+
+# ---------------------------------------------------------------- data-parallel ranks
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(planning, "_found_gpus", lambda: count)
+
+
+def first_yaml(model: str, **more: object) -> ServerConfig:
+    """The mission's first one, with a model that is there."""
+    return parse_config(
+        {
+            "model": {"model_id": model, "use_megatron": False, "torch_dtype": "bfloat16"} | more,
+            "server": {"host": "0.0.0.0", "port": 8000, "num_replicas": 1},
+            "ray": {"num_gpus": 4},
+        }
+    )
+
+
+def test_all_gpus_that_are_asked_for_train_and_sample(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 8)
+    plan = make_plan(first_yaml(model))
+    assert plan.model.data_parallel_size == plan.num_ranks == 4 and plan.shares_rows
+    assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 4
+    assert [plan.sampler_of(rank) for rank in range(4)] == ["transformers"] * 4
+    everything = make_plan(config(model))
+    assert everything.num_ranks == 8, "all that are found"
+
+
+@pytest.mark.usefixtures("megatron")
+def test_copies_are_what_trainer_parallelism_leaves_room_for(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 8)
+    plan = make_plan(config(model, use_megatron=True, tensor_parallel_size=2, pipeline_parallel_size=2))
+    assert (plan.model.data_parallel_size, plan.num_ranks, plan.shares_rows) == (2, 8, False)
+    assert [plan.sampler_of(rank) for rank in range(3)] == ["transformers", None, None]
+
+
+def test_more_gpus_than_there_are_is_an_error_with_two_ways_out(model: str, monkeypatch: pytest.MonkeyPatch):
+    for found in (0, 2):
+        with_gpus(monkeypatch, found)
+        with pytest.raises(InvalidRequest) as refused:
+            make_plan(first_yaml(model))
+        assert f"ray.num_gpus: 4 GPUs are to be used, but this machine has {found};" in refused.value.message
+        assert "ray.num_gpus: 0, or TWINKLE_DEVICE=cpu in the environment" in refused.value.message
+    monkeypatch.setenv("TWINKLE_DEVICE", "cpu")
+    plan = make_plan(first_yaml(model))
+    assert (plan.num_ranks, plan.model.device, plan.bundles) == (1, "cpu", [{"CPU": 1.0}])
+    monkeypatch.setenv("TWINKLE_DEVICE", "tpu")
+    with pytest.raises(InvalidRequest, match="TWINKLE_DEVICE: 'tpu' .* use 'cpu'"):
+        make_plan(first_yaml(model))
+
+
+def test_sizes_that_leave_gpus_idle_or_take_too_many_are_errors(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 4)
+    with pytest.raises(
+        InvalidRequest, match=r"data_parallel_size: 3 with 1 ranks .* uses 3; set ray.num_gpus: 3"
+    ):
+        make_plan(first_yaml(model, data_parallel_size=3))
+    with pytest.raises(
+        InvalidRequest, match=r"data_parallel_size: 5 copies .* take 5 GPUs, but 4 can be used"
+    ):
+        make_plan(first_yaml(model, data_parallel_size=5))
+    assert make_plan(config(model, data_parallel_size=3)).num_ranks == 3, "nobody asked for all"
+
+
+def test_ranks_on_a_cpu_are_those_that_are_asked_for(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 0)
+    assert make_plan(config(model)).num_ranks == 1
+    plan = make_plan(config(model, data_parallel_size=2))
+    assert (plan.num_ranks, plan.model.device) == (2, "cpu")

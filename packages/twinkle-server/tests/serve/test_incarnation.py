@@ -111,7 +111,7 @@ async def test_ranks_that_disagree_or_lost_their_connection_are_lost(first: Any,
     with pytest.raises(WorkerLost):
         await group.all_ranks("work")
     with pytest.raises(WorkerLost):
-        await group.rank_0("work")
+        await group.these_ranks([0], "work")
 
 
 DEVICE_ERRORS = [
@@ -128,7 +128,7 @@ async def test_a_device_that_fails_under_a_sample_is_lost_like_one_that_fails_un
     group = group_of(StandIn(raises(RuntimeError(said))), StandIn(lambda: None))
     for _ in range(2):
         with pytest.raises(WorkerLost):
-            await group.rank_0("work")
+            await group.these_ranks([0], "work")
     assert (await group.lost()).reason == f"work: rank 0 failed with RuntimeError: {said}"
     with pytest.raises(WorkerLost):
         await group.all_ranks("work")
@@ -147,17 +147,17 @@ async def test_what_else_a_sample_raises_is_its_own(error: Exception):
     answers: list[Callable[[], Any]] = [raises(error)]
     group = group_of(StandIn(lambda: answers[0]()))
     with pytest.raises(type(error)) as raised:
-        await group.rank_0("work")
+        await group.these_ranks([0], "work")
     assert raised.value is error and not group.is_lost
     answers[:] = [lambda: 1]
-    assert await group.rank_0("work") == 1
+    assert await group.these_ranks([0], "work") == [1]
 
 
 async def test_a_device_that_fails_as_an_adapter_is_handed_over_is_lost():
     group = group_of(StandIn(lambda: None))
-    group.check_device("publish", ValueError("not finite"))
+    group.check_device("publish", 0, ValueError("not finite"))
     with pytest.raises(WorkerLost):
-        group.check_device("publish", RuntimeError(DEVICE_ERRORS[0]))
+        group.check_device("publish", 0, RuntimeError(DEVICE_ERRORS[0]))
     assert group.is_lost
 
 
@@ -186,7 +186,7 @@ async def test_a_sample_may_take_as_long_as_it_likes():
         await asyncio.sleep(0.3)
         return "sample"
 
-    assert await group_of(StandIn(work), call_timeout=0.1).rank_0("work") == "sample"
+    assert await group_of(StandIn(work), call_timeout=0.1).these_ranks([0], "work") == ["sample"]
 
 
 async def test_a_slow_rank_is_waited_for_as_long_as_none_has_failed():

@@ -109,7 +109,9 @@ def build_parts(
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
     run_log, tokens = RunLog(), _token_rate(config)
     futures = _build_futures(config, run_log, encodes)
-    scheduler = Scheduler(_TICK_BATCHES * info.max_batch_tokens, info.overhead_tokens)
+    scheduler = Scheduler(
+        _TICK_BATCHES * info.data_parallel_size * info.max_batch_tokens, info.overhead_tokens
+    )
     snapshots = Snapshots(worker, run_files, snapshot_seconds)
     residency = Residency(worker, snapshots, model.max_resident_adapter_bytes or info.max_adapter_bytes)
     live = LiveRuns(scheduler, futures, run_log, tokens)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -37,6 +37,9 @@ class ModelSection(_Section):
     torch_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the frozen weights and the arithmetic. Default: bfloat16 on a GPU, float32 on a CPU. Adapters are always
     float32. (float16 has no numbers for small gradients; weights that are saved in it are converted.)"""
+    data_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Copies of the model that share out the rows of each step, each on GPUs of its own. auto: as many as the GPUs are
+    enough for; on a CPU one."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer (Megatron)."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -119,7 +122,8 @@ class RaySection(_Section):
     """What Ray may use."""
 
     num_gpus: int | None = Field(default=None, ge=0)
-    """GPUs to use at most. Default: all that are found. With none, the server computes on the CPU."""
+    """GPUs to use, all of them. Default: those that are found. With 0, the server computes on the CPU, as it does where
+    the environment has TWINKLE_DEVICE=cpu whatever stands here."""
 
 
 class SamplerSection(_Section):

@@ -104,6 +104,9 @@ class LocalChannel:
                 raise InvalidRequest(
                     f"base_model: {base_model!r} is not the configured model, {config.model.model_id!r}"
                 )
+            if config.model.data_parallel_size == "auto":
+                one_copy = config.model.model_copy(update={"data_parallel_size": 1})
+                config = config.model_copy(update={"model": one_copy})
             plan = make_plan(config)
             if plan.num_ranks > 1:
                 raise InvalidRequest(

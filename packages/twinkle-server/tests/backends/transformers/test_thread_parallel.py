@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import threads
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
+from twinkle.server.backends.shares import padded_tokens, share_out
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.passes import PassLimits
-from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks, padded_tokens, share_out
+from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
 
 SPECS = {
     "ada": AdapterSpec(rank=4, seed=1),

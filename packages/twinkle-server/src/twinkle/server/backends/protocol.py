@@ -75,6 +75,7 @@ class ModelConfig:
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.
         max_context_length: longest sequence, in tokens; default: what the model's own config says.
+        data_parallel_size: copies of the model, each on ranks of its own, that share out the rows.
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share out the layers.
         expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
@@ -89,6 +90,7 @@ class ModelConfig:
     device: str = "cpu"
     max_lora_rank: int = 128
     max_context_length: int | None = None
+    data_parallel_size: int = 1
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
@@ -98,8 +100,9 @@ class ModelConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that hold the model together: experts are spread over the ranks that share (or copy) a stage."""
-        return self.pipeline_parallel_size * lcm(self.tensor_parallel_size, self.expert_parallel_size)
+        """Processes of all copies: experts are spread over the ranks that share (or copy) a stage."""
+        of_stage = lcm(self.tensor_parallel_size, self.expert_parallel_size)
+        return self.data_parallel_size * self.pipeline_parallel_size * of_stage
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class BaseModelInfo:
             Beyond it those that are not in use are taken off; None: never.
         export: what its adapters' files are written by.
         trainable: the groups of layers of which there are any that can be trained.
+        data_parallel_size: copies of the model that compute at the same time, each micro-batches of its own.
     """
 
     vocab_size: int
@@ -154,6 +158,7 @@ class BaseModelInfo:
     max_adapter_bytes: int | None = None
     export: ExportFacts = field(default_factory=ExportFacts)
     trainable: tuple[ModuleGroup, ...] = ALL_GROUPS
+    data_parallel_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ class LocalWorker:
 
     @property
     def _sampler(self) -> SamplingEngine:
-        assert self._sampler_or_none is not None, "only rank 0 has a sampler"
+        assert self._sampler_or_none is not None, "a rank without a sampler is not asked to sample"
         return self._sampler_or_none
 
     async def _on_training_thread(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -246,11 +246,11 @@ def _pass_and_steps(
         return results, None
 
 
-def build_worker(model: ModelConfig, backend: str, sampler: str) -> LocalWorker:
+def build_worker(model: ModelConfig, backend: str, sampler: str | None) -> LocalWorker:
     """Backend and sampling engine of one rank, in this process; they share the base weights if they can."""
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
+    if sampler is None:
+        return LocalWorker(backend_class(model), None)
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
-    # The rank's role is decided here: rank 0 trains and samples. The others only train, since a sampler holds the
-    # whole model once more.
-    return LocalWorker(training, sampler_class.create(model, training) if model.rank == 0 else None)
+    return LocalWorker(training, sampler_class.create(model, training))

@@ -95,7 +95,7 @@ def _say_what_is_loaded(plan: Plan) -> None:
     model = plan.model
     where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else "the CPU"
     if not plan.gpus_per_rank and plan.config.ray.num_gpus:
-        say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but no GPU was found: computing on the CPU.")
+        say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but TWINKLE_DEVICE=cpu: computing on the CPU.")
     say(
         f"Loading {plan.config.model.model_id} from {model.path} in {model.torch_dtype} on {where} "
         f"({plan.backend} backend, {plan.sampler} sampler)."

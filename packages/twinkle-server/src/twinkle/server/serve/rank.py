@@ -23,7 +23,7 @@ class Rank:
     _loading: asyncio.Task[LocalWorker] | None = None
     _server: Server
 
-    async def preload(self, config: ModelConfig, backend: str, sampler: str) -> None:
+    async def preload(self, config: ModelConfig, backend: str, sampler: str | None) -> None:
         """Import what `serve` needs, which takes longer than the rest of loading."""
         if config.device == "cpu":
             # Threads that wait for each other yield their core: by default they spin, and a step takes up to thirty
@@ -31,19 +31,21 @@ class Rank:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with contextlib.suppress(Exception):  # `serve` raises it again, where somebody waits for the answer
             plugins.find(plugins.TRAINING_BACKENDS, backend)
-            plugins.find(plugins.SAMPLING_ENGINES, sampler)
+            if sampler is not None:
+                plugins.find(plugins.SAMPLING_ENGINES, sampler)
 
     async def find_rendezvous(self) -> str:
         """Where the ranks of the group meet, all on this machine: a file that no other user can reach."""
         return f"file://{tempfile.mkdtemp(prefix='twinkle-', dir=place())}/meeting"
 
     async def serve(
-        self, callers_node: str, config: ModelConfig, backend: str, sampler: str
+        self, callers_node: str, config: ModelConfig, backend: str, sampler: str | None
     ) -> Address | None:
         """Begin to load the model, and take calls of its `LocalWorker`, which wait for that and raise its error.
 
         Args:
             callers_node: Ray's id of the machine that the caller is on.
+            sampler: the sampling engine of this rank, if it has one.
 
         Returns:
             None if another caller has this rank already.
@@ -57,7 +59,7 @@ class Rank:
         return await self._server.listen(host)
 
 
-def _load(config: ModelConfig, backend: str, sampler: str) -> LocalWorker:
+def _load(config: ModelConfig, backend: str, sampler: str | None) -> LocalWorker:
     if config.device == "cpu":
         import torch
 

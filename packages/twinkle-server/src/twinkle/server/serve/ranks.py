@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import repeat
 from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -19,9 +21,12 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle.protocol.errors import ServerFault, TwinkleError
-from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, Row
+from twinkle.protocol.types import SampleResponse
+from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, Row, RowResult
+from twinkle.server.backends.shares import share_out
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.plan import Plan
+from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.rank import Rank
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 
@@ -60,13 +65,13 @@ def _on_all_ranks(
     return call
 
 
-def _on_rank_0(
-    verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, R]],
-) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, R]]:
-    """The rank with the sampler runs it, beside whatever is being trained."""
+def _on_samplers(
+    verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, None]],
+) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, None]]:
+    """Every rank with a sampler runs it, beside whatever is being trained."""
 
-    async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await group.incarnation.rank_0(verb.__name__, *args, **kwargs)
+    async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> None:
+        await group.incarnation.these_ranks(group.samplers, verb.__name__, *args, **kwargs)
 
     return call
 
@@ -77,20 +82,27 @@ class RankGroup:
     Attributes:
         incarnation: the processes that run now, or ran last.
         info, loss_fns: of the model that they hold.
+        samplers: the ranks that have a sampler.
     """
 
-    # The table. A verb that goes to other processes (samplers of their own), or whose arguments or results differ by
-    # rank (rows shared out over data-parallel ranks), gets a function like the two above. What a rank does with a verb
-    # follows from its role, which `engine.worker.build_worker` decides.
+    # The table: which ranks run each verb. What a rank does with it follows from its role, which the plan decides.
     add_adapter = _on_all_ranks(WorkerPort.add_adapter)
     remove_adapter = _on_all_ranks(WorkerPort.remove_adapter)
-    forward_backward = _on_all_ranks(WorkerPort.forward_backward)
     optim_step = _on_all_ranks(WorkerPort.optim_step)
     export_adapter = _on_all_ranks(WorkerPort.export_adapter)
     import_adapter = _on_all_ranks(WorkerPort.import_adapter)
-    add_sampler_adapter = _on_rank_0(WorkerPort.add_sampler_adapter)
-    remove_sampler_adapter = _on_rank_0(WorkerPort.remove_sampler_adapter)
-    generate = _on_rank_0(WorkerPort.generate)
+    add_sampler_adapter = _on_samplers(WorkerPort.add_sampler_adapter)
+    remove_sampler_adapter = _on_samplers(WorkerPort.remove_sampler_adapter)
+
+    async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
+        verb, num_ranks = "forward_backward", self.incarnation.num_ranks
+        if not self._plan.shares_rows:
+            return await self.incarnation.all_ranks(verb, micro_batches)
+        shares = share_out(micro_batches, num_ranks, self.info.overhead_tokens)
+        shares += [[] for _ in range(num_ranks - len(shares))]
+        by_rank = await self.incarnation.each_rank(verb, [(share,) for share in shares])
+        results = (result for parts in by_rank for part in parts for result in part)
+        return [[next(results) for _ in rows] for rows in micro_batches]
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
         if self.incarnation.num_ranks == 1:
@@ -107,14 +119,29 @@ class RankGroup:
                 return results, None
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        error = await self.incarnation.all_ranks("try_publish", adapter_id, sampler_adapter_id)
-        if error is not None:
-            self.incarnation.check_device("publish", error)
-            raise error
+        args = [(adapter_id, sampler_adapter_id)] * self.incarnation.num_ranks
+        errors = await self.incarnation.each_rank("try_publish", args)
+        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+        for rank, error in failed.items():
+            self.incarnation.check_device("publish", rank, error)
+        if failed:
+            have_it = [rank for rank in self.samplers if rank not in failed]  # all are to have it, or none
+            await self.incarnation.these_ranks(have_it, "remove_sampler_adapter", sampler_adapter_id)
+            raise next(iter(failed.values()))
+
+    async def generate(self, request: GenerateRequest) -> SampleResponse:
+        """By the sampler that is drawing the fewest sequences."""
+        rank = min(self.samplers, key=self._drawing.__getitem__)
+        self._drawing[rank] += request.num_samples
+        try:
+            [response] = await self.incarnation.these_ranks([rank], "generate", request)
+            return response
+        finally:
+            self._drawing[rank] -= request.num_samples
 
     async def cancel(self, request_id: str) -> None:
         with contextlib.suppress(WorkerLost):  # then the sample is gone with its process
-            await self.incarnation.rank_0("cancel", request_id)
+            await self.incarnation.these_ranks(self.samplers, "cancel", request_id)
 
     # ------------------------------------------------------------ incarnations
 
@@ -127,6 +154,8 @@ class RankGroup:
         loss_fns: LossSpecs,
     ) -> None:
         self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
+        self.samplers = plan.sampler_ranks
+        self._drawing: Counter[int] = Counter()  # sequences, by rank
         self._plan = plan
         self._placement = placement
         self._is_given_up = False
@@ -224,7 +253,8 @@ class Incarnation:
             WorkerLost: if the group is lost.
             Exception: what all ranks raised.
         """
-        return await self._run(Call("describe"), None)
+        [described, *_] = await self._run([Call("describe")] * self.num_ranks, None)
+        return described
 
     async def all_ranks(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         """Rank 0's result.
@@ -233,33 +263,51 @@ class Incarnation:
             WorkerLost: if the group is lost.
             Exception: what all ranks raised.
         """
-        return await self._run(Call(verb, args, kwargs), self._call_timeout)
+        # The other ranks' results are the same ones: they aren't sent.
+        calls = [Call(verb, args, kwargs)] * self.num_ranks
+        [result, *_] = await self._run(calls, self._call_timeout, wanted=1)
+        return result
 
-    async def rank_0(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-        """
+    async def each_rank(self, verb: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The result of each rank, which all get arguments of their own.
+
         Raises:
-            WorkerLost: if the group is lost, or the rank can't compute any more.
-            Exception: what else the rank raised.
+            WorkerLost, Exception: as `all_ranks`.
+        """
+        calls = [Call(verb, own) for own in args]
+        return await self._run(calls, self._call_timeout, wanted=self.num_ranks)
+
+    async def these_ranks(self, ranks: Sequence[int], verb: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """The results of some ranks, which need not agree.
+
+        Raises:
+            WorkerLost: if the group is lost, or a rank can't compute any more.
+            Exception: what else one of them raised.
         """
         self._check()
+        call = Call(verb, args, kwargs)
+        answers = [self._connections[rank].call(call) for rank in ranks]
+        return await asyncio.gather(*map(self._checked, ranks, repeat(verb), answers))
+
+    async def _checked(self, rank: int, verb: str, answer: asyncio.Future[Any]) -> Any:
         try:
-            return await self._connections[0].call(Call(verb, args, kwargs))
+            return await answer
         except ConnectionLost as error:
-            raise self._lose(f"rank 0: {error}") from error
+            raise self._lose(f"rank {rank}: {error}") from error
         except Exception as error:
-            self.check_device(verb, error)
+            self.check_device(verb, rank, error)
             raise
 
-    def check_device(self, verb: str, error: Exception) -> None:
+    def check_device(self, verb: str, rank: int, error: Exception) -> None:
         """
         Args:
-            error: from rank 0's sampler.
+            error: from the rank's sampler.
 
         Raises:
             WorkerLost: if its process can't compute any more: it can't train on that device either.
         """
         if _is_beyond_repair(error):
-            raise self._lose(f"{verb}: rank 0 failed with {type(error).__name__}: {error}") from error
+            raise self._lose(f"{verb}: rank {rank} failed with {type(error).__name__}: {error}") from error
 
     def end(self) -> None:
         """Kill the processes."""
@@ -278,22 +326,27 @@ class Incarnation:
 
     # ------------------------------------------------------------ calls
 
-    async def _run(self, call: Call, timeout: float | None) -> Any:
+    async def _run(self, calls: Sequence[Call], timeout: float | None, wanted: int = 1) -> list[Any]:
+        """One call to each rank; the results of the first `wanted` ones, and None of the others."""
         # One process takes its calls in order; several might take them in different orders.
         async with self._turn if self.num_ranks > 1 else contextlib.nullcontext():
             self._check()
-            answers = await self._ask(call, timeout)
+            answers = await self._ask(calls, timeout, wanted)
             self._check()
             self._answered_at = asyncio.get_running_loop().time()
-            return self._agreed(call.method, answers)
+            return self._agreed(calls[0].method, answers)
 
-    async def _ask(self, call: Call, timeout: float | None) -> list[asyncio.Future[Any]]:
+    async def _ask(
+        self, calls: Sequence[Call], timeout: float | None, wanted: int
+    ) -> list[asyncio.Future[Any]]:
         """The ranks' answers, when all are there, or the time of grace after one has failed is over.
 
         The group is lost if some aren't there after `timeout` seconds.
         """
-        # The other ranks' results are the same ones: they aren't sent.
-        answers = [to.call(call, wants_result=rank == 0) for rank, to in enumerate(self._connections)]
+        answers = [
+            connection.call(call, wants_result=rank < wanted)
+            for rank, (connection, call) in enumerate(zip(self._connections, calls, strict=True))
+        ]
         loop = asyncio.get_running_loop()
         sent_at, remaining = loop.time(), timeout
         while True:
@@ -308,7 +361,7 @@ class Incarnation:
             remaining = max(sent_at, self._answered_at) + timeout - loop.time()
             if remaining <= 0:
                 said = f"{_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)"
-                self._lose(f"{call.method}: {said}")
+                self._lose(f"{calls[0].method}: {said}")
                 break
         return answers
 
@@ -329,8 +382,8 @@ class Incarnation:
 
     # ------------------------------------------------------------ agreement
 
-    def _agreed(self, verb: str, answers: Sequence[asyncio.Future[Any]]) -> Any:
-        """Rank 0's result, or what all ranks raised.
+    def _agreed(self, verb: str, answers: Sequence[asyncio.Future[Any]]) -> list[Any]:
+        """The ranks' results, or what all of them raised.
 
         Raises:
             WorkerLost: if they don't agree: their adapters may differ now.
@@ -340,7 +393,7 @@ class Incarnation:
             if isinstance(error, ConnectionLost):
                 raise self._lose(f"rank {rank}: {error}") from error
         if all(answer.done() for answer in answers) and not any(errors):
-            return answers[0].result()
+            return [answer.result() for answer in answers]
         raised = [error for error in errors if error is not None]
         first = next((error for error in raised if isinstance(error, TwinkleError)), raised[0])
         if len({type(error) for error in errors}) == 1 and not _is_beyond_repair(first):
@@ -400,7 +453,7 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
         meeting = await actors[0].find_rendezvous.remote() if len(actors) > 1 else None
         configs = [replace(plan.model, rank=rank, rendezvous=meeting) for rank in range(len(actors))]
         serving = [
-            actor.serve.remote(node, config, plan.backend, plan.sampler)
+            actor.serve.remote(node, config, plan.backend, plan.sampler_of(config.rank))
             for actor, config in zip(actors, configs, strict=True)
         ]
         addresses = await asyncio.gather(*serving)
@@ -424,5 +477,5 @@ def place_ranks(plan: Plan, placement: PlacementGroup) -> list[Any]:
         place = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle)
         options = {"num_cpus": 1, "num_gpus": plan.gpus_per_rank, "scheduling_strategy": place}
         actors.append(actor_class.options(**options).remote())
-        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler)
+        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler_of(bundle))
     return actors

@@ -16,6 +16,7 @@ from twinkle.server.backends.lora.adapter_state import check_fits
 from twinkle.server.backends.lora.banks import Adapter, Bank, Layout
 from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS, check_row
 from twinkle.server.backends.lora.module_groups import wanted_groups
+from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.protocol import (
     CUSTOM_LOSS,
     AdamStep,
@@ -37,10 +38,15 @@ class LoraBackend(ABC):
     An unknown adapter id is a `KeyError`, one that is taken a `ValueError`: both are mistakes of the caller's code.
     """
 
-    def __init__(self, info: BaseModelInfo, device: torch.device) -> None:
-        """The banks are on `device`."""
+    def __init__(self, info: BaseModelInfo, device: torch.device, replicas: Replicas | None = None) -> None:
+        """
+        Args:
+            device: of the banks.
+            replicas: the data-parallel ranks, if there are several.
+        """
         self._info = info
         self._device = device
+        self._replicas = replicas
         self._adapters: dict[str, Adapter] = {}
         self._banks: dict[tuple[int, frozenset[ModuleGroup]], Bank] = {}
 
@@ -70,13 +76,17 @@ class LoraBackend(ABC):
             raise InvalidRequest(f"rank: {spec.rank} is not between 1 and {self._info.max_lora_rank}")
         bank = self._bank(spec)
         row = bank.layout.initial_row(spec.seed)
-        slot = bank.take()
+        replicas = self._replicas
+        owner = 0 if replicas is None else replicas.choose_owner(bank.layout.size)
+        slot = bank.take(steps_here=replicas is None or owner == replicas.index)
         bank.params[slot].copy_(row)
-        self._adapters[adapter_id] = Adapter(spec, bank, slot)
+        self._adapters[adapter_id] = Adapter(spec, bank, slot, owner)
 
     def remove_adapter(self, adapter_id: str) -> None:
         adapter = self._adapters.pop(adapter_id)
         adapter.bank.free(adapter.slot)
+        if self._replicas is not None:
+            self._replicas.release(adapter.owner, adapter.bank.layout.size)
         if adapter.bank.is_empty:
             del self._banks[adapter.spec.rank, wanted_groups(adapter.spec)]
 
@@ -107,14 +117,33 @@ class LoraBackend(ABC):
         """
         if len({step.adapter_id for step in steps}) < len(steps):
             raise ValueError("an adapter can take one step a call")
+        if self._replicas is not None:
+            return self._step_by_owners(steps, self._replicas)
         stepped = [self._adapters[step.adapter_id] for step in steps]
-        by_bank: dict[Bank, dict[int, AdamParams]] = {}
-        for adapter, step in zip(stepped, steps, strict=True):
-            by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
-        planned = self._plan(by_bank)
+        planned = self._plan(_by_bank(stepped, steps))
         for plan in planned.values():
             plan.apply()
         return [planned[adapter.bank].outcome(adapter.slot) for adapter in stepped]
+
+    def _step_by_owners(self, steps: Sequence[AdamStep], replicas: Replicas) -> list[StepOutcome]:
+        stepped = [self._adapters[step.adapter_id] for step in steps]
+        own = [i for i, adapter in enumerate(stepped) if adapter.owner == replicas.index]
+        planned: dict[Bank, PlannedSteps] = {}
+        told: dict[int, StepOutcome] | Exception
+        try:
+            planned = self._plan(_by_bank([stepped[i] for i in own], [steps[i] for i in own]))
+            told = {i: planned[stepped[i].bank].outcome(stepped[i].slot) for i in own}
+        except Exception as error:
+            told = error
+        outcomes = {i: outcome for of_rank in replicas.gather(told) for i, outcome in of_rank.items()}
+        for plan in planned.values():
+            plan.apply()
+        made = [adapter for i, adapter in enumerate(stepped) if not isinstance(outcomes[i], InvalidRequest)]
+        for adapter in made:
+            if adapter.owner != replicas.index:
+                adapter.bank.steps[adapter.slot] += 1
+        replicas.share_weights(made)
+        return [outcomes[i] for i in range(len(steps))]
 
     def _plan(self, by_bank: Mapping[Bank, dict[int, AdamParams]]) -> dict[Bank, PlannedSteps]:
         """Prepare the steps, given by bank and slot: whatever can fail fails here."""
@@ -128,20 +157,30 @@ class LoraBackend(ABC):
         """A copy of the adapter, on the host."""
         adapter = self._adapters[adapter_id]
         bank, slot = adapter.bank, adapter.slot
+        moments = self._at_first_rank(adapter, [bank.exp_avg, bank.exp_avg_sq] if with_optimizer else [])
+        gradient = self._at_first_rank(adapter, [bank.grads] if with_gradients else [])
         optimizer = None
-        if with_optimizer:
-            exp_avg, exp_avg_sq = (
-                _host_copy(bank, bank.exp_avg[slot]),
-                _host_copy(bank, bank.exp_avg_sq[slot]),
-            )
+        if moments:
+            exp_avg, exp_avg_sq = (_host_copy(bank, row) for row in moments)
             optimizer = OptimizerState(step=bank.steps[slot], exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
         return AdapterState(
             spec=adapter.spec,
             target_modules=bank.layout.modules,
             weights=_host_copy(bank, bank.params[slot]),
             optimizer=optimizer,
-            gradients=_host_copy(bank, bank.gradient(slot)) if with_gradients else None,
+            gradients=_host_copy(bank, gradient[0]) if gradient else None,
         )
+
+    def _at_first_rank(self, adapter: Adapter, rows: Sequence[Mapping[int, Tensor]]) -> list[Tensor]:
+        """The adapter's rows, float32 [size], zeros where there are none; of data-parallel ranks rank 0 gets them."""
+        size, device = adapter.bank.layout.size, self._device
+        found = [
+            own[adapter.slot] if adapter.slot in own else torch.zeros(size, device=device) for own in rows
+        ]
+        if self._replicas is None:
+            return found
+        self._replicas.send_to_first(adapter.owner, found)
+        return found if self._replicas.index == 0 else []
 
     def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
         """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
@@ -157,17 +196,26 @@ class LoraBackend(ABC):
         bank.wipe(slot)
         bank.params[slot].copy_(layout.join(state.weights))
         if state.optimizer is not None:
-            bank.exp_avg[slot].copy_(layout.join(state.optimizer.exp_avg))
-            bank.exp_avg_sq[slot].copy_(layout.join(state.optimizer.exp_avg_sq))
             bank.steps[slot] = state.optimizer.step
-        if state.gradients is not None:
-            bank.grads[slot] = layout.join(state.gradients).to(bank.device)
+        if bank.steps_here(slot):
+            if state.optimizer is not None:
+                bank.exp_avg[slot].copy_(layout.join(state.optimizer.exp_avg))
+                bank.exp_avg_sq[slot].copy_(layout.join(state.optimizer.exp_avg_sq))
+            if state.gradients is not None:
+                bank.grads[slot] = layout.join(state.gradients).to(bank.device)
         adapter.spec = replace(adapter.spec, alpha=state.spec.alpha)
 
     def close(self) -> None:
         """Forget all adapters."""
         self._adapters.clear()
         self._banks.clear()
+
+
+def _by_bank(stepped: Sequence[Adapter], steps: Sequence[AdamStep]) -> dict[Bank, dict[int, AdamParams]]:
+    by_bank: dict[Bank, dict[int, AdamParams]] = {}
+    for adapter, step in zip(stepped, steps, strict=True):
+        by_bank.setdefault(adapter.bank, {})[adapter.slot] = step.params
+    return by_bank
 
 
 def _host_copy(bank: Bank, row: Tensor) -> dict[str, Float32Array]:

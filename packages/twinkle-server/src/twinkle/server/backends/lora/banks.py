@@ -162,8 +162,9 @@ class Bank:
     """Adapters of one layout, each in a slot, a number that is its own as long as it is there.
 
     Attributes:
-        params, exp_avg, exp_avg_sq: by slot, float32 [size].
-        grads: by slot, float32 [size], of those adapters that have a gradient; any other's is zero.
+        params: by slot, float32 [size].
+        exp_avg, exp_avg_sq: the same, of the adapters that step here; on data-parallel ranks each steps on one of them.
+        grads: by slot, float32 [size], of those of them that have a gradient; any other's is zero.
         steps: by slot, how many steps were taken.
     """
 
@@ -181,23 +182,30 @@ class Bank:
     def is_empty(self) -> bool:
         return not self.params
 
-    def take(self) -> int:
+    def take(self, steps_here: bool = True) -> int:
         """A new slot, all zeros. May raise `torch.OutOfMemoryError`: then nothing has changed."""
-        params, exp_avg, exp_avg_sq = (torch.zeros(self.layout.size, device=self.device) for _ in range(3))
+        rows = [torch.zeros(self.layout.size, device=self.device) for _ in range(3 if steps_here else 1)]
         slot = next(self._slots)
-        self.params[slot], self.exp_avg[slot], self.exp_avg_sq[slot] = params, exp_avg, exp_avg_sq
+        self.params[slot], *moments = rows
+        if steps_here:
+            self.exp_avg[slot], self.exp_avg_sq[slot] = moments
         self.steps[slot] = 0
         return slot
 
+    def steps_here(self, slot: int) -> bool:
+        return slot in self.exp_avg
+
     def free(self, slot: int) -> None:
         """Give a slot and its memory back."""
-        del self.params[slot], self.exp_avg[slot], self.exp_avg_sq[slot], self.steps[slot]
-        self.grads.pop(slot, None)
+        del self.params[slot], self.steps[slot]
+        for rows in (self.exp_avg, self.exp_avg_sq, self.grads):
+            rows.pop(slot, None)
 
     def wipe(self, slot: int) -> None:
         """Set a slot to zeros, in place."""
         for rows in (self.params, self.exp_avg, self.exp_avg_sq):
-            rows[slot].zero_()
+            if slot in rows:
+                rows[slot].zero_()
         self.grads.pop(slot, None)
         self.steps[slot] = 0
 
@@ -209,11 +217,16 @@ class Bank:
 
 @dataclass(eq=False)
 class Adapter:
-    """A resident adapter: its shape and where it lives."""
+    """A resident adapter: its shape and where it lives.
+
+    Attributes:
+        owner: the data-parallel rank that has its gradient and moments.
+    """
 
     spec: AdapterSpec
     bank: Bank
     slot: int
+    owner: int = 0
 
     @property
     def scale(self) -> float:

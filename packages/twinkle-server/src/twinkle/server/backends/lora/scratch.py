@@ -16,7 +16,7 @@ class BankScratch:
 
     def __init__(self, bank: Bank, adapters: Sequence[Adapter], keeps_gradients: bool) -> None:
         by_slot = {adapter.slot: adapter.scale for adapter in adapters}
-        self._bank = bank
+        self.bank = bank
         self._slots = sorted(by_slot)
         self._index = {slot: i for i, slot in enumerate(self._slots)}
         self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=bank.device).unsqueeze(1)
@@ -38,9 +38,7 @@ class BankScratch:
         if needs_grad:
             of_span = members if span_adapters is None else [members[i] for i in span_adapters]
             gradients = Gradients(self._grads_a, self._grads_b, _rows(of_span, device))
-            of_experts = {
-                module for module, place in self._bank.layout.a.items() if place.experts is not None
-            }
+            of_experts = {module for module, place in self.bank.layout.a.items() if place.experts is not None}
             self._collect(members, a, b, of_experts)
         return BankSegment(len(slots), spans, adapter_of_span, a, b, gradients)
 
@@ -57,10 +55,10 @@ class BankScratch:
     def _weights(self, slots: Sequence[int]) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
         """Which of the scratch's adapters are in `slots`, rising, and copies of their matrices, B's scaled."""
         members = sorted({self._index[slot] for slot in slots})
-        weights = torch.stack([self._bank.params[self._slots[member]] for member in members])
+        weights = torch.stack([self.bank.params[self._slots[member]] for member in members])
         scales = self._scales if len(members) == len(self._slots) else self._scales[members]
-        weights[:, self._bank.layout.b_start :].mul_(scales)
-        return members, *self._bank.layout.matrices(weights)
+        weights[:, self.bank.layout.b_start :].mul_(scales)
+        return members, *self.bank.layout.matrices(weights)
 
     def _collect(
         self, members: list[int], a: dict[str, Tensor], b: dict[str, Tensor], modules: Iterable[str]
@@ -86,11 +84,20 @@ class BankScratch:
         """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
         return self._grads
 
+    def has(self, adapter: Adapter) -> bool:
+        return adapter.bank is self.bank and adapter.slot in self._index
+
+    def gradient(self, adapter: Adapter) -> Tensor:
+        """Of this pass, as it is so far, B's not yet scaled: float32 [size], a view."""
+        return self._grads[self._index[adapter.slot]]
+
     def new_gradients(self) -> dict[int, Tensor]:
         """By slot, this pass's gradients of those adapters that had none. Once, at the end of the pass."""
-        self._grads[:, self._bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
-        new = {slot: i for slot, i in self._index.items() if slot not in self._bank.grads}
-        if len(self._index) == 1:
+        self._grads[:, self.bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
+        # Those that step on another rank have their gradients there.
+        self._index = {slot: i for slot, i in self._index.items() if self.bank.steps_here(slot)}
+        new = {slot: i for slot, i in self._index.items() if slot not in self.bank.grads}
+        if len(self._grads) == 1:
             return {slot: self._grads[0] for slot in new}
         # Each its own memory, so that it is free as soon as this adapter has stepped, whatever the others do.
         return {slot: self._grads[i].clone() for slot, i in new.items()}
@@ -98,10 +105,10 @@ class BankScratch:
     def add(self, new: dict[int, Tensor]) -> None:
         """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
         for slot, i in self._index.items():
-            if slot in self._bank.grads:
-                self._bank.grads[slot].add_(self._grads[i])
+            if slot in self.bank.grads:
+                self.bank.grads[slot].add_(self._grads[i])
             else:
-                self._bank.grads[slot] = new[slot]
+                self.bank.grads[slot] = new[slot]
 
 
 def commit(scratches: Iterable[BankScratch]) -> None:

@@ -9,7 +9,8 @@ The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -35,10 +36,11 @@ from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShap
 from twinkle.server.backends.lora.experts import ExpertsWithLora
 from twinkle.server.backends.lora.linear import LoraLinear, TrainingRoute, wrap_modules
 from twinkle.server.backends.lora.module_groups import ModuleGroup, is_expert_parameter
-from twinkle.server.backends.lora.scratch import BankScratch
-from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row, RowResult
+from twinkle.server.backends.lora.replicas import Replicas
+from twinkle.server.backends.lora.scratch import BankScratch, commit
+from twinkle.server.backends.protocol import AdapterSpec, BaseModelInfo, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
-from twinkle.server.backends.transformers.passes import LoraNetwork, PassLimits, run_pass
+from twinkle.server.backends.transformers.passes import LoraNetwork, Pass, PassLimits, run_pass
 from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks
 
 
@@ -66,7 +68,8 @@ class TransformersBackend(LoraBackend):
             max_batch_tokens=bounded_batch_tokens(affordable, device),
             max_adapter_bytes=affordable_adapter_bytes(device),
         )
-        super().__init__(info, device)
+        replicas = Replicas(config, device) if config.data_parallel_size > 1 else None
+        super().__init__(info if replicas is None else _info_of_all(info, replicas), device, replicas)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -84,9 +87,33 @@ class TransformersBackend(LoraBackend):
             InvalidRequest: if a row's loss, inputs or tokens are not possible.
             torch.OutOfMemoryError, MemoryError: the pass's memory has been given back; another pass can be run.
         """
-        self._check_rows(micro_batches)
+        if self._replicas is None:
+            with self._giving_memory_back():
+                done = self._run(micro_batches)
+                commit(done.scratches)
+            return done.results
+        done = None
         try:
-            return run_pass(self._networks, self._threads, self._adapters, micro_batches, self._limits)
+            with self._giving_memory_back():
+                done = self._run(micro_batches)
+            told = done.trained
+        except Exception as error:
+            told = error
+        trained = self._replicas.gather(told)  # a rank without rows takes part
+        assert done is not None, "else all ranks have raised"
+        with self._giving_memory_back():
+            commit(self._replicas.send_to_owners(done.scratches, self._adapters, trained))
+        return done.results
+
+    def _run(self, micro_batches: Sequence[Sequence[Row]]) -> Pass:
+        self._check_rows(micro_batches)
+        return run_pass(self._networks, self._threads, self._adapters, micro_batches, self._limits)
+
+    @contextmanager
+    def _giving_memory_back(self) -> Generator[None]:
+        try:
+            yield
+            return
         except torch.OutOfMemoryError as error:
             out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
         except RuntimeError as error:
@@ -105,6 +132,19 @@ class TransformersBackend(LoraBackend):
         super().close()
         self._networks.close()
         self._release_memory()
+
+
+def _info_of_all(info: BaseModelInfo, replicas: Replicas) -> BaseModelInfo:
+    """What holds on all ranks. Each has weights of all adapters, and its share of their moments and gradients."""
+    infos = replicas.gather(info)
+    bytes_each = [one.max_adapter_bytes for one in infos if one.max_adapter_bytes is not None]
+    copies = 1 + 3 / replicas.size
+    return replace(
+        info,
+        max_batch_tokens=min(one.max_batch_tokens for one in infos),
+        max_adapter_bytes=int(min(bytes_each) * 4 / copies) if bytes_each else None,
+        data_parallel_size=replicas.size,
+    )
 
 
 def _network(loaded: LoadedModel) -> LoraNetwork:

@@ -1,5 +1,5 @@
 """One pass over micro-batches: rows to log-probabilities and losses, gradients into a scratch that is added to the
-banks at the very end, so that a pass that fails has changed nothing.
+adapters' once all is done, so that a pass that fails has changed nothing.
 
 Owns the arithmetic of a pass; the adapters, banks and the model are the backend's.
 """
@@ -21,10 +21,11 @@ from twinkle.server.backends.lora.banks import Adapter, Bank
 from twinkle.server.backends.lora.linear import TrainingRoute
 from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
 from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
-from twinkle.server.backends.lora.scratch import BankScratch, commit
+from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
+from twinkle.server.backends.shares import padded_tokens, share_out
 from twinkle.server.backends.transformers.activations import Recomputation
-from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks, padded_tokens, share_out
+from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +74,29 @@ class PassLimits:
     overhead_tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What came of micro-batches.
+
+    Attributes:
+        results: by micro-batch and row.
+        scratches: the gradients, not yet added to the adapters'.
+        trained: adapters that have gradients among them.
+    """
+
+    results: list[list[RowResult]]
+    scratches: list[BankScratch]
+    trained: set[str]
+
+
 def run_pass(
     networks: ParallelNetworks[LoraNetwork],
     threads: Threads,
     adapters: dict[str, Adapter],
     micro_batches: Sequence[Sequence[Row]],
     limits: PassLimits,
-) -> list[list[RowResult]]:
-    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done.
+) -> Pass:
+    """Compute all micro-batches; nothing of the adapters has changed.
 
     The same micro-batches are shared out alike each time, so that the same gradients come of them, to the bit.
     """
@@ -103,9 +119,14 @@ def run_pass(
         return computed
 
     done = networks.run(run_share, shares)
-    commit(scratch for computed in done if computed.has_gradients for scratch in computed.scratches.values())
     results = chain.from_iterable(computed.results for computed in done)
-    return [list(islice(results, len(rows))) for rows in micro_batches]
+    return Pass(
+        results=[list(islice(results, len(rows))) for rows in micro_batches],
+        scratches=[
+            scratch for computed in done if computed.has_gradients for scratch in computed.scratches.values()
+        ],
+        trained={row.adapter_id for rows in micro_batches for row in rows if not row.forward_only},
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A server whose model is spread over ranks, as a user starts it: its clients see no difference."""
+"""A server whose model is on several ranks, as a user starts it: its clients see no difference."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ from twinkle_client import ServiceClient
 pytestmark = pytest.mark.serve
 
 SDK_SUITE = Path(__file__).parents[1] / "sdk"
-LAYOUTS = {"TP2": {"tensor_parallel_size": 2}, "PP2": {"pipeline_parallel_size": 2}}
-# Each half of the suite on one of the layouts: the SDK as it comes, and opened by the patch.
-HALVES = {"TP2": "unpatched or not patched", "PP2": "not unpatched"}
+# Copies of the whole model with Transformers, parts of one with Megatron.
+LAYOUTS = {
+    "DP2": {"data_parallel_size": 2},
+    "TP2": {"tensor_parallel_size": 2},
+    "PP2": {"pipeline_parallel_size": 2},
+}
+# The whole suite, and each half of it: the SDK as it comes, and opened by the patch.
+PARTS = {"DP2": "", "TP2": "unpatched or not patched", "PP2": "not unpatched"}
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
@@ -56,7 +61,7 @@ def test_the_sdks_suite_passes(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SDK_SUITE)),
-            *("-k", HALVES[layout], "--ignore", str(SDK_SUITE / "test_older_sdk.py")),
+            *("-k", PARTS[layout], "--ignore", str(SDK_SUITE / "test_older_sdk.py")),
         ],
         env={
             **os.environ,

@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from twinkle.server.backends.protocol import (
     AdamStep,
@@ -24,24 +24,49 @@ from twinkle.server.backends.protocol import (
     ModelConfig,
     Row,
     RowResult,
+    TrainingBackend,
 )
+from twinkle.server.backends.shares import share_out
 
 CALL_SECONDS = 180
 
 
+class Loaded(Protocol):
+    """A rank's part of the model."""
+
+    def backend(self, config: ModelConfig) -> TrainingBackend: ...
+
+    def held(self) -> Any: ...
+
+
+Load: TypeAlias = Callable[[ModelConfig], Loaded]
+
+
 @dataclass
 class RankProcesses:
-    """`with RankProcesses.start(config) as group: backend = group.backend()`."""
+    """`with RankProcesses.start(config, load) as group: backend = group.backend()`.
+
+    Attributes:
+        shares_rows: each rank gets rows of its own, as the server sends them.
+    """
 
     processes: list[Any]
     pipes: list[Connection]
     config: ModelConfig
+    shares_rows: bool
     made: int = field(default=0)
 
     @classmethod
-    def start(cls, config: ModelConfig) -> RankProcesses:
+    def start(
+        cls, config: ModelConfig, load: Load, preload: Sequence[str], shares_rows: bool = False
+    ) -> RankProcesses:
+        """
+        Args:
+            load: a function of a module, called in each process.
+            preload: modules that are imported once, and forked from then on.
+        """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["twinkle_megatron.backend"])  # imported once, forked from then on
+        context.set_forkserver_preload(list(preload))
         # Where the ranks meet: a file that isn't there yet, so that tests need no port.
         meeting = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "meeting")
         processes: list[Any] = []
@@ -49,12 +74,12 @@ class RankProcesses:
         for rank in range(config.num_ranks):
             here, there = context.Pipe()
             own = replace(config, rank=rank, rendezvous=f"file://{meeting}")
-            process = context.Process(target=_serve, args=(there, own), daemon=True)
+            process = context.Process(target=_serve, args=(there, own, load), daemon=True)
             process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
-        group = cls(processes, pipes, config)
+        group = cls(processes, pipes, config, shares_rows)
         group._answers()
         return group
 
@@ -78,17 +103,20 @@ class RankProcesses:
         self.call("new", self.made, config or self.config)
         return RemoteBackend(self, self.made)
 
-    def parameters_of_each_rank(self) -> list[tuple[int, int, int]]:
-        """Elements that each rank holds, has read from files, and has read at once at most."""
+    def held_by_each_rank(self) -> list[Any]:
         for pipe in self.pipes:
             pipe.send(("held", 0))
         return self._answers()
 
     def call(self, *message: Any) -> Any:
         """Every rank gets it; the first one's answer. What one refuses all refuse."""
-        for pipe in self.pipes:
+        return self.call_each([message] * len(self.pipes))[0]
+
+    def call_each(self, messages: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Each rank gets its own; all answers."""
+        for pipe, message in zip(self.pipes, messages, strict=True):
             pipe.send(message)
-        return self._answers()[0]
+        return self._answers()
 
     def _answers(self) -> list[Any]:
         answers: list[tuple[bool, Any]] = []
@@ -125,7 +153,13 @@ class RemoteBackend:
         self._call("remove_adapter", adapter_id)
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        return self._call("forward_backward", micro_batches)
+        if not self.group.shares_rows:
+            return self._call("forward_backward", micro_batches)
+        shares = share_out(micro_batches, len(self.group.pipes), overhead_tokens=1)
+        shares += [[] for _ in range(len(self.group.pipes) - len(shares))]
+        by_rank = self.group.call_each([("do", self.number, "forward_backward", share) for share in shares])
+        results = (result for parts in by_rank for part in parts for result in part)
+        return [[next(results) for _ in rows] for rows in micro_batches]
 
     def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return self._call("optim_step", steps)
@@ -145,18 +179,14 @@ class RemoteBackend:
         return self.group.call("do", self.number, method, *args)
 
 
-def _serve(pipe: Connection, config: ModelConfig) -> None:
+def _serve(pipe: Connection, config: ModelConfig, load: Load) -> None:
     """A rank: answers calls until it is told to stop."""
     import torch
 
-    from twinkle_megatron import stage
-    from twinkle_megatron.backend import MegatronBackend
-
     torch.set_num_threads(1)
     backends: dict[int, Any] = {}
-    read = _watch_reading()
     try:
-        loaded = stage.load(config)
+        loaded = load(config)
         pipe.send((False, None))
     except Exception as error:
         pipe.send((True, error))
@@ -166,11 +196,12 @@ def _serve(pipe: Connection, config: ModelConfig) -> None:
         try:
             match what:
                 case "new":
-                    backends[number] = MegatronBackend(replace(args[0], rank=config.rank), loaded)
+                    backends[number] = loaded.backend(
+                        replace(args[0], rank=config.rank, rendezvous=config.rendezvous)
+                    )
                     answer = None
                 case "held":
-                    held = sum(parameter.numel() for parameter in loaded.model.parameters())
-                    answer = (held, sum(read), max(read))
+                    answer = loaded.held()
                 case "get":
                     answer = getattr(backends[number], args[0])
                 case _:
@@ -179,26 +210,3 @@ def _serve(pipe: Connection, config: ModelConfig) -> None:
         except Exception as error:
             error.add_note(f"rank {config.rank}: {traceback.format_exc()}")
             pipe.send((True, error))
-
-
-def _watch_reading() -> list[int]:
-    """How many elements come out of safetensors each time that one is read."""
-    from twinkle_megatron import weights
-
-    read: list[int] = []
-
-    class Watched:
-        def __init__(self, tensor: Any) -> None:
-            self._tensor = tensor
-
-        def get_shape(self) -> list[int]:
-            return self._tensor.get_shape()
-
-        def __getitem__(self, index: Any) -> Any:
-            part = self._tensor[index]
-            read.append(part.numel())
-            return part
-
-    slices = weights._Checkpoint.slices
-    weights._Checkpoint.slices = lambda self, name: Watched(slices(self, name))
-    return read
