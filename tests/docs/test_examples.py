@@ -43,9 +43,12 @@ once() {
     local done="$DONE/$(printf '%s ' "$@" | md5sum | cut -c -32)"
     if [ ! -e "$done" ]; then "$@"; touch "$done"; fi
 }
-check_config() { once twinkle-server check-config --config "$1"; }
+check_config() { once command twinkle-server check-config --config "$1" --offline; }
 twinkle-server() {
-    if [ "$1" = launch ]; then check_config "$3"; else command twinkle-server "$@"; fi
+    case $1 in
+        launch | check-config) check_config "$3" ;;
+        *) command twinkle-server "$@" ;;
+    esac
 }
 python() {
     case $1 in

@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 import running_server
+import yaml
+from safetensors.numpy import load_file
 from server_processes import wait_for
 
 pytestmark = pytest.mark.serve
@@ -121,16 +123,55 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(hub_root: Path, tmp_path: 
     assert "model.torch_dtpye: there is no such key; did you mean 'torch_dtype'?" in said
 
 
+def check_config(config: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "twinkle.server", "check-config", "--config", str(config), *options]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+MISSION_YAML = (
+    "model:\n  model_id: Qwen/Qwen3.5-4B\n  use_megatron: false\n  torch_dtype: bfloat16\n"
+    "server:\n  host: 0.0.0.0\n  port: {port}\n  num_replicas: 1\nray:\n  num_gpus: 4\n"
+)
+
+
 def test_check_config_shows_the_missions_yaml_with_every_default(tmp_path: Path):
     config = tmp_path / "server_config.yaml"
-    config.write_text(
-        "model:\n  model_id: Qwen/Qwen3.5-4B\n  use_megatron: false\n  torch_dtype: bfloat16\n"
-        "server:\n  host: 0.0.0.0\n  port: 8000\n  num_replicas: 1\nray:\n  num_gpus: 4\n"
-    )
-    command = [sys.executable, "-m", "twinkle.server", "check-config", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    config.write_text(MISSION_YAML.format(port=8000))
+    done = check_config(config, "--offline")
+    assert done.returncode == 0 and done.stderr == ""
     assert "num_gpus: 4" in done.stdout
     assert "max_lora_rank: 128" in done.stdout
+
+
+def test_check_config_prints_what_would_be_started(hub_root: Path, tmp_path: Path, unused_port: int):
+    config = running_server.write_config(tmp_path, unused_port, layout={"data_parallel_size": 2})
+    done = check_config(config, TWINKLE_HUB_ROOT=str(hub_root))
+    assert done.returncode == 0 and done.stderr == ""
+    assert yaml.safe_load(done.stdout)["model"]["data_parallel_size"] == 2
+    planned = [line.split() for line in done.stdout.splitlines() if line.startswith("# ")]
+    weights = sum(
+        tensor.size * 4 for tensor in load_file(hub_root / "Qwen/Qwen3.5-4B/model.safetensors").values()
+    )
+    assert [(line[1], line[4], " ".join(line[5:-2])) for line in planned[-2:]] == [
+        ("0", "CPU", "copy 1 of 2, transformers sampler"),
+        ("1", "CPU", "copy 2 of 2, transformers sampler"),
+    ]
+    assert {tuple(line[-2:]) for line in planned[-2:]} == {(f"{weights / 1e6:.1f}", "MB")}
+
+
+def test_check_config_says_one_fault_a_line(hub_root: Path, tmp_path: Path):
+    config = tmp_path / "server_config.yaml"
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        config.write_text(MISSION_YAML.format(port=taken.getsockname()[1]))
+        done = check_config(config, TWINKLE_HUB_ROOT=str(hub_root))
+    assert done.returncode == 1
+    port, gpus = done.stderr.splitlines()
+    assert port.startswith("Error: server.port: can't listen on 0.0.0.0:")
+    assert gpus.startswith("Error: ray.num_gpus: 4 GPUs are to be used, but this machine has 0;")
+    done = check_config(config, TWINKLE_HUB_ROOT=str(hub_root), TWINKLE_DEVICE="cpu")
+    assert done.returncode == 0 and done.stderr == "", "on the CPU it can be started as it is"
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from twinkle.server.config import ServerConfig, load_config
 from twinkle.server.store.private import private_directory
 
 if TYPE_CHECKING:
+    from twinkle.server.plan import Plan
     from twinkle.server.store.database import Database
 
 app = typer.Typer(
@@ -51,9 +52,39 @@ def launch(config: ConfigOption) -> None:
 
 
 @app.command(name="check-config")
-def check_config(config: ConfigOption) -> None:
-    """Check a configuration and show every setting, defaults included, with what it means."""
-    print(describe(load_config(config)), end="")
+def check_config(
+    config: ConfigOption,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Look at the file alone: not for the model, GPUs or a free port."),
+    ] = False,
+) -> None:
+    """Check a configuration and show every setting, defaults included, with what it means.
+
+    Then plan what `launch` would start on this machine, and make its checks: one fault a line, exit code 1.
+    """
+    loaded = load_config(config)
+    print(describe(loaded), end="")
+    if offline:
+        return
+    from twinkle.server.plan import make_plan
+    from twinkle.server.serve.launch import checks
+
+    faults: list[str] = []
+    for check in [*checks(loaded), lambda: _print_plan(make_plan(loaded))]:
+        try:
+            check()
+        except TwinkleError as error:
+            faults.append(error.message)
+    for fault in faults:
+        print(f"Error: {fault}", file=sys.stderr)
+    if faults:
+        raise typer.Exit(1)
+
+
+def _print_plan(plan: Plan) -> None:
+    """As comments, so that all that is printed is YAML."""
+    print("\n".join(f"# {line}" for line in plan.describe()))
 
 
 @keys.command(name="create")

@@ -11,6 +11,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
@@ -59,10 +61,17 @@ class TwinkleServer:
         ).run()
 
     def _check(self) -> None:
-        server = self.config.server
-        _check_port(server.host, server.port)
-        if server.tls is not None:
-            check_tls(*server.tls)
+        for check in checks(self.config):
+            check()
+
+
+def checks(config: ServerConfig) -> list[Callable[[], None]]:
+    """What can be checked before anything is started; each raises `InvalidRequest`."""
+    server = config.server
+    found = [partial(_check_port, server.host, server.port)]
+    if server.tls is not None:
+        found.append(partial(check_tls, *server.tls))
+    return found
 
 
 def _check_port(host: str, port: int) -> None:
