@@ -165,3 +165,13 @@ def test_ranks_on_a_cpu_are_those_that_are_asked_for(model: str, monkeypatch: py
     assert make_plan(config(model)).num_ranks == 1
     plan = make_plan(config(model, data_parallel_size=2))
     assert (plan.num_ranks, plan.model.device) == (2, "cpu")
+
+
+def test_what_is_no_safetensors_file_is_named(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 0)
+    plan = make_plan(config(model))
+    assert plan.describe()[-1].endswith("0.0 MB")
+    for content in (b"\x08" + b"\0" * 7 + b"[1, 2]  ", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"{]"):
+        (Path(model) / "model.safetensors").write_bytes(content)
+        with pytest.raises(InvalidRequest, match=r"model\.safetensors: not a safetensors file .* download"):
+            plan.describe()

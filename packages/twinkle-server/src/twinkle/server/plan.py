@@ -95,12 +95,23 @@ class Plan:
 
 
 def weight_bytes(model: Path, dtype: str) -> int:
-    """Of all tensors in the model's safetensors, as they are held: by their headers, which say their shapes."""
+    """Of all tensors in the model's safetensors, as they are held: by their headers, which say their shapes.
+
+    Raises:
+        InvalidRequest: if a file is not safetensors.
+    """
     elements = 0
     for file in model.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")) or b"{}")
-        elements += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")) or b"{}")
+            elements += sum(
+                prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise InvalidRequest(
+                f"{file}: not a safetensors file ({error}); download the model again"
+            ) from error
     return elements * (2 if dtype == "bfloat16" else 4)
 
 

@@ -93,7 +93,8 @@ def main() -> int:
 
 def _say_what_is_loaded(plan: Plan) -> None:
     model = plan.model
-    where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else "the CPU"
+    ranks = f" ({plan.num_ranks} ranks)" if plan.num_ranks > 1 else ""
+    where = f"{plan.num_ranks} GPU{'s' * (plan.num_ranks > 1)}" if plan.gpus_per_rank else f"the CPU{ranks}"
     if not plan.gpus_per_rank and plan.config.ray.num_gpus:
         say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but TWINKLE_DEVICE=cpu: computing on the CPU.")
     say(

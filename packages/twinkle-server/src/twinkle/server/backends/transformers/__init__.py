@@ -69,7 +69,7 @@ class TransformersBackend(LoraBackend):
             max_adapter_bytes=affordable_adapter_bytes(device),
         )
         replicas = Replicas(config, device) if config.data_parallel_size > 1 else None
-        super().__init__(info if replicas is None else _info_of_all(info, replicas), device, replicas)
+        super().__init__(info if replicas is None else _info_of_all(info, replicas, device), device, replicas)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -134,15 +134,16 @@ class TransformersBackend(LoraBackend):
         self._release_memory()
 
 
-def _info_of_all(info: BaseModelInfo, replicas: Replicas) -> BaseModelInfo:
+def _info_of_all(info: BaseModelInfo, replicas: Replicas, device: torch.device) -> BaseModelInfo:
     """What holds on all ranks. Each has weights of all adapters, and its share of their moments and gradients."""
     infos = replicas.gather(info)
     bytes_each = [one.max_adapter_bytes for one in infos if one.max_adapter_bytes is not None]
-    copies = 1 + 3 / replicas.size
+    # On GPUs each rank has memory of its own; on a CPU they share it.
+    memories = replicas.size if device.type == "cuda" else 1
     return replace(
         info,
         max_batch_tokens=min(one.max_batch_tokens for one in infos),
-        max_adapter_bytes=int(min(bytes_each) * 4 / copies) if bytes_each else None,
+        max_adapter_bytes=int(min(bytes_each) * memories * 4 / (replicas.size + 3)) if bytes_each else None,
         data_parallel_size=replicas.size,
     )
 
