@@ -388,7 +388,9 @@ async def test_a_run_whose_copy_is_damaged_is_said_to_be_lost_and_others_go_on(
     await train(alice, other, 1)
     await train(alice, run, 1)
     copy = tmp_path / "runs" / run / "2.safetensors"
-    await until(copy.exists)
+    live = alice.service.parts.live.get(run)
+    assert live is not None
+    await until(lambda: copy.exists() and live.snapshot.held is None)  # until then it is read from memory
     copy.write_bytes(b"not what it was")
     await lose(worker)
     for seq_id in (3, 4):
