@@ -152,7 +152,7 @@ def _reply(description: str, *schemas: Json) -> Json:
     return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
-# ---------------------------------------------------------------- beside the tables
+# ---------------------------------------------------------------- not in the tables
 
 
 def _beside_the_tables() -> Iterable[tuple[str, str, Json]]:

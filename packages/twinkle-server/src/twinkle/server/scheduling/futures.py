@@ -141,7 +141,7 @@ class FutureTable:
         return entry.run if entry is not None else None
 
     def sessions_of(self, tenant: str, request_ids: Iterable[str]) -> set[str]:
-        """The sessions of those of these futures that are the tenant's."""
+        """The sessions of the tenant's futures among these."""
         entries = [self._entries.get(request_id) for request_id in request_ids]
         return {entry.session_id for entry in entries if entry is not None and entry.tenant == tenant}
 

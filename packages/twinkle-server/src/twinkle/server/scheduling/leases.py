@@ -101,7 +101,7 @@ class Leases:
     def forget(self, session_id: str) -> None:
         self._leases.pop(session_id, None)
 
-    # ------------------------------------------------------------ who is silent
+    # ------------------------------------------------------------ silent clients
 
     def tick(self) -> None:
         """Advance the clock that silence is measured by."""
