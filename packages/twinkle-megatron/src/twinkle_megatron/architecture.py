@@ -1,7 +1,7 @@
-"""Which models Megatron-Core can hold here, and what it has to be told of them: a Hugging Face configuration in, a
-`TransformerConfig` out, or a refusal that says why.
+"""Which models Megatron-Core can hold here, and how it is configured for them: a Hugging Face configuration in, a
+`TransformerConfig` out, or a refusal with the reason.
 
-Llama, Qwen2, Qwen3 and Qwen3-MoE; other families of the same kind by way of Megatron-Bridge, see `bridge`.
+Llama, Qwen2, Qwen3 and Qwen3-MoE; other families of the same kind through Megatron-Bridge, see `bridge`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Architecture:
         padded_vocab_size: rows of the embedding, a multiple of the ranks that share it.
         has_qkv_bias, has_qk_norm: parts of the attention that not all families have.
         is_tied: whether the output head is the embedding.
-        expert_layers: those whose feed-forward part is a mixture of experts, counted from 0.
-        is_bridged: whether its weights are read by Megatron-Bridge, there being no map of them here.
+        expert_layers: layers whose feed-forward part is a mixture of experts, counted from 0.
+        is_bridged: whether Megatron-Bridge reads its weights, as there is no map of them here.
     """
 
     hf: PretrainedConfig
@@ -52,7 +52,7 @@ class Architecture:
 def read_hf_config(config: ModelConfig) -> PretrainedConfig:
     """
     Raises:
-        InvalidRequest: if the directory holds no whole model.
+        InvalidRequest: if the directory holds no complete model.
     """
     if config.torch_dtype not in DTYPES:
         raise InvalidRequest(f"model.torch_dtype: {config.torch_dtype!r} is not one of {', '.join(DTYPES)}")
@@ -70,7 +70,7 @@ def read_hf_config(config: ModelConfig) -> PretrainedConfig:
 def describe(hf: PretrainedConfig, config: ModelConfig) -> Architecture:
     """
     Raises:
-        InvalidRequest: if the model has a part that is not built here, or can't be spread over the ranks as asked.
+        InvalidRequest: if the model has a part that can't be built here, or can't be spread over the ranks.
     """
     is_bridged = hf.model_type not in FAMILIES
     if is_bridged:
@@ -94,7 +94,7 @@ def describe(hf: PretrainedConfig, config: ModelConfig) -> Architecture:
 
 
 def head_size(hf: PretrainedConfig) -> int:
-    """Of one attention head."""
+    """Size of one attention head."""
     return int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
 
 
@@ -103,7 +103,7 @@ def is_mixture(hf: PretrainedConfig) -> bool:
 
 
 def _expert_layers(hf: PretrainedConfig) -> list[int]:
-    """As `Qwen3MoeDecoderLayer` has it."""
+    """As in `Qwen3MoeDecoderLayer`."""
     if not is_mixture(hf) or not hf.num_experts:
         return []
     layers = range(hf.num_hidden_layers)
@@ -134,18 +134,18 @@ def _transformer_config(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
         sequence_parallel=uses_sequence_parallelism(hf, config),
-        # Micro-batches differ in rows and length; Megatron-Core asks for this dispatcher with them, and never makes it.
+        # Micro-batches differ in rows and length, for which Megatron-Core requires this dispatcher; it is never built.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # The losses are sums, so no micro-batch's is divided by their number.
+        # The losses are sums, so they are not divided by the number of micro-batches.
         calculate_per_token_loss=True,
-        # The weights are read from files, straight into where they belong.
+        # The weights are read from files, straight into their places.
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        # Fused kernels and batched messages are CUDA's.
+        # Fused kernels and batched messages need CUDA.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -158,9 +158,7 @@ def _transformer_config(
 
 
 def uses_sequence_parallelism(hf: PretrainedConfig, config: ModelConfig) -> bool:
-    """What the configuration says; if it says nothing, where it is needed: the experts' ranks each take their own part
-    of the tokens.
-    """
+    """As configured; by default only if needed: each of the experts' ranks takes its own part of the tokens."""
     if config.tensor_parallel_size == 1:
         return False
     return is_mixture(hf) if config.sequence_parallel is None else config.sequence_parallel

@@ -6,7 +6,7 @@
     lora, head, experts, collectives      the arithmetic
     groups, cpu   the ranks, and Megatron-Core without a GPU
 
-Every rank gets every call, in the same order, and checks it in the same way: what one refuses all refuse.
+Every rank gets every call, in the same order, and checks it in the same way: all refuse, or none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from twinkle_megatron.stage import Stage
 
 
 class MegatronBackend(LoraBackend):
-    """See `twinkle.server.backends.protocol.TrainingBackend`; one of the ranks that are a backend together.
+    """See `twinkle.server.backends.protocol.TrainingBackend`; one of the ranks that form a backend.
 
     Any error but `InvalidRequest`, `KeyError` and `ValueError` may have left the ranks out of step: they must be
     restarted.
@@ -44,7 +44,7 @@ class MegatronBackend(LoraBackend):
             loaded: this rank's part of the model; default: read it from `config.path`.
 
         Raises:
-            InvalidRequest: if the model can't be loaded as `config` says.
+            InvalidRequest: if the model can't be loaded as configured.
         """
         self._stage = loaded if loaded is not None else stage.load(config)
         super().__init__(
@@ -69,13 +69,13 @@ class MegatronBackend(LoraBackend):
     def _plan(self, by_bank: Mapping[Bank, dict[int, AdamParams]]) -> dict[Bank, PlannedSteps]:
         norms = self._grad_norms(by_bank)
         planned = {bank: plan_steps(bank, params, norms[bank]) for bank, params in by_bank.items()}
-        # Norms are of the whole gradients, so that all ranks find the same steps suspicious: all ask, or none.
+        # Norms are of whole gradients, so that all ranks find the same steps suspicious, and all ask or none.
         if any(plan.is_suspicious for plan in planned.values()):
             return self._agreed(planned)
         return planned
 
     def _agreed(self, planned: Mapping[Bank, PlannedSteps]) -> dict[Bank, PlannedSteps]:
-        """The steps that no rank finds a fault with: each has looked at its part of the adapters."""
+        """The steps that no rank finds a fault in: each has checked its part of the adapters."""
         slots = [(bank, slot) for bank, plan in planned.items() for slot in plan.params]
         codes = [int(planned[bank].faults.get(slot, Fault.NONE)) for bank, slot in slots]
         worst = torch.tensor(codes, dtype=torch.int64, device=self._stage.groups.device)
@@ -87,12 +87,12 @@ class MegatronBackend(LoraBackend):
         return {bank: replace(plan, faults=faults[bank]) for bank, plan in planned.items()}
 
     def _grad_norms(self, by_bank: Mapping[Bank, Mapping[int, AdamParams]]) -> dict[Bank, dict[int, float]]:
-        """By bank and slot, of the whole gradient: one sum over all ranks, for all adapters."""
+        """By bank and slot, norms of whole gradients: one sum over all ranks, for all adapters."""
         slots = [(bank, slot) for bank, params in by_bank.items() for slot in params]
         if not slots:
             return {}
         found = dict(zip(slots, self._norms(slots, torch.float32), strict=True))
-        # All ranks have the same sums, and so doubt the same ones.
+        # All ranks have the same sums, and so recompute the same ones.
         if doubtful := [place for place, norm in found.items() if not is_sure_norm(norm)]:
             found |= zip(doubtful, self._norms(doubtful, torch.float64), strict=True)
         norms: dict[Bank, dict[int, float]] = {bank: {} for bank in by_bank}

@@ -1,9 +1,9 @@
-"""Families without a weight map here, by way of Megatron-Bridge: what it says of a model, and whether that is a model
-whose layers are computed here.
+"""Families without a weight map here, through Megatron-Bridge: what it says about a model, and whether the layers here
+compute that model.
 
-It knows how each family is made of Megatron-Core's parts. The layers here are those of Llama, with or without norms and
-biases in the attention: a family of which it says anything more (windows, soft caps, scaled embeddings, linear
-attention, experts) is refused, whatever that is. `bridge_weights` reads the weights.
+Megatron-Bridge knows how each family is built from Megatron-Core's parts. The layers here are those of Llama, with or
+without norms and biases in the attention: a family with anything else (windows, soft caps, scaled embeddings, linear
+attention, experts) is refused. `bridge_weights` reads the weights.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from transformers import PretrainedConfig
 from twinkle.protocol.errors import InvalidRequest
 from twinkle_megatron import te_stub
 
-# Older ones lose weights between ranks without a GPU: they scatter what is not contiguous.
+# Older ones lose weights between ranks without a GPU: they scatter non-contiguous tensors.
 OLDEST = (0, 6)
 
-# What the layers here compute; of what is not named, nothing but the provider's defaults.
+# What the layers here compute; for anything not listed, only the provider's default is allowed.
 _COMPUTED: dict[str, object] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -35,7 +35,7 @@ _COMPUTED: dict[str, object] = {
     "add_bias_linear": False,
     "position_embedding_type": "rope",
 }
-# What is read from the model's own configuration here, by its name there.
+# What is read from the model's own configuration here, by its name in it.
 _SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -46,7 +46,7 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
 }
-# What makes no difference to a frozen model, is set here anyway, or is the layers' to have or not to have.
+# Settings that make no difference to a frozen model, are set here anyway, or are optional in the layers here.
 _FREE = {
     "add_qkv_bias",
     "apply_rope_fusion",
@@ -68,7 +68,7 @@ _FREE = {
     "params_dtype",
     "persist_layer_norm",
     "qk_layernorm",
-    "rope_scaling",  # angles are computed as Transformers does, see `build`
+    "rope_scaling",  # angles are computed as in Transformers, see `build`
     "rope_scaling_factor",
     "rotary_base",
     "seq_length",
@@ -92,7 +92,7 @@ def attention_parts(hf: PretrainedConfig) -> tuple[bool, bool]:
     try:
         provider = auto_bridge().from_hf_config(hf).to_megatron_provider(load_weights=False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # Of a family that it doesn't know it says so in many lines, of which the first is enough.
+        # Its error for an unknown family has many lines, of which the first is enough.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise refusal(hf, f"it says {reason!r}") from error
     if parts := _unknown_parts(provider, hf):
@@ -125,7 +125,7 @@ def _unknown_parts(provider: Any, hf: PretrainedConfig) -> list[str]:
         value = getattr(provider, field.name)
         if field.name not in _FREE and value != known.get(field.name):
             found.append(f"{field.name} = {getattr(value, '__name__', repr(value))}")
-    if type(provider).provide is not common.provide:  # as with families that scale their embeddings
+    if type(provider).provide is not common.provide:  # as in families that scale their embeddings
         found.append(f"what {type(provider).__name__} adds")
     return found
 
@@ -144,7 +144,7 @@ def auto_bridge() -> Any:
 
 @functools.cache
 def _import(name: str) -> Any:
-    """Takes seconds the first time: only models that need it wait for it."""
+    """Takes seconds the first time, so only models that need it import it."""
     try:
         with te_stub.standing_in(), _quiet():
             return importlib.import_module(name)
@@ -157,7 +157,7 @@ def _import(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """When it is imported it tells of all that it didn't find, and takes over the process's logging."""
+    """When imported it reports everything it didn't find, and takes over the process's logging."""
     root = logging.getLogger()
     level, handlers, disabled = root.level, list(root.handlers), logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,7 +1,7 @@
 """Has Megatron-Bridge read a checkpoint into this rank's part of the model, by its own map of names.
 
-Adapters go by the names of the layers in Transformers, which are those of Llama: a map that says otherwise is refused,
-as is one that leaves out a parameter here or a tensor there.
+Adapters use Transformers' names of the layers, which are Llama's: a map with other names is refused, as is one that
+leaves out a parameter of the model or a tensor of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from twinkle_megatron.groups import Groups
 from twinkle_megatron.weights import Source
 
 _HEAD = "output_layer.weight"
-# Tensors that some checkpoints have and no model needs.
+# Tensors that are in some checkpoints but not needed by any model.
 _SPARE = ("rotary_emb.inv_freq",)
 
 
 def load(model: nn.Module, path: Path, architecture: Architecture, groups: Groups) -> None:
-    """Fill the model. All ranks take part, since the first of those that share a layer reads it for the others.
+    """Fill the model. All ranks take part, since the first rank of those that share a layer reads it for the others.
 
     Raises:
         InvalidRequest: if the checkpoint and Megatron-Bridge's map of it don't fit the model; on all ranks alike.
     """
     auto = bridge.auto_bridge().from_hf_pretrained(str(path))
-    # It asks the model for this; Megatron-Core's own configuration doesn't say.
+    # It asks the model for this, which Megatron-Core's own configuration doesn't have.
     cast("Any", model).config.share_embeddings_and_output_weights = architecture.is_tied
     tasks = [task for task in auto.get_conversion_tasks(model) if task is not None]
     shapes = weights.shapes(path)
@@ -70,14 +70,14 @@ def _misfits(
 
 
 def _fits(parts: list[Sequence[int]], source: Source, own: Sequence[int], ranks: int) -> bool:
-    """Whether the parts, one below the other, make the whole of which each rank has `own`."""
+    """Whether the concatenated parts make the whole of which each rank has `own`."""
     wanted = list(own)
     if source.cut == "rows":
         wanted[0] *= ranks
     elif source.cut == "columns":
         wanted[1] *= ranks
     missing = wanted[0] - sum(part[0] for part in parts)
-    is_vocabulary = source.cut == "rows" and len(parts) == 1  # which may be padded, by less than a row a rank
+    is_vocabulary = source.cut == "rows" and len(parts) == 1  # may be padded, by less than a row per rank
     most = ranks - 1 if is_vocabulary else 0
     return 0 <= missing <= most and all(list(part[1:]) == wanted[1:] for part in parts)
 
@@ -85,10 +85,10 @@ def _fits(parts: list[Sequence[int]], source: Source, own: Sequence[int], ranks:
 def _unread(
     tasks: Sequence[Any], shapes: Mapping[str, Sequence[int]], architecture: Architecture
 ) -> list[str]:
-    """Tensors that no rank's parameters are made of: what they are for is not computed here."""
+    """Tensors that no rank's parameters are made of, so that their part of the model would not be computed."""
     read = {name for task in tasks for name in _names(task)}
     if architecture.is_tied:
-        read.add("lm_head.weight")  # some save it twice
+        read.add("lm_head.weight")  # some checkpoints have it twice
     spare = [name for name in shapes if name not in read and not name.endswith(_SPARE)]
     return [f"it leaves out {', '.join(spare[:3])}"] if spare else []
 

@@ -1,4 +1,4 @@
-"""This rank's part of the base model, as Megatron-Core's `GPTModel`, without its weights: `weights` reads those."""
+"""This rank's part of the base model, as Megatron-Core's `GPTModel`, without its weights, which `weights` reads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.layers import CausalAttention, RMSNorm
 
-# It warns of a feed-forward part that is not its own, once a layer.
+# It warns about a feed-forward part that is not its own, once per layer.
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
 def build(architecture: Architecture, groups: Groups) -> GPTModel:
-    """The embedding if this is the first stage, this stage's layers, the output head if it is the last. All frozen.
+    """The embedding on the first stage, this stage's layers, the output head on the last stage. All frozen.
 
     Raises:
-        InvalidRequest: if the positions are encoded in a way that is not built here.
+        InvalidRequest: if the position encoding is not supported here.
     """
     config = architecture.config
     frequencies = _rotary_frequencies(architecture.hf)  # first, since it may refuse
@@ -40,7 +40,7 @@ def build(architecture: Architecture, groups: Groups) -> GPTModel:
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,
             parallel_output=True,
-            # A head that is the embedding gets its weights from `weights`; Megatron-Core's way is for training it.
+            # A head tied to the embedding gets its weights from `weights`; Megatron-Core's way is for training it.
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
         )
@@ -77,7 +77,7 @@ def _layer(architecture: Architecture, groups: Groups, number: int) -> ModuleSpe
 
 
 def _rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
-    """float32 [head size / 2], as Transformers has them, for kinds of scaling that change the angles alone."""
+    """float32 [head size / 2], as in Transformers, for kinds of scaling that change only the angles."""
     rotary = cast("Any", LlamaRotaryEmbedding)(hf)  # the four families' are the same
     if rotary.attention_scaling != 1.0 or rotary.rope_type in ("dynamic", "longrope"):
         raise InvalidRequest(

@@ -1,6 +1,6 @@
 """Differentiable collectives. In a group of one rank they do nothing.
 
-Each sends a contiguous copy of its tensor: Megatron-Core 0.16 silently drops the result of one that isn't contiguous.
+Each sends a contiguous copy of its tensor: Megatron-Core 0.16 silently drops the result of a non-contiguous one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ Exchange: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def sum_in_backward(x: Tensor, group: Group) -> Tensor:
-    """`x` unchanged; its gradient is summed over the ranks. For a value that all ranks have, and each uses in another
-    way.
-    """
+    """`x` unchanged; its gradient is summed over the ranks. For a value that all ranks have but use differently."""
     return _exchange(x, lambda x: x.view_as(x), lambda grad: _sum(grad, group), group)
 
 
@@ -82,7 +80,7 @@ def _gather(x: Tensor, group: Group) -> Tensor:
 
 
 def _sum_and_scatter(x: Tensor, group: Group) -> Tensor:
-    if x.device.type == "cpu":  # gloo sums and scatters by the one or by the other alone
+    if x.device.type == "cpu":  # gloo can only sum or scatter
         return _sum(x, group).chunk(group.size)[group.index].contiguous()
     out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
     cast("Any", dist).reduce_scatter_tensor(out, x.contiguous(), group=group.ranks)

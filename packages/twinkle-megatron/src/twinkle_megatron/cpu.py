@@ -1,6 +1,6 @@
-"""What Megatron-Core needs to run without a GPU: it was written for CUDA, and names the device in a few places.
+"""Lets Megatron-Core run without a GPU: it was written for CUDA, and names that device in a few places.
 
-Each of these does nothing where there is a GPU. They change this process's torch, so a rank has a process of its own.
+With a GPU these functions do nothing. They change this process's torch, so a rank has its own process.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
-    """Point what Megatron-Core asks torch.cuda for at the CPU. Once a process, before a model is built."""
+    """Redirect what Megatron-Core asks torch.cuda for to the CPU. Once per process, before a model is built."""
     cuda = cast("Any", torch.cuda)
     cuda.current_device = _cpu  # rotary embeddings and the buffers of the pipeline's messages
     cuda.synchronize = _nothing  # after the shapes of the pipeline's messages have been exchanged
-    # The embedding under sequence parallelism forks it for a dropout that is 0.
+    # With sequence parallelism the embedding forks it for a dropout of 0.
     megatron_random.initialize_rng_tracker()
     cast("Any", megatron_random)._CUDA_RNG_STATE_TRACKER = _NoRandomness()
 
 
 @contextlib.contextmanager
 def schedules_on(device: torch.device) -> Generator[None]:
-    """While Megatron-Core's schedules run: the tensors that they make on "cuda" are made on `device`."""
+    """While Megatron-Core's schedules run: the tensors they create on "cuda" are created on `device`."""
     if device.type == "cuda":
         yield
         return

@@ -1,12 +1,12 @@
-"""The ranks that hold a model together, and the groups that they form.
+"""The ranks that hold a model together, and their groups.
 
     tensor      ranks that share each layer of a stage
     pipeline    one rank of each stage, first stage first
-    data        ranks with copies of the same weights, routed experts apart: each takes its own rows
+    data        ranks with copies of the same weights except routed experts: each takes its own rows
     expert      ranks that share out the routed experts of a stage
     copies      ranks with copies of the same routed experts
 
-Data parallelism is only there where a mixture of experts is spread over more ranks than share a layer.
+There is data parallelism only if a mixture of experts is spread over more ranks than share a layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle_megatron import cpu
 
-# A rank that waits so long for another has lost it.
+# A rank that waits this long for another has lost it.
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -48,7 +48,7 @@ class Groups:
 
     Attributes:
         world: all ranks, for tensors on `device`.
-        control: all ranks, for Python objects, always by way of the host.
+        control: all ranks, for Python objects, always through the host.
     """
 
     world: Group
@@ -70,10 +70,10 @@ class Groups:
 
 
 def join(config: ModelConfig) -> Groups:
-    """Meet the other ranks. Once a process: waits until all are there.
+    """Meet the other ranks. Once per process: waits until all are there.
 
     Raises:
-        InvalidRequest: if the GPU that was asked for isn't there.
+        InvalidRequest: if the configured GPU isn't there.
     """
     device = _device(config)
     if device.type == "cpu":
@@ -94,7 +94,7 @@ def join(config: ModelConfig) -> Groups:
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
         expert_model_parallel_size=config.expert_parallel_size,
-        expert_tensor_parallel_size=1,  # an expert is whole on its rank
+        expert_tensor_parallel_size=1,  # each expert is whole on its rank
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
     )
@@ -130,4 +130,4 @@ def _device(config: ModelConfig) -> torch.device:
             f"model: device {config.device!r} was asked for, but torch sees no GPU; use 'cpu'"
         )
     device = torch.device(config.device)
-    return torch.device("cuda", 0) if config.device == "cuda" else device  # a rank sees its own GPU alone
+    return torch.device("cuda", 0) if config.device == "cuda" else device  # a rank sees only its own GPU

@@ -1,8 +1,7 @@
 """The output head, its vocabulary spread over the tensor group: hidden states to log-probabilities of the targets.
 
-It takes the place of `GPTModel`'s output layer, so that no rank ever holds the logits of all tokens, nor of the whole
-vocabulary. The head runs over a few positions at a time; in a training pass each chunk is computed again when its
-gradient is due.
+Replaces `GPTModel`'s output layer, so that no rank ever holds the logits of all tokens, nor of the whole vocabulary.
+The head runs over a few positions at a time; in a training pass each chunk is recomputed for its gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NAME = "lm_head"
 
 
 class LogprobHead(ParallelLayer):
-    """Gives log-softmax in float32 at `context.targets`, where the layer whose place it takes gives logits."""
+    """Gives log-softmax in float32 at `context.targets`, where the layer it replaces gives logits."""
 
     def __init__(
         self, base: nn.Module, vocab_size: int, context: ForwardContext, parallelism: Parallelism
@@ -32,7 +31,7 @@ class LogprobHead(ParallelLayer):
         """
         Args:
             base: column-parallel; its weight is [share of the padded vocabulary, hidden].
-            vocab_size: how many tokens there are; what is beyond is padding.
+            vocab_size: number of tokens; the rest is padding.
         """
         super().__init__(base, context, parallelism)
         self._vocab_size = vocab_size
@@ -64,7 +63,7 @@ class LogprobHead(ParallelLayer):
         return torch.cat(results), None
 
     def _lows(self, hidden: Tensor, segments: list[ShardSegment]) -> list[Tensor]:
-        """What each segment's A gives: [tokens, rows of the segment, rank], or nothing where it has no A."""
+        """The output of each segment's A: [tokens, rows of the segment, rank]; empty if it has no A."""
         lows: list[Tensor] = []
         start = 0
         for segment in segments:
@@ -101,7 +100,7 @@ def _base_alone(hidden: Tensor) -> ShardSegment:
 class _ShardedLogprobs(Function):
     """logits[target] - log(sum(exp(logits))), each rank holding the logits of a part of the vocabulary.
 
-    Its gradient is onehot(target) - softmax(logits), of which each rank keeps its part.
+    The gradient is onehot(target) - softmax(logits), of which each rank keeps its part.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The parts of a layer that need neither Transformer Engine nor a GPU: norm and attention, in plain torch.
 
-Attention runs torch's own kernels, which on a GPU are the flash ones.
+Attention uses torch's own kernels, which on a GPU are the flash ones.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Softmax attention, each position over itself and those before it.
+    """Softmax attention of each position over itself and those before it.
 
-    Rows are padded at the right, where nothing that counts looks: no mask is needed.
+    Rows are padded at the right, where no real token looks: no mask is needed.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_unused: Any) -> None:

@@ -1,12 +1,12 @@
-"""Low-rank terms on Megatron-Core's parallel linear layers, of the many adapters that share a micro-batch.
+"""Low-rank terms on Megatron-Core's parallel linear layers, for the many adapters that share a micro-batch.
 
 `out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685), with W spread over the ranks of a tensor group:
 
-    column-parallel    A whole, B's rows shared out       what A gives is the same on all ranks
-    row-parallel       A's columns shared out, B whole    what A gives is a part of a sum
+    column-parallel    A whole, B's rows shared out       A's output is the same on all ranks
+    row-parallel       A's columns shared out, B whole    A's output is a part of a sum
 
 so only [tokens, rows, rank] travels between ranks, never [tokens, rows, features]. Under sequence parallelism a rank
-has its own tokens between the layers; then the gradients of the matrices that are whole are parts of a sum too: see
+has its own tokens between the layers; then the gradients of the whole matrices are parts of a sum too: see
 `shards.Shard.is_partial`.
 """
 
@@ -28,10 +28,10 @@ class ShardSegment:
     """Consecutive rows of a micro-batch whose adapters are in one bank.
 
     Attributes:
-        rows: how many of this rank's rows; 0 where only other ranks have rows of these adapters.
-        adapters: how many adapters.
+        rows: number of this rank's rows; 0 if only other ranks have rows of these adapters.
+        adapters: number of adapters.
         adapter_of_row: int64 [rows], index into the adapters.
-        a: by layer, float32 [adapters, rank, in_features] as far as they are kept here.
+        a: by layer, float32 [adapters, rank, in_features], the part kept here.
         b: by layer, float32 [adapters, out_features, rank], times alpha / rank.
     """
 
@@ -46,7 +46,7 @@ class ShardSegment:
         return self._product(x, self.a[name])
 
     def high(self, name: str, low: Tensor) -> Tensor:
-        """B applied to what `low` gave: [tokens, self.rows, rank] to [tokens, self.rows, out_features]."""
+        """B applied to the output of `low`: [tokens, self.rows, rank] to [tokens, self.rows, out_features]."""
         return self._product(low, self.b[name])
 
     def _product(self, x: Tensor, matrices: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class ShardSegment:
 
 @dataclass(eq=False)
 class ForwardContext:
-    """What the micro-batch under way needs of the layers; set by the one thread that computes.
+    """What the layers need for the current micro-batch; set by the one thread that computes.
 
     Attributes:
-        segments: this rank's rows, in order. None is the base model alone.
-        targets: int64 [tokens, rows, k], whose log-probabilities the last stage is to give.
+        segments: this rank's rows, in order. None: the base model alone.
+        targets: int64 [tokens, rows, k], whose log-probabilities the last stage returns.
     """
 
     segments: list[ShardSegment] = field(default_factory=list["ShardSegment"])
@@ -118,7 +118,7 @@ def add_terms(
 
 
 class ParallelLayer(nn.Module):
-    """Takes the place of one of Megatron-Core's linear layers, and shows its weight."""
+    """Replaces one of Megatron-Core's linear layers, and exposes its weight."""
 
     def __init__(self, base: nn.Module, context: ForwardContext, parallelism: Parallelism) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class ParallelLayer(nn.Module):
 
 
 class ColumnLora(ParallelLayer):
-    """A column-parallel layer: one that holds several of the model's (q, k, v), each with terms of its own."""
+    """A column-parallel layer that holds several of the model's (q, k, v), each with its own terms."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ColumnLora(ParallelLayer):
         """
         Args:
             names: the layers that it holds, by their names in Transformers.
-            join: puts their outputs [tokens, rows, own features] in the order that the base layer's have.
+            join: puts their outputs [tokens, rows, own features] in the order of the base layer's.
         """
         super().__init__(base, context, parallelism)
         self._names = tuple(names)
@@ -157,7 +157,7 @@ class ColumnLora(ParallelLayer):
         def term(segment: ShardSegment, start: int) -> Tensor:
             own = x[:, start : start + segment.rows]
             lows = [segment.low(name, own) for name in self._names]
-            # One message for all of them.
+            # One message for all.
             whole = self._parallelism.after_column_a(torch.cat(lows, dim=-1))
             parts = cast("list[Tensor]", whole.split([low.shape[-1] for low in lows], dim=-1))
             return self._join(

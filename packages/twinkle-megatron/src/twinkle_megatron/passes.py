@@ -1,10 +1,10 @@
 """One pass over micro-batches through all stages: rows in, results and gradients out.
 
-Each micro-batch of the engine is cut into pieces, so that while one tenant's rows are in the last stage the next one's
-are in the first: Megatron-Core's schedule (1F1B: Narayanan et al. 2021, arXiv:2104.04473) runs over the pieces of all
-of them. Every rank knows all rows, and computes those that are its own; the last stage's results go to all ranks.
+Each of the engine's micro-batches is cut into pieces, so that while one piece is in the last stage the next ones are in
+earlier stages: Megatron-Core's schedule (1F1B: Narayanan et al. 2021, arXiv:2104.04473) runs over all pieces. Every
+rank knows all rows and computes its own; the last stage's results go to all ranks.
 
-Gradients are collected aside and added to the adapters' at the very end, on all ranks or on none.
+Gradients are kept apart and added to the adapters' at the very end, on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run_pass(
     adapters: dict[str, Adapter],
     micro_batches: Sequence[Sequence[Row]],
 ) -> list[list[RowResult]]:
-    """Results by micro-batch and row; gradients are in the banks once, and only if, all micro-batches are done."""
+    """Results by micro-batch and row; gradients are in the banks if, and only if, all micro-batches are done."""
     active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}
     banks = list(dict.fromkeys(adapter.bank for adapter in active.values()))
     places = {name: (banks.index(adapter.bank), adapter.slot) for name, adapter in active.items()}
@@ -71,10 +71,10 @@ def run_pass(
 
 @dataclass(eq=False)
 class _Found:
-    """What the last stage has found out.
+    """The last stage's outcome.
 
     Attributes:
-        results: by micro-batch and row, as far as they are this rank's.
+        results: by micro-batch and row, only this rank's.
         error: what the computation of a loss raised; the schedule goes on, since other ranks count on it.
     """
 
@@ -94,8 +94,8 @@ class _Pieces:
     found: _Found
 
     def segments(self, piece: Piece) -> list[ShardSegment]:
-        """The segments of a piece. An adapter whose rows are all another rank's has one too: where experts
-        are spread over ranks, these rows may come here.
+        """The segments of a piece. An adapter with rows only on other ranks has one too: if experts are spread over
+        ranks, these rows may come here.
         """
         by_bank: dict[Bank, tuple[list[int], list[int]]] = {}
         for row in piece.rows:
@@ -127,14 +127,14 @@ def _run_schedule(stage: Stage, work: _Pieces) -> None:
             data_iterator=iter(work.pieces),
             model=[stage.model],
             num_microbatches=len(work.pieces),
-            seq_length=0,  # each piece's own: Megatron-Core exchanges their shapes
+            seq_length=0,  # each piece has its own: Megatron-Core exchanges their shapes
             micro_batch_size=0,
             forward_only=work.forward_only,
         )
 
 
 def _forward(work: _Pieces, piece: Piece, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A piece through this stage, and what is to be done with what comes out of the last one."""
+    """Run a piece through this stage; returns its output, and what to do with that of the last stage."""
     stage = work.stage
     device, length = stage.groups.device, piece.length(stage)
     stage.context.segments = work.segments(piece)
@@ -152,13 +152,13 @@ def _forward(work: _Pieces, piece: Piece, model: Any) -> tuple[Tensor, Callable[
 
 
 def _finish(work: _Pieces, piece: Piece, logprobs: Tensor) -> tuple[Tensor, Tensor, None]:
-    """The loss of a piece; its rows' results are put where they belong.
+    """The loss of a piece; also stores its rows' results.
 
     Args:
         logprobs: float32 [rows, tokens, k].
 
     Returns:
-        As Megatron-Core's schedules want it where losses are sums: the loss, a count that nothing is divided by, and
+        What Megatron-Core's schedules expect if losses are sums: the loss, a count that nothing is divided by, and
         nothing to collect.
     """
     loss = logprobs.new_zeros(())
@@ -181,7 +181,7 @@ def _finish(work: _Pieces, piece: Piece, logprobs: Tensor) -> tuple[Tensor, Tens
 
 
 def _exchange_results(found: _Found, stage: Stage) -> list[list[RowResult]]:
-    """All rows' results, on all ranks, or the error that one of them met.
+    """All rows' results, on all ranks, or the error that one of them had.
 
     Raises:
         Exception: what a loss raised, on all ranks.
@@ -206,7 +206,7 @@ def _exchange_results(found: _Found, stage: Stage) -> list[list[RowResult]]:
 
 
 def _add_up(grads: Tensor, layout: ShardedLayout, groups: Groups) -> None:
-    """Sum what several ranks have computed parts of: their own rows, or their own tokens of the same rows.
+    """Sum the parts that several ranks have computed: from their own rows, or their own tokens of the same rows.
 
     Args:
         grads: float32 [adapters, size], changed in place.

@@ -1,5 +1,5 @@
 """Cuts the engine's micro-batches into the pieces that follow each other through the stages, and shares out each
-piece's rows between ranks with copies of the model.
+piece's rows among ranks with copies of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from twinkle_megatron.stage import Stage
 # With p stages and m pieces of one size a stage is idle for (p - 1) / (m + p - 1) of a pass: a ninth, for 4 p pieces of
 # two stages.
 PIECES_A_STAGE = 4
-# A piece of fewer tokens costs more in launches and messages than its stages' idling does.
+# A piece with fewer tokens costs more in launches and messages than it saves in idling stages.
 MIN_PIECE_TOKENS_CPU = 64
 MIN_PIECE_TOKENS_GPU = 2048
 
@@ -26,7 +26,7 @@ class Piece:
     Attributes:
         rows: all of them.
         own_rows: those of this rank; may be none.
-        own_places: for each of these (micro-batch, row), as the engine numbers them.
+        own_places: for each of these (micro-batch, row), in the engine's numbering.
     """
 
     rows: list[Row]
@@ -34,7 +34,7 @@ class Piece:
     own_places: list[tuple[int, int]]
 
     def length(self, stage: Stage) -> int:
-        """Tokens of the longest row, or more: what the tensor group can share out."""
+        """Tokens of the longest row, rounded up to what the tensor group can share out."""
         longest = max((len(row.tokens) for row in self.own_rows), default=1)
         ranks = stage.groups.tensor.size if stage.architecture.config.sequence_parallel else 1
         return -(-longest // ranks) * ranks
@@ -46,7 +46,7 @@ def cut(
     """
     Args:
         batches: micro-batches with their numbers; none is empty.
-        place: where a row's adapter is, (bank, slot): rows are put in this order.
+        place: where a row's adapter is, (bank, slot): rows are sorted by this.
     """
     minimum = MIN_PIECE_TOKENS_CPU if groups.device.type == "cpu" else MIN_PIECE_TOKENS_GPU
     wanted = PIECES_A_STAGE * groups.pipeline.size if groups.pipeline.size > 1 else 1

@@ -1,7 +1,7 @@
 """Which part of each of an adapter's matrices this rank keeps.
 
-Names, order and shapes are those of the whole model in Transformers, so that an adapter is the same adapter however
-many ranks hold it: it starts with the same numbers, and leaves and enters as PEFT has it.
+Names, order and shapes are those of the whole model in Transformers, so that an adapter is the same however many ranks
+hold it: it starts with the same numbers, and is exported and imported in PEFT's form.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from twinkle_megatron.architecture import Architecture, head_size
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import NAME as HEAD
 
-# Which of a layer's features are spread over ranks: those that go out, those that come in, or whole experts.
+# Which of a layer's features are spread over ranks: output, input, or whole experts.
 Cut: TypeAlias = Literal["out", "in", "experts"]
 
 
@@ -36,7 +36,7 @@ class Target:
 
     Attributes:
         shape: in the whole model.
-        number: of the decoder layer that it is in; None for the output head.
+        number: of its decoder layer; None for the output head.
     """
 
     shape: LinearShape
@@ -51,7 +51,7 @@ class Shard:
 
     Attributes:
         shape: of the part.
-        out, inner, experts: what it is of the target's out_features, in_features and experts.
+        out, inner, experts: the part of the target's out_features, in_features and experts.
         holders: how many ranks of the whole model hold the same numbers of A, and of B.
         is_partial: whether the gradients of A, and of B, that one rank computes are a part of a sum over the tensor
             group.
@@ -115,7 +115,7 @@ def _layer(architecture: Architecture, number: int) -> Iterator[tuple[LinearShap
 
 
 def shards(targets: Sequence[Target], architecture: Architecture, groups: Groups) -> list[Shard]:
-    """This rank's parts of `targets`: of those in its stage."""
+    """This rank's parts of the `targets` in its stage."""
     stage = architecture.config.num_layers // groups.pipeline.size
     here = range(groups.pipeline.index * stage, (groups.pipeline.index + 1) * stage)
     return [
@@ -140,7 +140,7 @@ def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
         whole = architecture.padded_vocab_size if target.number is None else shape.out_features
         count = whole // tensor.size
         own = slice(tensor.index * count, (tensor.index + 1) * count)
-        # Of the head the last rank's part is smaller than what it computes with: the vocabulary may be padded.
+        # The last rank's part of the head is smaller than what it computes with: the vocabulary may be padded.
         part = LinearShape(shape.name, shape.in_features, count)
         holders = (tensor.size * copies, copies)
         return Shard(target, part, own, everything, everything, holders, (by_sequence, False))
@@ -161,9 +161,9 @@ class ShardedLayout(Layout):
 
     Attributes:
         targets: the layers of the whole model that the adapter acts on.
-        parts: what of them this rank holds.
-        shares: float32 [size], on the ranks' device: 1 / how many ranks hold the same number, so that a sum over all
-            ranks counts it once.
+        parts: this rank's parts of them.
+        shares: float32 [size], on the ranks' device: 1 / the number of ranks that hold the same number, so that a sum
+            over all ranks counts it once.
     """
 
     targets: list[Target]
@@ -179,7 +179,7 @@ class ShardedLayout(Layout):
         return Layout.of([target.shape for target in self.targets], self.rank).shapes()
 
     def initial_row(self, seed: int) -> Tensor:
-        """This rank's part of the row that one rank alone would start with.
+        """This rank's part of the row that a single rank would start with.
 
         Drawn one matrix of the whole model at a time: no rank ever holds all of them.
         """
@@ -236,7 +236,7 @@ def layout_of(bank: Bank) -> ShardedLayout:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A part of one of an adapter's matrices, on its way to where they are put together again."""
+    """A part of one of an adapter's matrices, to be assembled."""
 
     name: str
     place: int
@@ -244,7 +244,7 @@ class _Part:
 
 
 def _given(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups) -> list[_Part]:
-    """What this rank gives, so that each number is given by one rank alone."""
+    """The parts that this rank contributes, so that each number is contributed by one rank only."""
     given: list[_Part] = []
     for shard in parts:
         a_name, b_name = peft_names(shard.shape.name)
@@ -288,7 +288,7 @@ def _assemble(parts: Iterable[_Part], targets: Sequence[Target]) -> dict[str, Ar
 
 
 def partial_places(layout: ShardedLayout) -> list[Place]:
-    """Where gradients are that one rank has computed only a part of."""
+    """Where gradients are of which one rank has computed only a part."""
     places: list[Place] = []
     for shard in layout.parts:
         name = shard.shape.name

@@ -41,7 +41,7 @@ class Stage:
     """What a rank holds.
 
     Attributes:
-        model: on the last stage it gives log-probabilities [rows, tokens, k] at `context.targets`, else hidden states.
+        model: gives log-probabilities [rows, tokens, k] at `context.targets` on the last stage, else hidden states.
         targets: the layers of the whole model that adapters can act on.
     """
 
@@ -54,10 +54,10 @@ class Stage:
 
 
 def load(config: ModelConfig) -> Stage:
-    """Meet the other ranks and read this rank's part of the weights. Once a process.
+    """Meet the other ranks and read this rank's part of the weights. Once per process.
 
     Raises:
-        InvalidRequest: if the model can't be held as the configuration says; on all ranks alike.
+        InvalidRequest: if the model can't be loaded as configured; on all ranks alike.
     """
     hf = architectures.read_hf_config(config)
     architecture = architectures.describe(hf, config)
@@ -68,7 +68,7 @@ def load(config: ModelConfig) -> Stage:
     read(model, config.path, architecture, ranks)
     context = ForwardContext()
     _add_lora(model, architecture, ranks, context)
-    # Ranks that share a stage's experts have copies of all else: they make no more room.
+    # Ranks that share a stage's experts have copies of everything else, and so add no room.
     holders = config.tensor_parallel_size * config.pipeline_parallel_size
     found = targets(architecture)
     info = replace(
@@ -112,7 +112,7 @@ def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, conte
         layer.mlp.linear_fc1 = ColumnLora(layer.mlp.linear_fc1, gate_up, side_by_side, context, parallelism)
         layer.mlp.linear_fc2 = RowLora(layer.mlp.linear_fc2, f"{mlp}.down_proj", context, parallelism)
     if groups.is_first_stage:
-        # The embedding is frozen; what comes after it has gradients to take to the first layers' matrices, on all ranks
+        # The embedding is frozen, but what follows must pass gradients to the first layers' matrices, on all ranks
         # alike, whatever the adapters act on.
         tree.embedding.register_forward_hook(_require_grad)
     if groups.is_last_stage:

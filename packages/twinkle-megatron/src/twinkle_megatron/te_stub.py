@@ -1,7 +1,7 @@
-"""Lets Megatron-Bridge be imported where Transformer Engine, which it imports unasked, is not installed.
+"""Lets Megatron-Bridge be imported without Transformer Engine, which it always imports.
 
-What it needs of it are names, for layers of its own that are not used here. On a host that has Transformer Engine
-nothing is put in its place.
+It needs only names from it, for its own layers, which are not used here. If Transformer Engine is installed, nothing
+is replaced.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NAME = "transformer_engine"
 
 @contextlib.contextmanager
 def standing_in() -> Generator[None]:
-    """While this is entered `transformer_engine` can be imported, if only as a stand-in without any functions."""
+    """While entered, `transformer_engine` can be imported, if only as a stand-in without any functions."""
     if importlib.util.find_spec(_NAME) is not None:
         yield
         return
-    # Megatron-Core looks for Transformer Engine when it is imported, and has to see that it isn't there. Of its parts
-    # Megatron-Bridge imports these.
+    # Megatron-Core looks for Transformer Engine when it is imported, and must find that it isn't there. These are
+    # the parts that Megatron-Bridge imports.
     importlib.import_module("megatron.training")
     top, below = _Absent(_NAME), _Absent(f"{_NAME}.pytorch")
     vars(top)["pytorch"] = below
@@ -37,7 +37,7 @@ def standing_in() -> Generator[None]:
 
 
 class _Absent(ModuleType):
-    """Has a class under any name with a capital letter, and a module like itself under any other."""
+    """Has a class under any capitalized name, and a module like itself under any other."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

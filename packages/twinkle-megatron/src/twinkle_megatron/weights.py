@@ -1,5 +1,5 @@
-"""Reads a Hugging Face checkpoint into this rank's part of the model: of each file only the rows or columns that are
-kept here, so that no rank ever holds the whole model.
+"""Reads a Hugging Face checkpoint into this rank's part of the model: from each file only the rows or columns kept
+here, so that no rank ever holds the whole model.
 
 `table` is the map of names: what each of Megatron-Core's parameters is made of.
 """
@@ -24,9 +24,9 @@ from twinkle_megatron.build import first_layer
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Group, Groups
 
-# How a tensor of the checkpoint is shared out: its rows, its columns, or not at all.
+# How a tensor of the checkpoint is shared out: by rows, by columns, or not at all.
 Cut: TypeAlias = Literal["rows", "columns", "whole"]
-# How the parts make one parameter: one below the other, or the heads of q, k and v by their groups.
+# How the parts make one parameter: concatenated, or the heads of q, k and v by their groups.
 Join: TypeAlias = Literal["stack", "heads"]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -42,7 +42,7 @@ class Source:
 
 
 def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Source]]:
-    """Parameters of this rank's `GPTModel` and where they come from; routed experts are read by `_load_experts`."""
+    """Parameters of this rank's `GPTModel` and their sources; `_load_experts` reads routed experts."""
     if groups.is_first_stage:
         yield "embedding.word_embeddings.weight", Source(("model.embed_tokens.weight",), "rows")
     start = first_layer(architecture, groups)
@@ -52,7 +52,7 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
         yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
         if not architecture.is_tied:
             yield "output_layer.weight", Source(("lm_head.weight",), "rows")
-        elif not groups.is_first_stage:  # else it is the embedding itself, see `tie`
+        elif not groups.is_first_stage:  # otherwise it is the embedding itself, see `tie`
             yield "output_layer.weight", Source(("model.embed_tokens.weight",), "rows")
 
 
@@ -84,7 +84,7 @@ def load(model: nn.Module, path: Path, architecture: Architecture, groups: Group
     """Fill the model.
 
     Raises:
-        InvalidRequest: if a tensor is missing or has another shape than the configuration says.
+        InvalidRequest: if a tensor is missing or its shape differs from the configuration.
     """
     sources = list(table(architecture, groups))
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
@@ -108,14 +108,14 @@ def load(model: nn.Module, path: Path, architecture: Architecture, groups: Group
 
 
 def tie(model: nn.Module, architecture: Architecture, groups: Groups) -> None:
-    """Where the output head is the embedding, and both are here, have them share their weights."""
+    """If the output head is the embedding, and both are here, make them share their weights."""
     if architecture.is_tied and groups.is_first_stage and groups.is_last_stage:
         whole = cast("Any", model)
         whole.output_layer.weight = whole.embedding.word_embeddings.weight
 
 
 def shapes(path: Path) -> dict[str, list[int]]:
-    """Of the checkpoint's tensors, by name; their numbers are not read.
+    """Shapes of the checkpoint's tensors, by name; their data is not read.
 
     Raises:
         InvalidRequest: if the checkpoint is incomplete, or can't be read.
@@ -129,7 +129,7 @@ def _fill(
 ) -> None:
     parts = [files.part(name, source.cut, tensor) for name in source.names]
     joined = _by_groups(parts, architecture, tensor.size) if source.join == "heads" else torch.cat(parts)
-    # The last rank's share of the vocabulary may be padded; nothing looks at what is there.
+    # The last rank's share of the vocabulary may be padded; the padding is never read.
     rows = joined.shape[0]
     is_vocabulary = (
         source.names[0] in _VOCABULARY
@@ -146,13 +146,13 @@ def _fill(
 
 
 def _check_finite(own: Tensor, files: _Checkpoint, names: Sequence[str]) -> None:
-    """Of a parameter that has been read from these tensors."""
+    """Check a parameter that was read from these tensors."""
     if own.numel() and not bool(torch.stack(torch.aminmax(own)).isfinite().all()):
         raise base_folder.not_finite(files.path, ", ".join(names))
 
 
 def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> Tensor:
-    """q, k, v as Megatron-Core keeps them: for each group of heads its q, its k, its v."""
+    """q, k, v in Megatron-Core's order: for each group of heads its q, its k, its v."""
     groups = (architecture.config.num_query_groups or 1) // ranks
     size = head_size(architecture.hf)
     # [groups, heads of the group, size, ...]
@@ -161,7 +161,7 @@ def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> T
 
 
 def _load_experts(module: RoutedExperts, prefix: str, files: _Checkpoint) -> None:
-    """Of a layer's routed experts those that are this rank's, be they one tensor an expert on disk or one for all."""
+    """Read this rank's routed experts of a layer, stored as one tensor per expert or one for all."""
     first, count = module.first_expert, module.gate_up_proj.shape[0]
     stacked = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
     if f"{prefix}.gate_up_proj" in files:
@@ -201,13 +201,13 @@ class _Checkpoint:
         return list(self._file_of)
 
     def slices(self, name: str) -> Any:
-        """A tensor that is read as far as it is indexed."""
+        """A tensor that is read only where it is indexed."""
         if name not in self._file_of:
             raise base_folder.missing(self.path, [name], "the model")
         return self._opened(self._file_of[name]).get_slice(name)
 
     def part(self, name: str, cut: Cut, ranks: Group | None) -> Tensor:
-        """A rank's share of a tensor; the last one's is smaller where the rows can't be shared out evenly."""
+        """A rank's share of a tensor; the last one's is smaller if the rows can't be shared out evenly."""
         tensor = self.slices(name)
         if cut == "whole" or ranks is None or ranks.size == 1:
             return tensor[:]

@@ -1,4 +1,4 @@
-"""API keys made by the operator: the holder of a key is its tenant. Only hashes are kept, in the server's database."""
+"""API keys made by the operator: a key's holder is its tenant. Only hashes are kept, in the server's database."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from twinkle.server.tokens import JWT_PREFIX, Signer
 
 Role = Literal["user", "admin"]
 
-# The Tinker SDK takes no key that begins otherwise.
+# The Tinker SDK takes only keys with this prefix.
 KEY_PREFIX = "tml-"
 
-# A key that is revoked by another process stops working so many seconds later.
+# A key that another process revokes stops working within this many seconds.
 _REVOKED_WITHIN = 2.0
 
-# At what part of that time keys are read again in the background; how long a request that comes later waits for it; and
-# how long the keys from before are good where they can't be read.
+# After which part of that time keys are read again in the background; how long a later request waits for that; and how
+# long the keys read before stay valid if they can't be read.
 _READ_AGAIN_AT = 0.5
 _READ_SECONDS = 0.25
 _GOOD_FOR = 30.0
 
-# A key that isn't known may have been made a moment ago, so the database is asked once more, but not more often than
-# this, for all waiting requests together: guessing keys can't keep it busy.
+# An unknown key may have been made a moment ago, so the database is asked once more, but at most this often for all
+# waiting requests together: guessing keys can't keep it busy.
 _UNKNOWN_AGAIN = 0.1
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,13 +47,13 @@ _MAX_LABEL = 256
 def create_key(
     database: Database, tenant: str | None = None, role: Role = "user", label: str | None = None
 ) -> tuple[ApiKey, str]:
-    """A new key's row, and the key, which can't be had again.
+    """A new key's row, and the key, which can't be recovered later.
 
     Args:
-        tenant: whose it is, as are all other keys of that name; a new one if None.
+        tenant: whose it is, as are all other keys of that tenant; None: a new one.
 
     Raises:
-        InvalidRequest: if the tenant can't be called so, or the label is too long.
+        InvalidRequest: if the tenant's name is not allowed, or the label is too long.
     """
     if tenant is not None and not _TENANT.fullmatch(tenant):
         raise InvalidRequest(
@@ -101,9 +101,9 @@ def describe(key: ApiKey) -> m.ApiKeyInfo:
 
 
 def with_auth_mode(config: ServerConfig) -> ServerConfig:
-    """The configuration with `auth.mode` set, which holds until the server ends, whatever becomes of the keys.
+    """The configuration with `auth.mode` set, which holds until the server ends, whatever happens to the keys.
 
-    A key that was revoked counts too: to take the last one away is not to let everybody in.
+    Revoked keys count too: revoking the last one must not open the server to everybody.
     """
     if config.auth.mode is not None:
         return config
@@ -117,7 +117,7 @@ def with_auth_mode(config: ServerConfig) -> ServerConfig:
 
 
 class KeyRing:
-    """The keys that are valid, as the database had them a moment ago.
+    """The valid keys, as they were in the database a moment ago.
 
     All of them are in memory, since they are few: so a wrong key costs no query, and leaves nothing behind.
     """
@@ -132,7 +132,7 @@ class KeyRing:
         self._thread = ThreadPoolExecutor(1, "twinkle-keys")
 
     async def of_credential(self, credential: str, signer: Signer) -> ApiKey:
-        """The key that a request names, itself or by a token that stands for it.
+        """The key that a request names, directly or by a token that stands for it.
 
         Raises:
             Unauthorized: if there is no such key, it was revoked, or the token is not valid (any more).
@@ -160,7 +160,7 @@ class KeyRing:
         if digest not in self._by_digest:
             await self._read_since(began, self._read_at + _UNKNOWN_AGAIN)
         row = self._by_digest.get(digest)
-        # A look-up by hash takes no longer where more of the key is right; the comparison keeps it so.
+        # A look-up by hash takes no longer if more of the key is right; the comparison keeps it so.
         if row is None or not hmac.compare_digest(row.sha256, digest):
             raise Unauthorized(
                 "X-API-Key: this server doesn't know that key, or it was revoked; ask whoever runs it for another"
@@ -185,20 +185,20 @@ class KeyRing:
         self._read_at = float("-inf")
 
     async def _be_fresh(self, now: float) -> None:
-        """Have the keys as they were a moment ago. Where reading them takes long, those from before are good for a
-        while: a database that is busy or locked has nobody wait.
+        """Read the keys again if they are too old. If that takes long, the old ones stay valid for a while: a busy or
+        locked database holds nobody up.
         """
         if now < self._read_at + _READ_AGAIN_AT * _REVOKED_WITHIN:
             return
         reading = self._read()
         if now < self._read_at + _REVOKED_WITHIN:
-            return  # they are there before they are needed
+            return  # read ahead of need
         await asyncio.wait([reading], timeout=_READ_SECONDS)
         if self._read_at < now - _GOOD_FOR:
             await self._read_since(now - _REVOKED_WITHIN)
 
     async def _read_since(self, moment: float, not_before: float = 0.0) -> None:
-        """Have the keys as the database had them at `moment` or later; if it must be asked, not before that time.
+        """Have the keys as the database had them at `moment` or later; it is not asked before `not_before`.
 
         Raises:
             Unavailable: if they can't be read.
@@ -209,7 +209,7 @@ class KeyRing:
             reading.result()
 
     def _read(self, not_before: float = 0.0) -> asyncio.Task[None]:
-        """The task that reads the keys: the one that is under way, or a new one."""
+        """The task that reads the keys: the one under way, or a new one."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._read_now(not_before))
             self._reading.add_done_callback(self._has_read)
@@ -218,7 +218,7 @@ class KeyRing:
     def _has_read(self, task: asyncio.Task[None]) -> None:
         self._reading = None
         if not task.cancelled():
-            task.exception()  # whoever waits for it is told
+            task.exception()  # those that wait for it get the error
 
     async def _read_now(self, not_before: float) -> None:
         await asyncio.sleep(max(0.0, not_before - time.monotonic()))
@@ -234,6 +234,6 @@ class KeyRing:
 
 
 def _digest(key: str) -> str:
-    # A plain hash is right here: keys are 32 random bytes, which nobody finds by trying, however fast the hash is.
-    # Slow ones, with a salt, are for passwords.
+    # A plain hash is enough: keys are 32 random bytes, which can't be guessed, however fast the hash is.
+    # Slow, salted hashes are for passwords.
     return hashlib.sha256(key.strip().encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Who a key belongs to, and signed tokens (JWT, RFC 7519) that stand for a key or a download for a while.
+"""Whose a key is, and signed tokens (JWT, RFC 7519) that stand for a key or a download for a while.
 
-In open mode the server takes any key, and none. The key still decides what one may see: its hash is the tenant. Where
-keys are checked (`twinkle.server.keys`) each has a tenant. A key itself is never stored.
+In open mode the server accepts any key, and none. The key still decides what one may see: its hash is the tenant. In
+keys mode (`twinkle.server.keys`) each key has a tenant. A key itself is never stored.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from twinkle.protocol.errors import NotFound, Unauthorized
 KEY_SECONDS = 3600
 DOWNLOAD_SECONDS = 3600
 
-# Every JWT begins so: it is how `{"` looks in base64.
+# Every JWT begins like this: it is `{"` in base64.
 JWT_PREFIX = "eyJ"
 
 _ALGORITHM = "HS256"
 _ISSUER = "twinkle"
 
 _MAX_REMEMBERED = 4096
-# Fewer, since any key is taken in open mode: of these, 64 KiB each can be sent.
+# Fewer, since open mode accepts any key: 64 KiB can be sent for each of these.
 _MAX_REMEMBERED_KEYS = 256
 
 
 @functools.lru_cache(maxsize=_MAX_REMEMBERED_KEYS)
 def tenant_of_key(key: str) -> str:
-    """The tenant behind an API key in open mode; all who send none are one tenant."""
+    """The tenant behind an API key in open mode; requests without one share a tenant."""
     return "t-" + hashlib.sha256(b"twinkle-tenant\0" + key.strip().encode()).hexdigest()[:32]
 
 
@@ -54,13 +54,13 @@ class Grant:
 
 @dataclass(frozen=True)
 class Download:
-    """One file that whoever holds the token may read.
+    """One file that the token's holder may read.
 
     Attributes:
-        tenant: in whose name.
+        tenant: on whose behalf.
         place: a checkpoint, by its full name, or `TOKENIZER`.
         file: its name there, or `ARCHIVE` for all of them in one tar.
-        stamp: which of all checkpoints that have had this name; empty for a tokenizer.
+        stamp: distinguishes the checkpoint from others that have had this name; empty for a tokenizer.
     """
 
     tenant: str
@@ -74,7 +74,7 @@ ARCHIVE = ".tar"
 
 
 def read_secret(path: Path) -> str:
-    """The server's secret, made at the first start; only its owner may read the file."""
+    """The server's secret, made at the first start; only the file's owner may read it."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -85,15 +85,15 @@ def read_secret(path: Path) -> str:
 
 
 class Signer:
-    """Makes and reads tokens. What another server has signed is not accepted."""
+    """Makes and reads tokens. Those signed by another server are not accepted."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        # Clients send their token with each request, and reading one costs more than the request: (grant, its end).
+        # Clients send their token with each request, and reading one costs more than the request: (grant, expiry).
         self._read_before: OrderedDict[str, tuple[Grant, int]] = OrderedDict()
 
     def key_token(self, tenant: str, key_id: int | None = None) -> str:
-        """A token that is taken in place of the tenant's key for an hour. The SDK insists on an `org_id` to show."""
+        """A token that is accepted in place of the tenant's key for an hour. The SDK requires an `org_id` to show."""
         claims = {"sub": tenant, "org_id": _ISSUER}
         if key_id is not None:
             claims["key"] = str(key_id)
@@ -102,7 +102,7 @@ class Signer:
     def read_key_token(self, token: str) -> Grant:
         """
         Raises:
-            Unauthorized: if the token is not ours, or its time is over.
+            Unauthorized: if the token is not ours, or has expired.
         """
         known = self._read_before.get(token)
         if known is not None and time.time() < known[1]:
@@ -131,7 +131,7 @@ class Signer:
     def read_download(self, token: str) -> Download:
         """
         Raises:
-            NotFound: if the token is not ours, or its time is over.
+            NotFound: if the token is not ours, or has expired.
         """
         try:
             claims = self._read("download", token)
@@ -160,7 +160,7 @@ class Signer:
 
 
 def tenant_of_access_token(token: str, signer: Signer | None) -> str:
-    """The tenant that gave an access token away: its key, or a token that stands for it.
+    """The tenant whose access token this is: a key, or a token that stands for one.
 
     Raises:
         Unauthorized: if the signer has not signed it, or it has expired.

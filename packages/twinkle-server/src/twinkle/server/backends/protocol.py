@@ -1,4 +1,4 @@
-"""What a training backend is: numpy in, numpy out, one call at a time, no knowledge of tenants, runs or HTTP.
+"""The interface of a training backend: numpy in, numpy out, one call at a time; knows no tenants, runs or HTTP.
 
 A backend holds one frozen base model and any number of adapters on it. The engine packs the rows of many adapters
 into micro-batches; the backend runs them together, and keeps each adapter's gradient and moments with the adapter.
@@ -21,7 +21,7 @@ from twinkle.protocol.types import AdamParams, Array, Float32Array, Int64Array
 DEFAULT_ALPHA = 32.0
 
 ModuleGroup: TypeAlias = Literal["attn", "mlp", "unembed"]
-"""What `train_attn`, `train_mlp` and `train_unembed` are about; see `module_groups`."""
+"""What `train_attn`, `train_mlp` and `train_unembed` select; see `module_groups`."""
 
 ALL_GROUPS: tuple[ModuleGroup, ...] = ("attn", "mlp", "unembed")
 
@@ -44,15 +44,15 @@ class LossSpec:
 LossSpecs: TypeAlias = Mapping[str, LossSpec]
 
 TARGETS = "target_tokens"
-"""The input that every loss has: the tokens whose log-probabilities it is a function of."""
+"""The input of every loss: the tokens whose log-probabilities it is a function of."""
 
 CUSTOM_LOSS = "custom"
-"""The loss that a client has traced and uploaded; see `CustomLoss`."""
+"""A loss that a client has traced and uploaded; see `CustomLoss`."""
 
 
 @dataclass(frozen=True, eq=False)
 class CustomLoss:
-    """A loss made by a client, as data; `custom_loss.check` has passed it.
+    """A client's loss, as data; `custom_loss.check` has passed it.
 
     Attributes:
         inputs: what the graph's placeholders take, in order; `logprobs` first.
@@ -66,23 +66,23 @@ class CustomLoss:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which base model, and how it is to be held.
+    """Which base model to load, and how.
 
     Attributes:
         path: directory with a Hugging Face config and safetensors.
-        torch_dtype: "bfloat16" or "float32": of the frozen weights and the arithmetic. Adapters, their
-            gradients and moments are float32 always.
+        torch_dtype: "bfloat16" or "float32", of the frozen weights and the arithmetic. Adapters, their gradients and
+            moments are always float32.
         device: "cpu", "cuda" or "cuda:N".
         max_lora_rank: highest rank of an adapter.
-        max_context_length: longest sequence, in tokens; default: what the model's own config says.
-        data_parallel_size: copies of the model, each on ranks of its own, that share out the rows.
+        max_context_length: longest sequence, in tokens; default: the limit in the model's own config.
+        data_parallel_size: copies of the model, each on its own ranks, that share out the rows.
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share out the layers.
         expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
         sequence_parallel: whether tensor-parallel ranks also shard the activations between their matrix products along
-            the sequence; default: where it is needed.
+            the sequence; default: only if needed.
         rank: this process's place in the group of ranks, below `num_ranks`.
-        rendezvous: where the ranks of the group meet, "tcp://host:port" or "file://path"; None where there is one rank.
+        rendezvous: where the ranks of the group meet, "tcp://host:port" or "file://path"; None for a single rank.
     """
 
     path: Path
@@ -107,15 +107,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What other programs' names for the parts of an adapter depend on in the base model.
+    """Facts about the base model that other programs' names for an adapter's parts depend on.
 
     Attributes:
-        has_routed_experts: whether the model is of a family that has them, in whatever layers.
+        has_routed_experts: whether the model's family has them, in whatever layers.
         tied_head: whether the output head is the embedding's matrix.
-        serving_class: the class that the model's config.json names, if Transformers knows it and this one takes from
-            it what the text model needs.
-        renamed: (module's name here, its name in `serving_class`), each for all that lies in that module too. Empty
-            where the names are the same.
+        serving_class: the class in the model's config.json, if Transformers knows it and this one takes from it what
+            the text model needs.
+        renamed: (module's name here, its name in `serving_class`), each for everything inside that module too. Empty if
+            the names are the same.
     """
 
     has_routed_experts: bool = False
@@ -125,7 +125,7 @@ class ExportFacts:
 
 
 PLAIN_MODEL = ExportFacts()
-"""Those of a dense model with a head of its own, whose parts all programs call alike."""
+"""Facts of a dense model with its own head, whose parts have the same names in all programs."""
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ class BaseModelInfo:
         max_context_length: longest sequence, in tokens.
         max_lora_rank: highest rank of an adapter.
         max_batch_tokens: most tokens (rows x longest row) in one micro-batch.
-        eos_token_ids: the tokens that end a text where a sample names no stop.
+        eos_token_ids: the tokens that end a sample without stops of its own.
         architecture: the model class's name.
-        overhead_tokens: what a micro-batch costs beside its tokens, in tokens. The same on every start, so that rows
-            are always packed alike.
-        max_adapter_bytes: what all adapters may take together, with moments and gradients, on all ranks together.
-            Beyond it those that are not in use are taken off; None: never.
-        export: what its adapters' files are written by.
-        trainable: the groups of layers of which there are any that can be trained.
-        data_parallel_size: copies of the model that compute at the same time, each micro-batches of its own.
+        overhead_tokens: a micro-batch's fixed cost, in tokens. The same on every start, so that rows are always packed
+            alike.
+        max_adapter_bytes: most bytes of all adapters together, with moments and gradients, on all ranks together.
+            Beyond it, adapters not in use are evicted; None: never.
+        export: facts needed to write its adapters' files.
+        trainable: the groups of layers that have any that can be trained.
+        data_parallel_size: copies of the model that compute at the same time, each its own micro-batches.
     """
 
     vocab_size: int
@@ -163,7 +163,7 @@ class BaseModelInfo:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Shape and start of an adapter; the low-rank term is scaled by alpha / rank."""
+    """Shape and initialization of an adapter; the low-rank term is scaled by alpha / rank."""
 
     rank: int
     alpha: float = DEFAULT_ALPHA
@@ -178,12 +178,12 @@ class Row:
     """One sequence of a micro-batch.
 
     Attributes:
-        adapter_id: whose term is added, and whose gradient grows.
+        adapter_id: the adapter that is applied, and whose gradient grows.
         tokens: int64 [T], T >= 1.
         loss_fn: name of the loss; the engine has checked that the backend knows it.
-        loss_inputs: arrays by name, float32 or int64: `target_tokens` [T] or [T, K], and what the loss needs besides;
-            the engine has checked them.
-        loss_config: the loss's parameters, numbers by name; what is left out has its default.
+        loss_inputs: arrays by name, float32 or int64: `target_tokens` [T] or [T, K], and what else the loss needs; the
+            engine has checked them.
+        loss_config: the loss's parameters, numbers by name; missing ones have their defaults.
         forward_only: no gradient is kept.
         custom_loss: the loss itself, if `loss_fn` is "custom".
     """
@@ -199,7 +199,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class RowResult:
-    """What came of a row.
+    """The result for one row.
 
     Attributes:
         logprobs: float32 of the targets' shape, log-probability of each target token under the untempered distribution.
@@ -214,14 +214,14 @@ class RowResult:
 
 @dataclass(frozen=True)
 class AdamStep:
-    """An optimizer step that is due for one adapter."""
+    """A pending optimizer step of one adapter."""
 
     adapter_id: str
     params: AdamParams
 
 
 StepOutcome: TypeAlias = dict[str, float] | InvalidRequest
-"""Metrics of a step: `grad_norm:mean`, the gradient's L2 norm before clipping. Or why it was not made."""
+"""A step's metrics: `grad_norm:mean`, the gradient's L2 norm before clipping. Or why it was refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,15 +235,15 @@ class OptimizerState:
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
-    """All there is to an adapter, outside of any backend.
+    """All there is to an adapter, independent of any backend.
 
     Attributes:
         spec: its shape.
         target_modules: full names of the linear layers that it acts on, and of the parameters that hold a matrix for
             each routed expert (`...mlp.experts.gate_up_proj`).
-        weights: by `base_model.model.{module}.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank], as PEFT
-            names those of linear layers, float32. Of E experts A is [E * rank, in], expert by expert, and B
-            [out, rank * E], where the experts of a rank stand together, as PEFT has them.
+        weights: by `base_model.model.{module}.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank], PEFT's
+            names for those of linear layers, float32. For E experts A is [E * rank, in], expert by expert, and B [out,
+            rank * E], grouped by rank, as in PEFT.
         optimizer: moments, or None.
         gradients: gradient accumulated since the last step, by PEFT name, or None.
     """
@@ -275,19 +275,19 @@ class TrainingBackend(Protocol):
 
     @property
     def loss_fns(self) -> LossSpecs:
-        """The losses it computes; `CUSTOM_LOSS` among them if it runs clients' own."""
+        """The losses it computes, including `CUSTOM_LOSS` if it runs clients' own."""
         ...
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        """Make an adapter as PEFT would: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments."""
+        """Make an adapter like PEFT's: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments."""
         ...
 
     def remove_adapter(self, adapter_id: str) -> None:
-        """Forget an adapter: weights, gradient and moments are wiped before their place is used again."""
+        """Remove an adapter: weights, gradient and moments are wiped before their memory is used again."""
         ...
 
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
-        """Run the micro-batches; add gradients of the rows' losses to their adapters'.
+        """Run the micro-batches; add the gradients of the rows' losses to their adapters'.
 
         All or nothing: if it raises, no adapter's gradient has changed.
         """
@@ -296,8 +296,8 @@ class TrainingBackend(Protocol):
     def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
-        A step that would leave weights or moments that are not finite is not made (see `backends.finite`): only the
-        gradient goes, and the others are made as if it were not there.
+        A step that would make weights or moments non-finite is refused (see `backends.finite`): it only drops the
+        gradient, and doesn't affect the other steps.
 
         Returns:
             For each step its metrics, or why it was refused.
@@ -311,7 +311,7 @@ class TrainingBackend(Protocol):
         ...
 
     def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
+        """Set an existing adapter of the same shape to `state`; anything missing there (moments, gradient) is reset.
 
         Raises:
             InvalidRequest: if rank or target modules differ; then nothing has changed.

@@ -1,1 +1,1 @@
-"""Saved checkpoints: writing, finding, reading and deleting them, and the quotas on them. No jobs, no worker."""
+"""Saved checkpoints: writing, finding, reading and deleting them, and their quotas. No jobs, no worker."""

@@ -1,4 +1,4 @@
-"""Saved checkpoints: files, rows and quotas, and what happens to them: written, found, read, copied, deleted."""
+"""Saved checkpoints, with their files, rows and quotas: writing, finding, reading, copying, deleting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Save:
     """A checkpoint to be written.
 
     Attributes:
-        request_id: a save that is repeated after a crash may replace what it has written itself.
+        request_id: a save repeated after a crash may replace what it has written itself.
         recipients: age public keys; the files are encrypted to them.
     """
 
@@ -75,7 +75,7 @@ class Checkpoints:
         """
         Args:
             facts: of the base model, for the adapters' configuration files.
-            signer: reads access tokens that this server has signed; None if it signs none.
+            signer: reads access tokens that this server signed; None if it signs none.
         """
         self._files = files
         self._database = database
@@ -99,11 +99,11 @@ class Checkpoints:
             expected.set()
 
     async def save(self, save: Save, state: AdapterState) -> int:
-        """Check and write a checkpoint with a name; returns its size in bytes.
+        """Check and write a named checkpoint; returns its size in bytes.
 
         Raises:
             InvalidRequest: if its numbers are not finite, or the name is taken.
-            QuotaReached: if it would be one too many.
+            QuotaReached: if there would be too many.
         """
         await asyncio.to_thread(check_finite, state, is_saved=False)
         counts = await self._is_new(save) and save.uri.name != tables.RELEASED_NAME
@@ -118,12 +118,12 @@ class Checkpoints:
         """Whether this adds a checkpoint rather than replacing one.
 
         Raises:
-            InvalidRequest: if there is a checkpoint of that name, and it is not to be replaced.
+            InvalidRequest: if there is a checkpoint of that name, and it must not be replaced.
         """
         row = await retry_while_unavailable(lambda: self._database.checkpoint_row(save.uri))
         if row is None:
             return True
-        # An expired checkpoint frees its name, unless the clock can't be trusted about that.
+        # An expired checkpoint frees its name, unless the clock can't be trusted.
         is_over = row.expires_at is not None and row.expires_at <= time.time()
         if is_over and not self._steady_clock.has_leapt():
             return True
@@ -161,7 +161,7 @@ class Checkpoints:
         return size
 
     def expiry(self, ttl_seconds: int | None, now: float) -> float | None:
-        """When a checkpoint with this time to live expires; None is never. Default: as late as the limits allow."""
+        """When a checkpoint with this time to live expires; None: never. Default: as late as the limits allow."""
         seconds = ttl_seconds or self._limits.max_checkpoint_ttl_seconds
         return now + seconds if seconds else None
 
@@ -176,11 +176,10 @@ class Checkpoints:
     async def find(
         self, tenant: str, path: str, field: str = "path", token: str | None = None
     ) -> tables.Checkpoint:
-        """The checkpoint that a tenant means by `path`, its own or a published one; waits for one that is being
-        written.
+        """The checkpoint that a tenant means by `path`, its own or a published one; waits for one being written.
 
         Args:
-            token: another tenant's key, in whose name to look.
+            token: another tenant's key, to look on its behalf.
 
         Raises:
             InvalidRequest: if `path` names no checkpoint.
@@ -191,7 +190,7 @@ class Checkpoints:
         reader = tenant if token is None else tenant_of_access_token(token, self._signer)
         await self._writes.of(uri, reader)
         row = await self._row(reader, uri)
-        # Another tenant's writes are waited for only if it has published the checkpoint: else the wait would tell.
+        # Another tenant's writes are waited for only if it published the checkpoint: otherwise the wait would leak it.
         if row is not None and row.tenant != reader and await self._writes.of_exactly(row.uri):
             row = await self._row(reader, uri)
         if row is None and uri.name.startswith(tables.UNNAMED_PREFIX):
@@ -230,10 +229,10 @@ class Checkpoints:
     async def copy(
         self, source: tables.Checkpoint, run: tables.Run, expires_at: float | None
     ) -> tables.Checkpoint:
-        """Copy a checkpoint under another run, which is not live.
+        """Copy a checkpoint to another run, which is not live.
 
         Raises:
-            QuotaReached: if it would be one too many.
+            QuotaReached: if there would be too many.
         """
         uri = CheckpointUri(source.name, run.id, source.uri.kind)
         async with self._quota.place_for(run.tenant, uri, source.size_bytes):
@@ -280,7 +279,7 @@ class Checkpoints:
     # ------------------------------------------------------------ ephemeral sampler weights
 
     def expect_unnamed(self, run_id: str, seq_id: int) -> None:
-        """An earlier process accepted these weights and had not written them: readers wait until they are begun."""
+        """An earlier process accepted these weights but had not written them: readers wait until the write begins."""
         self._expected[str(unnamed_uri(run_id, seq_id))] = asyncio.Event()
 
     async def arrived(self, path: str) -> None:
@@ -290,7 +289,7 @@ class Checkpoints:
                 await asyncio.wait_for(expected.wait(), _EXPECTED_SECONDS)
 
     async def put_sampler(self, save: Save, sampler_id: str) -> None:
-        """Write the row of the sampling session that samples from these weights."""
+        """Write the row of the sampling session for these weights."""
         row = tables.SamplingSession(
             id=sampler_id,
             tenant=save.tenant,
@@ -302,9 +301,9 @@ class Checkpoints:
         await retry_while_unavailable(lambda: self._database.put(row))
 
     def trim_unnamed(self, run: Run) -> None:
-        """Delete, in the background, the oldest of a run's ephemeral weights that are more than a run may leave.
+        """Delete, in the background, the oldest of a run's ephemeral weights beyond the number it may keep.
 
-        In a task of its own, since the write that calls this may be of weights that are to go.
+        In a task of its own, since the write that calls this may be one of those to be deleted.
         """
         task = asyncio.create_task(self._trim(run))
         run.add_write(task)
@@ -325,7 +324,7 @@ class Checkpoints:
 
     async def drop_unnamed(self, run: Run) -> None:
         """Delete all of a run's ephemeral weights."""
-        while run.writes:  # the end of a write may begin a trim
+        while run.writes:  # a finishing write may begin a trim
             await run.settled()
         rows = await asyncio.to_thread(self._database.unnamed_checkpoints, run.tenant, run.run_id)
         for row in rows:

@@ -1,4 +1,4 @@
-"""How many checkpoints there may be, and how large: those that are there, and those that are being written."""
+"""Limits on the number and size of checkpoints, counting those being written."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from twinkle.server.store.retry import retry_while_unavailable
 
 
 class CheckpointQuota:
-    """Of checkpoints with a name; single-threaded: called on one event loop."""
+    """For named checkpoints; single-threaded: called on one event loop."""
 
     def __init__(self, database: Database, limits: LimitsSection) -> None:
         self._database = database
         self._limits = limits
-        self._under_way: dict[CheckpointUri, tuple[str, int]] = {}  # whose, and its bytes
-        self._asking = asyncio.Lock()  # two that ask at once must not both be told of the last place
+        self._under_way: dict[CheckpointUri, tuple[str, int]] = {}  # tenant and bytes
+        self._asking = asyncio.Lock()  # two concurrent checks must not both get the last place
 
     @contextlib.asynccontextmanager
     async def place_for(self, tenant: str, uri: CheckpointUri, size: int) -> AsyncGenerator[None, None]:
-        """Within this a new checkpoint is written: it counts from the beginning.
+        """Reserve a place: a new checkpoint is written inside this, and counts from the start.
 
         Args:
-            size: in bytes, about.
+            size: in bytes, approximately.
 
         Raises:
-            QuotaReached: if one more were too many.
+            QuotaReached: if there would be too many.
         """
         async with self._asking:
             await self._check(tenant)
@@ -68,7 +68,7 @@ class CheckpointQuota:
 
     async def _used(self, whose: str) -> tuple[int, int]:
         """Checkpoints and bytes."""
-        # One that is under way counts as such, and its row, which may be there by now, does not.
+        # One being written counts as such; its row, which may exist by now, doesn't.
         under_way = dict(self._under_way)
         total = await retry_while_unavailable(
             lambda: self._database.checkpoint_total(whose, time.time(), besides=list(under_way))

@@ -1,4 +1,4 @@
-"""What is being written to checkpoints, or deleted, while the engine goes on."""
+"""Checkpoints being written or deleted while the engine goes on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class _Write:
 
 
 class Writes:
-    """Single-threaded: called on one event loop. Work on the same checkpoint never overlaps."""
+    """Single-threaded: called on one event loop. Work on one checkpoint never overlaps."""
 
     def __init__(self) -> None:
-        self._last: dict[CheckpointUri, _Write] = {}  # of each checkpoint; it comes behind all earlier ones
+        self._last: dict[CheckpointUri, _Write] = {}  # the last for each checkpoint, after all earlier ones
 
     def begin(self, uri: CheckpointUri, tenant: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Start `work`, which writes or deletes `uri`, a checkpoint of `tenant`, after any earlier work on it."""
@@ -40,7 +40,7 @@ class Writes:
         return task
 
     async def of(self, uri: CheckpointUri, tenant: str) -> None:
-        """Wait for what a tenant writes now of the checkpoint that it means by `uri`, which may be a bare name."""
+        """Wait for the tenant's current writes of the checkpoint meant by `uri`, which may be a bare name."""
         await _ended(
             {
                 write.task
@@ -50,13 +50,13 @@ class Writes:
         )
 
     async def of_exactly(self, uri: CheckpointUri) -> bool:
-        """Wait for what is being written of a checkpoint, whoever's it is; False if that is nothing."""
+        """Wait for current writes of a checkpoint, of any tenant; returns False if there are none."""
         write = self._last.get(uri)
         await _ended(set() if write is None else {write.task})
         return write is not None
 
     async def all(self) -> None:
-        """Wait until nothing is being written any more."""
+        """Wait until nothing is being written."""
         while self._last:
             await _ended({write.task for write in self._last.values()})
 

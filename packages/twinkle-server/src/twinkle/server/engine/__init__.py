@@ -1,1 +1,1 @@
-"""From jobs to results: packs what a tick holds into micro-batches, runs them, completes their futures."""
+"""From jobs to results: packs a tick's rows into micro-batches, runs them, completes the futures."""

@@ -1,4 +1,4 @@
-"""The jobs that are not computation: an adapter is created, saved, loaded, unloaded."""
+"""The jobs that compute nothing: creating, saving, loading and unloading adapters."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SaveRequest: TypeAlias = m.SaveWeightsRequest | m.SaveWeightsForSamplerRequest |
 class AdapterJobs:
     """Called by the engine, one job at a time.
 
-    A save exports the adapter in the run's order; files are written while the engine goes on. What a load needs is read
-    while the engine goes on with other runs.
+    A save exports the adapter in the run's order; the files are written while the engine goes on. A load's checkpoint
+    is read while the engine goes on with other runs.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class AdapterJobs:
                 raise AssertionError("these are computation")
 
     def close(self) -> None:
-        """Stop what is being read."""
+        """Stop the reads under way."""
         for reading in self._readings:
             reading.cancel()
 
@@ -107,7 +107,7 @@ class AdapterJobs:
         self._futures.complete(job.request_id, m.UnloadModelResponse(model_id=run.run_id))
 
     def _end(self, run: Run) -> None:
-        """The run has ended, and is not on the worker."""
+        """The run has ended, and its adapter is off the worker."""
         self._residency.drop(run, run.state)
         self._live.end(run)
         self._snapshots.drop(run)
@@ -170,8 +170,8 @@ class AdapterJobs:
         self._checkpoints.begin(job.run, save.uri, write_and_complete())
 
     async def _save_unnamed(self, job: Job, request: m.SaveWeightsForSamplerRequest) -> None:
-        """Ephemeral sampler weights: in the sampler's memory first, so that sampling can begin; the files follow, so
-        that the adapter may leave the sampler later.
+        """Ephemeral sampler weights: into the sampler's memory first, so that sampling can begin; then to files, so
+        that the sampler may evict them later.
         """
         uri = unnamed_uri(job.run.run_id, job.seq_id)
         save = self._description(job, uri, request)
@@ -182,7 +182,7 @@ class AdapterJobs:
         async def write_and_release() -> None:
             try:
                 await self._checkpoints.put_sampler(save, sampler_id)
-                # Not journaled until the files are there: after a crash in between, the save is done again.
+                # Journaled only once the files are there: after a crash in between, the save is done again.
                 result = m.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
                 self._futures.complete(job.request_id, result, record=False)
                 await self._checkpoints.write(save, state)
@@ -198,7 +198,7 @@ class AdapterJobs:
     # ------------------------------------------------------------ load
 
     def _read_beside(self, job: Job, request: m.LoadWeightsRequest) -> None:
-        """Read the checkpoint of a load while the ticks go on; the job's run waits for that, and nobody else."""
+        """Read a load's checkpoint while the ticks go on; only the job's own run waits for it."""
         self._scheduler.hold(job)
         reading = job.run.reading = asyncio.create_task(self._read(job, request))
         self._readings.add(reading)
@@ -210,15 +210,15 @@ class AdapterJobs:
         reading.add_done_callback(give_back)
 
     async def _read(self, job: Job, request: m.LoadWeightsRequest) -> ReadCheckpoint:
-        """The checkpoint that a load job names. May take long: a slow disk, a locked database.
+        """Read the checkpoint that a load job names. May take long: a slow disk, a locked database.
 
         Raises:
-            InvalidRequest, NotFound: if there is nothing that could be loaded.
+            InvalidRequest, NotFound: if there is nothing that can be loaded.
         """
         checkpoint = await self._checkpoints.find(
             job.run.tenant, request.path, token=request.weights_access_token
         )
-        # Another base model may have layers of the same shapes: only its name tells.
+        # Another base model may have layers of the same shapes: only its name tells them apart.
         ours = job.run.base_model
         if plain_name(checkpoint.base_model) != ours:
             raise InvalidRequest(

@@ -1,7 +1,7 @@
-"""What goes to the worker as one call, which call is next, and what becomes of one that failed.
+"""What goes to the worker as one call, which call is next, and what becomes of a failed one.
 
-While the worker computes a call the next one may be dispatched behind it, so that it need not wait in between. That is
-done late in the call: jobs that arrive after it wait for one call more.
+While the worker computes a call, the next one may be dispatched behind it, so that the worker doesn't idle in between.
+That is done late in the call: a job that arrives after it has to wait for another call.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from twinkle.server.scheduling.scheduler import Tick
 
 log = logging.getLogger("twinkle.engine")
 
-# The share of a call after which the next one may be dispatched.
+# The share of a call's estimated time after which the next one may be dispatched.
 DISPATCH_AT = 0.8
-# What the latest call counts for in the mean time a token takes.
+# The weight of the latest call in the mean time per token.
 _WEIGHT = 0.3
-# A repeated call during which the worker was lost so often is given up.
+# A repeated call is given up once the worker was lost during it this often.
 _MAX_LOSSES = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Jobs that go to the worker as one: passes, optimizer steps, passes and the steps behind them, or one other job.
+    """Jobs that go to the worker together: passes, optimizer steps, passes and the steps after them, or one other job.
 
     Attributes:
-        is_repeat: it was computed before, and no snapshot has what it changed. (Its outcomes are known, but for some
-            that an earlier process could not write down.)
+        is_repeat: it was computed before, and no snapshot includes it. (Its outcomes are known, except for some that an
+            earlier process could not write.)
         was_lost: the worker was lost during it; it has a single job.
     """
 
@@ -55,22 +55,22 @@ class Call:
 
     @property
     def only_job(self) -> Job:
-        """Of a call with a single one."""
+        """The job of a call that has one."""
         [job] = self.jobs
         return job
 
     @property
     def runs(self) -> dict[Run, None]:
-        """Each once, in the order of their jobs."""
+        """Each run once, in the order of their jobs."""
         return dict.fromkeys(job.run for job in self.jobs)
 
     def singles(self, was_lost: bool = False) -> list[Call]:
-        """A call for each job."""
+        """One call for each job."""
         return [Call.of([job], self.is_repeat, was_lost) for job in self.jobs]
 
     def smaller(self) -> list[Call]:
-        """What is tried once it has failed as a whole, and changed nothing: each pass alone, the steps together behind
-        them; without passes each job alone.
+        """What is tried after it failed as a whole without changing anything: each pass alone, then all steps together;
+        without passes, each job alone.
         """
         if self.passes and self.optim_steps:
             return [*replace(self, optim_steps=()).singles(), replace(self, passes=())]
@@ -78,17 +78,17 @@ class Call:
 
 
 def calls_of(tick: Tick) -> list[Call]:
-    """The calls of a tick: passes and steps in one, then each other job."""
+    """A tick's calls: passes and steps in one, then each other job."""
     others = [Call(other=job) for job in tick.others]
     return [Call(tick.passes, tick.optim_steps), *others] if tick.passes or tick.optim_steps else others
 
 
 class CallQueue:
-    """The calls that are to be made: those to be repeated, then those of the tick. Single-threaded."""
+    """The calls to make: repeated ones, then the tick's. Single-threaded."""
 
     def __init__(self) -> None:
         self._calls: deque[Call] = deque()
-        self._losses: Counter[Job] = Counter()  # how often the worker was lost while a job was repeated
+        self._losses: Counter[Job] = Counter()  # how often the worker was lost while repeating each job
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -108,14 +108,14 @@ class CallQueue:
         self._calls.extendleft(reversed(repeats))
 
     def replace_first(self, calls: Iterable[Call]) -> None:
-        """The first call has been made, or tried: these are left of it."""
+        """Replace the first call, which was made or tried, by what is left of it."""
         self._calls.popleft()
         self._calls.extendleft(reversed(list(calls)))
         if not self._calls or not self._calls[0].is_repeat:
             self._losses.clear()
 
     def skip_lost_runs(self) -> list[Job]:
-        """Take jobs of runs that are lost out of the first calls that are repeated; returns them."""
+        """Take the jobs of lost runs out of the repeated calls at the front; returns them."""
         skipped: list[Job] = []
         while self._calls and self._calls[0].is_repeat:
             jobs = self._calls[0].jobs
@@ -129,7 +129,7 @@ class CallQueue:
         return skipped
 
     def is_too_much(self, call: Call) -> bool:
-        """The worker was lost during a repeated call: whether that has been so too often."""
+        """Count a loss of the worker during a repeated call; returns whether there were too many."""
         jobs = call.jobs
         self._losses.update(jobs)
         if self._losses[jobs[0]] < _MAX_LOSSES:
@@ -139,7 +139,7 @@ class CallQueue:
         return True
 
     def take_all(self) -> list[Job]:
-        """The jobs of all calls; none is left."""
+        """Take out the jobs of all calls."""
         jobs = [job for call in self._calls for job in call.jobs]
         self._calls.clear()
         return jobs
@@ -147,10 +147,10 @@ class CallQueue:
 
 @dataclass(frozen=True, eq=False)
 class InFlightCall:
-    """A call with passes and steps that the worker has, or has next.
+    """A call with passes and steps that the worker is computing, or will compute next.
 
     Attributes:
-        sent_at: the event loop's time, in seconds.
+        sent_at: when it was dispatched, in the event loop's time, in seconds.
         cost: of its passes, in tokens.
     """
 
@@ -161,21 +161,21 @@ class InFlightCall:
     cost: int
 
     def drop(self) -> None:
-        """Nobody waits for its result any more."""
+        """Stop waiting for its result."""
         self.result.cancel()
-        # Else asyncio would warn of an exception that nobody has retrieved.
+        # Otherwise asyncio would warn about an exception that was never retrieved.
         self.result.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 class CallTimes:
-    """Estimates when a call will be done: seconds per token, an exponential mean over calls."""
+    """Estimates when a call will be done, by an exponential mean of seconds per token."""
 
     def __init__(self) -> None:
         self._seconds_per_token: float | None = None
         self._free_at = 0.0  # when the last call ended
 
     def ended(self, in_flight: InFlightCall, now: float) -> None:
-        """It has been computed; since it was sent, or since the call before it ended."""
+        """A call has ended, computed since it was sent or since the call before it ended."""
         seconds_per_token = (now - max(in_flight.sent_at, self._free_at)) / max(1, in_flight.cost)
         self._free_at = now
         if self._seconds_per_token is not None:
@@ -183,7 +183,7 @@ class CallTimes:
         self._seconds_per_token = seconds_per_token
 
     def late_at(self, in_flight: InFlightCall) -> float | None:
-        """When most of it will have been computed, in the event loop's time; None if nothing is known yet."""
+        """When most of the call will have been computed, in the event loop's time; None if nothing is known yet."""
         if self._seconds_per_token is None:
             return None
         begins = max(in_flight.sent_at, self._free_at)

@@ -1,7 +1,7 @@
-"""Keeps the journal of accepted requests and their outcomes as short as may be.
+"""Keeps the journal of accepted requests and their outcomes short.
 
-A segment goes when the runs' snapshots have all that it tells of them; what of it is still needed (results that may be
-fetched, requests that wait) is written once more before that.
+A segment is deleted once the runs' snapshots include everything in it; what is still needed (results that may be
+fetched, requests that wait) is rewritten before that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from twinkle.server.store.journal import Journal
 log = logging.getLogger("twinkle.server")
 
 _CLEAN_SECONDS = 5.0
-# A segment is left alone for so long, unless there are many: results that were fetched are of no use soon, and need not
-# be written once more then.
+# A segment is left alone for this long, unless there are many: by then most results have been fetched and need no
+# rewriting.
 _REST_SECONDS = 900.0
 _MAX_RESTING = 16
 
@@ -36,15 +36,13 @@ class Compaction:
         self._futures = futures
         self._snapshots = snapshots
         self._log = run_log
-        self._damaged: set[int] = set()  # segments that were found so
+        self._damaged: set[int] = set()  # segments that were damaged at start-up
         self._sealed_since: dict[int, float] = {}
-        # One that was damaged since: what it said is in memory here, and the next process is to see that it is missing.
+        # One damaged since then: its records are in memory here, but the next process must see that they are missing.
         self._unknown_damage: int | None = None
 
     def read_earlier(self, journal: Journal) -> tuple[list[tuple[int, Record]], bool]:
-        """All that earlier processes wrote, with its segments, oldest first, and whether any of it may be missing.
-        Blocking.
-        """
+        """All earlier records with their segments, oldest first, and whether any may be missing. Blocking."""
         read: list[tuple[int, Record]] = []
         for segment in journal.earlier:
             found = journal.examine(segment)
@@ -54,7 +52,7 @@ class Compaction:
         return read, bool(self._damaged)
 
     async def run(self) -> None:
-        """Flush and clean, for ever."""
+        """Flush and clean, forever."""
         journal = self._log.journal
         if journal is None:
             return
@@ -64,7 +62,7 @@ class Compaction:
                 await asyncio.sleep(_CLEAN_SECONDS)
                 try:
                     await self.clean()
-                except Exception:  # the next time is soon
+                except Exception:  # the next attempt is soon
                     log.exception("the journal could not be shortened")
         finally:
             flushing.cancel()
@@ -73,7 +71,7 @@ class Compaction:
         """Delete the segments that are no longer needed, oldest first.
 
         Args:
-            max_resting: so many of the newest are left alone for a while.
+            max_resting: this many of the newest are left alone for a while.
         """
         journal = self._log.journal
         if journal is None or self._unknown_damage is not None:
@@ -87,31 +85,31 @@ class Compaction:
             for run in waited_for:
                 self._snapshots.hurry(run)
             if waited_for:
-                return  # nor delete a later one: a request whose outcome is gone would be done again
+                return  # keep later ones too: a request whose outcome is gone would be done again
             found = await asyncio.to_thread(journal.examine, segment)
             if found.is_damaged and segment not in self._damaged:
                 self._unknown_damage = segment
                 return
             for payload in found.payloads:
                 self._keep_if_needed(records.decode(payload))
-            # What was rewritten must be on the disk before its only other copy goes.
+            # What was rewritten must be durable before its only other copy is deleted.
             await journal.wait_durable()
             journal.delete(segment)
             for run in self._live:
                 run.logged.pop(segment, None)
 
     def _keep_if_needed(self, record: Record) -> None:
-        """Write a record of an old segment once more if anybody may need it."""
+        """Rewrite a record of an old segment if it may still be needed."""
         match record:
             case Begun(run_id=run_id) if run_id in self._live:
                 self._log.append(record)
             case Accepted(request_id=request_id):
                 run = self._live.get(record.run_id)
-                # Of a run without a snapshot its creation is all that there is.
+                # Without a snapshot, its creation is all there is of a run.
                 is_in_snapshot = run is not None and 0 < (run.snapshot.stored or 0) >= record.seq_id
                 if self._futures.is_pending(request_id) or (run is not None and not is_in_snapshot):
                     self._rewrite(record, run)
-                elif self._futures.is_known(request_id):  # of a sample it says which client's it was
+                elif self._futures.is_known(request_id):  # for a sample, it tells whose it was
                     self._rewrite(record if record.run_id is None else replace(record, body=None), run)
             case Rejected(run_id, seq_id):
                 run = self._live.get(run_id)
@@ -133,5 +131,5 @@ class Compaction:
 
 
 def _has_unsaved_of(run: Run, segment: int) -> bool:
-    """Whether requests of this segment have changed the run since its snapshot on disk."""
+    """Whether requests in this segment have changed the run since its snapshot on disk."""
     return (run.snapshot.stored or 0) < min(run.logged.get(segment, 0), run.changed)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from twinkle.protocol.messages import Completion, RetrieveFuturesResponse
 
 Target: TypeAlias = tuple[str, int]
-"""A client: (sampling session, its number in it)."""
+"""A client: (sampling session, the client's number in it)."""
 
 # The SDK has at most 2000 samples under way; a client that never asks must not fill the memory.
 MAX_KEPT = 8192
@@ -38,19 +38,19 @@ class CompletionLog:
         log.changed.set()
 
     async def after(self, target: Target, cursor: int, timeout: float) -> RetrieveFuturesResponse:
-        """What ended after `cursor`, as soon as there is something, or nothing after `timeout` seconds.
+        """What ended after `cursor`, as soon as there is anything; empty after `timeout` seconds.
 
-        What came up to `cursor` has been seen, and is forgotten.
+        Everything up to `cursor` has been seen, and is forgotten.
         """
         log = self._logs.setdefault(target, _Log())
         try:
             return await self._after(log, cursor, timeout)
         finally:
             if not log.last and self._logs.get(target) is log and not log.waiting:
-                del self._logs[target]  # a client that nothing is known of leaves nothing behind
+                del self._logs[target]  # nothing is kept for an unknown client
 
     async def _after(self, log: _Log, cursor: int, timeout: float) -> RetrieveFuturesResponse:
-        if cursor > log.last:  # of an engine before this one
+        if cursor > log.last:  # from an earlier engine
             cursor = 0
         while log.ended and log.ended[0][0] <= cursor:
             log.ended.popleft()

@@ -1,4 +1,4 @@
-"""The loop that does the work: `step` takes a call, has it computed, and completes its futures."""
+"""The engine's loop: `step` takes a call, has it computed, and completes its futures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Engine:
         self._sampler_adapters = sampler_adapters
         self._ledger = ledger
         self._calls = CallQueue()
-        self._in_flight: InFlightCall | None = None  # of a call in the queue that was dispatched ahead
+        self._in_flight: InFlightCall | None = None  # of a queued call that was dispatched ahead
         self._times = CallTimes()
         self._may_dispatch_ahead = True
         self._idle = asyncio.Event()
@@ -78,11 +78,11 @@ class Engine:
         return self._has_failed
 
     def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
-        """Make these calls first of all: an earlier engine made them, and no snapshot has what they changed."""
+        """Make these calls before all others: an earlier engine made them, and no snapshot includes them."""
         self._calls.repeat(calls)
 
     async def run(self) -> None:
-        """Step for ever; cancelled from outside."""
+        """Step forever, until cancelled."""
         try:
             while not self._has_failed:
                 try:
@@ -97,8 +97,8 @@ class Engine:
             self._adapters.close()
 
     async def step(self) -> None:
-        """Take the next call, have the worker compute it, complete its futures. What failed is tried in smaller calls,
-        and what was under way when the worker was lost once more, each job alone.
+        """Take the next call, have the worker compute it, and complete its futures. A failed call is retried in smaller
+        ones; after a loss of the worker, each job of the call is retried alone.
         """
         call = await self._next_call()
         try:
@@ -111,14 +111,14 @@ class Engine:
         self._calls.replace_first(left)
 
     async def until_idle(self) -> None:
-        """Returns when nothing is being computed, until the loop goes on. From now on nothing is dispatched ahead."""
+        """Wait until nothing is computed, which holds until the loop goes on. Stops dispatching ahead for good."""
         self._may_dispatch_ahead = False
         await self._idle.wait()
 
     # ------------------------------------------------------------ which call
 
     async def _next_call(self) -> Call:
-        """What is to be repeated, or else what is next of the tick, or of a new one.
+        """The next repeated call, or else the next of the tick, or of a new one.
 
         Raises:
             WorkerLost: if it is lost meanwhile.
@@ -129,14 +129,14 @@ class Engine:
             call = self._calls.first
             if call is not None and call.is_repeat:
                 return call
-            if self._in_flight is None:  # a snapshot would have what has been dispatched
+            if self._in_flight is None:  # a snapshot would include what has been dispatched
                 await self._snapshots.take_due()
             if call is not None:
                 return call
             self._add(await self._wait_for_tick())
 
     async def _wait_for_tick(self) -> Tick:
-        """A tick, or an empty one when a snapshot is due."""
+        """The next tick, or an empty one when a snapshot is due."""
         ready = asyncio.ensure_future(self._scheduler.next_tick())
         lost = asyncio.ensure_future(self._worker.lost())
         try:
@@ -144,7 +144,7 @@ class Engine:
             self._idle.set()
             await asyncio.wait({ready, lost}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             self._idle.clear()
-            if ready.done():  # its jobs are in no queue any more: they come before everything else
+            if ready.done():  # its jobs are in no queue any more, so they go first
                 return ready.result()
             if lost.done():
                 raise lost.result()
@@ -164,7 +164,7 @@ class Engine:
     # ------------------------------------------------------------ one call
 
     async def _compute(self, call: Call) -> list[Call]:
-        """Have a call made and complete its futures; returns what is left of it."""
+        """Have a call computed and complete its futures; returns what is left of it."""
         if call.passes and call.optim_steps:
             return await self._train(call)
         if call.passes:
@@ -204,8 +204,8 @@ class Engine:
         return InFlightCall(call, packed, result, asyncio.get_running_loop().time(), cost)
 
     async def _result_of(self, in_flight: InFlightCall) -> Trained:
-        """The result of a call that was dispatched; late in the call the next one is dispatched behind it, if it is
-        complete by then and no other call comes between the two.
+        """The result of a dispatched call; late in the call, the next one is dispatched behind it, if that is complete
+        by then and no other call comes between the two.
         """
         late_at = self._times.late_at(in_flight)
         try:
@@ -217,7 +217,7 @@ class Engine:
             in_flight.result.cancel()
 
     async def _dispatch_next_behind(self, in_flight: InFlightCall) -> None:
-        """As soon as the next call is complete; returns without it once this one is done."""
+        """Dispatch the next call as soon as it is complete; returns without it once this call is done."""
         if in_flight.result.done():
             return
         complete = asyncio.create_task(self._scheduler.until_complete(in_flight.call.runs.keys()))
@@ -232,8 +232,8 @@ class Engine:
                 log.error("it could not be waited for the next tick", exc_info=outcome)
 
     def _dispatch_ahead(self, in_flight: InFlightCall) -> None:
-        """Take the next tick, and dispatch its first call if no run of that is under way or away, so that neither call
-        depends on what becomes of the other. Not a coroutine: from the tick to the call nothing else may run.
+        """Take the next tick and dispatch its first call, if none of its runs is in flight or evicted, so that neither
+        call depends on the other. Not a coroutine: nothing else may run between the tick and the call.
         """
         if not self._may_dispatch_ahead or self._snapshots.seconds_until_due() == 0:
             return
@@ -245,11 +245,11 @@ class Engine:
             return
         try:
             self._in_flight = self._dispatch(calls[0])
-        except Exception:  # it fails again when its turn has come, and then its clients are told
+        except Exception:  # it fails again in its turn, and its clients get the error then
             log.exception("a call could not be dispatched ahead; it waits for its turn")
 
     def _drop_in_flight(self) -> None:
-        """Its call is still in the queue."""
+        """Drop the result; the call itself is still queued."""
         if self._in_flight is not None:
             self._in_flight.drop()
             self._in_flight = None
@@ -266,7 +266,7 @@ class Engine:
         steps: Sequence[Job] = (),
         outcomes: Sequence[StepOutcome] = (),
     ) -> None:
-        """Passes, and the steps behind them, have been computed."""
+        """Passes, and the steps after them, have been computed."""
         changed = [job for job in passes if not _request(job).forward_only]
         self._snapshots.computed(changed, steps)
         results: list[tuple[str, Outcome]] = []
@@ -279,7 +279,7 @@ class Engine:
                 self._ledger.record(job.run.tenant, job.run.session_id, "training", tokens)
 
     async def _after_failure(self, call: Call, error: Exception) -> list[Call]:
-        """A call failed, and nothing has changed: returns what is made instead, so that only the job at fault fails."""
+        """A call failed without changing anything: returns what to try instead, so that only the job at fault fails."""
         if len(call.jobs) > 1:
             log.warning("a call of %d jobs failed as a whole; it is made in parts: %s", len(call.jobs), error)
             return call.smaller()
@@ -292,12 +292,12 @@ class Engine:
         log.error("what run %s had computed could not be computed again", run_id, exc_info=error)
         if self._give_up(job.run):
             await self._worker.remove_adapter(run_id)
-        return [call]  # it is skipped, as is all else of the run that was to be repeated
+        return [call]  # it is skipped, with all else of the run that was to be repeated
 
     # ------------------------------------------------------------ after a loss
 
     def _after_loss(self, call: Call) -> list[Call]:
-        """The worker was lost during a call: returns what is tried once it is back."""
+        """The worker was lost during a call: returns what to try once it is back."""
         if call.is_repeat:
             if not self._calls.is_too_much(call):
                 return [call]
@@ -307,20 +307,20 @@ class Engine:
             return [call]
         if not call.was_lost:
             return call.singles(was_lost=True)
-        # It was alone, and has been under way both times.
+        # It was alone, and in flight at both losses.
         job = call.only_job
         job.run.reading = None
         self._futures.complete(job.request_id, m.Failure(error=_ENDED_TWICE, category="server"))
         return []
 
     def _give_up(self, run: Run) -> bool:
-        """A run's state is lost: all that is asked of it fails. Returns whether its adapter is on the worker."""
+        """A run's state is lost: all requests to it fail. Returns whether its adapter is on the worker."""
         run.lost = run.lost or _NOT_REPEATED
         self._snapshots.drop(run)
         return self._residency.drop(run, RunState.LOST)
 
     async def _recover(self, loss: WorkerLost) -> None:
-        """Bring the worker back; what was lost is then computed again."""
+        """Bring the worker back; then have computed again what was lost."""
         self._drop_in_flight()
         try:
             await recover(loss, self._worker, self._residency, self._sampler_adapters)

@@ -1,4 +1,4 @@
-"""What a failed job tells its client: the sentence of an error meant for people, or an id to look up in the log."""
+"""What the client of a failed job gets: the text of an error meant for users, or an id to look up in the log."""
 
 import logging
 import uuid
@@ -11,7 +11,7 @@ log = logging.getLogger("twinkle.engine")
 
 
 def to_failure(error: Exception, doing: str) -> Failure:
-    """The outcome that stands for `error`.
+    """The outcome for `error`.
 
     Args:
         doing: the job, in words, for the log.
@@ -20,7 +20,7 @@ def to_failure(error: Exception, doing: str) -> Failure:
         return Failure(error=error.message, category=error.category)
     if retry.is_transient(error):
         return Failure(error=retry.unavailable(error).message, category="server")
-    # By name, since this layer imports no torch; CUDA's and the allocator's errors are both called so.
+    # By name, since this layer doesn't import torch; CUDA's and the allocator's errors have the same one.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         log.warning("%s ran out of memory: %s", doing, error)
         return Failure(

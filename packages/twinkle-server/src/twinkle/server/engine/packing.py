@@ -1,4 +1,4 @@
-"""Packs the datums of many jobs into micro-batches of rows of like length, under a token budget."""
+"""Packs the datums of many jobs into micro-batches of rows of similar length, within a token budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, Ten
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
 from twinkle.server.scheduling.runs import Job
 
-# Ends of a micro-batch that are tried.
+# How many ends of a micro-batch are tried.
 _MOST_ENDS = 256
 
 
@@ -31,7 +31,7 @@ class Packed:
 def to_row(
     run_id: str, request: ForwardBackwardRequest, datum: Datum, custom_loss: CustomLoss | None = None
 ) -> Row:
-    """One datum as the backend takes it."""
+    """A datum as the backend takes it."""
     return Row(
         adapter_id=run_id,
         tokens=datum.model_input.tokens.astype(np.int64),
@@ -50,15 +50,15 @@ def _width(row: Row) -> int:
 
 
 def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Packed:
-    """Rows of all jobs in micro-batches of like length; each is padded to its longest row.
+    """Pack the rows of all jobs into micro-batches of similar length; each row is padded to the longest.
 
     Forward-only rows get micro-batches of their own, which keep nothing for a backward pass; so do rows with several
-    candidates at each position, by their number. Within a micro-batch the longest row stands first, so that one that
-    is cut again is cut between lengths.
+    candidates per position, by their number. The longest row of a micro-batch comes first, so that splitting it again
+    splits it by length.
 
     Args:
-        max_batch_tokens: rows x longest row stays within it, unless a single row is longer.
-        overhead_tokens: what a micro-batch costs beside its tokens: no cut is made that saves less padding than that.
+        max_batch_tokens: limit of rows x longest row, exceeded only by a single row that is longer.
+        overhead_tokens: a micro-batch's fixed cost, in tokens: no cut is made that saves less padding than that.
     """
     rows = [
         (to_row(job.run.run_id, job.request, datum, job.custom_loss), (i, j))
@@ -84,22 +84,22 @@ def _kind(row: Row) -> tuple[bool, int]:
 
 
 def cuts(lengths: Int64Array, max_tokens: int, overhead: int) -> list[int]:
-    """Where to cut rows into micro-batches: indices at which one begins, except for the first.
+    """Where to cut rows into micro-batches: the indices at which one begins, except the first.
 
-    Of all ways to cut, one with the fewest padded tokens and overheads together, and of those one with few cuts:
-    dynamic programming from the end, over where the first of the remaining micro-batches ends. (Where micro-batches of
-    many short rows are possible not every end is tried, so that it takes no longer than it saves.)
+    Minimizes padded tokens plus overheads and, among equals, prefers few cuts: dynamic programming from the end, over
+    where the first of the remaining micro-batches ends. (Where micro-batches of many short rows are possible, not every
+    end is tried, so that the search takes no longer than it saves.)
 
     Args:
-        lengths: falling, at least one.
-        max_tokens: rows x longest row stays within it, unless a single row is longer.
+        lengths: descending, at least one.
+        max_tokens: limit of rows x longest row, exceeded only by a single row that is longer.
     """
     count = len(lengths)
-    least = np.zeros(count + 1, np.int64)  # by row, what it costs from there to the end
+    least = np.zeros(count + 1, np.int64)  # by row, the cost from there to the end
     end_of = np.zeros(count, np.int64)
     for start in range(count - 1, -1, -1):
         most_rows = max(1, min(count - start, max_tokens // max(1, int(lengths[start]))))
-        # Falling: of equals the first is taken, with the fewest cuts.
+        # Descending: among equals the first is taken, with the fewest cuts.
         rows = np.arange(most_rows, 0, -(1 + most_rows // _MOST_ENDS))
         costs = rows * lengths[start] + overhead + least[start + rows]
         best = int(costs.argmin())
@@ -115,7 +115,7 @@ def cuts(lengths: Int64Array, max_tokens: int, overhead: int) -> list[int]:
 def unpack(
     jobs: Sequence[Job], packed: Packed, results: list[list[RowResult]]
 ) -> list[ForwardBackwardOutput]:
-    """Each job's result, its datums in the order of the request; metrics are summed over datums."""
+    """Each job's result, with its datums in the request's order; metrics are summed over datums."""
     by_job: list[dict[int, RowResult]] = [{} for _ in jobs]
     for origins, row_results in zip(packed.origins, results, strict=True):
         for (i, j), result in zip(origins, row_results, strict=True):

@@ -1,7 +1,7 @@
 """Restarts a lost worker.
 
-Every run that was on it is then its snapshot, loaded when it is needed; what had been computed since is computed again
-in the same calls. So no client notices.
+Every run that was on it is then evicted: its snapshot is loaded when it is needed, and what was computed since then is
+computed again in the same calls. So no client notices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from twinkle.server.engine.worker import WorkerLost, WorkerPort
 
 log = logging.getLogger("twinkle.engine")
 
-# How often, if the restarted worker is lost at once.
+# How many attempts, if the restarted worker is lost at once.
 _ATTEMPTS = 3
 
 

@@ -1,11 +1,11 @@
-"""Which runs' adapters are on the worker: those that are being worked on, and of the others what a budget has room for.
+"""Which runs' adapters are on the worker: those in use, and as many others as fit a budget.
 
-Beyond the budget the least recently used leave, of the tenant who has most there: a run's whole state, with the
-gradient that it has accumulated, goes to disk, and comes back as it was before the run's next job. Between these a run
-is evicted: it costs the worker nothing, and has nothing to lose when the worker is lost. When that happens all runs are
-evicted, and come back as their snapshots are.
+Beyond the budget the least recently used are evicted, from the tenant with the most bytes: a run's whole state,
+accumulated gradient included, goes to disk, and is restored as it was before the run's next job. An evicted run costs
+the worker nothing and has nothing to lose when the worker is lost. A loss evicts all runs, which are then restored from
+their snapshots.
 
-Moves runs between `RESIDENT` and `EVICTED` and keeps their order of use; taking snapshots is `snapshots`' business.
+Moves runs between `RESIDENT` and `EVICTED` and keeps their order of use; `snapshots` takes the snapshots.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from twinkle.server.scheduling.scheduler import Tick
 
 log = logging.getLogger("twinkle.engine")
 
-# Which layers an adapter acts on: attention, feed-forward, output head. With the rank it gives the size.
+# Which layers an adapter acts on: attention, feed-forward, output head. With the rank this determines its size.
 _Layers: TypeAlias = tuple[bool, bool, bool]
 
-# Matrices of the weights' size: weights and two moments; a gradient is one more.
+# Arrays of the weights' size: weights and two moments; a gradient adds one.
 _COPIES = 3
-# After a write has failed the disk is left alone for so long: it is full, or not there, for the next run too.
+# After a failed write the disk is left alone for this long: full or gone, it is so for the next run too.
 _PAUSE_SECONDS = 10.0
 
 
 class Residency:
     """Single-threaded: called on one event loop, `bring_in` between two calls to the worker.
 
-    What is in use is never evicted, so what a single call needs may exceed the budget.
+    Adapters in use are never evicted, so a single call may exceed the budget.
     """
 
     def __init__(
@@ -51,30 +51,30 @@ class Residency:
         """
         Args:
             snapshots: without files, nothing is evicted.
-            budget: bytes that all resident adapters together may take, whole adapters that is, however many ranks
-                hold a part of them. None evicts nothing.
+            budget: most bytes of all resident adapters together, counting whole adapters however many ranks hold a part
+                of them. None: nothing is evicted.
         """
         self._worker = worker
         self._snapshots = snapshots
         self._budget: float = math.inf if snapshots.files is None or budget is None else budget
         self._clock = clock
         self._resident: OrderedDict[Run, None] = OrderedDict()  # least recently used first
-        self._in_use: dict[Run, None] = {}  # a set that keeps its order
+        self._in_use: dict[Run, None] = {}  # an ordered set
         self._bytes_of_rank_1: dict[_Layers, int] = {}
         self._paused_until = -math.inf
         self.total_bytes = 0
-        """Of all resident adapters."""
+        """Total of all resident adapters."""
 
     # ------------------------------------------------------------ what happened to a run
 
     def added(self, run: Run) -> None:
-        """Its adapter was made."""
+        """The run's adapter was made."""
         run.state = RunState.RESIDENT
         self._resident[run] = None
         self._recount(run)
 
     def drop(self, run: Run, state: RunState) -> bool:
-        """The run is off the worker, or is not to be there any more; returns whether it was."""
+        """The run is off the worker, or is to leave it; returns whether it was resident."""
         was_resident = run in self._resident
         if was_resident:
             del self._resident[run]
@@ -84,23 +84,23 @@ class Residency:
         return was_resident
 
     def worker_lost(self) -> None:
-        """The worker was started again, without adapters: each run is its snapshot, until it is asked for."""
+        """The worker was restarted without adapters: all runs are evicted."""
         for run in list(self._resident):
             self.drop(run, RunState.EVICTED)
             self._snapshots.worker_lost(run)
         self._in_use = {}
 
     def _recount(self, run: Run) -> None:
-        """A resident run may have come to a gradient, or lost it."""
+        """Count a resident run's bytes again: it may have gained or lost a gradient."""
         if run in self._resident:
             self._set_bytes(run, self._bytes(run, run.has_gradient))
 
     # ------------------------------------------------------------ what a tick needs
 
     def split(self, tick: Tick) -> list[Tick]:
-        """The tick in parts, one at least, so that the adapters of each fit the budget together (or it has but one).
+        """Split the tick into parts (at least one) whose adapters fit the budget together, or that have only one run.
 
-        All jobs of a run are in one part. What is resident comes first, so that it doesn't leave and come back.
+        All jobs of a run are in one part. Resident runs come first, so that they aren't evicted in between.
         """
         if self._budget == math.inf:
             return [tick]
@@ -109,7 +109,7 @@ class Residency:
         return [Tick.of(job for job in tick.jobs if part_of[job.run] == part) for part in range(num_parts)]
 
     def _fit(self, tick: Tick) -> dict[Run, int]:
-        """For each run of the tick, the number of its part: 0, 1, 2, ..."""
+        """The number of the part (0, 1, 2, ...) of each of the tick's runs."""
         training = {job.run for job in tick.passes}
         runs = dict.fromkeys(job.run for job in tick.jobs)
         part_of: dict[Run, int] = {}
@@ -123,14 +123,14 @@ class Residency:
         return part_of
 
     def expect(self, tick: Tick) -> None:
-        """The tick is about to be run, call by call: what a later one needs is the last to leave."""
+        """The tick is about to run, call by call: what its later calls need is evicted last."""
         for job in tick.jobs:
             if job.run in self._resident:
                 self._resident.move_to_end(job.run)
 
     def claim(self, runs: Iterable[Run]) -> bool:
-        """Have these runs in use beside those that are already, if they are resident and have room for a gradient
-        each; False if that would take a call to the worker.
+        """Add these runs to those in use, if all are resident with room for a gradient each; returns False if that
+        would take a call to the worker.
         """
         claimed = dict.fromkeys(runs)
         if any(run not in self._resident for run in claimed):
@@ -145,16 +145,16 @@ class Residency:
         return True
 
     async def bring_in(self, runs: Iterable[Run], adding_gradients: bool = False) -> None:
-        """Have these runs' adapters on the worker, or room for those that are about to be made; others may leave.
+        """Have these runs' adapters on the worker, or room for those about to be made; others may be evicted.
 
         Args:
-            adding_gradients: what is to be done leaves each of them with a gradient.
+            adding_gradients: the call leaves each of them with a gradient.
 
         Raises:
             WorkerLost: as the worker; each run is still resident or evicted.
-            Exception: if one can't be brought back; it stays evicted.
+            Exception: if one can't be restored; it stays evicted.
         """
-        for run in self._in_use:  # the only ones that have been worked on since
+        for run in self._in_use:  # only these have been worked on since
             self._recount(run)
         self._in_use = dict.fromkeys(runs)
         for run in self._in_use:
@@ -175,7 +175,7 @@ class Residency:
     # ------------------------------------------------------------ out and in
 
     async def _make_room(self, needed: int) -> None:
-        """Evict what is not in use until `needed` bytes fit, as far as that goes."""
+        """Evict what is not in use until `needed` bytes fit, as far as possible."""
         while self.total_bytes + needed > self._budget and self._clock() >= self._paused_until:
             leaving = self._next_to_leave()
             if leaving is None:
@@ -183,14 +183,14 @@ class Residency:
             await self._evict(leaving)
 
     def _next_to_leave(self) -> Run | None:
-        """The run that was least recently used of the tenant whose adapters take most, with those that are about to
-        come, so that one with many pushes out its own. None if all that are left are in use.
+        """The least recently used run of the tenant whose adapters take most, counting those about to be added, so that
+        a tenant with many evicts its own. None if all that are left are in use.
         """
         taken: Counter[str] = Counter()
         for run in self._in_use:
             if run not in self._resident:
                 taken[run.tenant] += self._bytes(run, run.has_gradient)
-        oldest: dict[str, Run] = {}  # tenant -> its run that was least recently used
+        oldest: dict[str, Run] = {}  # tenant -> its least recently used run
         for run in self._resident:
             taken[run.tenant] += run.bytes
             if run not in self._in_use:
@@ -213,14 +213,14 @@ class Residency:
                 "run %s could not be written to disk: adapters take more memory than they should", run.run_id
             )
             return
-        # From here on its snapshot counts, also if the worker is lost: adapters that were on it are gone anyway.
+        # From here on its snapshot counts, even if the worker is lost: that takes its adapters with it anyway.
         freed = run.bytes
         self.drop(run, RunState.EVICTED)
         log.info("run %s went to disk, %d bytes; %d runs stay", run.run_id, freed, len(self._resident))
         await self._worker.remove_adapter(run.run_id)
 
     async def _bring_back(self, run: Run) -> None:
-        """Put an evicted run onto the worker, as it was."""
+        """Restore an evicted run on the worker."""
         state = await self._snapshots.read(run)
         await self._worker.add_adapter(run.run_id, run.spec)
         if state is not None:
@@ -238,7 +238,7 @@ class Residency:
     # ------------------------------------------------------------ bytes
 
     async def _measure(self, spec: AdapterSpec) -> None:
-        """Find out what an adapter on these layers takes, by making one that is then gone.
+        """Find out the size of an adapter on these layers, by making one and removing it.
 
         Raises:
             Exception: what the worker raises, as it would for the run itself.
@@ -254,7 +254,7 @@ class Residency:
         self._bytes_of_rank_1[layers] = sum(matrix.nbytes for matrix in state.weights.values())
 
     def _bytes(self, run: Run, has_gradient: bool) -> int:
-        """What a run's adapter takes: its matrices grow with the rank. 0 while none on the same layers was measured."""
+        """The size of a run's adapter: proportional to the rank; 0 until one on the same layers was measured."""
         return self._bytes_of_rank_1.get(_layers(run.spec), 0) * run.spec.rank * (_COPIES + has_gradient)
 
     def _set_bytes(self, run: Run, size: int) -> None:

@@ -1,8 +1,8 @@
-"""What an earlier process knew, from its journal and its snapshots of the runs.
+"""Restores what an earlier process knew, from its journal and its run snapshots.
 
-Every run that had not ended takes requests again, but those of whose order something is missing: they are lost. What
-was accepted and has no outcome is queued again; what was computed behind a run's snapshot is to be computed again, in
-the same calls; results that were known can be fetched.
+Every run that had not ended accepts requests again, except those with gaps in their order, which are lost. What was
+accepted and has no outcome is queued again; what was computed after a run's snapshot is computed again, in the same
+calls; known results can be fetched.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Found:
 
     Attributes:
         runs: those that have not ended.
-        accepted: by request id, the first time that it is there whole.
+        accepted: by request id, the first complete record of each.
         outcomes: by request id.
         calls: request ids of what was computed together, in order.
         ended: runs that have.
-        lost: runs that an earlier process could not bring back.
+        lost: runs that an earlier process could not recover.
         is_damaged: records may be missing.
     """
 
@@ -87,14 +87,14 @@ class Found:
                 self.lost[run.run_id] = run
 
     def may_have_changed(self, request_id: str) -> bool:
-        """Whether a request with this outcome can have changed its run."""
+        """Whether a request with this outcome may have changed its run."""
         outcome = self.outcomes.get(request_id)
         return outcome is not None and outcome.kind != m.Failure.__name__  # a `StepRefused` has
 
 
 @dataclass(frozen=True, eq=False)
 class Restore:
-    """Where it all goes. Called on the event loop of these, before anything else is asked of them."""
+    """Restores into these parts. Called on their event loop, before they get any request."""
 
     live: LiveRuns
     scheduler: Scheduler
@@ -102,7 +102,7 @@ class Restore:
     files: RunFiles
 
     async def apply(self, found: Found, loss_of: LossOf) -> list[tuple[Job, ...]]:
-        """Returns the calls that are to be made again, in order.
+        """Returns the calls to make again, in order.
 
         Args:
             loss_of: the custom loss of a pass, if it names one.
@@ -120,7 +120,7 @@ class Restore:
         for record in found.accepted.values():
             run, outcome = runs.get(record.run_id or ""), found.outcomes.get(record.request_id)
             if record.run_id is None and outcome is None:
-                continue  # it is begun again by who knows its session
+                continue  # `service.restore`, which knows its session, begins it again
             session_id = run.session_id if run is not None else ""
             self.futures.create(record.request_id, record.tenant, session_id, run, record.tokens)
             if outcome is not None:
@@ -136,7 +136,7 @@ class Restore:
         return list(in_order(found.calls, again))
 
     def _stored(self, run_id: str) -> int | None:
-        """The newest snapshot of a run that can be gone on from."""
+        """The run's newest usable snapshot."""
         numbers = self.files.numbers(run_id)
         while len(numbers) > 1 and not self.files.is_whole(run_id, numbers[-1]):
             # What the older one lacks is computed again, if it is known.
@@ -146,16 +146,16 @@ class Restore:
     def _tell_lost(
         self, found: Found, by_run: dict[str, dict[int, Accepted]], stored: dict[str, int | None]
     ) -> None:
-        """Take the runs out of `found` that can't go on."""
+        """Move the runs that can't go on out of `found`, to the lost ones."""
         lost = self.live.lost
         lost.update(found.lost)
         for run in list(found.runs.values()):
             accepted = by_run.get(run.run_id, {})
             number = stored[run.run_id]
             if not accepted and number is None:
-                del found.runs[run.run_id]  # nobody was told of it
+                del found.runs[run.run_id]  # no client ever heard of it
                 continue
-            # What was written without its body was in a snapshot.
+            # A record without its body was in a snapshot.
             known = {seq_id for seq_id, record in accepted.items() if record.body or seq_id <= (number or 0)}
             known.update(found.rejected.get(run.run_id, ()))
             missing = _first_missing(accepted, known, number, found)
@@ -165,7 +165,7 @@ class Restore:
         for run_id, accepted in by_run.items():
             some = next(iter(accepted.values()))
             is_unknown = run_id not in found.runs and run_id not in found.ended and run_id not in lost
-            # Of those that end it is always written later than what they did.
+            # The end of a run is always written after what the run did.
             if is_unknown and any(record.body for record in accepted.values()):
                 reason = _HOLE.format(run_id, "its beginning is missing")
                 lost[run_id] = LostRun(run_id, some.tenant, reason)
@@ -177,10 +177,10 @@ class Restore:
     async def _apply_run(
         self, run: Run, accepted: dict[int, Accepted], found: Found, loss_of: LossOf
     ) -> deque[Job]:
-        """Bring back one run; returns what is to be done again before anything else is done of it, in order.
+        """Restore one run; returns the jobs to do before anything else on it, in order.
 
-        That is what was computed behind its snapshot, and what had no outcome though later requests had one: saves are
-        written in the background, and while a disk is full outcomes aren't written.
+        These are what was computed after its snapshot, and what had no outcome though later requests had one: saves are
+        written in the background, and while a disk is full no outcomes are written.
         """
         again: deque[Job] = deque()
         stored, last = run.snapshot.stored or 0, run.queue.next_id - 1
@@ -210,11 +210,11 @@ class Restore:
 
 
 def _make_run(begun: Begun, accepted: dict[int, Accepted], found: Found, stored: int | None) -> Run:
-    """The run behind the last of its requests that had an outcome, or that its snapshot has."""
+    """The run after the last of its requests that has an outcome, or that its snapshot includes."""
     done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
-    # Without an outcome of any request its adapter was not made, or is made once more.
+    # If no request has an outcome, its adapter was never made, or is made again.
     last = max([*done, stored or 0]) if done or stored is not None else -1
-    # Earlier versions noted the model as their configuration spelled it.
+    # Earlier versions recorded the model as their configuration spelled it.
     base_model, queue = plain_name(begun.base_model), RunQueue(last + 1)
     run = Run(begun.run_id, begun.tenant, begun.session_id, base_model, begun.spec, queue)
     if last >= 0:
@@ -223,7 +223,7 @@ def _make_run(begun: Begun, accepted: dict[int, Accepted], found: Found, stored:
 
 
 async def _computed(run: Run, record: Accepted, loss_of: LossOf) -> list[Job]:
-    """What of a request whose outcome is known is to be computed again: nothing, or the job."""
+    """What has to be computed again of a request with a known outcome: nothing, or the job."""
     if record.kind is m.LoadWeightsRequest:
         run.state, run.lost = RunState.LOST, _LOST
     if record.kind not in (m.OptimStepRequest, m.ForwardBackwardRequest):
@@ -242,10 +242,10 @@ async def _job(run: Run, record: Accepted, loss_of: LossOf) -> Job:
 def _first_missing(
     accepted: dict[int, Accepted], known: set[int], stored: int | None, found: Found
 ) -> int | None:
-    """The first request of a run that it had behind its snapshot, and of which nothing is known.
+    """The first request after a run's snapshot of which nothing is known, although it must have existed.
 
-    What was done was done in order, so nothing before it may be missing. What comes behind may be late; but not where
-    records are missing: then its client may have been told that it was accepted.
+    Jobs are done in order, so nothing before the last done one may be missing. What comes after it may simply not have
+    arrived; but if records are missing, its client may have been told that it was accepted.
     """
     done = [seq_id for seq_id, record in accepted.items() if record.request_id in found.outcomes]
     last = max(known if found.is_damaged else done, default=-1)
@@ -254,7 +254,7 @@ def _first_missing(
 
 
 def _outcome_of(record: Accepted) -> Outcome:
-    """Of a request that the run's snapshot has, whose outcome was not written any more."""
+    """The outcome of a request that the run's snapshot includes, but whose own was never written."""
     if record.kind is m.CreateModelRequest:
         return m.CreateModelResponse(model_id=record.run_id or "")
     if record.kind is m.LoadWeightsRequest and record.body is not None:
@@ -265,10 +265,10 @@ def _outcome_of(record: Accepted) -> Outcome:
 
 
 def in_order(calls: Iterable[list[str]], again: dict[Run, deque[Job]]) -> Iterable[tuple[Job, ...]]:
-    """The calls that are to be made again, each with those of its jobs that are.
+    """The calls to make again, each with those of its jobs that are to be done again.
 
-    The journal has calls in the order in which their outcomes were written. That of a run is its jobs' own: where one
-    was written late, or not at all, the job goes alone before those that it went before.
+    The journal has calls in the order in which their outcomes were written. A run's jobs keep their own order: one
+    whose outcome was written late, or not at all, is done alone before those it preceded.
 
     Args:
         calls: request ids of what was computed together.

@@ -1,4 +1,4 @@
-"""Which adapters are resident in the sampler: brought in when asked for, the least recently used ones go."""
+"""Which adapters are resident in the sampler: loaded when they are used, least recently used ones evicted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Resident:
 class SamplerAdapters:
     """A cache in front of the sampler. Single-threaded: called on one event loop.
 
-    An adapter in use is never evicted, so for a moment there may be more than `capacity`.
+    Adapters in use are never evicted, so there may be more than `capacity` for a moment.
     """
 
     def __init__(self, worker: WorkerPort, capacity: int) -> None:
@@ -45,7 +45,7 @@ class SamplerAdapters:
             await self._unpin(key, adapter)
 
     async def publish(self, run_id: str, key: str) -> None:
-        """Hand over a run's adapter in memory. It stays until `release`, and then while there's room."""
+        """Hand over a run's adapter in memory. It stays until `release`, and after that while there is room."""
         adapter = self._pin(key)
         try:
             async with adapter.lock:
@@ -60,7 +60,7 @@ class SamplerAdapters:
         await self._unpin(key, self._adapters[key])
 
     def forget_all(self) -> None:
-        """The sampler has begun anew, without adapters: each is read when it is next used."""
+        """The sampler was restarted without adapters: each is read when it is next used."""
         for key, adapter in list(self._adapters.items()):
             adapter.loaded = False
             self._forget_if_gone(key, adapter)
@@ -79,7 +79,7 @@ class SamplerAdapters:
             await self._evict(old, candidate)
 
     async def _evict(self, key: str, adapter: _Resident) -> None:
-        async with adapter.lock:  # who asks for it meanwhile waits, and then brings it back
+        async with adapter.lock:  # a user that arrives meanwhile waits, then loads it again
             if adapter.users == 0 and adapter.loaded:
                 adapter.loaded = False
                 with contextlib.suppress(WorkerLost):  # then it has gone with the sampler

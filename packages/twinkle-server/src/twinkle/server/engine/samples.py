@@ -1,6 +1,6 @@
-"""Runs samples: each brings its adapter into the sampler, generates, and completes its future.
+"""Runs samples: loads each one's adapter into the sampler, generates, and completes its future.
 
-Samples have no order between them; the sampling engine batches those of all tenants and is fair between them.
+Samples have no order among them; the sampling engine batches those of all tenants and is fair between tenants.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from twinkle.server.store.ledger import Ledger
 
 log = logging.getLogger("twinkle.server")
 
-# How many accepted samples are remembered for retries of the same (sampling session, seq_id).
+# How many accepted samples are remembered, to recognize retries by (sampling session, seq_id).
 MAX_REMEMBERED = 65_536
 
 # The sequence ids of the n-th client that joined a sampling session begin at n times this.
@@ -62,7 +62,7 @@ class _Sample:
 
 
 class SampleRunner:
-    """Accepts samples and sees each through. Single-threaded: called on one event loop."""
+    """Accepts samples and runs each to its end. Single-threaded: called on one event loop."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class SampleRunner:
     ) -> None:
         """
         Args:
-            tokens: charged for sampled tokens.
+            tokens: rate limit charged for sampled tokens.
         """
         self._futures = futures
         self._worker = worker
@@ -89,14 +89,14 @@ class SampleRunner:
         self._accepted: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._samples: dict[str, _Sample] = {}  # by request id
         self._paused: set[str] = set()  # sessions
-        # The event loop itself keeps no task alive.
+        # The event loop holds only weak references to tasks.
         self._stopping: set[asyncio.Task[bool] | asyncio.Task[None]] = set()
 
     def first_of(self, request: m.SampleRequest, digest: bytes) -> m.Promise | None:
-        """The promise of the first request that had this one's (sampling session, seq_id), if there was one.
+        """The promise of the first request with the same (sampling session, seq_id), if there was one.
 
         Raises:
-            Conflict: if that one asked for something else.
+            Conflict: if that one had other content.
         """
         first = self._accepted.get((request.sampling_session_id, request.seq_id))
         if first is None:
@@ -117,10 +117,10 @@ class SampleRunner:
         digest: bytes,
         targets: TensorData | SparseTensor | None = None,
     ) -> m.Promise:
-        """Begin a sample whose future there is.
+        """Begin a sample whose future exists.
 
         Args:
-            digest: of the request; empty if it is never sent again.
+            digest: of the request; empty if it is never retried.
             targets: see `_Sample`.
         """
         self._remember(request, request_id, digest)
@@ -151,7 +151,7 @@ class SampleRunner:
         digest: bytes,
         outcome: Encoded,
     ) -> m.Promise:
-        """A sample that an earlier process has drawn."""
+        """Restore a sample that an earlier process has drawn."""
         self._remember(request, request_id, digest)
         self._note_end(sampler, request, request_id, is_failure=outcome.kind == m.Failure.__name__)
         return _promise(request_id, request)
@@ -169,7 +169,7 @@ class SampleRunner:
         self._completions.add(target, m.Completion(state=state, request_id=request_id))
 
     def cancel(self, tenant: str, request_id: str) -> None:
-        """Stop a sample that nobody waits for; one that has ended, is unknown or another's is left as it is."""
+        """Stop a sample that nobody waits for; one that has ended, is unknown or another tenant's is left as it is."""
         sample = self._samples.get(request_id)
         if sample is not None and sample.sampler.tenant == tenant:
             self._end(sample, m.Failure(error="the sample was cancelled by its client", category="user"))
@@ -183,14 +183,14 @@ class SampleRunner:
             self._stop(sample.request_id, sample.task)
 
     def _stop(self, request_id: str, task: asyncio.Task[bool]) -> None:
-        """Draw no more of a sample."""
+        """Stop drawing a sample."""
         task.cancel()
         for stopping in (task, asyncio.create_task(self._worker.cancel(request_id))):
             self._stopping.add(stopping)
             stopping.add_done_callback(self._stopping.discard)
 
     def cancel_all(self, session_id: str) -> None:
-        """Stop all samples of a session: nobody is left to wait for them."""
+        """Stop all samples of a session: nobody waits for them any more."""
         self._paused.discard(session_id)
         for sample in self._of(session_id):
             self.cancel(sample.sampler.tenant, sample.request_id)
@@ -201,11 +201,11 @@ class SampleRunner:
     # ------------------------------------------------------------ clients that are away
 
     def sessions(self) -> set[str]:
-        """Those with samples that have not ended."""
+        """The sessions with samples that have not ended."""
         return {sample.sampler.session_id for sample in self._samples.values()}
 
     def pause(self, session_id: str) -> None:
-        """Stop a session's samples; they are still promised, and `resume` draws them from their beginnings."""
+        """Stop a session's samples; they are still promised, and `resume` draws them from the beginning."""
         drawn = [
             (one, one.task) for one in self._of(session_id) if one.task is not None and not one.task.done()
         ]
@@ -217,7 +217,7 @@ class SampleRunner:
             log.info("%d samples of session %s stopped: its client is gone", len(drawn), session_id)
 
     def resume(self, session_id: str) -> None:
-        """Draw a session's samples that were paused."""
+        """Draw a session's paused samples."""
         if session_id not in self._paused:
             return
         self._paused.remove(session_id)
@@ -226,21 +226,21 @@ class SampleRunner:
                 self._start(sample)
 
     def give_up(self, session_id: str) -> None:
-        """The samples that were paused fail: their client has been away for too long."""
+        """Fail a session's paused samples: their client has been away for too long."""
         self._paused.discard(session_id)
         for sample in self._of(session_id):
             if sample.task is None:
                 self._end(sample, m.Failure(error=_AWAY, category="server"))
 
     async def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel all running samples."""
         tasks = [sample.task for sample in self._samples.values() if sample.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._stopping, return_exceptions=True)
 
     async def _run(self, sample: _Sample) -> bool:
-        """Draw a sample and complete its future; returns whether that went well."""
+        """Draw a sample and complete its future; returns whether it succeeded."""
         try:
             response = await self._generate_or_again(sample)
             self._futures.complete(sample.request_id, await self._futures.encoded(response))
@@ -262,9 +262,9 @@ class SampleRunner:
         self._tokens.charge(sampler.tenant, tokens)
 
     async def _generate_or_again(self, sample: _Sample) -> SampleResponse:
-        """A sample changes nothing, so one that was lost with its process is drawn again, and its client never knows.
+        """Draw a sample, once more if the worker was lost: samples change nothing, and the client never notices.
 
-        Once: it may be what ended the process.
+        Only once: the sample itself may be what ended the process.
         """
         try:
             return await self._generate(sample)
@@ -277,9 +277,9 @@ class SampleRunner:
         if sampler.model_path is None:
             response = await self._worker.generate(_generate_request(sample, None))
         else:
-            # Before the adapter's place is held: the job that writes the checkpoint needs it.
+            # Before the adapter is held in place: the job that writes the checkpoint needs it.
             await self._checkpoints.arrived(sampler.model_path)
-            # A checkpoint that was overwritten since is another adapter than this sampler's.
+            # A checkpoint that was overwritten since is not this sampler's adapter.
             made = f"@{sampler.checkpoint_time}" if sampler.checkpoint_time else ""
             key = f"{sampler.model_path}{made}"
             async with self._sampler_adapters.use(key, lambda: self._read(sampler)) as adapter_id:
@@ -321,7 +321,7 @@ def _dense(targets: TensorData | SparseTensor) -> Int64Array:
 
 
 def _in_layout_of(targets: SparseTensor, response: SampleResponse) -> SampleResponse:
-    """The log-probabilities of the listed tokens alone, in the order of the list."""
+    """The log-probabilities of the listed tokens alone, in the list's order."""
     assert isinstance(response.target_prompt_logprobs, TensorData), "engines answer with dense tensors"
     values = response.target_prompt_logprobs.array[targets.row_indices(), targets.col_indices]
     return replace(response, target_prompt_logprobs=replace(targets, values=values))

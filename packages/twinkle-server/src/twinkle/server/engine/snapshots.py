@@ -1,8 +1,8 @@
-"""Snapshots of live runs, taken between calls: what each can go on from when its adapter is no longer on the worker.
+"""Snapshots of live runs, taken between calls: what a run is restored from once its adapter has left the worker.
 
-A snapshot is the whole state behind one of the run's requests, moments and gradient included. One is taken some seconds
+A snapshot is the whole state after one of the run's requests, moments and gradient included. It is taken some seconds
 after a run has changed, and written in the background; what was computed since is `Run.unsaved`, and is computed again
-if the snapshots are all there is. Putting one onto the worker is `residency`'s business.
+if only the snapshots are left. `residency` restores snapshots to the worker.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.engine")
 
-# Snapshots that may wait in memory for the disk: beyond these the engine waits for it, so that memory doesn't run out.
+# Snapshots that may wait in memory for the disk; beyond that the engine waits, so that memory doesn't run out.
 _MAX_HELD = 8
-# Taking snapshots stops the engine: at most this share of its time.
+# Taking snapshots stops the engine: at most for this share of its time.
 _MAX_SHARE = 0.02
-# ... but one that took long for once (a process that was stopped) must not leave runs without snapshots.
+# ... but one that took unusually long (the process was stopped) must not leave runs without snapshots.
 _LONGEST_SECONDS = 60.0
-# A run that has changed so much since its snapshot gets one at once, which bounds what has to be computed again.
+# A run that changed this much since its snapshot gets one at once, which bounds what has to be computed again.
 _MAX_JOBS, _MAX_TOKENS = 512, 2**20
-# After a write has failed the disk is left alone for so long.
+# After a failed write the disk is left alone for this long.
 _RETRY_SECONDS = 10.0
 
 
@@ -41,7 +41,7 @@ class Snapshots:
 
     Attributes:
         files: None keeps no snapshots.
-        seconds: how long after a change a snapshot is taken; None takes none but those that are asked for.
+        seconds: how long after a change a snapshot is taken; None takes only those that are asked for.
     """
 
     worker: WorkerPort
@@ -57,17 +57,17 @@ class Snapshots:
     # ------------------------------------------------------------ what happened to a run
 
     def computed(self, passes: Sequence[Job], steps: Sequence[Job] = ()) -> None:
-        """Passes and the steps behind them, computed in one call, have changed their runs' states."""
+        """Passes and the steps after them, computed in one call, have changed their runs' states."""
         if self.files is None:
             return
         self._calls += 1
         for place, job in enumerate((*passes, *steps)):
             run, snapshot = job.run, job.run.snapshot
-            # A step that was refused has dropped its gradient too.
+            # A refused step has dropped its gradient too.
             run.changed, run.has_gradient = job.seq_id, place < len(passes)
             snapshot.jobs_since += 1
             snapshot.tokens_since += job.tokens
-            if self.seconds is not None:  # else nothing can be lost
+            if self.seconds is not None:  # otherwise nothing can be lost
                 run.unsaved.append((self._calls, place, job))
                 self._unsaved.add(run)
                 self._set_due(run)
@@ -89,15 +89,15 @@ class Snapshots:
             await self.written(job.run)
 
     def worker_lost(self, run: Run) -> None:
-        """The run's adapter is gone: its state is that of its snapshot."""
+        """The run's adapter is gone: its state is its snapshot's."""
         run.changed = run.snapshot.number
         run.snapshot.jobs_since = run.snapshot.tokens_since = 0
         self._due.pop(run, None)
 
     def take_unsaved(self) -> list[tuple[Job, ...]]:
-        """What was computed since the runs' snapshots, call by call in order; nothing of it is left.
+        """Take out what was computed since the runs' snapshots, call by call in order.
 
-        The same jobs in the same calls give the same numbers, to the bit where all of a call's runs take part again.
+        The same jobs in the same calls give the same numbers, bit for bit if all runs of a call take part again.
         """
         found = [item for run in self._unsaved for item in run.unsaved]
         for run in self._unsaved:
@@ -107,7 +107,7 @@ class Snapshots:
         return [tuple(job for _, _, job in call) for _, call in groupby(found, key=lambda item: item[0])]
 
     def drop(self, run: Run) -> None:
-        """The run has ended or is lost: nothing of it is computed again. Once it has ended its snapshots go too."""
+        """The run has ended or is lost: nothing of it is computed again. If it has ended, its snapshots go too."""
         self._due.pop(run, None)
         run.unsaved.clear()
         self._unsaved.discard(run)
@@ -125,11 +125,11 @@ class Snapshots:
     # ------------------------------------------------------------ taking
 
     def seconds_until_due(self) -> float | None:
-        """How long until `take_due` has something to do; None if nothing will be."""
+        """Seconds until `take_due` has something to do; None if nothing is due."""
         return max(0.0, min(self._due.values()) - self.clock()) if self._due else None
 
     async def take_due(self) -> None:
-        """Take the snapshots whose time has come.
+        """Take the snapshots that are due.
 
         Raises:
             WorkerLost: as the worker.
@@ -145,13 +145,12 @@ class Snapshots:
                 self._due[run] = self.clock() + _RETRY_SECONDS
 
     def hurry(self, run: Run) -> None:
-        """A snapshot of the run is wanted as soon as can be, if it has changed since the last."""
+        """Take a snapshot of the run as soon as possible, if it has changed since the last."""
         if self.seconds is not None and run.is_ahead_of_snapshot:
             self._due[run] = self.clock()
 
     async def take(self, run: Run) -> None:
-        """Take a snapshot of a run that is on the worker, if it has changed since its last one; it is written in the
-        background.
+        """Take a snapshot of a resident run, if it has changed since its last one; it is written in the background.
 
         Raises:
             Exception: what the worker raises.
@@ -170,12 +169,12 @@ class Snapshots:
         self._hold(run, state)
 
     async def _wait_for_disk(self) -> None:
-        """Until there is room in memory for one more snapshot."""
+        """Wait until there is room in memory for one more snapshot."""
         while len(self._held) >= _MAX_HELD and self._writing:
             await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
 
     def _hold(self, run: Run, state: AdapterState) -> None:
-        """`state` is all there is to the run now."""
+        """Make `state` the run's newest snapshot."""
         self._due.pop(run, None)
         self._forget_unsaved(run, run.changed)
         run.snapshot.jobs_since = run.snapshot.tokens_since = 0
@@ -187,7 +186,7 @@ class Snapshots:
     # ------------------------------------------------------------ writing
 
     def _write_behind(self, run: Run, files: RunFiles) -> None:
-        """Write what is held, or delete everything if the run has ended; work on one run never overlaps."""
+        """Write what is held, or delete everything if the run has ended; one run's writes never overlap."""
         if run.snapshot.writing is None:
             task = run.snapshot.writing = asyncio.create_task(self._write(run, files))
             self._writing.add(task)
@@ -198,11 +197,11 @@ class Snapshots:
         try:
             while (held := snapshot.held) is not None and not run.has_ended:
                 number, state = held
-                # A snapshot says that everything before it is done, so the run's checkpoints come first.
+                # A snapshot implies that everything before it is done, so the run's checkpoints are written first.
                 await run.settled()
                 await asyncio.to_thread(files.write, run.run_id, number, state)
                 snapshot.stored = number
-                if snapshot.held is held:  # else a newer one has come meanwhile
+                if snapshot.held is held:  # otherwise there is a newer one by now
                     snapshot.held = None
                 await asyncio.to_thread(files.delete_older, run.run_id, number)
         except Exception as error:  # it stays in memory, where it can be used
@@ -218,7 +217,7 @@ class Snapshots:
             self._held.discard(run)
 
     async def written(self, run: Run) -> bool:
-        """Wait until what is held of a run is on disk; False if it couldn't be written."""
+        """Wait until a run's held snapshot is on disk; returns False if it couldn't be written."""
         if run.snapshot.held is not None and self.files is not None:
             self._write_behind(run, self.files)
         while run.snapshot.writing is not None:
@@ -226,15 +225,15 @@ class Snapshots:
         return run.snapshot.held is None
 
     async def close(self, runs: Iterable[Run] = ()) -> None:
-        """Wait until all that is being written is written.
+        """Wait until everything is written.
 
         Args:
-            runs: a snapshot of each that has changed is taken before.
+            runs: first, a snapshot is taken of each that has changed.
         """
         for run in runs:
             try:
                 await self.take(run)
-            except Exception as error:  # what it lacks is computed again
+            except Exception as error:  # what is missing is computed again
                 log.warning("no last snapshot of run %s could be taken: %s", run.run_id, error)
         while self._writing:
             await asyncio.wait(set(self._writing))
@@ -242,7 +241,7 @@ class Snapshots:
     # ------------------------------------------------------------ reading
 
     async def read(self, run: Run) -> AdapterState | None:
-        """The run's snapshot; None if it is a new adapter still.
+        """The run's snapshot; None if it is still a new adapter.
 
         Raises:
             ServerFault: if it can't be read.

@@ -1,4 +1,4 @@
-"""Proves that a worker works before anyone is told that it is ready."""
+"""Proves that a worker works before it is reported ready."""
 
 import time
 
@@ -11,15 +11,15 @@ from twinkle.server.samplers.protocol import GenerateRequest
 
 
 async def warm_up(worker: WorkerPort) -> float:
-    """Training passes, an optimizer step and a sampled token, on an adapter that is then gone.
+    """Run training passes, an optimizer step and a sampled token on a temporary adapter.
 
     Returns:
-        How long a pass takes in which there is next to nothing to compute, in seconds.
+        How long a pass with next to nothing to compute takes, in seconds.
 
     Raises:
         Exception: whatever went wrong.
     """
-    # Not 0: that may be padding, with an embedding of zeros, and from there no finite gradient comes back.
+    # Not 0: that may be padding, whose embedding is zeros, and then no finite gradient comes back.
     tokens = np.array([1, 2], np.int64)
     row = Row(
         "warm-up", tokens, "cross_entropy", {"target_tokens": tokens, "weights": np.ones(2, np.float32)}

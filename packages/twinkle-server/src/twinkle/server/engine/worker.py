@@ -1,7 +1,7 @@
-"""A base model as the engine sees it: `WorkerPort`, every call that is made to it, and `LocalWorker`, which makes them.
+"""A base model as the engine sees it: `WorkerPort`, all calls to it, and `LocalWorker`, which carries them out.
 
-`LocalWorker` holds the two halves of a base model in this process, a training backend and a sampling engine. Where the
-model has processes of its own, each of them has a `LocalWorker`, and `serve.ranks` is the engine's worker.
+`LocalWorker` holds both halves of a base model in this process, a training backend and a sampling engine. If the model
+has processes of its own, each of them has a `LocalWorker`, and the engine's worker is `serve.ranks`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from twinkle.server.samplers.protocol import GenerateRequest, SamplingEngine
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Results of a pass, and outcomes of the optimizer steps after it. None if they raised: the engine then calls
-# `optim_step` by itself, which makes them or raises.
+# Results of a pass, and outcomes of the optimizer steps after it; None if the steps raised: the engine then calls
+# `optim_step` separately, which makes them or raises.
 Trained: TypeAlias = tuple[list[list[RowResult]], list[StepOutcome] | None]
 
 
@@ -52,8 +52,8 @@ class WorkerLost(ServerFault):
 class WorkerPort(Protocol):
     """A base model's process, or group of processes.
 
-    The verbs are those of `TrainingBackend` and `SamplingEngine`, where they are described. They raise what the backend
-    or engine raised, or `WorkerLost`. `serve.ranks.RankGroup` says which ranks run each of them.
+    The methods are those of `TrainingBackend` and `SamplingEngine`, and are described there. They raise what the
+    backend or engine raised, or `WorkerLost`. `serve.ranks.RankGroup` says which ranks run each of them.
     """
 
     @property
@@ -71,7 +71,7 @@ class WorkerPort(Protocol):
     async def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]: ...
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
-        """`forward_backward`, and right after it `optim_step`: one round trip instead of two.
+        """`forward_backward` followed by `optim_step`, in one round trip.
 
         Raises:
             Exception: what the pass raised; then no step was made.
@@ -99,11 +99,11 @@ class WorkerPort(Protocol):
         ...
 
     async def lost(self) -> WorkerLost:
-        """Why the worker is lost, as soon as it is."""
+        """Wait until the worker is lost; returns why."""
         ...
 
     async def available(self) -> None:
-        """Returns once calls are taken: at once unless the worker is lost.
+        """Wait until calls are accepted: no time unless the worker is lost.
 
         Raises:
             ServerFault: if a lost worker could not be restarted.
@@ -120,7 +120,7 @@ class WorkerPort(Protocol):
         ...
 
     def give_up(self) -> None:
-        """A lost worker is not restarted any more: who waits for it is told."""
+        """A lost worker will not be restarted: callers that wait for it get the error."""
         ...
 
     async def close(self) -> None: ...
@@ -129,7 +129,7 @@ class WorkerPort(Protocol):
 class LocalWorker:
     """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread.
 
-    It is never lost: it ends with its caller.
+    Never lost: it ends with its caller.
     """
 
     def __init__(self, backend: TrainingBackend, sampler: SamplingEngine | None) -> None:
@@ -151,7 +151,7 @@ class LocalWorker:
         return self._backend.loss_fns
 
     async def describe(self) -> tuple[BaseModelInfo, LossSpecs]:
-        """What the engine needs to know of a model in another process."""
+        """What the engine needs to know about a model in another process."""
         return self.info, self.loss_fns
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
@@ -184,7 +184,7 @@ class LocalWorker:
             raise error
 
     async def try_publish(self, adapter_id: str, sampler_adapter_id: str) -> Exception | None:
-        """`publish` on one rank: all take part in the export. Returns the sampler's error, which others don't have."""
+        """`publish` on one rank: all take part in the export. Returns the error of this rank's sampler, if any."""
         state = await self.export_adapter(adapter_id, with_optimizer=False)
         if self._sampler_or_none is None:
             return None
@@ -211,7 +211,7 @@ class LocalWorker:
         raise AssertionError("unreachable")
 
     async def available(self) -> None:
-        """At once."""
+        """Returns at once."""
 
     async def restart(self) -> None:
         raise AssertionError("a worker in this process is never lost")
@@ -242,7 +242,7 @@ def _pass_and_steps(
     try:
         return results, backend.optim_step(steps)
     except Exception:
-        # The pass stays done; the engine calls the steps by themselves, and gets the error there.
+        # The pass stays done; the engine calls the steps separately and gets the error there.
         return results, None
 
 

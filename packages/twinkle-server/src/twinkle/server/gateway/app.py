@@ -1,4 +1,4 @@
-"""The HTTP application: the list of its routes."""
+"""The HTTP application: its list of routes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from twinkle.server.keys import KeyRing
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.tokens import Signer
 
-# How many seconds' worth of requests a tenant may send at once, after a pause: a batch of samples, each with its poll.
+# How many seconds' worth of requests a tenant may send in one burst: a batch of samples, each with its poll.
 _BURST = 10.0
 
 
@@ -38,9 +38,9 @@ def create_app(
     """The application in front of `service`.
 
     Args:
-        signer: the server's; tokens that it made are read here.
-        public_url: what addresses for downloads begin with; default: where the request was sent to.
-        keys: the valid ones; None is open mode, in which any will do.
+        signer: the server's; reads the tokens that it made.
+        public_url: prefix of download URLs; default: where the request was sent.
+        keys: the valid ones; None is open mode, in which any key is accepted.
     """
     authenticator = Authenticator(signer, _rate_of_requests(limits), keys)
     bodies = Bodies(limits)
@@ -97,7 +97,7 @@ async def _dynamic_config(_request: Request) -> Response:
 
 
 async def _telemetry(_request: Request) -> Response:
-    """Accepted and dropped: what users do is theirs."""
+    """Accepted and dropped: what users do is their own business."""
     return JSONResponse({"status": "accepted"})
 
 

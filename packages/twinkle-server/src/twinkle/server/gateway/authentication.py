@@ -1,4 +1,4 @@
-"""Who sends a request: the tenant behind its key, or behind a token that stands for one."""
+"""Whose request it is: the tenant of its key, or of a token that stands for one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Authenticator:
     def __init__(self, signer: Signer, requests: RateLimit, keys: KeyRing | None = None) -> None:
         """
         Args:
-            requests: how many are accepted.
-            keys: the valid ones. None is open mode: any key will do, and so will none.
+            requests: rate limit on requests.
+            keys: the valid ones. None is open mode: any key is accepted, and so is none.
         """
         self._signer = signer
         self._requests = requests
@@ -32,9 +32,9 @@ class Authenticator:
     async def tenant_of(self, request: Request) -> str:
         """
         Raises:
-            Unauthorized: for a key that is not accepted, or a token that is not valid (any more).
+            Unauthorized: if the key is not accepted, or the token is not valid (any more).
             Unavailable: if the keys can't be read.
-            LimitReached: for a request too many.
+            LimitReached: if the tenant sends too many requests.
         """
         credential = _credential(request)
         if self._keys is None:
@@ -83,7 +83,7 @@ class Authenticator:
 
     async def with_access(self, request: WithAccess) -> WithAccess:
         """The request with its `weights_access_token`, another tenant's key that opens a checkpoint, replaced by a
-        signed token, since the service knows no keys. A key that is not accepted opens nothing.
+        signed token, since the service doesn't see keys. A key that is not accepted opens nothing.
 
         Raises:
             Unavailable: as `tenant_of`.
@@ -101,7 +101,7 @@ class Authenticator:
         if not credential.startswith(JWT_PREFIX):
             return tenant_of_key(credential)
         grant = self._signer.read_key_token(credential)
-        # Made while keys were checked: that key can't be looked up any more, and may have been revoked.
+        # The token was made in keys mode: its key can't be looked up any more, and may have been revoked.
         if grant.key_id is not None:
             raise Unauthorized(
                 "X-API-Key: this token stands for a key, and this server takes no keys any more"

@@ -1,4 +1,4 @@
-"""Files for the holder of a signed address: one file as it is, or several in a tar."""
+"""Files for the holder of a signed URL: a single file, or several in a tar."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PART_BYTES = 4 * 2**20
 
 
 class Downloads:
-    """The download route itself, and the archive address that SDKs before 0.36 ask for."""
+    """The download route, and the archive URL that SDKs before 0.36 ask for."""
 
     def __init__(
         self, service: ServicePort, authenticator: Authenticator, signer: Signer, public_url: str | None
     ) -> None:
         """
         Args:
-            public_url: what addresses begin with; default: where the request was sent to.
+            public_url: prefix of the URLs; default: where the request was sent.
         """
         self._service = service
         self._authenticator = authenticator
@@ -42,7 +42,7 @@ class Downloads:
         ]
 
     def with_base(self, reply: m.ExternalWeightsUrls, request: Request) -> m.ExternalWeightsUrls:
-        """The reply with whole addresses."""
+        """The reply with absolute URLs."""
         base = (self._public_url or str(request.base_url)).rstrip("/") + PREFIX
         return reply.model_copy(update={"urls": {name: base + path for name, path in reply.urls.items()}})
 
@@ -87,14 +87,14 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 def archive_header(name: str, size: int) -> bytes:
-    """What stands before a file in a tar."""
+    """What precedes a file in a tar."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
 def archive_padding(size: int) -> bytes:
-    """What stands after it."""
+    """What follows it."""
     return bytes(-size % _BLOCK)
 
 

@@ -16,7 +16,7 @@ from twinkle.server.store import retry
 
 log = logging.getLogger("twinkle.gateway")
 
-# A checkpoint of a run by its name alone.
+# A run's checkpoint by its bare name.
 _BARE_NAME = re.compile(
     r"/training_runs/[^/]+/checkpoints/[^/]+(/(publish|ttl|archive|external_weights_urls))?/?$"
 )
@@ -30,9 +30,9 @@ def twinkle_error(error: TwinkleError) -> Response:
     headers: dict[str, str] | None = None
     if isinstance(error, TryLater):
         headers = {"Retry-After": f"{error.retry_after:g}"}
-    elif isinstance(error, Conflict):  # or the SDK would retry
+    elif isinstance(error, Conflict):  # otherwise the SDK would retry
         headers = {"X-Should-Retry": "false"}
-    elif isinstance(error, Unauthorized):  # has the SDK get a new token and retry
+    elif isinstance(error, Unauthorized):  # makes the SDK get a new token and retry
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     return _reply(error.status, error.message, error.category, headers)
 
@@ -53,7 +53,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _hung_up(_request: Request, _error: Exception) -> Response:
-    """For the access log: the client has disconnected, which is no error of the server."""
+    """For the access log: the client has disconnected, which is not the server's fault."""
     return Response(status_code=499)
 
 
@@ -68,7 +68,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def _loggable(request: Request) -> str:
-    """The path without a download's token, with which a reader of the log could fetch the file."""
+    """The path without a download's token, which would let a reader of the log fetch the file."""
     token = str(request.path_params.get("token", ""))
     return request.url.path.replace(token, "...") if token else request.url.path
 
@@ -87,4 +87,4 @@ HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
     ClientDisconnect: _hung_up,
     Exception: _unexpected,
 }
-"""For `Starlette(exception_handlers=...)`: replies to every error in one form."""
+"""For `Starlette(exception_handlers=...)`: all errors are answered in one form."""

@@ -1,4 +1,4 @@
-"""What all routes share of HTTP: request bodies within the limits of memory and time, and large replies."""
+"""HTTP shared by all routes: request bodies within limits of memory and time, and large replies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from twinkle.server.scheduling.threads import TenantThreads
 
 T = TypeVar("T")
 
-# The most that a request without tokens or tensors needs. Parsed JSON can take twenty times as much memory.
+# The largest request without tokens or tensors. Parsed JSON can take twenty times as much memory.
 MAX_PLAIN_BYTES = 2**20
-# The most values in lists and objects that a JSON body may have, and the most objects, which take most memory.
+# The most values in a JSON body's lists and objects, and the most objects, which take the most memory.
 _MAX_PLAIN_VALUES = 2**16
 _MAX_OBJECTS = 2**13
-# A sample may also list tokens to score at each position of its prompt; a token takes so many bytes of JSON.
+# A sample may also list tokens to score at each position of its prompt; each takes this many bytes of JSON.
 _MAX_TARGETS = 2**20
 _TOKEN_BYTES = 8
 
@@ -35,7 +35,7 @@ PART_BYTES = 2**19
 PART_SECONDS = 30.0
 BODY_SECONDS = 900.0
 
-# A tenant may hold so much even while the limit of all tenants together is reached.
+# A tenant may hold this much even while the limit for all tenants together is reached.
 SMALL_BYTES = 2**16
 _ROOM_SECONDS = 2.0
 
@@ -47,21 +47,21 @@ _DECODING_THREADS = 2
 class ByteBudget:
     """Bytes that tenants hold at once, each and all together. Single-threaded.
 
-    Where all together are at their limit, a tenant may still hold `SMALL_BYTES`: large bodies of others must not keep
-    out small ones.
+    While all together are at their limit, each tenant may still hold `SMALL_BYTES`: the large bodies of some must not
+    keep out the small ones of others.
     """
 
     def __init__(self, name: str, per_tenant: int | None, in_all: int | None) -> None:
         """
         Args:
-            name: the limit's name in the configuration; the limit of a single tenant ends in `_per_tenant`.
+            name: the limit's name in the configuration; that of a single tenant ends in `_per_tenant`.
         """
         self._name = name
         self._per_tenant = per_tenant
         self._in_all = in_all
         self._tenants: dict[str, int] = {}
         self.held = 0
-        """By all tenants."""
+        """Total over all tenants."""
 
     @property
     def most(self) -> float:
@@ -113,7 +113,7 @@ class Share:
     def check(self, amount: int) -> None:
         """
         Raises:
-            LimitReached: if there is no room for so many bytes.
+            LimitReached: if there is no room for `amount` bytes.
         """
         self._budget.check(self.tenant, amount)
 
@@ -134,12 +134,12 @@ class Share:
 
 
 class Bodies:
-    """Reads and decodes the bodies of a process. Called on one event loop."""
+    """Reads and decodes a process's request bodies. Called on one event loop."""
 
     def __init__(self, limits: LimitsSection) -> None:
         self._budget = ByteBudget("max_body_bytes", limits.max_body_bytes_per_tenant, limits.max_body_bytes)
         self.most = int(min(limits.max_request_bytes, self._budget.most))
-        """Bytes of the largest body that is ever accepted."""
+        """Size of the largest body ever accepted, in bytes."""
         self._threads = TenantThreads("bodies", _DECODING_THREADS, per_tenant=1)
 
     @property
@@ -155,7 +155,7 @@ class Bodies:
 
         Raises:
             TooLarge: before or after decompression.
-            LimitReached: if there is no room for it just now.
+            LimitReached: if there is no room for it now.
             InvalidRequest: if its compression is unknown.
             HTTPException: 408, if it arrives too slowly.
         """
@@ -173,7 +173,7 @@ class Bodies:
                 raise InvalidRequest(f"Content-Encoding: {other[:40]!r} is not known here; use zstd or none")
 
     async def decode(self, tenant: str, posted: Posted, max_context_length: int) -> tuple[m.Operation, bytes]:
-        """An operation and its digest: both take long for a large one, so they are made in one go.
+        """An operation and its digest, made in one go since both take long for a large one.
 
         Raises:
             InvalidRequest, TooLarge: if it can't be read, or is larger than such an operation needs.
@@ -184,7 +184,7 @@ class Bodies:
         return await self.do(tenant, size, lambda: _decode(posted, max_context_length))
 
     async def do(self, tenant: str, size: int, work: Callable[[], T]) -> T:
-        """The result of `work` on `size` bytes. Large ones are worked on in threads, one at a time for each tenant."""
+        """The result of `work` on `size` bytes. Large ones are worked on in threads, one at a time per tenant."""
         return work() if size <= INLINE_BYTES else await self._threads.run(tenant, work)
 
 
@@ -195,7 +195,7 @@ async def read_raw(request: Request, most: int, share: Share) -> bytes:
         if int(stated) > most:
             raise _too_large(most)
         share.check(int(stated))
-    received = bytearray()  # not a list of chunks: of a few bytes each they would take many times the memory
+    received = bytearray()  # not a list of chunks: of a few bytes each, they would take many times the memory
     end = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
         async with asyncio.timeout(PART_SECONDS) as deadline:
@@ -227,7 +227,7 @@ def _too_large(most: int) -> TooLarge:
 
 
 def most_bytes(request: type[m.Operation], max_context_length: int) -> int:
-    """The largest body that makes sense for such a request. (Passes have no bound but the server's limit.)"""
+    """The largest plausible body of such a request. (Passes are bounded only by the server's limit.)"""
     if request is m.ForwardBackwardRequest:
         return 2**62
     if request is m.SampleRequest:
@@ -243,7 +243,7 @@ def _decode(posted: Posted, max_context_length: int) -> tuple[m.Operation, bytes
 
 
 def check_json(body: bytes, request: type[object], max_context_length: int = 0) -> None:
-    """Check that a JSON body is small enough to be parsed: a few bytes of it can become objects of hundreds.
+    """Check that a JSON body is small enough to be parsed: a few of its bytes can become objects of hundreds.
 
     Raises:
         TooLarge: if it has more values, or more objects, than such a request needs.
@@ -261,13 +261,13 @@ def check_json(body: bytes, request: type[object], max_context_length: int = 0) 
 
 # ---------------------------------------------------------------- replies
 
-# How much of a reply is in a connection's buffer at most, beside the operating system's.
+# How much of a reply is in a connection's buffer at most, besides the operating system's.
 REPLY_PART_BYTES = 2**18
 
 
 class BytesReply(Response):
-    """A body that is sent in parts, each when the client has read the previous ones. So a large body that many clients
-    ask for, and don't read, is in memory once.
+    """A body sent in parts, each once the client has read the previous ones. So a large body that many clients ask
+    for, and don't read, is in memory once.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

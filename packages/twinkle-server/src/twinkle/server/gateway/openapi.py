@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document of the HTTP interface, made from the protocol's tables and the models that they name.
+"""The OpenAPI 3.1 document of the HTTP interface, made from the protocol's tables and the models they name.
 
-Owns how the tables are described to other tools. Which paths there are, and what they do, the tables say; the few
-routes that are in none are listed here.
+Describes the tables to other tools; which paths there are, and what they do, is up to the tables. The few routes that
+are in none are listed here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def document() -> Json:
 
 
 def _all_schemas() -> Defs:
-    """The models' JSON schemas by name; they are the same for reading and writing, or named apart."""
+    """The models' JSON schemas by name; a model's schemas for reading and writing are the same, or have two names."""
     requests = [*(endpoint.request for endpoint in OPERATIONS), *QUERIES]
     replies = [query.reply_type() for query in QUERIES]
     results = get_args(m.Result)
@@ -125,7 +125,7 @@ def _query(query: type[m.Query[Any]], defs: Defs) -> Json:
 
 
 def _parameter(name: str, place: str, schema: Json, *, required: bool) -> Json:
-    # Where there is nothing between the words there is no null: a parameter is there or not.
+    # Such a parameter is never null: it is there or not.
     choices = [choice for choice in schema.get("anyOf", []) if choice != {"type": "null"}]
     if choices:
         schema = (
@@ -142,7 +142,7 @@ def _parameter(name: str, place: str, schema: Json, *, required: bool) -> Json:
 def _heading(path: str, method: str, request: type[object] | None) -> Json:
     name = re.sub(r"\W+", "_", f"{method}{path}").strip("_")
     written = request.__doc__ if request is not None and request.__doc__ else ""
-    # A dataclass without words of its own is described by its signature.
+    # A dataclass without a docstring gets its signature as one.
     summary = " ".join(written.strip().partition("\n\n")[0].split())
     return {"operationId": name, **({"summary": summary} if summary else {})}
 
@@ -152,7 +152,7 @@ def _reply(description: str, *schemas: Json) -> Json:
     return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
-# ---------------------------------------------------------------- beside the tables
+# ---------------------------------------------------------------- not in the tables
 
 
 def _beside_the_tables() -> Iterable[tuple[str, str, Json]]:

@@ -1,7 +1,7 @@
-"""Operations over HTTP: bodies are decoded and submitted, and their results encoded.
+"""Operations over HTTP: decodes and submits their bodies, and encodes their results.
 
-`POST /operations` takes several and waits for their results. Each operation's own path answers with a promise, whose
-result `POST /retrieve_future` waits for.
+`POST /operations` takes several and waits for their results. Each operation's own path answers with a promise;
+`POST /retrieve_future` waits for its result.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from twinkle.server.gateway.http import Bodies, BytesReply, check_json, most_byt
 from twinkle.server.gateway.port import ServicePort
 from twinkle.server.scheduling.futures import Fetched
 
-# Clients give up a long poll after 45 s, and ask again at once when it ends without a result.
+# Clients give up a long poll after 45 s, and poll again at once if it ends without a result.
 LONG_POLL_SECONDS = 25.0
-# Whether the client has hung up is not watched at first: most results are there sooner, and watching costs two tasks.
+# Disconnects are not watched for at first: most results are there sooner, and watching costs two tasks.
 _UNWATCHED_SECONDS = 1.0
 
-# Larger results are announced first to clients that ask for it, and not sent with the reply to several operations: a
-# reply to a poll shares its bytes with all who ask for them, and is fetched when there is room for it.
+# Larger results are first announced to clients that ask for that, and not sent in the reply to several operations: a
+# poll's reply shares its bytes with all that ask for them, and is fetched when there is room for it.
 INLINE_BYTES = 2**20
 
-# Results larger than this, in protobuf, are not written as JSON: Python makes thirty times as much of them on the way.
+# Results larger than this, in protobuf, are not written as JSON: Python takes thirty times their size to do so.
 MAX_JSON_BYTES = 8 * 2**20
 
 
@@ -52,7 +52,7 @@ class Operations:
         self._context_length: int | None = None
 
     def routes(self) -> list[Route]:
-        # Routes are tried in order: what a training loop asks for comes first.
+        # Routes are tried in order: those of a training loop first.
         handlers = {operations.PATH: self._post_together, "/retrieve_future": self._retrieve_future}
         for endpoint in OPERATIONS:
             handlers[endpoint.path] = functools.partial(self._post, endpoint)
@@ -72,7 +72,7 @@ class Operations:
         accepted: list[m.Promise | TwinkleError] = []
         with self._bodies.share(tenant) as share:
             body = await self._bodies.read(request, share, self._bodies.most)
-            for posted in operations.decode_request(body):  # one after the other: that is their order
+            for posted in operations.decode_request(body):  # sequentially, since that is their order
                 try:
                     accepted.append(await self._submit(tenant, posted))
                 except TwinkleError as error:
@@ -98,7 +98,7 @@ class Operations:
     async def _submit(self, tenant: str, posted: Posted) -> m.Promise:
         """
         Raises:
-            TwinkleError: what the service says, or why it can't be read.
+            TwinkleError: the service's, or why the body can't be read.
         """
         context = await self._context_of(posted.endpoint)
         try:
@@ -111,8 +111,8 @@ class Operations:
         return await self._service.submit(tenant, operation, posted.body, digest)
 
     async def _consume_seq_id(self, tenant: str, posted: Posted) -> None:
-        """An unreadable request on a run still takes its place in the run's order: its client goes on to the next
-        `seq_id`, which would wait for this one for ever.
+        """Let an unreadable request on a run take its place in the run's order: the client goes on to the next
+        `seq_id`, which would otherwise wait for this one forever.
         """
         if posted.endpoint.request not in get_args(m.Ordered):
             return
@@ -126,7 +126,7 @@ class Operations:
                 await self._service.submit(tenant, refused)
 
     async def _context_of(self, endpoint: Endpoint) -> int:
-        """The model's context length, where it bounds the body."""
+        """The model's context length, if it bounds the body."""
         if endpoint.request is not m.SampleRequest:
             return 0
         if self._context_length is None:
@@ -154,7 +154,7 @@ class Operations:
     async def _wait(
         self, tenant: str, request: Request, request_ids: Sequence[str], most_bytes: int | None
     ) -> list[Fetched]:
-        """As `ServicePort.fetch`, for as long as a long poll takes and the client of `request` is connected."""
+        """As `ServicePort.fetch`, for the length of a long poll and while the client of `request` is connected."""
         outcomes = await self._service.fetch(tenant, request_ids, _UNWATCHED_SECONDS, most_bytes)
         waiting = [outcome.request_id for outcome in outcomes if isinstance(outcome, m.TryAgain)]
         if not waiting:
@@ -166,7 +166,7 @@ class Operations:
     async def _as_json(self, tenant: str, result: Encoded) -> bytes:
         """
         Raises:
-            InvalidRequest: for a result that would take too much memory on its way into JSON.
+            InvalidRequest: if the result would take too much memory to write as JSON.
         """
         if len(result.body) > MAX_JSON_BYTES:
             raise InvalidRequest(
@@ -182,7 +182,7 @@ def _encode(outcome: Encoded | m.TryAgain | m.CompleteMetadata) -> tuple[int, st
     """Status, content type and body."""
     if isinstance(outcome, Encoded):
         return 200, codec.CONTENT_TYPES.get(outcome.kind, JSON), outcome.body
-    # The SDK takes 408 for "ask again" without a warning in the user's log.
+    # The SDK takes 408 as "ask again" without a warning in the user's log.
     return 408 if isinstance(outcome, m.TryAgain) else 200, JSON, codec.encode_json(outcome)
 
 
@@ -196,6 +196,6 @@ def _reply(request_id: str, outcome: Fetched | TwinkleError) -> Reply:
 
 
 def _wants_json(request: Request) -> bool:
-    """Whether the client reads JSON and no protobuf; one that says nothing of either reads both."""
+    """Whether the client accepts JSON and not protobuf; one that names neither accepts both."""
     accepted = request.headers.get("accept", "")
     return JSON in accepted and PROTOBUF not in accepted and "*/*" not in accepted

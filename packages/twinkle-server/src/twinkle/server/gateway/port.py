@@ -1,4 +1,4 @@
-"""What the gateway calls: the service, in this process or in another."""
+"""What the gateway calls: the service, in this process or another."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ from twinkle.server.tokens import Download
 
 
 class ServicePort(Protocol):
-    """All of them raise `TwinkleError`s as the service raised them."""
+    """All methods raise the service's `TwinkleError`s."""
 
     async def ready(self) -> None:
         """Raises `Unavailable` if it isn't."""

@@ -1,4 +1,4 @@
-"""Queries over HTTP: fields of path, query string and body make one, and its reply is sent at once."""
+"""Queries over HTTP: made from the fields of path, query string and body, and answered at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The interface of a sampling engine: adapters by id, requests in, futures out; how it batches them is its own affair.
+"""The interface of a sampling engine: adapters by id, requests in, futures out; how to batch them is up to the engine.
 
-Engines are found by entry points (group `twinkle.sampling_engines`). An engine runs in a thread (or process) of its
-own; its methods may be called from any thread and return at once.
+Engines are found by entry points (group `twinkle.sampling_engines`). An engine runs in its own thread (or process); its
+methods may be called from any thread and return at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ class GenerateRequest:
         tenant: waiting requests are served fairly between tenants.
         adapter_id: a resident adapter, or None for the base model.
         prompt: int64 [T], T >= 1.
-        prompt_logprobs: whether to return log-probabilities of the prompt's tokens too, of the plain distribution
-            (temperature 1); the first entry is None.
-        topk_prompt_logprobs, topk_sample_logprobs: how many likeliest tokens to list at each position.
-        prompt_logprobs_last_n: score only the last so many prompt tokens (and list their likeliest); None is all. The
-            entries before them are None.
-        target_tokens: int64 [T - 1, K]; row i is scored at prompt position i + 1, under the plain distribution, and -1
-            asks for nothing: the response's `target_prompt_logprobs` is dense float32 [T - 1, K], 0 there.
-        prompt_alt_tokens_k: so many tokens are drawn at each prompt position after the first, independently, at the
-            request's temperature (0: all are the likeliest) and from its seed; neither top_k nor top_p applies. Their
-            log-probabilities are of the plain distribution.
+        prompt_logprobs: whether to return the log-probabilities of the prompt's tokens too, under the plain
+            distribution (temperature 1); the first entry is None.
+        topk_prompt_logprobs, topk_sample_logprobs: how many of the likeliest tokens to list at each position.
+        prompt_logprobs_last_n: score only this many of the last prompt tokens (and list their likeliest); None: all.
+            The entries before them are None.
+        target_tokens: int64 [T - 1, K]; row i is scored at prompt position i + 1, under the plain distribution; -1
+            scores
+            nothing: the response's `target_prompt_logprobs` is dense float32 [T - 1, K], 0 there.
+        prompt_alt_tokens_k: how many tokens to draw at each prompt position after the first, independently, at the
+            request's temperature (0: all are the likeliest) and from its seed; top_k and top_p don't apply. Their
+            log-probabilities are those of the plain distribution.
         request_id: for `cancel`.
     """
 
@@ -54,7 +55,7 @@ class SamplingEngine(Protocol):
 
     @classmethod
     def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
-        """An engine for the base model of `config`, sharing its weights with `backend` where the two can."""
+        """An engine for the base model of `config`, sharing its weights with `backend` if possible."""
         ...
 
     def add_adapter(self, adapter_id: str, state: AdapterState) -> None:
@@ -62,23 +63,20 @@ class SamplingEngine(Protocol):
         ...
 
     def remove_adapter(self, adapter_id: str) -> None:
-        """Forget an adapter once the requests that use it are done."""
+        """Remove an adapter once the requests that use it are done."""
         ...
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
-        """Queue a request. If it fails (unknown adapter, more memory than there is), only its own future does.
+        """Queue a request. If it fails (unknown adapter, not enough memory), only its own future does.
 
-        However many there are at a time, none fails for lack of room: they wait, and one tenant's don't keep another's
-        out.
+        However many there are, none fails for lack of room: they wait, and one tenant's don't keep out another's.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Cancel a request's future, and free its slots soon. An id that is unknown, or whose request is done, changes
-        nothing.
-        """
+        """Cancel a request's future, and free its slots soon. Unknown ids and finished requests are ignored."""
         ...
 
     def close(self) -> None:
-        """Stop the engine; futures that are not done are cancelled."""
+        """Stop the engine; unfinished futures are cancelled."""
         ...

@@ -1,1 +1,1 @@
-"""Who is served when: ordered queues, fairness between tenants, ticks and futures. No HTTP, no torch, no ray."""
+"""What runs when: ordered queues, fairness between tenants, ticks and futures. No HTTP, no torch, no ray."""

@@ -1,27 +1,27 @@
-"""Whose turn it is among tenants with work ready, counted in tokens: training's ticks and sampling's slots.
+"""The fair queue: whose turn it is among tenants with work ready, counted in tokens, for ticks and for sampling.
 
-Surplus round robin (Adiseshu, Parulkar & Varghese, SIGCOMM 1996): a tenant with a positive balance may have a job that
-costs more, and owes the difference. So over time all tenants that always have work get the same number of tokens,
-however large their jobs: two of them never differ by more than a share and the largest job of each.
+Surplus round robin (Adiseshu, Parulkar & Varghese, SIGCOMM 1996): a tenant with a positive balance may run a job that
+costs more than that, and owes the difference. Over time, all tenants that always have work get the same number of
+tokens, however large their jobs: two of them never differ by more than a share plus the largest job of each.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-# How many tenants' latest turns are remembered.
+# How many tenants' last turns are remembered.
 _REMEMBERED = 4096
 
 
 class FairQueue:
-    """Balances of the tenants that have work ready, and debts of those that had.
+    """Balances of tenants with work ready, and debts of tenants without.
 
-    Savings are lost when a tenant has nothing left. Its latest turn is not forgotten, so a tenant that comes and goes
-    is neither ahead of nor behind one that is always there.
+    A tenant with no work left loses its savings but keeps its last turn, so a tenant that comes and goes is neither
+    ahead of nor behind one that is always there.
     """
 
     def __init__(self) -> None:
-        self._balances: dict[str, int] = {}  # of the tenants that have work ready
-        self._debts: dict[str, int] = {}  # negative balances of tenants that have none
+        self._balances: dict[str, int] = {}  # tenants with work ready
+        self._debts: dict[str, int] = {}  # negative balances of tenants without
         self._last_turn: OrderedDict[str, int] = OrderedDict()  # least recent first
         self._turns = 0
 
@@ -31,7 +31,7 @@ class FairQueue:
             self._balances[tenant] = self._debts.pop(tenant, 0)
 
     def deactivate(self, tenant: str) -> None:
-        """The tenant has nothing ready. It still owes what it owed while others have work."""
+        """The tenant has nothing ready. It keeps its debt while others have work."""
         balance = self._balances.pop(tenant, 0)
         if balance < 0:
             self._debts[tenant] = balance
@@ -39,12 +39,12 @@ class FairQueue:
             self._debts.clear()
 
     def in_turn(self) -> list[str]:
-        """All tenants that have work ready, the one whose latest turn is longest ago first."""
+        """Tenants with work ready, least recently served first."""
         return sorted(self._balances, key=lambda tenant: self._last_turn.get(tenant, 0))
 
     def earn(self, share: int, among: Iterable[str] | None = None) -> None:
-        """Each gets `share` tokens, or as many as it takes for one of `among` (default: all) to have a balance; nobody
-        saves more than two shares.
+        """Give each tenant `share` tokens, or as many as it takes for one of `among` (default: all) to have a balance.
+        Nobody saves more than two shares.
         """
         richest = max(self._balances[tenant] for tenant in (self._balances if among is None else among))
         amount = max(share, 1 - richest)
@@ -57,9 +57,7 @@ class FairQueue:
         return self._balances[tenant]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """The tenant had a turn and took so many tokens. (If that was all it had, and it has been deactivated, it has
-        left for free.)
-        """
+        """Charge the tenant for a turn. (Free if that was its last work and it has been deactivated.)"""
         if tenant in self._balances:
             self._balances[tenant] -= tokens
         self._turns += 1
@@ -69,12 +67,12 @@ class FairQueue:
             self._last_turn.popitem(last=False)
 
     def settle(self, tenant: str) -> None:
-        """The tenant neither has savings nor owes."""
+        """Clear the tenant's savings or debt."""
         if tenant in self._balances:
             self._balances[tenant] = 0
 
     def put_first(self, tenants: Sequence[str]) -> None:
-        """Their turns come before all others', in this order."""
+        """Put these tenants' turns before all others', in this order."""
         for number, tenant in enumerate(tenants):
             self._last_turn[tenant] = number - len(tenants)
             self._last_turn.move_to_end(tenant)

@@ -1,4 +1,4 @@
-"""Results, from the moment a request is accepted until they have been fetched and a while after."""
+"""Results, from acceptance of a request until some time after they were fetched."""
 
 import asyncio
 import math
@@ -15,12 +15,12 @@ from twinkle.server.scheduling.records import Outcome, RunLog
 from twinkle.server.scheduling.runs import Run
 
 Fetched: TypeAlias = Encoded | m.TryAgain | m.CompleteMetadata | NotFound
-"""What a client gets that waited for a result."""
+"""What a client waiting for a result gets."""
 
 
 @dataclass
 class Load:
-    """Requests without an outcome, their tokens, and the memory of results that nobody has come for."""
+    """Unfinished requests, their tokens, and the memory taken by unfetched results."""
 
     requests: int = 0
     tokens: int = 0
@@ -43,17 +43,17 @@ class _Entry:
 
 
 _NO_LOAD = Load()
-# Results of more numbers are encoded in a thread.
+# Results with more numbers than this are encoded in a thread.
 _LARGE = 2**16
-# Of results that were fetched: they are of use only where a reply was lost.
+# For fetched results, which are needed again only if a reply was lost.
 _KEEP_BYTES = 256 * 2**20
 
 
 class FutureTable:
     """Futures by request id. Single-threaded: called on one event loop.
 
-    A finished result is kept for `keep_seconds` after it was last fetched (a reply can be lost), or for
-    `unfetched_seconds` if nobody has come for it. Beyond so many bytes the oldest go earlier.
+    A result is kept for `keep_seconds` after it was last fetched (a reply can be lost), or for `unfetched_seconds` if
+    it never was. Beyond a limit of bytes the oldest are dropped earlier.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class FutureTable:
     ) -> None:
         """
         Args:
-            log: has each outcome before anybody else.
-            encodes: keep outcomes as they are sent, so that the journal and all replies share one encoding; in local
-                mode nothing is sent.
+            log: gets each outcome before anybody else.
+            encodes: keep outcomes encoded, so that the journal and all replies share one encoding; False in local mode,
+                where nothing is sent.
         """
         self._clock = clock
         self._log = log
@@ -81,14 +81,14 @@ class FutureTable:
         self._fetched_bytes = 0
         self._entries: dict[str, _Entry] = {}
         self.load = Load()
-        """Of all tenants."""
+        """Total over all tenants."""
         self._loads: dict[str, Load] = {}
         self._encodes = encodes
-        # request id -> when it may go. Each is in the order of its deadlines, so the oldest are at the front.
+        # request id -> when it may be dropped. Each is sorted by deadline, oldest first.
         self._unfetched: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
         self.note = ""
-        """What else is said to whoever asks for a future that is not known."""
+        """Appended to the error for an unknown future."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -96,11 +96,11 @@ class FutureTable:
     def create(
         self, request_id: str, tenant: str, session_id: str, run: Run | None = None, tokens: int = 0
     ) -> None:
-        """A new future.
+        """Create a future.
 
         Args:
-            run: the run that it belongs to, if it does.
-            tokens: what its request adds to the tenant's load until there is an outcome.
+            run: the run that it belongs to, if any.
+            tokens: what its request adds to the tenant's load until it has an outcome.
         """
         self._entries[request_id] = _Entry(tenant, session_id, run, tokens)
         for load in (self.load, self._loads.setdefault(tenant, Load())):
@@ -121,7 +121,7 @@ class FutureTable:
         self._unfetched[request_id] = self._clock() + self._unfetched_seconds
 
     def restore(self, request_id: str, outcome: Outcome) -> None:
-        """Set the outcome that an earlier process had."""
+        """Set an outcome from an earlier process."""
         self._set_outcome(request_id, *self._as_kept([outcome]))
 
     def _as_kept(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -129,14 +129,14 @@ class FutureTable:
         return [encode_result(o) if encodes and not isinstance(o, Encoded) else o for o in outcomes]
 
     async def encoded(self, result: ForwardBackwardOutput | SampleResponse) -> Outcome:
-        """As `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
+        """The outcome as `complete` keeps it; large ones are encoded in a thread, to keep the event loop free."""
         if _size_of(result) <= _LARGE:
             return result
         [outcome] = await asyncio.to_thread(self._as_kept, [result])
         return outcome
 
     def run_of(self, request_id: str) -> Run | None:
-        """The run that a future belongs to."""
+        """The run that a future belongs to, if any."""
         entry = self._entries.get(request_id)
         return entry.run if entry is not None else None
 
@@ -146,24 +146,24 @@ class FutureTable:
         return {entry.session_id for entry in entries if entry is not None and entry.tenant == tenant}
 
     def is_known(self, request_id: str) -> bool:
-        """Whether somebody may still ask for it."""
+        """Whether it can still be asked for."""
         return request_id in self._entries
 
     def is_pending(self, request_id: str) -> bool:
-        """Whether it is known, and there is no outcome yet."""
+        """Whether it is known and has no outcome yet."""
         entry = self._entries.get(request_id)
         return entry is not None and entry.outcome is None
 
     def complete(self, request_id: str, outcome: Outcome, record: bool = True) -> None:
-        """Set the outcome and wake whoever waits; a second outcome is ignored.
+        """Set the outcome and wake the waiters; a second outcome is ignored.
 
         Args:
-            record: False leaves it out of the log until `record`: another process would have to do it again.
+            record: False leaves it out of the log until `record`; another process would have to do the request again.
         """
         self.complete_together([(request_id, outcome)], record)
 
     def complete_together(self, outcomes: Sequence[tuple[str, Outcome]], record: bool = True) -> set[str]:
-        """`complete` for what came of one call; returns those that had no outcome before."""
+        """`complete` for the results of one call; returns those that had no outcome before."""
         pending = {request_id: outcome for request_id, outcome in outcomes if self.is_pending(request_id)}
         new = list(zip(pending, self._as_kept(pending.values()), strict=True))
         if new and record:
@@ -174,13 +174,13 @@ class FutureTable:
         return set(pending)
 
     def record(self, request_id: str) -> None:
-        """Log an outcome that was set without: what came of the request need not be done again."""
+        """Log an outcome that was set with record=False: the request need not be done again."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.outcome is not None:
             self._log.done([(request_id, entry.outcome)])
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
-        """The outcome, or None if there is none after `timeout` seconds. It counts as fetched.
+        """The outcome, or None if there is none after `timeout` seconds. Counts as fetched.
 
         Raises:
             NotFound: no such future, or another tenant's.
@@ -195,7 +195,7 @@ class FutureTable:
     async def look(
         self, tenant: str, request_ids: Collection[str], timeout: float
     ) -> list[Outcome | NotFound | None]:
-        """As `wait`, for several at once: as soon as all are there. They have not been fetched by that."""
+        """As `wait`, for several: returns once all are there. Doesn't count as fetched."""
         entries = [self._entry(tenant, request_id) for request_id in request_ids]
         try:
             async with asyncio.timeout(timeout):
@@ -216,7 +216,7 @@ class FutureTable:
         )
 
     def fetched(self, request_ids: Iterable[str]) -> None:
-        """Somebody has come for these outcomes."""
+        """Mark these outcomes as fetched."""
         for request_id in request_ids:
             entry = self._entries.get(request_id)
             if entry is None:
@@ -249,17 +249,17 @@ class FutureTable:
             self._is_unfetched_no_more(self._entries.pop(request_id))
 
 
-# What Python takes for a result with all around it.
+# Overhead of Python's objects for one result.
 _RESULT_BYTES = 2048
 
 
 def memory_of(outcome: Outcome) -> int:
-    """About what an outcome takes in memory, in bytes. (One that isn't encoded is fetched at once, in local mode.)"""
+    """Approximate memory of an outcome, in bytes. (An unencoded one, in local mode, is fetched at once.)"""
     return _RESULT_BYTES + (len(outcome.body) if isinstance(outcome, Encoded) else 0)
 
 
 def _size_of(result: ForwardBackwardOutput | SampleResponse) -> int:
-    """About how many numbers a result consists of."""
+    """Approximate number of numbers in a result."""
     if isinstance(result, ForwardBackwardOutput):
         return sum(tensor.array.size for output in result.loss_fn_outputs for tensor in output.values())
     size = sum(len(sequence.tokens) for sequence in result.sequences) + len(result.prompt_logprobs or ())

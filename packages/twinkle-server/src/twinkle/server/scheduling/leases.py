@@ -1,7 +1,7 @@
-"""Each session's lease: renewed by whatever its client asks, by heartbeats, and by waiting for a result.
+"""Each session's lease, renewed by requests, heartbeats, and waiting for a result.
 
-A client that was there and whose lease has run out has ended, or can't be reached: nobody waits for its samples. One
-that never asked for a result may come for it at any time.
+A client whose lease has expired has ended or can't be reached, and its samples are paused. This doesn't apply to a
+client that never asked for a result: it may do so at any time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Between two ticks no more than this counts: a server that stood still has heard from nobody.
+# At most this much counts between two ticks: a server that was stopped has heard from nobody.
 _LONGEST_TICK_SECONDS = 10.0
-# The longest silence that is granted to a client which polls without heartbeats and was silent before.
+# The longest silence granted to a client that polls without heartbeats and has been silent before.
 _MAX_SILENCE_SECONDS = 900.0
 
 
@@ -23,9 +23,9 @@ class Lease:
     """
     Attributes:
         renewed_at: by the monotonic clock.
-        heard_at: the same by the clock that stands still while this process does.
-        is_watched: the client has sent a heartbeat, or waited for a result.
-        sends_heartbeats: it does so every few seconds, whatever else it does.
+        heard_at: the same, by the clock that stops while this process is stopped.
+        is_watched: the client has sent a heartbeat or waited for a result.
+        sends_heartbeats: the client sends one every few seconds, whatever else it does.
         longest: its longest silence so far after which it came back, in seconds.
     """
 
@@ -42,13 +42,13 @@ class Leases:
     def __init__(self, silence_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         """
         Args:
-            silence_seconds: a client that is silent for so long is gone; None never takes one for gone.
+            silence_seconds: a client silent for longer counts as gone; None: never.
             clock: monotonic, so that setting the wall clock doesn't end leases.
         """
         self._silence_seconds = silence_seconds
         self._clock = clock
         self._ticked_at = clock()
-        self._now = 0.0  # of the clock that stands still while this process does
+        self._now = 0.0  # by the clock that stops while this process is stopped
         self._leases: dict[str, Lease] = {}
         self._waiting: Counter[str] = Counter()
 
@@ -56,18 +56,18 @@ class Leases:
         return self._leases.get(session_id)
 
     def sessions(self) -> set[str]:
-        """All that have a lease."""
+        """All sessions with a lease."""
         return set(self._leases)
 
     def add(self, session_id: str) -> Lease:
-        """The session's lease; a new one, if it has none, is not watched."""
+        """The session's lease, created unwatched if it has none."""
         lease = self._leases.get(session_id)
         if lease is None:
             lease = self._leases[session_id] = Lease(self._clock(), self._now)
         return lease
 
     def renew(self, session_id: str, heartbeat: bool = False) -> Lease:
-        """The session's client has asked for something."""
+        """The session's client has sent a request or a heartbeat."""
         lease = self.add(session_id)
         if session_id not in self._waiting:
             lease.longest = max(lease.longest, self._now - lease.heard_at)
@@ -77,7 +77,7 @@ class Leases:
         return lease
 
     def expect(self, session_id: str) -> None:
-        """The session's client was there before this process was, and will come back if it is still there."""
+        """The session's client was there before a restart, and is expected back."""
         self.renew(session_id).is_watched = True
 
     @contextmanager
@@ -101,16 +101,16 @@ class Leases:
     def forget(self, session_id: str) -> None:
         self._leases.pop(session_id, None)
 
-    # ------------------------------------------------------------ who is silent
+    # ------------------------------------------------------------ silent clients
 
     def tick(self) -> None:
-        """Advance the clock by which clients are gone."""
+        """Advance the clock that silence is measured by."""
         now = self._clock()
         self._now += min(now - self._ticked_at, _LONGEST_TICK_SECONDS)
         self._ticked_at = now
 
     def silent_for(self, session_id: str) -> float:
-        """Seconds since the client was heard from, as of the last tick; 0 while it waits for a result."""
+        """Seconds since the client was last heard from, as of the last tick; 0 while it waits for a result."""
         lease = self._leases.get(session_id)
         return 0.0 if lease is None or session_id in self._waiting else self._now - lease.heard_at
 
@@ -124,6 +124,6 @@ class Leases:
         return self.silent_for(session_id) >= allowed
 
     def active(self, seconds: float) -> set[str]:
-        """Sessions whose lease was renewed within so many seconds."""
+        """Sessions whose lease was renewed in the last `seconds`."""
         since = self._clock() - seconds
         return {session_id for session_id, lease in self._leases.items() if lease.renewed_at > since}

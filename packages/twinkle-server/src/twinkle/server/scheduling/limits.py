@@ -1,4 +1,4 @@
-"""How much is taken of each tenant and of all together: what waits, and how fast more of it may come."""
+"""Limits for each tenant and for all together: what may be queued, and at what rate more is accepted."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from twinkle.protocol.errors import LimitReached, QuotaReached
 from twinkle.server.config import LimitsSection
 from twinkle.server.scheduling.futures import Load
 
-# Results come at any moment; clients that are told to wait longer leave the server idle.
+# Results arrive at any moment; a longer Retry-After would leave the server idle.
 _ROOM_SECONDS = 2.0
 _MAX_RETRY_SECONDS = 30.0
-# Tenants whose buckets are looked at when another one comes.
+# Tenants whose buckets are checked when another is added.
 _LOOKED_AT = 2
 
 
 @dataclass
 class _Bucket:
-    """Tokens of a token bucket: how many it had, and when that was."""
+    """A token bucket: its level, and when it had that."""
 
     level: float
     at: float
 
 
 class RateLimit:
-    """Token buckets, one for each tenant and one for all. One that owes takes nothing more until it has paid.
+    """Token buckets, one for each tenant and one for all. One that is overdrawn admits nothing until it has refilled.
 
-    Who may come is asked before what it costs is known, so a bucket can be overdrawn: by one request, however large.
+    A request is admitted before its cost is known, so a bucket can be overdrawn, by one request of any size.
     Single-threaded.
     """
 
@@ -44,9 +44,9 @@ class RateLimit:
     ) -> None:
         """
         Args:
-            name: of the limit in the configuration; that of a single tenant ends in `_per_tenant`.
-            per_tenant: most in `seconds`; None is no limit.
-            burst: how many times as much may come at once, after a pause.
+            name: the limit's name in the configuration; that of a single tenant ends in `_per_tenant`.
+            per_tenant: most in `seconds`; None: no limit.
+            burst: how many times that may be used at once after a pause.
         """
         self._name = name
         self._per_tenant = per_tenant
@@ -60,7 +60,7 @@ class RateLimit:
     def check(self, tenant: str) -> None:
         """
         Raises:
-            LimitReached: if the tenant, or all together, have used up what they may for now.
+            LimitReached: if the tenant, or all together, have used up their allowance for now.
         """
         if self._in_all is not None:
             self._check(self._name, self._all, self._in_all)
@@ -94,7 +94,7 @@ class RateLimit:
         bucket.at = now
 
     def _forget_full(self) -> None:
-        """Two of the oldest for each new one, so that no more are kept than have been charged of late."""
+        """Check two of the oldest for each new one, so that only recently charged ones are kept."""
         assert self._per_tenant is not None, "there are buckets only where there is a limit"
         for tenant in list(itertools.islice(self._tenants, _LOOKED_AT)):
             bucket = self._tenants[tenant]
@@ -114,11 +114,11 @@ def check_submission(
 ) -> None:
     """
     Args:
-        own, in_all: of the tenant, and of all tenants.
-        always_room: what else the tenant has queued waits for this request, so it may be queued however much that is.
+        own, in_all: loads of the tenant and of all tenants.
+        always_room: queue it whatever else the tenant has queued, because that waits for this request.
 
     Raises:
-        LimitReached: if a request of so many tokens can't be taken now.
+        LimitReached: if a request of this many tokens can't be accepted now.
     """
     check_fetched(limits, own)
     if not always_room:
@@ -130,7 +130,7 @@ def check_submission(
 def check_fetched(limits: LimitsSection, own: Load) -> None:
     """
     Raises:
-        LimitReached: if the tenant has left too many results lying.
+        LimitReached: if the tenant has too many unfetched results.
     """
     unfetched, most = own.unfetched_bytes, limits.max_unfetched_bytes_per_tenant
     if most is not None and unfetched > most:
@@ -144,8 +144,7 @@ def check_fetched(limits: LimitsSection, own: Load) -> None:
 def check_room(limits: LimitsSection, own: Load, in_all: Load, tokens: int) -> None:
     """
     Args:
-        tokens: of a request that wants to be queued. A tenant who has nothing queued may always queue one, however
-            large it is.
+        tokens: of the request to be queued. A tenant with nothing queued may always queue one, however large.
 
     Raises:
         LimitReached: if there is no room for it now.
@@ -169,10 +168,10 @@ def check_room(limits: LimitsSection, own: Load, in_all: Load, tokens: int) -> N
 def check_runs(limits: LimitsSection, tenants: Sequence[str], tenant: str) -> None:
     """
     Args:
-        tenants: of all live runs, of each one.
+        tenants: the tenant of each live run.
 
     Raises:
-        QuotaReached: if one more run of the tenant were too many.
+        QuotaReached: if the tenant can't have one more run.
     """
     for name, there_are, limit in (
         ("max_runs_per_tenant", tenants.count(tenant), limits.max_runs_per_tenant),

@@ -1,4 +1,4 @@
-"""The runs that take requests: how one begins, what is queued on it, and how it ends."""
+"""The runs that accept requests: how a run begins, what is queued on it, and how it ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from twinkle.server.scheduling.runs import Job, LostRun, Received, Run, RunQueue
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.tables import RELEASED_NAME
 
-# A client that was away sends all that it has again, within seconds; large requests may be on their way for longer.
+# A client that was away resends everything within seconds; large requests may take longer.
 STUCK_SECONDS = 120.0
 
 
 class LiveRuns:
-    """The runs by id, and what is left of those that were lost. Single-threaded: called on one event loop."""
+    """The runs by id, and what is left of lost ones. Single-threaded: called on one event loop."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class LiveRuns:
     ) -> None:
         """
         Args:
-            tokens: charged for what is queued.
+            tokens: rate limit charged for what is queued.
         """
         self._scheduler = scheduler
         self._futures = futures
@@ -42,7 +42,7 @@ class LiveRuns:
         self._clock = clock
         self._runs: dict[str, Run] = {}
         self.lost: dict[str, LostRun] = {}
-        """What is left of runs that can't go on, by id."""
+        """What is left of lost runs, by id."""
         self._restored: set[Run] = set()
 
     def __iter__(self) -> Iterator[Run]:
@@ -75,7 +75,7 @@ class LiveRuns:
     def begin(self, run: Run, received: Received) -> m.Promise:
         """
         Raises:
-            Unavailable: if it can't be written down; then there is no such run.
+            Unavailable: if it can't be journaled; then there is no such run.
         """
         self._log.begun(run)
         self._runs[run.run_id] = run
@@ -86,7 +86,7 @@ class LiveRuns:
             raise
 
     def restore(self, run: Run) -> None:
-        """A run of an earlier process takes requests again."""
+        """Let a run of an earlier process accept requests again."""
         self._runs[run.run_id] = run
         self._restored.add(run)
 
@@ -100,7 +100,7 @@ class LiveRuns:
     ) -> m.Promise:
         """
         Raises:
-            Unavailable: if it can't be written down; then it is not queued.
+            Unavailable: if it can't be journaled; then it is not queued.
         """
         request: RunRequest = received.request  # pyright: ignore[reportAssignmentType]
         request_id = self._log.accepted(run.tenant, run, seq_id, received, tokens)
@@ -111,7 +111,7 @@ class LiveRuns:
         return m.Promise(request_id=request_id, model_id=run.run_id)
 
     def enqueue_last(self, run: Run, request: m.SaveWeightsRequest | m.UnloadModelRequest) -> m.Promise:
-        """Queue a request behind all others of the run, with the next free `seq_id` whatever its own."""
+        """Queue a request behind all others of the run, under the next free `seq_id` instead of its own."""
         for seq_id in self._scheduler.close_gaps(run):  # nobody is going to send what is missing
             self._log.rejected(run, seq_id)
         seq_id = run.queue.next_free
@@ -126,7 +126,7 @@ class LiveRuns:
     # ------------------------------------------------------------ end
 
     def end(self, run: Run) -> None:
-        """The run takes no more requests; what it still had queued fails."""
+        """End the run: it accepts no more requests, and what it has queued fails."""
         if run.has_ended:
             return
         run.state = RunState.ENDED
@@ -151,10 +151,10 @@ class LiveRuns:
             raise Gone(lost.reason)
 
     def lose(self, run: Run, reason: str) -> None:
-        """The run can't go on: what it has queued fails for this reason, as does all that is asked of it later.
+        """The run can't go on: what it has queued, and all later requests to it, fail with this reason.
 
         Raises:
-            Unavailable: if its release can't be written down; it takes nothing more, and ends with its session.
+            Unavailable: if its end can't be journaled; it accepts nothing more, and ends with its session.
         """
         lost = LostRun(run.run_id, run.tenant, reason)
         self.lost[run.run_id] = lost
@@ -165,16 +165,16 @@ class LiveRuns:
         self.enqueue_last(run, m.UnloadModelRequest(model_id=run.run_id))
 
     def forget_lost(self, session_id: str) -> None:
-        """Nobody asks any more for the lost runs of this session."""
+        """Forget the session's lost runs."""
         for run_id in [run.run_id for run in self.lost.values() if run.session_id == session_id]:
             del self.lost[run_id]
 
     def stuck(self) -> list[tuple[Run, int]]:
-        """The runs that wait for a request which will never come, each with its `seq_id`; each is returned once.
+        """Runs that wait for a request that will never arrive, each with its `seq_id`; each is returned once.
 
-        A request that was answered and whose record was lost with a disk, or with the power, is not sent again: its
-        client goes on with the next, which would wait for ever. So a run that was brought back from a journal may
-        wait for a missing request only so long.
+        A request that was answered, but whose record was lost with a disk or in a power cut, is not sent again: its
+        client goes on with the next one, which would wait forever. So a run restored from a journal waits for a missing
+        request only for a limited time.
         """
         found: list[tuple[Run, int]] = []
         for run in list(self._restored):

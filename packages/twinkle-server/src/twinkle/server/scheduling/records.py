@@ -1,7 +1,7 @@
-"""What is written to the journal: which requests were accepted, and what came of them. Encoded as msgpack arrays.
+"""The journal's records: accepted requests and their outcomes, encoded as msgpack arrays.
 
-The service writes down what it answers for before it answers: a request when it is accepted, a result before anybody
-has it. `engine.restore` reads it when a server starts; `engine.compaction` deletes what is no longer needed.
+The service journals what it promises before it answers: a request when it is accepted, a result before anybody gets
+it. `engine.restore` reads the journal when a server starts; `engine.compaction` deletes what is no longer needed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
 
-# As it was computed, or as it is sent.
+# As computed, or as sent.
 Outcome: TypeAlias = m.Result | m.Failure | Encoded
 
 
 class StepRefused(m.Failure):
-    """A step that was not made because of its gradient, which is gone: unlike other failures it has changed its run."""
+    """A step refused because of its gradient, which is dropped: unlike other failures this one changed its run."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run takes requests from now on."""
+    """A run accepts requests from now on."""
 
     run_id: str
     tenant: str
@@ -50,11 +50,11 @@ class Accepted:
     """A request that was answered with a promise.
 
     Attributes:
-        run_id: None for those on no run.
+        run_id: None for a request on no run.
         seq_id: its place in the run's order.
         path: of its endpoint.
-        body: as the endpoint takes it; None once nothing but its id and its result matter.
-        digest: of the request, by which it is known again; empty in what earlier versions wrote, and on no run.
+        body: as the endpoint takes it; None once only its id and result matter.
+        digest: of the request, to recognize a retry; empty in records of earlier versions, and for requests on no run.
     """
 
     request_id: str
@@ -77,7 +77,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A request that was refused; its place in the run's order is taken."""
+    """A refused request; its place in the run's order is used up."""
 
     run_id: str
     seq_id: int
@@ -85,21 +85,21 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of one call: (request id, type's name, encoded) each."""
+    """The outcomes of one call, as (request id, type's name, encoded)."""
 
     outcomes: Sequence[tuple[str, str, bytes]]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A run takes no more requests."""
+    """A run accepts no more requests."""
 
     run_id: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A run can't go on; requests that name it are refused with the reason."""
+    """A lost run; requests that name it are refused with the reason."""
 
     run: LostRun
 
@@ -154,7 +154,7 @@ def as_computed(outcome: Outcome) -> m.Result | m.Failure:
 
 
 class RunLog:
-    """Writes to the journal. Single-threaded: called on one event loop. Until there is a journal nothing is written."""
+    """Writes to the journal. Single-threaded: called on one event loop. Writes nothing until a journal is opened."""
 
     def __init__(self) -> None:
         self.journal: Journal | None = None
@@ -172,8 +172,8 @@ class RunLog:
         self.append(Begun(run.run_id, run.tenant, run.session_id, run.base_model, run.spec))
 
     def accepted(self, tenant: str, run: Run | None, seq_id: int, received: Received, tokens: int = 0) -> str:
-        """A request, on a run or on none, which gets its id by this. Its body is written as it was received, unless it
-        may hold a key, which is kept nowhere.
+        """Write a request, on a run or on none; returns its new id. The body is written as received, unless it may hold
+        a key: keys are stored nowhere.
 
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
@@ -183,7 +183,7 @@ class RunLog:
             return request_id
         request, body = received.request, received.body
         if isinstance(request, m.LoadWeightsRequest):
-            # Whatever was received: a key may also stand in a field that was sent twice, or under an escaped name.
+            # Not as received: a key may also be in a field that was sent twice, or under an escaped name.
             request, body = request.model_copy(update={"weights_access_token": None}), None
         run_id, digest = (None, b"") if run is None else (run.run_id, received.digest)
         path, body = OPERATION[type(request)].path, body or codec.encode(request)
@@ -196,7 +196,7 @@ class RunLog:
         self._try(Rejected(run.run_id, seq_id))
 
     def done(self, outcomes: Sequence[tuple[str, Outcome]]) -> None:
-        """What came of one call; if it can't be written it is computed again after a crash."""
+        """The outcomes of one call; what can't be written is computed again after a crash."""
         if self.journal is not None:
             encoded = [(each, o if isinstance(o, Encoded) else encode_result(o)) for each, o in outcomes]
             self._try(Done([(each, outcome.kind, outcome.body) for each, outcome in encoded]))
@@ -220,7 +220,7 @@ class RunLog:
         try:
             self.append(record)
         except Unavailable as error:
-            if not self._is_full:  # said once, not for every record
+            if not self._is_full:  # logged once, not for every record
                 log.error("%s", error.message)
             self._is_full = True
 

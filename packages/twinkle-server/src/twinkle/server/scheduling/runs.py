@@ -1,7 +1,7 @@
-"""A training run: its requests in the order of `seq_id`, and all that is known of its state.
+"""A training run: its requests in order of `seq_id`, and all that is known of its state.
 
-`Run` is the one holder. Scheduler, snapshots, residency and the journal's compaction keep only indices over runs: who
-is ready, whose snapshot is due, who was used last.
+`Run` is the only owner of that. The scheduler, snapshots, residency and the journal's compaction keep only indices over
+runs: which are ready, which are due for a snapshot, which were used last.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MAX_AHEAD = 4096
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """A request as it arrived. Its bytes go to the journal, and no further.
+    """A request as it arrived. Its bytes go only to the journal.
 
     Attributes:
-        body: as it was decoded from; None if it was made in this process.
-        digest: see `operations.digest`; empty if it is never sent again.
+        body: the bytes it was decoded from; None if it was made in this process.
+        digest: see `operations.digest`; empty if it is never retried.
     """
 
     request: m.Operation
@@ -46,9 +46,9 @@ class Job:
     Attributes:
         request_id: of the future that its result completes.
         seq_id: its place in the run's order; creation is 0.
-        tokens: what it costs in fairness: tokens of a training pass, 0 for the rest.
-        custom_loss: what a pass with the loss "custom" names by its id.
-        digest: of the request; empty where it isn't known.
+        tokens: its cost for fairness: the tokens of a training pass, 0 for other jobs.
+        custom_loss: the loss that a pass with the loss "custom" names by its id.
+        digest: of the request; empty if unknown.
     """
 
     request_id: str
@@ -61,23 +61,23 @@ class Job:
 
 
 class RunQueue:
-    """Jobs of one run. Chunks may arrive out of order; a rejected id counts as consumed; a repeated id is answered
-    from the first request that carried it.
+    """Jobs of one run. They may arrive out of order; a rejected id counts as consumed; a duplicate request gets the
+    first one's result.
     """
 
     def __init__(self, first_seq_id: int = 0) -> None:
         self._next = first_seq_id
         self._waiting: dict[int, Job | None] = {}  # None: rejected
         self._seen: OrderedDict[int, tuple[str, type[RunRequest], bytes]] = OrderedDict()
-        self._held: Job | None = None  # was taken, and is going to come back
-        self._back: Job | None = None  # has come back
+        self._held: Job | None = None  # taken, to be given back
+        self._back: Job | None = None  # given back
 
     def duplicate_of(self, seq_id: int, received: Received) -> str | None:
         """The request id under which `seq_id` was accepted before, if it was.
 
         Raises:
-            InvalidRequest: if that was a request of another kind, whose result is none of this one.
-            Conflict: if it was one of this kind that asked for something else.
+            InvalidRequest: if that was a request of another kind, with another kind of result.
+            Conflict: if it was of the same kind but with other content.
         """
         if seq_id not in self._seen:
             return None
@@ -98,7 +98,7 @@ class RunQueue:
         """Whether all others wait for this `seq_id`.
 
         Raises:
-            InvalidRequest: if it was consumed long ago, was rejected, or is absurdly far ahead.
+            InvalidRequest: if it was consumed long ago, was rejected, or is too far ahead.
         """
         if seq_id < self._next or seq_id in self._waiting:
             raise InvalidRequest(
@@ -117,7 +117,7 @@ class RunQueue:
 
     @property
     def missing(self) -> int | None:
-        """The `seq_id` that has not arrived, though later ones wait for it."""
+        """The `seq_id` that has not arrived, while later ones wait for it."""
         is_waiting = self._waiting and self._held is None and self._back is None
         return self._next if is_waiting and self._next not in self._waiting else None
 
@@ -126,25 +126,25 @@ class RunQueue:
         return max(self._waiting, default=self._next - 1) + 1
 
     def offer(self, job: Job) -> Job | None:
-        """Queue a job whose id `check` has passed; returns the head."""
+        """Queue a job whose id has passed `check`; returns the head."""
         self._waiting[job.seq_id] = job
         self.remember(job.seq_id, job.request_id, type(job.request), job.digest)
         return self.head
 
     def remember(self, seq_id: int, request_id: str, kind: type[RunRequest], digest: bytes = b"") -> None:
-        """Have a repeated request answered from the first."""
+        """Remember a request, so that a duplicate gets its result."""
         self._seen[seq_id] = request_id, kind, digest
         while len(self._seen) > MAX_REMEMBERED:
             self._seen.popitem(last=False)
 
     def reject(self, seq_id: int) -> None:
-        """Count an id as consumed: its request was refused, and the client goes on to the next."""
+        """Count a refused request's id as consumed; the client goes on with the next."""
         if self._next <= seq_id < self._next + MAX_AHEAD:
             self._waiting.setdefault(seq_id, None)
             self._skip_rejected()
 
     def close_gaps(self) -> list[int]:
-        """Count every id that is missing before the last one as consumed; returns them."""
+        """Count every missing id before the last one as consumed; returns them."""
         missing = [seq_id for seq_id in range(self._next, self.next_free) if seq_id not in self._waiting]
         self._waiting.update(dict.fromkeys(missing))
         self._skip_rejected()
@@ -152,13 +152,13 @@ class RunQueue:
 
     @property
     def head(self) -> Job | None:
-        """The next job, if all before it have been taken or were rejected."""
+        """The next job, if all before it were taken or rejected."""
         if self._held is not None:
             return None
         return self._back or self._waiting.get(self._next)
 
     def take(self, room: float) -> tuple[list[Job], Job | None]:
-        """The next jobs, up to the first that is no pass, as far as `room` tokens go; and the head that is left."""
+        """The next passes within `room` tokens, with the first other job behind them; and the head that is left."""
         taken: list[Job] = []
         while (job := self.head) is not None and job.tokens <= room:
             if self._back is not None:
@@ -174,11 +174,11 @@ class RunQueue:
         return taken, self.head
 
     def hold(self, job: Job) -> None:
-        """Nothing goes on until this job, which was just taken, is given back."""
+        """Stop the queue until this job, just taken, is given back."""
         self._held = job
 
     def give_back(self, job: Job) -> None:
-        """It is the next one again."""
+        """Make it the next job again."""
         self._held, self._back = None, job
 
     def why_waiting(self, request_id: str) -> str:
@@ -194,7 +194,7 @@ class RunQueue:
         return f"{before} requests of this run go before it"
 
     def drain(self) -> list[Job]:
-        """All jobs, taken out: the run has ended, and nothing of it is remembered."""
+        """Take out all jobs and forget everything: the run has ended."""
         waiting = [job for _, job in sorted(self._waiting.items())]
         jobs = [job for job in (self._held, self._back, *waiting) if job is not None]
         self._held = self._back = None
@@ -209,30 +209,30 @@ class RunQueue:
 
 
 class RunState(Enum):
-    """Where a run is in its life: docs/architecture.md draws it."""
+    """A run's life cycle, drawn in docs/architecture.md."""
 
     CREATED = auto()
-    """Accepted; its adapter has not been made."""
+    """Accepted, but its adapter has not been made."""
     RESIDENT = auto()
     """Its adapter is on the worker."""
     EVICTED = auto()
-    """Its snapshot on disk (or its seed, if it never changed) is all there is of it."""
+    """All there is of it is its snapshot on disk (or its seed, if it never changed)."""
     LOST = auto()
-    """Its state can't be had any more; `Run.lost` says why."""
+    """Its state can't be recovered; `Run.lost` says why."""
     ENDED = auto()
-    """It takes no more requests."""
+    """It accepts no more requests."""
 
 
 @dataclass(eq=False)
 class RunSnapshot:
-    """A run's newest snapshot. Numbers are the `seq_id` of the request behind which a state is.
+    """A run's newest snapshot. A state's number is the `seq_id` of the last request it includes.
 
     Attributes:
         held: the snapshot, until it is written.
-        stored: of the newest snapshot on disk.
+        stored: number of the newest snapshot on disk.
         jobs_since, tokens_since: computed since the snapshot.
-        seconds: what taking the last one cost the engine.
-        writing: writes what is held, or deletes everything once the run has ended.
+        seconds: how long taking the last one stopped the engine.
+        writing: the task that writes what is held, or deletes everything once the run has ended.
     """
 
     held: tuple[int, AdapterState] | None = None
@@ -244,7 +244,7 @@ class RunSnapshot:
 
     @property
     def number(self) -> int:
-        """Of the newest snapshot, held or stored; a new adapter needs none, since its seed makes it again."""
+        """Of the newest snapshot, held or stored; a new adapter needs none, since its seed reproduces it."""
         return self.held[0] if self.held is not None else self.stored or 0
 
 
@@ -253,16 +253,16 @@ class Run:
     """A training run.
 
     Attributes:
-        lost: why its state can't be had any more.
-        bytes: what its adapter takes on the worker; 0 while it is not there.
-        changed: the newest request that changed its state; 0 is a new adapter's.
+        lost: why its state can't be recovered.
+        bytes: what its adapter takes on the worker; 0 while not resident.
+        changed: the newest request that changed its state; 0 for a new adapter.
         has_gradient: it has accumulated a gradient since its last step.
-        unsaved: what changed it since its snapshot, rising: (number of the call, place in the call, job).
-        writes: work on its checkpoints that its requests have begun and that is under way.
-        reading: the checkpoint that its next job, a load, is to put in place.
-        logged: by segment of the journal, the newest of its requests in there.
-        waits_since: the `seq_id` that is missing though later ones wait for it, and since when; kept for runs that
-            were brought back from a journal.
+        unsaved: what changed it since its snapshot, ascending: (number of the call, place in the call, job).
+        writes: unfinished writes of its checkpoints.
+        reading: the checkpoint for its next job, a load.
+        logged: by segment of the journal, the newest of its requests in it.
+        waits_since: the missing `seq_id` that later ones wait for, and since when; only for runs restored from a
+            journal.
     """
 
     run_id: str
@@ -293,23 +293,23 @@ class Run:
         return self.snapshot.number < self.changed
 
     def note_logged(self, segment: int, seq_id: int) -> None:
-        """A request of this run is in that segment of the journal."""
+        """Note that the journal's segment has this request of the run."""
         self.logged[segment] = max(seq_id, self.logged.get(segment, 0))
 
     def add_write(self, task: asyncio.Task[None]) -> None:
-        """A checkpoint of this run is being written."""
+        """Add the task that writes one of the run's checkpoints."""
         self.writes.add(task)
         task.add_done_callback(self.writes.discard)
 
     async def settled(self) -> None:
-        """Wait for the checkpoints that are being written now; for none that is begun meanwhile."""
+        """Wait for the checkpoints being written now, but not for any begun meanwhile."""
         if self.writes:
             await asyncio.wait(set(self.writes))
 
 
 @dataclass(frozen=True)
 class LostRun:
-    """What is left of a run whose state or order can't be known any more, once it takes no more requests.
+    """What is left of a run whose state or order can't be recovered.
 
     Attributes:
         reason: the error for requests that still name it.

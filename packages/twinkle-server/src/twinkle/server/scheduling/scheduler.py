@@ -1,4 +1,4 @@
-"""Picks what runs next: ready jobs of many runs at once, fair between tenants, in order within a run."""
+"""Picks what runs next: ready jobs of many runs together, fair between tenants, in order within a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from twinkle.protocol import messages as m
 from twinkle.server.scheduling.fair_queue import FairQueue
 from twinkle.server.scheduling.runs import Job, Run
 
-# A run that was in none of so many ticks is not expected any more.
+# A run that was in none of this many ticks is no longer active.
 _REMEMBERED_TICKS = 16
 
 
 @dataclass(frozen=True)
 class Tick:
-    """What runs together, in this order: all passes in shared micro-batches, then all optimizer steps, then the rest
-    one by one. A run is in it with any number of passes followed by at most one other job.
+    """What runs together: first all passes, in shared micro-batches, then all optimizer steps, then the rest one by
+    one. Each run brings any number of passes followed by at most one other job.
     """
 
     passes: tuple[Job, ...] = ()
@@ -41,8 +41,8 @@ class Tick:
         return (*self.passes, *self.optim_steps, *self.others)
 
     def split_independent(self) -> list[Tick]:
-        """The tick in at most two: the jobs of runs without a pass in it, which need not wait for the passes, and then
-        the others.
+        """The tick in at most two parts: runs without a pass in it, which need not wait for the passes, then the
+        others.
         """
         with_passes = {job.run for job in self.passes}
         halves = [
@@ -53,15 +53,15 @@ class Tick:
 
 
 class BatchingWindow:
-    """How long a tick that could begin lingers for more runs.
+    """How long a tick waits for more runs.
 
-    A tick costs something however few runs are in it, so runs whose requests arrive shortly after one another are
-    better taken together. A run whose client is busy with its last result is not to be waited for, though. So a tick
-    waits for half of the active runs: while they are computed, the other half's clients prepare their next requests.
+    A tick has a fixed cost, so runs whose requests arrive close together are better computed together. But a run whose
+    client is still busy with its last result is not worth waiting for. So a tick waits for half of the active runs:
+    while they are computed, the clients of the other half prepare their next requests.
 
     Attributes:
-        seconds: how long at most.
-        enough_tokens: with so many queued a tick begins at once.
+        seconds: the longest wait.
+        enough_tokens: a tick begins at once if this many are queued.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class BatchingWindow:
         self._active: Counter[Run] = Counter()
 
     def add_tick(self, runs: Iterable[Run]) -> None:
-        """These runs were in a tick: they are active for a while."""
+        """Count these runs, which were in a tick, as active for a while."""
         tick = frozenset(runs)
         self._ticks.append(tick)
         self._active.update(tick)
@@ -82,27 +82,27 @@ class BatchingWindow:
                     del self._active[run]
 
     def num_active_beside(self, runs: AbstractSet[Run]) -> int:
-        """How many of the active runs are not these."""
+        """The number of active runs that are not among these."""
         return len(self._active.keys() - runs)
 
     @property
     def num_wanted(self) -> int:
-        """How many ready runs make a tick worth starting at once; at least 1."""
+        """How many ready runs start a tick at once; at least 1."""
         return max(1, (len(self._active) + 1) // 2)
 
 
 class Scheduler:
-    """The runs that are ready. Single-threaded: everything is called on one event loop.
+    """The ready runs. Single-threaded: everything is called on one event loop.
 
-    A run is ready while its queue has a head. Only ready runs and their tenants are ever looked at, so an idle run
-    costs nothing.
+    A run is ready while its queue has a head. Only ready runs and their tenants are ever looked at, so idle runs cost
+    nothing.
     """
 
     def __init__(self, tick_tokens: int, overhead_tokens: int = 1) -> None:
         """
         Args:
             tick_tokens: most tokens of training passes in one tick (a single larger job is taken alone).
-            overhead_tokens: what a tick costs beside its tokens, in tokens.
+            overhead_tokens: a tick's fixed cost, in tokens.
         """
         self._tick_tokens = tick_tokens
         self._overhead_tokens = overhead_tokens
@@ -110,18 +110,18 @@ class Scheduler:
         self._turns = FairQueue()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
-        self._arrived = asyncio.Event()  # set by every job that arrives
+        self._arrived = asyncio.Event()  # set when a job arrives
         self._window = BatchingWindow()
         self._ready_runs = 0
-        self._queued: Counter[str] = Counter()  # tenant -> tokens of what it has queued
-        self._queued_tokens = 0  # of all of them
+        self._queued: Counter[str] = Counter()  # tenant -> its queued tokens
+        self._queued_tokens = 0  # of all tenants
 
     def set_batching_window(self, seconds: float, enough_tokens: int) -> None:
-        """From now on a tick may wait for more runs.
+        """Let ticks wait for more runs from now on.
 
         Args:
-            seconds: at most so long; what a tick costs at least, so that waiting in vain at most doubles it.
-            enough_tokens: with so many tokens a tick begins at once: they cost far more than a tick of their own.
+            seconds: the longest wait; a tick's fixed cost, so that waiting in vain at most doubles it.
+            enough_tokens: a tick begins at once if this many are queued: they cost far more than a tick of their own.
         """
         self._window.seconds, self._window.enough_tokens = seconds, enough_tokens
 
@@ -140,19 +140,19 @@ class Scheduler:
         self._set_head(job.run, head)
 
     def remove(self, run: Run) -> list[Job]:
-        """The run takes part no more; what it had queued is returned."""
+        """Remove a run; returns what it had queued."""
         drained = run.queue.drain()
         self._update(run)
         self._leave(run.tenant, _tokens(drained))
         return drained
 
     def hold(self, job: Job) -> None:
-        """A job that was taken can't be done yet: nothing of its run is taken before it is given back."""
+        """A job that was taken can't be done yet: nothing of its run is taken until it is given back."""
         job.run.queue.hold(job)
         self._update(job.run)
 
     def give_back(self, job: Job) -> bool:
-        """It can be done now; False if its run has ended meanwhile."""
+        """The job can be done now; returns False if its run has ended meanwhile."""
         if job.run.has_ended:
             return False
         job.run.queue.give_back(job)
@@ -166,7 +166,7 @@ class Scheduler:
         self._update(run)
 
     def close_gaps(self, run: Run) -> list[int]:
-        """Count every id that is missing before the run's last one as consumed; returns them."""
+        """Count every missing id before the run's last one as consumed; returns them."""
         closed = run.queue.close_gaps()
         self._update(run)
         return closed
@@ -174,7 +174,7 @@ class Scheduler:
     # ------------------------------------------------------------ ticks
 
     async def next_tick(self) -> Tick:
-        """The next tick: as soon as there is anything to do, or a moment later, if more runs are about to come."""
+        """The next tick, as soon as there is work, or within the batching window if more runs are expected."""
         await self._work.wait()
         try:
             async with asyncio.timeout(self._window.seconds):
@@ -186,7 +186,7 @@ class Scheduler:
         return self.take_tick()
 
     async def until_complete(self, in_flight: AbstractSet[Run]) -> None:
-        """Wait until the next tick will not grow while these runs' clients wait for results: it is full, or all other
+        """Wait until the next tick can't grow while these runs' clients wait for results: it is full, or all other
         active runs are ready.
         """
         await self._work.wait()
@@ -207,11 +207,11 @@ class Scheduler:
         return tick
 
     def _take_ready(self) -> list[Job]:
-        """What all who are ready may bring, as far as their jobs are no larger than the share of each. Who has a larger
-        one comes next, in a tick of its own.
+        """Take what all tenants may bring whose jobs are no larger than a share. A tenant with a larger job goes next,
+        in a tick of its own.
 
-        So a tenant with little to do waits for the end of the tick that is being computed, and then for one in which
-        nobody brings much more than it does, however much they have.
+        So a tenant with little to do waits for the tick being computed, and then for one in which nobody brings much
+        more than it does, however much they have queued.
         """
         if not self._ready:
             return []
@@ -232,7 +232,7 @@ class Scheduler:
         while not jobs:
             self._turns.earn(share)
             jobs, self._large = self._bring_shares(share)
-            if self._large and not jobs:  # the smallest of them are the small ones then
+            if self._large and not jobs:  # then even the smallest jobs exceed a share
                 sizes = {tenant: self._first_head(tenant).tokens for tenant in self._large}
                 least = min(sizes.values())
                 jobs = self._take_large([tenant for tenant, size in sizes.items() if size == least])
@@ -263,9 +263,9 @@ class Scheduler:
         return jobs, large
 
     def _fair_share(self) -> int:
-        """Tokens that each tenant may bring: what the median of those has queued who have anything to compute, so that
-        tenants with like work are all in a tick, and one with much more brings no more than they do. At least what a
-        tick costs anyway, so that it at most takes twice as long.
+        """Tokens that each tenant may bring: the median of what tenants with passes have queued. So tenants with
+        similar work all fit into a tick, and one with much more brings no more than they do. At least a tick's fixed
+        cost, which at most doubles the tick.
         """
         queued = sorted(self._queued[tenant] for tenant in self._ready if self._queued[tenant])
         if not queued:
@@ -274,7 +274,7 @@ class Scheduler:
         return max(self._overhead_tokens, min(median, self._tick_tokens // len(queued)))
 
     def _take_large(self, tenants: list[str]) -> list[Job]:
-        """The first of these brings its next job, and the others what is not larger."""
+        """The first of these tenants brings its next job, the others what is not larger."""
         share = self._first_head(tenants[0]).tokens
         budget = max(self._tick_tokens, share)
         jobs: list[Job] = []
@@ -288,18 +288,18 @@ class Scheduler:
         return tenant in self._ready and self._turns.balance(tenant) > 0
 
     def _first_head(self, tenant: str) -> Job:
-        """The next job of the run whose turn it is among the tenant's."""
+        """The next job of the tenant's next run."""
         return next(iter(self._ready[tenant].values()))
 
     def _take_from_tenant(self, tenant: str, room: int) -> list[Job]:
-        """Ready jobs of a tenant's runs, taken out of their queues, as far as `room` tokens go."""
+        """Take ready jobs of a tenant's runs out of their queues, within `room` tokens."""
         left, taken = room, list[Job]()
         for run in list(self._ready[tenant]):
             jobs, head = run.queue.take(left)
             left -= _tokens(jobs)
             taken += jobs
             if jobs and head is not None:
-                self._ready[tenant].move_to_end(run)  # the others come first next time
+                self._ready[tenant].move_to_end(run)  # the others go first next time
             self._set_head(run, head)
         if taken:
             self._leave(tenant, room - left)
@@ -307,14 +307,14 @@ class Scheduler:
         return taken
 
     def _leave(self, tenant: str, tokens: int) -> None:
-        """So many tokens are queued no more."""
+        """Count these tokens as no longer queued."""
         self._queued_tokens -= tokens
         self._queued[tenant] -= tokens
         if not self._queued[tenant]:
             del self._queued[tenant]
 
     def _update(self, run: Run) -> None:
-        """The run's queue has changed: it may be ready now, or no longer."""
+        """The run's queue has changed: it may have become ready, or no longer be."""
         self._set_head(run, run.queue.head)
 
     def _set_head(self, run: Run, head: Job | None) -> None:

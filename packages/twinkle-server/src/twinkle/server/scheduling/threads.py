@@ -1,4 +1,4 @@
-"""Threads for one purpose, so that what fills them stops nothing else; each tenant has few of them at once."""
+"""Threads for one purpose each, so that filling them blocks nothing else; a tenant may use only a few at once."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _ROOM_SECONDS = 1.0
 @dataclass(eq=False)
 class _Tenant:
     free: asyncio.Semaphore
-    pieces: int = 0  # of work, waiting or under way
+    pieces: int = 0  # waiting or running work
 
 
 class TenantThreads:
-    """A tenant's work waits for its own, and at most for one piece of each other's. Called on one event loop."""
+    """A tenant's work waits for its own, and for at most one piece of each other's. Called on one event loop."""
 
     def __init__(self, purpose: str, threads: int, per_tenant: int, most_waiting: int = 256) -> None:
         """
         Args:
-            purpose: in the threads' names, and in what one is told who asks for too much.
-            per_tenant: how many of the threads a tenant's work may have at once.
-            most_waiting: pieces of a tenant's work.
+            purpose: named in the threads' names, and in the error for too much work.
+            per_tenant: how many threads a tenant may use at once.
+            most_waiting: most pieces of work of one tenant.
         """
         self._purpose = purpose
         self._per_tenant = per_tenant
@@ -38,10 +38,10 @@ class TenantThreads:
         self._tenants: dict[str, _Tenant] = {}
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """What blocking `work` returns, done in a thread.
+        """Run blocking `work` in a thread.
 
         Raises:
-            LimitReached: if too much of the tenant's waits already.
+            LimitReached: if too much of the tenant's work is waiting already.
         """
         own = self._tenants.get(tenant)
         if own is None:
@@ -65,7 +65,7 @@ class TenantThreads:
             self._ended(tenant, own)
 
         doing.add_done_callback(done)
-        return await asyncio.shield(doing)  # a thread goes on though nobody waits any more
+        return await asyncio.shield(doing)  # the thread goes on even if nobody waits any more
 
     def _ended(self, tenant: str, own: _Tenant) -> None:
         own.pieces -= 1
@@ -77,7 +77,7 @@ class TenantThreads:
 
 
 class Threads:
-    """Those of a service for what tenants may ask at any time.
+    """A service's threads for what tenants may ask at any time.
 
     Attributes:
         queries: of the database.

@@ -31,28 +31,28 @@ log = logging.getLogger("twinkle.server")
 
 # Earlier versions have no tokens.
 _RAY_WITH_TOKENS = [2, 52]
-# How Ray words that a part of it took too long.
+# How Ray says that a part of it took too long.
 _BUSY = re.compile("time(d )?out|within|deadline", re.IGNORECASE)
 
 _LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
-# Ray's own processes are probed so often, and count as ended after so many failures in a row.
+# Ray's own processes are probed this often, and count as ended after this many failures in a row.
 _PROBE_SECONDS = 1.0
 _PROBES = 2
 
 
 def main() -> int:
-    """Serve until the supervisor, or a signal, asks for the end. Returns the exit code."""
-    os.umask(0o077)  # only its user may read what it writes
+    """Serve until the supervisor or a signal asks to stop. Returns the exit code."""
+    os.umask(0o077)  # only this user may read the files it writes
     supervised = Supervised(int(sys.argv[1]))
     ready, stop, over = threading.Event(), threading.Event(), threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
-            return  # the supervisor sends one, and so may whoever shuts the machine down
+            return  # sent by the supervisor, and perhaps also by a shutdown of the machine
         stop.set()
         if not ready.is_set():
-            raise KeyboardInterrupt  # out of whatever is being waited for
+            raise KeyboardInterrupt  # interrupts whatever is being waited for
 
     def take_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,16 +60,16 @@ def main() -> int:
 
     take_signals()
     try:
-        # Only a signal interrupts whatever this thread is waiting for.
+        # Only a signal interrupts whatever this thread waits for.
         supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
         plan = make_plan(with_auth_mode(ServerConfig.model_validate_json(supervised.configuration)))
         _say_what_is_loaded(plan)
         began = time.monotonic()
-        # Takes seconds, and so do Ray's own processes, which are started meanwhile.
+        # Takes seconds, as do Ray's own processes, which are started meanwhile.
         importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
         importing.start()
         _start_ray(plan)
-        take_signals()  # Ray has a handler of its own for SIGTERM, which ends the process with a stack trace
+        take_signals()  # Ray's own handler of SIGTERM ends the process with a stack trace
         _watch_ray(supervised, over)
         importing.join()
         _start(plan)
@@ -105,7 +105,7 @@ def _say_what_is_loaded(plan: Plan) -> None:
 
 def _start(plan: Plan) -> None:
     """Start the ranks, Serve and the engine; returns when they are ready."""
-    # Ray and Serve log each of their own steps; what users want to know is said here.
+    # Ray and Serve log each of their own steps; what users want to know is printed here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from ray import serve
@@ -114,7 +114,7 @@ def _start(plan: Plan) -> None:
     from twinkle.server.serve.deployments import APP_NAME, build_application
     from twinkle.server.serve.ranks import place_ranks
 
-    # The ranks take longest, so they are started first; the engine is handed them.
+    # The ranks take longest, so they are started first, and then handed to the engine.
     placement = placement_group(plan.bundles, strategy="PACK")
     ranks = place_ranks(plan, placement)
     serve.start(proxy_location="Disabled", logging_config=_LOGGING)
@@ -135,7 +135,7 @@ def _start(plan: Plan) -> None:
 def _check_ray() -> None:
     """
     Raises:
-        ServerFault: if this Ray would run code for anybody who reaches its ports.
+        ServerFault: if this version of Ray would run code for anybody who reaches its ports.
     """
     numbers = [int(number) for number in re.findall(r"\d+", ray.__version__)[:2]]
     if numbers < _RAY_WITH_TOKENS:
@@ -151,13 +151,13 @@ def _check_ray() -> None:
 
 def _start_ray(plan: Plan) -> None:
     _check_ray()
-    # Usage reports go over the network, without asking the user.
+    # Usage reports would be sent over the network without asking the user.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # By default Ray's processes have a lower priority than all others of the machine.
+    # By default Ray's processes have a lower priority than all others on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
-            address="local",  # never joins a cluster that is there
+            address="local",  # never joins an existing cluster
             num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
             num_gpus=plan.num_ranks * plan.gpus_per_rank,
             include_dashboard=False,
@@ -196,7 +196,7 @@ def _cause() -> str:
 
 
 def _watch_ray(supervised: Supervised, over: threading.Event) -> None:
-    """From now on, until `over` is set: end this process when Ray's head, or its raylet here, has ended.
+    """Until `over` is set, end this process when Ray's head, or its raylet here, has ended.
 
     Ray itself waits a minute for its head, and then kills each process that was connected to it.
     """
@@ -209,14 +209,14 @@ def _watch_ray(supervised: Supervised, over: threading.Event) -> None:
             failures = failures + 1 if ended else 0
             if failures == _PROBES:
                 supervised.failed(ServerFault(f"{ended[0]} has ended"))
-                # An orderly shutdown would wait for Ray; the supervisor kills all that is left.
+                # An orderly shutdown would wait for Ray; the supervisor kills what is left.
                 os._exit(1)
 
     threading.Thread(target=watch, name="watch Ray", daemon=True).start()
 
 
 def _ray_addresses() -> dict[str, tuple[str, int]]:
-    """Where the processes listen that Ray can't do without."""
+    """The addresses of the processes that Ray can't do without."""
     context = cast(Any, ray.get_runtime_context())
     host, _, port = str(context.gcs_address).rpartition(":")
     addresses = {"Ray's head": (host.strip("[]"), int(port))}
@@ -235,10 +235,10 @@ def _listens(address: tuple[str, int]) -> bool:
 
 
 def _close_engine() -> None:
-    """Let the engine finish what it is writing."""
+    """Let the engine finish its writes."""
     try:
         _engine().close.remote().result(timeout_s=30)
-    except Exception as error:  # the cluster ends all the same
+    except Exception as error:  # the cluster ends anyway
         log.warning("the engine could not be closed in order: %s", error)
 
 

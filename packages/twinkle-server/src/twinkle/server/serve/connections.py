@@ -1,6 +1,6 @@
 """Limits on an HTTP connection before its tenant is known: bytes of headers, time, and the number of connections.
 
-Covers the bytes of a request up to the end of its headers, and what surrounds its body. Bodies are the gateway's.
+Covers a request up to the end of its headers, and the framing of its body. The gateway limits the body itself.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Of a request's line and headers. What surrounds a body (trailers, chunk extensions) may be as large.
+# Of a request's line and headers. A body's framing (trailers, chunk extensions) may be as large.
 MAX_HEAD_BYTES = 64 * 2**10
 
-# How long the headers of a request may take, counted from the opening of the connection or from their first byte.
+# How long a request's headers may take, from the opening of the connection or from their first byte.
 HEAD_SECONDS = 20.0
-# How long a client may go on sending a body that nobody reads, because its request has been answered.
+# How long a client may go on sending a body that is not read, because its request has been answered.
 UNREAD_BODY_SECONDS = 60.0
 # How long a client may read nothing of a response.
 UNREAD_ANSWER_SECONDS = 60.0
-# Pipelined requests, sent before the first of them is answered: each costs a hundred times its bytes while it waits.
+# Pipelined requests, sent before the first is answered: each takes a hundred times its bytes while it waits.
 MAX_AHEAD = 32
 
-# The share (1 in 4) of the files a process may open that is kept for all else: checkpoints, journal, database, ranks.
+# The share (1 in 4) of this process's open files kept for other uses: checkpoints, journal, database, ranks.
 _KEPT_FILES = 4
 _FEWEST_CONNECTIONS = 16
 
-# Anybody can send malformed requests: they must not fill the log.
+# Anybody can send malformed requests, which must not fill the log.
 _log = logging.getLogger("twinkle.connections")
 _log.setLevel(logging.ERROR)
 
 
 def most_connections(limit: int | None) -> int:
-    """How many connections this process may hold: `limit`, or fewer if it may not open so many files."""
+    """How many connections this process may hold: `limit`, or fewer if it may not open as many files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return limit or 2**20
@@ -44,14 +44,14 @@ def most_connections(limit: int | None) -> int:
 
 
 class Connections:
-    """The open ones. If there are too many, the one that has been without a request for longest is closed: first among
-    those that never had one.
+    """The open connections. If there are too many, the one that has been without a request for longest is closed, and
+    first those that never had one.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._open: set[GuardedProtocol] = set()
-        # Each in the order in which they became so.
+        # Both in order of time, oldest first.
         self._silent: dict[GuardedProtocol, None] = {}
         self._idle: dict[GuardedProtocol, None] = {}
 
@@ -59,7 +59,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: GuardedProtocol) -> None:
-        """A new one; it is closed at once if all others are being answered."""
+        """Add a new one; it is closed at once if all others are being answered."""
         self._open.add(connection)
         if len(self._open) > self._most:
             ended = next(iter(self._silent or self._idle), connection)
@@ -90,7 +90,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.logger = _log
         self._connections_open = connections
-        self._is_in_head = True  # of a request that has begun, or is yet to begin
+        self._is_in_head = True  # of a request that has begun, or the next
         self._head_bytes = 0
         self._has_begun = False
         self._is_answering = False
@@ -198,7 +198,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------ time
 
     def _watch_reader(self, left: int) -> None:
-        """Close the connection if its client reads none of the `left` bytes for so long."""
+        """Close the connection if its client reads none of the `left` bytes for UNREAD_ANSWER_SECONDS."""
         self._stop_watching()
         self._writing = self.loop.call_later(UNREAD_ANSWER_SECONDS, self._check_reader, left)
 

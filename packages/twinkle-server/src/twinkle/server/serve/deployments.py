@@ -1,6 +1,6 @@
-"""The Serve deployments: one engine per base model, which answers HTTP itself, and further gateways.
+"""The Serve deployments: one engine per base model, which answers HTTP itself, and optional gateways.
 
-Gateways are for servers where one process is not enough for reading and writing HTTP.
+Gateways are for servers where one process can't keep up with reading and writing HTTP.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 APP_NAME = "twinkle"
 
-# An engine that could not start counts as healthy for so long, so that the launcher can ask it why. One that replaced
-# another is then replaced in turn.
+# An engine that could not start counts as healthy for this long, so that the launcher can ask it why. If it replaced
+# another engine, it is replaced in turn afterwards.
 _FAILURE_SHOWN_SECONDS = 30.0
 
-# A running engine answers at once whether it is ready.
+# A running engine says at once whether it is ready.
 _READY_SECONDS = 2.0
 
 # Each waiting long poll is an ongoing request of the engine: Serve's limit must never be reached.
@@ -51,23 +51,23 @@ class EngineDeployment:
     """The service of one base model: queues, scheduler, engine loop, store. It computes nothing itself."""
 
     async def __init__(self, plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> None:
-        """Serve awaits it.
+        """Awaited by Serve.
 
         Args:
             placement: where the ranks are placed.
-            ranks: the first ones, which were started beside Serve.
+            ranks: the first ones, started alongside Serve.
         """
         keep_grpc_local()
         self._start_failure: TwinkleError | None = None
         try:
             await self._start(plan, placement, ranks)
-        except Exception as error:  # raised here, it would reach the user as a traceback
+        except Exception as error:  # if raised here, it would reach the user as a traceback
             self._start_failure = _in_words(error)
             self._failed_at = time.monotonic()
 
     async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
         ranks = asyncio.create_task(RankGroup.start(plan, placement, first))
-        await asyncio.sleep(0)  # they start to load
+        await asyncio.sleep(0)  # lets them start loading
         from twinkle.server.app import build_service, build_signer, live_directory
 
         self._service = build_service(
@@ -119,8 +119,8 @@ class EngineDeployment:
         await service.close()
 
     async def check_health(self) -> None:
-        """Raises if Serve is to start another engine. The service restarts ranks by itself, and only fails here if that
-        has failed.
+        """Raises if Serve should start another engine. The service restarts ranks by itself, and fails here only if
+        that has failed.
         """
         if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
             return
@@ -129,11 +129,11 @@ class EngineDeployment:
 
 
 class GatewayDeployment:
-    """A process that reads and writes HTTP beside the engine, on the same port."""
+    """A process that reads and writes HTTP alongside the engine, on the same port."""
 
     async def __init__(self, engine: DeploymentHandle[Any], config: ServerConfig) -> None:  # Serve awaits it
         keep_grpc_local()
-        # The engine answers this when it is ready; no client is to be answered before.
+        # The engine answers this when it is ready; no client should be answered before.
         await cast(Any, engine).start_failure.remote()
         self._http = await listen(HandleService(engine), config)
 
@@ -142,7 +142,7 @@ class GatewayDeployment:
 
 
 async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
-    """Serve the HTTP application in front of `service` where the configuration says."""
+    """Serve the HTTP application in front of `service` as configured."""
     from twinkle.server.app import build_keys, build_signer
     from twinkle.server.gateway.app import create_app
     from twinkle.server.serve.http import HttpServer
@@ -192,8 +192,8 @@ class HandleService:
         return await self._call(self._engine.download_part.remote(download, name, offset, size))
 
     async def _wait(self, response: Any) -> Any:
-        """`_call` for long polls: cancelled in the engine too if the client hangs up, or it would count as waiting.
-        Serve by itself lets a call go on whose caller was cancelled.
+        """`_call` for long polls: if the client hangs up, cancels the call in the engine too, where it would count as
+        waiting. By itself Serve doesn't stop a call whose caller was cancelled.
         """
         try:
             return await self._call(response)
@@ -210,7 +210,7 @@ class HandleService:
 
 
 def _in_words(error: Exception) -> TwinkleError:
-    """One sentence about why an engine can't start. What was not expected is logged with its traceback."""
+    """One sentence about why an engine can't start. Unexpected errors are logged with their traceback."""
     if isinstance(error, TwinkleError):
         return error
     log.error("the engine could not start", exc_info=error)
@@ -222,7 +222,7 @@ def _in_words(error: Exception) -> TwinkleError:
 
 
 async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
-    """Errors meant for people are returned: Serve would log them with a traceback, as faults of the server."""
+    """Errors meant for users are returned: Serve would log them with a traceback, as the server's faults."""
     try:
         return await answer()
     except TwinkleError as error:
@@ -239,7 +239,7 @@ def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=5,
-        # What fails at start-up (a model that can't be loaded) fails again.
+        # What fails at start-up (a model that can't be loaded) would fail again.
         max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=30,

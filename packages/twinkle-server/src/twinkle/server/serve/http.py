@@ -1,6 +1,6 @@
 """HTTP on the event loop of the process that answers: Ray Serve starts and watches that process, but isn't in between.
 
-Serve's proxy would add a process and two hops to each request, several times what the request itself costs.
+Serve's proxy would add a process and two hops to each request, several times the cost of the request itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from starlette.applications import Starlette
 
 from twinkle.server.serve.connections import Connections, GuardedProtocol, most_connections
 
-# Clients keep a connection longer between two steps than uvicorn's 5 s.
+# Between two steps clients keep a connection for longer than uvicorn's 5 s.
 _KEEP_ALIVE_SECONDS = 90
 _BACKLOG = 2048
 _HANDSHAKE_SECONDS = 10.0
 
-# Of all responses. There are no CORS headers: without them browsers let no page of another site read the replies.
+# In all responses. There are no CORS headers, so browsers let no other site's pages read the replies.
 _HEADERS = [
     ("x-content-type-options", "nosniff"),
     ("cache-control", "no-store"),
@@ -30,7 +30,7 @@ _HEADERS_WITH_TLS = [*_HEADERS, ("strict-transport-security", "max-age=31536000"
 
 
 class HttpServer:
-    """An application that is being served."""
+    """A running HTTP server for an application."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         self._server = server
@@ -45,13 +45,13 @@ class HttpServer:
         tls: tuple[Path, Path] | None = None,
         max_connections: int | None = None,
     ) -> HttpServer:
-        """Returns when requests are taken.
+        """Returns when requests are accepted.
 
         Several processes may listen on one port: the system distributes connections among them.
 
         Args:
-            tls: files of a certificate and its key; None is plain http.
-            max_connections: at once; None is as many as this process may open files, less a reserve.
+            tls: files of a certificate and its key; None is plain HTTP.
+            max_connections: at once; None: as many as this process may open files, less a reserve.
 
         Raises:
             OSError: if it can't listen on `host` and `port`.
@@ -71,7 +71,7 @@ class HttpServer:
             ssl_keyfile=key,
         )
         server = uvicorn.Server(config)
-        # Without a socket: uvicorn's own protocol would serve it. Ours is added below, for uvicorn to close.
+        # Without a socket, which uvicorn's own protocol would serve. Ours is added below, for uvicorn to close.
         serving = asyncio.create_task(server.serve(sockets=[]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
@@ -85,7 +85,7 @@ class HttpServer:
         return not self._serving.done()
 
     async def close(self) -> None:
-        """Take no more requests, and drop those that still wait for a result: their clients retry."""
+        """Accept no more requests, and drop those that still wait for a result: their clients retry."""
         self._server.should_exit = self._server.force_exit = True
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving

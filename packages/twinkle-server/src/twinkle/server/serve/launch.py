@@ -1,6 +1,6 @@
 """The server as its user starts it: checks what can be checked, then runs the server's process under a supervisor.
 
-Light on purpose: this process lasts as long as the server, and neither Ray nor the model can end it.
+Deliberately light: this process lives as long as the server, and neither Ray nor the model can end it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from twinkle.server.serve.supervised import say
 from twinkle.server.serve.supervisor import Supervisor
 from twinkle.server.serve.tls import check_tls
 
-# -P: no modules are imported from the directory in which the server is started.
+# -P: no modules are imported from the directory that the server is started in.
 _COMMAND = (sys.executable, "-P", "-m", "twinkle.server.serve.cluster")
 
-# A server that was killed holds its port until its last thread is gone, which takes a while on a busy machine.
+# A killed server holds its port until its last thread is gone, which takes a while on a busy machine.
 _PORT_SECONDS = 5.0
 
 
@@ -43,10 +43,10 @@ class TwinkleServer:
         return cls(load_config(path))
 
     def run(self) -> None:
-        """Start, print where it listens once it is ready, and serve until Ctrl-C or SIGTERM.
+        """Start, print where the server listens once it is ready, and serve until Ctrl-C or SIGTERM.
 
-        Once it has been ready, it is restarted whenever it ends otherwise, as when Ray's head or the server's own
-        process is killed. The configuration stays the same, including who may use it.
+        Once it has been ready, it is restarted whenever it ends unasked, as when Ray's head or the server's own process
+        is killed. The configuration stays the same, including who may use it.
 
         Raises:
             InvalidRequest, NotFound: if it can't start as configured (port taken, model not found, ...).
@@ -66,7 +66,7 @@ class TwinkleServer:
 
 
 def checks(config: ServerConfig) -> list[Callable[[], None]]:
-    """What can be checked before anything is started; each raises `InvalidRequest`."""
+    """What can be checked before anything is started; each check raises `InvalidRequest`."""
     server = config.server
     found = [partial(_check_port, server.host, server.port)]
     if server.tls is not None:
@@ -86,7 +86,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _try_port(host: str, port: int) -> OSError | None:
-    """Why nobody can listen there just now; None if one can."""
+    """Why nothing can listen there now; None if it can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -110,7 +110,7 @@ def _ready_lines(config: ServerConfig) -> str:
 
 
 def _access_lines(config: ServerConfig) -> list[str]:
-    """Who may use the server, and warnings about that."""
+    """Who may use the server, with warnings."""
     host = config.server.host
     others = host != "localhost" and not _is_loopback(host)
     if config.auth.mode == "keys":
@@ -134,4 +134,4 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name, whatever it resolves to
+        return False  # a host name, whatever it resolves to

@@ -1,8 +1,8 @@
 """Keeps the port that Ray Serve opens in a replica's process on the loopback interface.
 
-A replica takes calls of other deployments on a port of all interfaces, and unpickles what it receives. Newer versions
-ask for Ray's token first; even so nothing outside this machine needs that port, and deployments that call each other
-through Ray's actors don't use it. There is no setting for its address.
+A replica takes other deployments' calls on a port of all interfaces, and unpickles what it receives. Newer versions
+check Ray's token first, but still nothing outside this machine needs that port, and deployments that call each other
+through Ray's actors don't use it. Its address can't be configured.
 """
 
 from __future__ import annotations

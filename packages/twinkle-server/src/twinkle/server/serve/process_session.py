@@ -13,9 +13,9 @@ _GONE_WITHIN_SECONDS = 10.0
 
 
 def end_session(leader: int) -> None:
-    """Kill whatever runs in the session that a process leads, or led, but not the caller; return when it is gone."""
+    """Kill everything in the session that a process leads, or led, except the caller; return when it is gone."""
     deadline = time.monotonic() + _GONE_WITHIN_SECONDS
-    # Again, until none is left: one that is about to be killed may start another.
+    # Repeated until none is left: a process may start another before it is killed.
     while (running := members(leader) - {os.getpid()}) and time.monotonic() < deadline:
         for pid in running:
             with contextlib.suppress(
@@ -23,7 +23,7 @@ def end_session(leader: int) -> None:
             ):  # it has ended, or is another user's
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    # In a container the caller may be the first process of all, which inherits those whose parent has ended.
+    # In a container the caller may be process 1, which inherits the children of ended processes.
     for process in psutil.process_iter(["ppid"]):
         if process.pid != leader and process.info["ppid"] == os.getpid() and _session(process.pid) == leader:
             with contextlib.suppress(ChildProcessError):  # another thread has waited for it
@@ -31,7 +31,7 @@ def end_session(leader: int) -> None:
 
 
 def members(leader: int) -> set[int]:
-    """Processes of a session that run, and those that they started, whatever their session is."""
+    """Running processes of a session, and those they started, whatever session these are in."""
     ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     processes = psutil.process_iter(["ppid", "status"])
     parents = {

@@ -1,4 +1,4 @@
-"""One rank: a Ray actor that loads its part of the model and answers calls of it over RPC."""
+"""One rank: a Ray actor that loads its part of the model and answers calls to it over RPC."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twinkle.server.serve.rpc import Address, Server
 
 
 class Rank:
-    """Ray calls these methods once each; all others are calls of a `LocalWorker`, by way of `rpc.Server`."""
+    """Ray calls these methods once each; all other calls reach its `LocalWorker`, through `rpc.Server`."""
 
     _loading: asyncio.Task[LocalWorker] | None = None
     _server: Server
@@ -27,25 +27,25 @@ class Rank:
         """Import what `serve` needs, which takes longer than the rest of loading."""
         if config.device == "cpu":
             # Threads that wait for each other yield their core: by default they spin, and a step takes up to thirty
-            # times as long when another program (the client, say) wants it.
+            # times as long when another program (the client, say) wants the core.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with contextlib.suppress(Exception):  # `serve` raises it again, where somebody waits for the answer
+        with contextlib.suppress(Exception):  # `serve` raises it again, to a caller that waits for it
             plugins.find(plugins.TRAINING_BACKENDS, backend)
             if sampler is not None:
                 plugins.find(plugins.SAMPLING_ENGINES, sampler)
 
     async def find_rendezvous(self) -> str:
-        """Where the ranks of the group meet, all on this machine: a file that no other user can reach."""
+        """Where the ranks of the group meet, all on this machine: a file that no other user can access."""
         return f"file://{tempfile.mkdtemp(prefix='twinkle-', dir=place())}/meeting"
 
     async def serve(
         self, callers_node: str, config: ModelConfig, backend: str, sampler: str | None
     ) -> Address | None:
-        """Begin to load the model, and take calls of its `LocalWorker`, which wait for that and raise its error.
+        """Start loading the model, and take calls to its `LocalWorker`, which wait for that and raise its error.
 
         Args:
             callers_node: Ray's id of the machine that the caller is on.
-            sampler: the sampling engine of this rank, if it has one.
+            sampler: this rank's sampling engine, if it has one.
 
         Returns:
             None if another caller has this rank already.
@@ -63,6 +63,6 @@ def _load(config: ModelConfig, backend: str, sampler: str | None) -> LocalWorker
     if config.device == "cpu":
         import torch
 
-        # Ray sets it to the CPUs that it accounts to this actor.
+        # Ray sets it to the number of CPUs that it assigned to this actor.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_ranks))
     return build_worker(config, backend, sampler)

@@ -1,7 +1,7 @@
-"""The rank processes behind one `WorkerPort`: the table of who runs which verb, agreement between ranks, restarts.
+"""The rank processes behind one `WorkerPort`: which ranks run which verb, agreement between ranks, restarts.
 
-A rank is a Ray actor (`rank.py`) that answers calls of its `LocalWorker` over a connection of its own (`rpc.py`). All
-ranks of a group are on the bundles of one placement group.
+A rank is a Ray actor (`rank.py`) that answers calls to its `LocalWorker` over an RPC connection of its own (`rpc.py`).
+A group's ranks occupy the bundles of one placement group.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How long the others are waited for when one rank has failed.
+# How long to wait for the other ranks after one has failed.
 GRACE_SECONDS = 10.0
 
-# Errors after which a process can't compute any more, though it lives. PyTorch raises them as RuntimeErrors.
+# Errors after which a process can't compute any more, though it is alive. PyTorch raises them as RuntimeErrors.
 _BEYOND_REPAIR = (
     "CUDA error",
     "HIP error",
@@ -47,7 +47,7 @@ _BEYOND_REPAIR = (
     "gloo",
 )
 
-# What Ray raises when a process is gone; OutOfMemoryError is the machine's memory, when Ray ended the process for it.
+# What Ray raises when a process is gone; OutOfMemoryError means that Ray killed it because the machine ran out.
 _PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
@@ -68,7 +68,7 @@ def _on_all_ranks(
 def _on_samplers(
     verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, None]],
 ) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, None]]:
-    """Every rank with a sampler runs it, beside whatever is being trained."""
+    """Every rank with a sampler runs it, in parallel to training."""
 
     async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> None:
         await group.incarnation.these_ranks(group.samplers, verb.__name__, *args, **kwargs)
@@ -81,11 +81,11 @@ class RankGroup:
 
     Attributes:
         incarnation: the processes that run now, or ran last.
-        info, loss_fns: of the model that they hold.
+        info, loss_fns: of their model.
         samplers: the ranks that have a sampler.
     """
 
-    # The table: which ranks run each verb. What a rank does with it follows from its role, which the plan decides.
+    # Which ranks run each verb. What a rank does with it depends on its role, which the plan decides.
     add_adapter = _on_all_ranks(WorkerPort.add_adapter)
     remove_adapter = _on_all_ranks(WorkerPort.remove_adapter)
     optim_step = _on_all_ranks(WorkerPort.optim_step)
@@ -107,7 +107,7 @@ class RankGroup:
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
         if self.incarnation.num_ranks == 1:
             return await self.incarnation.all_ranks("train", micro_batches, steps)
-        # Two calls, so that the ranks agree about the pass and about the steps.
+        # Two calls, so that the ranks agree on the pass before the steps.
         async with self._training:
             results = await self.forward_backward(micro_batches)
             try:
@@ -115,7 +115,7 @@ class RankGroup:
             except WorkerLost:
                 raise
             except Exception:
-                # The pass stays done; the engine calls the steps by themselves, and gets the error there.
+                # The pass stays done; the engine calls the steps separately and gets the error there.
                 return results, None
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
@@ -125,12 +125,12 @@ class RankGroup:
         for rank, error in failed.items():
             self.incarnation.check_device("publish", rank, error)
         if failed:
-            have_it = [rank for rank in self.samplers if rank not in failed]  # all are to have it, or none
+            have_it = [rank for rank in self.samplers if rank not in failed]  # all must have it, or none
             await self.incarnation.these_ranks(have_it, "remove_sampler_adapter", sampler_adapter_id)
             raise next(iter(failed.values()))
 
     async def generate(self, request: GenerateRequest) -> SampleResponse:
-        """By the sampler that is drawing the fewest sequences."""
+        """Sample on the rank that is drawing the fewest sequences."""
         rank = min(self.samplers, key=self._drawing.__getitem__)
         self._drawing[rank] += request.num_samples
         try:
@@ -160,7 +160,7 @@ class RankGroup:
         self._placement = placement
         self._is_given_up = False
         self._training = asyncio.Lock()
-        self._restarted = asyncio.Event()  # set and replaced by each restart, and when there are no more
+        self._restarted = asyncio.Event()  # set and replaced by each restart, and by `give_up`
 
     @classmethod
     async def start(
@@ -169,7 +169,7 @@ class RankGroup:
         """Start one actor on each bundle of `placement`.
 
         Args:
-            first: actors that are there already, used unless another group has them.
+            first: existing actors, used unless another group has them.
 
         Raises:
             Exception: what the ranks raised when they loaded the model.
@@ -212,9 +212,9 @@ class RankGroup:
 class Incarnation:
     """The ranks' processes from one start until one of them is lost. Single-threaded: used on one event loop.
 
-    They live and die together, since each holds a part of what the others need. Calls to all ranks are made one after
-    the other, so that all ranks run the same calls in the same order. The group is lost when a process ends or hangs,
-    when its ranks don't agree on what happened, and when a device can't compute any more.
+    They live and die together, since each holds a part of what the others need. Calls to all ranks are made one at a
+    time, so that all ranks run the same calls in the same order. The group is lost when a process ends or hangs, when
+    its ranks don't agree on what happened, and when a device can't compute any more.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Incarnation:
         Args:
             connections: to the ranks, rank 0 first.
             actors: the Ray actors behind them.
-            call_timeout: seconds without an answer to a call to all ranks after which the group is lost; None is never.
+            call_timeout: seconds without an answer to a call to all ranks after which the group is lost; None: never.
         """
         self._connections = connections
         self._actors = actors
@@ -243,7 +243,7 @@ class Incarnation:
         return self._lost.done()
 
     async def lost(self) -> WorkerLost:
-        """Why the group is lost, as soon as it is."""
+        """Wait until the group is lost; returns why."""
         return await asyncio.shield(self._lost)
 
     async def describe(self) -> tuple[BaseModelInfo, LossSpecs]:
@@ -263,13 +263,13 @@ class Incarnation:
             WorkerLost: if the group is lost.
             Exception: what all ranks raised.
         """
-        # The other ranks' results are the same ones: they aren't sent.
+        # The other ranks' results are the same, so they aren't sent.
         calls = [Call(verb, args, kwargs)] * self.num_ranks
         [result, *_] = await self._run(calls, self._call_timeout, wanted=1)
         return result
 
     async def each_rank(self, verb: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The result of each rank, which all get arguments of their own.
+        """Call each rank with its own arguments; returns each one's result.
 
         Raises:
             WorkerLost, Exception: as `all_ranks`.
@@ -327,8 +327,8 @@ class Incarnation:
     # ------------------------------------------------------------ calls
 
     async def _run(self, calls: Sequence[Call], timeout: float | None, wanted: int = 1) -> list[Any]:
-        """One call to each rank; the results of the first `wanted` ones, and None of the others."""
-        # One process takes its calls in order; several might take them in different orders.
+        """Make one call to each rank; returns the results of the first `wanted` ones, and None for the others."""
+        # A single process takes its calls in order; several might take them in different orders.
         async with self._turn if self.num_ranks > 1 else contextlib.nullcontext():
             self._check()
             answers = await self._ask(calls, timeout, wanted)
@@ -339,9 +339,9 @@ class Incarnation:
     async def _ask(
         self, calls: Sequence[Call], timeout: float | None, wanted: int
     ) -> list[asyncio.Future[Any]]:
-        """The ranks' answers, when all are there, or the time of grace after one has failed is over.
+        """The ranks' answers, once all are there or the grace period after a failure is over.
 
-        The group is lost if some aren't there after `timeout` seconds.
+        The group is lost if some are missing after `timeout` seconds.
         """
         answers = [
             connection.call(call, wants_result=rank < wanted)
@@ -352,12 +352,12 @@ class Incarnation:
         while True:
             done, waiting = await asyncio.wait(answers, timeout=remaining, return_when="FIRST_EXCEPTION")
             if any(answer.exception() for answer in done):
-                # The others fail likewise, or wait for it in vain. A loss of the group ends this.
+                # The others fail too, or wait for it in vain. If the group is lost, this returns at once.
                 await asyncio.wait(answers, timeout=GRACE_SECONDS)
                 break
             if not waiting or timeout is None:
                 break
-            # A lone rank may have been sent calls before this one: the time is that since it last answered any.
+            # A lone rank may have been sent calls before this one: time counts from its last answer to any.
             remaining = max(sent_at, self._answered_at) + timeout - loop.time()
             if remaining <= 0:
                 said = f"{_outcomes(answers)} within {timeout:g} s (model.call_timeout_seconds)"
@@ -373,7 +373,7 @@ class Incarnation:
             raise self._lost.result()
 
     def _lose(self, reason: str) -> WorkerLost:
-        """The group is lost, and with it all that it was asked; the first reason counts."""
+        """The group is lost, and all calls to it fail; the first reason counts."""
         if not self._lost.done():
             self._lost.set_result(WorkerLost(reason))
             for connection in self._connections:
@@ -421,15 +421,15 @@ def _outcomes(answers: Sequence[asyncio.Future[Any]]) -> str:
 async def _start(
     plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
 ) -> tuple[Incarnation, BaseModelInfo, LossSpecs]:
-    """Ranks with the model loaded; none is left running if that fails.
+    """Start ranks and load the model; none is left running if that fails.
 
     Raises:
-        Exception: what the ranks raised; if some raised and others didn't, the error that is meant for people.
+        Exception: what the ranks raised; if some raised and others didn't, the error meant for users.
         WorkerLost: if there is none, or a process ended.
     """
     incarnation = None
     if first is not None:
-        with contextlib.suppress(WorkerLost):  # they ended, or are taken: new ones will do
+        with contextlib.suppress(WorkerLost):  # they have ended or are taken: new ones will do
             incarnation = await _connect(plan, first)
     incarnation = incarnation or await _connect(plan, place_ranks(plan, placement))
     try:
@@ -442,7 +442,7 @@ async def _start(
 
 
 async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
-    """Have actors load the model, and connect to them; if one can't be reached, all are killed.
+    """Connect to actors and have them load the model; if one can't be reached, all are killed.
 
     Raises:
         WorkerLost: if one of them ended, or is another group's.
@@ -470,7 +470,7 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
 
 
 def place_ranks(plan: Plan, placement: PlacementGroup) -> list[Any]:
-    """New actors, one on each bundle, which at once import what they will need."""
+    """New actors, one on each bundle, which import what they will need right away."""
     actor_class = cast(Any, ray.remote)(Rank)
     actors: list[Any] = []
     for bundle in range(plan.num_ranks):

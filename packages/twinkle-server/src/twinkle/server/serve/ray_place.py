@@ -1,8 +1,8 @@
 """The place of one start of Ray: a directory that only the server's user can enter, and the environment for it.
 
-Anybody who can talk to Ray can run code as the server's user. So each start has a token of its own, which all of Ray's
-processes ask for, a directory of its own for sockets and files, and ports on the loopback interface only. Settings for
-other programs or clusters change none of that. Doesn't import Ray: its settings have to be there before.
+Anybody who can talk to Ray can run code as the server's user. So each start has its own token, which all of Ray's
+processes check, its own directory for sockets and files, and ports on the loopback interface only. Settings for other
+programs or clusters don't change that. Doesn't import Ray, whose settings must be there before.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from twinkle.protocol.errors import ServerFault
 _PREFIX = "twinkle-ray-"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 
-# A socket's path has at most 107 bytes (macOS: 103). Ray's paths add so many to its directory; the ranks' are shorter.
+# A socket's path has at most 107 bytes (macOS: 103). Ray adds this many to its directory; the ranks' are shorter.
 _LONGEST_SOCKET = 103
 _OF_RAY = len("/r/session_2026-11-30_20-24-10_206472_1234567/sockets/plasma_store")
 _OF_RANKS = len("/twinkle-12345678/calls")
 
-# Variables that would have this start join another cluster, or use another's token, address, directory or job.
+# Variables that would make this start join another cluster, or use another's token, address, directory or job.
 _NOT_OURS = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -58,7 +58,7 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
         environment |= {
             "RAY_AUTH_MODE": "token",
             _TOKEN_PATH: str(_write_token(directory)),
-            # A cluster of one machine, as on macOS and Windows: all its ports are on the loopback interface.
+            # A single-machine cluster, as on macOS and Windows: all its ports are on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
         # The ranks of a group connect to each other on this machine too.
@@ -72,13 +72,13 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
 
 
 def place() -> Path | None:
-    """The directory, in a process that was started with that environment; else None."""
+    """The directory, in a process that was started with that environment; otherwise None."""
     path = os.environ.get(_TOKEN_PATH)
     return None if path is None else Path(path).parent
 
 
 def ray_directory() -> Path:
-    """Ray's own directory, in such a process. Ray lets everybody read it, but the one around it keeps them out."""
+    """Ray's own directory, in such a process. Ray lets everybody read it, but the one around it keeps others out."""
     directory = place()
     assert directory is not None, "the supervisor makes one"
     return directory / "r"
@@ -92,7 +92,7 @@ def _write_token(directory: Path) -> Path:
 
 
 def _make_directory() -> tuple[Path, int]:
-    """A new one, and the descriptor of the lock that shows others it is in use."""
+    """Make a directory; returns it and the descriptor of the lock that marks it as in use."""
     errors: list[str] = []
     for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
         if len(os.fsencode(f"{base}/{_PREFIX}12345678")) + _OF_RAY > _LONGEST_SOCKET:
@@ -118,7 +118,7 @@ def _lock(directory: Path) -> int:
 
 
 def _remove_left(base: Path) -> None:
-    """Delete directories that this user's killed supervisors have left behind: their locks are gone with them."""
+    """Delete the directories of killed supervisors of this user: their locks are gone with them."""
     for directory in base.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or in use
             if directory.is_symlink() or directory.stat().st_uid != os.getuid():

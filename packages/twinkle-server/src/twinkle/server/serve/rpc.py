@@ -1,21 +1,21 @@
 """RPC between two processes of the server: a method's name and arguments one way, its result the other.
 
-Ray starts and kills the processes; calls between them go over a socket of their own, since one costs a twentieth of a
-call to a Ray actor. On one machine the socket is a file in a directory that only this user can read, deleted as soon as
-the caller has connected; between machines it is TCP. Either way the caller first sends a secret that it was given
-through Ray, and nothing is unpickled for a caller that doesn't know it.
+Ray starts and kills the processes; calls between them use their own socket, at a twentieth of the cost of a call to a
+Ray actor. On one machine it is a Unix socket in a directory that only this user can read, deleted as soon as the caller
+has connected; between machines it is TCP. Either way the caller first sends a secret that it got through Ray, and
+nothing is unpickled for a caller that doesn't know it.
 
-    frame: number of the call (8 bytes), whether its result is wanted (1), size (8), and so many bytes: pickled
+    frame: number of the call (8 bytes), whether its result is wanted (1), size (8), and that many bytes: pickled
            (method, args, kwargs), or (has succeeded, value). Frames with the number 0 are heartbeats, without a body.
 
 Limits:
-- A connection that hasn't sent the whole secret within 10 s is closed. The first one that has is the only caller; the
-  server listens no more.
+- A connection that hasn't sent the whole secret within 10 s is closed. The first one that has is the only caller; then
+  the server stops listening.
 - Heartbeats are answered by the event loop, so a process that is stopped, or whose interpreter lock is never released,
   answers none: the connection is lost after `heartbeat_seconds`. A frame must cross within that time too.
-- A call by itself has no deadline: a method that never returns is its caller's business (see `ranks`).
-- A caller's unread frames are those whose answers it waits for. A server whose replies are unread reads no more calls.
-- Frames have no largest size: both ends are the same program. Each is held whole in memory.
+- A call itself has no deadline: a method that never returns is up to its caller (see `ranks`).
+- A caller's unread frames are limited to the answers it waits for. A server whose replies are unread reads no calls.
+- Frames have no maximum size: both ends are the same program. Each is held whole in memory.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _HEADER = struct.Struct("<q?q")
 _HEARTBEAT = 0
 _SECRET_BYTES = 32
 _SECRET_SECONDS = 10.0
-# So many heartbeats in a row have to go unanswered. A single one may, if it is this process that was held up.
+# This many heartbeats in a row must be unanswered. A single one may be, if it was this process that was held up.
 _HEARTBEATS = 6
-# Rows of a tick are some hundred kilobytes: a reader that is paused less often is woken less often.
+# A tick's rows are some hundred kilobytes: a reader that is paused less often is woken less often.
 _BUFFER_BYTES = 4 * 2**20
 
 
 class ConnectionLost(ConnectionError):
-    """The other process has ended, answers no heartbeats, or was hung up on. Its text says which."""
+    """The other process has ended, answers no heartbeats, or was hung up on. The text says which."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Address:
 
     Attributes:
         socket: path of a Unix socket; None between machines.
-        secret: what the caller has to send first.
+        secret: what the caller must send first.
     """
 
     socket: str | None
@@ -82,7 +82,7 @@ class Call:
 
 
 class Server:
-    """Runs async methods of one object for one caller, until that hangs up. On the event loop that it listens on."""
+    """Runs async methods of one object for one caller until it hangs up, on the event loop that it listens on."""
 
     address: Address
     _listener: asyncio.Server
@@ -90,7 +90,7 @@ class Server:
     def __init__(self, target: asyncio.Future[Any]) -> None:
         """
         Args:
-            target: the object, once it is there: calls wait for it, and raise what it failed with.
+            target: the object, once it exists: calls wait for it, and raise what it failed with.
         """
         self._target = target
 
@@ -110,7 +110,7 @@ class Server:
         return self.address
 
     def close(self) -> None:
-        """Listen no more; a caller that has connected is still answered."""
+        """Stop listening; a connected caller is still answered."""
         self._listener.close()
         if self.address.socket is not None:
             shutil.rmtree(Path(self.address.socket).parent, ignore_errors=True)
@@ -123,7 +123,7 @@ class Server:
                 self.close()
                 await self._answer_calls(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
-            pass  # the caller has hung up, or is none: there is nobody to tell
+            pass  # the caller has hung up, or isn't ours: there is nobody to tell
         finally:
             writer.close()
 
@@ -131,7 +131,7 @@ class Server:
         answering: set[asyncio.Task[None]] = set()
         while True:
             number, wants_result, body = await _read_frame(reader)
-            # For the replies that the tasks have written: until the caller reads them it gets nothing more done.
+            # Flow control: no more calls are taken until the caller has read the replies to earlier ones.
             await writer.drain()
             if number == _HEARTBEAT:
                 _write_frame(writer, _HEARTBEAT)
@@ -157,12 +157,12 @@ class Server:
 
 
 def _dump_error(error: Exception) -> bytes:
-    """The traceback goes with it as a note, for the caller's log."""
+    """Pickle an error with its traceback as a note, for the caller's log."""
     error.add_note("".join(traceback.format_exception(error)).rstrip())
     try:
         reply = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
         pickle.loads(reply)  # some exceptions can be pickled but not unpickled
-    except Exception:  # whatever their own methods raise: the caller gets the text and the note instead
+    except Exception:  # its own methods may raise anything: the caller gets the text and the note instead
         plain = RuntimeError(f"{type(error).__name__}: {error}")
         plain.add_note(error.__notes__[-1])
         reply = pickle.dumps((False, plain), pickle.HIGHEST_PROTOCOL)
@@ -190,10 +190,10 @@ class Connection:
     async def connect(cls, address: Address, heartbeat_seconds: float) -> Connection:
         """
         Args:
-            heartbeat_seconds: the connection is lost when the other process has answered no heartbeat for so long.
+            heartbeat_seconds: the connection is lost when the other process has answered no heartbeat for this long.
 
         Raises:
-            OSError: if nobody listens there.
+            OSError: if nothing listens there.
         """
         if address.socket is not None:
             streams = await asyncio.open_unix_connection(address.socket, limit=_BUFFER_BYTES)
@@ -207,7 +207,7 @@ class Connection:
 
         Returns:
             What the method returns or raises, or `ConnectionLost`; None if its result isn't wanted. An exception that
-            nobody looks at isn't logged.
+            is never retrieved isn't logged.
         """
         answer = asyncio.get_running_loop().create_future()
         if self._lost.done():
@@ -219,7 +219,7 @@ class Connection:
         return answer
 
     async def lost(self) -> ConnectionLost:
-        """Why the connection is lost, as soon as it is."""
+        """Wait until the connection is lost; returns why."""
         return await asyncio.shield(self._lost)
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class Connection:
 def _settle(answer: asyncio.Future[Any], body: bytes) -> None:
     try:
         succeeded, value = pickle.loads(body)
-    except Exception as error:  # whatever the value's own methods raise
+    except Exception as error:  # the value's own methods may raise anything
         succeeded, value = False, error
     if succeeded:
         answer.set_result(value)
@@ -268,7 +268,7 @@ def _settle(answer: asyncio.Future[Any], body: bytes) -> None:
 
 def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
     answer.set_exception(error)
-    # Or asyncio would log, as never retrieved, the errors of ranks that are waited for no longer.
+    # Otherwise asyncio would log, as never retrieved, the errors of ranks that nobody waits for any more.
     answer.exception()
 
 

@@ -1,7 +1,6 @@
-"""The supervised process's side: it is given its configuration, reports its state, and is asked to stop.
+"""The supervised process's side: gets its configuration, reports its state, and is asked to stop.
 
-Each side holds one end of a pair of sockets. A message is a line of JSON. If the other end closes, its process has
-ended.
+Each side holds one end of a socket pair. A message is a line of JSON. If the other end closes, its process has ended.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ class Supervised:
 
     def watch(self, on_stop: Callable[[], None]) -> None:
         """From now on, call `on_stop` on another thread when this process is asked to stop. If the supervisor ends,
-        this process ends at once, with all that it started.
+        this process ends at once, with everything it started.
         """
         threading.Thread(target=self._watch, args=(on_stop,), name="supervisor", daemon=True).start()
 
     def ready(self, configuration: str) -> None:
         """
         Args:
-            configuration: what the next process is started with, if this one ends.
+            configuration: for the next process, if this one ends.
         """
         self._report({"ready": configuration})
 
     def failed(self, error: TwinkleError) -> None:
-        """Report why this process can't start, or go on; it ends after that."""
+        """Report why this process can't start or go on; it ends after that."""
         self._report({"status": error.status, "message": error.message})
 
     def _report(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the supervisor has ended; `_watch` knows
+        with contextlib.suppress(OSError):  # the supervisor has ended, which `_watch` notices
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _watch(self, on_stop: Callable[[], None]) -> None:

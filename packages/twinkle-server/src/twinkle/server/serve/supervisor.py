@@ -1,6 +1,6 @@
-"""Keeps a program running: starts it, restarts it when it ends unasked, and kills all that it has started.
+"""Keeps a program running: starts it, restarts it when it ends unasked, and kills everything it has started.
 
-It knows neither Ray nor the model, so that nothing of theirs can end it. The program's own side is `supervised.py`.
+Independent of Ray and the model, so that nothing of theirs can end it. The program's own side is `supervised.py`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from twinkle.server.serve.supervised import STOP, say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Backoff between starts that fail; the last one from then on.
+# Seconds before restarts that follow failed starts; the last one from then on.
 _BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# A program that has been ready for so long is no failure to start: the backoff is reset.
+# A program that has been ready for this long did not fail to start: the backoff is reset.
 _STEADY_SECONDS = 60.0
-# More than the half a minute that the engine has for what it is writing.
+# More than the half minute that the engine has for its writes.
 _STOP_SECONDS = 45.0
-# The end of the program closes its socket; this is for the case that a process which it started has inherited that.
+# When the program ends its socket closes, unless a process that it started has inherited it; then this applies.
 _POLL_SECONDS = 5.0
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are something that can be waited for beside sockets.
+    """While entered, SIGINT and SIGTERM can be waited for together with sockets.
 
     Attributes:
         asked: whether one of them has arrived.
@@ -73,7 +73,7 @@ class _Child:
     ) -> None:
         """
         Raises:
-            ServerFault: if the system starts no process.
+            ServerFault: if the system can't start a process.
         """
         self._socket, theirs = socket.socketpair()
         self._partial_line = b""
@@ -83,7 +83,7 @@ class _Child:
         with theirs:
             number = theirs.fileno()
             try:
-                # A session of its own: Ctrl-C in a terminal reaches the supervisor alone, and all that the process
+                # A session of its own: Ctrl-C in a terminal reaches the supervisor alone, and everything the process
                 # starts can be found by the session.
                 self.process = subprocess.Popen(
                     [*command, str(number)],
@@ -101,7 +101,7 @@ class _Child:
         self._send(STOP)
 
     def wait(self, others: Sequence[int], seconds: float) -> bool:
-        """Wait for a report, for other descriptors, or for the time to be over; returns whether it still runs."""
+        """Wait for a report, for other descriptors, or until the time is over; returns whether it still runs."""
         if self._socket not in wait([self._socket, *others], seconds):
             return self.process.poll() is None
         try:
@@ -114,7 +114,7 @@ class _Child:
         return bool(part)
 
     def end(self, seconds: float) -> int:
-        """Wait so long for it to end, then kill it and all that it has started; returns its exit code."""
+        """Wait this long for it to end, then kill it and everything it has started; returns its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         end_session(self.process.pid)
@@ -149,12 +149,12 @@ class Supervisor:
     ) -> None:
         """
         Args:
-            command: of the program; the number of its socket's descriptor is appended.
+            command: of the program; its socket's descriptor is appended.
             check: called before each start; raises a `TwinkleError` if the program can't start.
             on_ready: called each time the program is ready, with the configuration that it reports.
-            surroundings: entered for each process of the program, gives its environment; None is this process's own.
-            backoff: seconds before the next start, by the number of starts that failed; the last one from then on.
-            steady_seconds: after being ready for so long, the backoff is reset.
+            surroundings: entered for each process of the program, gives its environment; None: this process's own.
+            backoff: seconds before the next start, by the number of failed starts; the last one from then on.
+            steady_seconds: after being ready for this long, the backoff is reset.
             stop_seconds: how long the program may take to shut down.
         """
         self._command = command
@@ -169,7 +169,7 @@ class Supervisor:
         self._tries = 0
 
     def run(self) -> None:
-        """Returns after SIGINT or SIGTERM; nothing that the program has started is left then.
+        """Returns after SIGINT or SIGTERM; nothing that the program started is left then.
 
         Raises:
             TwinkleError: what the program failed with, if it has never been ready.
@@ -187,7 +187,7 @@ class Supervisor:
                     self._pause(what, signals)
 
     def _run_once(self, signals: StopSignals) -> str:
-        """One process of the program, from its start until nothing is left of it. Returns how it ended.
+        """Run one process of the program, from its start until nothing is left of it. Returns how it ended.
 
         Raises:
             TwinkleError: if it ended before it was ready.

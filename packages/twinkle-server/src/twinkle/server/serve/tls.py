@@ -22,7 +22,7 @@ def check_tls(certificate: Path, key: Path) -> None:
                 "server may read"
             ) from error
     try:
-        # An empty passphrase: a key that has one is refused, instead of asking for it on the terminal.
+        # Empty passphrase: an encrypted key is refused, instead of asking for its passphrase on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
         raise InvalidRequest(

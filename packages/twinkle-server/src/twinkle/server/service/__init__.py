@@ -1,1 +1,1 @@
-"""The service's face: validates what it is asked, queues it, answers. No HTTP, no torch, no ray."""
+"""The service: validates requests, queues and answers them. No HTTP, no torch, no ray."""

@@ -1,6 +1,6 @@
-"""What a tenant may know of itself: its key, what it used, what was done to its checkpoints. An admin is told of all
-tenants (`tables.EVERYBODY`). Nothing is made up: the server knows no prices, and no people. Where the SDK insists on a
-name or address, the tenant's id stands for it.
+"""What a tenant may know about itself: its key, its usage, what was done to its checkpoints. An admin sees all tenants
+(`tables.EVERYBODY`). Nothing is made up: the server knows no prices, and no people. If the SDK insists on a name or
+address, the tenant's id stands in for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twinkle.server.store.ledger import UsageKind
 
 MAX_USAGE_DAYS = 14
 
-# How the names of a resource's events begin.
+# Prefixes of the names of a resource's events.
 _RESOURCES = {
     "all": None,
     "checkpoints": "checkpoint_",
@@ -31,7 +31,7 @@ _RESOURCES = {
 
 
 async def _api_key(_parts: Parts, tenant: str, _query: m.GetApiKey) -> m.ApiKeyInfo:
-    """In open mode any key will do; it is told apart from others by its tenant."""
+    """In open mode any key is accepted; the tenant tells one from another."""
     return m.ApiKeyInfo(
         key_id=int(tenant.removeprefix("t-")[:12] or "0", 16),
         name=tenant,
@@ -73,7 +73,7 @@ def _usage(database: Database, tenant: str, query: m.GetUsage) -> m.Usage:
     """Tokens and checkpoints by hour.
 
     Raises:
-        InvalidRequest: if the span is not one of whole hours, of at most 14 days.
+        InvalidRequest: if the span is not in whole hours, or longer than 14 days.
     """
     start, end = query.starting_on, query.ending_before
     for field, moment in (("starting_on", start), ("ending_before", end)):

@@ -42,7 +42,7 @@ class Background:
         while True:
             try:
                 await self._parts.checkpoints.sweep()
-            except Exception:  # the next time is soon
+            except Exception:  # the next attempt is soon
                 log.exception("expired checkpoints could not be deleted")
             await asyncio.sleep(_SWEEP_SECONDS)
 
@@ -51,27 +51,27 @@ class Background:
         while True:
             try:
                 await release_vanished(self._parts)
-            except Exception:  # the next time is soon
+            except Exception:  # the next attempt is soon
                 log.exception("runs of clients that have vanished could not be released")
             await asyncio.sleep(_SWEEP_SECONDS)
 
     async def _look(self) -> None:
-        """Stop samples while nobody waits for them, and end runs that wait in vain."""
+        """Pause samples that nobody waits for, and end runs that wait in vain."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 pause_gone(self._parts)
                 end_stuck_runs(self._parts)
-            except Exception:  # the next time is soon
+            except Exception:  # the next attempt is soon
                 log.exception("samples without a client and stuck runs could not be ended")
 
 
 def end_stuck_runs(parts: Parts) -> None:
-    """A run whose next request is not there, and was lost if it was ever accepted, is lost."""
+    """Declare lost the runs whose next request is missing, and was lost if it was ever accepted."""
     for run, missing in parts.live.stuck():
         reason = _STUCK.format(run.run_id, missing)
         log.error("%s", reason)
         try:
             parts.live.lose(run, reason)
-        except Unavailable as error:  # it takes nothing more all the same, and ends with its session
+        except Unavailable as error:  # it accepts nothing more anyway, and ends with its session
             log.warning("%s", error.message)

@@ -1,4 +1,4 @@
-"""Queries about saved checkpoints, and changes to them; what was done is noted in the audit log."""
+"""Queries about saved checkpoints, and changes to them, which are recorded in the audit log."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def _copy(parts: Parts, tenant: str, request: m.CopyWeightsRequest) -> m.C
 async def _destination(
     parts: Parts, tenant: str, request: m.CopyWeightsRequest, source: tables.Checkpoint
 ) -> tuple[str, int]:
-    """Session and number of the run that the copy is put under."""
+    """Session and number of the run that the copy is placed under."""
     if request.session_id is None:
         session = m.CreateSessionRequest(
             project_id=request.destination_project_id,

@@ -1,4 +1,4 @@
-"""Custom losses: those that clients have traced and uploaded, kept with their sessions."""
+"""Custom losses that clients have traced and uploaded, kept with their sessions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from twinkle.server.store.database import Database
 
 
 class CustomLosses:
-    """The store's losses, and those in use at hand. Single-threaded: called on one event loop."""
+    """The stored losses, with those in use cached. Single-threaded: called on one event loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[str, CustomLoss] = {}  # they never change
 
     async def create(self, tenant: str, request: m.CreateCustomLossRequest, loss_fns: LossSpecs) -> str:
-        """Check and keep a loss; a repeated request gives the id of the first.
+        """Check and store a loss; a duplicate request gets the first one's id.
 
         Raises:
             InvalidRequest: if the backend runs no custom losses, or not this one.
@@ -46,7 +46,7 @@ class CustomLosses:
         return loss_id
 
     async def load(self, tenant: str, request: m.ForwardBackwardRequest) -> None:
-        """Have the loss that a pass with a custom loss names at hand, if there is such a loss."""
+        """Cache the loss that a pass with a custom loss names, if it exists."""
         loss_id = request.loss_fn_config.get("loss_id")
         if not isinstance(loss_id, str) or loss_id in self._known:
             return

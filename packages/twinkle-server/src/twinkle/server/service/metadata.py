@@ -1,4 +1,4 @@
-"""How times and users' own notes are written in replies."""
+"""How times and users' metadata are written in replies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def iso(seconds: float) -> str:
 
 
 def texts(metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Metadata as it was given, but texts only: what isn't one is written as JSON, since the SDK reads nothing else."""
+    """Metadata with strings only: other values are written as JSON, since the SDK reads nothing else."""
     if metadata is None:
         return None
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}

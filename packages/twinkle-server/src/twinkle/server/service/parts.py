@@ -71,14 +71,14 @@ class Parts:
 
 
 Submit: TypeAlias = Callable[[Parts, str, Any, Received], Awaitable[m.Promise]]
-"""Accepts one type of operation; called with the tenant and the request, alone and as it was received."""
+"""Accepts one type of operation; called with the tenant, the request, and the request as it was received."""
 
 Answer: TypeAlias = Callable[[Parts, str, Any], Awaitable[m.Reply]]
 """Answers one type of query; called with the tenant and the query."""
 
 
 def reads(function: Callable[[Database, str, Q], m.Reply]) -> Answer:
-    """An answer that only reads rows, on one of the threads for queries; usage counted so far is written first."""
+    """An answer that only reads rows, on one of the threads for queries; pending usage is written first."""
 
     async def answer(parts: Parts, tenant: str, query: Q) -> m.Reply:
         await parts.ledger.flush()

@@ -1,4 +1,4 @@
-"""Puts back what an earlier process knew, before this one is asked for anything."""
+"""Restores what an earlier process knew, before this one accepts any request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def restore(parts: Parts) -> None:
     read, found.is_damaged = await asyncio.to_thread(parts.compaction.read_earlier, journal)
     for _, record in read:
         found.add(record)
-    # Snapshots of other runs are left over: their runs have ended.
+    # Other runs' snapshots are left over: those runs have ended.
     await asyncio.to_thread(parts.run_files.delete_all_but, set(found.runs))
 
     async def loss_of(run: Run, request: m.ForwardBackwardRequest) -> CustomLoss | None:
@@ -60,7 +60,7 @@ async def restore(parts: Parts) -> None:
 
 
 async def _restore_requests(parts: Parts, found: Found) -> None:
-    """What was accepted and is not a run's own to compute again."""
+    """Restore accepted requests that no run computes again by itself."""
     for record in found.accepted.values():
         is_unnamed = record.kind is m.SaveWeightsForSamplerRequest
         if is_unnamed and record.run_id is not None and parts.futures.is_pending(record.request_id):
@@ -71,7 +71,7 @@ async def _restore_requests(parts: Parts, found: Found) -> None:
 
 
 async def _put_back(parts: Parts, record: Accepted, outcome: Encoded | None) -> None:
-    """A request on no run: a sample is drawn again, unless it has been; a loss is kept once more."""
+    """Restore a request on no run: a sample is drawn unless it has been; a loss is stored once more."""
     request = record.request()
     if outcome is None:
         session_id = ""
@@ -100,6 +100,6 @@ async def _put_back_sample(
     if outcome is not None:
         parts.samples.restore(sampler, request, record.request_id, digest(request), outcome)
         return
-    validation.check_sample(request, parts.worker.info)  # this model may read less than the earlier one's
+    validation.check_sample(request, parts.worker.info)  # this model may have lower limits
     targets = validation.target_tokens(request, parts.worker.info)
     parts.samples.begin(sampler, request, record.request_id, digest(request), targets)

@@ -1,4 +1,4 @@
-"""Sampling sessions (a base model or a checkpoint on it, and its clients), and the samples that are drawn from them."""
+"""Sampling sessions (a base model or a checkpoint on it, and its clients), and the samples drawn in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twinkle.server.service.parts import Answer, Parts, Submit, reads
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
-# A poll for many samples at once is answered after so long at the latest.
+# A poll for many samples is answered after this long at the latest.
 LONG_POLL_SECONDS = 25.0
 
 
@@ -26,7 +26,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
     Raises:
         InvalidRequest, NotFound: if it can't be drawn.
         Conflict: if its number was used for another sample.
-        LimitReached, Unavailable: if it can't be taken now.
+        LimitReached, Unavailable: if it can't be accepted now.
     """
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
     parts.leases.renew(sampler.session_id)
@@ -74,7 +74,7 @@ async def _create(
     sampler_id = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
     first = await asyncio.to_thread(parts.database.sampler, tenant, sampler_id)
     path = str(checkpoint.uri) if checkpoint else None
-    # A bare name's newest checkpoint may be another one by now.
+    # A bare name's newest checkpoint may be a different one by now.
     is_bare = request.model_path is not None and uris.parse(request.model_path).run_id is None
     if first is not None and first.model_path != path and not is_bare:
         raise Conflict(
@@ -99,7 +99,7 @@ async def _create(
 async def _join(
     parts: Parts, tenant: str, request: m.JoinSamplingSessionRequest
 ) -> m.JoinSamplingSessionResponse:
-    """One more client of a sampling session."""
+    """Add a client to a sampling session."""
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
     number = await asyncio.to_thread(parts.database.join_sampler, tenant, sampler.id)
     assert number is not None, "the sampler has just been found"
@@ -118,7 +118,7 @@ def _info(database: Database, tenant: str, query: m.GetSampler) -> m.SamplerInfo
 async def _ended_samples(
     parts: Parts, tenant: str, request: m.RetrieveFuturesRequest
 ) -> m.RetrieveFuturesResponse:
-    """What has ended since the client last asked, as soon as there is something."""
+    """What has ended since the client last asked, as soon as there is anything."""
     sampler = await parts.samplers.find(tenant, request.target.sampling_session_id)
     wanted = LONG_POLL_SECONDS if request.timeout is None else request.timeout
     target = (sampler.id, request.target.cloned_sampler_id)

@@ -24,7 +24,7 @@ from twinkle.server.tokens import Download
 
 log = logging.getLogger("twinkle.server")
 
-# How long a server that is stopped waits for the end of the tick that is being computed.
+# How long a stopping server waits for the current tick to end.
 _STOP_SECONDS = 10.0
 
 OPERATIONS: dict[type[m.Operation], Submit] = {**training.OPERATIONS, **sampling.OPERATIONS}
@@ -51,7 +51,7 @@ class Service:
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Begin to work, and return when a training step and a sample have succeeded."""
+        """Begin to work; returns when a training step and a sample have succeeded."""
         worker = self.parts.worker
         self.parts.scheduler.set_batching_window(await warm_up(worker), worker.info.max_batch_tokens)
         await restore(self.parts)
@@ -59,12 +59,12 @@ class Service:
         self._background.start()
 
     async def close(self) -> None:
-        """Stop working; what is being written is written, and what is under way goes on with the next process."""
+        """Stop working; pending writes are finished, and what is under way goes on in the next process."""
         parts = self.parts
         is_idle = await self._stop_engine()
         await self._background.close()
-        # Outcomes of saves are still journaled, since the runs' snapshots are taken after them. Samples that are
-        # stopped from here on are drawn again by the next process.
+        # Outcomes of saves are still journaled, since the runs' snapshots are taken after them. Samples stopped
+        # from here on are drawn again by the next process.
         await parts.checkpoints.settle()
         parts.run_log.close()
         await parts.samples.close()
@@ -80,7 +80,7 @@ class Service:
         parts.database.close()
 
     async def _stop_engine(self) -> bool:
-        """Stop between two calls, if that comes soon; returns whether it did."""
+        """Stop between two calls, if that is soon; returns whether it did."""
         if self._loop_task is None:
             return False
         is_idle = False
@@ -95,7 +95,7 @@ class Service:
     def check(self) -> None:
         """
         Raises:
-            RuntimeError: if it can't work any more. (A lost worker that is being restarted is no such case.)
+            RuntimeError: if it can't work any more. (A lost worker that is being restarted doesn't count.)
         """
         if self._loop_task is None or self._loop_task.done():
             raise RuntimeError("the engine's loop has ended")
@@ -105,14 +105,14 @@ class Service:
     async def ready(self) -> None:
         """
         Raises:
-            Unavailable: if a request would have to wait now: the model is being loaded, or tried for the first time,
-                or its process has ended.
+            Unavailable: if a request would have to wait now: the model is being loaded, or warmed up, or its process
+                has ended.
         """
         if self._loop_task is None:
             raise Unavailable("the model is not ready yet: a training step and a sample come first", 2.0)
         try:
             self.check()
-            async with asyncio.timeout(0):  # what is there already is there at once
+            async with asyncio.timeout(0):  # what is ready returns at once
                 await self.parts.worker.available()
         except (RuntimeError, ServerFault) as error:
             raise Unavailable(
@@ -129,14 +129,13 @@ class Service:
         """Accept an operation.
 
         Args:
-            body: the bytes that it was decoded from, which the journal keeps; None if there are none.
-            digest: as `operations.digest` makes it. Default: made here; an empty one means that the request is never
-                sent again.
+            body: the bytes it was decoded from, for the journal; None if there are none.
+            digest: from `operations.digest`. Default: made here; an empty one means that the request is never retried.
 
         Raises:
             InvalidRequest, NotFound: if it can't be done; its `seq_id` is consumed.
-            QuotaReached: if it would be a run too many.
-            LimitReached, Unavailable: if it can't be taken now; sent again it may be.
+            QuotaReached: if there would be too many runs.
+            LimitReached, Unavailable: if it can't be accepted now; it may be sent again.
         """
         received = Received(request, body, operations.digest(request) if digest is None else digest)
         promise = await OPERATIONS[type(request)](self.parts, tenant, request, received)
@@ -156,10 +155,10 @@ class Service:
     async def fetch(
         self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
     ) -> list[Fetched]:
-        """As `retrieve`, for several at once, encoded as they are sent: as soon as all are there.
+        """As `retrieve` for several, encoded as they are sent: returns once all are there.
 
         Args:
-            most_bytes: larger results are announced by their size alone, and do not count as fetched.
+            most_bytes: for larger results only the size is returned; they don't count as fetched.
         """
         futures = self.parts.futures
         with self.parts.leases.waiting(futures.sessions_of(tenant, request_ids)):
@@ -193,12 +192,12 @@ class Service:
         """Answer a query.
 
         Raises:
-            InvalidRequest, NotFound, Gone: as fits.
+            InvalidRequest, NotFound, Gone: as appropriate.
         """
         return await QUERIES[type(query)](self.parts, tenant, query)
 
     async def download_sizes(self, download: Download) -> dict[str, int]:
-        """The files that a download gives, with their sizes in bytes.
+        """The files in a download, with their sizes in bytes.
 
         Raises:
             NotFound: if they are not there (any more).

@@ -1,8 +1,7 @@
 """Ends sessions: those that are finished, and those whose clients have vanished.
 
 A session whose client has vanished costs no computation: what was accepted on its runs is done, and its samples are
-stopped. After `limits.max_session_idle_seconds` its runs are saved as checkpoints and end, so that they take no memory
-either.
+paused. After `limits.max_session_idle_seconds` its runs are saved as checkpoints and ended, which frees their memory.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from twinkle.server.scheduling.runs import Run
 from twinkle.server.service.parts import Parts
 from twinkle.server.store import tables
 
-# Samples that were stopped because their client was away fail after so much silence.
+# Paused samples fail after this long a silence of their client.
 _GIVE_UP_SECONDS = 900.0
 
 log = logging.getLogger("twinkle.server")
 
 
 async def end_session(parts: Parts, session_id: str) -> None:
-    """Unload a session's runs, behind all that they have queued, and forget it."""
+    """Unload a session's runs, after everything they have queued, and forget it."""
     for run in _runs_of(parts, session_id):
         await _unload(parts, run)
     _forget(parts, session_id)
 
 
 def pause_gone(parts: Parts) -> None:
-    """Stop the samples of clients that are gone, since nobody waits for them; resume those of clients that are back.
+    """Pause the samples of clients that are gone, since nobody waits for them; resume those of clients that are back.
 
-    What was accepted stays promised. (Passes and steps are done anyway: they are what a run is.)
+    What was accepted stays promised. (Passes and steps are done anyway: they make up the run's state.)
     """
     parts.leases.tick()
     for session_id in parts.samples.sessions():
@@ -45,7 +44,7 @@ def pause_gone(parts: Parts) -> None:
 
 
 async def release_vanished(parts: Parts) -> None:
-    """Save and unload the runs of sessions whose leases have long run out."""
+    """Save and unload the runs of sessions whose leases expired long ago."""
     idle_seconds = parts.limits.max_session_idle_seconds
     if idle_seconds is None:
         return
@@ -59,7 +58,7 @@ async def _release(parts: Parts, session_id: str, idle_seconds: float) -> None:
     parts.samples.cancel_all(session_id)
     for run in _runs_of(parts, session_id):
         if session_id in parts.leases.active(idle_seconds):
-            return  # its client has come back
+            return  # its client is back
         saved = await _save(parts, run)
         if isinstance(saved, m.Failure):  # it stays as it is, and is tried again
             log.warning(

@@ -12,7 +12,7 @@ from twinkle.server.service.parts import Answer, Parts, reads
 from twinkle.server.service.session_expiry import end_session
 from twinkle.server.store import tables
 
-# Of what a client says about the end of a session; the rest is cut off.
+# Limit on what a client says about the end of its session; the rest is cut off.
 _MAX_DETAIL = 4096
 
 
@@ -20,7 +20,7 @@ async def create(parts: Parts, tenant: str, request: m.CreateSessionRequest) -> 
     """
     Raises:
         InvalidRequest: if its metadata is too long.
-        QuotaReached: if it would be a session too many.
+        QuotaReached: if there would be too many sessions.
     """
     in_use = parts.leases.sessions()
     return await asyncio.to_thread(sessions.create, parts.database, tenant, request, parts.limits, in_use)
@@ -44,7 +44,7 @@ async def _heartbeat(
 
 async def _finish(parts: Parts, tenant: str, request: m.FinishSessionRequest) -> m.Acknowledged:
     session = await sessions.find(parts.database, tenant, request.session_id)
-    # Whoever ends it is there, and its lease is about to go: samples that are paused would stay so.
+    # The client that ends it is alive, but its lease is about to go, and paused samples would stay paused.
     await asyncio.to_thread(
         parts.database.finish_session,
         tenant,

@@ -1,7 +1,7 @@
-"""Finding sessions by what they are called, whose they are and how they fare. Blocking.
+"""Finds sessions by name, owner and status. Blocking.
 
-A search reads no more rows than `MOST_READ`, and others' metadata only where metadata is asked about: what it takes
-does not grow with what a tenant has. Where there is more to be read, the reply's cursor says from where on.
+A search reads at most `MOST_READ` rows, and metadata only if it is searched for, so its cost doesn't grow with what
+a tenant has. If there is more to read, the reply's cursor says where to go on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 from twinkle.server.store.session_filter import FoundSession, SessionFilter
 
-# A client that was not heard of for so long (the SDK sends a heartbeat every 10 s) no longer counts as active.
+# A client not heard from for this long (the SDK sends a heartbeat every 10 s) no longer counts as active.
 ACTIVE_SECONDS = 120.0
 
-# Rows that a search reads, of those that the database finds.
+# How many of the rows found by the database a search reads.
 MOST_READ = 2000
 _PAGE = 200
 
@@ -33,7 +33,7 @@ def search(
     """A page of the tenant's sessions that fulfil all conditions.
 
     Args:
-        active: the sessions that have been heard of lately.
+        active: the sessions heard from lately.
     """
     now = time.time()
     if query.owner.type == "user" and tenant not in (query.owner.owner_urns or []):
@@ -66,7 +66,7 @@ def search(
 
 
 def _filter(query: m.SearchSessions) -> SessionFilter:
-    """What the database can tell."""
+    """The conditions that the database can check."""
     words = sorted(_words(query)) if query.display_name is not None else None
     kinds = None if query.statuses is None else {status.type for status in query.statuses}
     return SessionFilter(
@@ -85,7 +85,7 @@ def _matching(
     active: AbstractSet[str],
     now: float,
 ) -> list[FoundSession]:
-    """Those of a page that fulfil also what the database can't tell."""
+    """The rows of a page that also fulfil what the database can't check."""
     words = _words(query)
     rows = [row for row in page if _matches(row, query, words, _status(row, active, now))]
     if not query.user_metadata or not rows:

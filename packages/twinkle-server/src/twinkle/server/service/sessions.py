@@ -1,4 +1,4 @@
-"""Sessions: made, found, listed. Searches are `session_search`'s."""
+"""Sessions: creating, finding and listing them. `session_search` searches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from twinkle.server.service.validation import check_metadata
 from twinkle.server.store import tables
 from twinkle.server.store.database import Database
 
-# A session that nobody has finished counts for so long, where sessions are not let go.
+# An unfinished session counts as open for this long, if sessions don't expire.
 _COUNTS_SECONDS = 86_400.0
 
 
 def id_from_key(tenant: str, key: str | None) -> str:
-    """A new id; the same one if the tenant sends the same idempotency key again."""
+    """A new id; the same one if the tenant repeats an idempotency key."""
     return uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {key}").hex if key else uuid.uuid4().hex
 
 
@@ -31,14 +31,14 @@ def create(
     limits: LimitsSection,
     in_use: AbstractSet[str],
 ) -> m.CreateSessionResponse:
-    """A new session, or that of the same idempotency key. Blocking.
+    """A new session, or the one with the same idempotency key. Blocking.
 
     Args:
-        in_use: sessions, of all tenants, that may still be asked for something.
+        in_use: sessions of all tenants that may still get requests.
 
     Raises:
         InvalidRequest: if its metadata is too long.
-        QuotaReached: if it would be a session too many.
+        QuotaReached: if there would be too many sessions.
     """
     check_metadata(request.user_metadata, limits.max_metadata_bytes)
     session_id = id_from_key(tenant, request.idempotency_key)
@@ -47,7 +47,7 @@ def create(
         row = tables.Session(
             id=session_id,
             tenant=tenant,
-            created_at=round(time.time(), 6),  # as exact as a search's cursor can say it
+            created_at=round(time.time(), 6),  # as exact as a search's cursor
             user_metadata=request.user_metadata,
             display_name=request.display_name,
             project_id=request.project_id,
@@ -74,7 +74,7 @@ def _make_room(database: Database, tenant: str, limits: LimitsSection, in_use: A
 async def find(database: Database, tenant: str, session_id: str) -> tables.Session:
     """
     Raises:
-        NotFound: if there is no such session of the tenant's.
+        NotFound: if the tenant has no such session.
     """
     return _known(await asyncio.to_thread(database.session, tenant, session_id), session_id)
 

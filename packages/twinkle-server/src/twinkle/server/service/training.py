@@ -20,11 +20,11 @@ DEFAULT_RANK = 32
 
 
 async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received: Received) -> m.Promise:
-    """Queue a request at its `seq_id`'s place in its run's order."""
+    """Queue a request in its run's order, by `seq_id`."""
     is_pass = isinstance(request, m.ForwardBackwardRequest)
     if is_pass and request.loss_fn == CUSTOM_LOSS:
         await parts.losses.load(tenant, request)
-    # From here on nothing waits: what is checked still holds when the request is queued.
+    # No await from here on: what is checked still holds when the request is queued.
     run = parts.live.find(tenant, request.model_id)
     parts.ledger.touch(run.run_id)
     parts.leases.renew(run.session_id)
@@ -34,7 +34,7 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
     queue = run.queue
     if (first := queue.duplicate_of(seq_id, received)) is not None:
         return m.Promise(request_id=first, model_id=run.run_id)
-    # The run's later requests wait for its next one, so that one is always let in.
+    # The run's later requests wait for its next one, so that is always accepted.
     is_next = queue.check(seq_id)
     loss, tokens = None, 0
     try:
@@ -75,7 +75,7 @@ async def _load(parts: Parts, tenant: str, request: m.LoadWeightsRequest, receiv
     checkpoint = await parts.checkpoints.find(tenant, request.path, token=request.weights_access_token)
     await parts.checkpoints.audit(tenant, "checkpoint_read", checkpoint.uri, purpose="load")
     validation.check_base_model(checkpoint.base_model, parts.model_name, "path: the checkpoint's base model")
-    # Rank and alpha from the files rather than from the row, which somebody may have edited.
+    # Rank and alpha are from the files, not from the row, which somebody may have edited.
     spec = (await parts.checkpoints.read(checkpoint.uri)).spec
     return await _begin_run(parts, tenant, request.session_id, request.model_seq_id, spec, request, received)
 
@@ -139,8 +139,8 @@ async def _begin_run(
 def _first_of_run(run: Run, model_seq_id: int | None, received: Received) -> str:
     """
     Raises:
-        Conflict: if the run was begun by a request that asks for something else.
-        InvalidRequest: if that was of another kind, or so long ago that nothing of it is known any more.
+        Conflict: if the run was begun by a request with other content.
+        InvalidRequest: if that was of another kind, or so long ago that it is no longer known.
     """
     try:
         first = run.queue.duplicate_of(0, received)

@@ -1,4 +1,4 @@
-"""What a request must fulfil before it is queued. Each message names the field, what is allowed, and what to do."""
+"""Checks on requests before they are queued. Each message names the field, what is allowed, and what to do."""
 
 import difflib
 import json
@@ -27,9 +27,9 @@ from twinkle.server.store import tables
 from twinkle.server.store.encryption import check_recipients
 
 MAX_SAMPLES = 1024
-# Values that a sample may list about its prompt: top-k tables, alternatives, chosen tokens.
+# Values that a sample may request about its prompt: top-k tables, alternatives, chosen tokens.
 MAX_PROMPT_CELLS = 2**22
-# The same for the tokens that it generates.
+# The same for generated tokens.
 MAX_SAMPLE_CELLS = 2**25
 
 
@@ -64,8 +64,8 @@ def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:
 
 
 def trainable_flags(config: LoraConfig, info: BaseModelInfo) -> dict[str, bool]:
-    """`train_attn`, `train_mlp` and `train_unembed` as they come true: False where the model has no such layers that
-    can be trained. (Clients that say nothing ask for all.)
+    """The effective `train_attn`, `train_mlp` and `train_unembed`: False if the model has no such layers that can be
+    trained. (The default asks for all.)
     """
     asked = _set_flags(config)
     return {f"train_{group}": f"train_{group}" in asked and group in info.trainable for group in ALL_GROUPS}
@@ -87,11 +87,11 @@ def check_optimizer(config: dict[str, object], field: str) -> None:
 
 
 def check_on_run(request: m.Ordered, longest_ttl: int | None, most_metadata_bytes: int | None = None) -> None:
-    """What is asked of a run beside training passes.
+    """Check requests on a run other than training passes.
 
     Args:
-        longest_ttl: seconds that a checkpoint may be kept; None is no limit.
-        most_metadata_bytes: None is no limit.
+        longest_ttl: most seconds that a checkpoint may be kept; None: no limit.
+        most_metadata_bytes: None: no limit.
     """
     if (metadata := getattr(request, "user_metadata", None)) is not None:
         check_metadata(metadata, most_metadata_bytes)
@@ -133,7 +133,7 @@ def check_metadata(metadata: Mapping[str, Any] | None, most: int | None) -> None
 
 
 def _check_new(name: str, ttl_seconds: int | None, longest_ttl: int | None) -> None:
-    """That a checkpoint may be called so, and kept for so long."""
+    """Check a new checkpoint's name and time to live."""
     uris.check_name(name, "path")
     if name.startswith(tables.UNNAMED_PREFIX) or name == tables.RELEASED_NAME:
         raise InvalidRequest(f"path: {name[:80]!r} is a name of the server's own; choose another")
@@ -162,7 +162,7 @@ def check_pass(
         custom_loss: what the request names, if its loss is "custom".
 
     Returns:
-        How many tokens the pass costs; each operation of a custom loss counts as one.
+        The pass's cost in tokens; each operation of a custom loss counts as one.
 
     Raises:
         InvalidRequest: naming the first thing that is wrong.
@@ -189,7 +189,7 @@ def _unknown_loss(given: str, known: LossSpecs) -> str:
             "loss_fn: 'stable_reinforce' needs what a sampler records about each sequence's stability, and this "
             "server records none; use importance_sampling, ppo, cispo or gspo"
         )
-    # "custom" alone is no choice: its id comes with it, from forward_backward_custom.
+    # "custom" alone is no choice: forward_backward_custom adds an id.
     return _unknown("loss_fn", given, [name for name in known if name != CUSTOM_LOSS])
 
 
@@ -233,7 +233,7 @@ def check_tokens(tokens: Int32Array, field: str, info: BaseModelInfo) -> None:
 
 
 def _check_datum(datum: Datum, where: str, info: BaseModelInfo, spec: LossSpec) -> None:
-    """What the loss reads, all of it; inputs that it doesn't read are left to their senders."""
+    """Check the inputs that the loss reads; others are ignored."""
     tokens = datum.model_input.tokens
     check_tokens(tokens, f"{where}.model_input", info)
     inputs = {name: tensor.array for name, tensor in datum.loss_fn_inputs.items()}
@@ -295,7 +295,7 @@ def check_sample(request: m.SampleRequest, info: BaseModelInfo) -> None:
     check_tokens(request.prompt.tokens, "prompt", info)
     params, length = request.sampling_params, len(request.prompt.tokens)
     room = info.max_context_length - length
-    # A prompt may fill the context if it is only scored: nobody reads the one token that comes with it.
+    # A prompt that is only scored may fill the context: nobody reads the one token generated with it.
     if room < (params.max_tokens or 1) and not (request.prompt_logprobs and params.max_tokens == 1):
         raise InvalidRequest(
             f"sampling_params.max_tokens: {params.max_tokens} after a prompt of {length} tokens goes "
@@ -353,10 +353,10 @@ def _check_prompt_extras(request: m.SampleRequest, info: BaseModelInfo) -> None:
 
 
 def target_tokens(request: m.SampleRequest, info: BaseModelInfo) -> TensorData | SparseTensor | None:
-    """The tokens whose log-probabilities are asked for at the prompt's positions, checked.
+    """The tokens whose log-probabilities are requested at the prompt's positions, checked.
 
     Raises:
-        InvalidRequest: if they are no int64 [len(prompt) - 1, K] of token ids, -1 for none.
+        InvalidRequest: if they are not int64 [len(prompt) - 1, K] of token ids, -1 for none.
     """
     if request.target_prompt_logprobs is None:
         return None

@@ -12,7 +12,7 @@ from twinkle.server.store.tables import ApiKey, Audit, Run, Usage, belongs_to
 
 class AccountRows(Connection):
     def write_ledger(self, usage: Sequence[Usage], run_times: dict[str, float]) -> None:
-        """Add to what was used before, and note when each run was last asked for something."""
+        """Add to the usage so far, and record when each run last got a request."""
         with self.transaction() as session:
             for row in usage:
                 key = (row.tenant, row.hour, row.session_id, row.kind)
@@ -25,7 +25,7 @@ class AccountRows(Connection):
                 session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
 
     def usage(self, tenant: str, first_hour: int, end_hour: int) -> list[Usage]:
-        """By hour, then what there is most of; of a tenant, or of `EVERYBODY`, as `storage` and `audit`."""
+        """By hour, then by amount, largest first; a tenant's or `EVERYBODY`'s, as in `storage` and `audit`."""
         query = select(Usage).where(
             belongs_to(tenant, Usage.tenant), Usage.hour >= first_hour, Usage.hour < end_hour
         )
@@ -33,7 +33,7 @@ class AccountRows(Connection):
             return list(session.scalars(query.order_by(Usage.hour, Usage.count.desc(), Usage.kind)))
 
     def audit(self, tenant: str, start: float, end: float, resource: str | None) -> list[Audit]:
-        """Entries of a span of time, oldest first; `resource` is what the event's name begins with."""
+        """Entries in a time span, oldest first; `resource` is a prefix of the event's name."""
         query = select(Audit).where(belongs_to(tenant, Audit.tenant), Audit.time >= start, Audit.time < end)
         if resource is not None:
             query = query.where(Audit.event.startswith(resource, autoescape=True))
@@ -43,7 +43,7 @@ class AccountRows(Connection):
     # ------------------------------------------------------------ keys
 
     def add_key(self, key: ApiKey) -> ApiKey:
-        """The row as it was written, with its id."""
+        """Write a key's row; returns it with its id."""
         with self.transaction() as session:
             session.add(key)
         return key
@@ -52,7 +52,7 @@ class AccountRows(Connection):
         """All tenants' keys, oldest first.
 
         Args:
-            valid_only: without those that were revoked.
+            valid_only: leave out revoked ones.
         """
         query = select(ApiKey).order_by(ApiKey.id)
         if valid_only:

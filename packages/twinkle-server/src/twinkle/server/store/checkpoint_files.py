@@ -1,12 +1,12 @@
 """Checkpoints as directories in PEFT layout, with optimizer state and a manifest beside it.
 
     ROOT/RUN/KIND/NAME/adapter_config.json, adapter_model.safetensors    what PEFT loads
-                       optimizer.safetensors                             AdamW's moments, if they were saved
-                       README.md                                         what it is
-                       NAME.age                                          in place of each of them, if it is encrypted
+                       optimizer.safetensors                             AdamW's moments, if saved
+                       README.md                                         description
+                       NAME.age                                          in place of each of these, if encrypted
                        manifest.json                                     sha256 and size of each file
 
-A checkpoint is written under a temporary name and renamed when it is complete, so one that can be seen is whole.
+A checkpoint is written under a temporary name and renamed when it is complete, so a visible one is whole.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointFiles:
-    """The directory that checkpoints are in. Names have been checked by `uris`: none of them is a path."""
+    """The directory of checkpoints. Names have been checked by `uris`: none of them is a path."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        # A directory can't be renamed over another: for a moment the one that is replaced is gone and the new one not
-        # there. Held then, so that nobody who looks in that moment finds files missing.
+        # A directory can't be renamed over another: for a moment the replaced one is gone and the new one not yet
+        # there. The lock is held meanwhile, so that nobody finds files missing.
         self._replacing = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
 
@@ -54,12 +54,12 @@ class CheckpointFiles:
         facts: ExportFacts = PLAIN_MODEL,
         recipients: Sequence[str] = (),
     ) -> int:
-        """Write a checkpoint, in place of one of the same name.
+        """Write a checkpoint, replacing one of the same name.
 
         Args:
-            base_model: what PEFT and tokenizers find the base model by.
+            base_model: how PEFT and tokenizers find the base model.
             facts: of the base model.
-            recipients: public keys of age's to encrypt the files to; none leaves them as they are.
+            recipients: age public keys to encrypt the files to; none: not encrypted.
 
         Returns:
             Its size in bytes.
@@ -79,7 +79,7 @@ class CheckpointFiles:
         return size
 
     def read(self, uri: CheckpointUri, with_optimizer: bool) -> AdapterState:
-        """Read a checkpoint, after comparing its files with the manifest.
+        """Read a checkpoint, after checking its files against the manifest.
 
         Raises:
             ServerFault: if a file is missing or has changed.
@@ -92,7 +92,7 @@ class CheckpointFiles:
         return peft_format.read(directory, with_optimizer)
 
     def copy(self, source: CheckpointUri, target: CheckpointUri) -> None:
-        """A second checkpoint of the same content.
+        """Make a second checkpoint with the same content.
 
         Raises:
             ServerFault: if a file of the source is missing or has changed.
@@ -108,10 +108,10 @@ class CheckpointFiles:
             shutil.rmtree(partial, ignore_errors=True)
 
     def sizes(self, uri: CheckpointUri) -> dict[str, int]:
-        """The checkpoint's files by name, and their sizes in bytes.
+        """The checkpoint's files by name, with their sizes in bytes.
 
         Raises:
-            ServerFault: if the manifest is missing or unreadable, or a file hasn't its size.
+            ServerFault: if the manifest is missing or unreadable, or a file has the wrong size.
         """
         directory = self.path(uri)
         try:
@@ -127,7 +127,7 @@ class CheckpointFiles:
         return sizes
 
     def digest(self, uri: CheckpointUri) -> str:
-        """SHA-256 of the manifest, which has those of all files: another checkpoint has another.
+        """SHA-256 of the manifest, which has those of all files, so it differs between checkpoints.
 
         Raises:
             ServerFault: if the manifest is missing.

@@ -11,7 +11,7 @@ from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.store.connection import Connection
 from twinkle.server.store.tables import UNNAMED_PREFIX, Checkpoint, Run, Session, belongs_to
 
-# By how many seconds a checkpoint is newer than the one before it, at least.
+# A checkpoint is newer than the one before it by at least this many seconds.
 _NEWER = 1e-6
 
 
@@ -27,7 +27,7 @@ class StorageTotal:
 
 class CheckpointRows(Connection):
     def run(self, tenant: str, run_id: str, now: float, accessible: bool = False) -> Run | None:
-        """A run; with `accessible` also another tenant's that has a published checkpoint."""
+        """A run; with `accessible` also another tenant's if it has a published checkpoint."""
         with self.transaction() as session:
             row = session.get(Run, run_id)
             if row is None or row.tenant == tenant:
@@ -40,8 +40,8 @@ class CheckpointRows(Connection):
     def runs(
         self, tenant: str, now: float, limit: int, offset: int, accessible: bool, project_id: str | None
     ) -> tuple[list[Run], int]:
-        """A page of runs, newest first, and how many there are in all; with `accessible` also others' runs that have
-        a published checkpoint.
+        """A page of runs, newest first, and the total number; with `accessible` also others' runs that have a published
+        checkpoint.
         """
         wanted = Run.tenant == tenant
         if accessible:
@@ -58,8 +58,8 @@ class CheckpointRows(Connection):
     # ------------------------------------------------------------ checkpoints
 
     def put_checkpoint(self, row: Checkpoint) -> None:
-        """Write a row, in place of one of the same name, as the tenant's newest: what was saved last counts, and its
-        time tells it from what it overwrites, also if the clock has gone back in between.
+        """Write a row, replacing one of the same name, as the tenant's newest: what was saved last counts, and its time
+        distinguishes it from what it overwrites, even if the clock has gone back in between.
         """
         newest = select(func.max(Checkpoint.created_at)).where(Checkpoint.tenant == row.tenant)
         with self.transaction() as session:
@@ -71,7 +71,7 @@ class CheckpointRows(Connection):
     def checkpoint(
         self, tenant: str, uri: CheckpointUri, now: float, or_public: bool = False
     ) -> Checkpoint | None:
-        """The checkpoint of that name that is not expired; in the bare form the tenant's newest.
+        """The unexpired checkpoint of that name; for a bare name the tenant's newest.
 
         Args:
             or_public: a full name also finds what another tenant has published.
@@ -86,7 +86,7 @@ class CheckpointRows(Connection):
             return session.scalars(query.order_by(Checkpoint.created_at.desc()).limit(1)).first()
 
     def checkpoint_row(self, uri: CheckpointUri) -> Checkpoint | None:
-        """The row of a full name, whoever's it is and however old."""
+        """The row of a full name, of any tenant and age."""
         with self.transaction() as session:
             return session.get(Checkpoint, (uri.run_id, uri.kind, uri.name))
 
@@ -99,7 +99,7 @@ class CheckpointRows(Connection):
         offset: int = 0,
         or_public: bool = False,
     ) -> tuple[list[Checkpoint], int]:
-        """A page of checkpoints, newest first, and how many there are in all.
+        """A page of checkpoints, newest first, and the total number.
 
         Args:
             or_public: also those that another tenant has published.
@@ -128,7 +128,7 @@ class CheckpointRows(Connection):
             return list(session.scalars(select(Checkpoint).where(key.in_(newest), *seen)))
 
     def unnamed_checkpoints(self, tenant: str, run_id: str) -> list[Checkpoint]:
-        """A run's unnamed sampler snapshots."""
+        """A run's ephemeral sampler weights."""
         with self.transaction() as session:
             query = select(Checkpoint).where(
                 Checkpoint.tenant == tenant,
@@ -138,7 +138,7 @@ class CheckpointRows(Connection):
             return list(session.scalars(query))
 
     def expired_checkpoints(self, now: float, limit: int) -> list[Checkpoint]:
-        """Checkpoints, of all tenants, whose time is over."""
+        """Expired checkpoints of all tenants."""
         with self.transaction() as session:
             query = select(Checkpoint).where(Checkpoint.expires_at <= now).order_by(Checkpoint.expires_at)
             return list(session.scalars(query.limit(limit)))
@@ -152,7 +152,7 @@ class CheckpointRows(Connection):
             session.execute(update(Checkpoint).where(*_own(tenant, uri)).values(expires_at=expires_at))
 
     def delete_checkpoint(self, tenant: str, uri: CheckpointUri) -> bool:
-        """Whether there was one."""
+        """Returns whether there was one."""
         with self.transaction() as session:
             row = session.get(Checkpoint, (uri.run_id, uri.kind, uri.name))
             if row is None or row.tenant != tenant:
@@ -174,7 +174,7 @@ class CheckpointRows(Connection):
             return {row[0]: (row[1], int(row[2] or 0)) for row in session.execute(query)}
 
     def storage(self, tenant: str, now: float, project_id: str | None) -> list[StorageTotal]:
-        """The checkpoints that there are now, by tenant and project."""
+        """The current checkpoints, by tenant and project."""
         query = (
             select(Session.project_id, func.count(), func.sum(Checkpoint.size_bytes), Checkpoint.tenant)
             .join(Run, Run.session_id == Session.id)
@@ -190,10 +190,10 @@ class CheckpointRows(Connection):
     def checkpoint_total(
         self, tenant: str, now: float, besides: Sequence[CheckpointUri] = ()
     ) -> StorageTotal:
-        """How many checkpoints there are with a name, and their bytes: a tenant's, or `EVERYBODY`'s.
+        """Number and bytes of named checkpoints: a tenant's, or `EVERYBODY`'s.
 
         Args:
-            besides: are not counted.
+            besides: not counted.
         """
         key = tuple_(Checkpoint.run_id, Checkpoint.kind, Checkpoint.name)
         query = select(func.count(), func.sum(Checkpoint.size_bytes))
@@ -210,7 +210,7 @@ def _not_expired(now: float) -> ColumnElement[bool]:
 
 
 def _listed(now: float) -> list[ColumnElement[bool]]:
-    """Checkpoints that lists show."""
+    """Conditions of checkpoints that lists show."""
     return [~Checkpoint.name.startswith(UNNAMED_PREFIX, autoescape=True), _not_expired(now)]
 
 

@@ -1,4 +1,4 @@
-"""The wall clock, for what can't be taken back."""
+"""The wall clock, for decisions that can't be undone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 log = logging.getLogger("twinkle.server")
 
-# Slewing, and the time between two readings, are far below it.
+# Far above slewing and the time between two readings.
 _LEAP_SECONDS = 60.0
-# A time server, which is asked every 17 minutes at the most, or a person has so long to set a wrong clock right.
+# How long a time server (asked at least every 17 minutes) or a person has to correct a wrong clock.
 STEADY_SECONDS = 3600.0
 
 
 class SteadyClock:
-    """Wall time that is believed once it has gone as evenly as time itself for an hour.
+    """Wall time that is trusted once it has run evenly with the monotonic clock for an hour.
 
-    Which of two times is right can't be known when a clock leaps, nor whether it is right when a machine has just been
-    started. So for an hour after either there is no time to go by.
+    When a clock leaps, there is no way to know which of the two times is right, nor whether the time is right just
+    after a machine has started. So for an hour after either there is no time to go by.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class SteadyClock:
         self._wall = wall
         self._monotonic = monotonic
         self._steady_since = monotonic()
-        self._leapt_at: float | None = None  # of the monotonic clock
-        self._ahead = wall() - self._steady_since  # of the monotonic clock, at the last look
+        self._leapt_at: float | None = None  # by the monotonic clock
+        self._ahead = wall() - self._steady_since  # of the monotonic clock, at the last reading
 
     def now(self) -> float | None:
-        """Seconds since 1970; None while that can't be relied on. A leap is noticed when this is called next."""
+        """Seconds since 1970; None while that can't be trusted. A leap is noticed at the next call."""
         wall, monotonic = self._wall(), self._monotonic()
         leap = wall - monotonic - self._ahead
         self._ahead += leap
@@ -47,6 +47,6 @@ class SteadyClock:
         return wall if monotonic - self._steady_since >= STEADY_SECONDS else None
 
     def has_leapt(self) -> bool:
-        """Whether it has within the last hour."""
+        """Whether the clock has leapt within the last hour."""
         self.now()
         return self._leapt_at is not None and self._monotonic() - self._leapt_at < STEADY_SECONDS

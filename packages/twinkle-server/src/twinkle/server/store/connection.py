@@ -1,4 +1,4 @@
-"""The connection to the database: any SQLAlchemy URL; what is special about SQLite's files is here."""
+"""The connection to the database: any SQLAlchemy URL; special handling of SQLite's files is here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Connection:
     def __init__(self, url: str) -> None:
         """
         Args:
-            url: any SQLAlchemy URL; tables that are missing are made.
+            url: any SQLAlchemy URL; missing tables are created.
 
         Raises:
-            InvalidRequest: if its tables are those of another version, or it can't be used at all.
+            InvalidRequest: if its tables are another version's, or it can't be used at all.
         """
         self._engine = create_engine(url)
         self._file: SqliteFile | None = None
@@ -55,7 +55,7 @@ class Connection:
     def transaction(self) -> Generator[OrmSession]:
         """
         Raises:
-            DatabaseGone: if the file that was opened is not there just now.
+            DatabaseGone: if the file that was opened is not at its path.
         """
         if self._file is not None:
             self._file.check()
@@ -63,7 +63,7 @@ class Connection:
             yield session
 
     def put(self, row: Session | Run | SamplingSession | CustomLoss | Audit) -> None:
-        """Write a row, in place of one with the same key."""
+        """Write a row, replacing one with the same key."""
         with self.transaction() as session:
             session.merge(row)
 
@@ -77,7 +77,7 @@ class Connection:
 def _check_tables(engine: Engine) -> None:
     """
     Raises:
-        InvalidRequest: if a table lacks a column that is needed.
+        InvalidRequest: if a table lacks a required column.
     """
     inspector = inspect(engine)
     for table in Base.metadata.sorted_tables:
@@ -95,7 +95,7 @@ def _check_tables(engine: Engine) -> None:
 
 
 def _path_of(engine: Engine) -> Path | None:
-    """Of the file of a SQLite database; None if it has none."""
+    """The file of a SQLite database; None if it has none."""
     name = engine.url.database or ":memory:"
     is_file = engine.dialect.name == "sqlite" and name != ":memory:" and not name.startswith("file:")
     return Path(name) if is_file else None
@@ -123,8 +123,8 @@ def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
 
 
 def _make_private(path: Path) -> None:
-    """Keys' hashes and tenants' metadata are for nobody else to read; SQLite's further files get the same mode."""
-    if path.parent.is_dir():  # else opening it fails, with a message
+    """Keep keys' hashes and tenants' metadata from other users; SQLite's further files get the same mode."""
+    if path.parent.is_dir():  # otherwise opening it fails, with a message
         with contextlib.suppress(OSError):
             private_file(path)
             for suffix in ("-wal", "-shm"):
@@ -132,7 +132,7 @@ def _make_private(path: Path) -> None:
 
 
 def _tune_sqlite(connection: object, _record: object) -> None:
-    # Write-ahead logging lets readers go on during a write; a second server on the same file waits its turn.
+    # Write-ahead logging lets readers continue during a write; a second server on the same file waits.
     cursor = connection.cursor()  # pyright: ignore
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")

@@ -1,4 +1,4 @@
-"""Every query there is, as methods on typed rows. Blocking: callers on an event loop use a thread."""
+"""All queries, as methods on typed rows. Blocking: callers on an event loop use a thread."""
 
 from twinkle.server.store.account_rows import AccountRows
 from twinkle.server.store.checkpoint_rows import CheckpointRows
@@ -7,5 +7,5 @@ from twinkle.server.store.session_rows import SessionRows
 
 class Database(SessionRows, CheckpointRows, AccountRows):
     """Queries by groups of tables, on one connection. Every look-up names the tenant: another tenant's rows are not
-    found, unless a method says that it also finds what was published.
+    found, unless a method says that it also finds published ones.
     """

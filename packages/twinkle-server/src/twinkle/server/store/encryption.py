@@ -1,7 +1,7 @@
-"""Files encrypted with age (https://age-encryption.org) to keys that clients name; the server can't read them again.
+"""Files encrypted with age (https://age-encryption.org) to clients' public keys; the server can't decrypt them.
 
-`weights.download` of tinker-cookbook asks for it where it is given a training checkpoint, with a key of its own. Needs
-`pyrage`, which is an extra. Owns what a recipient is, and the suffix.
+`weights.download` of tinker-cookbook asks for it when given a training checkpoint, with a key of its own. Needs
+`pyrage`, an extra. Defines what a recipient is, and the suffix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIELD = "age_encryption_recipients"
 def check_recipients(recipients: Sequence[str]) -> None:
     """
     Raises:
-        InvalidRequest: if one is no public key of age's (`age1...`), there are too many, or there is no pyrage here.
+        InvalidRequest: if one is not an age public key (`age1...`), there are too many, or pyrage is not installed.
     """
     if len(recipients) > MAX_RECIPIENTS:
         raise InvalidRequest(f"{_FIELD}: {len(recipients)} are too many; give at most {MAX_RECIPIENTS}")
@@ -29,7 +29,7 @@ def check_recipients(recipients: Sequence[str]) -> None:
 
 
 def encrypt_files(directory: Path, recipients: Sequence[str]) -> None:
-    """Put `NAME.age` in the place of each file in a directory.
+    """Replace each file in a directory by `NAME.age`.
 
     Raises:
         InvalidRequest: as `check_recipients`.

@@ -1,17 +1,17 @@
 """An append-only log of records that outlives the process: segments of checksummed frames.
 
-    DIRECTORY/NNNNNNNN.log    a segment: header, and frames one behind the other
-        header                magic, marker, bytes of the segment before that count, CRC-32 of these
+    DIRECTORY/NNNNNNNN.log    a segment: header, then frames
+        header                magic, marker, number of valid bytes in the segment before, CRC-32 of these
         frame                 marker, length of the payload, CRC-32 of length and payload, payload
     DIRECTORY/lock            held by the process that writes; has the marker
 
-A record is with the operating system when `append` returns, so it survives whatever process is killed; when it is on
-the disk itself is the business of `flush`. A frame that was cut off by a crash or a full disk counts as nothing, and
-nothing is ever appended behind one. Knows nothing of what records say.
+When `append` returns, the operating system has the record, so it survives whatever process is killed; `flush` decides
+when it is durable. A frame that was cut off by a crash or a full disk is ignored, and nothing is ever appended after
+one. Knows nothing about the records' content.
 
-The marker is drawn at random for a journal, so nobody who sends a payload can put a frame into it. Behind a damaged
-frame the next one is found by it. What a write that was cut off left at the end of a segment is told from damage by
-the next header, which says where that segment ended. Reads what versions without headers wrote, as far as it is whole.
+The marker is random for each journal, so nobody can smuggle a frame into a payload. After a damaged frame it leads to
+the next one. The next segment's header says where a segment ended, which tells the rest of a write that was cut off
+from damage. Segments of versions without headers are read as far as they are whole.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from twinkle.protocol.errors import ServerFault, Unavailable, words_of
 log = logging.getLogger("twinkle.server")
 
 Flush: TypeAlias = Literal["always", "second", "never"]
-"""When records are on the disk itself, and so survive a power cut: before a request is answered, within a second, or
-when the operating system sees fit."""
+"""When records become durable, and so survive a power cut: before a request is answered, within a second, or whenever
+the operating system writes them."""
 
 _MAGIC = b"TWKLJRN2"
 _HEADER = struct.Struct("<8s8sQI")
@@ -54,14 +54,14 @@ _LOCK_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Segment:
-    """What was read of a segment.
+    """What was read from a segment.
 
     Attributes:
         payloads: of all whole frames, in order.
-        holes: (first byte, behind the last) of what is no whole frame, where more follows.
-        end: behind the last whole frame.
+        holes: (first byte, one past the last) of what is not a whole frame, if more follows.
+        end: one past the last whole frame.
         size: in bytes.
-        is_cut_off: what comes behind `end` is the beginning of a frame, as a write leaves it that was cut off.
+        is_cut_off: what follows `end` is the beginning of a frame, as left by a write that was cut off.
     """
 
     payloads: list[bytes]
@@ -73,10 +73,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Found:
-    """The records of a segment that are whole.
+    """A segment's whole records.
 
     Attributes:
-        is_damaged: records may be missing that had been written, and not only one that was being written.
+        is_damaged: records that had been written may be missing, and not only one whose write was cut off.
     """
 
     payloads: list[bytes]
@@ -84,7 +84,7 @@ class Found:
 
 
 class Journal:
-    """Appends to the newest segment. Single-threaded, but for `read` and `flush_now`."""
+    """Appends to the newest segment. Single-threaded, except for `read` and `flush_now`."""
 
     def __init__(self, directory: Path, flush: Flush = "second", segment_bytes: int = _SEGMENT_BYTES) -> None:
         """
@@ -101,23 +101,23 @@ class Journal:
         """Segments of an earlier process, oldest first."""
         self._marker = self._known_marker()
         self._number = self.earlier[-1] if self.earlier else 0
-        self._end = self._end_of(self._number) if self.earlier else 0  # so many bytes of it count
+        self._end = self._end_of(self._number) if self.earlier else 0  # number of its valid bytes
         self._descriptor = -1
-        self._opened: tuple[int, int] | None = None  # device and inode of what the descriptor is of
+        self._opened: tuple[int, int] | None = None  # device and inode of the descriptor's file
         self._is_away = False
         self._unflushed = False
         self._flushing: asyncio.Task[None] | None = None
 
     @property
     def segment(self) -> int:
-        """The number of the segment that the last record went to."""
+        """The number of the segment that has the last record."""
         return self._number
 
     def append(self, payload: bytes) -> int:
         """Write a record; returns its segment.
 
         Raises:
-            Unavailable: if it can't be written; then nothing of it is there.
+            Unavailable: if it can't be written; then none of it is there.
         """
         frame = _frame(self._marker, payload)
         self.check_place()
@@ -147,7 +147,7 @@ class Journal:
         self._end += len(frame)
 
     def _cut_off(self) -> None:
-        """Take back half a frame; where that can't be done, no other may follow it."""
+        """Remove half a frame; if that fails, nothing may be appended after it."""
         try:
             os.ftruncate(self._descriptor, self._end)
             os.lseek(self._descriptor, self._end, os.SEEK_SET)
@@ -178,7 +178,7 @@ class Journal:
         try:
             if self._flush != "never":
                 os.fsync(descriptor)
-        except OSError as error:  # what is in it is with the operating system all the same
+        except OSError as error:  # the operating system has its content anyway
             log.error("a segment of the journal could not be flushed to the disk: %s", error)
         finally:
             os.close(descriptor)
@@ -188,8 +188,8 @@ class Journal:
     def check_place(self) -> None:
         """
         Raises:
-            Unavailable: if the segment that is written to is not at its path any more: what is written then is gone
-                when the process ends.
+            Unavailable: if the current segment is not at its path any more: what is written then is gone when the
+                process ends.
         """
         if self._descriptor < 0:
             return
@@ -220,15 +220,15 @@ class Journal:
     # ------------------------------------------------------------ on the disk itself
 
     async def wait_durable(self) -> None:
-        """With `flush="always"`, wait until all records that have been appended are on the disk itself.
+        """With `flush="always"`, wait until all appended records are durable.
 
         Raises:
-            Unavailable: if it can't be brought onto the disk.
+            Unavailable: if they can't be flushed to the disk.
         """
         if self._flush != "always":
             return
         while self._unflushed or self._flushing is not None:
-            if self._flushing is None:  # one flush serves all who have come meanwhile
+            if self._flushing is None:  # one flush serves all that are waiting by then
                 self._unflushed = False
                 self._flushing = asyncio.create_task(asyncio.to_thread(self.flush_now))
             flushing = self._flushing
@@ -244,7 +244,7 @@ class Journal:
                 return
 
     async def run(self) -> None:
-        """Flush every second, and see whether the journal is where it was, for ever."""
+        """Flush every second, and check that the journal is still in its place, forever."""
         while True:
             await asyncio.sleep(1.0)
             with contextlib.suppress(Unavailable):  # it has been logged
@@ -263,7 +263,7 @@ class Journal:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EBADF:  # else it was closed meanwhile, and flushed before that
+            if error.errno != errno.EBADF:  # otherwise it was closed meanwhile, and flushed before that
                 raise
 
     def close(self) -> None:
@@ -273,11 +273,11 @@ class Journal:
     # ------------------------------------------------------------ segments
 
     def sealed(self) -> list[int]:
-        """Segments that nothing is appended to any more, oldest first."""
+        """Segments that are complete, oldest first."""
         return [number for number in self._numbers() if number != self._number or self._descriptor < 0]
 
     def read(self, number: int) -> Iterator[bytes]:
-        """The records of a segment that are whole."""
+        """A segment's whole records."""
         return iter(self.examine(number).payloads)
 
     def examine(self, number: int) -> Found:
@@ -311,7 +311,7 @@ class Journal:
         return bool(later) and later[0] != number + 1
 
     def _end_by_next(self, number: int) -> int | None:
-        """How many bytes of a segment count, as the next one has it."""
+        """The number of a segment's valid bytes, according to the next one."""
         found = self._header_of(number + 1)
         return None if found is None else found[1]
 
@@ -323,12 +323,12 @@ class Journal:
             return None
 
     def _end_of(self, number: int) -> int:
-        """How many bytes of the last segment of an earlier process count: all but a write that was cut off."""
+        """The number of valid bytes in an earlier process's last segment: all but a write that was cut off."""
         segment = parse(self._path(number).read_bytes(), self._marker)
         return segment.end if segment.is_cut_off else segment.size
 
     def _known_marker(self) -> bytes:
-        """That of the segments, or else of the lock's file, or else a new one; it is in that file then."""
+        """The segments' marker, or else the lock file's, or else a new one, which is then in that file."""
         headers = [self._header_of(number) for number in self.earlier]
         markers = Counter(found[0] for found in headers if found is not None)
         kept = os.pread(self._lock, 64, 0)
@@ -354,7 +354,7 @@ class Journal:
 
 
 def _lock(path: Path) -> int:
-    """Have the directory for oneself; the lock ends with the process, however that ends."""
+    """Take the directory's lock, which ends with the process, however that ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     give_up = time.monotonic() + _LOCK_SECONDS
     while True:
@@ -377,14 +377,14 @@ def _lock(path: Path) -> int:
 def _header(marker: bytes, previous_end: int) -> bytes:
     """
     Args:
-        previous_end: so many bytes of the segment before count.
+        previous_end: number of valid bytes in the segment before.
     """
     fields = struct.pack("<8s8sQ", _MAGIC, marker, previous_end)
     return fields + struct.pack("<I", zlib.crc32(fields))
 
 
 def read_header(data: bytes) -> tuple[bytes, int] | None:
-    """The marker and the end of the segment before; None if there is no whole header."""
+    """The marker, and the end of the segment before; None if there is no whole header."""
     if len(data) < HEADER_BYTES:
         return None
     magic, marker, previous_end, checksum = _HEADER.unpack_from(data)
@@ -404,7 +404,7 @@ def _checksum(payload: bytes | memoryview) -> int:
 def parse(data: bytes, marker: bytes | None) -> Segment:
     """
     Args:
-        data: the bytes of it that count.
+        data: the segment's valid bytes.
         marker: of the journal's other segments, for one whose own header is damaged.
     """
     found = read_header(data)
@@ -436,7 +436,7 @@ def _parse(data: bytes, marker: bytes, start: int) -> Segment:
 
 
 def _end_of_frame(data: bytes, start: int) -> int | None:
-    """Behind the frame that begins there; None if it is not whole."""
+    """One past the frame that begins there; None if it is not whole."""
     if start + _FRAME.size > len(data):
         return None
     _, length, checksum = _FRAME.unpack_from(data, start)
@@ -447,7 +447,7 @@ def _end_of_frame(data: bytes, start: int) -> int | None:
 
 
 def _parse_old(data: bytes) -> Segment:
-    """Frames without marker: nothing is found behind one that is not whole."""
+    """Parse frames without markers: after one that is not whole, nothing is found."""
     payloads: list[bytes] = []
     start, is_cut_off = 0, False
     while start < len(data):
@@ -462,6 +462,6 @@ def _parse_old(data: bytes) -> Segment:
             break
         payloads.append(payload)
         start = end
-    # With no record at all it is none of that version's, but one of ours of which nothing is left.
+    # Without any record it is not of that version, but one of ours with nothing left.
     is_cut_off = is_cut_off and (bool(payloads) or len(data) < HEADER_BYTES)
     return Segment(payloads, [], start, len(data), is_cut_off)

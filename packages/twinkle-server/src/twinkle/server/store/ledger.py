@@ -1,4 +1,4 @@
-"""What was used, counted in memory and written in passing: a request never waits for it."""
+"""Usage, counted in memory and written in the background: a request never waits for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Key(NamedTuple):
 
 
 class Ledger:
-    """Counts tokens and checkpoints by hour, session and kind, and when each run was last asked for something.
+    """Counts tokens and checkpoints by hour, session and kind, and when each run last got a request.
 
     Single-threaded: called on one event loop. Up to a few seconds of it are lost if the process is killed.
     """
@@ -40,23 +40,23 @@ class Ledger:
         self._writing = asyncio.Lock()
 
     def record(self, tenant: str, session_id: str, kind: UsageKind, count: int) -> None:
-        """Add what has just been used: tokens, or the number of checkpoints."""
+        """Add usage: tokens, or the number of checkpoints."""
         if count:
             self._counts[_Key(tenant, int(time.time() // 3600), session_id, kind)] += count
 
     def touch(self, run_id: str) -> None:
-        """A run was asked for something."""
+        """A run got a request."""
         self._run_times[run_id] = time.time()
 
     async def run(self) -> None:
-        """Write every few seconds, for ever; cancelled from outside."""
+        """Write every few seconds, forever, until cancelled."""
         while True:
             await asyncio.sleep(_FLUSH_SECONDS)
             try:
                 await self.flush()
             except DatabaseGone:
                 pass  # the database has logged it once
-            except Exception:  # tried again soon
+            except Exception:  # retried soon
                 log.exception("what was used could not be written; it is kept and tried again")
 
     async def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""Files and directories for the server's user alone, whatever the umask and whoever made them."""
+"""Files and directories that only the server's user can access, whatever the umask and whoever made them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def private_directory(path: Path) -> Path:
-    """Have a directory that nobody else can enter: made, or tightened if it is there."""
+    """Make a directory that nobody else can enter, or tighten an existing one."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _tighten(path)
     return path
 
 
 def private_file(path: Path) -> None:
-    """Have a file that nobody else can read: an empty one, or tightened if it is there.
+    """Make an empty file that nobody else can read, or tighten an existing one.
 
-    That one is not opened: to close it would give up the locks that this process has on it.
+    An existing one is not opened: closing it would release this process's locks on it.
     """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -41,7 +41,7 @@ def _tighten(path: Path) -> None:
         return
     try:
         path.chmod(mode & ~_OTHERS)
-    except OSError as error:  # another user's; the operator chose it
+    except OSError as error:  # another user's, which the operator chose
         log.warning(
             "%s can be read by others, and that can't be changed (%s): see to it that only the server's user can",
             path,

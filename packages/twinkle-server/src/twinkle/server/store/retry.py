@@ -24,13 +24,13 @@ _PAUSE_SECONDS = 1.0
 
 
 class DatabaseGone(Unavailable):
-    """The database's file is not at its path just now; it may come back."""
+    """The database's file is not at its path; it may come back."""
 
 
-# There is no room, or no file may be opened just now.
+# No space left, or too many open files.
 _TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-# What has come through a library has its number in words only. SQLite can't open a file that it had open before where
-# the process may open no more of them (one that is gone is `DatabaseGone`).
+# Errors passed through a library have their number only in words. SQLite can't reopen a file if the process has too
+# many open files (a missing file is `DatabaseGone`).
 _SIGNS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -42,7 +42,7 @@ _SIGNS = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same may succeed later: there is room again, the lock is gone, or the database is back."""
+    """Whether a retry may succeed: there is space again, the lock is gone, or the database is back."""
     if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
         return True
     is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
@@ -61,7 +61,7 @@ def unavailable(error: BaseException) -> Unavailable:
 
 
 async def retry_while_unavailable(work: Callable[[], T], give_up_seconds: float = GIVE_UP_SECONDS) -> T:
-    """The result of blocking `work`, run in a thread, and again while it fails with transient errors.
+    """The result of blocking `work`, run in a thread, and retried while it fails with transient errors.
 
     Raises:
         Unavailable: if that takes too long.

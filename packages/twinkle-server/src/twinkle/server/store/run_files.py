@@ -1,11 +1,11 @@
-"""Copies of live runs' whole states on disk: what a run goes on from when its adapter is not on the worker any more.
+"""Snapshots of live runs on disk: what a run is restored from when its adapter is no longer on the worker.
 
     ROOT/RUN/N.safetensors    the state after the run's request N: `weights.{name}`, `exp_avg.{name}`,
-                              `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; what else there is to an
-                              `AdapterState` is JSON in the metadata, and so is the SHA-256 of all of it
+                              `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; the rest of an
+                              `AdapterState` is JSON in the metadata, as is the SHA-256 of everything
 
-A file is written under a temporary name, flushed to the disk and renamed, so one that can be seen was written whole;
-the checksum tells whether it still is.
+A file is written under a temporary name, flushed to the disk and renamed, so a visible one was written whole; the
+checksum tells whether it still is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SUFFIX = ".safetensors"
 
 
 class RunFiles:
-    """The directory that these files are in. Run ids are the server's own: none of them is a path."""
+    """The directory of run snapshots. Run ids are the server's own: none of them is a path."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -52,10 +52,10 @@ class RunFiles:
             "spec": asdict(state.spec),
             "target_modules": state.target_modules,
             "step": None if state.optimizer is None else state.optimizer.step,
-            "names": list(state.weights),  # in their order: sums over all matrices are to come out the same
+            "names": list(state.weights),  # in order, so that sums over all matrices come out the same
             "kinds": list(kinds),
         }
-        # safetensors writes an array's memory as it lies, so it has to lie in order.
+        # safetensors writes an array's memory as it is, so it must be contiguous.
         arrays = {
             f"{kind}.{name}": cast("Array", np.ascontiguousarray(matrix))
             for kind, matrices in kinds.items()
@@ -72,7 +72,7 @@ class RunFiles:
             partial.unlink(missing_ok=True)
 
     def read(self, run_id: str, number: int) -> AdapterState:
-        """What was written, to the bit.
+        """What was written, bit for bit.
 
         Raises:
             ServerFault: if the file can't be read, or isn't what was written.
@@ -120,7 +120,7 @@ class RunFiles:
         self._path(run_id, number).unlink(missing_ok=True)
 
     def numbers(self, run_id: str) -> list[int]:
-        """Of the files that there are of a run, rising."""
+        """Of a run's files, ascending."""
         paths = (self._root / run_id).glob(f"*{_SUFFIX}")
         return sorted(int(path.name.removesuffix(_SUFFIX)) for path in paths)
 
@@ -145,7 +145,7 @@ class RunFiles:
 
 
 def _checksum(state: str, kinds: dict[str, dict[str, Float32Array]]) -> str:
-    """Of what is not a matrix, and of all matrices in their order, each with its name and shape."""
+    """Checksum of the metadata and of all matrices in order, each with its name and shape."""
     digest = hashlib.sha256(state.encode())
     for kind, matrices in kinds.items():
         for name, matrix in matrices.items():
@@ -155,7 +155,7 @@ def _checksum(state: str, kinds: dict[str, dict[str, Float32Array]]) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have what was written to a file or directory on the disk itself."""
+    """Make what was written to a file or directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,7 +164,7 @@ def _flush(path: Path) -> None:
 
 
 def _kinds(state: AdapterState) -> dict[str, dict[str, Float32Array]]:
-    """What there is of a state's matrices; each kind has the same names."""
+    """A state's matrices by kind; each kind has the same names."""
     kinds = {"weights": state.weights}
     if state.optimizer is not None:
         kinds |= {"exp_avg": state.optimizer.exp_avg, "exp_avg_sq": state.optimizer.exp_avg_sq}

@@ -1,4 +1,4 @@
-"""Sampling sessions that are in use, so that a sample needs no query."""
+"""Sampling sessions in use, so that a sample needs no query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twinkle.server.store.tables import SamplingSession
 
 
 class SamplerCache:
-    """Rows of sampling sessions: what is read of them never changes. Single-threaded: called on one event loop."""
+    """Rows of sampling sessions; the fields used never change. Single-threaded: called on one event loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -19,7 +19,7 @@ class SamplerCache:
     async def find(self, tenant: str, sampler_id: str) -> SamplingSession:
         """
         Raises:
-            NotFound: if there is no such sampling session of the tenant's.
+            NotFound: if the tenant has no such sampling session.
         """
         sampler = self._rows.get(sampler_id)
         if sampler is None or sampler.tenant != tenant:

@@ -1,4 +1,4 @@
-"""What of a search for sessions a database can tell, and what it answers with."""
+"""The conditions of a search for sessions that a database can check, and the rows it finds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SessionFilter:
     """Conditions that must all hold; None is no condition.
 
     Attributes:
-        session_id, words: either will do where both are given; `words` are in lower case, and all are in the name.
+        session_id, words: if both are given, either is enough; `words` are in lower case, and all must be in the name.
     """
 
     project_ids: Sequence[str] | None = None
@@ -60,7 +60,7 @@ class SessionFilter:
     def _is_named(self) -> ColumnElement[bool]:
         if self.words is None:
             return false()
-        # SQLite knows the lower case of ASCII alone: the other words are left to whoever reads the rows.
+        # SQLite lower-cases only ASCII: the other words are left to the reader of the rows.
         known = [word for word in self.words if word.isascii()]
         name = func.lower(Session.display_name)
         return and_(

@@ -35,7 +35,7 @@ class SessionRows(Connection):
     def find_sessions(
         self, tenant: str, wanted: SessionFilter, limit: int, before: tuple[float, str] | None = None
     ) -> list[FoundSession]:
-        """A page of the sessions that fulfil what the database can tell, newest first.
+        """A page of the sessions that fulfil what the database can check, newest first.
 
         Args:
             before: only those older than (time of creation, id).
@@ -50,7 +50,7 @@ class SessionRows(Connection):
     def count_sessions(self, tenant: str, open_since: float | None = None) -> int:
         """
         Args:
-            open_since: only those that were begun since then and are not finished.
+            open_since: only unfinished ones begun since then.
         """
         query = select(func.count()).select_from(Session).where(Session.tenant == tenant)
         if open_since is not None:
@@ -62,7 +62,7 @@ class SessionRows(Connection):
         """Delete some of the oldest sessions that are over and left nothing behind; returns how many.
 
         Args:
-            since: one that isn't finished is over if it was begun before.
+            since: an unfinished session is over if it was begun before.
             besides: these are not over.
         """
         is_over = or_(Session.finished_at.is_not(None), Session.created_at < since)
@@ -85,7 +85,7 @@ class SessionRows(Connection):
     def finish_session(
         self, tenant: str, session_id: str, now: float, reason: str, detail: str | None
     ) -> None:
-        """Note how a session ended; the first time counts."""
+        """Record how a session ended; the first time counts."""
         change = (
             update(Session)
             .where(Session.tenant == tenant, Session.id == session_id, Session.finished_at.is_(None))
@@ -117,7 +117,7 @@ class SessionRows(Connection):
             return row if row is not None and row.tenant == tenant else None
 
     def join_sampler(self, tenant: str, sampler_id: str) -> int | None:
-        """The number of one more client of a sampler, from 1; None if there is no such sampler."""
+        """The number of a sampler's new client, from 1; None if there is no such sampler."""
         mine = (SamplingSession.tenant == tenant, SamplingSession.id == sampler_id)
         with self.transaction() as session:
             session.execute(update(SamplingSession).where(*mine).values(clients=SamplingSession.clients + 1))

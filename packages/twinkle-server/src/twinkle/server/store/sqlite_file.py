@@ -1,8 +1,8 @@
 """Notices when the file of an open SQLite database is moved, deleted or replaced.
 
 SQLite keeps writing to the old file, so those writes are lost when the process ends. Worse, the write-ahead log stays
-at the old path, and SQLite would mix it into whatever database is opened there next. So while another file, or none,
-is at the path, nothing is read or written, the log is checkpointed into the file it belongs to, wherever that is now,
+at the old path, and SQLite would mix it into whatever database is opened there next. So while the path has another
+file, or none, nothing is read or written, the log is checkpointed into the file it belongs to, wherever that is now,
 and a copy is made, since the file itself may be deleted.
 """
 

@@ -21,11 +21,11 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mappe
 
 from twinkle.protocol.uris import CheckpointKind, CheckpointUri
 
-# Unnamed sampler snapshots are checkpoints too, so that they can leave the sampler and come back; no list shows them.
+# Ephemeral sampler weights are checkpoints too, so that the sampler can evict and reload them; no list shows them.
 UNNAMED_PREFIX = "unnamed-"
-# Stands for all tenants where an admin asks what was used or done; no tenant can be called so.
+# All tenants, if an admin asks about usage or the audit log; no tenant can have this name.
 EVERYBODY = "*"
-# What a run is saved as whose client has vanished.
+# The name under which the runs of vanished clients are saved.
 RELEASED_NAME = "twinkle-released"
 
 
@@ -90,7 +90,7 @@ class Checkpoint(Base):
     train_mlp: Mapped[bool] = mapped_column(Boolean)
     train_unembed: Mapped[bool] = mapped_column(Boolean)
     public: Mapped[bool] = mapped_column(Boolean, default=False)
-    request_id: Mapped[str | None] = mapped_column(String(64))  # what wrote it, should that be done once more
+    request_id: Mapped[str | None] = mapped_column(String(64))  # the request that wrote it, in case of retry
     user_metadata: Mapped[dict[str, Any] | None]
 
     @property
@@ -99,7 +99,7 @@ class Checkpoint(Base):
 
 
 class SamplingSession(Base):
-    """A sampling session: a base model, or a checkpoint on it (that of `checkpoint_time`, should it be overwritten)."""
+    """A sampling session: a base model, or a checkpoint on it (`checkpoint_time` says which, if it is overwritten)."""
 
     __tablename__ = "samplers"
 
@@ -110,7 +110,7 @@ class SamplingSession(Base):
     model_path: Mapped[str | None] = mapped_column(String(512))
     checkpoint_time: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float)
-    clients: Mapped[int] = mapped_column(Integer, default=0)  # how many have joined the one that made it
+    clients: Mapped[int] = mapped_column(Integer, default=0)  # how many have joined the first one
 
 
 class CustomLoss(Base):
@@ -151,7 +151,7 @@ class Audit(Base):
 
 
 class ApiKey(Base):
-    """A key that was made for a tenant. The key itself is nowhere."""
+    """A key that was made for a tenant. The key itself is not stored."""
 
     __tablename__ = "api_keys"
 

@@ -37,10 +37,10 @@ from twinkle.server.backends.lora.module_groups import (
 )
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig, ModuleGroup
 
-# Not float16: backwards through a frozen model in it, gradients below 6e-8 are lost, and nothing here scales losses.
+# Not float16: in a backward pass through a frozen model, gradients below 6e-8 would be lost, and losses aren't scaled.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# What Transformers raises where a directory is not what it should be.
+# What Transformers raises if a directory is not what it should be.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -52,7 +52,7 @@ LOADING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-# GPT-OSS is published so; Transformers makes plain weights of it, if asked to.
+# GPT-OSS is published like this; Transformers dequantises it on request.
 _DEQUANTISED = {"mxfp4": partial(Mxfp4Config, dequantize=True)}
 
 
@@ -91,7 +91,7 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     """Load a model from a directory with `config.json` and safetensors.
 
     Raises:
-        InvalidRequest: if the directory holds no such model, or it can't be held as the configuration says.
+        InvalidRequest: if the directory has no such model, or it can't be loaded as configured.
     """
     _check(config)
     model = _load(config)
@@ -109,10 +109,10 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A module tree of its own over the same weights: layers can be replaced in it.
+    """A separate module tree over the same weights, in which layers can be replaced.
 
-    Buffers that are no part of a checkpoint are copied: Transformers writes a rope's frequencies into one of them in
-    each call, and copies compute at the same time.
+    Buffers that are not in checkpoints are copied: Transformers writes a rope's frequencies into one of them in each
+    call, and the copies compute at the same time.
     """
     weights = model.state_dict(keep_vars=True).values()
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *weights)}
@@ -144,7 +144,7 @@ def find_targets(model: PreTrainedModel) -> tuple[dict[str, ModuleGroup], tuple[
 
 @torch.no_grad()
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether this computes what its matrix says. Some inherit from a linear layer and do otherwise, in groups say."""
+    """Whether this is a plain matrix product. Some subclasses of linear layers do otherwise, e.g. in groups."""
     if type(layer).forward is nn.Linear.forward:
         return True
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -154,15 +154,15 @@ def _is_plain(layer: nn.Linear) -> bool:
     except LOADING_ERRORS:
         return False
     expected = nn.functional.linear(x, layer.weight, layer.bias)
-    # Routers of Phi-3.5-MoE and Llama 4 give two tensors.
+    # Routers of Phi-3.5-MoE and Llama 4 return two tensors.
     return isinstance(found, Tensor) and found.shape == expected.shape and agree(found, expected)
 
 
 def _is_plain_experts(module: nn.Module) -> bool:
-    """Whether this holds routed experts that compute `down(act(gate) * up)`, as Qwen's, Mixtral's and many others do.
+    """Whether this holds routed experts that compute `down(act(gate) * up)`, like Qwen's, Mixtral's and many others.
 
-    Transformers notes with each class what it does beside (`integrations.moe.use_experts_implementation`). PEFT's names
-    depend on the order of the parameters.
+    Transformers marks each class with what it does besides (`integrations.moe.use_experts_implementation`). PEFT's
+    names depend on the order of the parameters.
     """
     if [name for name, _ in module.named_parameters(recurse=False)] != list(EXPERT_PARAMETERS):
         return False
@@ -184,7 +184,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
-    """What a model does to its head's output: Cohere's and Granite's scale, Gemma's soft cap.
+    """What a model does to its head's output: Cohere's and Granite's scaling, Gemma's soft cap.
 
     Args:
         logits: [..., vocabulary], any float type.
@@ -251,10 +251,10 @@ def _load(config: ModelConfig) -> PreTrainedModel:
 def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: ModelConfig) -> None:
     """
     Args:
-        report: what Transformers says of loading it; of what the class can do without, or ties, it says nothing.
+        report: Transformers' report on loading; leaves out what the class can do without, or ties.
 
     Raises:
-        InvalidRequest: if the model is not what the files hold.
+        InvalidRequest: if the model is not what is in the files.
     """
     mismatched = cast("set[tuple[str, Sequence[int], Sequence[int]]]", report.get("mismatched_keys") or set())
     for name, found, wanted in sorted(mismatched):
@@ -266,7 +266,7 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: Mod
         raise base_folder.missing(config.path, missing, type(model).__name__)
     text = model.config.get_text_config()
     count = int(text.num_hidden_layers)
-    # Some predict further tokens by layers that come after the others, and that nothing here computes.
+    # Some predict further tokens with additional layers at the end, which are not computed here.
     ahead = int(getattr(text, "num_nextn_predict_layers", None) or 0)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -275,7 +275,7 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: Mod
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
-    """One look at each weight, and one transfer for all of them."""
+    """Check each weight, with one transfer for all of them."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.numel()]
     ends = [torch.stack(torch.aminmax(weight)).isfinite().all() for _, weight in named]
     for (name, _), is_finite in zip(named, cast("list[bool]", torch.stack(ends).tolist()), strict=True):
@@ -285,8 +285,8 @@ def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Log-probabilities are taken from hidden states and head in chunks, and rows are padded at the right without mask:
-    make sure that this is what the model does.
+    """Log-probabilities are computed from hidden states and head in chunks, and rows are padded at the right without a
+    mask: check that this gives what the model does.
     """
     tokens = torch.arange(4, device=model.device).unsqueeze(0)
     head = cast("nn.Module", model.get_output_embeddings())
@@ -314,8 +314,8 @@ def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two ways to compute the same came to the same, as far as their type tells: in 16 bits, with experts that
-    change by rounding, hardly.
+    """Whether two ways to compute the same agree within their dtype's precision: in 16 bits, with experts that change
+    by rounding, only roughly.
     """
     most = 3e-3 if other.dtype == torch.float32 else 0.5
     return bool((one - other).float().norm() <= most * other.float().norm())

@@ -1,8 +1,8 @@
-"""What other programs call the parts of a base model, found by asking Transformers' classes.
+"""Other programs' names for a base model's parts, found by asking Transformers' classes.
 
-A checkpoint's config.json may name another class than the one that `AutoModelForCausalLM` makes of it: Qwen3.5 is
-published as `Qwen3_5ForConditionalGeneration`, whose decoder is `model.language_model`, and is loaded here as
-`Qwen3_5ForCausalLM`, where it is `model`. vLLM, SGLang and PEFT go by config.json. Owns nothing; both backends ask.
+A checkpoint's config.json may name another class than `AutoModelForCausalLM` makes of it: Qwen3.5 is published as
+`Qwen3_5ForConditionalGeneration`, whose decoder is `model.language_model`, and is loaded here as `Qwen3_5ForCausalLM`,
+where it is `model`. vLLM, SGLang and PEFT follow config.json. Used by both backends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def export_facts(path: Path, tied_head: bool) -> ExportFacts:
     mixture = any(has_routed_experts(one) for one in (config, config.get_text_config()))
     try:
         serving_class, renamed = _serving_names(config)
-    # Whatever a class of Transformers raises: the model itself is served all the same.
+    # Transformers' classes may raise anything: the model itself is served anyway.
     except Exception as error:
         log.warning(
             "%s: adapters can't be exported under the names of %s (%s)", path, config.architectures, error
@@ -61,7 +61,7 @@ def has_routed_experts(config: PretrainedConfig) -> bool:
 
 
 def _serving_names(config: PretrainedConfig) -> tuple[str | None, tuple[tuple[str, str], ...]]:
-    """The class that `config` names, and what of the text model has another name in it.
+    """The class that `config` names, and the parts of the text model with another name in it.
 
     Raises:
         ValueError: if that class has no such text model, or has several.

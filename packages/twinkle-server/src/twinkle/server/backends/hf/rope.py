@@ -1,9 +1,9 @@
-"""Models whose rope depends on the length of what is computed with it.
+"""Models whose rope depends on the length of what is computed.
 
-Transformers takes the frequencies of "longrope" (Phi-3, Phi-4) by the largest position of a whole call: the short
+Transformers chooses the frequencies of "longrope" (Phi-3, Phi-4) by the largest position of a whole call: the short
 factors up to `original_max_position_embeddings` tokens, the long ones beyond. So rows on both sides of that boundary
-must not share a call: each would get the other's numbers. (The frequencies of "dynamic" change as well, but only beyond
-`max_position_embeddings`, which no row here is longer than.)
+must not share a call: some would get the others' numbers. (The frequencies of "dynamic" change too, but only beyond
+`max_position_embeddings`, and no row here is longer.)
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, cast
 
 from transformers import PretrainedConfig
 
-# "su" is what it was called in the first Phi-3 configurations.
+# "su" is the name in the first Phi-3 configurations.
 _BY_LENGTH = ("longrope", "su")
 
 
 def rope_boundaries(config: PretrainedConfig, longest: int) -> tuple[int, ...]:
-    """Lengths beyond which a row is computed with other frequencies, rising; none for most models.
+    """Lengths beyond which a row is computed with other frequencies, ascending; none for most models.
 
     Args:
-        longest: that a row may be, in tokens; boundaries that none is beyond are left out.
+        longest: most tokens of a row; boundaries beyond that are left out.
     """
     text: Any = config.get_text_config()
     found = {
@@ -38,7 +38,7 @@ def rope_boundaries(config: PretrainedConfig, longest: int) -> tuple[int, ...]:
 
 
 def by_kind(boundaries: Sequence[int], lengths: Iterable[int]) -> list[list[int]]:
-    """Which rows may share a call: indices of rows, by how many boundaries each is beyond, in order."""
+    """Which rows may share a call: their indices, grouped by the number of boundaries exceeded, in order."""
     kinds: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         kinds.setdefault(bisect_left(boundaries, length), []).append(row)

@@ -1,4 +1,4 @@
-"""How many threads torch uses for a computation on a CPU: for a small one, waking more costs more than they save."""
+"""How many threads torch uses for a computation on a CPU: for a small one, waking more costs more than it saves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Multiplications of weights with tokens in a forward pass that are enough work for a thread. On two cores a second one
-# begins to pay between 64 and 128 million with 2 layers of hidden size 64, and at 135 million with SmolLM2-135M.
+# Multiplications of weights with tokens in a forward pass that are worth a thread. On two cores a second thread begins
+# to pay between 64 and 128 million with 2 layers of hidden size 64, and at 135 million with SmolLM2-135M.
 _ENOUGH = 64_000_000
 
 
 class Threads:
-    """Sets torch's intra-op threads by the size of what is computed next; on a GPU always one."""
+    """Sets torch's intra-op threads by the size of the next computation; on a GPU always one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._weights = matrix_weights(model)
@@ -25,24 +25,24 @@ class Threads:
         return self._most
 
     def worth(self, tokens: int) -> int:
-        """How many threads pay off in a forward pass of so many tokens."""
+        """How many threads pay off in a forward pass of this many tokens."""
         return max(1, min(self._most, tokens * self._weights // _ENOUGH))
 
     def fit(self, tokens: int, shared_by: int = 1) -> None:
-        """Set torch's threads for a forward pass of so many tokens, one of `shared_by` that run at the same time."""
+        """Set torch's threads for a forward pass of this many tokens, one of `shared_by` that run at the same time."""
         if self._most > 1:
             torch.set_num_threads(max(1, min(self._most // shared_by, self.worth(tokens))))
 
     def restore(self) -> None:
-        """Back to all threads."""
+        """Use all threads again."""
         if self._most > 1:
             torch.set_num_threads(self._most)
 
 
 def matrix_weights(model: PreTrainedModel) -> int:
-    """Numbers in all matrices that a token goes through.
+    """Number of elements in all matrices that a token is multiplied with.
 
-    Looking a token up costs nothing; the head is a matrix product, whether it shares those numbers or not.
+    Embedding look-ups cost nothing; the head is a matrix product, whether it shares the embedding's weights or not.
     """
     embedding = cast("Tensor", model.get_input_embeddings().weight)
     head = cast("Tensor", cast("nn.Module", model.get_output_embeddings()).weight)

@@ -1,4 +1,4 @@
-"""Does a state fit an adapter? The checks that every backend makes before it takes one over."""
+"""Whether a state fits an adapter: the checks that every backend makes before importing one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def peft_names(module: str) -> tuple[str, str]:
 def check_fits(
     state: AdapterState, spec: AdapterSpec, modules: list[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compare a state with the adapter that is to take it over.
+    """Compare a state with the adapter that is to be set to it.
 
     Args:
         spec: the adapter's.
@@ -54,7 +54,7 @@ def check_fits(
 
 
 def check_arrays(what: str, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Names, shapes and type (float32) of matrices.
+    """Check names, shapes and dtype (float32) of matrices.
 
     Raises:
         InvalidRequest: naming the first difference.
@@ -71,7 +71,7 @@ def check_arrays(what: str, arrays: Mapping[str, Array], shapes: Mapping[str, tu
 
 
 def _difference(given: set[str], expected: set[str]) -> str:
-    """Names the saved adapter has or lacks, a few of them."""
+    """Some of the names that the saved adapter has or lacks."""
     parts: list[str] = []
     for verb, names in (("lacks", expected - given), ("has the unknown", given - expected)):
         if names:

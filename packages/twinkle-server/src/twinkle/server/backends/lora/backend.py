@@ -1,4 +1,4 @@
-"""What training backends that keep their adapters in banks have in common: all but the model and its passes."""
+"""What training backends with adapters in banks have in common: everything but the model and its passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from twinkle.server.backends.protocol import (
 class LoraBackend(ABC):
     """Adapters and their banks, optimizer steps and state. A subclass adds `forward_backward` and `_layout`.
 
-    An unknown adapter id is a `KeyError`, one that is taken a `ValueError`: both are mistakes of the caller's code.
+    An unknown adapter id is a `KeyError`, an existing one a `ValueError`: both are errors in the caller's code.
     """
 
     def __init__(self, info: BaseModelInfo, device: torch.device, replicas: Replicas | None = None) -> None:
@@ -60,12 +60,12 @@ class LoraBackend(ABC):
 
     @abstractmethod
     def _layout(self, rank: int, groups: frozenset[ModuleGroup]) -> Layout:
-        """The layout of adapters of this rank on the model's layers of these groups; there may be none."""
+        """The layout of adapters of this rank on the model's layers of these groups; may be empty."""
 
     # ------------------------------------------------------------ adapters
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
-        """Make an adapter as PEFT would: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments.
+        """Make an adapter like PEFT's: A uniform (Kaiming, a = sqrt 5) from `spec.seed`, B zero, no moments.
 
         Raises:
             InvalidRequest: if the rank is out of bounds, or the flags leave nothing to train.
@@ -113,7 +113,7 @@ class LoraBackend(ABC):
     def optim_step(self, steps: Sequence[AdamStep]) -> list[StepOutcome]:
         """Apply the steps, each to its own adapter, and zero those adapters' gradients.
 
-        If it raises, nothing has changed. A step that would leave numbers that are not finite is refused alone.
+        If it raises, nothing has changed. A step with a non-finite result is refused alone.
         """
         if len({step.adapter_id for step in steps}) < len(steps):
             raise ValueError("an adapter can take one step a call")
@@ -172,7 +172,7 @@ class LoraBackend(ABC):
         )
 
     def _at_first_rank(self, adapter: Adapter, rows: Sequence[Mapping[int, Tensor]]) -> list[Tensor]:
-        """The adapter's rows, float32 [size], zeros where there are none; of data-parallel ranks rank 0 gets them."""
+        """The adapter's rows, float32 [size], zeros where missing; of data-parallel ranks, rank 0 gets them."""
         size, device = adapter.bank.layout.size, self._device
         found = [
             own[adapter.slot] if adapter.slot in own else torch.zeros(size, device=device) for own in rows
@@ -183,9 +183,9 @@ class LoraBackend(ABC):
         return found if self._replicas.index == 0 else []
 
     def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
-        """Set an existing adapter of the same shape to `state`; what `state` leaves out (moments, gradient) is reset.
+        """Set an existing adapter of the same shape to `state`; anything missing there (moments, gradient) is reset.
 
-        The adapter takes over the state's alpha, so that it computes what the saved one did.
+        The adapter takes the state's alpha, so that it computes what the saved one did.
 
         Raises:
             InvalidRequest: if rank, target modules, names or shapes differ; then nothing has changed.

@@ -1,11 +1,11 @@
 """Where adapters live: one bank for all adapters of a shape, with a few rows for each of them.
 
     params, exp_avg, exp_avg_sq    float32 [size] each
-    grads                          float32 [size], from a pass to the step that uses it up
+    grads                          float32 [size], from a pass to the step that uses it
 
-A row holds all A matrices of the adapter, then all B matrices: so the rows of some adapters, stacked, show the weights
-of one module in all of them as one view. An adapter costs its own rows, whoever else is there: nothing is kept in
-advance, and nothing moves when others come or go. Owns memory and names; computes nothing.
+A row holds all of the adapter's A matrices, then all its B matrices, so that in a stack of several adapters' rows one
+view shows the weights of one module in all of them. An adapter takes only its own rows, whatever others there are:
+nothing is allocated in advance, and nothing moves when others come or go. Owns memory and names; computes nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class LinearShape:
     """What adapters act on: a linear layer, or a parameter with a matrix for each routed expert.
 
     Attributes:
-        name: in the model, full.
+        name: full name in the model.
         in_features, out_features: of the layer, or of each expert's matrix.
-        experts: how many; None for a linear layer.
+        experts: number of experts; None for a linear layer.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix in a row, or one for each expert, one after the other: elements [start, end), row-major."""
+    """A matrix in a row, or one for each expert in sequence: elements [start, end), row-major."""
 
     start: int
     rows: int
@@ -54,7 +54,7 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[self.rows, self.columns], behind the number of experts where there is one."""
+        """[self.rows, self.columns], preceded by the number of experts if there are any."""
         return (self.rows, self.columns) if self.experts is None else (self.experts, self.rows, self.columns)
 
     def view(self, rows: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class Layout:
     """How an adapter of one rank over given layers is laid out in a row.
 
     Attributes:
-        a: by layer, where A [rank, in_features] is, or of all experts [experts, rank, in_features].
-        b: by layer, where B [out_features, rank] is, or [experts, out_features, rank]; behind all A.
+        a: by layer, place of A [rank, in_features], or of all experts [experts, rank, in_features].
+        b: by layer, place of B [out_features, rank], or [experts, out_features, rank]; after all A.
         b_start: where the first B begins.
         size: length of a row.
     """
@@ -106,7 +106,7 @@ class Layout:
         return dict(zip(self.a, views, strict=False)), dict(zip(self.b, views[len(self.a) :], strict=True))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of the matrices that `split` gives and `join` takes."""
+        """Shapes of the matrices that `split` returns and `join` takes."""
         shapes: dict[str, tuple[int, int]] = {}
         for module, a in self.a.items():
             a_name, b_name = peft_names(module)
@@ -116,10 +116,10 @@ class Layout:
         return shapes
 
     def split(self, row: Tensor) -> dict[str, Float32Array]:
-        """A row [size] on the CPU as PEFT's matrices; those that need no other order share the row's memory.
+        """A row [size] on the CPU as PEFT's matrices; those that need no reordering share the row's memory.
 
-        Of all experts together these are A [experts * rank, in_features], expert by expert, and B [out_features,
-        rank * experts], where the experts of a rank stand together (`peft.tuners.lora.layer.ParamWrapper`).
+        For experts these are A [experts * rank, in_features], expert by expert, and B [out_features, rank * experts],
+        grouped by rank (`peft.tuners.lora.layer.ParamWrapper`).
         """
         flat: Float32Array = row.numpy()
         matrices: dict[str, Float32Array] = {}
@@ -148,7 +148,7 @@ class Layout:
         """A new adapter's weights [size]: A uniform within 1 / sqrt(in_features) (PEFT: Kaiming, a = sqrt 5), B zero.
 
         Drawn on the CPU, module by module, so that a seed gives the same adapter on any device. Experts' A are drawn as
-        one matrix [experts * rank, in_features], as PEFT does.
+        one matrix [experts * rank, in_features], as in PEFT.
         """
         generator = torch.Generator().manual_seed(seed % 2**63)
         row = torch.zeros(self.size)
@@ -159,13 +159,13 @@ class Layout:
 
 
 class Bank:
-    """Adapters of one layout, each in a slot, a number that is its own as long as it is there.
+    """Adapters of one layout, each in a slot, a number that is its own while it exists.
 
     Attributes:
         params: by slot, float32 [size].
-        exp_avg, exp_avg_sq: the same, of the adapters that step here; on data-parallel ranks each steps on one of them.
-        grads: by slot, float32 [size], of those of them that have a gradient; any other's is zero.
-        steps: by slot, how many steps were taken.
+        exp_avg, exp_avg_sq: the same, for adapters that step here; of data-parallel ranks each adapter steps on one.
+        grads: by slot, float32 [size], for those of them with a gradient; all others' are zero.
+        steps: by slot, number of steps taken.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -196,7 +196,7 @@ class Bank:
         return slot in self.exp_avg
 
     def free(self, slot: int) -> None:
-        """Give a slot and its memory back."""
+        """Free a slot and its memory."""
         del self.params[slot], self.steps[slot]
         for rows in (self.exp_avg, self.exp_avg_sq, self.grads):
             rows.pop(slot, None)
@@ -210,7 +210,7 @@ class Bank:
         self.steps[slot] = 0
 
     def gradient(self, slot: int) -> Tensor:
-        """float32 [size], for reading: zeros where there is none."""
+        """float32 [size], read-only: zeros if there is none."""
         found = self.grads.get(slot)
         return torch.zeros(self.layout.size, device=self.device) if found is None else found
 

@@ -1,7 +1,7 @@
-"""Numbers that are not finite: which optimizer steps and states are refused for them, and in which words. No torch.
+"""Non-finite numbers: which optimizer steps and states are refused because of them, with which messages. No torch.
 
-A run whose weights or moments are once infinite (or not numbers) stays so for ever, so that no step may make them so,
-and no state that has them is saved or taken over. A gradient may be anything until a step wants it.
+A run whose weights or moments become infinite (or NaN) stays so forever, so no step may make them so, and no such state
+is saved or imported. A gradient may be anything until a step needs it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from twinkle.protocol.types import Array
 from twinkle.server.backends.protocol import AdapterState
 
 LARGEST_GRADIENT = 1e18
-"""Most that an element of a gradient may be, after clipping: AdamW keeps its square, which is to be a float32."""
+"""Largest element of a gradient after clipping: its square, which AdamW keeps, must be a finite float32."""
 
 
 LARGEST_MEAN = 2 * LARGEST_GRADIENT
-"""Most that AdamW's first moment may be: a mean of such gradients, with room for rounding."""
+"""Largest element of AdamW's first moment: a mean of such gradients, with room for rounding."""
 
 
 class Fault(IntEnum):
-    """Why a step is refused. Of several ranks the largest counts."""
+    """Why a step is refused. If several ranks disagree, the largest counts."""
 
     NONE = 0
     RESULT = 1
@@ -51,7 +51,7 @@ _WHY = {
 
 
 def refusal(fault: Fault, norm: float) -> InvalidRequest:
-    """What is said of a step that was not made.
+    """The error for a step that was refused.
 
     Args:
         norm: of the gradient, before clipping.
@@ -65,15 +65,15 @@ def refusal(fault: Fault, norm: float) -> InvalidRequest:
 def check_finite(state: AdapterState, is_saved: bool = True) -> None:
     """
     Args:
-        is_saved: whether the state comes from elsewhere, or is one that is to be saved; for the words only.
+        is_saved: whether the state is a saved one, rather than one about to be saved; only for the message.
 
     Raises:
-        InvalidRequest: if a weight or a moment is not finite, or no moment of AdamW's, naming the matrix.
+        InvalidRequest: if a weight or moment is not finite, or out of range for AdamW's moments, naming the matrix.
     """
     whose = "the saved adapter's" if is_saved else "this run's"
     _check_range(f"weights: {whose}", state.weights, -np.inf, np.inf)
     if state.optimizer is not None:
-        # Of what a mean of gradients can be, and one of their squares: beyond that the next step would not be finite.
+        # Limits on a mean of gradients and one of their squares: beyond them the next step would not be finite.
         _check_range(f"optimizer exp_avg: {whose}", state.optimizer.exp_avg, -LARGEST_MEAN, LARGEST_MEAN)
         _check_range(f"optimizer exp_avg_sq: {whose}", state.optimizer.exp_avg_sq, 0.0, np.inf)
 
@@ -82,7 +82,7 @@ def _check_range(what: str, arrays: Mapping[str, Array], least: float, most: flo
     for name, array in arrays.items():
         if array.size == 0:
             continue
-        # Either is NaN where one element is.
+        # Both are NaN if any element is.
         for value in (float(array.min()), float(array.max())):
             if not (np.isfinite(value) and least <= value <= most):
                 raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: what it is, how it is loaded, and what doesn't work with it."""
+"""The README.md of a checkpoint: what it is, how to load it, and what doesn't work with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_card(spec: AdapterSpec, base_model: str, facts: ExportFacts) -> str:
     """Text in Markdown.
 
     Args:
-        base_model: as `adapter_config.json` has it.
+        base_model: as in `adapter_config.json`.
         facts: of that base model.
     """
     groups = wanted_groups(spec)

@@ -1,8 +1,8 @@
-"""What of a decoder belongs to `train_attn`, `train_mlp` and `train_unembed`: told by names.
+"""Which of a decoder's layers belong to `train_attn`, `train_mlp` and `train_unembed`, by their names.
 
-Names are those of Transformers: of linear layers, such as `model.layers.0.self_attn.q_proj`, and of the parameters that
-hold a matrix for each routed expert, such as `model.layers.0.mlp.experts.gate_up_proj`. Owns the rule only; a backend
-knows what it has.
+Names are Transformers': of linear layers, such as `model.layers.0.self_attn.q_proj`, and of parameters with a matrix
+for each routed expert, such as `model.layers.0.mlp.experts.gate_up_proj`. Only the rule is here; a backend knows which
+layers it has.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _ATTENTION = frozenset(
     {"self_attn", "attn", "attention", "self_attention", "linear_attn", "linear_attention"}
 )
 _FEED_FORWARD = frozenset({"mlp", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp"})
-# Feed-forward layers that lie in the decoder layer itself, as OPT and XGLM have them: `...layers.0.fc1`.
+# Feed-forward layers directly in the decoder layer, as in OPT and XGLM: `...layers.0.fc1`.
 _IN_THE_LAYER = frozenset({"fc1", "fc2"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out"})
@@ -24,10 +24,10 @@ EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 def module_group(name: str) -> ModuleGroup | None:
-    """The group of a linear layer or a routed experts' parameter; None for what gets no low-rank term.
+    """The group of a linear layer or a routed experts' parameter; None if it gets no low-rank term.
 
     Attention is softmax or linear attention, projections in and out. Routed experts are trained as feed-forward layers
-    where they are three-dimensional parameters; a linear layer for each would see other rows than the batch's. The
+    if they are three-dimensional parameters; a linear layer for each expert would see other rows than the batch's. The
     router is never trained; a shared expert is.
     """
     *parents, layer = name.split(".")
@@ -52,7 +52,7 @@ def is_expert_parameter(name: str) -> bool:
 
 
 def groups_there_are(groups: Iterable[ModuleGroup]) -> tuple[ModuleGroup, ...]:
-    """For `BaseModelInfo.trainable`: of a model's targets, each group once."""
+    """For `BaseModelInfo.trainable`: each group of a model's targets once."""
     found = frozenset(groups)
     return tuple(group for group in ALL_GROUPS if group in found)
 

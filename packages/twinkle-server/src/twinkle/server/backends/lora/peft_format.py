@@ -1,24 +1,24 @@
-"""An adapter as files, the way PEFT has them, with the optimizer's state beside.
+"""An adapter as files in PEFT's format, with the optimizer's state beside them.
 
     adapter_config.json           rank, alpha, target modules, target parameters
     adapter_model.safetensors     A and B by PEFT name, float32; what `twinkle.layouts` needs is in its metadata
     README.md                     for whoever downloads it, see `model_card`
     optimizer.safetensors         `exp_avg.{name}`, `exp_avg_sq.{name}`, float32; the step is in its metadata
 
-Routed experts' parameters are PEFT's target parameters. It puts a wrapper for each around their module, the last
-parameter's outermost, and names matrices by where the wrappers are (`peft.tuners.lora.layer.ParamWrapper`); in an
+Routed experts' parameters are PEFT's target parameters. PEFT puts a wrapper for each around their module, the last
+parameter's outermost, and names matrices by the wrappers' position (`peft.tuners.lora.layer.ParamWrapper`); in an
 adapter's state they are named by their parameters, like all others:
 
     in the file                                     in the state
     ...mlp.experts.base_layer.lora_A.weight         ...mlp.experts.gate_up_proj.lora_A.weight
     ...mlp.experts.lora_A.weight                    ...mlp.experts.down_proj.lora_A.weight
 
-In a mixture of experts the linear layers of shared experts and dense feed-forward parts are target parameters as well,
-`...mlp.gate_proj.weight`: as target modules PEFT takes what is so named for the routed experts of
+In a mixture of experts the linear layers of shared experts and dense feed-forward parts are target parameters too,
+`...mlp.gate_proj.weight`: among target modules PEFT takes such names for the routed experts of
 Transformers 4. The names of their matrices are the same either way.
 
-`PeftModel.from_pretrained` loads what is written here. Gradients that have not been applied are not written. Owns the
-format; where files are, and that they are whole, is the store's business. No torch.
+`PeftModel.from_pretrained` loads what is written here. Gradients not yet applied are not written. Only the format is
+here; the store decides where files are, and checks that they are whole. No torch.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ README = "README.md"
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _WRAPPED = ".base_layer"
-# What PEFT takes for projections of routed experts where it finds them among the target modules of such a model.
+# Names that PEFT takes for routed experts' projections if they are among the target modules of such a model.
 _LIKE_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
-# Settings of PEFT that change what an adapter computes, each with the values that mean "not used".
+# PEFT settings that change what an adapter computes, each with the values that mean "not used".
 _UNUSED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -71,7 +71,7 @@ _UNUSED: dict[str, tuple[object, ...]] = {
 
 
 def peft_config(state: AdapterState, base_model: str, facts: ExportFacts) -> dict[str, object]:
-    """What `adapter_config.json` says of an adapter."""
+    """The content of an adapter's `adapter_config.json`."""
     alpha = state.spec.alpha
     parameters: list[str] = []
     for name in state.target_modules:
@@ -103,13 +103,13 @@ def write(directory: Path, state: AdapterState, base_model: str, facts: ExportFa
     """Write an adapter into an existing directory.
 
     Args:
-        base_model: what PEFT is to note as the base model.
+        base_model: what PEFT should record as the base model.
         facts: of that base model.
     """
     config = json.dumps(peft_config(state, base_model, facts), indent=2)
     (directory / CONFIG).write_text(config, encoding="utf-8")
     (directory / README).write_text(model_card(state.spec, base_model, facts), encoding="utf-8")
-    # Transformers and PEFT mark files of PyTorch's layout so.
+    # Transformers and PEFT mark files in PyTorch's layout this way.
     metadata = {"format": "pt"}
     if facts.serving_class is not None:
         metadata |= {SERVING_CLASS: facts.serving_class, SERVING_NAMES: json.dumps(facts.renamed)}
@@ -127,10 +127,10 @@ def read(directory: Path, with_optimizer: bool) -> AdapterState:
     """Read what `write` or PEFT wrote.
 
     Args:
-        with_optimizer: whether the optimizer's state is wanted; else it is left out.
+        with_optimizer: whether to read the optimizer's state.
 
     Raises:
-        InvalidRequest: if a file is missing or is not what it should be, or the optimizer's state was not saved.
+        InvalidRequest: if a file is missing or invalid, or the optimizer's state was not saved.
     """
     config = _read_config(directory / CONFIG)
     in_file, _ = _read_tensors(directory / WEIGHTS)
@@ -153,7 +153,7 @@ def read(directory: Path, with_optimizer: bool) -> AdapterState:
 
 
 def _file_names(targets: Collection[str]) -> dict[str, str]:
-    """For each matrix's name in a state, the one in PEFT's file."""
+    """For the name of each matrix in a state, the one in PEFT's file."""
     first, last = EXPERT_PARAMETERS
     names: dict[str, str] = {}
     for target in targets:
@@ -171,10 +171,10 @@ def _target(module: str, modules: Collection[str], parameters: Sequence[str]) ->
 
     Args:
         modules: all that have matrices.
-        parameters: `target_parameters`: each a parameter's full name, or how it ends.
+        parameters: `target_parameters`: each a parameter's full name, or its end.
 
     Raises:
-        InvalidRequest: if wrappers are nested otherwise than around experts' parameters that are targets.
+        InvalidRequest: if wrappers are nested other than around experts' parameters that are targets.
     """
     first, last = EXPERT_PARAMETERS
     if module.endswith(_WRAPPED):
@@ -242,7 +242,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
             arrays = {name: cast("Array", file.get_tensor(name)) for name in names}
             metadata = cast("dict[str, str]", file.metadata() or {})
     except (OSError, SafetensorError, TypeError) as error:
-        # A TypeError is a type that numpy lacks, such as bfloat16.
+        # A TypeError is a dtype that numpy lacks, such as bfloat16.
         raise InvalidRequest(
             f"{path.name}: can't be read ({words_of(error)}); it must be safetensors of float32"
         ) from error
@@ -256,7 +256,7 @@ def _as_float32(name: str, array: Array, file: str) -> Float32Array:
 
 
 def _check_matrices(weights: Mapping[str, Array]) -> list[str]:
-    """The modules that have matrices, in the order of the file's names.
+    """The modules with matrices, in the order of the file's names.
 
     Raises:
         InvalidRequest: if there is anything but one matrix A and one B for each module.
@@ -278,8 +278,8 @@ def _check_matrices(weights: Mapping[str, Array]) -> list[str]:
 def _check_ranks(weights: Mapping[str, Array], targets: Sequence[str], rank: int) -> None:
     """
     Raises:
-        InvalidRequest: if a target's matrices are not A [rank, in] and B [out, rank], with as many ranks one after the
-            other as there are experts.
+        InvalidRequest: if a target's matrices are not A [rank, in] and B [out, rank], with the ranks of all experts in
+            sequence.
     """
     for target in targets:
         a, b = (weights[f"base_model.model.{target}.lora_{matrix}.weight"].shape for matrix in "AB")
@@ -293,7 +293,7 @@ def _check_ranks(weights: Mapping[str, Array], targets: Sequence[str], rank: int
 def _read_optimizer(
     path: Path, weights: Mapping[str, Float32Array], names: Mapping[str, str]
 ) -> OptimizerState:
-    """`weights` are named as in a state; `names` are these names by those in PEFT's file."""
+    """`weights` are named as in a state; `names` maps the names in PEFT's file to these."""
     if not path.is_file():
         raise InvalidRequest(
             "this checkpoint has no optimizer state: it was saved for sampling, or by PEFT; "

@@ -1,7 +1,7 @@
-"""Data-parallel ranks: each has the whole base and all adapters' weights, and computes rows of its own.
+"""Data-parallel ranks: each has the whole base and all adapters' weights, and computes its own rows.
 
-An adapter's gradient and moments are on one rank alone, its owner: so they take memory once, not once a rank. At the
-end of a pass the gradients of its rows are sent there, and it makes the steps and sends the new weights to the others.
+An adapter's gradient and moments are only on its owner, so they take memory once, not once per rank. At the end of a
+pass the gradients of its rows are sent to the owner, which makes the steps and sends the new weights to the others.
 
 All methods are collective: every rank calls the same ones in the same order.
 """
@@ -24,7 +24,7 @@ from twinkle.server.backends.protocol import ModelConfig
 
 T = TypeVar("T")
 
-# A rank that waits so long for another has lost it.
+# A rank that waits this long for another has lost it.
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -36,7 +36,7 @@ class Replicas:
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        """Meet the other ranks, once a process: waits until all are there."""
+        """Meet the other ranks, once per process: waits until all are there."""
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -49,7 +49,7 @@ class Replicas:
             )
         world = dist.group.WORLD
         assert world is not None, "init_process_group made it"
-        # Python objects go by way of the host.
+        # Python objects travel through the host.
         is_cpu = device.type == "cpu"
         self._control = (
             world if is_cpu else cast(ProcessGroup, dist.new_group(backend="gloo", timeout=_TIMEOUT))
@@ -61,22 +61,22 @@ class Replicas:
     # ------------------------------------------------------------ owners
 
     def choose_owner(self, size: int) -> int:
-        """The rank that owns the fewest elements, for a new adapter of `size`."""
+        """The rank with the fewest owned elements, for a new adapter of `size`."""
         owner = min(range(self.size), key=self._owned.__getitem__)
         self._owned[owner] += size
         return owner
 
     def release(self, owner: int, size: int) -> None:
-        """An adapter has gone."""
+        """An adapter was removed."""
         self._owned[owner] -= size
 
     # ------------------------------------------------------------ exchanges
 
     def gather(self, own: T | Exception) -> list[T]:
-        """What each rank has, by rank.
+        """Each rank's `own`, by rank.
 
         Raises:
-            Exception: the first rank's that has one, on all ranks.
+            Exception: on all ranks, that of the first rank which has one.
         """
         told: list[Any] = [None] * self.size
         dist.all_gather_object(
@@ -90,14 +90,14 @@ class Replicas:
     def send_to_owners(
         self, scratches: Sequence[BankScratch], adapters: dict[str, Adapter], trained: Sequence[set[str]]
     ) -> list[BankScratch]:
-        """Have each adapter's gradients added up where it steps; they travel from the ranks that have any.
+        """Add up each adapter's gradients on its owner; they are sent by the ranks that have any.
 
         Args:
-            scratches: this rank's, of a pass.
-            trained: by rank, the adapters that have gradients in its scratches.
+            scratches: this rank's, from a pass.
+            trained: by rank, the adapters with gradients in its scratches.
 
         Returns:
-            Scratches with the gradients of the adapters that step on this rank, those of other ranks included.
+            Scratches with the gradients of the adapters owned by this rank, including those from other ranks.
         """
         own = {key: adapters[key] for key in sorted(trained[self.index])}
         sent, received = list[Tensor](), list[tuple[Adapter, Tensor]]()
@@ -129,13 +129,13 @@ class Replicas:
         return found
 
     def share_weights(self, stepped: Sequence[Adapter]) -> None:
-        """Each owner's new weights to all ranks."""
+        """Send each owner's new weights to all ranks."""
         rows = ((adapter.bank.params[adapter.slot], adapter.owner) for adapter in stepped)
         for sending in [dist.broadcast(row, src=owner, async_op=True) for row, owner in rows]:
             cast(Any, sending).wait()
 
     def send_to_first(self, owner: int, rows: Sequence[Tensor]) -> None:
-        """The owner's `rows` to rank 0, which passes tensors of their shapes to be filled; others pass any."""
+        """Send the owner's `rows` to rank 0, which passes tensors of their shapes to be filled; others pass any."""
         if owner == 0:
             return
         for row in rows:
@@ -146,15 +146,15 @@ class Replicas:
 
 
 def _total(scratches: Sequence[BankScratch], adapter: Adapter) -> Tensor:
-    """The adapter's gradients of these scratches, one at least; float32 [size]."""
+    """The sum of an adapter's gradients in these scratches (at least one); float32 [size]."""
     first, *others = [scratch.gradient(adapter) for scratch in scratches]
     return sum(others, first) if others else first
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same and can be sent to another process."""
+    """The error, or an equivalent one that can be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its own methods raise
+    except Exception:  # its own methods may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""A pass's gradients, kept aside and added to the adapters' at its very end: a pass that fails has changed nothing."""
+"""A pass's gradients, kept apart and added to the adapters' at its very end: a failed pass has changed nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twinkle.server.backends.lora.linear import BankSegment, Gradients, spans_of
 
 
 class BankScratch:
-    """The adapters of one bank that take part in a pass, and their gradients of this pass, float32 [adapters, size]."""
+    """One bank's adapters that take part in a pass, with their gradients from this pass, float32 [adapters, size]."""
 
     def __init__(self, bank: Bank, adapters: Sequence[Adapter], keeps_gradients: bool) -> None:
         by_slot = {adapter.slot: adapter.scale for adapter in adapters}
@@ -25,7 +25,7 @@ class BankScratch:
         self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
 
     def segment(self, slots: Sequence[int], needs_grad: bool) -> BankSegment:
-        """The route of consecutive rows, whose adapters are in `slots`, in rising order.
+        """The route of consecutive rows, whose adapters are in `slots`, ascending.
 
         Gradients that flow into its matrices are added to the scratch.
         """
@@ -43,9 +43,9 @@ class BankScratch:
         return BankSegment(len(slots), spans, adapter_of_span, a, b, gradients)
 
     def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The matrices A and (scaled) B of the adapters in `slots`, by layer, for whom autograd is to find gradients.
+        """The matrices A and (scaled) B of the adapters in `slots`, by layer, for autograd to find their gradients.
 
-        They are leaves of the graph, and stacked in the order of their slots; their gradients are added to the scratch.
+        They are leaves of the graph, stacked in the order of their slots; their gradients are added to the scratch.
         """
         members, a, b = self._weights(slots)
         if needs_grad:
@@ -53,7 +53,7 @@ class BankScratch:
         return a, b
 
     def _weights(self, slots: Sequence[int]) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
-        """Which of the scratch's adapters are in `slots`, rising, and copies of their matrices, B's scaled."""
+        """Which of the scratch's adapters are in `slots`, ascending, and copies of their matrices, B's scaled."""
         members = sorted({self._index[slot] for slot in slots})
         weights = torch.stack([self.bank.params[self._slots[member]] for member in members])
         scales = self._scales if len(members) == len(self._slots) else self._scales[members]
@@ -63,9 +63,9 @@ class BankScratch:
     def _collect(
         self, members: list[int], a: dict[str, Tensor], b: dict[str, Tensor], modules: Iterable[str]
     ) -> None:
-        """Have the gradients of leaves added to the scratch as soon as they are there, and let go of.
+        """Have leaves' gradients added to the scratch, and released, as soon as they exist.
 
-        Each matrix is a leaf of its own: as a slice of one leaf its gradient would come padded with zeros to the whole.
+        Each matrix is a leaf of its own: as a slice of one leaf, its gradient would be padded with zeros to full size.
         """
         rows = _rows(members, self._grads.device)
         for module in modules:
@@ -81,29 +81,29 @@ class BankScratch:
 
     @property
     def grads(self) -> Tensor:
-        """Of this pass, as they are so far: float32 [adapters, size], B's not yet scaled."""
+        """This pass's gradients so far: float32 [adapters, size], B's not yet scaled."""
         return self._grads
 
     def has(self, adapter: Adapter) -> bool:
         return adapter.bank is self.bank and adapter.slot in self._index
 
     def gradient(self, adapter: Adapter) -> Tensor:
-        """Of this pass, as it is so far, B's not yet scaled: float32 [size], a view."""
+        """This pass's gradient so far, B's not yet scaled: float32 [size], a view."""
         return self._grads[self._index[adapter.slot]]
 
     def new_gradients(self) -> dict[int, Tensor]:
-        """By slot, this pass's gradients of those adapters that had none. Once, at the end of the pass."""
+        """By slot, this pass's gradients of the adapters that had none. Once, at the end of the pass."""
         self._grads[:, self.bank.layout.b_start :].mul_(self._scales)  # the weights were scaled B
-        # Those that step on another rank have their gradients there.
+        # Adapters that step on another rank have their gradients there.
         self._index = {slot: i for slot, i in self._index.items() if self.bank.steps_here(slot)}
         new = {slot: i for slot, i in self._index.items() if slot not in self.bank.grads}
         if len(self._grads) == 1:
             return {slot: self._grads[0] for slot in new}
-        # Each its own memory, so that it is free as soon as this adapter has stepped, whatever the others do.
+        # Each has its own memory, which is free as soon as this adapter has stepped, whatever the others do.
         return {slot: self._grads[i].clone() for slot, i in new.items()}
 
     def add(self, new: dict[int, Tensor]) -> None:
-        """Add this pass's gradients to the adapters'; `new` as `new_gradients` gave it."""
+        """Add this pass's gradients to the adapters'; `new` is from `new_gradients`."""
         for slot, i in self._index.items():
             if slot in self.bank.grads:
                 self.bank.grads[slot].add_(self._grads[i])
@@ -112,14 +112,14 @@ class BankScratch:
 
 
 def commit(scratches: Iterable[BankScratch]) -> None:
-    """Add a pass's gradients to the adapters', to all or, where memory runs out, to none."""
+    """Add a pass's gradients to the adapters': to all or, if memory runs out, to none."""
     new = [(scratch, scratch.new_gradients()) for scratch in scratches]
     for scratch, gradients in new:
         scratch.add(gradients)
 
 
 def _rows(members: list[int], device: torch.device) -> slice | Tensor:
-    """An index of these rows; a slice is a view, and costs nothing."""
+    """An index of these rows; a slice gives a view, at no cost."""
     if consecutive(members):
         return slice(members[0], members[-1] + 1)
     return torch.tensor(members, device=device)

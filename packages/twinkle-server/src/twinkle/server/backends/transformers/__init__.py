@@ -1,7 +1,7 @@
 """Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
 
     passes            micro-batches to results and gradients
-    activations       what a pass keeps, measured; computed again where it would be too much
+    activations       what a pass keeps, measured; recomputed if it would be too much
     thread_parallel   a pass's rows shared out over CPU threads
 
 The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plain gated layers get no low-rank term.
@@ -85,7 +85,7 @@ class TransformersBackend(LoraBackend):
 
         Raises:
             InvalidRequest: if a row's loss, inputs or tokens are not possible.
-            torch.OutOfMemoryError, MemoryError: the pass's memory has been given back; another pass can be run.
+            torch.OutOfMemoryError, MemoryError: the pass's memory has been freed; another pass can be run.
         """
         if self._replicas is None:
             with self._giving_memory_back():
@@ -117,7 +117,7 @@ class TransformersBackend(LoraBackend):
         except torch.OutOfMemoryError as error:
             out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
         except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # the only sign that the CPU's allocator gives
+            if "can't allocate memory" not in str(error):  # the CPU allocator's only sign
                 raise
             out_of_memory = MemoryError(str(error))
         self._release_memory()
@@ -128,7 +128,7 @@ class TransformersBackend(LoraBackend):
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Forget all adapters. The base model goes with whoever holds it last."""
+        """Forget all adapters. The base model is freed with its last user."""
         super().close()
         self._networks.close()
         self._release_memory()
@@ -166,7 +166,7 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
 
 
 def _token_bytes(loaded: LoadedModel, network: LoraNetwork) -> float:
-    """Of a pass with terms on all layers, of rank 1."""
+    """For a pass with terms on all layers, of rank 1."""
     bank = Bank(Layout.of([_shape(name, loaded.model) for name in loaded.targets], 1), loaded.device)
     adapter = Adapter(AdapterSpec(rank=1), bank, bank.take())
     scratch = BankScratch(bank, [adapter], keeps_gradients=True)

@@ -1,7 +1,7 @@
-"""What a training pass keeps for its backward pass: measured, and where memory asks for it computed again.
+"""What a training pass keeps for its backward pass: measured, and recomputed if memory is short.
 
-Recomputation is by decoder layer: of each only its input is kept, and its forward pass runs again when its gradient is
-due (Chen et al. 2016, arXiv:1604.06174).
+Recomputation is by decoder layer: only each layer's input is kept, and its forward pass runs again for its gradient
+(Chen et al. 2016, arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Tokens of a probe's row: on a GPU, whose allocator rounds up, enough for that not to matter.
+# Tokens of a probe's row: on a GPU, enough that the allocator's rounding doesn't matter.
 _CPU_PROBE_TOKENS = 16
 _GPU_PROBE_TOKENS = 256
 
 
 @dataclass(eq=False)
 class Recomputation:
-    """Whether the layers of a module tree keep their activations; set by the one thread that computes."""
+    """Whether a module tree's layers recompute their activations; set by the one thread that computes."""
 
     is_on: bool = False
 
 
 def recompute_layers(body: nn.Module, recomputation: Recomputation) -> None:
-    """Have the decoder layers of `body` compute their activations again in the backward pass while that is on."""
+    """Make the decoder layers of `body` recompute their activations in the backward pass while that is on."""
     for layer in body.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = _recomputed(layer.forward, recomputation)
@@ -46,7 +46,7 @@ def _recomputed(forward: Callable[..., Any], recomputation: Recomputation) -> Ca
 
 @dataclass(eq=False)
 class SavedBytes:
-    """Counts what autograd keeps while `hooks` is entered: bytes of distinct storages, weights among them."""
+    """Counts what autograd keeps while `hooks` is entered: bytes of distinct storages, including weights."""
 
     storages: dict[int, int] = field(default_factory=dict[int, int])
 
@@ -65,12 +65,12 @@ class SavedBytes:
 
 
 def token_bytes(run: Callable[[Tensor], Tensor], layers: int, device: torch.device) -> float:
-    """What one more token costs a training pass in memory, in bytes: a row more, of a pass of two rows.
+    """Memory that one more token costs a training pass, in bytes: measured with one more row, in a pass of two.
 
     Args:
         run: token ids [rows, tokens] to hidden states, with a graph.
-        layers: how many decoder layers there are. The backward pass has gradients of one layer's activations at a time,
-            which are taken to be as large as what the layer keeps.
+        layers: number of decoder layers. The backward pass holds gradients of one layer's activations at a time,
+            assumed to be as large as what the layer keeps.
     """
     tokens = _GPU_PROBE_TOKENS if device.type == "cuda" else _CPU_PROBE_TOKENS
     one, two = (_probe(run, torch.zeros(rows, tokens, dtype=torch.int64, device=device)) for rows in (1, 2))
@@ -80,7 +80,7 @@ def token_bytes(run: Callable[[Tensor], Tensor], layers: int, device: torch.devi
 
 @dataclass(frozen=True)
 class _Probe:
-    """Bytes: kept for the backward pass, and of the allocator at the worst moment (0 where it doesn't tell)."""
+    """Bytes: kept for the backward pass, and the allocator's peak (0 if unknown)."""
 
     kept: int
     peak: int

@@ -1,5 +1,5 @@
 """One pass over micro-batches: rows to log-probabilities and losses, gradients into a scratch that is added to the
-adapters' once all is done, so that a pass that fails has changed nothing.
+adapters' once everything is done, so that a failed pass has changed nothing.
 
 Owns the arithmetic of a pass; the adapters, banks and the model are the backend's.
 """
@@ -30,14 +30,14 @@ from twinkle.server.backends.transformers.thread_parallel import ParallelNetwork
 
 @dataclass(frozen=True, eq=False)
 class LoraNetwork:
-    """A module tree with `LoraLinear` layers, cut in two.
+    """A module tree with `LoraLinear` layers, split in two.
 
     Attributes:
         body: token ids [rows, tokens] to hidden states.
         head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
         route: what its layers look at.
         recomputation: whether they keep their activations.
-        boundaries: lengths on whose two sides rows must not share a call: see `rope`.
+        boundaries: lengths that separate rows which must not share a call: see `rope`.
     """
 
     body: nn.Module
@@ -55,8 +55,8 @@ class LoraNetwork:
     def logprobs(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """float32 [rows, n, k] of the `targets`, int64 [rows, n, k]; `tokens` is int64 [rows, n], padded at the right.
 
-        Attention is causal, so that what stands to the right of a row's own tokens can't reach them: no mask is
-        needed, and attention takes its fastest way.
+        Attention is causal, so padding at the right of a row can't affect the row's own tokens: no mask is needed, and
+        attention uses its fastest kernel.
         """
         return chunked_logprobs(self.head, self.hidden(tokens), targets, self.vocab_size)
 
@@ -65,9 +65,9 @@ class LoraNetwork:
 class PassLimits:
     """
     Attributes:
-        affordable_tokens: of a micro-batch with more (rows x longest row) activations are computed again; those that
-            are computed at the same time share it.
-        overhead_tokens: what a micro-batch costs beside its tokens.
+        affordable_tokens: larger micro-batches (rows x longest row) recompute their activations; shared by those
+            computed at the same time.
+        overhead_tokens: a micro-batch's fixed cost, in tokens.
     """
 
     affordable_tokens: int
@@ -76,12 +76,12 @@ class PassLimits:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What came of micro-batches.
+    """The outcome of micro-batches.
 
     Attributes:
         results: by micro-batch and row.
         scratches: the gradients, not yet added to the adapters'.
-        trained: adapters that have gradients among them.
+        trained: adapters with gradients among them.
     """
 
     results: list[list[RowResult]]
@@ -96,9 +96,9 @@ def run_pass(
     micro_batches: Sequence[Sequence[Row]],
     limits: PassLimits,
 ) -> Pass:
-    """Compute all micro-batches; nothing of the adapters has changed.
+    """Compute all micro-batches, changing nothing of the adapters.
 
-    The same micro-batches are shared out alike each time, so that the same gradients come of them, to the bit.
+    The same micro-batches are always shared out alike, so that they give the same gradients, bit for bit.
     """
     tokens = sum(padded_tokens(rows) for rows in micro_batches)
     shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
@@ -131,7 +131,7 @@ def run_pass(
 
 @dataclass(frozen=True, eq=False)
 class _Computed:
-    """What comes of a share of a pass: its rows' results in order, and gradients by bank."""
+    """The outcome of a share of a pass: its rows' results in order, and gradients by bank."""
 
     scratches: dict[Bank, BankScratch]
     has_gradients: bool
@@ -156,7 +156,7 @@ def _run_by_kind(
     scratches: dict[Bank, BankScratch],
     rows: Sequence[Row],
 ) -> list[RowResult]:
-    """Results of a micro-batch, whose rows share a call as far as each gets its own numbers there."""
+    """Results of a micro-batch; its rows share a call only if each gets its own numbers there."""
     kinds = by_kind(network.boundaries, [len(row.tokens) for row in rows])
     found: dict[int, RowResult] = {}
     for kind in kinds:

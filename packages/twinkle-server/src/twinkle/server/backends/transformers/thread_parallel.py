@@ -1,7 +1,7 @@
 """Data parallelism over the threads of one process: on a CPU each network takes a share of a pass's rows.
 
 Threads that split every matrix product (torch's intra-op parallelism) wait for one another at the end of each, and all
-of them for one whose core another process has taken. Networks with a share each wait once a pass.
+of them for one whose core is taken by another process. Networks with a share each wait once per pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
-# Each network holds gradients of its own, and a micro-batch's activations.
+# Each network holds its own gradients, and a micro-batch's activations.
 MAX_NETWORKS = 4
 
 Network = TypeVar("Network")
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class ParallelNetworks(Generic[Network]):
-    """Networks that compute at the same time: the first in the caller's thread, each other in one of its own."""
+    """Networks that compute at the same time: the first in the caller's thread, each other in its own."""
 
     def __init__(self, networks: Sequence[Network]) -> None:
         """At least one network; they share weights and nothing else."""
@@ -34,7 +34,7 @@ class ParallelNetworks(Generic[Network]):
         return self._networks[0]
 
     def run(self, work: Callable[[Network, Share], Result], shares: Sequence[Share]) -> list[Result]:
-        """Each share's result. Returns, or raises what one of them raised, when all of them have ended.
+        """Each share's result. Returns, or raises what one of them raised, once all have ended.
 
         Args:
             shares: at least one, at most as many as there are networks.

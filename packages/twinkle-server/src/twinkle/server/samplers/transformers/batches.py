@@ -1,6 +1,6 @@
-"""The running batch as the model sees it: prompts in, logits out; rows with keys and values in between.
+"""The running batch as the model sees it: prompts in, logits out, with rows of keys and values in between.
 
-`SlotBatch` holds sequences of different lengths. `equal_length.EqualLengthBatch` is for models whose layers are not all
+`SlotBatch` holds sequences of different lengths. `equal_length.EqualLengthBatch` is for models with layers other than
 full attention.
 """
 
@@ -22,16 +22,16 @@ from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefix_cache import Owner, PrefixCache, common_prefix_length
 
-# Tokens of prompts in one forward pass; longer prompts take several.
+# Prompt tokens in one forward pass; longer prompts take several.
 PREFILL_TOKENS = 2048
-# The same while sequences are decoding: such a pass delays the next token of each.
+# The same while sequences are decoding: such a pass delays each one's next token.
 DECODING_PREFILL_TOKENS = 512
-# Most sequences of a model that takes each group of them in a pass of its own.
+# Most sequences for a model that needs a separate pass for each group of them.
 EQUAL_LENGTH_ROWS = 32
 
 
 class Batch(Protocol):
-    """Rows 0, 1, 2, ... of running sequences, and prompts on their way there."""
+    """Rows 0, 1, 2, ... of running sequences, and the prompts being prefilled."""
 
     limits: Limits
 
@@ -40,19 +40,19 @@ class Batch(Protocol):
 
     @property
     def longest(self) -> int:
-        """No row has more tokens after the next step."""
+        """An upper bound on any row's tokens after the next step."""
         ...
 
     def add(self, prompts: Sequence[Prompt]) -> None:
-        """These are to be prefilled."""
+        """Queue prompts to be prefilled."""
         ...
 
     def prefill(self) -> tuple[list[Prompt], Tensor]:
         """Prefill one chunk. If it raises, the prompts must be cancelled; nothing else has changed.
 
         Returns:
-            The prompts that are complete, and the logits [new rows, vocabulary] of the next tokens of their rows. These
-            follow the rows that there were, prompt by prompt.
+            The prompts that are complete, and the logits [new rows, vocabulary] of their rows' next tokens. These rows
+            follow the existing ones, prompt by prompt.
         """
         ...
 
@@ -62,7 +62,7 @@ class Batch(Protocol):
         """Rows to be dropped before the next step, and prefilled again with their newest tokens.
 
         Their keys and values are not what the model would compute now: the next token takes them beyond a rope
-        boundary, or a pass has failed half-way.
+        boundary, or a pass has failed halfway.
         """
         ...
 
@@ -71,31 +71,31 @@ class Batch(Protocol):
         ...
 
     def drop(self, rows: Sequence[int], cacheable: bool) -> list[int]:
-        """Take rows out.
+        """Remove rows.
 
         Args:
-            cacheable: whether their keys and values may serve later prompts.
+            cacheable: whether their keys and values may be kept for later prompts.
 
         Returns:
-            For each row that is left, its old number.
+            For each remaining row, its old number.
         """
         ...
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
-        """It has been removed: nothing is kept for later prompts that would use it."""
+        """The adapter was removed: keep nothing for later prompts that would use it."""
         ...
 
     def free_memory(self) -> None:
-        """Let go of what is only kept for later prompts."""
+        """Release what is only kept for later prompts."""
         ...
 
 
-# A bucket, and which rows of the batch are in it; None if all of them are, in the same order.
+# A bucket, and the rows of the batch that are in it; None: all of them, in the same order.
 Part: TypeAlias = tuple[Bucket, list[int] | None]
 
 
 class SlotBatch:
-    """Sequences of different lengths, in buckets: most of the time in one."""
+    """Sequences of different lengths, in buckets; usually in one."""
 
     def __init__(self, runner: ModelRunner, limits: Limits, max_prefix_tokens: int) -> None:
         """
@@ -106,8 +106,8 @@ class SlotBatch:
         self._runner = runner
         self._buckets: dict[BucketKey, Bucket] = {}
         self._rows: list[Row] = []
-        self._parts: list[Part] | None = None  # None when the rows have changed
-        self._longest = 0  # at least as long as the longest row
+        self._parts: list[Part] | None = None  # None: the rows have changed
+        self._longest = 0  # at least the longest row's length
         self._prefixes = PrefixCache(max_prefix_tokens)
 
     @property
@@ -130,7 +130,7 @@ class SlotBatch:
         bucket = next((bucket for bucket in self._buckets.values() if bucket.prefills.prompts), None)
         if bucket is None:
             return [], torch.empty(0)
-        self._buckets[bucket.key] = self._buckets.pop(bucket.key)  # another one's turn next time
+        self._buckets[bucket.key] = self._buckets.pop(bucket.key)  # next time it is another one's turn
         runner = self._runner
         tokens = DECODING_PREFILL_TOKENS if self._rows else PREFILL_TOKENS
         complete = bucket.prefills.prefill(tokens, lambda prompt: self._lookup(prompt, bucket))
@@ -146,7 +146,7 @@ class SlotBatch:
         return prompts, logits.repeat_interleave(counts, dim=0)
 
     def _lookup(self, prompt: Prompt, bucket: Bucket) -> tuple[int, list[Tensor]]:
-        """What is cached of a prompt's beginning: of sequences that have ended, or of running ones' prompts."""
+        """The cached beginning of a prompt, from ended sequences or from running ones' prompts."""
         best, contents = self._prefixes.lookup(_owner(prompt, bucket), prompt.tokens)
         found: tuple[Bucket, int] | None = None
         for other in self._buckets.values():
@@ -197,7 +197,7 @@ class SlotBatch:
         return [(bucket, [numbers[row] for row in bucket.rows]) for bucket in buckets]
 
     def _move_grown(self) -> None:
-        """Rows that become long with the next token move to a bucket of long ones."""
+        """Move rows that become long with the next token to a bucket of long ones."""
         grown = [
             (bucket, row)
             for bucket in list(self._buckets.values())
@@ -217,7 +217,7 @@ class SlotBatch:
             contents = bucket.cache.row(bucket.rows.index(row), row.length)
             try:
                 self._prefixes.add(_owner(row.prompt, bucket), row.tokens, contents)
-            except Exception as error:  # the cache is only for speed, and the row has to go
+            except Exception as error:  # the cache is only an optimization, and the row has to go
                 if not is_out_of_memory(error):
                     raise
                 self._prefixes.clear()
@@ -256,11 +256,11 @@ class SlotBatch:
 
 
 def make_batch(runner: ModelRunner, limits: Limits, max_prefix_tokens: int, context: int) -> Batch:
-    """The batch that fits the model's layers.
+    """The batch that suits the model's layers.
 
     Args:
-        limits: of sequences in all; a batch may take fewer rows.
-        context: most tokens of a sequence. A window of that length is none.
+        limits: on all sequences together; a batch may take fewer rows.
+        context: most tokens of a sequence. A sliding window of that length has no effect.
     """
     text = runner.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -272,7 +272,7 @@ def make_batch(runner: ModelRunner, limits: Limits, max_prefix_tokens: int, cont
 
 
 def equal_length_batch(runner: ModelRunner, limits: Limits) -> Batch:
-    """The batch that takes whatever cache Transformers has for the model."""
+    """The batch that uses Transformers' own cache for the model."""
     return EqualLengthBatch(
         runner, replace(limits, rows=min(limits.rows, EQUAL_LENGTH_ROWS), per_sequence=True)
     )

@@ -37,7 +37,7 @@ class Row:
 
 
 class Bucket:
-    """Row i of the cache is the i-th sequence's; `prefills` are the prompts on their way there."""
+    """Row i of the cache is the i-th sequence's; `prefills` are the prompts being prefilled."""
 
     def __init__(self, runner: ModelRunner, limits: Limits, key: BucketKey) -> None:
         self.key = key
@@ -48,10 +48,10 @@ class Bucket:
         )
         self.rows: list[Row] = []
         self._runner = runner
-        self._route: list[RouteGroup] | None = None  # None when the rows have changed
+        self._route: list[RouteGroup] | None = None  # None: the rows have changed
 
     def begin(self, prefilled: list[Prefilled]) -> list[Row]:
-        """Rows for prompts that are complete."""
+        """Add rows for complete prompts."""
         rows = [Row(one.prompt) for one in prefilled for _ in range(one.prompt.rows)]
         self.cache.reserve(len(self.rows) + len(rows), max(row.length for row in (*self.rows, *rows)) + 1)
         first = len(self.rows)
@@ -64,7 +64,7 @@ class Bucket:
         return rows
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Logits [rows, vocabulary] after one more token each, which the rows don't have yet."""
+        """Logits [rows, vocabulary] after one more token each, which the rows don't include yet."""
         runner = self._runner
         lengths = [row.length for row in self.rows]
         self.cache.reserve(len(lengths), max(lengths) + 1)
@@ -86,7 +86,7 @@ class Bucket:
         other.take_out(row)
 
     def take_out(self, row: Row) -> None:
-        """The last row moves into its place."""
+        """Remove a row; the last one moves into its place."""
         index, last = self.rows.index(row), len(self.rows) - 1
         if index != last:
             self.cache.write_rows(slice(index, index + 1), self.cache.row(last, self.rows[last].length))
@@ -95,7 +95,7 @@ class Bucket:
         self._route = None
 
     def trim(self) -> None:
-        """Give back memory that isn't needed any more."""
+        """Free memory that is no longer needed."""
         if self.rows:
             self.cache.trim(len(self.rows), max(row.length for row in self.rows) + 1)
         else:

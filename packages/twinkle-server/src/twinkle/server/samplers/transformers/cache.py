@@ -1,9 +1,9 @@
-"""Keys and values, one row a sequence.
+"""Keys and values, one row per sequence.
 
     keys, values    by layer: [rows, heads, length, head_dim]
 
-Rows that are in use stand at the front, so that what attention reads is a view: when a row is given up, the last one
-moves into its place. The tensors grow as rows and lengths are asked for, and go when the batch is empty.
+Rows in use are at the front, so that attention reads a view: when a row is given up, the last one moves into its place.
+The tensors grow as more rows and lengths are needed, and are freed when the batch is empty.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 
 LENGTH_BLOCK = 64
-# Most that is allocated beyond what is asked for, so that growing is rare: in length, and in rows x length.
+# Most that is allocated beyond what is needed, so that growing is rare: in length, and in rows x length.
 MOST_SPARE_LENGTH = 1024
 MOST_SPARE_TOKENS = 2**14
 
 
 class SlotCache:
-    """What a Transformers model takes for its cache, over the rows of a batch.
+    """A cache as Transformers models take it, over a batch's rows.
 
     `begin` says which rows and positions the next forward pass writes; each layer then calls `update`.
     """
 
-    # Prefilled by models that ask whether they may build their own masks around the cache.
+    # Read by models that ask whether they may build their own masks for the cache.
     is_compileable = False
 
     def __init__(self, num_layers: int, padding_position: int = 0) -> None:
@@ -43,11 +43,11 @@ class SlotCache:
         self._capacity = (0, 0)
 
     def reserve(self, rows: int, length: int) -> None:
-        """Have room for so many rows of such a length; what is there is kept.
+        """Make room for rows of this length, keeping the content.
 
-        Where memory runs out, the capacity is what it was, and nothing is lost: layers that have grown by then are
-        larger than they need be, which does no harm. (One layer after the other, so that the old and the new memory of
-        no more than one are held at once.)
+        If memory runs out, the capacity stays the same and nothing is lost: layers that have grown by then are
+        harmlessly larger than needed. (One layer at a time, so that old and new memory are held together for one layer
+        only.)
         """
         old_rows, old_length = self._capacity
         if rows <= old_rows and length <= old_length:
@@ -65,11 +65,11 @@ class SlotCache:
         self._capacity = (new_rows, new_length)
 
     def trim(self, rows: int, length: int) -> None:
-        """Give back what is far more than so many rows of such a length need; they are kept."""
+        """Free memory far beyond what rows of this length need; their content is kept."""
         old_rows, old_length = self._capacity
         if old_rows * old_length <= 4 * rows * length + MOST_SPARE_TOKENS:
             return
-        # Before the layers, so that it holds wherever memory runs out: those that are left are larger.
+        # Set before the layers are trimmed, so that it holds wherever memory runs out: remaining layers are larger.
         self._capacity = (rows, _whole_blocks(length))
         try:
             for tensors in (self.keys, self.values):
@@ -82,22 +82,22 @@ class SlotCache:
                 raise
 
     def clear(self) -> None:
-        """Let go of the memory."""
+        """Free the memory."""
         self.keys = [None] * len(self.keys)
         self.values = [None] * len(self.values)
         self._capacity = (0, 0)
 
     def row(self, row: int, length: int) -> list[Tensor]:
-        """The first so many keys and values of a row, as views: [heads, length, head_dim] of each layer's keys, then
-        of each layer's values.
+        """Views of a row's first `length` keys and values: [heads, length, head_dim] for each layer's keys, then for
+        each layer's values.
         """
         return [tensor[row, :, :length] for tensor in (*self.keys, *self.values) if tensor is not None]
 
     def write_rows(self, rows: slice, contents: list[Tensor]) -> None:
-        """Begin rows with what `row` gave, of other rows, here or of another cache; they must have been reserved.
+        """Begin rows with what `row` gave for other rows, of this or another cache; they must have been reserved.
 
-        The rest of the row is cleared: attention adds its mask to the scores, and a NaN that the row's last sequence
-        left would stay one whatever is added. Takes no memory but that of layers that are not there yet.
+        The rest of the row is cleared: attention adds its mask to the scores, and a NaN left by the row's last sequence
+        would remain one. Allocates only layers that don't exist yet.
         """
         layers = len(self.keys)
         for i, content in enumerate(contents):
@@ -109,7 +109,7 @@ class SlotCache:
     def begin(self, rows: slice, positions: Tensor, end: int) -> None:
         """
         Args:
-            rows: those that the pass is about.
+            rows: written by the next pass.
             positions: int64 [rows, tokens], where each token's key and value go.
             end: attention reads positions [0, end).
         """
@@ -119,7 +119,7 @@ class SlotCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values [rows, heads, tokens, head_dim]; returns all it is to read."""
+        """Store a layer's new keys and values [rows, heads, tokens, head_dim]; returns all that it should read."""
         return self._store(self.keys, key, layer), self._store(self.values, value, layer)
 
     def _store(self, tensors: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
@@ -128,7 +128,7 @@ class SlotCache:
         return stored[self._rows, :, : self._end]
 
     def _room(self, tensors: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
-        """A layer's tensor, which is made when its shape is first seen: that of [rows, heads, n, head_dim]."""
+        """A layer's tensor, allocated when its shape is first known: that of `like`, [rows, heads, n, head_dim]."""
         stored = tensors[layer]
         if stored is None:
             rows, length = self._capacity
@@ -136,7 +136,7 @@ class SlotCache:
         return stored
 
     def _lines_of(self, stored: Tensor) -> Tensor:
-        """Where the new keys or values go: int64 [rows * heads * tokens], as lines of the tensor seen as a table."""
+        """Where the new keys or values go: int64 [rows * heads * tokens], row indices of the tensor as a table."""
         _, heads, length, _ = stored.shape
         lines = self._lines.get((heads, length))
         if lines is None:
@@ -147,7 +147,7 @@ class SlotCache:
         return lines
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Positions are given to the model; this is only asked for by code that would work them out."""
+        """The model gets explicit positions; this is only called by code that would compute them."""
         return self._end
 
 
@@ -156,7 +156,7 @@ def _whole_blocks(length: int) -> int:
 
 
 def _grown(old: Tensor, rows: int, length: int) -> Tensor:
-    """At least of so many rows and such a length, with what there is of the old one and 0 in the rest."""
+    """A tensor for at least these rows and this length, with the old one's content and zeros elsewhere."""
     new = old.new_zeros(max(rows, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
     new[: old.shape[0], :, : old.shape[2]] = old
     return new

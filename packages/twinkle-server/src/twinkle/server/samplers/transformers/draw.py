@@ -14,25 +14,25 @@ from twinkle.protocol.types import SamplingParams, TopkTable
 
 UNIFORMS_AT_ONCE = 256
 
-# A temperature below this is taken for this, which is as good as greedy: dividing by less overflows float32.
+# Lower temperatures are raised to this, which is as good as greedy: dividing by less overflows float32.
 _MIN_TEMPERATURE = 1e-30
 
-# Rows times vocabulary, in double precision, that alternatives are drawn from at once.
+# Alternatives are drawn from at most this many rows times vocabulary at once, in double precision.
 _PROBABILITIES_AT_ONCE = 2**21
 
 # Tokens whose probabilities are added up before the cumulative sum.
 _BLOCK = 128
 
-# The likeliest tokens, among which top_k and top_p are looked for first.
+# How many of the likeliest tokens top_k and top_p are applied to at first.
 _CANDIDATES = 512
 
-# Sets the stream of a prompt's alternatives apart from those of samples.
+# Separates the stream of a prompt's alternatives from those of samples.
 _ALTERNATIVES = 1
 
 
 class Uniforms:
-    """A sample's stream of uniform numbers in [0, 1): a function of seed and sample index alone, whoever shares the
-    batch (Philox, Salmon et al., SC 2011). (The logits are not: matrix products round by the shape of the batch.)
+    """A sample's stream of uniform numbers in [0, 1): a function of seed and sample index alone, whatever shares the
+    batch (Philox, Salmon et al., SC 2011). (The logits aren't: matrix products round depending on the batch's shape.)
     """
 
     def __init__(self, seed: int, sample: int) -> None:
@@ -47,7 +47,7 @@ class Uniforms:
 
 
 def alternatives_generator(seed: int) -> np.random.Generator:
-    """Uniform numbers for a prompt's alternatives, a function of the seed alone; no sample's stream."""
+    """Uniform numbers for a prompt's alternatives, a function of the seed alone; separate from samples' streams."""
     entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(_ALTERNATIVES,))
     return np.random.Generator(np.random.Philox(entropy))
 
@@ -57,11 +57,11 @@ class DrawSettings:
     """How each row is drawn.
 
     Attributes:
-        temperature: float32 [rows, 1], 1 where a row is greedy; None if it is 1 everywhere.
-        greedy: int64, the rows that take the likeliest token; None if there are none.
-        filtered: int64, the rows that use top_k or top_p; None if there are none.
-        top_k: int64 [filtered]; the size of the vocabulary is all.
-        top_p: float64 [filtered]; 1 is all.
+        temperature: float32 [rows, 1], 1 for greedy rows; None: 1 everywhere.
+        greedy: int64, the rows that take the likeliest token; None: none do.
+        filtered: int64, the rows that use top_k or top_p; None: none do.
+        top_k: int64 [filtered]; the size of the vocabulary means all.
+        top_p: float64 [filtered]; 1 means all.
     """
 
     temperature: Tensor | None
@@ -72,7 +72,7 @@ class DrawSettings:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> DrawSettings:
-        """Of each row's parameters."""
+        """From each row's parameters."""
         temperatures = [max(p.temperature, _MIN_TEMPERATURE) if p.temperature else 1.0 for p in params]
         greedy = [row for row, p in enumerate(params) if p.temperature == 0]
         filtered = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)]
@@ -91,7 +91,7 @@ class DrawSettings:
 
 
 def tempered_logprobs(logits: Tensor, settings: DrawSettings) -> Tensor:
-    """Log-softmax of logits / temperature, float32 [rows, vocabulary]; of the logits of greedy rows."""
+    """Log-softmax of logits / temperature, float32 [rows, vocabulary]; for greedy rows, of the logits."""
     logits = logits.float()
     if settings.temperature is not None:
         logits = logits / settings.temperature
@@ -99,9 +99,9 @@ def tempered_logprobs(logits: Tensor, settings: DrawSettings) -> Tensor:
 
 
 def draw(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
-    """One token a row, int64 [rows], by inverting the cumulative distribution at `uniforms` float64 [rows].
+    """One token per row, int64 [rows], by inverting the cumulative distribution at `uniforms` float64 [rows].
 
-    top_k is applied first; top_p then among those, renormalised. At least one token always remains.
+    top_k is applied first, then top_p among those, renormalised. At least one token always remains.
     """
     tokens = _draw_plain(logprobs.exp(), uniforms)
     if (rows := settings.filtered) is not None:
@@ -112,11 +112,11 @@ def draw(logprobs: Tensor, settings: DrawSettings, uniforms: Tensor) -> Tensor:
 
 
 def draw_alternatives(logprobs: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
-    """Several tokens a row, with replacement; neither top_k nor top_p applies.
+    """Several tokens per row, with replacement; top_k and top_p don't apply.
 
     Args:
         logprobs: float32 [rows, vocabulary], of the plain distribution.
-        temperature: of the draws; 0 gives the likeliest token each time.
+        temperature: of the draws; 0 always gives the likeliest token.
         uniforms: float64 [rows, k] in [0, 1).
 
     Returns:
@@ -127,7 +127,7 @@ def draw_alternatives(logprobs: Tensor, temperature: float, uniforms: Tensor) ->
     rows_at_once = max(1, _PROBABILITIES_AT_ONCE // logprobs.shape[-1])
     drawn: list[Tensor] = []
     for some, their_uniforms in zip(logprobs.split(rows_at_once), uniforms.split(rows_at_once), strict=True):
-        # Log-probabilities are logits up to a constant, which the softmax takes out again.
+        # Log-probabilities are logits up to a constant, which the softmax removes.
         tempered = torch.log_softmax(some / max(temperature, _MIN_TEMPERATURE), dim=-1)
         drawn.append(_invert(tempered.double().exp(), their_uniforms))
     return torch.cat(drawn)
@@ -141,8 +141,8 @@ def topk_table(logprobs: Tensor, tokens: Tensor) -> TopkTable:
 def _draw_filtered(logprobs: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens of rows that all use top_k or top_p, int64 [rows].
 
-    Sorting a whole vocabulary takes long, and few rows need it. Which ones do depends on themselves alone: tokens of
-    equal probability may come in another order then, and no row's draw may depend on the others.
+    Sorting a whole vocabulary is slow, and few rows need it. A row's need depends on that row alone: equally likely
+    tokens may be ordered differently then, and no row's draw may depend on others.
     """
     vocab_size = logprobs.shape[-1]
     best, tokens = logprobs.topk(min(_CANDIDATES, vocab_size), dim=-1)
@@ -160,12 +160,12 @@ def _draw_filtered(logprobs: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Ten
 def _draw_ordered(
     ordered: Tensor, tokens: Tensor, top_k: Tensor, top_p: Tensor, whole: Tensor, uniforms: Tensor
 ) -> Tensor:
-    """Draws among the n likeliest tokens of each row.
+    """Draw among the n likeliest tokens of each row.
 
     Args:
-        ordered: [rows, n], their log-probabilities, falling.
-        tokens: int64 [rows, n], which ones they are.
-        whole: bool [rows], where top_k leaves the whole vocabulary.
+        ordered: [rows, n], their log-probabilities, descending.
+        tokens: int64 [rows, n], the tokens.
+        whole: bool [rows], whether top_k leaves the whole vocabulary.
     """
     probabilities = ordered.double().exp()
     ranks = torch.arange(ordered.shape[-1], device=ordered.device).unsqueeze(0)
@@ -178,10 +178,10 @@ def _draw_ordered(
 
 
 def _draw_plain(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row, int64 [rows], from float32 [rows, vocabulary] at `uniforms` float64 [rows].
+    """One token per row, int64 [rows], from float32 [rows, vocabulary] at `uniforms` float64 [rows].
 
-    First the block of tokens that it lies in, then the token in the block: the cumulative sums of a whole vocabulary
-    take longer than everything else about a draw.
+    First finds the block of tokens, then the token in the block: cumulative sums over a whole vocabulary take longer
+    than everything else about a draw.
     """
     vocab_size = probabilities.shape[-1]
     if missing := -vocab_size % _BLOCK:
@@ -189,7 +189,7 @@ def _draw_plain(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     blocks = probabilities.unflatten(1, (-1, _BLOCK))
     ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
     wanted = _below(uniforms.unsqueeze(1) * ends[:, -1:], ends[:, -1:])
-    # What isn't a number is found nowhere; it must not lead out of the table.
+    # NaNs are never found; that must not lead out of the table.
     block = torch.searchsorted(ends, wanted, right=True).clamp(max=blocks.shape[1] - 1)
     before = functional.pad(ends, (1, 0)).gather(1, block)
     within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
@@ -214,5 +214,5 @@ def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _below(wanted: Tensor, total: Tensor) -> Tensor:
-    """Rounding can lead to the total, and so beyond the last token that has any probability."""
+    """Rounding can give the total, which is beyond the last token with any probability."""
     return torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))

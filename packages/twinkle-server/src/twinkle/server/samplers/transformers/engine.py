@@ -1,15 +1,15 @@
-"""The Transformers sampling engine: continuous batching with chunked prefill, in a thread of its own.
+"""The Transformers sampling engine: continuous batching with chunked prefill, in its own thread.
 
 One turn of the thread (`SamplingLoop._turn`):
 
     receive   requests, cancellations and removed adapters, from the callers' threads (`inbox`)
-    admit     waiting samples get slots, fairly between tenants (`waiting_queue`); for a tenant that has nothing
-              running, samples of others are preempted (`preemption`)
-    prefill   a chunk of the admitted prompts; those that are complete join the batch and get their first token
+    admit     waiting samples get slots, fairly between tenants (`waiting_queue`); for a tenant with nothing running,
+              samples of others are preempted (`preemption`)
+    prefill   a chunk of the admitted prompts; complete ones join the batch and get their first token
     decode    the newest token of every running sequence goes through the model, and each gets its next one
-    stop      sequences that have ended leave the batch; a request is answered once all its samples have
+    stop      ended sequences leave the batch; a request is answered once all its samples have ended
 
-KV cache is taken as sequences grow. Where it runs out, samples are preempted: they wait again, ahead of all else of
+KV cache is taken as sequences grow. When it runs out, samples are preempted: they wait again, before everything else of
 their tenants, and are recomputed from their tokens when there is room.
 """
 
@@ -65,7 +65,7 @@ from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")
 
-# Tokens whose keys and values are kept after their sequences have ended, for prompts that begin like them.
+# Tokens whose keys and values are kept after their sequences have ended, for prompts with the same beginning.
 MAX_PREFIX_CACHE_TOKENS = 2**14
 
 
@@ -81,10 +81,10 @@ class TransformersEngine:
     ) -> None:
         """
         Args:
-            loaded: its weights are shared, not copied; its module tree is left as it is.
+            loaded: its weights are shared, not copied; its module tree is left unchanged.
             max_rows: most sequences in the batch; default: by the device.
-            max_cached_tokens: most tokens of running sequences in the KV cache, and the most that one of them may grow
-                to; default: by device, context and free memory.
+            max_cached_tokens: most tokens of running sequences in the KV cache, and of any single one; default: by
+                device, context and free memory.
         """
         model = copy_sharing_weights(loaded.model)
         route = Route()
@@ -111,11 +111,11 @@ class TransformersEngine:
     def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
         if isinstance(backend, TransformersBackend):
             return cls(backend.loaded, config)
-        # However many ranks train it, the model that samples is whole, on this rank's device.
+        # However many ranks train it, the sampling model is whole, on this rank's device.
         return cls(load_base_model(ModelConfig(config.path, config.torch_dtype, config.device)), config)
 
     def resident_adapters(self) -> list[str]:
-        """Ids of the adapters that can be sampled."""
+        """Ids of the adapters that can be sampled from."""
         with self._inbox.lock:
             return list(self._adapters)
 
@@ -135,7 +135,7 @@ class TransformersEngine:
 
     def generate(self, request: GenerateRequest) -> Future[SampleResponse]:
         future: Future[SampleResponse] = Future()
-        future.set_running_or_notify_cancel()  # only the engine ends it from here on
+        future.set_running_or_notify_cancel()  # from here on only the engine ends it
         try:
             with self._inbox.lock:
                 if self._inbox.is_closed:
@@ -174,7 +174,7 @@ class SamplingLoop:
         self._tokenizer = tokenizer
         self.running = RunningSamples(make_batch())
         self.waiting: WaitingQueue[Item] = WaitingQueue()
-        self.cancellable: dict[str, set[Task]] = {}  # tasks that have not ended, by request id
+        self.cancellable: dict[str, set[Task]] = {}  # unfinished tasks, by request id
         self._is_full = False  # memory has run out, and nothing has ended since
         self._delay = PrefillDelay(DECODING_PREFILL_TOKENS)
         self._next_tokens = NextTokens()
@@ -184,7 +184,7 @@ class SamplingLoop:
         while (messages := self._inbox.receive(wait=not (self.waiting or self.running))) is not None:
             try:
                 self._turn(messages)
-            except Exception as error:  # not one sample's fault: without this thread all would wait for ever
+            except Exception as error:  # not one sample's fault: without this thread all would wait forever
                 log.exception("the sampling engine starts over: %s", error)
                 self._start_over(error)
         self._abandon()
@@ -205,12 +205,12 @@ class SamplingLoop:
                     self._fail(task, error)
 
     def _start_over(self, error: Exception) -> None:
-        """The state of the batch is unknown: what is in it fails, and a new one is begun. What waits may go on."""
+        """The batch's state is unknown: fail what is in it, and begin a new one. What waits may go on."""
         tasks = self.running.tasks
         try:
             self.running.start_over(self._make_batch)
             self._free_memory()
-        except Exception:  # a device that has failed fails here too; then the next request is told so
+        except Exception:  # a failed device fails here too; the next request gets the error
             log.exception("the sampling engine could not start over")
         finally:
             self._end({task: error.with_traceback(None) for task in tasks})
@@ -226,7 +226,7 @@ class SamplingLoop:
                     cancelled |= {task: CancelledError() for task in self.cancellable.get(request_id, ())}
                 case AdapterRemoved(adapter):
                     removed.append(adapter)
-        # Only now what may fail: no message is lost with it.
+        # Last, since it may fail: no message is lost with it.
         if cancelled:
             self._end(cancelled)
         for adapter in removed:
@@ -240,7 +240,7 @@ class SamplingLoop:
             self.cancellable.setdefault(request.request_id, set()).add(task)
 
     def _admit(self) -> None:
-        """Give slots to waiting samples: at once if nothing is decoding, else when the prefill delay has expired."""
+        """Give slots to waiting samples: at once if nothing is decoding, otherwise after the prefill delay."""
         running = self.running
         self._is_full &= bool(running)
         must_wait = running.sequences and not running.prefilling and not self._delay.has_expired
@@ -254,7 +254,7 @@ class SamplingLoop:
         self._delay.admitted(all_of_them=not self.waiting)
 
     def _make_room_for(self, tenant: str) -> None:
-        """This tenant has nothing running: samples of others are preempted, and it takes their slots."""
+        """Preempt others' samples for this tenant, which has nothing running and takes their slots."""
         limits = self.running.batch.limits
         length, samples = self.waiting.wants(tenant)
         rows = victims_for_newcomer(self.running.slots, limits, length, samples)
@@ -269,17 +269,17 @@ class SamplingLoop:
             self.running.admit({prompt_of(one.item, samples): one.item for one, samples in taken})
 
     def _preempt(self, sequences: AbstractSet[Sequence], cacheable: bool) -> None:
-        """Sequences leave the batch, and wait ahead of all else of their tenants.
+        """Take sequences out of the batch; they wait before everything else of their tenants.
 
         Args:
-            cacheable: whether their keys and values may be kept until then, as far as the prefix cache has room.
+            cacheable: whether their keys and values may be kept until then, if the prefix cache has room.
         """
         self.running.drop(sequences, cacheable)
         for sequence in sorted(sequences, key=lambda one: one.order, reverse=True):
             self.waiting.put_back(waiting(sequence, 1))
 
     def _prefill(self) -> Drawable | None:
-        """A chunk of the admitted prompts; returns the sequences that begin, with their logits."""
+        """Prefill a chunk of the admitted prompts; returns the sequences that begin, with their logits."""
         if not self.running.prefilling:
             return None
         try:
@@ -288,8 +288,8 @@ class SamplingLoop:
             return self._prefill_singly(error)
 
     def _prefill_singly(self, error: Exception) -> Drawable | None:
-        """Prompts that can't be prefilled together are prefilled one by one; one that can't be alone fails, or waits
-        for others to end if memory is what it lacks.
+        """Prefill one by one the prompts that can't be prefilled together; one that fails alone too gets the error, or
+        waits for others to end if it lacks memory.
         """
         self._free_memory()
         prompts = dict(self.running.prefilling)
@@ -311,7 +311,7 @@ class SamplingLoop:
             else:
                 begun += sequences
                 logits.append(their_logits)
-        # A later one that failed has taken the samples of its request out.
+        # A later one that failed has removed its request's samples.
         left = set(self.running.sequences)
         kept = [row for row, sequence in enumerate(begun) if sequence in left]
         return (tuple(begun[row] for row in kept), torch.cat(logits)[kept]) if kept else None
@@ -328,7 +328,7 @@ class SamplingLoop:
         self.waiting.put_back(replace(waiting(item, prompt.rows), tokens=0))
 
     def _decode(self) -> Drawable | None:
-        """The newest token of every sequence goes through the model; returns the logits of the next ones."""
+        """Run every sequence's newest token through the model; returns the logits of the next ones."""
         running = self.running
         running.recompute_stale()
         while running.outgrows_memory and (row := victim(running.slots)) is not None:
@@ -343,7 +343,7 @@ class SamplingLoop:
         return running.sequences, logits
 
     def _not_decoded(self, error: Exception) -> None:
-        """Where memory has run out, a sample is preempted until another has ended; else the newest request fails."""
+        """If memory has run out, preempt a sample until another has ended; otherwise fail the newest request."""
         self._free_memory()
         running = self.running
         row = victim(running.slots) if is_out_of_memory(error) else None
@@ -375,7 +375,7 @@ class SamplingLoop:
         self._end({task: error.with_traceback(None)})  # without the frames that hold its tensors
 
     def _end(self, errors: Mapping[Task, BaseException]) -> None:
-        """Tasks end with an error each, wherever they are; the others go on."""
+        """End each task with its error, wherever it is; the others go on."""
         for task, error in errors.items():
             self._forget(task)
             task.fail(error)
@@ -400,7 +400,7 @@ class SamplingLoop:
             torch.cuda.empty_cache()
 
     def _abandon(self) -> None:
-        """The engine was closed: whatever is not done is cancelled."""
+        """The engine was closed: cancel whatever is unfinished."""
         tasks = {message for message in self._inbox.take() if isinstance(message, Task)}
         tasks |= self.running.tasks.union(map(task_of, self.waiting.items()))
         self._end({task: CancelledError() for task in tasks})

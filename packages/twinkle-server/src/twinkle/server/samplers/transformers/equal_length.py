@@ -1,8 +1,8 @@
-"""The batch of models whose layers are not all full attention (sliding windows, linear attention).
+"""The batch for models with layers other than full attention (sliding windows, linear attention).
 
-Their caches are Transformers' own, which can't hold rows of different lengths. So only sequences of equal length, the
-samples of a prompt above all, go through the model together, one such group after the other: slower than all at once,
-but with the same numbers, and no sample waits for another's end.
+Their caches are Transformers' own, which can't hold rows of different lengths. So only sequences of equal length
+(mostly one prompt's samples) go through the model together, one such group after another: slower than all at once, but
+with the same numbers, and no sample waits for another's end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from twinkle.server.samplers.cache_usage import Limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 
-# Prompts of one length are prefilled together up to so many tokens.
+# Prompts of one length are prefilled together up to this many tokens.
 TOKENS_TOGETHER = 2048
 
 
@@ -27,9 +27,9 @@ class Group:
     """Sequences of one length: row i of the cache is the i-th.
 
     Attributes:
-        prompts: each row's.
+        prompts: one per row.
         length: tokens in the cache.
-        is_broken: whether the cache is not what it should be, after a pass that failed.
+        is_broken: whether a failed pass has left the cache in an inconsistent state.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Group:
         self.length += 1
 
     def keep(self, rows: list[int]) -> None:
-        """Only these rows are left, in this order."""
+        """Keep only these rows, in this order."""
         self.prompts = [self.prompts[row] for row in rows]
         self.is_broken |= self._latest is not None  # it is a token ahead of the others
         if not rows or self.is_broken:
@@ -80,7 +80,7 @@ class Group:
 
 
 class EqualLengthBatch:
-    """See `batches.Batch`. The rows are those of the groups, one group after the other."""
+    """See `batches.Batch`. The rows are the groups', one group after another."""
 
     def __init__(self, runner: ModelRunner, limits: Limits) -> None:
         self.limits = limits
@@ -124,7 +124,7 @@ class EqualLengthBatch:
         return prompts, logits
 
     def _next_prompts(self) -> list[Prompt]:
-        """The first one, and others of the same length."""
+        """The first prompt, and others of the same length."""
         length = len(self._to_prefill[0].tokens)
         chosen, rows = [self._to_prefill[0]], self._to_prefill[0].rows
         for prompt in self._to_prefill[1:]:

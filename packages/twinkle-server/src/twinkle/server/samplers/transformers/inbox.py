@@ -24,7 +24,7 @@ Message: TypeAlias = Task | Cancel | AdapterRemoved
 
 
 class Inbox:
-    """Messages in order: a cancellation is only about requests that came before it. Thread-safe."""
+    """Messages in order: a cancellation only concerns requests that came before it. Thread-safe."""
 
     def __init__(self) -> None:
         self.lock = (

@@ -1,4 +1,4 @@
-"""How many sequences a sampler runs at a time, and how many of their tokens it keeps."""
+"""How many sequences a sampler runs at a time, and how many of their tokens it caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twinkle.server.samplers.cache_usage import Limits
 
 MAX_ROWS_CPU = 64
 MAX_ROWS_GPU = 256
-# Tokens whose keys and values are kept, at most: as `CacheUsage` counts them, and as far as there is memory.
+# Most tokens whose keys and values are kept, as `CacheUsage` counts them, if there is memory.
 MAX_CACHED_TOKENS_CPU = 2**17
 MAX_CACHED_TOKENS_GPU = 2**20
 
@@ -17,8 +17,8 @@ MAX_CACHED_TOKENS_GPU = 2**20
 def make_limits(loaded: LoadedModel, max_rows: int | None, max_cached_tokens: int | None) -> Limits:
     """
     Args:
-        max_rows: by the device if None.
-        max_cached_tokens: by device, context and free memory if None.
+        max_rows: default: by the device.
+        max_cached_tokens: default: by device, context and free memory.
     """
     on_gpu = loaded.device.type == "cuda"
     rows = max_rows or (MAX_ROWS_GPU if on_gpu else MAX_ROWS_CPU)

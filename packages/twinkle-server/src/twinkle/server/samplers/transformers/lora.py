@@ -120,7 +120,7 @@ class RouteGroup:
     rows: Tensor
     kept: Tensor
     targets: Tensor
-    _own_of: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)  # `own`, so many times
+    _own_of: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)  # `own`, repeated
     _latest: tuple[str, Tensor, tuple[Tensor, ...]] | None = field(default=None, init=False)
 
     def add_term(self, layer: str, x: Tensor, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The model, split into body and head, with routed layers; the prompts it is given."""
+"""The model, split into body and head, with routed layers; and its prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
 from twinkle.server.samplers.transformers.prompt_scores import PromptScores
 
-# Logits of prompt tokens that are held at once, when anything is asked about these: tokens times the vocabulary.
+# Most logits of prompt tokens held at once, if they are needed: tokens times the vocabulary.
 PROMPT_LOGITS = 2**24
 
-# Fills up rows that have fewer tokens than others.
+# Pads rows that have fewer tokens than others.
 PADDING = -1
 
 
@@ -30,7 +30,7 @@ class Prompt:
 
     Attributes:
         rows: how many samples begin with it.
-        scores: gathers what is asked about its tokens; None if nothing is.
+        scores: collects what is requested about its tokens; None if nothing is.
     """
 
     tenant: str
@@ -55,7 +55,7 @@ class ModelRunner:
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.config = model.config
         self._body = decoder(model)
-        # Without the decorators, which only fill in and convert arguments: they take longer than a layer of a small
+        # Without the decorators, which only fill in and convert arguments, and take longer than a layer of a small
         # model.
         self._run_body = inspect.unwrap(type(self._body).forward)
         # Later versions of Transformers have another name for it.
@@ -78,18 +78,18 @@ class ModelRunner:
         return cast("Tensor", output.last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, n, hidden] to [rows, n, vocabulary]; the route must be about these rows."""
+        """[rows, n, hidden] to [rows, n, vocabulary]; the route must be for these rows."""
         return finish_logits(self._output(hidden), self.config)
 
     def forward(self, cache: SlotCache, rows: slice, tokens: Tensor, starts: list[int]) -> Tensor:
         """Run tokens through the model, and write their keys and values into rows of a cache.
 
-        Padding is computed too, but at a position of the cache's choice: some models choose their rope frequencies by
+        Padding is computed too, but at a position that the cache chooses: some models choose their rope frequencies by
         the largest position of a call, which must not depend on what else is in it.
 
         Args:
             tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1.
-            starts: the position of each row's first.
+            starts: the position of each row's first token.
 
         Returns:
             Hidden states [rows, n, hidden].
@@ -106,16 +106,16 @@ class ModelRunner:
         return self.body(tokens.clamp(min=0), shown, self._mask(positions, end), cache)
 
     def _mask(self, positions: Tensor, end: int) -> Tensor:
-        """What attention adds to its scores, [rows, 1, n, end]: each token sees itself and what is before it.
+        """What attention adds to its scores, [rows, 1, n, end]: each token sees itself and those before it.
 
-        In the type that attention computes in, or each layer would convert it.
+        In the dtype that attention computes in; otherwise each layer would convert it.
         """
         unseen = torch.arange(end, device=positions.device) > positions.unsqueeze(-1)
         mask = torch.zeros(unseen.shape, dtype=self.dtype, device=positions.device)
         return mask.masked_fill_(unseen, torch.finfo(self.dtype).min).unsqueeze(1)
 
     def score_prompt(self, prompt: Prompt, states: Tensor, start: int) -> None:
-        """Answer what a prompt asks about the tokens that follow positions [start, start + n); changes the route.
+        """Compute what is requested about the tokens that follow positions [start, start + n); changes the route.
 
         Args:
             states: hidden states [n, hidden]; those beyond the prompt's end are ignored.

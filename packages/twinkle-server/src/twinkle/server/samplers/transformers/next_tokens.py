@@ -1,4 +1,4 @@
-"""The next token of each of many sequences, from their logits."""
+"""Draws the next token of many sequences from their logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from twinkle.server.samplers.transformers.sequences import Sequence
 
 
 class NextTokens:
-    """Draws; keeps the settings of the latest draw, since most steps are of the same sequences."""
+    """Draws; keeps the last draw's settings, since most steps are for the same sequences."""
 
     def __init__(self) -> None:
         self._latest: tuple[Several[Sequence], DrawSettings] | None = None
 
     def append(self, sequences: tuple[Sequence, ...], logits: Tensor) -> None:
-        """Draw a token for each sequence, and note it there.
+        """Draw a token for each sequence, and append it there.
 
         Args:
             logits: [sequences, vocabulary].
@@ -44,13 +44,13 @@ class NextTokens:
 
 
 def _list_likeliest(sequences: tuple[Sequence, ...], logprobs: Tensor) -> None:
-    """Note the likeliest tokens where a request asks for them."""
+    """List the likeliest tokens for requests that ask for them."""
     most = max(sequence.task.request.topk_sample_logprobs for sequence in sequences)
     if most == 0:
         return
     best = topk_table(*logprobs.topk(most, dim=-1))
     for i, sequence in enumerate(sequences):
         if k := sequence.task.request.topk_sample_logprobs:
-            # Copies: a row must not keep those of all others.
+            # Copies: a row must not keep all others' memory alive.
             ids, values = best.token_ids[i : i + 1, :k].copy(), best.logprobs[i : i + 1, :k].copy()
             sequence.topk.append(TopkTable(ids, values))

@@ -1,8 +1,8 @@
-"""Chunked prefill: prompts go through the model piece by piece, so that decoding need not wait for a long one's end.
+"""Chunked prefill: prompts go through the model piece by piece, so that decoding need not wait for a long one.
 
-A prompt has a row in a cache of the queue's own until it is complete. Where it begins as another of the same tenant and
-adapter did (its prefix donor), the keys and values of that beginning are copied; if the donor is still being prefilled,
-the prompt waits for that part of it.
+Until it is complete, a prompt has a row in the queue's own cache. If it begins like another of the same tenant and
+adapter (its prefix donor), the keys and values of that beginning are copied; if the donor is still being prefilled, the
+prompt waits for that part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGrou
 from twinkle.server.samplers.transformers.model_runner import PADDING, ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefix_cache import MIN_PREFIX_TOKENS, common_prefix_length
 
-# Finds what is cached of a prompt's beginning elsewhere: see `PrefixCache.lookup`.
+# Finds the cached part of a prompt's beginning elsewhere: see `PrefixCache.lookup`.
 Lookup: TypeAlias = Callable[[Prompt], tuple[int, list[Tensor]]]
 
 
@@ -29,7 +29,7 @@ class Prefill:
     """
     Attributes:
         position: tokens that are in the cache.
-        donor: an earlier prompt that begins alike, whose first `common` tokens are waited for.
+        donor: an earlier prompt with the same beginning, whose first `common` tokens are waited for.
     """
 
     prompt: Prompt
@@ -43,8 +43,8 @@ class Prefill:
 
     @property
     def reusable(self) -> int:
-        """How many tokens' keys and values may be copied. Not the last one's, nor those that are asked about: their
-        hidden states are needed.
+        """How many tokens' keys and values may be copied. Not the last token's, nor those that something is requested
+        about: their hidden states are needed.
         """
         scores = self.prompt.scores
         last = len(self.prompt.tokens) - 1
@@ -53,7 +53,7 @@ class Prefill:
 
 @dataclass(eq=False)
 class Prefilled:
-    """A prompt that is complete.
+    """A complete prompt.
 
     Attributes:
         hidden: of its last token [hidden].
@@ -71,15 +71,15 @@ class PrefillQueue:
     def __init__(self, runner: ModelRunner, boundary: int = 0) -> None:
         """
         Args:
-            boundary: prompts are longer than this, which the model must see from the first chunk on: see
-                `rope_boundaries`. 0 if there is none.
+            boundary: prompts are longer than this, which the model must see from the first chunk on (see
+                `rope_boundaries`); 0: no boundary.
         """
         self._runner = runner
         self._boundary = boundary
         self._cache = SlotCache(runner.num_layers, padding_position=boundary)
         self._active: list[Prefill] = []
         self._waiting: list[Prefill] = []
-        self._route: list[RouteGroup] | None = None  # of the active ones; None when they have changed
+        self._route: list[RouteGroup] | None = None  # of the active ones; None: they have changed
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -95,7 +95,7 @@ class PrefillQueue:
         self._waiting.append(prefill)
 
     def remove(self, prompts: AbstractSet[Prompt]) -> None:
-        """Complete or cancelled prompts leave."""
+        """Remove complete or cancelled prompts."""
         for row in reversed(range(len(self._active))):
             if self._active[row].prompt in prompts:
                 self._take_out(row)
@@ -107,11 +107,11 @@ class PrefillQueue:
             self._cache.clear()
 
     def prefill(self, tokens: int, lookup: Lookup) -> list[Prefilled]:
-        """One pass with a chunk of every prompt that need not wait, all of the same length, of so many tokens together
-        if possible.
+        """One pass with an equally long chunk of every prompt that need not wait, of `tokens` tokens together if
+        possible.
 
         Returns:
-            Those that are complete; the caller is to remove them.
+            The complete ones; the caller must remove them.
         """
         self._activate(lookup)
         count = len(self._active)
@@ -130,7 +130,7 @@ class PrefillQueue:
         return complete
 
     def _activate(self, lookup: Lookup) -> None:
-        """Give rows to prompts that need not wait any more, with what is cached of their beginnings."""
+        """Give rows to prompts that need not wait any more, with the cached part of their beginnings."""
         still_waiting: list[Prefill] = []
         for prefill in self._waiting:
             donor = prefill.donor
@@ -164,7 +164,7 @@ class PrefillQueue:
                 prefill.donor, prefill.common = other, common
 
     def _take_out(self, row: int) -> None:
-        """The last row moves into its place."""
+        """Remove a row; the last one moves into its place."""
         last = len(self._active) - 1
         if row != last:
             moved = self._active[row] = self._active[last]
@@ -173,9 +173,9 @@ class PrefillQueue:
         self._route = None
 
     def _forward(self, n: int, starts: list[int]) -> Tensor:
-        """The next n tokens of every active prompt, padded where one has fewer left."""
+        """The next n tokens of every active prompt, padded if it has fewer left."""
         runner = self._runner
-        # Before the boundary one more column of padding stands beyond it, so that the model sees a long sequence.
+        # Before the boundary one more column of padding goes beyond it, so that the model sees a long sequence.
         width = n if max(starts) + n > self._boundary or not self._boundary else n + 1
         tokens = torch.full((len(starts), width), PADDING)
         for row, prefill in zip(tokens, self._active, strict=True):

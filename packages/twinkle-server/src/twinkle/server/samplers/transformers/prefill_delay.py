@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# A prompt waits at most so many decode steps, and at most this share of those that it will take itself. To prefill it
-# alone takes about as long as one.
+# A prompt waits at most this many decode steps, and at most this share of those that it will take itself. Prefilling it
+# alone takes about as long as one step.
 MAX_STEPS = 8
 SHARE = 1 / 8
 
@@ -14,12 +14,12 @@ class PrefillDelay:
     def __init__(self, enough_tokens: int) -> None:
         """
         Args:
-            enough_tokens: prompts of so many tokens fill a pass; nothing is gained by waiting for more.
+            enough_tokens: prompts with this many tokens fill a pass; waiting for more gains nothing.
         """
         self._enough_tokens = enough_tokens
         self._steps = 0
         self._due: int | None = (
-            None  # the step from which waiting prompts are prefilled; None if there are none
+            None  # the step from which waiting prompts are prefilled; None: there are none
         )
         self._tokens = 0
 
@@ -36,6 +36,6 @@ class PrefillDelay:
         self._steps += 1
 
     def admitted(self, all_of_them: bool) -> None:
-        """Some of the waiting prompts are prefilled; the rest follows as soon as there is room."""
+        """Some of the waiting prompts are prefilled; the rest follow as soon as there is room."""
         self._due = None if all_of_them else self._steps
         self._tokens = 0

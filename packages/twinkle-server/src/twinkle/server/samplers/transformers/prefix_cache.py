@@ -1,8 +1,8 @@
-"""Keys and values of sequences that have ended, for prompts that begin alike: the next turn of a conversation, the next
-question behind the same examples. Knows neither batches nor models.
+"""Keys and values of ended sequences, for prompts with the same beginning: the next turn of a conversation, the next
+question after the same examples. Independent of batches and models.
 
-What a token's keys and values are depends on the tokens before it and the adapter alone. They are shared among requests
-of one tenant only: from the time to the first token another could tell what has been asked before.
+A token's keys and values depend only on the tokens before it and the adapter. They are shared only among one tenant's
+requests: otherwise the time to the first token would tell another tenant what has been asked before.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from twinkle.protocol.types import Int64Array
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 
-# Whose keys and values are whose: a tenant, an adapter as it was made, and how many rope boundaries the whole sequence
-# is beyond (all of its keys are others then).
+# Owner of keys and values: a tenant, an adapter as it was made, and the number of rope boundaries that the whole
+# sequence is beyond (which changes all of its keys).
 Owner: TypeAlias = tuple[str, ResidentAdapter | None, *tuple[int, ...]]
 
-# Fewer common tokens are computed again sooner than looked up and copied.
+# Fewer common tokens are faster computed again than looked up and copied.
 MIN_PREFIX_TOKENS = 16
 
 
@@ -40,7 +40,7 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """The latest prefixes, up to so many tokens."""
+    """The latest prefixes, up to a number of tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -72,7 +72,7 @@ class PrefixCache:
             self._drop(next(iter(self._oldest_first)))
 
     def lookup(self, owner: Owner, tokens: Int64Array) -> tuple[int, list[Tensor]]:
-        """The longest cached beginning: its length, and contents that are at least as long; 0 if there is none."""
+        """The longest cached beginning: its length, and contents at least that long; 0 if there is none."""
         best, contents = 0, list[Tensor]()
         for prefix in self._by_head.get(_head(owner, tokens), []):
             common = common_prefix_length(tokens, prefix.tokens)
@@ -82,7 +82,7 @@ class PrefixCache:
         return best, contents
 
     def forget(self, adapter: ResidentAdapter) -> None:
-        """The adapter has been removed: nothing would ask for its keys and values."""
+        """The adapter was removed: nothing would use its keys and values."""
         self._removed.add(adapter)
         for prefix in [prefix for prefix in self._oldest_first if prefix.owner[1] is adapter]:
             self._drop(prefix)
@@ -102,7 +102,7 @@ class PrefixCache:
 
 
 def common_prefix_length(left: Int64Array, right: Int64Array) -> int:
-    """How many tokens two sequences have in common at their beginnings; 0 if fewer than `MIN_PREFIX_TOKENS`."""
+    """Length of two sequences' common beginning; 0 if shorter than `MIN_PREFIX_TOKENS`."""
     n = min(len(left), len(right))
     if n < MIN_PREFIX_TOKENS or (left[:MIN_PREFIX_TOKENS] != right[:MIN_PREFIX_TOKENS]).any():
         return 0

@@ -1,6 +1,6 @@
-"""Which kind of batch works for a model: found at start by sampling two tokens with it.
+"""Which kind of batch works for a model: found at start-up by sampling two tokens.
 
-Models differ in the caches and masks that they accept, and not all say so.
+Models differ in the caches and masks that they accept, and not all of them say so.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PROMPT = 3
 
 
 def first_working(model: PreTrainedModel, makers: Sequence[Callable[[], Batch]]) -> int:
-    """The index of the first batch that gives the same logits as the model without a cache.
+    """The index of the first batch with the same logits as the model without a cache.
 
     Raises:
-        InvalidRequest: if none does, with what happened to the last.
+        InvalidRequest: if there is none, with what happened to the last.
     """
     with torch.inference_mode():
         tokens = torch.tensor([_TOKENS], device=model.device)
@@ -48,7 +48,7 @@ def first_working(model: PreTrainedModel, makers: Sequence[Callable[[], Batch]])
 
 
 def _sampled(batch: Batch) -> Tensor:
-    """Logits behind the prompt, and behind each token after it: [tokens, vocabulary]."""
+    """Logits after the prompt, and after each further token: [tokens, vocabulary]."""
     batch.add([Prompt("", np.array(_TOKENS[:_PROMPT], np.int64), None, rows=1)])
     logits = [batch.prefill()[1]]
     while not len(logits[-1]):

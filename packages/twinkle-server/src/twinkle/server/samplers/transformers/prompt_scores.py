@@ -1,7 +1,7 @@
-"""What a request asks about its prompt's tokens, answered while the prompt is read; nothing of the samples.
+"""What a request wants to know about its prompt's tokens, computed during prefill; not about its samples.
 
 Row i is the model's distribution over prompt token i + 1, so a prompt of T tokens has T - 1 rows. They come in order,
-in pieces of any size, and only what was asked for is kept of each.
+in pieces of any size, and only what was requested is kept of each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twinkle.server.samplers.transformers.draw import alternatives_generator, dr
 
 @dataclass(frozen=True, eq=False)
 class PromptAnswers:
-    """The fields of `SampleResponse` that are about the prompt; None where nothing was asked."""
+    """The fields of `SampleResponse` about the prompt; None if not requested."""
 
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: TopkTable | None = None
@@ -33,13 +33,13 @@ class PromptScores:
 
     Attributes:
         rows: T - 1.
-        first_row: the first that anything is asked about; those before it are left out.
+        first_row: the first that anything is requested about; those before it are skipped.
     """
 
     def __init__(self, request: GenerateRequest, seed: int) -> None:
         """
         Args:
-            seed: of the alternatives: with the same one, they are the same in every reading.
+            seed: for the alternatives: with the same seed they are the same in every reading.
         """
         self.rows = len(request.prompt) - 1
         self._request = request
@@ -48,8 +48,8 @@ class PromptScores:
         self._first_listed = _first_listed_row(request, self.rows)
         self._first_target = _first_target_row(request, self.rows)
         self.first_row = 0 if request.prompt_alt_tokens_k else min(self._first_listed, self._first_target)
-        # Pieces [n, ...], one after the other, up to the last row. They stay on the model's device until they are
-        # asked for: fetching each would make a GPU wait.
+        # Pieces [n, ...], in order, up to the last row. They stay on the model's device until the end: fetching
+        # each would make a GPU wait.
         self._logprobs: list[Tensor] = []
         self._topk: list[TopkTable] = []
         self._targets: list[Tensor] = []
@@ -57,7 +57,7 @@ class PromptScores:
         self._alternatives_logprobs: list[Tensor] = []
 
     def read(self, first: int, logits: Tensor) -> None:
-        """Take the rows from `first` on.
+        """Add the rows from `first` on.
 
         Args:
             logits: [n, vocabulary], any float type.
@@ -75,7 +75,7 @@ class PromptScores:
             self._alternatives_logprobs.append(logprobs.gather(1, tokens))
 
     def answers(self) -> PromptAnswers:
-        """What was asked for, once all rows from `first_row` on have been read."""
+        """The results, once all rows from `first_row` on have been read."""
         request = self._request
         targets = request.target_tokens
         return PromptAnswers(
@@ -88,7 +88,7 @@ class PromptScores:
         )
 
     def _list(self, first: int, logprobs: Tensor) -> None:
-        """Note the prompt's own tokens, and the likeliest ones."""
+        """Add the prompt's own tokens, and the likeliest ones."""
         if self._request.prompt_logprobs:
             own = _on_device(self._next_tokens[first : first + len(logprobs)], logprobs)
             self._logprobs.append(logprobs.gather(1, own.unsqueeze(1)).squeeze(1))
@@ -132,7 +132,7 @@ def asks_about_prompt(request: GenerateRequest) -> bool:
 def check_targets(request: GenerateRequest, vocab_size: int) -> None:
     """
     Raises:
-        InvalidRequest: if the targets don't fit prompt and vocabulary: on a GPU that would end the process.
+        InvalidRequest: if the targets don't fit prompt and vocabulary, which on a GPU would end the process.
     """
     targets = request.target_tokens
     if targets is None:
@@ -170,7 +170,7 @@ def _on_device(tokens: Int64Array, like: Tensor) -> Tensor:
 
 
 def _float_rows(pieces: list[Tensor], shape: tuple[int, ...]) -> Float32Array:
-    """Pieces one below the other, as the last rows of a matrix of this shape; 0 above them."""
+    """Concatenated pieces as the last rows of a matrix of this shape; 0 above them."""
     matrix = np.zeros(shape, np.float32)
     if pieces:
         found: Array = torch.cat(pieces).cpu().numpy()

@@ -1,4 +1,4 @@
-"""What runs: the samples whose rows are in the batch, and the prompts that are being prefilled."""
+"""What runs: the samples with rows in the batch, and the prompts being prefilled."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.model_runner import Prompt
 from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, task_of
 
-# Sequences, and the logits [sequences, vocabulary] of the next token of each.
+# Sequences, and the logits [sequences, vocabulary] of their next tokens.
 Drawable: TypeAlias = tuple[tuple[Sequence, ...], Tensor]
 
 
 class RunningSamples:
-    """The batch, and whose its rows are.
+    """The batch, and the owners of its rows.
 
     Attributes:
         sequences: row i of the batch is the i-th.
-        prefilling: prompts on their way into the batch, and what each is of.
+        prefilling: prompts on their way into the batch, with their items.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -41,7 +41,7 @@ class RunningSamples:
 
     @property
     def slots(self) -> list[Slot]:
-        """The batch's rows in order, then the samples on their way there."""
+        """The batch's rows in order, then the samples being prefilled."""
         slots = [Slot(s.task.request.tenant, s.order, s.length) for s in self.sequences]
         for prompt, item in self.prefilling.items():
             order = item.order if isinstance(item, Sequence) else (item.number, item.admitted)
@@ -56,11 +56,11 @@ class RunningSamples:
     def outgrows_memory(self) -> bool:
         """Whether the next decode step would take more KV cache than there is."""
         if not self.prefilling and self.batch.rows * self.batch.longest <= self.batch.limits.tokens:
-            return False  # as nearly always; exact counts take longer
+            return False  # nearly always; exact counts take longer
         return self.usage.is_too_much
 
     def admit(self, prompts: Mapping[Prompt, Item]) -> None:
-        """These are prefilled from now on."""
+        """Prefill these from now on."""
         self.prefilling |= prompts
         self.batch.add(list(prompts))
 
@@ -70,14 +70,14 @@ class RunningSamples:
         return (self._begin(prompts), logits) if prompts else None
 
     def prefill_whole(self, prompt: Prompt, item: Item) -> Drawable:
-        """Prefill a prompt, the only one, to its end."""
+        """Prefill the only prompt to its end."""
         self.admit({prompt: item})
         while (begun := self.prefill()) is None:
             pass
         return begun
 
     def _begin(self, prompts: list[Prompt]) -> tuple[Sequence, ...]:
-        """Sequences for the rows that were just added, prompt by prompt."""
+        """Sequences for the rows just added, prompt by prompt."""
         begun: list[Sequence] = []
         for prompt in prompts:
             item = self.prefilling.pop(prompt)
@@ -92,7 +92,7 @@ class RunningSamples:
         return tuple(begun)
 
     def recompute_stale(self) -> None:
-        """Sequences whose cached keys and values don't serve their next tokens are prefilled from their beginnings."""
+        """Prefill from their beginnings the sequences whose cached keys and values don't fit their next tokens."""
         stale = [self.sequences[row] for row in self.batch.stale_rows()]
         if stale:
             self.drop(set(stale), cacheable=False)
@@ -105,10 +105,10 @@ class RunningSamples:
             self.prefilling = {p: item for p, item in self.prefilling.items() if p not in prompts}
 
     def drop(self, sequences: AbstractSet[Sequence], cacheable: bool) -> None:
-        """Take sequences out.
+        """Remove sequences.
 
         Args:
-            cacheable: whether their keys and values may serve later prompts that begin alike.
+            cacheable: whether their keys and values may be kept for later prompts with the same beginning.
         """
         rows = [row for row, sequence in enumerate(self.sequences) if sequence in sequences]
         if rows:

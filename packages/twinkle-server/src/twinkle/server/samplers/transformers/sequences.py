@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and the sequences that it is made of."""
+"""A request on its way through the engine, and its sequences."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from twinkle.server.samplers.waiting_queue import Waiting
 
 @dataclass(eq=False)
 class Task:
-    """A request that was accepted.
+    """An accepted request.
 
     Attributes:
         adapter: as it was when the request arrived; the task keeps it if the engine removes it.
         max_tokens: most tokens of a sample.
         seed: the request's, or one drawn for it.
         number: counts requests in order of arrival.
-        has_scores: whether a prefill, complete or not, gathers what is asked about the prompt.
+        has_scores: whether a prefill, complete or not, computes what is requested about the prompt.
         admitted: samples that have begun; `finished` holds those that have ended, by index.
     """
 
@@ -57,23 +57,23 @@ class Task:
         return len(self.request.prompt) + self.max_tokens
 
     def prompt(self, samples: int) -> Prompt:
-        """The prompt for `samples` more samples; what is asked about it is gathered with the first ones only."""
+        """The prompt for `samples` more samples; what is requested about it is computed with the first ones only."""
         asks = not self.has_scores and asks_about_prompt(self.request)
         self.has_scores = True
         scores = PromptScores(self.request, self.seed) if asks else None
         return Prompt(self.request.tenant, self.request.prompt, self.adapter, samples, scores)
 
     def retry_prompt(self, prompt: Prompt) -> Prompt:
-        """A copy of one whose prefill failed, to begin again."""
+        """A copy of a prompt whose prefill failed, to begin again."""
         return replace(prompt, scores=PromptScores(self.request, self.seed) if prompt.scores else None)
 
     def take_back(self, prompt: Prompt) -> None:
-        """A prompt is not prefilled now, but later."""
+        """A prompt will be prefilled later instead of now."""
         if prompt.scores is not None:
             self.has_scores = False
 
     def note_prompt(self, prompt: Prompt) -> None:
-        """The prompt is complete: note what was asked about it."""
+        """The prompt is complete: store what was requested about it."""
         if prompt.scores is not None:
             self.prompt_answers = prompt.scores.answers()
 
@@ -102,7 +102,7 @@ class Task:
 class Sequence:
     """A sample that has begun: a row of the batch, unless it is preempted.
 
-    After a preemption it goes on as if there had been none: its tokens are recomputed, and its uniform numbers go on.
+    After a preemption it goes on as if there had been none: its tokens are recomputed, its uniform numbers continue.
     """
 
     task: Task
@@ -110,7 +110,7 @@ class Sequence:
     uniforms: Uniforms
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
-    topk: list[TopkTable] = field(default_factory=list[TopkTable])  # a row each
+    topk: list[TopkTable] = field(default_factory=list[TopkTable])  # one per row
 
     @property
     def length(self) -> int:
@@ -123,7 +123,7 @@ class Sequence:
         return self.task.number, self.index
 
     def recompute_prompt(self) -> Prompt:
-        """All its tokens so far, to go on from."""
+        """All its tokens so far, to continue from."""
         request = self.task.request
         tokens = np.concatenate([request.prompt, np.array(self.tokens, np.int64)])
         return Prompt(request.tenant, tokens, self.task.adapter, 1)
@@ -189,12 +189,12 @@ def task_of(item: Item) -> Task:
 
 
 def prompt_of(item: Item, samples: int) -> Prompt:
-    """What is to be prefilled for so many samples of an item."""
+    """What to prefill for this many samples of an item."""
     return item.recompute_prompt() if isinstance(item, Sequence) else item.prompt(samples)
 
 
 def waiting(item: Item, samples: int) -> Waiting[Item]:
-    """So many samples of an item, to wait for slots; a preempted one has been paid for."""
+    """This many samples of an item, to wait for slots; a preempted one has already been charged."""
     request = task_of(item).request
     if isinstance(item, Sequence):
         return Waiting(request.tenant, item, 0, item.length, samples)

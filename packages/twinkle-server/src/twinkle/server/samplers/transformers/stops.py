@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Int64Array, SamplingParams
 
-# A token gives at least one byte of text; a few more are looked at, since characters may straddle tokens.
+# A token gives at least one byte of text; a few more are decoded, since characters may straddle tokens.
 _MARGIN_TOKENS = 8
 
-# Tokens of the prompt that are decoded before the first sampled ones.
+# Prompt tokens that are decoded before the first sampled ones.
 _TOKENS_BEFORE = 4
 
 
@@ -27,10 +27,10 @@ class StopRule:
 
 
 def stop_rule(params: SamplingParams, eos_token_ids: tuple[int, ...], has_tokenizer: bool) -> StopRule:
-    """The rule of a request: no `stop` is the model's end-of-text tokens; what is given takes their place.
+    """A request's rule: without `stop`, the model's end-of-text tokens; what is given replaces them.
 
     Raises:
-        InvalidRequest: if strings are given, but the model came without a tokenizer.
+        InvalidRequest: if strings are given, but the model has no tokenizer.
     """
     stop = params.stop
     if stop is None:
@@ -59,8 +59,8 @@ def is_stopped(
     """Whether the newest token completes a stop.
 
     Args:
-        tokens: what has been sampled.
-        prompt: what stands before it, or its end: a stop string is not looked for there.
+        tokens: sampled so far.
+        prompt: what precedes them, or its end: it is not searched for stop strings.
     """
     if tokens[-1] in rule.tokens:
         return True
@@ -73,15 +73,15 @@ def is_stopped(
 
 
 def _text_after(before: list[int], tokens: list[int], window: int, tokenizer: Tokenizer) -> str:
-    """The text of the latest tokens, as it stands behind what is before them.
+    """The text of the latest tokens, as it reads after those before them.
 
-    Many decoders treat the first token that they are given in another way: they take a space off it (Llama 2,
-    Metaspace), or put none before it (WordPiece). So the first sampled tokens are decoded with some of the prompt.
+    Many decoders treat their first token differently: they remove a space from it (Llama 2, Metaspace), or put none
+    before it (WordPiece). So the first sampled tokens are decoded with some of the prompt.
     """
     if len(tokens) > window:
         return tokenizer.decode(tokens[-window:], skip_special_tokens=False)
     whole = tokenizer.decode([*before, *tokens], skip_special_tokens=False)
     given = tokenizer.decode(before, skip_special_tokens=False) if before else ""
-    # The prompt may end in the middle of a character, which is another one with the rest.
+    # The prompt may end in the middle of a character, which becomes another one with the rest.
     common = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
     return whole[common:]

@@ -1,9 +1,9 @@
 """Which custom losses may be run: what their graphs may name, and how they must be built. No torch.
 
 A client traces its loss with torch.fx and sends the graph as data. It is never turned into code: a backend goes through
-the nodes and calls what the names below stand for, nothing else. Not among them is what writes in place, draws random
-numbers, touches files, leaves torch, or makes a tensor from a size alone. How much a graph may compute, and which
-arguments of an allowed function are safe, is the business of the backend that runs it.
+the nodes and calls what the names below stand for, nothing else. They don't include anything that writes in place,
+draws random numbers, touches files, leaves torch, or makes a tensor from a size alone. The backend that runs a graph
+decides how much it may compute, and which arguments of an allowed function are safe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _METRIC_NAME = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 
 _OPERATORS = "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor invert getitem"
 
-# Functions of torch, and methods of a tensor under the same names.
+# Functions of torch, and tensor methods with the same names.
 _BOTH = (
     "abs acos acosh add all amax amin any argmax argmin asin asinh atan atan2 atanh ceil chunk clamp clamp_max "
     "clamp_min clip clone cos cosh cummax cummin cumprod cumsum detach diff div divide eq erf erfc exp exp2 expm1 "
@@ -51,7 +51,7 @@ _FUNCTIONAL = (
     "kl_div l1_loss leaky_relu log_softmax logsigmoid margin_ranking_loss mse_loss normalize pad relu selu sigmoid "
     "silu smooth_l1_loss soft_margin_loss softmax softmin softplus softsign tanh"
 )
-# How torch.fx writes what it finds elsewhere than where it is documented: functions that are built in, among others.
+# How torch.fx writes objects whose module is not the documented one: built-in functions, among others.
 _ELSEWHERE = (
     "torch.functional.norm torch.functional.split torch._C._nn.softplus torch._C._nn.log_sigmoid torch._C._nn.gelu "
     "torch._C._linalg.linalg_vector_norm "
@@ -72,20 +72,20 @@ FUNCTIONS = frozenset(
     }
 )
 METHODS = frozenset({*_BOTH.split(), *_METHODS_ALONE.split()})
-# The last two are those of what `max(dim)`, `sort` and the like return.
+# The last two are the fields of what `max(dim)`, `sort` and the like return.
 ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT", "values", "indices"})
 DTYPES = frozenset(
     {"float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 )
 DEVICE = re.compile(r"(cpu|cuda|mps)(:[0-9]{1,3})?")
-"""A device, wherever the client had its tensors; it stands for the one on which the loss is computed."""
+"""The client's device, whatever it was; it stands for the one that the loss is computed on."""
 
-# What a text may be: a way of reducing, rounding, interpolating or padding, or a norm.
+# Allowed strings: ways of reducing, rounding, interpolating or padding, and norms.
 _REDUCTIONS = (
     "none mean sum batchmean floor trunc linear lower higher midpoint nearest constant replicate tanh fro"
 )
 _TEXTS = frozenset(_REDUCTIONS.split())
-# torch.fx writes them down even where they have their default; anything but that is refused.
+# torch.fx includes these even with their default values; any other value is refused.
 _KEYWORDS_REFUSED = frozenset({"out", "inplace", "generator", "requires_grad", "pin_memory", "sparse_grad"})
 
 

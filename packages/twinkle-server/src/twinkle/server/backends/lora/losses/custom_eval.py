@@ -1,7 +1,7 @@
 """Evaluates custom losses: goes through a graph's nodes and calls what their names stand for.
 
 Before a graph runs on inputs of new shapes it has a dry run on meta tensors (shapes without memory): one that would
-take much memory or work, or has shapes that don't fit, is refused before it does harm. If a mask picks values, only
+take much memory or work, or whose shapes don't fit, is refused before it does harm. If a mask picks values, only
 running it tells how many: such a graph has its dry run node by node, as it runs.
 """
 
@@ -24,11 +24,11 @@ from twinkle.protocol.messages import CustomLossNode
 from twinkle.server.backends.lora.losses.custom_check import DEVICE, FUNCTIONS, METHODS
 from twinkle.server.backends.protocol import CustomLoss
 
-# Values that one node may give, and that all of them together may read and give: for each value of the largest input,
-# and at least so many.
+# How many values one node may give, and all of them together may read and give: per value of the largest input, and
+# at least.
 _NODE_FACTOR, _NODE_VALUES = 16, 2**20
 _TOTAL_FACTOR, _TOTAL_VALUES = 256, 2**24
-# What a tensor costs however small it is, in values.
+# A tensor's fixed cost, in values.
 _TENSOR_VALUES = 256
 
 _MAX_DIMENSIONS = 16
@@ -41,7 +41,7 @@ Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...], str], ...]
 Inputs: TypeAlias = Mapping[str, Tensor]
 Result: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
-# Whether a mask picks values, by loss and shapes that have had their dry run. Networks of one pass run in threads.
+# Whether a mask picks values, for losses and shapes that had their dry run. Networks of one pass run in threads.
 _dry_runs: OrderedDict[tuple[str, Shapes], bool] = OrderedDict()
 _dry_runs_lock = threading.Lock()
 
@@ -49,8 +49,8 @@ _dry_runs_lock = threading.Lock()
 def run(loss: CustomLoss, logprobs: Tensor, inputs: Inputs) -> Result:
     """A custom loss of one row.
 
-    The gradient is taken at once, so that what the graph computed is let go of before the next row's, and what can't be
-    differentiated fails here.
+    The gradient is computed at once, so that the graph's tensors are freed before the next row's, and anything not
+    differentiable fails here.
 
     Args:
         logprobs: float32, [T] or [T, K].
@@ -95,7 +95,7 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _dry_run_once(loss: CustomLoss, values: Inputs) -> bool:
-    """Dry-run a loss unless it had one with these shapes. Returns whether a mask picks values in it."""
+    """Dry-run a loss unless it has had one with these shapes. Returns whether a mask picks values in it."""
     key = loss.loss_id, tuple((wanted.name, *_signature(values[wanted.name])) for wanted in loss.inputs)
     with _dry_runs_lock:
         if key in _dry_runs:
@@ -121,7 +121,7 @@ def _signature(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 def _node_by_node(values: Inputs) -> Callable[[_Call], Any]:
-    """Each node's dry run just before the node itself."""
+    """Dry-run each node just before running it."""
     budget = _Budget(values)
 
     def step(call: _Call) -> Any:
@@ -133,10 +133,10 @@ def _node_by_node(values: Inputs) -> Callable[[_Call], Any]:
 
 
 class _Budget:
-    """What the nodes of a graph may still cost, counted on meta tensors.
+    """What a graph's nodes may still cost, counted on meta tensors.
 
     Attributes:
-        picked: whether a mask has picked values, so that the shapes from there on are only an upper bound.
+        picked: whether a mask has picked values, so that shapes from there on are only an upper bound.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -188,7 +188,7 @@ class _Refused(Exception):
 # torch 2.6 and 2.7 raise the second as a plain RuntimeError.
 _SERVERS_TROUBLE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
-# What torch and Python say to a call that makes no sense; nothing else may come of a client's graph.
+# What torch and Python raise for a call that makes no sense; a client's graph may cause nothing else.
 _AT_FAULT = (
     _Refused,
     RuntimeError,
@@ -274,7 +274,7 @@ def _decode(value: Any, known: Mapping[str, Any], device: torch.device) -> Any:
     if isinstance(value, list):
         return [_decode(item, known, device) for item in cast("list[Any]", value)]
     if isinstance(value, str) and DEVICE.fullmatch(value):
-        return device  # wherever the client had it
+        return device  # whatever the client's was
     if not isinstance(value, dict):
         return value
     [(kind, content)] = cast("dict[str, Any]", value).items()
@@ -301,7 +301,7 @@ def _decode(value: Any, known: Mapping[str, Any], device: torch.device) -> Any:
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator on tensors and numbers alone: lists and texts can be multiplied too."""
+    """An operator on tensors and numbers alone: lists and strings could be multiplied too."""
 
     def call(*args: Any) -> Any:
         if any(not isinstance(arg, Tensor | int | float) for arg in args):
@@ -322,7 +322,7 @@ def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _power(base: Any, exponent: Any) -> Any:
     if isinstance(base, int) and isinstance(exponent, int):
-        return float(base) ** exponent  # as integers it could fill the memory
+        return float(base) ** exponent  # integers could fill the memory
     return operator.pow(base, exponent)
 
 
@@ -362,9 +362,9 @@ def _getitem(container: Any, index: Any) -> Any:
 
 
 def _plain_index(item: Any, sizes: torch.Size, device: torch.device) -> list[Any]:
-    """An index as torch takes it; `sizes` are those of the dimensions that it is for.
+    """An index as torch takes it; `sizes` are those of the indexed dimensions.
 
-    A GPU that is told to read beyond a tensor's end is lost for everyone, so indices are looked at before.
+    A GPU that reads beyond a tensor's end is lost for everyone, so indices are checked first.
     """
     if isinstance(item, list):
         if not all(isinstance(place, int) for place in cast("list[Any]", item)):
@@ -387,7 +387,7 @@ def _plain_index(item: Any, sizes: torch.Size, device: torch.device) -> list[Any
 
 
 def _places(mask: Tensor) -> list[Tensor]:
-    """Where a mask is true, by dimension; without memory that isn't known: then everywhere."""
+    """Where a mask is true, by dimension; on meta tensors that isn't known: then everywhere."""
     if mask.is_meta:
         return list(torch.empty((mask.ndim, mask.numel()), dtype=torch.int64, device="meta").unbind(0))
     return list(mask.nonzero(as_tuple=True))
@@ -417,7 +417,7 @@ def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def _divide(input: Tensor, other: Tensor | float, *, rounding_mode: str | None = None) -> Tensor:
-    # The least integer by -1, cut off, is a fault of the processor that ends the process.
+    # The least integer divided by -1 with truncation is a processor fault that ends the process.
     if rounding_mode == "trunc" and not any(_is_floating(value) for value in (input, other)):
         raise _Refused("rounding_mode='trunc' takes floating numbers; convert with .float()")
     return torch.div(input, other, rounding_mode=rounding_mode)
@@ -428,7 +428,7 @@ def _is_floating(value: object) -> bool:
 
 
 def _view(self: Tensor, *shape: Any) -> Tensor:
-    # As another dtype the same memory may be no valid value of it.
+    # In another dtype the same memory may not be a valid value.
     if any(isinstance(size, torch.dtype) for size in shape):
         raise _Refused("view takes a shape; to convert to another dtype there is .to()")
     return self.view(*shape)
@@ -442,7 +442,7 @@ def _diff(input: Tensor, n: int = 1, dim: int = -1, *args: Tensor, **kwargs: Ten
 
 def _quantile(input: Tensor, q: float, *args: Any, **kwargs: Any) -> Tensor:
     if not isinstance(cast(object, q), float | int):
-        raise _Refused("q must be one number")  # of a tensor, a GPU doesn't see whether it is between 0 and 1
+        raise _Refused("q must be one number")  # a GPU doesn't check that a tensor is between 0 and 1
     return torch.quantile(input, q, *args, **kwargs)
 
 
@@ -474,7 +474,7 @@ def _check_pieces(pieces: int) -> None:
 
 
 def _binary_cross_entropy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # A GPU that is given anything else is lost for everyone.
+    # Values outside [0, 1] make a GPU unusable for everyone.
     if not input.is_meta and not bool(((input >= 0) & (input <= 1)).all()):
         raise _Refused("all elements of its input must be between 0 and 1")
     return torch.nn.functional.binary_cross_entropy(input, *args, **kwargs)
@@ -493,7 +493,7 @@ def _not_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---------------------------------------------------------------- the tables
 
-# Functions of torch, and methods of tensors, that are not called as they are.
+# Functions of torch and tensor methods that are not called directly.
 _CAREFUL: dict[str, Callable[..., Any]] = {
     "chunk": _chunk,
     "diff": _diff,

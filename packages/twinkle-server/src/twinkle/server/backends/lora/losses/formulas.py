@@ -1,5 +1,5 @@
-"""What each loss reads, the check of a row for it, and the losses in numpy with their gradients in closed form: how the
-fake backend computes, and what every other backend is compared with. The formulas and their sources are in `functions`.
+"""What each loss reads, the check of a row for it, and the losses in numpy with closed-form gradients: the fake backend
+computes with these, and every other backend is compared with them. Formulas and sources are in `functions`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _importance_sampling(logprobs: Floats, inputs: Inputs, _config: Config) -> t
 
 
 def _clipped(ratio: Floats, inputs: Inputs, config: Config) -> tuple[float, Floats]:
-    """The derivative of a ratio is the ratio itself; where the clipped term is the smaller one there is none."""
+    """The derivative of a ratio is the ratio itself; it is 0 where the clipped term is the smaller one."""
     advantages = inputs["advantages"]
     bounded = np.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
     is_plain = ratio * advantages <= bounded * advantages
@@ -80,7 +80,7 @@ def _thresholds(low: float, high: float) -> dict[str, float]:
     return {"clip_low_threshold": low, "clip_high_threshold": high}
 
 
-# Default thresholds of ppo and cispo are Tinker's, those of gspo its paper's (section 5.1).
+# Default thresholds of ppo and cispo are Tinker's, those of gspo are from its paper (section 5.1).
 LOSS_SPECS: dict[str, LossSpec] = {
     "cross_entropy": LossSpec(("weights",), max_rank=2),
     "importance_sampling": LossSpec(_SAMPLED),
@@ -92,7 +92,7 @@ LOSS_SPECS: dict[str, LossSpec] = {
 
 
 def check_row(row: Row, vocab_size: int) -> None:
-    """Whether a row can be computed: every backend checks all rows before it begins a pass.
+    """Check that a row can be computed: every backend checks all rows before it begins a pass.
 
     Raises:
         InvalidRequest: naming what is not possible.

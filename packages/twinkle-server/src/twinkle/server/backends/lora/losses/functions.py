@@ -1,11 +1,11 @@
-"""The losses, as pure functions of log-probabilities. To add one: write the function, name it in `LOSSES`, and say what
-it reads in `formulas`, beside its closed form.
+"""The losses, as pure functions of log-probabilities. To add one: write the function, name it in `LOSSES`, and add what
+it reads to `formulas`, with its closed form.
 
-A row's loss is a sum over its tokens, and is minimised; a function gives the terms of the sum, of all rows at once, and
-leaves it to the caller to add up those that are a row's own. Tensors are float32 [rows, tokens, k], k being 1 but where
-the loss takes several candidates at each position, on the device of the computation; rows are padded at the right, with
-inputs of zero. In the formulas `logprobs` are those of the policy that is trained, `inputs["logprobs"]` (q below) those
-under which the tokens were sampled, and ratio = exp(logprobs - q).
+A row's loss is a sum over its tokens, and is minimised; a function gives the terms of the sum for all rows at once, and
+the caller adds up each row's own. Tensors are float32 [rows, tokens, k] on the computing device, with k = 1 unless the
+loss takes several candidates per position; rows are padded at the right, with zero inputs. In the formulas `logprobs`
+are those of the policy being trained, `inputs["logprobs"]` (q below) those under which the tokens were sampled, and
+ratio = exp(logprobs - q).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# exp of it is finite in float32, so that a token with an advantage of 0 can't turn the loss into 0 x infinity.
+# exp of it is finite in float32, so that a token with an advantage of 0 can't make the loss 0 x infinity.
 _MAX_LOG_RATIO = 80.0
 
 LossConfig: TypeAlias = Mapping[str, float]

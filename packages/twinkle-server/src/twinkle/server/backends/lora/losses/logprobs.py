@@ -1,8 +1,8 @@
 """Log-probabilities of target tokens from hidden states, without ever holding the logits of many tokens.
 
 The output head runs over a few positions of all rows at a time. A training pass keeps a bounded number of logits for
-its backward pass; where there would be more, each chunk is computed again when its gradient is due, so that only one
-chunk's logits are alive at any moment.
+its backward pass; if there would be more, each chunk is computed again for its gradient, so that only one chunk's
+logits are in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits that are alive at a time: 64 MiB in float32.
+# Logits in memory at a time: 64 MiB in float32.
 MAX_CHUNK_LOGITS = 2**24
-# On a CPU a chunk does better with little more than the cache holds, but a product wants some tokens to work on.
+# On a CPU a chunk should be little larger than the cache, but a product needs some tokens to be efficient.
 _CPU_CHUNK_LOGITS = 2**20
 _CPU_CHUNK_TOKENS = 128
 
@@ -62,7 +62,7 @@ def _logprobs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor)
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """Log-softmax of logits [..., vocabulary] at targets [..., k]. The gradient takes the place of the logits.
+    """Log-softmax of logits [..., vocabulary] at targets [..., k]. The gradient overwrites the logits.
 
     d logprob[t] / d logit[v] = (t == v) - softmax(logits)[v]
     """

@@ -1,5 +1,5 @@
-"""Rows as tensors and back: padded inputs, the rows' losses, each row's result. What a pass computes between them is
-its own business.
+"""Rows as tensors and back: padded inputs, the rows' losses, each row's result. How a pass computes log-probabilities
+in between is its own business.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class RowLosses:
     metrics: list[Metrics]
 
     def to_minimise(self, rows: Sequence[Row]) -> Tensor:
-        """The sum, a scalar, over the rows that are trained on; 0 if there are none."""
+        """The sum over the rows that are trained on, a scalar; 0 if there are none."""
         trained = [i for i, row in enumerate(rows) if not row.forward_only]
         return self.values.sum() if len(trained) == len(rows) else self.values[trained].sum()
 
 
 def row_losses(rows: Sequence[Row], logprobs: Tensor) -> RowLosses:
-    """Each row's loss; `logprobs` is [rows, tokens, k]. Rows of like loss and parameters are computed at once."""
+    """Each row's loss; `logprobs` is [rows, tokens, k]. Rows with the same loss and parameters are computed at once."""
     groups: dict[object, list[int]] = {}
     for i, row in enumerate(rows):
         alike = i if row.custom_loss is not None else (row.loss_fn, *sorted(row.loss_config.items()))
@@ -60,7 +60,7 @@ def row_losses(rows: Sequence[Row], logprobs: Tensor) -> RowLosses:
 
 
 def _losses_alike(rows: Sequence[Row], logprobs: Tensor) -> Tensor:
-    """float32 [rows], of rows with one loss and one set of parameters."""
+    """float32 [rows], for rows with one loss and one set of parameters."""
     first, device = rows[0], logprobs.device
     spec = LOSS_SPECS[first.loss_fn]
     tokens, k = logprobs.shape[1:]
@@ -113,12 +113,12 @@ def _width(array: Array) -> int:
 
 
 def row_results(rows: Sequence[Row], logprobs: Tensor, losses: RowLosses) -> list[RowResult]:
-    """What is told of the rows, on the host; `logprobs` is [rows, tokens, k]."""
+    """The rows' results, on the host; `logprobs` is [rows, tokens, k]."""
     host_logprobs = logprobs.detach().cpu().numpy()
     scalars = [scalar.detach() for metrics in losses.metrics for scalar in metrics.values()]
     values = losses.values.detach()
     together = torch.cat((values, torch.stack(scalars))) if scalars else values
-    numbers = cast("list[float]", together.tolist())  # one transfer for all of them
+    numbers = cast("list[float]", together.tolist())  # one transfer for all
     of_metrics = iter(numbers[len(rows) :])
     results: list[RowResult] = []
     for i, (row, metrics) in enumerate(zip(rows, losses.metrics, strict=True)):
