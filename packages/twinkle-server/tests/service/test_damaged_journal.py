@@ -208,11 +208,12 @@ async def test_an_older_copy_serves_if_the_newest_is_damaged(server: Server):
     server.seconds = AT_ONCE
     alice = await server.start()
     await train(alice, runs[0], 2 * STEPS + 1)
-    while stored(alice, runs[0]) < 2 * STEPS + 2:
+    folder = server.directory / "runs" / runs[0]
+    newest = folder / f"{2 * STEPS + 2}.safetensors"
+    while list(folder.glob("*.safetensors")) != [newest]:  # the older one is deleted behind it
         await asyncio.sleep(0.005)
     server.kill()
     await asyncio.sleep(0)
-    [newest] = (server.directory / "runs" / runs[0]).glob("*.safetensors")
     whole = newest.read_bytes()
     damaged = bytearray(whole)
     damaged[-3] ^= 0x40
