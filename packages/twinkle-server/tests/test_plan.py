@@ -175,3 +175,19 @@ def test_what_is_no_safetensors_file_is_named(model: str, monkeypatch: pytest.Mo
         (Path(model) / "model.safetensors").write_bytes(content)
         with pytest.raises(InvalidRequest, match=r"model\.safetensors: not a safetensors file .* download"):
             plan.describe()
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_plan_says_what_each_rank_holds(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 4)
+    header = b'{"w": {"dtype": "F32", "shape": [1000, 500], "data_offsets": [0, 2000000]}}'
+    (Path(model) / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    settings = config(model, use_megatron=True, tensor_parallel_size=2)
+    _, _, *rows = make_plan(settings).describe()
+    assert [" ".join(row.split()) for row in rows] == [
+        # Half of a million bytes in bfloat16, and rank 0's sampler the whole once more.
+        "0 this machine GPU a part of one of 2 copies, transformers sampler 1.5 MB",
+        *(f"{rank} this machine GPU a part of one of 2 copies 0.5 MB" for rank in (1, 2, 3)),
+    ]
+    *_, row = make_plan(config(model, data_parallel_size=1)).describe()
+    assert " ".join(row.split()) == "0 this machine GPU the model, transformers sampler 1.0 MB"

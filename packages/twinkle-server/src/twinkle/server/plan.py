@@ -62,11 +62,15 @@ class Plan:
     def describe(self) -> list[str]:
         """What is started where, a line for each rank, in columns."""
         model = self.model
-        copies, of_copy = model.data_parallel_size, self.num_ranks // model.data_parallel_size
+        copies = model.data_parallel_size
         whole = weight_bytes(model.path, model.torch_dtype)
-        table = [("RANK", "NODE", "DEVICE", "HOLDS", "WEIGHTS")]
+        # About: stages differ by embedding and head, and routed experts may be spread further than the rest.
+        table = [("RANK", "NODE", "DEVICE", "HOLDS", "WEIGHTS, ABOUT")]
         for rank in range(self.num_ranks):
-            holds = f"copy {rank + 1} of {copies}" if of_copy == 1 else f"1/{of_copy} of {copies} x the model"
+            if copies == self.num_ranks:
+                holds = "the model" if copies == 1 else f"copy {rank + 1} of {copies}"
+            else:
+                holds = "a part of the model" if copies == 1 else f"a part of one of {copies} copies"
             # A sampler shares the weights of a whole copy, and has its own beside a part.
             weights = whole // (model.tensor_parallel_size * model.pipeline_parallel_size)
             if (sampler := self.sampler_of(rank)) is not None:
