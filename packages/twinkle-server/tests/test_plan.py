@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server import local
 from twinkle.server import plan as planning
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.config import ServerConfig, parse_config
@@ -191,3 +192,17 @@ def test_the_plan_says_what_each_rank_holds(model: str, monkeypatch: pytest.Monk
     ]
     *_, row = make_plan(config(model, data_parallel_size=1)).describe()
     assert " ".join(row.split()) == "0 this machine GPU the model, transformers sampler 1.0 MB"
+
+
+def test_local_mode_takes_one_gpu_of_several(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 4)
+    asked: list[ModelConfig] = []
+
+    def load(config: ModelConfig, *_names: str) -> None:
+        asked.append(config)
+        raise InvalidRequest("there is none really")
+
+    monkeypatch.setattr(local, "build_worker", load)
+    with pytest.raises(InvalidRequest, match="none really"):
+        ServiceClient(config(model)).create_lora_training_client(model)
+    assert [(found.num_ranks, found.device) for found in asked] == [(1, "cuda")]
