@@ -132,7 +132,8 @@ async def test_an_error_that_nobody_looks_at_is_not_logged(
     assert waiting.done()
     del waiting
     gc.collect()
-    assert caplog.text == ""
+    # Other libraries' threads may log in the same process; asyncio is who tells of errors that nobody looked at.
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_one_who_gives_up_on_a_call_disturbs_no_other(address: Address, target: Target):

@@ -142,6 +142,7 @@ def make_plan(config: ServerConfig) -> Plan:
         pipeline_parallel_size=config.model.pipeline_parallel_size,
         expert_parallel_size=config.model.expert_parallel_size,
         sequence_parallel=config.model.sequence_parallel,
+        max_sampler_adapters=config.sampler.max_resident_adapters,
     )
     model = replace(one_copy, data_parallel_size=_num_copies(config, one_copy.num_ranks, gpus))
     return Plan(config, model, backend, config.sampler.engine, gpus_per_rank=1 if has_gpu else 0)

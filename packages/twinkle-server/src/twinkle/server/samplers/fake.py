@@ -32,7 +32,7 @@ class FakeEngine:
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
+    def create(cls, config: ModelConfig, backend: TrainingBackend | None) -> Self:
         return cls()
 
     def resident_adapters(self) -> list[str]:

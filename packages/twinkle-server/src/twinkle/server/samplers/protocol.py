@@ -54,8 +54,13 @@ class SamplingEngine(Protocol):
     """One base model, many resident adapters, one running batch."""
 
     @classmethod
-    def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
-        """An engine for the base model of `config`, sharing its weights with `backend` if possible."""
+    def create(cls, config: ModelConfig, backend: TrainingBackend | None) -> Self:
+        """An engine for the base model of `config`.
+
+        Args:
+            backend: trains in the same process; its weights are shared if possible. None where nothing does: then
+                `config`'s parallel sizes are the engine's own.
+        """
         ...
 
     def add_adapter(self, adapter_id: str, state: AdapterState) -> None:

@@ -108,7 +108,7 @@ class TransformersEngine:
         return make_batch(self._runner, self._limits, MAX_PREFIX_CACHE_TOKENS, context)
 
     @classmethod
-    def create(cls, config: ModelConfig, backend: TrainingBackend) -> Self:
+    def create(cls, config: ModelConfig, backend: TrainingBackend | None) -> Self:
         if isinstance(backend, TransformersBackend):
             return cls(backend.loaded, config)
         # However many ranks train it, the sampling model is whole, on this rank's device.
