@@ -97,12 +97,14 @@ def write_config(
     layout: Mapping[str, int] | None = None,
     replicas: int = 1,
     model_extra: str = "",
+    sampler: str = "",
 ) -> Path:
     """The mission's flat configuration, on loopback and in a directory of the test's own.
 
     Args:
         extra: lines at the end, beginning in the section `storage`.
         model_extra: lines of the section `model`.
+        sampler: that section, in YAML's flow style.
         replicas: processes that answer HTTP.
         layout: ranks (`tensor_parallel_size` and the like), with Megatron unless each holds the whole model.
     """
@@ -114,6 +116,7 @@ def write_config(
         f"{spread}{model_extra}  torch_dtype: float32\n"
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
         f"ray:\n  num_gpus: 0\n"
+        f"{f'sampler: {sampler}' if sampler else ''}\n"
         f"storage:\n  root: {directory / 'storage'}\n{extra}",
         encoding="utf-8",
     )

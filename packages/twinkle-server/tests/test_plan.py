@@ -8,7 +8,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import local
 from twinkle.server import plan as planning
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
-from twinkle.server.config import ServerConfig, parse_config
+from twinkle.server.config import SamplerSection, ServerConfig, parse_config
 from twinkle.server.engine.worker import build_worker
 from twinkle.server.local import ServiceClient
 from twinkle.server.plan import make_plan
@@ -77,7 +77,7 @@ def test_fewer_gpus_than_ranks_is_an_error_and_none_is_the_cpu(model: str, monke
         make_plan(settings)
     monkeypatch.setattr(planning, "num_gpus", lambda _config: 0)
     plan = make_plan(settings)
-    assert plan.model.device == "cpu" and plan.bundles == [{"CPU": 1.0}] * 4
+    assert plan.model.device == "cpu" and plan.bundles == [{"CPU": 1.0}] * (4 + 1), "and a sampler"
 
 
 @pytest.mark.usefixtures("megatron")
@@ -92,7 +92,8 @@ def test_local_mode_is_one_process(model: str, monkeypatch: pytest.MonkeyPatch):
 async def test_a_rank_without_a_sampler_trains_alone():
     worker = build_worker(ModelConfig(Path("fake"), tensor_parallel_size=2, rank=1), "fake", None)
     await worker.add_adapter("a", AdapterSpec(rank=1))
-    with pytest.raises(AssertionError, match="a rank without a sampler"):
+    assert worker.samplers == "nowhere"
+    with pytest.raises(InvalidRequest, match="no samplers"):
         await worker.remove_sampler_adapter("none")
     await worker.close()
 
@@ -130,7 +131,8 @@ def test_copies_are_what_trainer_parallelism_leaves_room_for(model: str, monkeyp
     with_gpus(monkeypatch, 8)
     plan = make_plan(config(model, use_megatron=True, tensor_parallel_size=2, pipeline_parallel_size=2))
     assert (plan.model.data_parallel_size, plan.num_ranks, plan.shares_rows) == (2, 8, False)
-    assert [plan.sampler_of(rank) for rank in range(3)] == ["transformers", None, None]
+    assert plan.samplers is None and plan.sampler_of(0) is None, "a rank never holds the model once more"
+    assert "It only trains: the trainer takes all GPUs" in plan.describe()[-1]
 
 
 def test_more_gpus_than_there_are_is_an_error_with_two_ways_out(model: str, monkeypatch: pytest.MonkeyPatch):
@@ -185,10 +187,17 @@ def test_the_plan_says_what_each_rank_holds(model: str, monkeypatch: pytest.Monk
     (Path(model) / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     settings = config(model, use_megatron=True, tensor_parallel_size=2)
     _, _, *rows = make_plan(settings).describe()
+    # Half of a million bytes in bfloat16.
+    parts = [f"{rank} this machine GPU a part of one of 2 copies 0.5 MB" for rank in range(4)]
+    assert [" ".join(row.split()) for row in rows[:-1]] == parts
+    apart = settings.model_copy(update={"sampler": SamplerSection(num_gpus=2)})
+    _, _, *rows = make_plan(apart).describe()
     assert [" ".join(row.split()) for row in rows] == [
-        # Half of a million bytes in bfloat16, and rank 0's sampler the whole once more.
-        "0 this machine GPU a part of one of 2 copies, transformers sampler 1.5 MB",
-        *(f"{rank} this machine GPU a part of one of 2 copies 0.5 MB" for rank in (1, 2, 3)),
+        *(f"{rank} this machine GPU a part of the model 0.5 MB" for rank in (0, 1)),
+        *(
+            f"sampler {number} this machine GPU the model, transformers sampler of its own 1.0 MB"
+            for number in (0, 1)
+        ),
     ]
     *_, row = make_plan(config(model, data_parallel_size=1)).describe()
     assert " ".join(row.split()) == "0 this machine GPU the model, transformers sampler 1.0 MB"
@@ -206,3 +215,80 @@ def test_local_mode_takes_one_gpu_of_several(model: str, monkeypatch: pytest.Mon
     with pytest.raises(InvalidRequest, match="none really"):
         ServiceClient(config(model)).create_lora_training_client(model)
     assert [(found.num_ranks, found.device) for found in asked] == [(1, "cuda")]
+
+
+# ---------------------------------------------------------------- samplers
+
+
+def sampling(settings: ServerConfig, **section: object) -> ServerConfig:
+    return settings.model_copy(update={"sampler": SamplerSection.model_validate(section)})
+
+
+def test_gpus_of_samplers_are_taken_from_all_and_the_rest_trains(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 8)
+    plan = make_plan(sampling(first_yaml(model), num_gpus=3))
+    assert plan.num_ranks == 1 and plan.samplers is not None and plan.samplers.processes == 3
+    assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 4 and plan.sampler_of(0) is None
+    plan = make_plan(sampling(config(model), replicas=2))
+    assert (plan.num_ranks, plan.bundles) == (6, [{"CPU": 1.0, "GPU": 1.0}] * 8)
+    (Path(model) / "python").touch()
+    elsewhere = {"engine": "vllm", "python": f"{model}/python", "tensor_parallel_size": 2}
+    plan = make_plan(sampling(config(model), **elsewhere, num_gpus=4))
+    assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 2
+    assert plan.samplers is not None and plan.samplers.model.tensor_parallel_size == 2
+    assert make_plan(sampling(config(model), **elsewhere)).bundles[-1] == {"CPU": 1.0, "GPU": 2.0}
+    plan = make_plan(sampling(config(model), engine="none"))
+    assert (plan.num_ranks, plan.samplers) == (8, None)
+    assert plan.describe()[-1] == "It only trains: sampler.engine is none."
+
+
+@pytest.mark.usefixtures("megatron")
+def test_on_a_cpu_a_spread_model_has_a_sampler_of_its_own(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 0)
+    plan = make_plan(config(model, use_megatron=True, pipeline_parallel_size=2))
+    assert plan.samplers is not None and (plan.samplers.processes, plan.samplers.gpus) == (1, 0)
+    assert plan.samplers.model.num_ranks == 1 and plan.bundles == [{"CPU": 1.0}] * 3
+    # As the mission's files are on four GPUs, so a file with samplers runs on a CPU.
+    monkeypatch.setenv("TWINKLE_DEVICE", "cpu")
+    plan = make_plan(sampling(first_yaml(model), num_gpus=3))
+    assert plan.samplers is not None and plan.bundles == [{"CPU": 1.0}] * 4
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"num_gpus": 4}, "its samplers take 4 GPUs, but 4 can be used here, and training needs some"),
+        ({"replicas": 9}, "its samplers take 9 GPUs"),
+        ({"num_gpus": 2, "replicas": 3}, r"num_gpus: 2, but sampler.replicas: 3 with 1 GPU each .* take 3"),
+        ({"tensor_parallel_size": 2}, "the transformers engine samples on one device"),
+        ({"engine": "none", "num_gpus": 1}, "sampler.engine: none starts no samplers"),
+        ({"engine": "nonesuch"}, "'nonesuch' is not installed"),
+        (
+            {"engine": "vllm", "python": "/nowhere/python"},
+            r"sampler.python: /nowhere/python is not there; make",
+        ),
+    ],
+)
+def test_samplers_that_do_not_fit_are_errors(
+    section: dict[str, object], said: str, model: str, monkeypatch: pytest.MonkeyPatch
+):
+    with_gpus(monkeypatch, 4)
+    with pytest.raises(InvalidRequest, match=said):
+        make_plan(sampling(first_yaml(model), **section))
+
+
+def test_gpus_for_samplers_where_there_are_none_or_too_few_for_a_layer(
+    model: str, monkeypatch: pytest.MonkeyPatch
+):
+    (Path(model) / "python").touch()
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(InvalidRequest, match=r"sampler.num_gpus: 2 of no GPUs"):
+        make_plan(sampling(config(model), num_gpus=2))
+    with_gpus(monkeypatch, 4)
+    odd = {"engine": "vllm", "python": f"{model}/python", "tensor_parallel_size": 2, "num_gpus": 3}
+    with pytest.raises(InvalidRequest, match="3 is not a multiple of sampler.tensor_parallel_size: 2"):
+        make_plan(sampling(config(model), **odd))
+    with pytest.raises(
+        InvalidRequest, match=r"data_parallel_size: 3 copies .* 4 can be used here, 2 of them by"
+    ):
+        make_plan(sampling(first_yaml(model, data_parallel_size=3), num_gpus=2))

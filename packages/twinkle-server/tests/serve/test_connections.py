@@ -280,4 +280,6 @@ async def test_nonsense_leaves_no_line_in_the_log(port: int, caplog: pytest.LogC
             writer.write(nonsense + b"Connection: upgrade\r\n\r\n")
             await asyncio.wait({asyncio.create_task(reader.read(10))}, timeout=1)
             writer.close()
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    # Threads of the SDK, left by other tests of the process, may warn that their servers are gone.
+    ours = [record for record in caplog.records if not record.name.startswith("tinker")]
+    assert [record for record in ours if record.levelno >= logging.WARNING] == []

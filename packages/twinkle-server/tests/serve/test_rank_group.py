@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from twinkle.server.backends.fake import FakeBackend
-from twinkle.server.backends.protocol import ModelConfig, Row, RowResult
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig, Row, RowResult
 from twinkle.server.config import ModelSection, ServerConfig
 from twinkle.server.plan import Plan
+from twinkle.server.sampler_plan import SamplerPlan
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.ranks import Incarnation, RankGroup
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
 
 Answer = Callable[[str, tuple[Any, ...]], Any]
+
+STATE = AdapterState(AdapterSpec(rank=1), [], {})
 
 
 class StandIn(Connection):
@@ -60,7 +63,7 @@ def group_of(*stand_ins: StandIn) -> RankGroup:
     config = ServerConfig(model=ModelSection(model_id="org/fake"))
     backend = FakeBackend(model)
     return RankGroup(
-        Plan(config, model, "transformers", "transformers", gpus_per_rank=0),
+        Plan(config, model, "transformers", SamplerPlan("transformers", 0, model, 0, None), gpus_per_rank=0),
         cast(Any, None),
         Incarnation(stand_ins, [], None),
         backend.info,
@@ -144,8 +147,8 @@ async def test_an_adapter_that_one_sampler_refuses_is_on_none():
 
     group = group_of(*(StandIn(answer_of(rank)) for rank in range(3)))
     with pytest.raises(MemoryError, match="no room"):
-        await group.publish("run", "published")
+        await group.publish("run", "published", STATE)
     assert removed == [0, 2]
     answers[1] = None
-    await group.publish("run", "published")
+    await group.publish("run", "published", STATE)
     assert removed == [0, 2]

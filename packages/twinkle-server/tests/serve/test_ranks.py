@@ -24,6 +24,7 @@ from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig,
 from twinkle.server.config import ModelSection, ServerConfig
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.plan import Plan
+from twinkle.server.sampler_plan import SamplerPlan
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve.ranks import RankGroup
 
@@ -37,7 +38,8 @@ STEP = AdamStep("a", AdamParams(learning_rate=0.1))
 
 def plan(model: ModelConfig = CONFIG, backend: str = "fake", **timeouts: float) -> Plan:
     section = ModelSection.model_validate({"model_id": "org/fake", **timeouts})
-    return Plan(ServerConfig(model=section), model, backend, "fake", gpus_per_rank=0)
+    samplers = SamplerPlan("fake", 0, model, 0, None)
+    return Plan(ServerConfig(model=section), model, backend, samplers, gpus_per_rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
             for actor in actors_of(group)
         ]
     )
-    assert samples == [True, False]
+    assert samples == [True, True]
     meeting = await actors_of(group)[0].find_rendezvous.remote()
     path = Path(meeting.removeprefix("file://"))
     assert path.parent.stat().st_mode & 0o077 == 0 and not path.exists()
@@ -113,7 +115,7 @@ async def test_a_group_computes_like_one_survives_its_users_errors_and_is_starte
         await group.add_adapter("a", AdapterSpec(rank=2))
     with pytest.raises(InvalidRequest, match="rank"):
         await group.add_adapter("b", AdapterSpec(rank=1000))
-    await group.publish("a", "published")
+    await group.publish("a", "published", await group.export_adapter("a", with_optimizer=False))
     request = GenerateRequest("alice", "published", TOKENS, SamplingParams(max_tokens=2))
     assert len((await group.generate(request)).sequences) == 1
 

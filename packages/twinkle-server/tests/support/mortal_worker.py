@@ -13,7 +13,7 @@ from twinkle.protocol.errors import ServerFault
 from twinkle.server.app import build_parts
 from twinkle.server.backends.fake import FakeBackend
 from twinkle.server.backends.protocol import AdamStep, AdapterState, ModelConfig, Row
-from twinkle.server.engine.worker import LocalWorker, Trained, WorkerLost
+from twinkle.server.engine.worker import LocalSampler, LocalWorker, Trained, WorkerLost
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.service.service import Service
@@ -73,7 +73,7 @@ class MortalWorker(LocalWorker):
             raise self.restart_fails
         self.restarts += 1
         self._backend = FakeBackend(ModelConfig(Path("fake")))
-        self._sampler_or_none = FakeEngine()
+        self._sampler_or_none = LocalSampler(FakeEngine())
         self._loss = asyncio.get_running_loop().create_future()
         self._back.set()
 

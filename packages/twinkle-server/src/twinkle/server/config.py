@@ -130,7 +130,20 @@ class SamplerSection(_Section):
     """How tokens are generated."""
 
     engine: str = "transformers"
-    """Name of a sampling engine."""
+    """Name of a sampling engine: transformers, vllm (needs `pip install 'twinkle-server[vllm]'`, here or in the
+    environment of `python`), or one that another package brings. none: a server that only trains."""
+    num_gpus: int | None = Field(default=None, ge=0)
+    """GPUs, out of `ray.num_gpus`, for samplers of their own: processes that draw samples while the others train.
+    Default: none, and each copy of the model samples beside its training; but vllm, which can't, gets as many as
+    `replicas` needs."""
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Samplers of their own, with the whole model each. auto: as many as `num_gpus` is enough for; none where the
+    model's copies sample, and one where they can't (vllm, or a model that is spread over ranks, on a CPU)."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share each layer of a sampler (vllm)."""
+    python: Path | None = None
+    """Python of the environment that samplers of their own run in, where their engine needs other versions of the
+    libraries than the trainer. It needs twinkle-server too, and the same version of Ray and of Python."""
     max_resident_adapters: int = Field(default=64, ge=1)
     """Adapters kept in the sampler; others are read from their checkpoints when they are asked for."""
 

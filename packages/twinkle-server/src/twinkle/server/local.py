@@ -24,6 +24,7 @@ from twinkle.server.app import build_service
 from twinkle.server.config import LimitsSection, ModelSection, ServerConfig, load_config
 from twinkle.server.engine.worker import WorkerPort, build_worker
 from twinkle.server.plan import Plan, make_plan
+from twinkle.server.sampler_plan import NO_ENGINE
 from twinkle.server.service.service import Service
 from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.service import ServiceClientBase
@@ -107,13 +108,14 @@ class LocalChannel:
             if config.model.data_parallel_size == "auto":
                 one_copy = config.model.model_copy(update={"data_parallel_size": 1})
                 config = config.model_copy(update={"model": one_copy})
+            engine = None if config.sampler.engine == NO_ENGINE else config.sampler.engine
             plan = make_plan(config)
             if plan.num_ranks > 1:
                 raise InvalidRequest(
                     f"model: these settings make {plan.num_ranks} ranks, each a process of its own, and local mode is "
                     "one process; start a server (twinkle-server launch)"
                 )
-            worker = build_worker(plan.model, plan.backend, plan.sampler)
+            worker = build_worker(plan.model, plan.backend, engine)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="twinkle-local", daemon=True)
             self._thread.start()

@@ -14,6 +14,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import ServerConfig
+from twinkle.server.sampler_plan import NO_ENGINE, SamplerPlan, plan_samplers
 
 # Many repositories also hold the weights in other formats.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -30,14 +31,15 @@ class Plan:
     """The configuration together with the devices and files found on this machine.
 
     Attributes:
-        backend, sampler: names of entry points.
+        backend: name of an entry point.
+        samplers: None for a server that only trains.
         gpus_per_rank: 0 means CPU.
     """
 
     config: ServerConfig
     model: ModelConfig
     backend: str
-    sampler: str
+    samplers: SamplerPlan | None
     gpus_per_rank: int
 
     @property
@@ -51,13 +53,11 @@ class Plan:
 
     @property
     def sampler_ranks(self) -> range:
-        """Those that sample beside training: a whole copy of the model shares it with a sampler. Where the model is
-        spread over ranks, rank 0 holds it once more for that.
-        """
-        return range(self.num_ranks if self.shares_rows else 1)
+        """Those that sample beside training: a whole copy of the model shares it with a sampler."""
+        return range(self.num_ranks if self.samplers and not self.samplers.processes else 0)
 
     def sampler_of(self, rank: int) -> str | None:
-        return self.sampler if rank in self.sampler_ranks else None
+        return self.samplers.engine if self.samplers and rank in self.sampler_ranks else None
 
     def describe(self) -> list[str]:
         """What is started where, a line for each rank, in columns."""
@@ -71,17 +71,31 @@ class Plan:
                 holds = "the model" if copies == 1 else f"copy {rank + 1} of {copies}"
             else:
                 holds = "a part of the model" if copies == 1 else f"a part of one of {copies} copies"
-            # A sampler shares the weights of a whole copy, and has its own beside a part.
             weights = whole // (model.tensor_parallel_size * model.pipeline_parallel_size)
             if (sampler := self.sampler_of(rank)) is not None:
-                holds += f", {sampler} sampler"
-                weights += 0 if self.backend == "transformers" else whole
+                holds += f", {sampler} sampler"  # it shares the weights
             device = "GPU" if self.gpus_per_rank else "CPU"
-            size = f"{weights / 1e9:.1f} GB" if weights >= 1e8 else f"{weights / 1e6:.1f} MB"
-            table.append((str(rank), "this machine", device, holds, size))
+            table.append((str(rank), "this machine", device, holds, _in_bytes(weights)))
+        if self.samplers is not None:
+            gpus = self.samplers.gpus
+            device = ("GPU" if gpus == 1 else f"{gpus} GPUs") if gpus else "CPU"
+            for number in range(self.samplers.processes):
+                holds = f"the model, {self.samplers.engine} sampler of its own"
+                table.append((f"sampler {number}", "this machine", device, holds, _in_bytes(whole)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         head = f"{model.path} in {model.torch_dtype}, {self.backend} backend:"
-        return [head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        lines = [head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        return lines if self.samplers else [*lines, f"It only trains: {self.why_no_samples}."]
+
+    @property
+    def why_no_samples(self) -> str:
+        """For a server that only trains."""
+        if self.config.sampler.engine == NO_ENGINE:
+            return "sampler.engine is none"
+        return (
+            "the trainer takes all GPUs, and none of them holds the whole model; with sampler.num_gpus, some are for "
+            "samplers"
+        )
 
     @property
     def call_timeout_seconds(self) -> float | None:
@@ -91,11 +105,19 @@ class Plan:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Ray resources of each rank."""
-        rank: dict[str, float] = {"CPU": 1.0}
-        if self.gpus_per_rank:
-            rank["GPU"] = float(self.gpus_per_rank)
-        return [rank] * self.num_ranks
+        """Ray resources of each rank, and then of each sampler of its own."""
+        ranks = [_bundle(self.gpus_per_rank)] * self.num_ranks
+        if self.samplers is None:
+            return ranks
+        return ranks + [_bundle(self.samplers.gpus)] * self.samplers.processes
+
+
+def _bundle(gpus: int) -> dict[str, float]:
+    return {"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})
+
+
+def _in_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def weight_bytes(model: Path, dtype: str) -> int:
@@ -128,7 +150,6 @@ def make_plan(config: ServerConfig) -> Plan:
     backend = "megatron" if config.model.use_megatron else "transformers"
     _check_parallelism(config)
     plugins.look_up(plugins.TRAINING_BACKENDS, backend)
-    plugins.look_up(plugins.SAMPLING_ENGINES, config.sampler.engine)
     path = resolve(config.model.model_id, kind="model", allow_patterns=MODEL_FILES)
     gpus = num_gpus(config)
     has_gpu = gpus > 0
@@ -144,8 +165,17 @@ def make_plan(config: ServerConfig) -> Plan:
         sequence_parallel=config.model.sequence_parallel,
         max_sampler_adapters=config.sampler.max_resident_adapters,
     )
-    model = replace(one_copy, data_parallel_size=_num_copies(config, one_copy.num_ranks, gpus))
-    return Plan(config, model, backend, config.sampler.engine, gpus_per_rank=1 if has_gpu else 0)
+    samplers = plan_samplers(config, one_copy, backend, gpus, is_cpu_forced=_is_cpu_forced())
+    for_samplers = samplers.all_gpus if samplers else 0
+    if has_gpu and gpus <= for_samplers:
+        raise InvalidRequest(
+            f"sampler: its samplers take {for_samplers} GPUs, but {gpus} can be used here, and training needs some; "
+            "lower sampler.num_gpus or replicas, raise ray.num_gpus if there are more, or set ray.num_gpus: 0 to "
+            "compute on the CPU"
+        )
+    copies = _num_copies(config, one_copy.num_ranks, gpus, for_samplers)
+    model = replace(one_copy, data_parallel_size=copies)
+    return Plan(config, model, backend, samplers, gpus_per_rank=1 if has_gpu else 0)
 
 
 def _check_parallelism(config: ServerConfig) -> None:
@@ -164,22 +194,27 @@ def _check_parallelism(config: ServerConfig) -> None:
         )
 
 
-def _num_copies(config: ServerConfig, ranks: int, gpus: int) -> int:
+def _num_copies(config: ServerConfig, ranks: int, all_gpus: int, for_samplers: int) -> int:
     """
     Args:
         ranks: of one copy of the model.
-        gpus: 0 is the CPU.
+        all_gpus: 0 is the CPU.
+        for_samplers: how many of them samplers of their own take.
 
     Raises:
         InvalidRequest: if they don't fit the GPUs, or leave some idle that were asked for.
     """
     wanted = config.model.data_parallel_size
-    if not gpus:
+    if not all_gpus:
         return 1 if wanted == "auto" else wanted
+    gpus = all_gpus - for_samplers
+    left = f"{gpus} can be used here"
+    if for_samplers:
+        left = f"{all_gpus} can be used here, {for_samplers} of them by samplers"
     if gpus < ranks:
         raise InvalidRequest(
             f"model.tensor_parallel_size, pipeline_parallel_size, expert_parallel_size: they make {ranks} ranks, which "
-            f"take a GPU each, but {gpus} can be used here; lower them, raise ray.num_gpus if there are more, or set "
+            f"take a GPU each, but {left}; lower them, raise ray.num_gpus if there are more, or set "
             "ray.num_gpus: 0 to compute on the CPU"
         )
     copies = gpus // ranks if wanted == "auto" else wanted
@@ -187,13 +222,13 @@ def _num_copies(config: ServerConfig, ranks: int, gpus: int) -> int:
     if used > gpus:
         raise InvalidRequest(
             f"model.data_parallel_size: {copies} copies of the model, of {ranks} ranks each, take {used} GPUs, but "
-            f"{gpus} can be used here; lower it, raise ray.num_gpus if there are more, or set ray.num_gpus: 0 to "
-            "compute on the CPU"
+            f"{left}; lower it, raise ray.num_gpus if there are more, or set ray.num_gpus: 0 to compute on the CPU"
         )
     if used < gpus and config.ray.num_gpus is not None:
         raise InvalidRequest(
-            f"ray.num_gpus: {gpus} GPUs are to be used, but model.data_parallel_size: {wanted} with {ranks} ranks for "
-            f"each copy of the model uses {used}; set ray.num_gpus: {used}, or sizes whose product is {gpus}"
+            f"ray.num_gpus: {all_gpus} GPUs are to be used, but model.data_parallel_size: {wanted} with {ranks} ranks "
+            f"for each copy of the model uses {used}{f', and samplers {for_samplers}' * bool(for_samplers)}; set "
+            f"ray.num_gpus: {used + for_samplers}, or sizes whose product is {gpus}"
         )
     return copies
 
@@ -204,12 +239,8 @@ def num_gpus(config: ServerConfig) -> int:
     Raises:
         InvalidRequest: if there are fewer than that.
     """
-    device, asked = os.environ.get("TWINKLE_DEVICE"), config.ray.num_gpus
-    if device not in (None, "", "cpu"):
-        raise InvalidRequest(
-            f"TWINKLE_DEVICE: {device!r} in the environment is not known; use 'cpu', or none"
-        )
-    if asked == 0 or device == "cpu":
+    asked = config.ray.num_gpus
+    if _is_cpu_forced() or asked == 0:
         return 0
     found = _found_gpus()
     if asked is not None and asked > found:
@@ -218,6 +249,19 @@ def num_gpus(config: ServerConfig) -> int:
             "there are, or compute on the CPU: with ray.num_gpus: 0, or TWINKLE_DEVICE=cpu in the environment"
         )
     return found if asked is None else asked
+
+
+def _is_cpu_forced() -> bool:
+    """
+    Raises:
+        InvalidRequest: if the environment names another device.
+    """
+    device = os.environ.get("TWINKLE_DEVICE")
+    if device not in (None, "", "cpu"):
+        raise InvalidRequest(
+            f"TWINKLE_DEVICE: {device!r} in the environment is not known; use 'cpu', or none"
+        )
+    return device == "cpu"
 
 
 def _found_gpus() -> int:

@@ -177,7 +177,7 @@ class AdapterJobs:
         save = self._description(job, uri, request)
         sampler_id = f"{save.session_id}:sample:{request.sampling_session_seq_id}"
         state = await self._export(job.run, with_optimizer=False)
-        await self._sampler_adapters.publish(job.run.run_id, str(uri))
+        await self._sampler_adapters.publish(job.run.run_id, str(uri), state)
 
         async def write_and_release() -> None:
             try:

@@ -34,7 +34,7 @@ async def recover(
         try:
             await worker.restart()
             residency.worker_lost()
-            sampler_adapters.forget_all()
+            sampler_adapters.worker_restarted()
             await warm_up(worker)
             break
         except WorkerLost as again:

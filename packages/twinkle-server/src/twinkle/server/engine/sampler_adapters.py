@@ -44,12 +44,14 @@ class SamplerAdapters:
         finally:
             await self._unpin(key, adapter)
 
-    async def publish(self, run_id: str, key: str) -> None:
-        """Hand over a run's adapter in memory. It stays until `release`, and after that while there is room."""
+    async def publish(self, run_id: str, key: str, state: AdapterState) -> None:
+        """Hand over a run's adapter, whose export is `state`, in memory. It stays until `release`, and after that while
+        there is room.
+        """
         adapter = self._pin(key)
         try:
             async with adapter.lock:
-                await self._worker.publish(run_id, key)
+                await self._worker.publish(run_id, key, state)
                 adapter.loaded = True
         except BaseException:
             await self._unpin(key, adapter)
@@ -59,8 +61,10 @@ class SamplerAdapters:
         """The published adapter can be read from elsewhere now: it may be evicted."""
         await self._unpin(key, self._adapters[key])
 
-    def forget_all(self) -> None:
-        """The sampler was restarted without adapters: each is read when it is next used."""
+    def worker_restarted(self) -> None:
+        """Samplers beside training were restarted without adapters: each is read when it is next used."""
+        if self._worker.samplers != "beside training":
+            return
         for key, adapter in list(self._adapters.items()):
             adapter.loaded = False
             self._forget_if_gone(key, adapter)

@@ -11,7 +11,7 @@ from twinkle.server.samplers.protocol import GenerateRequest
 
 
 async def warm_up(worker: WorkerPort) -> float:
-    """Run training passes, an optimizer step and a sampled token on a temporary adapter.
+    """Run training passes, an optimizer step and a sampled token (if anything samples) on a temporary adapter.
 
     Returns:
         How long a pass with next to nothing to compute takes, in seconds.
@@ -31,9 +31,11 @@ async def warm_up(worker: WorkerPort) -> float:
         await worker.forward_backward([[row]])
         seconds = time.perf_counter() - began
         await worker.optim_step([AdamStep("warm-up", AdamParams())])
-        await worker.publish("warm-up", "warm-up")
-        await worker.generate(GenerateRequest("warm-up", "warm-up", tokens, SamplingParams(max_tokens=1)))
-        await worker.remove_sampler_adapter("warm-up")
+        if worker.samplers != "nowhere":
+            state = await worker.export_adapter("warm-up", with_optimizer=False)
+            await worker.publish("warm-up", "warm-up", state)
+            await worker.generate(GenerateRequest("warm-up", "warm-up", tokens, SamplingParams(max_tokens=1)))
+            await worker.remove_sampler_adapter("warm-up")
     finally:
         await worker.remove_adapter("warm-up")
     return seconds

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from twinkle.protocol.errors import ServerFault
+from twinkle.protocol.errors import InvalidRequest, ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server import plugins
 from twinkle.server.backends.protocol import (
@@ -35,6 +35,10 @@ R = TypeVar("R")
 # Results of a pass, and outcomes of the optimizer steps after it; None if the steps raised: the engine then calls
 # `optim_step` separately, which makes them or raises.
 Trained: TypeAlias = tuple[list[list[RowResult]], list[StepOutcome] | None]
+
+
+# Where samples are drawn: beside training, and lost with it; in processes of their own; or nowhere.
+SamplerPlace: TypeAlias = Literal["beside training", "apart", "nowhere"]
 
 
 class WorkerLost(ServerFault):
@@ -62,6 +66,9 @@ class WorkerPort(Protocol):
     @property
     def loss_fns(self) -> LossSpecs: ...
 
+    @property
+    def samplers(self) -> SamplerPlace: ...
+
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None: ...
 
     async def remove_adapter(self, adapter_id: str) -> None: ...
@@ -84,8 +91,12 @@ class WorkerPort(Protocol):
 
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None: ...
 
-    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        """Hand the trained adapter to the sampler, in memory, as an immutable copy under another id."""
+    async def publish(self, adapter_id: str, sampler_adapter_id: str, state: AdapterState) -> None:
+        """Hand the trained adapter to the sampler, in memory, as an immutable copy under another id.
+
+        Args:
+            state: its export, for samplers that aren't where it is trained.
+        """
         ...
 
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None: ...
@@ -126,6 +137,36 @@ class WorkerPort(Protocol):
     async def close(self) -> None: ...
 
 
+def only_trains() -> InvalidRequest:
+    """What those are told who want samples of a server without samplers."""
+    return InvalidRequest(
+        "this server has no samplers: it trains, and saves checkpoints; sample where one of them is loaded, or ask for "
+        "samplers in the server's configuration (section 'sampler')"
+    )
+
+
+class LocalSampler:
+    """A sampling engine in this process, as its callers in other processes see it."""
+
+    def __init__(self, engine: SamplingEngine) -> None:
+        self._engine = engine
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        await asyncio.to_thread(self._engine.add_adapter, sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        await asyncio.to_thread(self._engine.remove_adapter, sampler_adapter_id)
+
+    async def generate(self, request: GenerateRequest) -> SampleResponse:
+        return await asyncio.wrap_future(self._engine.generate(request))
+
+    async def cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+
 class LocalWorker:
     """Backend and sampler in this process: training on a thread of its own, sampling on the engine's thread.
 
@@ -138,7 +179,7 @@ class LocalWorker:
             sampler: None on ranks that only train.
         """
         self._backend = backend
-        self._sampler_or_none = sampler
+        self._sampler_or_none = LocalSampler(sampler) if sampler is not None else None
         # One thread: a backend takes one call at a time.
         self._training_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training")
 
@@ -149,6 +190,10 @@ class LocalWorker:
     @property
     def loss_fns(self) -> LossSpecs:
         return self._backend.loss_fns
+
+    @property
+    def samplers(self) -> SamplerPlace:
+        return "nowhere" if self._sampler_or_none is None else "beside training"
 
     async def describe(self) -> tuple[BaseModelInfo, LossSpecs]:
         """What the engine needs to know about a model in another process."""
@@ -178,7 +223,7 @@ class LocalWorker:
     async def import_adapter(self, adapter_id: str, state: AdapterState) -> None:
         await self._on_training_thread(self._backend.import_adapter, adapter_id, state)
 
-    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
+    async def publish(self, adapter_id: str, sampler_adapter_id: str, state: AdapterState) -> None:
         error = await self.try_publish(adapter_id, sampler_adapter_id)
         if error is not None:
             raise error
@@ -195,16 +240,16 @@ class LocalWorker:
         return None
 
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
-        await asyncio.to_thread(self._sampler.add_adapter, sampler_adapter_id, state)
+        await self._sampler.add_sampler_adapter(sampler_adapter_id, state)
 
     async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
-        await asyncio.to_thread(self._sampler.remove_adapter, sampler_adapter_id)
+        await self._sampler.remove_sampler_adapter(sampler_adapter_id)
 
     async def generate(self, request: GenerateRequest) -> SampleResponse:
-        return await asyncio.wrap_future(self._sampler.generate(request))
+        return await self._sampler.generate(request)
 
     async def cancel(self, request_id: str) -> None:
-        self._sampler.cancel(request_id)
+        await self._sampler.cancel(request_id)
 
     async def lost(self) -> WorkerLost:
         await asyncio.Event().wait()
@@ -221,13 +266,14 @@ class LocalWorker:
 
     async def close(self) -> None:
         if self._sampler_or_none is not None:
-            await asyncio.to_thread(self._sampler_or_none.close)
+            await self._sampler_or_none.close()
         await self._on_training_thread(self._backend.close)
         self._training_thread.shutdown()
 
     @property
-    def _sampler(self) -> SamplingEngine:
-        assert self._sampler_or_none is not None, "a rank without a sampler is not asked to sample"
+    def _sampler(self) -> LocalSampler:
+        if self._sampler_or_none is None:
+            raise only_trains()
         return self._sampler_or_none
 
     async def _on_training_thread(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -254,3 +300,9 @@ def build_worker(model: ModelConfig, backend: str, sampler: str | None) -> Local
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
     return LocalWorker(training, sampler_class.create(model, training))
+
+
+def build_sampler(model: ModelConfig, engine: str) -> LocalSampler:
+    """A sampling engine with a model of its own, in this process, where nothing trains."""
+    engine_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, engine)
+    return LocalSampler(engine_class.create(model, None))

@@ -99,12 +99,23 @@ def _say_what_is_loaded(plan: Plan) -> None:
         say(f"ray.num_gpus is {plan.config.ray.num_gpus}, but TWINKLE_DEVICE=cpu: computing on the CPU.")
     say(
         f"Loading {plan.config.model.model_id} from {model.path} in {model.torch_dtype} on {where} "
-        f"({plan.backend} backend, {plan.sampler} sampler)."
+        f"({plan.backend} backend, {_samplers(plan)})."
     )
+    if plan.samplers is None:
+        say(f"This server only trains: {plan.why_no_samples}.")
+
+
+def _samplers(plan: Plan) -> str:
+    if plan.samplers is None:
+        return "no sampler"
+    if not (count := plan.samplers.processes):
+        return f"{plan.samplers.engine} sampler"
+    gpus = f" on {plan.samplers.all_gpus} further GPUs" if plan.samplers.gpus else ""
+    return f"{count} {plan.samplers.engine} sampler{'s' * (count > 1)} with processes of their own{gpus}"
 
 
 def _start(plan: Plan) -> None:
-    """Start the ranks, Serve and the engine; returns when they are ready."""
+    """Start ranks, samplers, Serve and the engine; returns when they are ready."""
     # Ray and Serve log each of their own steps; what users want to know is printed here.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -158,8 +169,8 @@ def _start_ray(plan: Plan) -> None:
     try:
         ray.init(
             address="local",  # never joins an existing cluster
-            num_cpus=max(os.cpu_count() or 1, plan.num_ranks),
-            num_gpus=plan.num_ranks * plan.gpus_per_rank,
+            num_cpus=max(os.cpu_count() or 1, len(plan.bundles)),
+            num_gpus=int(sum(bundle.get("GPU", 0) for bundle in plan.bundles)),
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -16,39 +15,27 @@ from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle.protocol.errors import ServerFault, TwinkleError
 from twinkle.protocol.types import SampleResponse
-from twinkle.server.backends.protocol import AdamStep, BaseModelInfo, LossSpecs, Row, RowResult
+from twinkle.server.backends.protocol import AdamStep, AdapterState, BaseModelInfo, LossSpecs, Row, RowResult
 from twinkle.server.backends.shares import share_out
-from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
+from twinkle.server.engine.worker import SamplerPlace, Trained, WorkerLost, WorkerPort
 from twinkle.server.plan import Plan
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.serve.ended import PROCESS_ENDED, is_beyond_repair
 from twinkle.server.serve.rank import Rank
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
+from twinkle.server.serve.sampler_pool import SamplerPool
+from twinkle.server.serve.samplers import NoSamplers, RankSamplers, Samplers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # How long to wait for the other ranks after one has failed.
 GRACE_SECONDS = 10.0
-
-# Errors after which a process can't compute any more, though it is alive. PyTorch raises them as RuntimeErrors.
-_BEYOND_REPAIR = (
-    "CUDA error",
-    "HIP error",
-    "cuDNN error",
-    "CUBLAS_STATUS",
-    "device-side assert",
-    "NCCL",
-    "gloo",
-)
-
-# What Ray raises when a process is gone; OutOfMemoryError means that Ray killed it because the machine ran out.
-_PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 # ---------------------------------------------------------------- which ranks run a verb
@@ -65,24 +52,12 @@ def _on_all_ranks(
     return call
 
 
-def _on_samplers(
-    verb: Callable[Concatenate[WorkerPort, P], CoroutineType[Any, Any, None]],
-) -> Callable[Concatenate[RankGroup, P], CoroutineType[Any, Any, None]]:
-    """Every rank with a sampler runs it, in parallel to training."""
-
-    async def call(group: RankGroup, *args: P.args, **kwargs: P.kwargs) -> None:
-        await group.incarnation.these_ranks(group.samplers, verb.__name__, *args, **kwargs)
-
-    return call
-
-
 class RankGroup:
     """A `WorkerPort` over the ranks' processes.
 
     Attributes:
         incarnation: the processes that run now, or ran last.
         info, loss_fns: of their model.
-        samplers: the ranks that have a sampler.
     """
 
     # Which ranks run each verb. What a rank does with it depends on its role, which the plan decides.
@@ -91,8 +66,6 @@ class RankGroup:
     optim_step = _on_all_ranks(WorkerPort.optim_step)
     export_adapter = _on_all_ranks(WorkerPort.export_adapter)
     import_adapter = _on_all_ranks(WorkerPort.import_adapter)
-    add_sampler_adapter = _on_samplers(WorkerPort.add_sampler_adapter)
-    remove_sampler_adapter = _on_samplers(WorkerPort.remove_sampler_adapter)
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         verb, num_ranks = "forward_backward", self.incarnation.num_ranks
@@ -118,30 +91,24 @@ class RankGroup:
                 # The pass stays done; the engine calls the steps separately and gets the error there.
                 return results, None
 
-    async def publish(self, adapter_id: str, sampler_adapter_id: str) -> None:
-        args = [(adapter_id, sampler_adapter_id)] * self.incarnation.num_ranks
-        errors = await self.incarnation.each_rank("try_publish", args)
-        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
-        for rank, error in failed.items():
-            self.incarnation.check_device("publish", rank, error)
-        if failed:
-            have_it = [rank for rank in self.samplers if rank not in failed]  # all must have it, or none
-            await self.incarnation.these_ranks(have_it, "remove_sampler_adapter", sampler_adapter_id)
-            raise next(iter(failed.values()))
+    async def publish(self, adapter_id: str, sampler_adapter_id: str, state: AdapterState) -> None:
+        await self._samplers.publish(adapter_id, sampler_adapter_id, state)
+
+    async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        await self._samplers.add_adapter(sampler_adapter_id, state)
+
+    async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
+        await self._samplers.remove_adapter(sampler_adapter_id)
 
     async def generate(self, request: GenerateRequest) -> SampleResponse:
-        """Sample on the rank that is drawing the fewest sequences."""
-        rank = min(self.samplers, key=self._drawing.__getitem__)
-        self._drawing[rank] += request.num_samples
-        try:
-            [response] = await self.incarnation.these_ranks([rank], "generate", request)
-            return response
-        finally:
-            self._drawing[rank] -= request.num_samples
+        return await self._samplers.generate(request)
 
     async def cancel(self, request_id: str) -> None:
-        with contextlib.suppress(WorkerLost):  # then the sample is gone with its process
-            await self.incarnation.these_ranks(self.samplers, "cancel", request_id)
+        await self._samplers.cancel(request_id)
+
+    @property
+    def samplers(self) -> SamplerPlace:
+        return self._samplers.place
 
     # ------------------------------------------------------------ incarnations
 
@@ -152,10 +119,15 @@ class RankGroup:
         incarnation: Incarnation,
         info: BaseModelInfo,
         loss_fns: LossSpecs,
+        samplers: Samplers | None = None,
     ) -> None:
+        """
+        Args:
+            samplers: those with processes of their own.
+        """
         self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
-        self.samplers = plan.sampler_ranks
-        self._drawing: Counter[int] = Counter()  # sequences, by rank
+        on_ranks = RankSamplers(self, plan.sampler_ranks) if plan.sampler_ranks else NoSamplers()
+        self._samplers: Samplers = samplers or on_ranks
         self._plan = plan
         self._placement = placement
         self._is_given_up = False
@@ -166,19 +138,34 @@ class RankGroup:
     async def start(
         cls, plan: Plan, placement: PlacementGroup, first: Sequence[Any] | None = None
     ) -> RankGroup:
-        """Start one actor on each bundle of `placement`.
+        """Start one actor on each bundle of `placement`, a rank or a sampler of its own.
 
         Args:
             first: existing actors, used unless another group has them.
 
         Raises:
-            Exception: what the ranks raised when they loaded the model.
-            ServerFault: if one of them ended, or only some could load it.
+            Exception: what ranks or samplers raised when they loaded the model.
+            ServerFault: if one of them ended, or only some ranks could load it.
         """
+        pool = None
+        if plan.samplers is not None and plan.samplers.processes:
+            pool = asyncio.create_task(SamplerPool.start(plan, placement))
+        incarnation = None
         try:
-            return cls(plan, placement, *await _start(plan, placement, first))
-        except WorkerLost as loss:
-            raise ServerFault(f"the model's process was lost while it started ({loss.reason})") from loss
+            incarnation, info, loss_fns = await _start(plan, placement, first)
+            return cls(plan, placement, incarnation, info, loss_fns, await pool if pool else None)
+        except BaseException as error:
+            if incarnation is not None:
+                incarnation.end()
+            if pool is not None:
+                pool.cancel()
+                [started] = await asyncio.gather(pool, return_exceptions=True)
+                if isinstance(started, SamplerPool):
+                    started.end()
+            if isinstance(error, WorkerLost):
+                said = f"the model's process was lost while it started ({error.reason})"
+                raise ServerFault(said) from error
+            raise
 
     async def lost(self) -> WorkerLost:
         return await self.incarnation.lost()
@@ -203,6 +190,7 @@ class RankGroup:
         restarted.set()
 
     async def close(self) -> None:
+        await self._samplers.close()
         await self.incarnation.close()
 
 
@@ -306,7 +294,7 @@ class Incarnation:
         Raises:
             WorkerLost: if its process can't compute any more: it can't train on that device either.
         """
-        if _is_beyond_repair(error):
+        if is_beyond_repair(error):
             raise self._lose(f"{verb}: rank {rank} failed with {type(error).__name__}: {error}") from error
 
     def end(self) -> None:
@@ -396,13 +384,9 @@ class Incarnation:
             return [answer.result() for answer in answers]
         raised = [error for error in errors if error is not None]
         first = next((error for error in raised if isinstance(error, TwinkleError)), raised[0])
-        if len({type(error) for error in errors}) == 1 and not _is_beyond_repair(first):
+        if len({type(error) for error in errors}) == 1 and not is_beyond_repair(first):
             raise first
         raise self._lose(f"{verb}: {_outcomes(answers)}") from first
-
-
-def _is_beyond_repair(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
 
 
 def _outcomes(answers: Sequence[asyncio.Future[Any]]) -> str:
@@ -463,7 +447,7 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
     except BaseException as error:
         for actor in actors:
             ray.kill(actor)
-        if isinstance(error, (*_PROCESS_ENDED, OSError)):
+        if isinstance(error, (*PROCESS_ENDED, OSError)):
             raise WorkerLost(f"a process ended while it started: {error}") from error
         raise
     return Incarnation(connections, actors, plan.call_timeout_seconds)

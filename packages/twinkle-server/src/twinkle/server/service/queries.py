@@ -32,6 +32,7 @@ async def _capabilities(parts: Parts, _tenant: str, _query: m.GetServerCapabilit
             m.SupportedModel(
                 model_name=parts.model_name,
                 max_context_length=info.max_context_length,
+                sampleable=parts.worker.samplers != "nowhere",
                 max_lora_rank=info.max_lora_rank,
                 vocab_size=info.vocab_size,
             )

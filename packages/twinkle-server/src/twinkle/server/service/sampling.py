@@ -29,6 +29,7 @@ async def submit_sample(parts: Parts, tenant: str, request: m.SampleRequest, rec
         LimitReached, Unavailable: if it can't be accepted now.
     """
     sampler = await parts.samplers.find(tenant, request.sampling_session_id)
+    validation.check_samples(parts.worker)
     parts.leases.renew(sampler.session_id)
     validation.check_sample(request, parts.worker.info)
     targets = validation.target_tokens(request, parts.worker.info)
@@ -58,6 +59,7 @@ async def _create(
         Conflict: if the number was used for another.
     """
     await sessions.find_open(parts.database, tenant, request.session_id)
+    validation.check_samples(parts.worker)
     if request.base_model is not None:
         validation.check_base_model(request.base_model, parts.model_name)
     if request.base_model is None and request.model_path is None:

@@ -43,6 +43,8 @@ async def submit_ordered(parts: Parts, tenant: str, request: m.Ordered, received
                 loss = parts.losses.of(run.session_id, request)
             tokens = validation.check_pass(request, parts.worker.info, parts.worker.loss_fns, loss)
         else:
+            if isinstance(request, m.SaveWeightsForSamplerRequest) and request.path is None:
+                validation.check_samples(parts.worker)
             validation.check_on_run(
                 request, parts.limits.max_checkpoint_ttl_seconds, parts.limits.max_metadata_bytes
             )

@@ -23,6 +23,7 @@ from twinkle.server.backends.protocol import (
     LossSpec,
     LossSpecs,
 )
+from twinkle.server.engine.worker import WorkerPort, only_trains
 from twinkle.server.store import tables
 from twinkle.server.store.encryption import check_recipients
 
@@ -40,6 +41,15 @@ def check_base_model(name: str, served: str, field: str = "base_model") -> None:
     """
     if plain_name(name) != plain_name(served):
         raise InvalidRequest(f"{field}: {name[:200]!r} is not served here; this server's model is {served!r}")
+
+
+def check_samples(worker: WorkerPort) -> None:
+    """
+    Raises:
+        InvalidRequest: if nothing is sampled here.
+    """
+    if worker.samplers == "nowhere":
+        raise only_trains()
 
 
 def check_lora_config(config: LoraConfig, info: BaseModelInfo) -> None:

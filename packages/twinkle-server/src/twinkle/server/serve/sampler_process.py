@@ -1,0 +1,54 @@
+"""One sampler of its own: a Ray actor that loads the whole model, and answers calls to its `LocalSampler` over RPC."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import cast
+
+import ray
+
+from twinkle.server.backends.protocol import AdapterState, ModelConfig
+from twinkle.server.engine.worker import LocalSampler, build_sampler
+from twinkle.server.serve.rpc import Address, Server
+
+
+class SamplerProcess:
+    """Ray calls these methods: adapters come from its object store, on whatever machine they were put there. All other
+    calls go through `rpc.Server`.
+    """
+
+    _loading: asyncio.Task[LocalSampler]
+    _server: Server
+
+    async def serve(self, callers_node: str, config: ModelConfig, engine: str, threads: int) -> Address:
+        """Load the model and take calls.
+
+        Args:
+            callers_node: Ray's id of the machine that the caller is on.
+            threads: to compute with on a CPU.
+
+        Raises:
+            Exception: whatever keeps the engine from starting.
+        """
+        self._loading = asyncio.create_task(asyncio.to_thread(_load, config, engine, threads))
+        await self._loading
+        is_here = callers_node == ray.get_runtime_context().get_node_id()
+        host = None if is_here else cast(str, ray.util.get_node_ip_address())
+        self._server = Server(self._loading)
+        return await self._server.listen(host)
+
+    async def add_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        """As `SamplingEngine.add_adapter`. Ray has replaced the reference by what it stands for, without a copy."""
+        await (await self._loading).add_sampler_adapter(sampler_adapter_id, state)
+
+
+def _load(config: ModelConfig, engine: str, threads: int) -> LocalSampler:
+    if config.device == "cpu":
+        # Threads that wait for each other yield their core (see `rank.Rank.preload`).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch
+
+        # Ray sets it to the number of CPUs that it assigned to this actor.
+        torch.set_num_threads(threads)
+    return build_sampler(config, engine)
