@@ -38,20 +38,32 @@ class RunningServer:
         return self.process.wait(STOP_SECONDS)
 
 
-def launch(config: Path, hub_root: Path, script: Path | None = None) -> subprocess.Popen[str]:
-    """`twinkle-server launch`, or a script that does the same, without waiting."""
+def launch(
+    config: Path, hub_root: Path, script: Path | None = None, more: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`twinkle-server launch`, or a script that does the same, without waiting.
+
+    Args:
+        more: variables of its environment.
+    """
     program = ["-m", "twinkle.server", "launch", "--config"] if script is None else [str(script)]
     return subprocess.Popen(
         [sys.executable, *program, str(config)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TWINKLE_HUB_ROOT": str(hub_root)},
+        env={**os.environ, "TWINKLE_HUB_ROOT": str(hub_root), **(more or {})},
     )
 
 
-def start(config: Path, hub_root: Path, port: int, script: Path | None = None) -> RunningServer:
+def start(
+    config: Path,
+    hub_root: Path,
+    port: int,
+    script: Path | None = None,
+    more: Mapping[str, str] | None = None,
+) -> RunningServer:
     """Launch and wait until it says that it listens."""
-    server = RunningServer(f"http://127.0.0.1:{port}", launch(config, hub_root, script))
+    server = RunningServer(f"http://127.0.0.1:{port}", launch(config, hub_root, script, more))
     ready = threading.Event()
     threading.Thread(target=_read, args=(server, ready), daemon=True).start()
     ready.wait(START_SECONDS)
@@ -98,13 +110,14 @@ def write_config(
     replicas: int = 1,
     model_extra: str = "",
     sampler: str = "",
+    ray: str = "num_gpus: 0",
 ) -> Path:
     """The mission's flat configuration, on loopback and in a directory of the test's own.
 
     Args:
         extra: lines at the end, beginning in the section `storage`.
         model_extra: lines of the section `model`.
-        sampler: that section, in YAML's flow style.
+        sampler, ray: these sections, in YAML's flow style (`ray` without its braces).
         replicas: processes that answer HTTP.
         layout: ranks (`tensor_parallel_size` and the like), with Megatron unless each holds the whole model.
     """
@@ -115,7 +128,7 @@ def write_config(
         f"model:\n  model_id: {model_id}\n  use_megatron: {str(use_megatron).lower()}\n"
         f"{spread}{model_extra}  torch_dtype: float32\n"
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
-        f"ray:\n  num_gpus: 0\n"
+        f"ray: {{{ray}}}\n"
         f"{f'sampler: {sampler}' if sampler else ''}\n"
         f"storage:\n  root: {directory / 'storage'}\n{extra}",
         encoding="utf-8",

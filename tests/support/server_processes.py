@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import running_server
 
@@ -14,17 +16,24 @@ WAIT_SECONDS = 120
 HEAD, RAYLET, CLUSTER = "gcs_server", "raylet/raylet", "twinkle.server.serve.cluster"
 
 
-def processes_of(server: running_server.RunningServer, name: str) -> set[int]:
-    """Those that the server started, itself included, whose command line begins with `name`."""
+class Started(Protocol):
+    """A program that a test started: a server, say."""
+
+    @property
+    def process(self) -> subprocess.Popen[Any]: ...
+
+
+def processes_of(server: Started, name: str) -> set[int]:
+    """Those that the program started, itself included, whose command line begins with `name`."""
     return {pid for pid, command in _commands(server).items() if command.startswith(name)}
 
 
-def processes_with(server: running_server.RunningServer, part: str) -> set[int]:
+def processes_with(server: Started, part: str) -> set[int]:
     """The same of those that have `part` anywhere in their command line."""
     return {pid for pid, command in _commands(server).items() if part in command}
 
 
-def _commands(server: running_server.RunningServer) -> dict[int, str]:
+def _commands(server: Started) -> dict[int, str]:
     parents: dict[int, int] = {}
     commands: dict[int, str] = {}
     for entry in Path("/proc").iterdir():

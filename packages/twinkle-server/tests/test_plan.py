@@ -8,7 +8,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import local
 from twinkle.server import plan as planning
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
-from twinkle.server.config import SamplerSection, ServerConfig, parse_config
+from twinkle.server.config import RaySection, SamplerSection, ServerConfig, parse_config
 from twinkle.server.engine.worker import build_worker
 from twinkle.server.local import ServiceClient
 from twinkle.server.plan import make_plan
@@ -52,7 +52,7 @@ def test_what_makes_one_rank_is_no_parallelism(model: str):
 
 @pytest.mark.usefixtures("megatron")
 def test_the_ranks_of_megatron_and_their_bundles(model: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(planning, "num_gpus", lambda _config: 8)
+    monkeypatch.setattr(planning, "num_gpus", lambda *_: 8)
     plan = make_plan(
         config(
             model,
@@ -64,7 +64,7 @@ def test_the_ranks_of_megatron_and_their_bundles(model: str, monkeypatch: pytest
         )
     )
     assert plan.num_ranks == 8  # experts over the two ranks that share a layer and two more like them
-    assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0}] * 8
+    assert plan.bundles == [{"CPU": 2.0, "GPU": 2.0}] * 4, "two that share layers on one machine"
     assert plan.model.device == "cuda"
     assert (plan.model.expert_parallel_size, plan.model.sequence_parallel) == (4, True)
 
@@ -72,17 +72,17 @@ def test_the_ranks_of_megatron_and_their_bundles(model: str, monkeypatch: pytest
 @pytest.mark.usefixtures("megatron")
 def test_fewer_gpus_than_ranks_is_an_error_and_none_is_the_cpu(model: str, monkeypatch: pytest.MonkeyPatch):
     settings = config(model, use_megatron=True, tensor_parallel_size=4)
-    monkeypatch.setattr(planning, "num_gpus", lambda _config: 2)
+    monkeypatch.setattr(planning, "num_gpus", lambda *_: 2)
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size.* 4 ranks.* 2 can be used.*num_gpus: 0"):
         make_plan(settings)
-    monkeypatch.setattr(planning, "num_gpus", lambda _config: 0)
+    monkeypatch.setattr(planning, "num_gpus", lambda *_: 0)
     plan = make_plan(settings)
-    assert plan.model.device == "cpu" and plan.bundles == [{"CPU": 1.0}] * (4 + 1), "and a sampler"
+    assert plan.model.device == "cpu" and plan.bundles == [{"CPU": 4.0}, {"CPU": 1.0}], "and a sampler"
 
 
 @pytest.mark.usefixtures("megatron")
 def test_local_mode_is_one_process(model: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(planning, "num_gpus", lambda _config: 0)
+    monkeypatch.setattr(planning, "num_gpus", lambda *_: 0)
     with pytest.raises(InvalidRequest, match="2 ranks, each a process of its own"):
         ServiceClient(config(model, use_megatron=True, tensor_parallel_size=2)).create_lora_training_client(
             model
@@ -292,3 +292,22 @@ def test_gpus_for_samplers_where_there_are_none_or_too_few_for_a_layer(
         InvalidRequest, match=r"data_parallel_size: 3 copies .* 4 can be used here, 2 of them by"
     ):
         make_plan(sampling(first_yaml(model, data_parallel_size=3), num_gpus=2))
+
+
+def test_gpus_of_a_cluster_are_those_of_all_its_machines(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 0)
+    joined = config(model).model_copy(update={"ray": RaySection(address="10.0.0.1:6379", num_gpus=16)})
+    assert make_plan(joined).num_ranks == 16, "taken for true where the cluster isn't asked"
+    with pytest.raises(InvalidRequest, match=r"16 GPUs .* the Ray cluster at 10.0.0.1:6379 has 8;"):
+        make_plan(joined, 8)
+    assert make_plan(joined, 16).describe()[2].split()[:3] == ["0", "by", "Ray"]
+    everything = joined.model_copy(update={"ray": RaySection(address="auto")})
+    assert make_plan(everything, 24).num_ranks == 24
+
+
+@pytest.mark.usefixtures("megatron")
+def test_ranks_that_share_layers_are_on_one_machine(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 8)
+    plan = make_plan(config(model, use_megatron=True, tensor_parallel_size=2, pipeline_parallel_size=2))
+    assert plan.bundles == [{"CPU": 2.0, "GPU": 2.0}] * 4
+    assert [plan.bundle_of_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]

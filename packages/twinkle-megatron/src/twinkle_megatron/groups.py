@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.backends.meeting import meet
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle_megatron import cpu
 
@@ -80,16 +80,7 @@ def join(config: ModelConfig) -> Groups:
         cpu.install()
     else:
         torch.cuda.set_device(device)
-    # torch needs a store even for a group of one.
-    alone = cast("Any", dist).HashStore() if config.rendezvous is None else None
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "nccl",
-        init_method=config.rendezvous,
-        store=alone,
-        world_size=config.num_ranks,
-        rank=config.rank,
-        timeout=_TIMEOUT,
-    )
+    meet(config, "gloo" if device.type == "cpu" else "nccl", _TIMEOUT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,

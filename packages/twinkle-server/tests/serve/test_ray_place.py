@@ -55,10 +55,10 @@ def test_nothing_that_is_set_for_others_counts():
 
 
 def test_a_process_with_the_environment_knows_its_place(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("TWINKLE_RAY_PLACE", raising=False)
     assert place() is None
     with ray_environment({}) as environment:
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", environment["RAY_AUTH_TOKEN_PATH"])
+        monkeypatch.setenv("TWINKLE_RAY_PLACE", environment["TWINKLE_RAY_PLACE"])
         found = place()
         assert found is not None and found.is_dir()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -162,5 +161,4 @@ def _token_rate(config: ServerConfig) -> RateLimit:
 
 def live_directory(config: ServerConfig) -> Path:
     """Where a server's live runs are: by its port and model, since several servers may share a storage."""
-    model = hashlib.sha256(config.model.model_id.encode()).hexdigest()[:12]
-    return config.storage.directory / "live" / f"{config.server.port}-{model}"
+    return config.storage.directory / "live" / config.server_name

@@ -10,6 +10,7 @@ The flat file of the quick start is all that is needed:
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -124,6 +125,13 @@ class RaySection(_Section):
     num_gpus: int | None = Field(default=None, ge=0)
     """GPUs to use, all of them. Default: those that are found. With 0, the server computes on the CPU, as it does where
     the environment has TWINKLE_DEVICE=cpu whatever stands here."""
+    address: str | None = None
+    """host:port of a Ray cluster to join, which `ray start` has begun on one or several machines; auto: the one that
+    this machine belongs to. Default: a cluster of the server's own, on this machine alone. In a cluster `num_gpus`
+    counts those of all machines."""
+    network_interface: str | None = None
+    """Network interface of each machine over which ranks on several machines talk (eth0). Default: that of the address
+    which Ray knows the machine by."""
 
 
 class SamplerSection(_Section):
@@ -255,6 +263,12 @@ class ServerConfig(_Section):
     sampler: SamplerSection = SamplerSection()
     storage: StorageSection = StorageSection()
     limits: LimitsSection = LimitsSection()
+
+    @property
+    def server_name(self) -> str:
+        """Of this server among those that share a storage or a cluster: by port and model."""
+        model = hashlib.sha256(self.model.model_id.encode()).hexdigest()[:12]
+        return f"{self.server.port}-{model}"
 
 
 def load_config(path: str | os.PathLike[str]) -> ServerConfig:

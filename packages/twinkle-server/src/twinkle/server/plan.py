@@ -63,6 +63,7 @@ class Plan:
         """What is started where, a line for each rank, in columns."""
         model = self.model
         copies = model.data_parallel_size
+        node = "by Ray" if self.joins_cluster else "this machine"
         whole = weight_bytes(model.path, model.torch_dtype)
         # About: stages differ by embedding and head, and routed experts may be spread further than the rest.
         table = [("RANK", "NODE", "DEVICE", "HOLDS", "WEIGHTS, ABOUT")]
@@ -75,13 +76,13 @@ class Plan:
             if (sampler := self.sampler_of(rank)) is not None:
                 holds += f", {sampler} sampler"  # it shares the weights
             device = "GPU" if self.gpus_per_rank else "CPU"
-            table.append((str(rank), "this machine", device, holds, _in_bytes(weights)))
+            table.append((str(rank), node, device, holds, _in_bytes(weights)))
         if self.samplers is not None:
             gpus = self.samplers.gpus
             device = ("GPU" if gpus == 1 else f"{gpus} GPUs") if gpus else "CPU"
             for number in range(self.samplers.processes):
                 holds = f"the model, {self.samplers.engine} sampler of its own"
-                table.append((f"sampler {number}", "this machine", device, holds, _in_bytes(whole)))
+                table.append((f"sampler {number}", node, device, holds, _in_bytes(whole)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         head = f"{model.path} in {model.torch_dtype}, {self.backend} backend:"
         lines = [head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
@@ -98,6 +99,11 @@ class Plan:
         )
 
     @property
+    def joins_cluster(self) -> bool:
+        """Whether Ray runs already, perhaps on several machines."""
+        return self.config.ray.address is not None
+
+    @property
     def call_timeout_seconds(self) -> float | None:
         """How long a training call may run before its ranks count as lost; None: no limit."""
         default = _CALL_TIMEOUT_SECONDS if self.gpus_per_rank else None
@@ -105,15 +111,22 @@ class Plan:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Ray resources of each rank, and then of each sampler of its own."""
-        ranks = [_bundle(self.gpus_per_rank)] * self.num_ranks
+        """Ray resources, each on one machine: for the ranks that share layers, and then for each sampler of its own."""
+        together = self.model.tensor_parallel_size
+        ranks = [_bundle(together, together * self.gpus_per_rank)] * (self.num_ranks // together)
         if self.samplers is None:
             return ranks
-        return ranks + [_bundle(self.samplers.gpus)] * self.samplers.processes
+        return ranks + [_bundle(1, self.samplers.gpus)] * self.samplers.processes
+
+    def bundle_of_rank(self, rank: int) -> int:
+        return rank // self.model.tensor_parallel_size
+
+    def bundle_of_sampler(self, number: int) -> int:
+        return self.num_ranks // self.model.tensor_parallel_size + number
 
 
-def _bundle(gpus: int) -> dict[str, float]:
-    return {"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})
+def _bundle(cpus: int, gpus: int) -> dict[str, float]:
+    return {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
 
 
 def _in_bytes(count: int) -> str:
@@ -141,8 +154,12 @@ def weight_bytes(model: Path, dtype: str) -> int:
     return elements * (2 if dtype == "bfloat16" else 4)
 
 
-def make_plan(config: ServerConfig) -> Plan:
+def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
     """Find the model's files, downloading them if need be, and the devices.
+
+    Args:
+        gpus_of_cluster: those of all machines of the cluster that is joined. If one is to be joined and this is None,
+            `ray.num_gpus` is taken for true.
 
     Raises:
         InvalidRequest, NotFound: if the model, the backend or the GPUs are missing.
@@ -151,7 +168,7 @@ def make_plan(config: ServerConfig) -> Plan:
     _check_parallelism(config)
     plugins.look_up(plugins.TRAINING_BACKENDS, backend)
     path = resolve(config.model.model_id, kind="model", allow_patterns=MODEL_FILES)
-    gpus = num_gpus(config)
+    gpus = num_gpus(config, gpus_of_cluster)
     has_gpu = gpus > 0
     one_copy = ModelConfig(
         path=Path(path),
@@ -233,8 +250,8 @@ def _num_copies(config: ServerConfig, ranks: int, all_gpus: int, for_samplers: i
     return copies
 
 
-def num_gpus(config: ServerConfig) -> int:
-    """The number of GPUs to use: `ray.num_gpus`, or all that are found. 0 is the CPU.
+def num_gpus(config: ServerConfig, gpus_of_cluster: int | None = None) -> int:
+    """The number of GPUs to use: `ray.num_gpus`, or all that are found. 0 is the CPU. For the argument see `make_plan`.
 
     Raises:
         InvalidRequest: if there are fewer than that.
@@ -242,10 +259,15 @@ def num_gpus(config: ServerConfig) -> int:
     asked = config.ray.num_gpus
     if _is_cpu_forced() or asked == 0:
         return 0
-    found = _found_gpus()
+    where = "this machine"
+    if config.ray.address is None:
+        found = _found_gpus()
+    else:
+        where = f"the Ray cluster at {config.ray.address}"
+        found = gpus_of_cluster if gpus_of_cluster is not None else asked or 0
     if asked is not None and asked > found:
         raise InvalidRequest(
-            f"ray.num_gpus: {asked} GPUs are to be used, but this machine has {found}; leave it out to use those that "
+            f"ray.num_gpus: {asked} GPUs are to be used, but {where} has {found}; leave it out to use those that "
             "there are, or compute on the CPU: with ray.num_gpus: 0, or TWINKLE_DEVICE=cpu in the environment"
         )
     return found if asked is None else asked

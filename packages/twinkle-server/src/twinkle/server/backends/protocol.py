@@ -84,7 +84,8 @@ class ModelConfig:
         max_sampler_adapters: adapters that a sampling engine is asked to hold at once, about: those in use are never
             removed for others.
         rank: this process's place in the group of ranks, below `num_ranks`.
-        rendezvous: where the ranks of the group meet, "tcp://host:port" or "file://path"; None for a single rank.
+        rendezvous: where the ranks of the group meet (`backends.meeting`): "file://path", or "tcp://host:port" of a
+            store that is open already; None for a single rank.
     """
 
     path: Path

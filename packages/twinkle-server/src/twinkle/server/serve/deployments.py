@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import PlacementGroup
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("twinkle.server")
 
 T = TypeVar("T")
-
-APP_NAME = "twinkle"
 
 # An engine that could not start counts as healthy for this long, so that the launcher can ask it why. If it replaced
 # another engine, it is replaced in turn afterwards.
@@ -131,7 +130,12 @@ class EngineDeployment:
 class GatewayDeployment:
     """A process that reads and writes HTTP alongside the engine, on the same port."""
 
-    async def __init__(self, engine: DeploymentHandle[Any], config: ServerConfig) -> None:  # Serve awaits it
+    async def __init__(  # Serve awaits it
+        self,
+        engine: DeploymentHandle[Any],
+        config: ServerConfig,
+        _beside: DeploymentHandle[Any] | None,  # only so that it is part of the application
+    ) -> None:
         keep_grpc_local()
         # The engine answers this when it is ready; no client should be answered before.
         await cast(Any, engine).start_failure.remote()
@@ -229,10 +233,16 @@ async def _or_error(answer: Callable[[], Awaitable[T]]) -> T | TwinkleError:
         return error
 
 
+def app_name(config: ServerConfig) -> str:
+    """Of the server's Serve application: in a cluster that it joins there may be others'."""
+    return "twinkle" if config.ray.address is None else f"twinkle-{config.server_name}"
+
+
 def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> serve.Application:
     """The deployments, wired; see `EngineDeployment` for `placement` and `ranks`."""
     # Serve's annotations don't allow async constructors.
     deployment = cast(Any, serve.deployment)
+    here, elsewhere, others = _machines(plan)
     engine = deployment(
         EngineDeployment,
         name="engine",
@@ -243,16 +253,32 @@ def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -
         max_constructor_retry_count=1,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        ray_actor_options={"num_cpus": 0},
+        # Where the server was started: its journal is there.
+        ray_actor_options={"num_cpus": 0, **here},
     ).bind(plan, placement, ranks)
-    further = plan.config.server.num_replicas - 1
-    if not further:
-        return engine
-    gateway = deployment(
-        GatewayDeployment,
-        name="gateway",
-        num_replicas=further,
-        health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0},
-    )
-    return gateway.bind(engine, plan.config)
+    per_machine = plan.config.server.num_replicas
+    application = engine
+    for name, replicas, where in (
+        ("gateway", per_machine - 1, here),
+        ("gateway-elsewhere", per_machine * others, elsewhere),
+    ):
+        if replicas:
+            application = deployment(
+                GatewayDeployment,
+                name=name,
+                num_replicas=replicas,
+                max_replicas_per_node=per_machine,
+                health_check_period_s=2,
+                ray_actor_options={"num_cpus": 0, **where},
+            ).bind(engine, plan.config, None if application is engine else application)
+    return application
+
+
+def _machines(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Options that place an actor on this machine, or on any other; and how many others there are."""
+    if not plan.joins_cluster:
+        return {}, {}, 0
+    node = ray.get_runtime_context().get_node_id()
+    alive = sum(one["Alive"] for one in cast(list[dict[str, Any]], cast(Any, ray).nodes()))
+    here, elsewhere = ({"label_selector": {"ray.io/node-id": label}} for label in (node, f"!{node}"))
+    return here, elsewhere, alive - 1

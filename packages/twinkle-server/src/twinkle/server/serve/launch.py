@@ -16,7 +16,7 @@ from functools import partial
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
-from twinkle.server.serve.ray_place import ray_environment
+from twinkle.server.serve.ray_place import joining_environment, ray_environment
 from twinkle.server.serve.supervised import say
 from twinkle.server.serve.supervisor import Supervisor
 from twinkle.server.serve.tls import check_tls
@@ -56,7 +56,7 @@ class TwinkleServer:
             _COMMAND,
             self.config.model_dump_json(),
             check=self._check,
-            surroundings=ray_environment,
+            surroundings=ray_environment if self.config.ray.address is None else joining_environment,
             on_ready=lambda configuration: say(_ready_lines(ServerConfig.model_validate_json(configuration))),
         ).run()
 

@@ -434,10 +434,15 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
     node = ray.get_runtime_context().get_node_id()
     heartbeat_seconds = plan.config.model.heartbeat_timeout_seconds
     try:
-        meeting = await actors[0].find_rendezvous.remote() if len(actors) > 1 else None
+        meeting = None
+        if len(actors) > 1:
+            machines = await asyncio.gather(*(actor.node.remote() for actor in actors))
+            meeting = await actors[0].find_rendezvous.remote(is_one_machine=len(set(machines)) == 1)
+        model_id = plan.config.model.model_id if plan.joins_cluster else None
+        interface = plan.config.ray.network_interface
         configs = [replace(plan.model, rank=rank, rendezvous=meeting) for rank in range(len(actors))]
         serving = [
-            actor.serve.remote(node, config, plan.backend, plan.sampler_of(config.rank))
+            actor.serve.remote(node, config, plan.backend, plan.sampler_of(config.rank), model_id, interface)
             for actor, config in zip(actors, configs, strict=True)
         ]
         addresses = await asyncio.gather(*serving)
@@ -454,12 +459,13 @@ async def _connect(plan: Plan, actors: Sequence[Any]) -> Incarnation:
 
 
 def place_ranks(plan: Plan, placement: PlacementGroup) -> list[Any]:
-    """New actors, one on each bundle, which import what they will need right away."""
+    """New actors on their bundles, which import what they will need right away."""
     actor_class = cast(Any, ray.remote)(Rank)
     actors: list[Any] = []
-    for bundle in range(plan.num_ranks):
+    for rank in range(plan.num_ranks):
+        bundle = plan.bundle_of_rank(rank)
         place = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle)
         options = {"num_cpus": 1, "num_gpus": plan.gpus_per_rank, "scheduling_strategy": place}
         actors.append(actor_class.options(**options).remote())
-        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler_of(bundle))
+        actors[-1].preload.remote(plan.model, plan.backend, plan.sampler_of(rank))
     return actors

@@ -2,7 +2,8 @@
 
 Anybody who can talk to Ray can run code as the server's user. So each start has its own token, which all of Ray's
 processes check, its own directory for sockets and files, and ports on the loopback interface only. Settings for other
-programs or clusters don't change that. Doesn't import Ray, whose settings must be there before.
+programs or clusters don't change that. (In a cluster that the server joins, all that is up to whoever started it.)
+Doesn't import Ray, whose settings must be there before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from twinkle.protocol.errors import ServerFault
 
 _PREFIX = "twinkle-ray-"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+_PLACE = "TWINKLE_RAY_PLACE"
 
 # A socket's path has at most 107 bytes (macOS: 103). Ray adds this many to its directory; the ranks' are shorter.
 _LONGEST_SOCKET = 103
@@ -58,6 +60,7 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
         environment |= {
             "RAY_AUTH_MODE": "token",
             _TOKEN_PATH: str(_write_token(directory)),
+            _PLACE: str(directory),
             # A single-machine cluster, as on macOS and Windows: all its ports are on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
@@ -71,10 +74,16 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
         os.close(lock)
 
 
+@contextmanager
+def joining_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
+    """The environment for joining a cluster that others have started: its token, address and directory are theirs."""
+    yield {name: value for name, value in variables.items() if name != _PLACE}
+
+
 def place() -> Path | None:
-    """The directory, in a process that was started with that environment; otherwise None."""
-    path = os.environ.get(_TOKEN_PATH)
-    return None if path is None else Path(path).parent
+    """The directory, in a process that was started with an environment of the server's own; otherwise None."""
+    path = os.environ.get(_PLACE)
+    return None if path is None else Path(path)
 
 
 def ray_directory() -> Path:

@@ -266,7 +266,9 @@ async def _start(plan: Plan, placement: PlacementGroup, number: int) -> _Sampler
         ServerFault: if the process can't be started, or ended.
     """
     samplers = _planned(plan)
-    bundle = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=plan.num_ranks + number)
+    bundle = PlacementGroupSchedulingStrategy(
+        placement, placement_group_bundle_index=plan.bundle_of_sampler(number)
+    )
     options: dict[str, Any] = {
         "num_cpus": 1,
         "num_gpus": samplers.gpus,
@@ -279,7 +281,8 @@ async def _start(plan: Plan, placement: PlacementGroup, number: int) -> _Sampler
     threads = max(1, (os.cpu_count() or 1) // samplers.processes)
     node = ray.get_runtime_context().get_node_id()
     try:
-        address = await actor.serve.remote(node, samplers.model, samplers.engine, threads)
+        model_id = plan.config.model.model_id if plan.joins_cluster else None
+        address = await actor.serve.remote(node, samplers.model, samplers.engine, threads, model_id)
         connection = await Connection.connect(address, plan.config.model.heartbeat_timeout_seconds)
     except BaseException as error:
         ray.kill(actor)

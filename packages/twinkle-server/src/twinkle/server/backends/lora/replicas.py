@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from twinkle.server.backends.lora.banks import Adapter
 from twinkle.server.backends.lora.scratch import BankScratch
+from twinkle.server.backends.meeting import meet
 from twinkle.server.backends.protocol import ModelConfig
 
 T = TypeVar("T")
@@ -40,13 +41,7 @@ class Replicas:
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group(
-                "gloo" if device.type == "cpu" else "nccl",
-                init_method=config.rendezvous,
-                world_size=config.num_ranks,
-                rank=config.rank,
-                timeout=_TIMEOUT,
-            )
+            meet(config, "gloo" if device.type == "cpu" else "nccl", _TIMEOUT)
         world = dist.group.WORLD
         assert world is not None, "init_process_group made it"
         # Python objects travel through the host.
