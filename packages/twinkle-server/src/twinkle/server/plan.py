@@ -199,8 +199,8 @@ def _check_parallelism(config: ServerConfig) -> None:
         asked.append("model.sequence_parallel: true")
     if asked and not config.model.use_megatron:
         raise InvalidRequest(
-            f"{', '.join(asked)}: the Transformers backend holds the whole model on each rank; leave that out, or set "
-            "model.use_megatron: true"
+            f"{', '.join(asked)}: the Transformers backend computes whole layers on each rank; leave that out (and set "
+            "model.shard_base: true for a model that doesn't fit one device), or set model.use_megatron: true"
         )
 
 

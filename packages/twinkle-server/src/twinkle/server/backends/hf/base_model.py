@@ -220,7 +220,7 @@ def _check(config: ModelConfig) -> None:
         raise InvalidRequest(f"model.torch_dtype: {config.torch_dtype!r} is not one of {', '.join(DTYPES)}")
     if config.tensor_parallel_size != 1 or config.pipeline_parallel_size != 1:
         raise InvalidRequest(
-            "model: the Transformers backend holds the whole model on one device: leave out tensor_parallel_size and "
+            "model: the Transformers backend computes whole layers on each rank: leave out tensor_parallel_size and "
             "pipeline_parallel_size (or set them to 1)"
         )
     if config.device.startswith("cuda") and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
+"""Training on a Transformers model: one frozen base, adapters in stacked banks.
 
     passes            micro-batches to results and gradients
     sharding          a base that is spread over ranks; sharded_pass: their passes
