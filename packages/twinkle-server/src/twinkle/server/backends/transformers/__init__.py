@@ -1,5 +1,6 @@
 """Training on a Transformers model: one frozen base, adapters in stacked banks.
 
+    network           the model with adapters, as a pass calls it
     passes            micro-batches to results and gradients
     sharding          a base that is spread over ranks; sharded_pass: their passes
     activations       what a pass keeps, measured; recomputed if it would be too much
@@ -42,7 +43,8 @@ from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import AdapterSpec, BaseModelInfo, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
-from twinkle.server.backends.transformers.passes import LoraNetwork, Pass, PassLimits, run_pass
+from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.passes import Pass, PassLimits, run_pass
 from twinkle.server.backends.transformers.sharded_pass import run_sharded_pass
 from twinkle.server.backends.transformers.sharding import ShardedModel
 from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks

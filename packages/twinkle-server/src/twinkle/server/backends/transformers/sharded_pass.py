@@ -19,9 +19,9 @@ from twinkle.server.backends.lora.banks import Adapter
 from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.protocol import Row, RowResult
 from twinkle.server.backends.shares import padded_tokens
+from twinkle.server.backends.transformers.network import LoraNetwork
 from twinkle.server.backends.transformers.passes import (
     Computed,
-    LoraNetwork,
     Pass,
     PassLimits,
     finish,
