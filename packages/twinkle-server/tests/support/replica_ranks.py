@@ -53,7 +53,7 @@ class Rank:
         assert backend._replicas is not None
         sharded = backend._networks.first.sharded
         gc.collect()
-        live = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        live = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
         # Each storage once, whatever views there are of it.
         storages = {
             storage._cdata: storage.nbytes()
