@@ -89,7 +89,13 @@ def plan_samplers(
         return None  # no rank holds the whole model, and there is no GPU for one that does
     else:
         processes = 0
-    model = replace(
+    model = _of_one_process(one_copy, tp)
+    python = None if section.python is None else section.python.expanduser().absolute()
+    return SamplerPlan(section.engine, processes, model, tp if gpus else 0, python)
+
+
+def _of_one_process(one_copy: ModelConfig, tp: int) -> ModelConfig:
+    return replace(
         one_copy,
         data_parallel_size=1,
         shard_base=False,
@@ -98,8 +104,6 @@ def plan_samplers(
         expert_parallel_size=1,
         sequence_parallel=None,
     )
-    python = None if section.python is None else section.python.expanduser().absolute()
-    return SamplerPlan(section.engine, processes, model, tp if gpus else 0, python)
 
 
 def _processes(num_gpus: int | None, replicas: int | str, tp: int) -> int:
