@@ -24,14 +24,15 @@ from twinkle_client import ServiceClient
 pytestmark = pytest.mark.serve
 
 SDK_SUITE = Path(__file__).parents[1] / "sdk"
-# Copies of the whole model with Transformers, parts of one with Megatron.
+# Copies of the whole model with Transformers, or parts of one; parts of one with Megatron.
 LAYOUTS = {
     "DP2": {"data_parallel_size": 2},
+    "sharded": {"data_parallel_size": 2, "shard_base": True},
     "TP2": {"tensor_parallel_size": 2},
     "PP2": {"pipeline_parallel_size": 2},
 }
 # The whole suite, and each half of it: the SDK as it comes, and opened by the patch.
-PARTS = {"DP2": "", "TP2": "unpatched or not patched", "PP2": "not unpatched"}
+PARTS = {"DP2": "", "sharded": "not unpatched", "TP2": "unpatched or not patched", "PP2": "not unpatched"}
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))

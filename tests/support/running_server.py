@@ -123,7 +123,7 @@ def write_config(
     """
     path = directory / "server_config.yaml"
     spread = "".join(f"  {name}: {size}\n" for name, size in (layout or {}).items())
-    use_megatron = not {"data_parallel_size"}.issuperset(layout or {})
+    use_megatron = not {"data_parallel_size", "shard_base"}.issuperset(layout or {})
     path.write_text(
         f"model:\n  model_id: {model_id}\n  use_megatron: {str(use_megatron).lower()}\n"
         f"{spread}{model_extra}  torch_dtype: float32\n"

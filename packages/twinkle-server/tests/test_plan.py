@@ -203,6 +203,40 @@ def test_the_plan_says_what_each_rank_holds(model: str, monkeypatch: pytest.Monk
     assert " ".join(row.split()) == "0 this machine GPU the model, transformers sampler 1.0 MB"
 
 
+def test_a_base_is_spread_over_all_gpus_that_are_asked_for(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 4)
+    header = b'{"w": {"dtype": "F32", "shape": [1000, 800], "data_offsets": [0, 3200000]}}'
+    (Path(model) / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    plan = make_plan(first_yaml(model, shard_base=True))
+    assert (plan.num_ranks, plan.shares_rows, plan.model.shard_base) == (4, True, True)
+    assert plan.samplers is None, "no rank has the whole model, and no GPU is left"
+    apart = make_plan(
+        first_yaml(model, shard_base=True).model_copy(update={"sampler": SamplerSection(num_gpus=1)})
+    )
+    _, _, *rows = apart.describe()
+    assert [" ".join(row.split()) for row in rows] == [
+        # A third of 1.6 million bytes in bfloat16; the sampler has the whole.
+        *(f"{rank} this machine GPU part {rank + 1} of 3 of the model 0.5 MB" for rank in (0, 1, 2)),
+        "sampler 0 this machine GPU the model, transformers sampler of its own 1.6 MB",
+    ]
+    assert apart.samplers is not None and not apart.samplers.model.shard_base
+
+
+def test_a_base_that_can_not_be_spread_is_refused(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 0)
+    cure = r"here is only one; raise model\.data_parallel_size, or leave shard_base out"
+    for settings in ({}, {"data_parallel_size": 1}):
+        with pytest.raises(InvalidRequest, match=rf"model\.shard_base: .*{cure}"):
+            make_plan(config(model, shard_base=True, **settings))
+    plan = make_plan(config(model, shard_base=True, data_parallel_size=2))
+    assert plan.samplers is not None and (plan.num_ranks, plan.samplers.processes) == (2, 1)
+    with pytest.raises(InvalidRequest, match=r"shard_base: Megatron .* leave shard_base out"):
+        make_plan(config(model, shard_base=True, use_megatron=True, data_parallel_size=2))
+    with_gpus(monkeypatch, 1)
+    with pytest.raises(InvalidRequest, match=r"shard_base: .* raise ray\.num_gpus"):
+        make_plan(config(model, shard_base=True))
+
+
 def test_local_mode_takes_one_gpu_of_several(model: str, monkeypatch: pytest.MonkeyPatch):
     with_gpus(monkeypatch, 4)
     asked: list[ModelConfig] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +96,36 @@ async def test_each_rank_gets_rows_of_its_own_and_results_are_in_order(lengths: 
     assert [len(stand_in.calls) for stand_in in stand_ins] == [1, 1, 1], "a rank without rows takes part"
     assert [len(rows) for rows in results] == [len(rows) for rows in micro_batches]
     assert [result.loss for rows in results for result in rows] == list(range(sum(map(len, lengths))))
+
+
+async def test_rows_go_to_the_rank_that_rank_0_says_owns_their_adapter():
+    owners = {"a": 1, "b": 0}
+
+    def answer(method: str, args: tuple[Any, ...]) -> Any:
+        match method:
+            case "owner_of":
+                return owners[args[0]]
+            case "forward_backward":
+                return echo(method, args)
+            case _:
+                return None
+
+    stand_ins = [StandIn(answer), StandIn(answer)]
+    group = group_of(*stand_ins)
+
+    async def sent() -> list[list[str]]:
+        micro_batch = [row(0, 64), replace(row(1, 64), adapter_id="b")]
+        [results] = await group.forward_backward([micro_batch])
+        assert [result.loss for result in results] == [0, 1]
+        shares = [stand_in.calls[-1][1][0] for stand_in in stand_ins]
+        return [[each.adapter_id for rows in share for each in rows] for share in shares]
+
+    for name in owners:
+        await group.add_adapter(name, AdapterSpec(rank=1))
+    assert await sent() == [["b"], ["a"]]
+    for name in owners:
+        await group.remove_adapter(name)
+    assert await sent() == [["a"], ["b"]]
 
 
 async def test_a_sample_goes_to_the_rank_that_draws_the_fewest_sequences():

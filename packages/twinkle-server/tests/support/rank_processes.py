@@ -26,7 +26,7 @@ from twinkle.server.backends.protocol import (
     RowResult,
     TrainingBackend,
 )
-from twinkle.server.backends.shares import share_out
+from twinkle.server.backends.shares import RankShares
 
 CALL_SECONDS = 180
 
@@ -133,10 +133,15 @@ class RankProcesses:
 
 @dataclass
 class RemoteBackend:
-    """A `TrainingBackend` on a group."""
+    """A `TrainingBackend` on a group.
+
+    Attributes:
+        owners: rank by adapter, where each rank gets rows of its own.
+    """
 
     group: RankProcesses
     number: int
+    owners: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def info(self) -> BaseModelInfo:
@@ -148,6 +153,8 @@ class RemoteBackend:
 
     def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
         self._call("add_adapter", adapter_id, spec)
+        if self.group.shares_rows:
+            self.owners[adapter_id] = self._call("owner_of", adapter_id)
 
     def remove_adapter(self, adapter_id: str) -> None:
         self._call("remove_adapter", adapter_id)
@@ -155,11 +162,9 @@ class RemoteBackend:
     def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         if not self.group.shares_rows:
             return self._call("forward_backward", micro_batches)
-        shares = share_out(micro_batches, len(self.group.pipes), overhead_tokens=1)
-        shares += [[] for _ in range(len(self.group.pipes) - len(shares))]
-        by_rank = self.group.call_each([("do", self.number, "forward_backward", share) for share in shares])
-        results = (result for parts in by_rank for part in parts for result in part)
-        return [[next(results) for _ in rows] for rows in micro_batches]
+        shares = RankShares.of(micro_batches, len(self.group.pipes), 1, self.owners)
+        calls = [("do", self.number, "forward_backward", share) for share in shares.of_ranks]
+        return shares.put_together(self.group.call_each(calls))
 
     def optim_step(self, steps: Sequence[AdamStep]) -> list[dict[str, float]]:
         return self._call("optim_step", steps)

@@ -41,6 +41,10 @@ class ModelSection(_Section):
     data_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Copies of the model that share out the rows of each step, each on GPUs of its own. auto: as many as the GPUs are
     enough for; on a CPU one."""
+    shard_base: bool = False
+    """Each of those ranks holds a part of the base model instead of a copy, about one `data_parallel_size`-th, and
+    gathers each layer when it is computed: for a model that doesn't fit one GPU. Not with Megatron, which has sizes of
+    its own for that."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer (Megatron)."""
     pipeline_parallel_size: int = Field(default=1, ge=1)

@@ -68,11 +68,14 @@ class Plan:
         # About: stages differ by embedding and head, and routed experts may be spread further than the rest.
         table = [("RANK", "NODE", "DEVICE", "HOLDS", "WEIGHTS, ABOUT")]
         for rank in range(self.num_ranks):
-            if copies == self.num_ranks:
+            if model.shard_base:
+                holds = f"part {rank + 1} of {copies} of the model"
+            elif copies == self.num_ranks:
                 holds = "the model" if copies == 1 else f"copy {rank + 1} of {copies}"
             else:
                 holds = "a part of the model" if copies == 1 else f"a part of one of {copies} copies"
-            weights = whole // (model.tensor_parallel_size * model.pipeline_parallel_size)
+            parts = copies if model.shard_base else model.tensor_parallel_size * model.pipeline_parallel_size
+            weights = whole // parts
             if (sampler := self.sampler_of(rank)) is not None:
                 holds += f", {sampler} sampler"  # it shares the weights
             device = "GPU" if self.gpus_per_rank else "CPU"
@@ -174,6 +177,7 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
         path=Path(path),
         torch_dtype=_dtype(config, has_gpu),
         device="cuda" if has_gpu else "cpu",
+        shard_base=config.model.shard_base,
         max_lora_rank=config.model.max_lora_rank,
         max_context_length=config.model.max_context_length,
         tensor_parallel_size=config.model.tensor_parallel_size,
@@ -191,6 +195,7 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
             "compute on the CPU"
         )
     copies = _num_copies(config, one_copy.num_ranks, gpus, for_samplers)
+    _check_sharding(config, copies, has_gpu)
     model = replace(one_copy, data_parallel_size=copies)
     return Plan(config, model, backend, samplers, gpus_per_rank=1 if has_gpu else 0)
 
@@ -198,16 +203,21 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
 def _check_parallelism(config: ServerConfig) -> None:
     """
     Raises:
-        InvalidRequest: if the configuration needs several ranks and the backend has only one.
+        InvalidRequest: if the configuration asks for what the backend doesn't have.
     """
+    if config.model.shard_base and config.model.use_megatron:
+        raise InvalidRequest(
+            "model.shard_base: Megatron spreads a model by sizes of its own; leave shard_base out and set "
+            "model.tensor_parallel_size or model.pipeline_parallel_size, or set model.use_megatron: false"
+        )
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
     asked = [f"model.{name}: {size}" for name in sizes if (size := getattr(config.model, name)) > 1]
     if config.model.sequence_parallel:
         asked.append("model.sequence_parallel: true")
     if asked and not config.model.use_megatron:
         raise InvalidRequest(
-            f"{', '.join(asked)}: the Transformers backend holds the whole model on each rank; leave that out, or set "
-            "model.use_megatron: true"
+            f"{', '.join(asked)}: the Transformers backend computes whole layers on each rank; leave that out (and set "
+            "model.shard_base: true for a model that doesn't fit one device), or set model.use_megatron: true"
         )
 
 
@@ -248,6 +258,20 @@ def _num_copies(config: ServerConfig, ranks: int, all_gpus: int, for_samplers: i
             f"ray.num_gpus: {used + for_samplers}, or sizes whose product is {gpus}"
         )
     return copies
+
+
+def _check_sharding(config: ServerConfig, copies: int, has_gpu: bool) -> None:
+    """
+    Raises:
+        InvalidRequest: if there is nothing to spread the model over.
+    """
+    if config.model.shard_base and copies == 1:
+        is_auto = config.model.data_parallel_size == "auto"
+        cure = "ray.num_gpus" if is_auto and has_gpu else "model.data_parallel_size"
+        raise InvalidRequest(
+            f"model.shard_base: it spreads the model over data-parallel ranks, and here is only one; raise {cure}, or "
+            "leave shard_base out"
+        )
 
 
 def num_gpus(config: ServerConfig, gpus_of_cluster: int | None = None) -> int:

@@ -81,7 +81,7 @@ def plan_samplers(
             "(sampler.replicas makes samplers of their own on a CPU too)"
         )
     never_beside = section.engine in _NEVER_BESIDE_TRAINING
-    is_spread = backend == "megatron" or one_copy.num_ranks > 1
+    is_spread = backend == "megatron" or one_copy.num_ranks > 1 or one_copy.shard_base
     asked_apart = bool(section.num_gpus) or replicas != "auto" or section.python is not None
     if asked_apart or never_beside or (is_spread and not gpus):
         processes = _processes(section.num_gpus, replicas, tp)
@@ -89,16 +89,21 @@ def plan_samplers(
         return None  # no rank holds the whole model, and there is no GPU for one that does
     else:
         processes = 0
-    model = replace(
+    model = _of_one_process(one_copy, tp)
+    python = None if section.python is None else section.python.expanduser().absolute()
+    return SamplerPlan(section.engine, processes, model, tp if gpus else 0, python)
+
+
+def _of_one_process(one_copy: ModelConfig, tp: int) -> ModelConfig:
+    return replace(
         one_copy,
         data_parallel_size=1,
+        shard_base=False,
         tensor_parallel_size=tp,
         pipeline_parallel_size=1,
         expert_parallel_size=1,
         sequence_parallel=None,
     )
-    python = None if section.python is None else section.python.expanduser().absolute()
-    return SamplerPlan(section.engine, processes, model, tp if gpus else 0, python)
 
 
 def _processes(num_gpus: int | None, replicas: int | str, tp: int) -> int:

@@ -235,7 +235,7 @@ def test_what_can_not_be_loaded_is_named(tiny_model_dir: Path, tmp_path: Path) -
         (ModelConfig(unknown), "can't be loaded"),
         (ModelConfig(tiny_model_dir, torch_dtype="float16"), "'float16' is not one of float32, bfloat16"),
         (ModelConfig(tiny_model_dir, torch_dtype="int8"), "'int8' is not one of float32"),
-        (ModelConfig(tiny_model_dir, tensor_parallel_size=2), "one device"),
+        (ModelConfig(tiny_model_dir, tensor_parallel_size=2), "whole layers"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             load_base_model(wrong)

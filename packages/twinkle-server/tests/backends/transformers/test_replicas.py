@@ -29,9 +29,11 @@ STEP = AdamParams(learning_rate=0.01, eps=1e-3)
 SPECS = {"a": AdapterSpec(rank=4, seed=1), "b": AdapterSpec(rank=8, seed=2), "c": AdapterSpec(rank=4, seed=3)}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, False), (3, False), (2, True), (3, True)], ids=str)
 def group(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[RankProcesses]:
-    with replica_ranks.start(ModelConfig(tiny_model_dir, data_parallel_size=request.param)) as started:
+    ranks, shard_base = request.param
+    config = ModelConfig(tiny_model_dir, data_parallel_size=ranks, shard_base=shard_base)
+    with replica_ranks.start(config) as started:
         yield started
 
 
@@ -137,20 +139,43 @@ def test_moments_are_held_once_and_gradients_travel_to_where_they_are_needed(
     }
 
     def sent(first: str, second: str) -> list[int]:
-        """By each rank, when rank 0 gets a row of `first` and rank 1 one of `second`."""
-        before = [bytes_sent for _, bytes_sent in group.held_by_each_rank()]
+        """By each rank, in a pass of a row of `first` and one of `second`."""
+        before = [held.gradient_bytes_sent for held in group.held_by_each_rank()]
         backend.forward_backward([[random_row(first, 7, seed=1), random_row(second, 7, seed=2)]])
-        after = [bytes_sent for _, bytes_sent in group.held_by_each_rank()]
+        after = [held.gradient_bytes_sent for held in group.held_by_each_rank()]
         return [end - start for start, end in zip(before, after, strict=True)][:2]
 
     # The first adapter is rank 0's and the second, which is larger, rank 1's: the fewest elements.
+    assert sent("a", "b") == sent("b", "a") == [0, 0], "rows go where their adapter is"
+    backend.owners.clear()
     assert sent("a", "b") == [0, 0]
     assert sent("b", "a") == [4 * sizes["b"], 4 * sizes["a"]], "float32"
-    moments = [held for held, _ in group.held_by_each_rank()]
+    moments = [held.moments for held in group.held_by_each_rank()]
     assert sum(moments) == sum(sizes.values()), "each adapter's on one rank"
     if len(moments) == 2:
         assert moments == [sizes["a"] + sizes["c"], sizes["b"]]
     backend.close()
+
+
+def test_where_rows_are_computed_changes_no_number(
+    group: RankProcesses, random_row: Callable[..., Row]
+) -> None:
+    ends: list[list[AdapterState]] = []
+    for knows_owners in (True, False):
+        backend = group.backend()
+        for name, spec in SPECS.items():
+            backend.add_adapter(name, spec)
+        if not knows_owners:
+            backend.owners.clear()
+        rows = [random_row(name, 9, seed=i) for i, name in enumerate("bacbcaab")]
+        for _ in range(2):
+            backend.forward_backward([rows])
+            backend.optim_step([AdamStep(name, STEP) for name in SPECS])
+        backend.forward_backward([rows])
+        ends.append(states(backend))
+        backend.close()
+    for one, other in zip(*ends, strict=True):
+        assert_close(one, other, 1e-4)
 
 
 def test_a_row_that_one_rank_refuses_leaves_no_gradient_on_any(

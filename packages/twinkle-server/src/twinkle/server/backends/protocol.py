@@ -76,6 +76,7 @@ class ModelConfig:
         max_lora_rank: highest rank of an adapter.
         max_context_length: longest sequence, in tokens; default: the limit in the model's own config.
         data_parallel_size: copies of the model, each on its own ranks, that share out the rows.
+        shard_base: those are parts of one copy, which its ranks gather layer by layer.
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share out the layers.
         expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
@@ -94,6 +95,7 @@ class ModelConfig:
     max_lora_rank: int = 128
     max_context_length: int | None = None
     data_parallel_size: int = 1
+    shard_base: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1

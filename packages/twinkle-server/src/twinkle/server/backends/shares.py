@@ -1,8 +1,13 @@
 """Splits micro-batches into shares of about equal tokens: for threads, and for data-parallel ranks."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from twinkle.server.backends.protocol import Row
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from twinkle.server.backends.protocol import Row, RowResult
 
 # What a share is filled up to, as fractions of the mean; of equals the first is taken.
 _FILLINGS = tuple(1 - i / 20 for i in range(10))
@@ -64,3 +69,66 @@ def _fitting(count: int, width: int, room: float, overhead_tokens: int, is_empty
     if count - fitting < least:
         return count if fitting else 0
     return fitting if fitting >= least else 0
+
+
+@dataclass(frozen=True, eq=False)
+class RankShares:
+    """Micro-batches shared out to data-parallel ranks, and their results put together.
+
+    Shares are as even as `share_out` makes them. Among those, rows go to the rank that owns their adapter, as far as
+    rows of one length can be exchanged: such a row's gradient need not be sent.
+
+    Attributes:
+        of_ranks: each rank's; empty for ranks that get no rows.
+    """
+
+    of_ranks: list[list[Sequence[Row]]]
+    _ranks: list[int]  # of each share
+    _orders: list[list[int]]  # of each micro-batch's rows, as shared out
+
+    @classmethod
+    def of(
+        cls,
+        micro_batches: Sequence[Sequence[Row]],
+        ranks: int,
+        overhead_tokens: int,
+        owners: Mapping[str, int],
+    ) -> RankShares:
+        """
+        Args:
+            overhead_tokens: as for `share_out`.
+            owners: rank by adapter; adapters that are missing may be any rank's.
+        """
+        orders = [_by_owner(rows, owners) for rows in micro_batches]
+        ordered = [[rows[i] for i in order] for rows, order in zip(micro_batches, orders, strict=True)]
+        shares = share_out(ordered, ranks, overhead_tokens)
+        free = list(range(ranks))
+        of_shares: list[int] = []
+        for share in shares:
+            owned = Counter[int]()
+            for row in (row for rows in share for row in rows):
+                owned[owners.get(row.adapter_id, -1)] += len(row.tokens)
+            rank = max(free, key=owned.__getitem__)  # the first of equals
+            free.remove(rank)
+            of_shares.append(rank)
+        of_ranks: list[list[Sequence[Row]]] = [[] for _ in range(ranks)]
+        for rank, share in zip(of_shares, shares, strict=True):
+            of_ranks[rank] = share
+        return cls(of_ranks, of_shares, orders)
+
+    def put_together(self, by_rank: Sequence[Sequence[Sequence[RowResult]]]) -> list[list[RowResult]]:
+        """The results by micro-batch and row, from each rank's."""
+        results = (result for rank in self._ranks for part in by_rank[rank] for result in part)
+        found: list[list[RowResult]] = []
+        for order in self._orders:
+            of_rows = {i: next(results) for i in order}
+            found.append([of_rows[i] for i in range(len(order))])
+        return found
+
+
+def _by_owner(rows: Sequence[Row], owners: Mapping[str, int]) -> list[int]:
+    """An order in which rows that follow each other and are equally long are by owner."""
+    order: list[int] = []
+    for _, alike in groupby(range(len(rows)), key=lambda i: len(rows[i].tokens)):
+        order += sorted(alike, key=lambda i: owners.get(rows[i].adapter_id, -1))
+    return order

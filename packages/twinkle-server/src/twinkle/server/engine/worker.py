@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault
 from twinkle.protocol.types import SampleResponse
@@ -201,6 +201,10 @@ class LocalWorker:
 
     async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
         await self._on_training_thread(self._backend.add_adapter, adapter_id, spec)
+
+    async def owner_of(self, adapter_id: str) -> int:
+        """Which of several data-parallel ranks has the adapter's gradient and moments."""
+        return cast("Any", self._backend).owner_of(adapter_id)
 
     async def remove_adapter(self, adapter_id: str) -> None:
         await self._on_training_thread(self._backend.remove_adapter, adapter_id)

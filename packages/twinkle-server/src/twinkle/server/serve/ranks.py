@@ -20,8 +20,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle.protocol.errors import ServerFault, TwinkleError
 from twinkle.protocol.types import SampleResponse
-from twinkle.server.backends.protocol import AdamStep, AdapterState, BaseModelInfo, LossSpecs, Row, RowResult
-from twinkle.server.backends.shares import share_out
+from twinkle.server.backends.protocol import (
+    AdamStep,
+    AdapterSpec,
+    AdapterState,
+    BaseModelInfo,
+    LossSpecs,
+    Row,
+    RowResult,
+)
+from twinkle.server.backends.shares import RankShares
 from twinkle.server.engine.worker import SamplerPlace, Trained, WorkerLost, WorkerPort
 from twinkle.server.plan import Plan
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -61,21 +69,26 @@ class RankGroup:
     """
 
     # Which ranks run each verb. What a rank does with it depends on its role, which the plan decides.
-    add_adapter = _on_all_ranks(WorkerPort.add_adapter)
-    remove_adapter = _on_all_ranks(WorkerPort.remove_adapter)
     optim_step = _on_all_ranks(WorkerPort.optim_step)
     export_adapter = _on_all_ranks(WorkerPort.export_adapter)
     import_adapter = _on_all_ranks(WorkerPort.import_adapter)
+
+    async def add_adapter(self, adapter_id: str, spec: AdapterSpec) -> None:
+        await self.incarnation.all_ranks("add_adapter", adapter_id, spec)
+        if self._plan.shares_rows:
+            [self._owners[adapter_id]] = await self.incarnation.these_ranks([0], "owner_of", adapter_id)
+
+    async def remove_adapter(self, adapter_id: str) -> None:
+        self._owners.pop(adapter_id, None)
+        await self.incarnation.all_ranks("remove_adapter", adapter_id)
 
     async def forward_backward(self, micro_batches: Sequence[Sequence[Row]]) -> list[list[RowResult]]:
         verb, num_ranks = "forward_backward", self.incarnation.num_ranks
         if not self._plan.shares_rows:
             return await self.incarnation.all_ranks(verb, micro_batches)
-        shares = share_out(micro_batches, num_ranks, self.info.overhead_tokens)
-        shares += [[] for _ in range(num_ranks - len(shares))]
-        by_rank = await self.incarnation.each_rank(verb, [(share,) for share in shares])
-        results = (result for parts in by_rank for part in parts for result in part)
-        return [[next(results) for _ in rows] for rows in micro_batches]
+        shares = RankShares.of(micro_batches, num_ranks, self.info.overhead_tokens, self._owners)
+        by_rank = await self.incarnation.each_rank(verb, [(share,) for share in shares.of_ranks])
+        return shares.put_together(by_rank)
 
     async def train(self, micro_batches: Sequence[Sequence[Row]], steps: Sequence[AdamStep]) -> Trained:
         if self.incarnation.num_ranks == 1:
@@ -128,6 +141,7 @@ class RankGroup:
         self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
         on_ranks = RankSamplers(self, plan.sampler_ranks) if plan.sampler_ranks else NoSamplers()
         self._samplers: Samplers = samplers or on_ranks
+        self._owners: dict[str, int] = {}  # by adapter: see `RankShares`
         self._plan = plan
         self._placement = placement
         self._is_given_up = False

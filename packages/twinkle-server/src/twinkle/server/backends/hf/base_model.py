@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
 from twinkle.protocol.errors import InvalidRequest
@@ -28,6 +29,7 @@ from twinkle.server.backends.hf.model_facts import (
     max_batch_tokens,
     overhead_tokens,
 )
+from twinkle.server.backends.hf.shards import Shards
 from twinkle.server.backends.hf.threads import matrix_weights
 from twinkle.server.backends.lora.module_groups import (
     EXPERT_PARAMETERS,
@@ -66,12 +68,14 @@ class LoadedModel:
             parameters of `experts`.
         info: what requests are checked against.
         experts: the modules of routed experts among the targets, by full name.
+        shards: this rank's parts, if the model is spread over ranks: its own parameters are then placeholders.
     """
 
     model: PreTrainedModel
     targets: dict[str, ModuleGroup]
     info: BaseModelInfo
     experts: tuple[str, ...] = ()
+    shards: Shards | None = None
 
     @property
     def linears(self) -> list[str]:
@@ -80,7 +84,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device if self.shards is None else self.shards.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,24 +92,29 @@ class LoadedModel:
 
 
 def load_base_model(config: ModelConfig) -> LoadedModel:
-    """Load a model from a directory with `config.json` and safetensors.
+    """Load a model from a directory with `config.json` and safetensors; with `config.shard_base`, this rank's parts.
 
     Raises:
         InvalidRequest: if the directory has no such model, or it can't be loaded as configured.
     """
     _check(config)
-    model = _load(config)
+    shards = None
+    if config.shard_base:
+        shards = Shards(config.rank, config.data_parallel_size, torch.device(config.device))
+    model = _load(config, shards)
     model.requires_grad_(False)
     model.eval()
-    _check_finite(model, config)
+    _check_finite(model, shards, config)
     targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
         raise InvalidRequest(
             f"model: {type(model).__name__} in {config.path} has no linear layers (torch.nn.Linear) under attention "
             "or feed-forward modules that LoRA could act on; use a decoder such as Llama, Qwen2 or Qwen3"
         )
-    _check_head(model, config)
-    return LoadedModel(model, targets, _describe(model, targets, config), experts)
+    if shards is None:  # else it can only be run by all ranks together, which check it then
+        check_runs(model, config)
+    device = model.device if shards is None else shards.device
+    return LoadedModel(model, targets, _describe(model, targets, config, device), experts, shards)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -147,6 +156,10 @@ def _is_plain(layer: nn.Linear) -> bool:
     """Whether this is a plain matrix product. Some subclasses of linear layers do otherwise, e.g. in groups."""
     if type(layer).forward is nn.Linear.forward:
         return True
+    if layer.weight.is_meta:  # of a model that is spread over ranks: any weights will do
+        layer = copy.deepcopy(layer).to_empty(device="cpu")
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     x = x.view(1, 2, -1)
     try:
@@ -207,7 +220,7 @@ def _check(config: ModelConfig) -> None:
         raise InvalidRequest(f"model.torch_dtype: {config.torch_dtype!r} is not one of {', '.join(DTYPES)}")
     if config.tensor_parallel_size != 1 or config.pipeline_parallel_size != 1:
         raise InvalidRequest(
-            "model: the Transformers backend holds the whole model on one device: leave out tensor_parallel_size and "
+            "model: the Transformers backend computes whole layers on each rank: leave out tensor_parallel_size and "
             "pipeline_parallel_size (or set them to 1)"
         )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -216,23 +229,27 @@ def _check(config: ModelConfig) -> None:
         )
 
 
-def _load(config: ModelConfig) -> PreTrainedModel:
+def _load(config: ModelConfig, shards: Shards | None) -> PreTrainedModel:
     method = base_folder.quantised_by(config.path)
     base_folder.check(config.path, can_dequantise=_DEQUANTISED)
-    settings: dict[str, object] = {} if config.device == "cpu" else {"device_map": {"": config.device}}
+    on_host = config.device == "cpu" or shards is not None
+    settings: dict[str, object] = {} if on_host else {"device_map": {"": config.device}}
     if method in _DEQUANTISED:
         settings["quantization_config"] = _DEQUANTISED[method]()
     try:
-        model, report = cast("Any", AutoModelForCausalLM).from_pretrained(
-            str(config.path),
-            dtype=DTYPES[config.torch_dtype],
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused
-            **settings,
-        )
+        with nullcontext() if shards is None else shards.cutting(_vocab_size(config)):
+            model, report = cast("Any", AutoModelForCausalLM).from_pretrained(
+                str(config.path),
+                dtype=DTYPES[config.torch_dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused
+                **settings,
+            )
+        if shards is not None:
+            shards.cut_rest(model)
     except torch.OutOfMemoryError as error:
         raise InvalidRequest(
             f"model: {config.path} does not fit into the memory of {config.device} in {config.torch_dtype}; use a "
@@ -246,6 +263,12 @@ def _load(config: ModelConfig) -> PreTrainedModel:
         ) from error
     _check_report(model, report, config)
     return cast("PreTrainedModel", model)
+
+
+def _vocab_size(config: ModelConfig) -> int:
+    """As config.json has it."""
+    found = AutoConfig.from_pretrained(str(config.path), local_files_only=True, trust_remote_code=False)
+    return int(found.get_text_config().vocab_size)
 
 
 def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: ModelConfig) -> None:
@@ -274,9 +297,13 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any], config: Mod
 
 
 @torch.no_grad()
-def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Check each weight, with one transfer for all of them."""
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.numel()]
+def _check_finite(model: PreTrainedModel, shards: Shards | None, config: ModelConfig) -> None:
+    """Check each weight that this rank has, with one transfer for all of them."""
+    parts = (
+        (name, weight if shards is None else shards.parts[weight])
+        for name, weight in model.named_parameters()
+    )
+    named = [(name, weight) for name, weight in parts if weight.numel()]
     ends = [torch.stack(torch.aminmax(weight)).isfinite().all() for _, weight in named]
     for (name, _), is_finite in zip(named, cast("list[bool]", torch.stack(ends).tolist()), strict=True):
         if not is_finite:
@@ -284,11 +311,14 @@ def _check_finite(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, config: ModelConfig) -> None:
+def check_runs(model: PreTrainedModel, config: ModelConfig) -> None:
     """Log-probabilities are computed from hidden states and head in chunks, and rows are padded at the right without a
     mask: check that this gives what the model does.
+
+    Raises:
+        InvalidRequest: if it doesn't, or the model can't be run.
     """
-    tokens = torch.arange(4, device=model.device).unsqueeze(0)
+    tokens = torch.arange(4, device=config.device).unsqueeze(0)
     head = cast("nn.Module", model.get_output_embeddings())
     try:
         hidden = cast("Tensor", decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state)
@@ -325,7 +355,7 @@ def agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _describe(
-    model: PreTrainedModel, targets: Mapping[str, ModuleGroup], config: ModelConfig
+    model: PreTrainedModel, targets: Mapping[str, ModuleGroup], config: ModelConfig, device: torch.device
 ) -> BaseModelInfo:
     text = model.config.get_text_config()
     ends = [model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())]
@@ -334,10 +364,10 @@ def _describe(
         vocab_size=min(embedding.shape[0], head.shape[0]),
         max_context_length=context_length(text, config),
         max_lora_rank=config.max_lora_rank,
-        max_batch_tokens=max_batch_tokens(text, model.dtype, model.device),
+        max_batch_tokens=max_batch_tokens(text, model.dtype, device),
         eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), text),
         architecture=type(model).__name__,
-        overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), model.device),
+        overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), device),
         export=export_facts(config.path, tied_head=embedding is head),
         trainable=groups_there_are(targets.values()),
     )

@@ -16,9 +16,13 @@ _ENOUGH = 64_000_000
 class Threads:
     """Sets torch's intra-op threads by the size of the next computation; on a GPU always one."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+        """
+        Args:
+            device: where it computes; default: where its weights are.
+        """
         self._weights = matrix_weights(model)
-        self._most = torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._most = torch.get_num_threads() if (device or model.device).type == "cpu" else 1
 
     @property
     def most(self) -> int:

@@ -82,6 +82,10 @@ class LoraBackend(ABC):
         bank.params[slot].copy_(row)
         self._adapters[adapter_id] = Adapter(spec, bank, slot, owner)
 
+    def owner_of(self, adapter_id: str) -> int:
+        """The data-parallel rank that has the adapter's gradient and moments."""
+        return self._adapters[adapter_id].owner
+
     def remove_adapter(self, adapter_id: str) -> None:
         adapter = self._adapters.pop(adapter_id)
         adapter.bank.free(adapter.slot)

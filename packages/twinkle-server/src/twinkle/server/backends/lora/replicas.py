@@ -33,7 +33,7 @@ class Replicas:
     """The ranks, and which of them this one is.
 
     Attributes:
-        bytes_sent: of gradients, by this rank, so far.
+        bytes_sent: of gradients, by this rank, so far; weight_bytes_sent: of new weights, to each other rank.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Replicas:
             world if is_cpu else cast(ProcessGroup, dist.new_group(backend="gloo", timeout=_TIMEOUT))
         )
         self.index, self.size = dist.get_rank(), dist.get_world_size()
-        self.bytes_sent = 0
+        self.bytes_sent = self.weight_bytes_sent = 0
         self._owned = [0] * self.size  # elements of the adapters that each rank owns
 
     # ------------------------------------------------------------ owners
@@ -125,7 +125,10 @@ class Replicas:
 
     def share_weights(self, stepped: Sequence[Adapter]) -> None:
         """Send each owner's new weights to all ranks."""
-        rows = ((adapter.bank.params[adapter.slot], adapter.owner) for adapter in stepped)
+        rows = [(adapter.bank.params[adapter.slot], adapter.owner) for adapter in stepped]
+        self.weight_bytes_sent += sum(
+            row.nbytes * (self.size - 1) for row, owner in rows if owner == self.index
+        )
         for sending in [dist.broadcast(row, src=owner, async_op=True) for row, owner in rows]:
             cast(Any, sending).wait()
 

@@ -1,6 +1,8 @@
-"""Training on a Transformers model: one frozen base on one device, adapters in stacked banks.
+"""Training on a Transformers model: one frozen base, adapters in stacked banks.
 
+    network           the model with adapters, as a pass calls it
     passes            micro-batches to results and gradients
+    sharding          a base that is spread over ranks; sharded_pass: their passes
     activations       what a pass keeps, measured; recomputed if it would be too much
     thread_parallel   a pass's rows shared out over CPU threads
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from twinkle.server.backends.hf.base_model import (
     LoadedModel,
+    check_runs,
     copy_sharing_weights,
     decoder,
     finish_logits,
@@ -40,7 +43,10 @@ from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import AdapterSpec, BaseModelInfo, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
-from twinkle.server.backends.transformers.passes import LoraNetwork, Pass, PassLimits, run_pass
+from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.passes import Pass, PassLimits, run_pass
+from twinkle.server.backends.transformers.sharded_pass import run_sharded_pass
+from twinkle.server.backends.transformers.sharding import ShardedModel
 from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks
 
 
@@ -56,10 +62,13 @@ class TransformersBackend(LoraBackend):
             InvalidRequest: if the model can't be loaded as `config` says.
         """
         self._loaded = loaded if loaded is not None else load_base_model(config)
-        self._threads = Threads(self._loaded.model)
-        count = min(self._threads.most, MAX_NETWORKS)
-        self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
         device = self._loaded.device
+        replicas = Replicas(config, device) if config.data_parallel_size > 1 else None
+        self._threads = Threads(self._loaded.model, device)
+        # Those of a sharded base would gather at the same time, each rank's in another order.
+        count = 1 if self._loaded.shards is not None else min(self._threads.most, MAX_NETWORKS)
+        self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
+        self._check_runs(config)
         affordable = affordable_tokens(_token_bytes(self._loaded, self._networks.first), device)
         self._limits = PassLimits(affordable, self._loaded.info.overhead_tokens)
         info = replace(
@@ -68,13 +77,19 @@ class TransformersBackend(LoraBackend):
             max_batch_tokens=bounded_batch_tokens(affordable, device),
             max_adapter_bytes=affordable_adapter_bytes(device),
         )
-        replicas = Replicas(config, device) if config.data_parallel_size > 1 else None
         super().__init__(info if replicas is None else _info_of_all(info, replicas, device), device, replicas)
 
     @property
     def loaded(self) -> LoadedModel:
-        """The base model, without adapters, for sharing its weights."""
+        """The base model, without adapters, for sharing its weights (unless they are spread over ranks)."""
         return self._loaded
+
+    def _check_runs(self, config: ModelConfig) -> None:
+        """What `load_base_model` could not check of a model that only all ranks together can run."""
+        sharded = self._networks.first.sharded
+        if sharded is not None:
+            with torch.no_grad():
+                sharded.run(lambda: check_runs(sharded.model, config))
 
     def _layout(self, rank: int, groups: frozenset[ModuleGroup]) -> Layout:
         targets = [name for name, group in self._loaded.targets.items() if group in groups]
@@ -92,15 +107,17 @@ class TransformersBackend(LoraBackend):
                 done = self._run(micro_batches)
                 commit(done.scratches)
             return done.results
-        done = None
-        try:
-            with self._giving_memory_back():
-                done = self._run(micro_batches)
-            told = done.trained
-        except Exception as error:
-            told = error
-        trained = self._replicas.gather(told)  # a rank without rows takes part
-        assert done is not None, "else all ranks have raised"
+        if self._loaded.shards is not None:
+            done = self._run_sharded(micro_batches, self._replicas)
+        else:
+            try:
+                with self._giving_memory_back():
+                    done = self._run(micro_batches)
+            except Exception as error:
+                done = error
+        # A rank without rows takes part.
+        trained = self._replicas.gather(done if isinstance(done, Exception) else done.trained)
+        assert not isinstance(done, Exception), "else all ranks have raised"
         with self._giving_memory_back():
             commit(self._replicas.send_to_owners(done.scratches, self._adapters, trained))
         return done.results
@@ -108,6 +125,23 @@ class TransformersBackend(LoraBackend):
     def _run(self, micro_batches: Sequence[Sequence[Row]]) -> Pass:
         self._check_rows(micro_batches)
         return run_pass(self._networks, self._threads, self._adapters, micro_batches, self._limits)
+
+    def _run_sharded(self, micro_batches: Sequence[Sequence[Row]], replicas: Replicas) -> Pass | Exception:
+        refused = None
+        try:
+            self._check_rows(micro_batches)
+        except Exception as error:
+            refused = error
+        with self._giving_memory_back():
+            return run_sharded_pass(
+                self._networks.first,
+                self._threads,
+                self._adapters,
+                micro_batches,
+                self._limits,
+                replicas,
+                refused,
+            )
 
     @contextmanager
     def _giving_memory_back(self) -> Generator[None]:
@@ -159,10 +193,12 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
         return finish_logits(output(hidden), model.config)
 
     weight = cast("Tensor", output.weight)
+    vocab_size = weight.shape[0]
     body, recomputation = decoder(model), Recomputation()
     recompute_layers(body, recomputation)
     boundaries = rope_boundaries(model.config, loaded.info.max_context_length)
-    return LoraNetwork(body, head, weight.shape[0], route, recomputation, loaded.device, boundaries)
+    sharded = None if loaded.shards is None else ShardedModel(model, loaded.shards)
+    return LoraNetwork(body, head, vocab_size, route, recomputation, loaded.device, boundaries, sharded)
 
 
 def _token_bytes(loaded: LoadedModel, network: LoraNetwork) -> float:

@@ -60,7 +60,8 @@ class SavedBytes:
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
+        # Not its address: where weights are gathered layer by layer, several have the same one after each other.
+        self.storages[storage._cdata] = storage.nbytes()  # pyright: ignore[reportPrivateUsage]
         return tensor
 
 

@@ -6,59 +6,22 @@ Owns the arithmetic of a pass; the adapters, banks and the model are the backend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from twinkle.server.backends.hf.rope import by_kind
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter, Bank
-from twinkle.server.backends.lora.linear import TrainingRoute
-from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
 from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
 from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle.server.backends.shares import padded_tokens, share_out
-from twinkle.server.backends.transformers.activations import Recomputation
+from twinkle.server.backends.transformers.network import LoraNetwork
 from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
-
-
-@dataclass(frozen=True, eq=False)
-class LoraNetwork:
-    """A module tree with `LoraLinear` layers, split in two.
-
-    Attributes:
-        body: token ids [rows, tokens] to hidden states.
-        head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
-        route: what its layers look at.
-        recomputation: whether they keep their activations.
-        boundaries: lengths that separate rows which must not share a call: see `rope`.
-    """
-
-    body: nn.Module
-    head: Callable[[Tensor], Tensor]
-    vocab_size: int
-    route: TrainingRoute
-    recomputation: Recomputation
-    device: torch.device
-    boundaries: tuple[int, ...] = ()
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """[rows, n, hidden] of `tokens`, int64 [rows, n]."""
-        return cast("Tensor", cast("Any", self.body)(input_ids=tokens, use_cache=False).last_hidden_state)
-
-    def logprobs(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """float32 [rows, n, k] of the `targets`, int64 [rows, n, k]; `tokens` is int64 [rows, n], padded at the right.
-
-        Attention is causal, so padding at the right of a row can't affect the row's own tokens: no mask is needed, and
-        attention uses its fastest kernel.
-        """
-        return chunked_logprobs(self.head, self.hidden(tokens), targets, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -104,8 +67,8 @@ def run_pass(
     shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
     affordable = limits.affordable_tokens // len(shares)  # shares are computed at the same time
 
-    def run_share(network: LoraNetwork, share: Sequence[Sequence[Row]]) -> _Computed:
-        computed = _Computed.begin(adapters, share)
+    def run_share(network: LoraNetwork, share: Sequence[Sequence[Row]]) -> Computed:
+        computed = Computed.begin(adapters, share)
         try:
             for rows in share:
                 size = padded_tokens(rows)
@@ -118,7 +81,11 @@ def run_pass(
             threads.restore()
         return computed
 
-    done = networks.run(run_share, shares)
+    return finish(micro_batches, networks.run(run_share, shares))
+
+
+def finish(micro_batches: Sequence[Sequence[Row]], done: Sequence[Computed]) -> Pass:
+    """Put together what was computed of the micro-batches' rows, in order."""
     results = chain.from_iterable(computed.results for computed in done)
     return Pass(
         results=[list(islice(results, len(rows))) for rows in micro_batches],
@@ -130,7 +97,7 @@ def run_pass(
 
 
 @dataclass(frozen=True, eq=False)
-class _Computed:
+class Computed:
     """The outcome of a share of a pass: its rows' results in order, and gradients by bank."""
 
     scratches: dict[Bank, BankScratch]
@@ -138,8 +105,8 @@ class _Computed:
     results: list[RowResult]
 
     @classmethod
-    def begin(cls, adapters: dict[str, Adapter], share: Sequence[Sequence[Row]]) -> _Computed:
-        has_gradients = any(not row.forward_only for row in chain.from_iterable(share))
+    def begin(cls, adapters: dict[str, Adapter], share: Sequence[Sequence[Row]]) -> Computed:
+        has_gradients = is_trained(chain.from_iterable(share))
         by_bank: dict[Bank, dict[int, Adapter]] = {}
         for row in chain.from_iterable(share):
             adapter = adapters[row.adapter_id]
@@ -148,6 +115,11 @@ class _Computed:
             bank: BankScratch(bank, list(active.values()), has_gradients) for bank, active in by_bank.items()
         }
         return cls(scratches, has_gradients, [])
+
+
+def is_trained(rows: Iterable[Row]) -> bool:
+    """Whether any of the rows gives a gradient."""
+    return any(not row.forward_only for row in rows)
 
 
 def _run_by_kind(
@@ -160,36 +132,61 @@ def _run_by_kind(
     kinds = by_kind(network.boundaries, [len(row.tokens) for row in rows])
     found: dict[int, RowResult] = {}
     for kind in kinds:
-        results = _run_micro_batch(network, adapters, scratches, [rows[i] for i in kind])
+        alike = [rows[i] for i in kind]
+        results = run_micro_batch(network, adapters, scratches, alike, is_trained(alike))
+        if isinstance(results, Exception):
+            raise results
         found.update(zip(kind, results, strict=True))
     return [found[i] for i in range(len(rows))]
 
 
-def _run_micro_batch(
+def run_micro_batch(
     network: LoraNetwork,
     adapters: dict[str, Adapter],
     scratches: dict[Bank, BankScratch],
     rows: Sequence[Row],
-) -> list[RowResult]:
+    goes_backward: bool,
+) -> list[RowResult] | Exception:
+    """Compute rows of one kind; their gradients are added to the scratches.
+
+    Args:
+        goes_backward: whether there is a backward pass, also if none of the rows needs it.
+
+    Returns:
+        Their results, or what a loss raised: then too the network has gone forward and backward.
+    """
     place = {bank: i for i, bank in enumerate(scratches)}
     keys = [(place[adapters[row.adapter_id].bank], adapters[row.adapter_id].slot) for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
-    needs_grad = any(not row.forward_only for row in rows)
+    needs_grad = is_trained(rows)
     network.route.segments = [
         scratch.segment(slots, needs_grad)
         for i, scratch in enumerate(scratches.values())
         if (slots := [keys[k][1] for k in order if keys[k][0] == i])
     ]
-    results = _forward_backward(network, [rows[k] for k in order], needs_grad)
+    results = _forward_backward(network, [rows[k] for k in order], goes_backward)
+    if isinstance(results, Exception):
+        return results
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
-def _forward_backward(network: LoraNetwork, rows: list[Row], needs_grad: bool) -> list[RowResult]:
+def _forward_backward(
+    network: LoraNetwork, rows: list[Row], goes_backward: bool
+) -> list[RowResult] | Exception:
     tokens = padded([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
     targets = padded([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
-    with torch.set_grad_enabled(needs_grad):
+    with torch.set_grad_enabled(goes_backward):
         logprobs = network.logprobs(tokens, targets)
-        losses = row_losses(rows, logprobs)
-        if needs_grad:
+    # The loss has a graph of its own, so that the model's is gone through even if the loss fails.
+    own = logprobs.detach().requires_grad_(goes_backward)
+    found: list[RowResult] | Exception
+    try:
+        losses = row_losses(rows, own)
+        if is_trained(rows):
             losses.to_minimise(rows).backward()
-    return row_results(rows, logprobs, losses)
+        found = row_results(rows, own, losses)
+    except Exception as error:
+        found = error
+    if goes_backward:
+        logprobs.backward(torch.zeros_like(own) if own.grad is None else own.grad)
+    return found
