@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from statistics import median_low
 
 from twinkle.protocol import messages as m
+from twinkle.server.scheduling.batching_window import BatchingWindow
 from twinkle.server.scheduling.runs import Job, Run
 from twinkle.server.scheduling.turns import Turns
 
-# A run that was in none of this many ticks is no longer active.
-_REMEMBERED_TICKS = 16
 # Tenants that a tick looks at to find out what is usual, and in vain before it begins without more: so what picking a
 # tick costs doesn't depend on how many others wait.
 _LOOKED_AT = 64
@@ -54,45 +53,6 @@ class Tick:
             for is_slow in (False, True)
         ]
         return [half for half in halves if half.jobs]
-
-
-class BatchingWindow:
-    """How long a tick waits for more runs.
-
-    A tick has a fixed cost, so runs whose requests arrive close together are better computed together. But a run whose
-    client is still busy with its last result is not worth waiting for. So a tick waits for half of the active runs:
-    while they are computed, the clients of the other half prepare their next requests.
-
-    Attributes:
-        seconds: the longest wait.
-        enough_tokens: a tick begins at once if this many are queued.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.enough_tokens = 0
-        self._ticks: deque[frozenset[Run]] = deque()
-        self._active: Counter[Run] = Counter()
-
-    def add_tick(self, runs: Iterable[Run]) -> None:
-        """Count these runs, which were in a tick, as active for a while."""
-        tick = frozenset(runs)
-        self._ticks.append(tick)
-        self._active.update(tick)
-        if len(self._ticks) > _REMEMBERED_TICKS:
-            for run in self._ticks.popleft():
-                self._active[run] -= 1
-                if not self._active[run]:
-                    del self._active[run]
-
-    def num_active_beside(self, runs: AbstractSet[Run]) -> int:
-        """The number of active runs that are not among these."""
-        return len(self._active.keys() - runs)
-
-    @property
-    def num_wanted(self) -> int:
-        """How many ready runs start a tick at once; at least 1."""
-        return max(1, (len(self._active) + 1) // 2)
 
 
 class Scheduler:
