@@ -295,7 +295,7 @@ def memory_table() -> str:
     adapter = 16 * base.adapter(RANK) / ranks
     shown = [
         ("base in bfloat16, a rank", weights / GB),
-        ("the whole base once more, for the sampler of rank 0", 2 * base.parameters() / GB),
+        ("a sampler with the whole base on one GPU", 2 * base.parameters() / GB),
         ("an adapter while it is trained, a rank", adapter / GB),
         ("left of a GPU of 80 GB beside the base", (assumed.gpu_memory - weights) / GB),
         ("adapters that half of that holds", 0.5 * (assumed.gpu_memory - weights) / adapter),
