@@ -78,6 +78,11 @@ def test_the_server_reads_its_configuration(where: str, tmp_path: Path) -> None:
         assert config.storage.database_url.startswith("postgresql+psycopg://")
 
 
+@pytest.mark.parametrize("where", ["kuberay/raycluster.yaml: Secret", "slurm/twinkle.yaml"])
+def test_servers_on_several_machines_join_the_cluster_that_is_there(where: str) -> None:
+    assert yaml.safe_load(CONFIGURATIONS[where])["ray"]["address"] == "auto"
+
+
 def test_a_wrong_key_would_be_found(tmp_path: Path) -> None:
     assert len(CONFIGURATIONS) == 4
     file = tmp_path / CONFIG
