@@ -1,4 +1,4 @@
-"""The fair queue: whose turn it is among tenants with work ready, counted in tokens, for ticks and for sampling.
+"""The fair queue: whose turn it is among tenants with samples that wait, counted in tokens.
 
 Surplus round robin (Adiseshu, Parulkar & Varghese, SIGCOMM 1996): a tenant with a positive balance may run a job that
 costs more than that, and owes the difference. Over time, all tenants that always have work get the same number of

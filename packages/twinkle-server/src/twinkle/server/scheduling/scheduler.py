@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from statistics import median_low
 
 from twinkle.protocol import messages as m
-from twinkle.server.scheduling.fair_queue import FairQueue
+from twinkle.server.scheduling.batching_window import BatchingWindow
 from twinkle.server.scheduling.runs import Job, Run
+from twinkle.server.scheduling.turns import Turns
 
-# A run that was in none of this many ticks is no longer active.
-_REMEMBERED_TICKS = 16
+# Tenants that a tick looks at to find out what is usual, and in vain before it begins without more: so what picking a
+# tick costs doesn't depend on how many others wait.
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -52,45 +55,6 @@ class Tick:
         return [half for half in halves if half.jobs]
 
 
-class BatchingWindow:
-    """How long a tick waits for more runs.
-
-    A tick has a fixed cost, so runs whose requests arrive close together are better computed together. But a run whose
-    client is still busy with its last result is not worth waiting for. So a tick waits for half of the active runs:
-    while they are computed, the clients of the other half prepare their next requests.
-
-    Attributes:
-        seconds: the longest wait.
-        enough_tokens: a tick begins at once if this many are queued.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.enough_tokens = 0
-        self._ticks: deque[frozenset[Run]] = deque()
-        self._active: Counter[Run] = Counter()
-
-    def add_tick(self, runs: Iterable[Run]) -> None:
-        """Count these runs, which were in a tick, as active for a while."""
-        tick = frozenset(runs)
-        self._ticks.append(tick)
-        self._active.update(tick)
-        if len(self._ticks) > _REMEMBERED_TICKS:
-            for run in self._ticks.popleft():
-                self._active[run] -= 1
-                if not self._active[run]:
-                    del self._active[run]
-
-    def num_active_beside(self, runs: AbstractSet[Run]) -> int:
-        """The number of active runs that are not among these."""
-        return len(self._active.keys() - runs)
-
-    @property
-    def num_wanted(self) -> int:
-        """How many ready runs start a tick at once; at least 1."""
-        return max(1, (len(self._active) + 1) // 2)
-
-
 class Scheduler:
     """The ready runs. Single-threaded: everything is called on one event loop.
 
@@ -107,7 +71,7 @@ class Scheduler:
         self._tick_tokens = tick_tokens
         self._overhead_tokens = overhead_tokens
         self._ready: dict[str, OrderedDict[Run, Job]] = {}  # tenant -> heads of its ready runs, next first
-        self._turns = FairQueue()
+        self._turns = Turns()
         self._large: list[str] = []  # tenants whose next job was too large for the last tick
         self._work = asyncio.Event()
         self._arrived = asyncio.Event()  # set when a job arrives
@@ -190,10 +154,8 @@ class Scheduler:
         active runs are ready.
         """
         await self._work.wait()
-        while (
-            self._ready_runs < self._window.num_active_beside(in_flight)
-            and self._queued_tokens < self._tick_tokens
-        ):
+        expected = self._window.num_active_beside(in_flight)  # ticks are taken by the one who waits here
+        while self._ready_runs < expected and self._queued_tokens < self._tick_tokens:
             self._arrived.clear()
             await self._arrived.wait()
 
@@ -207,11 +169,11 @@ class Scheduler:
         return tick
 
     def _take_ready(self) -> list[Job]:
-        """Take what all tenants may bring whose jobs are no larger than a share. A tenant with a larger job goes next,
-        in a tick of its own.
+        """Take what tenants may bring whose jobs are no larger than a share, those first who have been given least. A
+        tenant with a larger job goes next, in a tick of its own.
 
         So a tenant with little to do waits for the tick being computed, and then for one in which nobody brings much
-        more than it does, however much they have queued.
+        more than it does, however much they have queued. Where not all fit into a tick they take turns.
         """
         if not self._ready:
             return []
@@ -221,57 +183,71 @@ class Scheduler:
         return self._take_large(large) if large else self._take_shares()
 
     def _take_alone(self, tenant: str) -> list[Job]:
+        self._large = []
         jobs = self._take_from_tenant(tenant, max(self._tick_tokens, self._first_head(tenant).tokens))
         self._turns.settle(tenant)
-        self._large = []
         return jobs
 
     def _take_shares(self) -> list[Job]:
-        share = self._fair_share()
-        jobs: list[Job] = []
-        while not jobs:
-            self._turns.earn(share)
-            jobs, self._large = self._bring_shares(share)
-            if self._large and not jobs:  # then even the smallest jobs exceed a share
-                sizes = {tenant: self._first_head(tenant).tokens for tenant in self._large}
-                least = min(sizes.values())
-                jobs = self._take_large([tenant for tenant, size in sizes.items() if size == least])
-                self._large = [tenant for tenant, size in sizes.items() if size > least]
-        return jobs
+        looked_at = self._turns.take_first(_LOOKED_AT)
+        share = self._fair_share(looked_at)
+        self._turns.earn(share, least=looked_at[0])
+        jobs, large = self._bring_shares(share, looked_at)
+        self._turns.put_back(looked_at)
+        if jobs:
+            self._large = large
+            return jobs
+        # Even the smallest jobs exceed a share.
+        sizes = {tenant: self._first_head(tenant).tokens for tenant in large}
+        least = min(sizes.values())
+        self._large = [tenant for tenant, size in sizes.items() if size > least]
+        return self._take_large([tenant for tenant, size in sizes.items() if size == least])
 
-    def _bring_shares(self, share: int) -> tuple[list[Job], list[str]]:
-        """What each tenant may bring, and the tenants whose next job is larger than a share, in turn."""
-        budget = self._tick_tokens
+    def _bring_shares(self, share: int, looked_at: list[str]) -> tuple[list[Job], list[str]]:
+        """What each tenant may bring, and the tenants whose next job is larger than a share, in turn.
+
+        Args:
+            looked_at: who is first; those who are looked at beyond them are appended.
+        """
+        budget = max(self._tick_tokens, share)
         jobs: list[Job] = []
         large: list[str] = []
-        no_room: list[str] = []
-        for tenant in self._turns.in_turn():
-            if budget <= 0:
+        number = in_vain = 0
+        while in_vain < _LOOKED_AT:
+            if number == len(looked_at) and budget > 0:
+                looked_at += self._turns.take_first(1)
+            if number == len(looked_at):
                 break
-            if not self._may_bring(tenant):
-                continue
-            head, balance = self._first_head(tenant).tokens, self._turns.balance(tenant)
-            if head > share:
+            tenant, number = looked_at[number], number + 1
+            balance = self._turns.balance(tenant)
+            if balance <= 0:
+                break  # and nobody who comes after it may bring more
+            brought: list[Job] = []
+            if self._first_head(tenant).tokens > share:
                 large.append(tenant)
-            elif budget < head <= balance:
-                no_room.append(tenant)
-            else:
+            elif budget > 0:
                 brought = self._take_from_tenant(tenant, min(budget, balance))
                 budget -= _tokens(brought)
                 jobs += brought
-        self._turns.put_first(no_room)
+            in_vain += not brought
         return jobs, large
 
-    def _fair_share(self) -> int:
-        """Tokens that each tenant may bring: the median of what tenants with passes have queued. So tenants with
-        similar work all fit into a tick, and one with much more brings no more than they do. At least a tick's fixed
-        cost, which at most doubles the tick.
+    def _fair_share(self, first: Sequence[str]) -> int:
+        """Tokens that each tenant may bring: the median of what tenants with passes have queued, of those who are first
+        in turn. So tenants with similar work all fit into a tick, and one with much more brings no more than they do.
+
+        Where they don't all fit, no more than an equal part of the tick; among more than two, whose parts may be small,
+        the median of their next jobs, so that half of them can bring one. At least a tick's fixed cost, which at most
+        doubles the tick.
         """
-        queued = sorted(self._queued[tenant] for tenant in self._ready if self._queued[tenant])
-        if not queued:
+        with_passes = [tenant for tenant in first if self._queued[tenant]]
+        if not with_passes:
             return self._overhead_tokens
-        median = queued[(len(queued) - 1) // 2]
-        return max(self._overhead_tokens, min(median, self._tick_tokens // len(queued)))
+        median = median_low(self._queued[tenant] for tenant in with_passes)
+        part = self._tick_tokens // len(self._ready)
+        if len(self._ready) > 2:
+            part = max(part, median_low(self._first_head(tenant).tokens for tenant in with_passes))
+        return max(self._overhead_tokens, min(median, part))
 
     def _take_large(self, tenants: list[str]) -> list[Job]:
         """The first of these tenants brings its next job, the others what is not larger."""
@@ -282,6 +258,7 @@ class Scheduler:
             brought = self._take_from_tenant(tenant, min(budget, share))
             budget -= _tokens(brought)
             jobs += brought
+        self._turns.put_back(tenants)
         return jobs
 
     def _may_bring(self, tenant: str) -> bool:
@@ -329,9 +306,6 @@ class Scheduler:
             del self._ready[run.tenant][run]
             if not self._ready[run.tenant]:
                 del self._ready[run.tenant]
-                # What its last pass cost beyond its share is forgiven: a client that waits for each result before it
-                # sends more takes at most twice as long as alone, however large its batches.
-                self._turns.settle(run.tenant)
                 self._turns.deactivate(run.tenant)
         if self._ready:
             self._work.set()
