@@ -13,6 +13,9 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import PromptAltTokens, TensorData, TopkTable
 from twinkle.server.samplers.protocol import GenerateRequest
 
+# Separates the stream of a prompt's alternatives from those of samples.
+_ALTERNATIVES = 1
+
 
 @dataclass(frozen=True, eq=False)
 class PromptAnswers:
@@ -67,3 +70,9 @@ def first_target_row(request: GenerateRequest, rows: int) -> int:
         return rows
     asking = np.flatnonzero((request.target_tokens >= 0).any(axis=1))
     return int(asking[0]) if len(asking) else rows
+
+
+def alternatives_generator(seed: int) -> np.random.Generator:
+    """Uniform numbers for a prompt's alternatives, a function of the seed alone; separate from samples' streams."""
+    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(_ALTERNATIVES,))
+    return np.random.Generator(np.random.Philox(entropy))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import TopkTable
-from twinkle.server.samplers.draw import DrawSettings, draw, tempered_logprobs, topk_table
+from twinkle.server.samplers.transformers.draw import DrawSettings, draw, tempered_logprobs, topk_table
 from twinkle.server.samplers.transformers.sequences import Sequence
 
 

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkTable
-from twinkle.server.samplers.draw import alternatives_generator, draw_alternatives, topk_table
-from twinkle.server.samplers.prompt_answers import PromptAnswers, first_listed_row, first_target_row
+from twinkle.server.samplers.prompt_answers import (
+    PromptAnswers,
+    alternatives_generator,
+    first_listed_row,
+    first_target_row,
+)
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.samplers.transformers.draw import draw_alternatives, topk_table
 
 
 class PromptScores:

@@ -9,9 +9,9 @@ from typing import TypeAlias
 from torch import Tensor
 
 from twinkle.server.samplers.cache_usage import CacheUsage
-from twinkle.server.samplers.draw import Uniforms
 from twinkle.server.samplers.preemption import Slot
 from twinkle.server.samplers.transformers.batches import Batch
+from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.model_runner import Prompt
 from twinkle.server.samplers.transformers.sequences import Item, Sequence, Task, task_of
 

@@ -122,11 +122,20 @@ def check(state: AdapterState, model: ServedModel, max_rank: int) -> None:
                 f"adapter: it acts on routed experts ({name}), which the vllm engine doesn't serve; train with "
                 "train_mlp=False, or let the server sample with sampler.engine: transformers"
             )
-        if name.rpartition(".")[2] not in model.targets:
+        if name not in model.layers:
             raise InvalidRequest(
                 f"adapter: it acts on {name}, which this model doesn't have; adapters of it act on "
-                f"{', '.join(model.targets)}"
+                f"{', '.join(model.layer_kinds)}"
             )
+        # vLLM loads what has other shapes too, as far as it goes.
+        inputs, outputs = model.layers[name]
+        shapes = {"lora_A": (state.spec.rank, inputs), "lora_B": (outputs, state.spec.rank)}
+        for matrix, wanted in shapes.items():
+            found = state.weights[f"base_model.model.{name}.{matrix}.weight"].shape
+            if found != wanted:
+                raise InvalidRequest(
+                    f"adapter: {matrix} of {name} has shape {list(found)}, and on this model it is {list(wanted)}"
+                )
 
 
 def is_finite(state: AdapterState) -> bool:

@@ -1,7 +1,7 @@
 """Which sample vLLM is given next. No vLLM, no torch.
 
-vLLM's own queue is first come, first served, so no more is given to it than it runs at once: what waits, waits here, and
-is fair between tenants (`samplers.waiting_queue`). What counts is
+vLLM's own queue is first come, first served, so no more is given to it than it runs at once. What waits, waits here,
+fairly between tenants (`samplers.waiting_queue`). What counts is
 
     sequences   so many as vLLM runs at once; a share of them is kept for tenants that have none running, so that
                 nobody waits for the end of another's long samples
@@ -95,7 +95,9 @@ class Admission(Generic[T]):
             return taken[0][0].item
         has_some = {item.tenant for item in self._running}
         for tenant in self._waiting.tenants():
-            if tenant not in has_some and (taken := self._waiting.take_from(tenant, 1, self._usage_for_one())):
+            if tenant not in has_some and (
+                taken := self._waiting.take_from(tenant, 1, self._usage_for_one())
+            ):
                 return taken[0][0].item
         return None
 

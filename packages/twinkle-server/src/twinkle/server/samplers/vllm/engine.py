@@ -143,7 +143,7 @@ class VllmEngine:
                 return
             self._is_closed = True
         self._wait_for(self._loop.close())
-        self._events.call_soon_threadsafe(self._vllm.llm.shutdown)
+        self._wait_for(launch.stop(self._vllm.llm))
         self._stop()
 
     def _stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ _ADAPTERS_SHARE = 10
 # On a CPU: bytes for keys and values.
 _MOST_CACHE_CPU = 4 * 2**30
 _CACHE_SHARE_CPU = 4
+
+# How long vLLM may take to end by itself.
+_SHUTDOWN_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,22 @@ async def start(api: VllmApi, config: ModelConfig, model: ServedModel) -> Runnin
         await llm.collective_rpc("prepare_for_twinkle")
         await _draw_one(api, llm)
     except BaseException:
-        llm.shutdown()
+        await stop(llm)
         raise
     cache = llm.vllm_config.cache_config
     tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size)
     scores_tokens = bool(llm.vllm_config.use_v2_model_runner)
     return RunningVllm(llm, sequences, adapters, tokens, scores_tokens)
+
+
+async def stop(llm: Any) -> None:
+    """End vLLM's processes, and what it has running on this event loop."""
+    llm.shutdown(_SHUTDOWN_SECONDS)
+    current = asyncio.current_task()
+    others = [task for task in asyncio.all_tasks() if task is not current]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _arguments(api: VllmApi, config: ModelConfig, model: ServedModel, sequences: int, adapters: int) -> Any:
@@ -115,7 +129,7 @@ def _arguments(api: VllmApi, config: ModelConfig, model: ServedModel, sequences:
         "max_lora_rank": _room_for_rank(config.max_lora_rank),
         "max_loras": adapters,
         "max_cpu_loras": max(adapters, config.max_sampler_adapters),
-        "lora_target_modules": list(model.targets),
+        "lora_target_modules": model.layer_kinds,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "worker_extension_cls": _WORKER,
@@ -145,7 +159,9 @@ def _adapters_at_once(api: VllmApi, config: ModelConfig, model: ServedModel) -> 
 
 
 async def _draw_one(api: VllmApi, llm: Any) -> None:
-    params = api.SamplingParams(max_tokens=1, logprobs=0, flat_logprobs=True, ignore_eos=True, detokenize=False)
+    params = api.SamplingParams(
+        max_tokens=1, logprobs=0, flat_logprobs=True, ignore_eos=True, detokenize=False
+    )
     try:
         async for _ in llm.generate(api.tokens_input([0]), params, "first"):
             pass

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from contextlib import aclosing
 
 from tokenizers import Tokenizer
@@ -61,13 +62,13 @@ class SamplingLoop:
 
     def cancel(self, request_id: str) -> None:
         for task in [task for task in self._tasks if task.request.request_id == request_id]:
-            self._end(task, asyncio.CancelledError())
+            self._end(task, CancelledError())
 
     async def close(self) -> None:
         """Cancel what is unfinished."""
         running = [sample for samples in self._tasks.values() for sample in samples]
         for task in list(self._tasks):
-            self._end(task, asyncio.CancelledError())
+            self._end(task, CancelledError())
         await asyncio.gather(*running, return_exceptions=True)
 
     def _admit(self) -> None:

@@ -10,15 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkTable
-from twinkle.server.samplers.draw import alternatives_generator, draw_alternatives
-from twinkle.server.samplers.prompt_answers import PromptAnswers, first_listed_row, first_target_row
+from twinkle.server.samplers.prompt_answers import (
+    PromptAnswers,
+    alternatives_generator,
+    first_listed_row,
+    first_target_row,
+)
 from twinkle.server.samplers.protocol import GenerateRequest
 
-# Most log-probabilities in the whole distributions of a prompt's rows. (Python objects on their way: 2^22 take a second.)
+# Most log-probabilities in the whole distributions of a prompt's rows. vLLM makes Python objects of them, which takes a
+# second for so many.
 MAX_TABLE = 2**22
 
 _ALL = -1
@@ -130,7 +134,11 @@ class _Reader:
     def _own(self) -> list[float | None]:
         column: Array = np.zeros(0, np.float32)
         if self._rows:
-            column = self._logprobs[:, 0] if self._logprobs.shape[1] or self._chosen is None else self._chosen[:, 0]
+            column = (
+                self._logprobs[:, 0]
+                if self._logprobs.shape[1] or self._chosen is None
+                else self._chosen[:, 0]
+            )
         return [*([None] * (self._listed + 1)), *column[self._listed :].tolist()]
 
     def _topk(self) -> TopkTable:
@@ -160,8 +168,7 @@ class _Reader:
             logprobs = np.repeat(self._logprobs[:, 1:2], shape[1], axis=1)
         else:
             plain = self._by_token()
-            uniforms = torch.from_numpy(alternatives_generator(self._seed).random(shape))
-            tokens = draw_alternatives(torch.from_numpy(plain), temperature, uniforms).numpy()
+            tokens = _draw(plain, temperature, alternatives_generator(self._seed).random(shape))
             logprobs = np.take_along_axis(plain, tokens, 1)
         return PromptAltTokens(TensorData(tokens), TensorData(logprobs))
 
@@ -170,3 +177,20 @@ class _Reader:
         plain = np.full((self._rows, int(self._ids.max()) + 1), -np.inf, np.float32)
         np.put_along_axis(plain, self._ids, self._logprobs, 1)
         return plain
+
+
+def _draw(logprobs: Float32Array, temperature: float, uniforms: Array) -> Int64Array:
+    """Several tokens per row, with replacement, by inverting the cumulative distribution.
+
+    Args:
+        logprobs: [rows, vocabulary], of the plain distribution.
+        temperature: of the draws, above 0.
+        uniforms: float64 [rows, k] in [0, 1).
+    """
+    tempered = logprobs.astype(np.float64) / temperature
+    cumulative = np.exp(tempered - tempered.max(axis=1, keepdims=True)).cumsum(axis=1)
+    last = logprobs.shape[1] - 1
+    drawn = [
+        np.searchsorted(row, u * row[-1], side="right") for row, u in zip(cumulative, uniforms, strict=True)
+    ]
+    return np.minimum(np.stack(drawn), last).astype(np.int64)

@@ -19,7 +19,7 @@ from twinkle.server.samplers.vllm import prompts
 from twinkle.server.samplers.vllm.api import VllmApi
 from twinkle.server.samplers.vllm.served import ServedModel
 
-# vLLM's range. Lower temperatures are raised to the lowest, which is as good as greedy unless tokens are equally likely.
+# vLLM's range. Lower ones are raised to the lowest, which is as good as greedy unless tokens are about equally likely.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
 
 
@@ -141,7 +141,7 @@ def make_task(
 
 
 def sampling_params(api: VllmApi, task: Task, index: int, scores_tokens: bool, vocab_size: int) -> Any:
-    """vLLM's parameters of one sample; the first one asks about the prompt too."""
+    """VLLM's parameters of one sample; the first one asks about the prompt too."""
     given, request = task.request.params, task.request
     is_greedy = given.temperature == 0
     asked = index == 0 and asks_about_prompt(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ class ServedModel:
         vocab_size: token ids are below it.
         max_context_length: longest sequence, in tokens.
         eos_token_ids: end a sample without stops of its own.
-        targets: last parts of the names of the linear layers that adapters act on, such as `q_proj`.
+        layers: the linear layers that adapters act on, by full name: (numbers in, numbers out).
         rank_bytes: of an adapter on all of them, for each rank.
         export: names of its parts in the class that its config.json names, which vLLM goes by.
     """
@@ -31,9 +32,14 @@ class ServedModel:
     vocab_size: int
     max_context_length: int
     eos_token_ids: tuple[int, ...]
-    targets: tuple[str, ...]
+    layers: Mapping[str, tuple[int, int]]
     rank_bytes: int
     export: ExportFacts
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """Last parts of the layers' names, such as `q_proj`."""
+        return sorted({name.rpartition(".")[2] for name in self.layers})
 
 
 def served_model(config: ModelConfig) -> ServedModel:
@@ -53,26 +59,27 @@ def served_model(config: ModelConfig) -> ServedModel:
             f"model: {config.path} can't be read as a causal language model ({words_of(error)}); give a directory with "
             "config.json and safetensors of an architecture that Transformers knows"
         ) from error
-    layers = [model.get_submodule(name) for name in names if isinstance(_at(model, name), nn.Linear)]
-    numbers = sum(int(layer.in_features) + int(layer.out_features) for layer in cast("list[Any]", layers))
+    found = {name: cast("Any", layer) for name in names if (layer := _linear(model, name)) is not None}
+    layers = {name: (int(layer.in_features), int(layer.out_features)) for name, layer in found.items()}
     head = cast("Any", model.get_output_embeddings())
     tied = bool(getattr(settings.get_text_config(), "tie_word_embeddings", False))
     return ServedModel(
         vocab_size=int(head.weight.shape[0]),
         max_context_length=context_length(settings.get_text_config(), config),
         eos_token_ids=eos_token_ids(_generation(config), settings.get_text_config()),
-        targets=tuple(sorted({name.rpartition(".")[2] for name in names if _at(model, name) is not None})),
-        rank_bytes=numbers * DTYPES[config.torch_dtype].itemsize,
+        layers=layers,
+        rank_bytes=sum(map(sum, layers.values())) * DTYPES[config.torch_dtype].itemsize,
         export=export_facts(config.path, tied_head=tied),
     )
 
 
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of this name; None if it is a parameter's."""
+def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+    """The linear layer of this name; None if it is a parameter's."""
     try:
-        return model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError:
         return None
+    return module if isinstance(module, nn.Linear) else None
 
 
 def _generation(config: ModelConfig) -> GenerationConfig | None:

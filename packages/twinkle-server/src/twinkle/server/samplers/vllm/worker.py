@@ -58,7 +58,9 @@ def _report_before_filters(sampler: Any) -> None:
     elif hasattr(sampler, "_sample_random"):
         sampler._sample_random = _returning_logits(sampler._sample_random)
     else:
-        raise RuntimeError("vLLM's sampler has no step that this engine knows; install another version of vLLM")
+        raise RuntimeError(
+            "vLLM's sampler has no step that this engine knows; install another version of vLLM"
+        )
 
 
 def _returning_logprobs(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from twinkle.protocol.types import SamplingParams
-from twinkle.server.samplers.draw import (
+from twinkle.server.samplers.prompt_answers import alternatives_generator
+from twinkle.server.samplers.transformers import draw as draw_module
+from twinkle.server.samplers.transformers.draw import (
     DrawSettings,
     Uniforms,
-    alternatives_generator,
     draw,
     draw_alternatives,
     tempered_logprobs,
 )
-from twinkle.server.samplers import draw as draw_module
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 
