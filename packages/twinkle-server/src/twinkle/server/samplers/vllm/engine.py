@@ -18,11 +18,14 @@ from twinkle.server.samplers.stops import load_tokenizer
 from twinkle.server.samplers.vllm import adapters, launch
 from twinkle.server.samplers.vllm.adapters import AdapterFiles
 from twinkle.server.samplers.vllm.api import VllmApi, load
-from twinkle.server.samplers.vllm.loop import SamplingLoop
+from twinkle.server.samplers.vllm.loop import DIED, SamplingLoop
 from twinkle.server.samplers.vllm.requests import LoadedAdapter, Task, make_task
 from twinkle.server.samplers.vllm.served import ServedModel, served_model
 
 R = TypeVar("R")
+
+# How often it is looked whether vLLM's process is still there while it is waited for.
+_LOOK_SECONDS = 1.0
 
 
 class VllmEngine:
@@ -92,9 +95,9 @@ class VllmEngine:
         directory = self._files.write(number, state, self._model, self._config.path)
         request = self._api.LoRARequest(f"{number}", number, str(directory))
         try:
-            self._wait_for(self._vllm.llm.add_lora(request))
-        except self._api.EngineDeadError as error:
-            raise EngineDied("vLLM's process has ended; its own log says why") from error
+            self._wait_for(self._unless_dead(self._vllm.llm.add_lora(request)))
+        except (EngineDied, self._api.EngineDeadError) as error:
+            raise EngineDied(DIED) from error
         except Exception as error:
             self._files.remove(number)
             raise InvalidRequest(f"adapter: vllm refuses {adapter_id!r}: {words_of(error)}") from error
@@ -169,8 +172,21 @@ class VllmEngine:
 
     async def _remove_from_vllm(self, adapter: LoadedAdapter) -> None:
         with contextlib.suppress(Exception):  # it has gone with vLLM's process
-            await self._vllm.llm.remove_lora(adapter.number)
+            await self._unless_dead(self._vllm.llm.remove_lora(adapter.number))
         self._files.remove(adapter.number)
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, R]) -> R:
+        """A call to vLLM's process, which vLLM itself never ends when that has died.
+
+        Raises:
+            EngineDied: if it has.
+        """
+        work = asyncio.ensure_future(call)
+        while not (await asyncio.wait({work}, timeout=_LOOK_SECONDS))[0]:
+            if self._vllm.llm.errored:
+                work.cancel()
+                raise EngineDied(DIED)
+        return work.result()
 
     def _wait_for(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._events).result()

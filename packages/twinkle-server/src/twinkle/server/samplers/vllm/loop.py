@@ -24,7 +24,7 @@ from twinkle.server.samplers.vllm.served import ServedModel
 
 log = logging.getLogger("twinkle.sampler")
 
-_DIED = "vLLM's process has ended, and its adapters with it; its own log says why. The sampler must be started again"
+DIED = "vLLM's process has ended, and its adapters with it; its own log says why. The sampler must be started again"
 
 
 class SamplingLoop:
@@ -63,6 +63,7 @@ class SamplingLoop:
     def cancel(self, request_id: str) -> None:
         for task in [task for task in self._tasks if task.request.request_id == request_id]:
             self._end(task, CancelledError())
+        self._admit()  # it may have been the next one, and held up the others
 
     async def close(self) -> None:
         """Cancel what is unfinished."""
@@ -124,8 +125,8 @@ class SamplingLoop:
 
     def _die(self, error: Exception) -> None:
         if self._died is None:
-            log.error("%s", _DIED)
-            self._died = EngineDied(_DIED)
+            log.error("%s", DIED)
+            self._died = EngineDied(DIED)
             self._died.__cause__ = error
         for task in list(self._tasks):
             self._end(task, self._died)
