@@ -10,10 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vllm is not installed here: `scripts/hatch run vllm:test` runs these tests",
-)
+
+def require_vllm() -> None:
+    """Skip the module that calls this where vLLM isn't installed."""
+    if find_spec("vllm") is None:
+        pytest.skip(
+            "vllm is not installed here: `scripts/hatch run vllm:test` runs these tests",
+            allow_module_level=True,
+        )
 
 
 def save_model(like: Path, directory: Path) -> Path:

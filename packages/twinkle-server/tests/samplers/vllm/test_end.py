@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from sampling_contract import ask
-from vllm_engines import kill, needs_vllm, processes_of_vllm
+from vllm_engines import kill, processes_of_vllm, require_vllm
 
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.samplers.protocol import EngineDied
 from twinkle.server.samplers.vllm import launch
 
-pytestmark = needs_vllm
+require_vllm()
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from sampling_contract import ask, greedy, plain_logprobs, prompts
-from vllm_engines import needs_vllm
+from vllm_engines import require_vllm
 
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, ModelConfig
 from twinkle.server.samplers.transformers import TransformersEngine
 from twinkle.server.samplers.vllm import adapters
 
-pytestmark = needs_vllm
+require_vllm()
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import psutil
 import pytest
 import ray
 from sampling_contract import greedy
-from vllm_engines import needs_vllm
+from vllm_engines import require_vllm
 
 from twinkle.protocol.types import SamplingParams
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
 from twinkle.server.samplers.protocol import GenerateRequest
 
-pytestmark = [needs_vllm, pytest.mark.serve]
+require_vllm()
+pytestmark = [pytest.mark.serve]
 
 
 class Sampler:

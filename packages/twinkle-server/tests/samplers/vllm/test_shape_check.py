@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from sampling_contract import VOCAB
-from vllm_engines import needs_vllm
+from vllm_engines import require_vllm
 
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState
 from twinkle.server.engine.shape_check import AdapterShape, ProvenShapes
 from twinkle.server.engine.worker import LocalWorker
 
-pytestmark = needs_vllm
+require_vllm()
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from sampling_contract import ask
-from vllm_engines import needs_vllm
+from vllm_engines import require_vllm
 
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.transformers import TransformersEngine
 
-pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.network]
+require_vllm()
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 FETCH = Path(__file__).parents[5] / "cookbook" / "fetch_smollm2.py"
 QUESTIONS = [
