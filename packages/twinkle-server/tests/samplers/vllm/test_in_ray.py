@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -41,8 +42,8 @@ def test_an_actor_samples_and_leaves_no_process_behind_when_it_is_killed(model_d
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         environment = {"py_executable": sys.executable, "env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-        actor = ray.remote(Sampler).options(num_cpus=1, runtime_env=environment)
-        sampler = actor.remote(ModelConfig(model_dir, max_lora_rank=16, max_sampler_adapters=4))
+        actor: Any = ray.remote(Sampler).options(num_cpus=1, runtime_env=environment)
+        sampler: Any = actor.remote(ModelConfig(model_dir, max_lora_rank=16, max_sampler_adapters=4))
         tokens = ray.get(sampler.sample.remote(states["large"], [1, 2, 3], 10), timeout=240)
         assert tokens == greedy(references["large"], [1, 2, 3], 10)
         processes = [psutil.Process(pid) for pid in ray.get(sampler.processes.remote())]

@@ -71,8 +71,8 @@ def test_greedy_tokens_are_equal_and_logprobs_within_a_thousandth():
     for one, other in zip(theirs, ours, strict=True):
         assert one.sequences[0].tokens == other.sequences[0].tokens
         np.testing.assert_allclose(one.sequences[0].logprobs, other.sequences[0].logprobs, atol=1e-3)
-        prompts = [np.array(response.prompt_logprobs[1:], float) for response in (one, other)]
-        np.testing.assert_allclose(*prompts, atol=1e-3)
+        mine, their = (np.array(response.prompt_logprobs[1:], float) for response in (one, other))
+        np.testing.assert_allclose(mine, their, atol=1e-3)
     assert "Paris" in tokenizer.decode(ours[0].sequences[0].tokens)
     assert ours[0].sequences[0].tokens != ours[1].sequences[0].tokens or (
         ours[0].sequences[0].logprobs != ours[1].sequences[0].logprobs
