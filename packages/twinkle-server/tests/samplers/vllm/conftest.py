@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,6 @@ def references(states, peft_model) -> dict[str | None, torch.nn.Module]:
 def shared_engine(model_dir: Path) -> Iterator[Any]:
     from twinkle.server.samplers.vllm import VllmEngine
 
-    os.environ.pop("OMP_NUM_THREADS", None)
     config = ModelConfig(model_dir, max_lora_rank=16, max_sampler_adapters=10)
     engine = VllmEngine.create(config, None)
     yield engine

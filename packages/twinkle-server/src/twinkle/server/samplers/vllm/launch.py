@@ -66,8 +66,12 @@ def set_environment(config: ModelConfig) -> None:
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     }
     if config.device == "cpu":
-        # The server's other processes need cores too, and compiling the sampler takes longer than it saves.
-        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+        # Not on cores of its own: the server's other processes need them too. A core less than there are: each product
+        # waits for the slowest thread, and one whose core another process has taken is very slow.
+        threads = max(1, (len(os.sched_getaffinity(0)) - 1) // config.tensor_parallel_size)
+        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        # Compiling takes longer than it saves.
+        settings["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
