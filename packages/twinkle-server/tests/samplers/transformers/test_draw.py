@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from twinkle.protocol.types import SamplingParams
+from twinkle.server.samplers.prompt_answers import alternatives_generator
 from twinkle.server.samplers.transformers import draw as draw_module
 from twinkle.server.samplers.transformers.draw import (
     DrawSettings,
     Uniforms,
-    alternatives_generator,
     draw,
     draw_alternatives,
     tempered_logprobs,

@@ -12,168 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampling_contract import ask, greedy, plain_logprobs
 from transformers import AutoModelForCausalLM
 
-from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
-from twinkle.protocol.types import SamplingParams
+from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine
-
-VOCAB = 512
-
-
-def ask(engine: TransformersEngine, prompt, adapter: str | None = None, tenant: str = "t", **more) -> Any:
-    params = SamplingParams(
-        **{key: more.pop(key) for key in list(more) if key in SamplingParams.model_fields}
-    )
-    return engine.generate(GenerateRequest(tenant, adapter, np.asarray(prompt, np.int64), params, **more))
-
-
-def plain_logprobs(model: torch.nn.Module, tokens, temperature: float = 1.0) -> torch.Tensor:
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([list(tokens)])).logits[0].float()
-    return torch.log_softmax(logits / temperature, -1)
-
-
-def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    """What `generate` says. (Left alone it takes the pad token's id for padding, which random prompts may hold.)"""
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        whole = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    return whole[0, len(prompt) :].tolist()
-
-
-def prompts(n: int, seed: int = 0) -> list[list[int]]:
-    draw = np.random.default_rng(seed)
-    return [draw.integers(0, VOCAB, draw.integers(1, 60)).tolist() for _ in range(n)]
-
-
-def test_greedy_tokens_of_mixed_adapters_and_lengths_equal_generate(engine, references):
-    names = [None, "small", "other", "large"]
-    cases = [(prompt, names[i % 4]) for i, prompt in enumerate(prompts(16))]
-    pending = [ask(engine, p, a, temperature=0, max_tokens=5 + i, stop=[]) for i, (p, a) in enumerate(cases)]
-    for i, ((prompt, adapter), future) in enumerate(zip(cases, pending, strict=True)):
-        expected = greedy(references[adapter], prompt, 5 + i)
-        assert future.result(60).sequences[0].tokens == expected, (i, adapter)
-
-
-def test_sampled_logprobs_are_of_the_tempered_distribution_and_prompt_logprobs_of_the_plain_one(
-    engine, references
-):
-    [prompt] = prompts(1, seed=5)
-    response = ask(
-        engine,
-        prompt,
-        "large",
-        temperature=0.7,
-        top_k=20,
-        top_p=0.9,
-        max_tokens=12,
-        stop=[],
-        prompt_logprobs=True,
-    ).result(60)
-    [sequence] = response.sequences
-    whole = prompt + sequence.tokens
-    tempered = plain_logprobs(references["large"], whole, 0.7)
-    expected = [tempered[len(prompt) - 1 + i, token].item() for i, token in enumerate(sequence.tokens)]
-    np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
-    plain = plain_logprobs(references["large"], prompt)
-    assert response.prompt_logprobs[0] is None
-    np.testing.assert_allclose(
-        response.prompt_logprobs[1:], [plain[i, t].item() for i, t in enumerate(prompt[1:])], atol=1e-4
-    )
-
-
-def test_the_likeliest_tokens_are_listed_where_asked_for(engine, references):
-    prompt = [3, 1, 4, 1, 5]
-    response = ask(
-        engine, prompt, temperature=0, max_tokens=2, stop=[], topk_prompt_logprobs=3, topk_sample_logprobs=2
-    ).result(60)
-    plain = plain_logprobs(references[None], prompt + response.sequences[0].tokens)
-    assert response.topk_prompt_logprobs[0] is None
-    for i in range(1, 5):
-        values, tokens = plain[i - 1].topk(3)
-        assert [t for t, _ in response.topk_prompt_logprobs[i]] == tokens.tolist()
-        np.testing.assert_allclose([v for _, v in response.topk_prompt_logprobs[i]], values, atol=1e-4)
-    for i, row in enumerate(response.sequences[0].topk_logprobs):
-        assert [t for t, _ in row] == plain[4 + i].topk(2).indices.tolist()
-
-
-def test_a_seed_gives_the_same_samples_alone_and_in_company(engine):
-    def seeded():
-        return ask(
-            engine, [1, 2, 3], "small", seed=42, num_samples=3, max_tokens=20, temperature=1.3, stop=[]
-        )
-
-    alone = [s.tokens for s in seeded().result(60).sequences]
-    company = [ask(engine, p, "other", max_tokens=30, stop=[]) for p in prompts(6, seed=9)]
-    together = [s.tokens for s in seeded().result(60).sequences]
-    assert alone == together
-    assert len({tuple(tokens) for tokens in alone}) == 3
-    assert all(len(f.result(60).sequences[0].tokens) == 30 for f in company)
-
-
-def test_more_samples_than_places_all_come(engine):
-    pending = [
-        ask(engine, p, tenant=f"t{i % 3}", num_samples=1 + i % 11, max_tokens=6, stop=[])
-        for i, p in enumerate(prompts(40, 3))
-    ]
-    for i, future in enumerate(pending):
-        assert [len(s.tokens) for s in future.result(120).sequences] == [6] * (1 + i % 11)
-
-
-def test_stops(engine, references):
-    prompt = [72, 101, 108]
-    free = ask(engine, prompt, temperature=0, max_tokens=30, stop=[]).result(60).sequences[0]
-    assert free.stop_reason == "length" and len(free.tokens) == 30
-
-    token = free.tokens[4]
-    first = free.tokens.index(token)
-    stopped = ask(engine, prompt, temperature=0, max_tokens=30, stop=[token]).result(60).sequences[0]
-    assert stopped.stop_reason == "stop" and stopped.tokens == free.tokens[: first + 1]
-
-    nothing = ask(engine, prompt, max_tokens=1, temperature=0).result(60).sequences[0]
-    assert nothing.tokens == free.tokens[:1]
-
-
-def test_a_stop_string_is_found_across_tokens(engine, tiny_model_dir: Path):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
-    # Tokens of this model are single bytes: search a sampled text for two neighbours that are plain letters.
-    for seed in range(200):
-        free = ask(engine, [65], seed=seed, temperature=1.0, max_tokens=60, stop=[]).result(60).sequences[0]
-        for i in range(len(free.tokens) - 1):
-            pair = tokenizer.decode(free.tokens[i : i + 2], skip_special_tokens=False)
-            if len(pair) == 2 and pair.isascii() and pair.isprintable() and max(free.tokens[: i + 2]) < 256:
-                stopped = ask(engine, [65], seed=seed, max_tokens=60, stop=pair).result(60).sequences[0]
-                text = tokenizer.decode(stopped.tokens, skip_special_tokens=False)
-                assert stopped.stop_reason == "stop" and text.endswith(pair) and text.count(pair) == 1
-                assert len(stopped.tokens) >= 2
-                listed = ask(engine, [65], seed=seed, max_tokens=60, stop=["\0\0\0", pair]).result(60)
-                assert listed.sequences[0].tokens == stopped.tokens
-                return
-    raise AssertionError("no two letters in 200 samples")
-
-
-def test_the_end_of_text_token_stops_unless_stops_are_given(backend, tiny_model_dir: Path, engine):
-    [eos] = backend.info.eos_token_ids
-    for seed in range(400):
-        free = ask(engine, [9], seed=seed, temperature=2.0, max_tokens=100, stop=[]).result(60).sequences[0]
-        if eos in free.tokens[:-1]:
-            ended = ask(engine, [9], seed=seed, temperature=2.0, max_tokens=100).result(60).sequences[0]
-            assert ended.tokens == free.tokens[: free.tokens.index(eos) + 1]
-            assert ended.stop_reason == "stop"
-            return
-    raise AssertionError("no end of text in 400 samples")
 
 
 def test_a_sequence_that_just_fills_the_cache_may_change_places(engine, references):
@@ -195,15 +40,6 @@ def test_the_engine_goes_on_after_a_failure_that_nobody_foresaw(engine, referenc
         running.result(60)
     after = ask(engine, [1, 2, 3], temperature=0, max_tokens=5, stop=[]).result(60)
     assert after.sequences[0].tokens == greedy(references[None], [1, 2, 3], 5)
-
-
-def test_what_cannot_be_fails_alone(engine):
-    good = ask(engine, [1, 2], max_tokens=20, stop=[])
-    with pytest.raises(NotFound, match="'nobody'"):
-        ask(engine, [1, 2], "nobody").result(10)
-    with pytest.raises(InvalidRequest, match="257 tokens"):
-        ask(engine, [1] * 257).result(10)
-    assert len(good.result(60).sequences[0].tokens) == 20
 
 
 def test_a_device_that_fails_for_good_is_told_to_everybody(engine, monkeypatch: pytest.MonkeyPatch):
@@ -246,29 +82,6 @@ def test_an_error_in_a_draw_does_not_end_the_engine(engine, monkeypatch: pytest.
         with pytest.raises(ZeroDivisionError):
             ask(engine, [1, 2], max_tokens=3, stop=[]).result(60)
     assert len(ask(engine, [1, 2], max_tokens=3, stop=[]).result(60).sequences[0].tokens) == 3
-
-
-def test_a_result_nobody_waits_for_any_more_does_no_harm(engine):
-    abandoned = ask(engine, [1, 2], max_tokens=30, stop=[])
-    assert not abandoned.cancel()
-    assert len(ask(engine, [1, 2], max_tokens=3, stop=[]).result(60).sequences[0].tokens) == 3
-
-
-def test_an_adapter_is_a_copy_and_may_go_while_it_is_used(engine, states, references):
-    prompt = [10, 20, 30]
-    future = ask(engine, prompt, "small", temperature=0, max_tokens=100, stop=[])
-    engine.remove_adapter("small")
-    expected = greedy(references["small"], prompt, 100)
-    assert future.result(60).sequences[0].tokens == expected
-    with pytest.raises(NotFound):
-        ask(engine, prompt, "small").result(10)
-
-
-def test_the_context_is_a_limit_and_a_full_prompt_has_logprobs(engine):
-    near = ask(engine, [1] * 250, stop=[]).result(60).sequences[0]
-    assert len(near.tokens) == 6 and near.stop_reason == "length"
-    full = ask(engine, [1] * 256, max_tokens=1, prompt_logprobs=True).result(60)
-    assert len(full.prompt_logprobs) == 256
 
 
 class Gate:
@@ -412,27 +225,6 @@ def test_ids_that_are_unknown_empty_or_done_cancel_nothing(engine, monkeypatch: 
     gate.open()
     assert [len(future.result(60).sequences[0].tokens) for future in pending] == [5, 5, 5]
     assert len(done.sequences[0].tokens) == 1
-
-
-def test_cancelling_from_many_threads_ends_each_request_one_way_or_the_other(engine):
-    names = [f"r{i}" for i in range(40)]
-    expected = ask(engine, [8, 9], "small", temperature=0, max_tokens=60, stop=[]).result(60).sequences[0]
-    pending = [
-        ask(engine, [8, 9], "small", temperature=0, max_tokens=60, stop=[], request_id=name) for name in names
-    ]
-    threads = [
-        threading.Thread(target=lambda part=part: [engine.cancel(name) for name in names[part::8]])
-        for part in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, future in enumerate(pending):
-        if i % 8 < 4 and isinstance(future.exception(60), CancelledError):
-            continue
-        assert future.result(60).sequences[0].tokens == expected.tokens
-    assert not engine._loop.cancellable
 
 
 def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,10 @@ class GenerateRequest:
     request_id: str = ""
 
 
+class EngineDied(RuntimeError):
+    """An engine's own process has ended: no request can be served until another engine is made."""
+
+
 class SamplingEngine(Protocol):
     """One base model, many resident adapters, one running batch."""
 

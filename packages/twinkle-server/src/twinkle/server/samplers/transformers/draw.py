@@ -26,9 +26,6 @@ _BLOCK = 128
 # How many of the likeliest tokens top_k and top_p are applied to at first.
 _CANDIDATES = 512
 
-# Separates the stream of a prompt's alternatives from those of samples.
-_ALTERNATIVES = 1
-
 
 class Uniforms:
     """A sample's stream of uniform numbers in [0, 1): a function of seed and sample index alone, whatever shares the
@@ -44,12 +41,6 @@ class Uniforms:
         if not self._block:
             self._block = self._generator.random(UNIFORMS_AT_ONCE).tolist()[::-1]
         return self._block.pop()
-
-
-def alternatives_generator(seed: int) -> np.random.Generator:
-    """Uniform numbers for a prompt's alternatives, a function of the seed alone; separate from samples' streams."""
-    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(_ALTERNATIVES,))
-    return np.random.Generator(np.random.Philox(entropy))
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.cache_usage import CacheUsage
 from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, victim, victims_for_newcomer
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.samplers.stops import is_stopped, load_tokenizer
 from twinkle.server.samplers.transformers.batches import (
     DECODING_PREFILL_TOKENS,
     Batch,
@@ -60,7 +61,6 @@ from twinkle.server.samplers.transformers.sequences import (
     task_of,
     waiting,
 )
-from twinkle.server.samplers.transformers.stops import is_stopped, load_tokenizer
 from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")

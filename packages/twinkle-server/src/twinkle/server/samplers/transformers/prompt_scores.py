@@ -6,26 +6,19 @@ in pieces of any size, and only what was requested is kept of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkTable
+from twinkle.server.samplers.prompt_answers import (
+    PromptAnswers,
+    alternatives_generator,
+    first_listed_row,
+    first_target_row,
+)
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers.draw import alternatives_generator, draw_alternatives, topk_table
-
-
-@dataclass(frozen=True, eq=False)
-class PromptAnswers:
-    """The fields of `SampleResponse` about the prompt; None if not requested."""
-
-    prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: TopkTable | None = None
-    target_prompt_logprobs: TensorData | None = None
-    prompt_alt_tokens: PromptAltTokens | None = None
+from twinkle.server.samplers.transformers.draw import draw_alternatives, topk_table
 
 
 class PromptScores:
@@ -45,8 +38,8 @@ class PromptScores:
         self._request = request
         self._next_tokens = request.prompt[1:]
         self._generator = alternatives_generator(seed)
-        self._first_listed = _first_listed_row(request, self.rows)
-        self._first_target = _first_target_row(request, self.rows)
+        self._first_listed = first_listed_row(request, self.rows)
+        self._first_target = first_target_row(request, self.rows)
         self.first_row = 0 if request.prompt_alt_tokens_k else min(self._first_listed, self._first_target)
         # Pieces [n, ...], in order, up to the last row. They stay on the model's device until the end: fetching
         # each would make a GPU wait.
@@ -118,51 +111,6 @@ class PromptScores:
         return PromptAltTokens(
             TensorData(tokens), TensorData(_float_rows(self._alternatives_logprobs, shape))
         )
-
-
-def asks_about_prompt(request: GenerateRequest) -> bool:
-    return bool(
-        request.prompt_logprobs
-        or request.topk_prompt_logprobs
-        or request.prompt_alt_tokens_k
-        or request.target_tokens is not None
-    )
-
-
-def check_targets(request: GenerateRequest, vocab_size: int) -> None:
-    """
-    Raises:
-        InvalidRequest: if the targets don't fit prompt and vocabulary, which on a GPU would end the process.
-    """
-    targets = request.target_tokens
-    if targets is None:
-        return
-    rows = len(request.prompt) - 1
-    if targets.ndim != 2 or len(targets) != rows:
-        raise InvalidRequest(
-            f"target_prompt_logprobs: shape {list(targets.shape)}; it must be [{rows}, K], a row for each prompt token "
-            "after the first"
-        )
-    if targets.size and not -1 <= targets.min() <= targets.max() < vocab_size:
-        raise InvalidRequest(
-            f"target_prompt_logprobs: must be token ids from 0 to {vocab_size - 1}, or -1 where nothing is asked for"
-        )
-
-
-def _first_listed_row(request: GenerateRequest, rows: int) -> int:
-    """The first row of `prompt_logprobs` and `topk_prompt_logprobs`; `rows` if there is none."""
-    if not (request.prompt_logprobs or request.topk_prompt_logprobs):
-        return rows
-    last_n = request.prompt_logprobs_last_n
-    return 0 if last_n is None else max(0, rows - last_n)
-
-
-def _first_target_row(request: GenerateRequest, rows: int) -> int:
-    """The first row that has a target; `rows` if there is none."""
-    if request.target_tokens is None:
-        return rows
-    asking = np.flatnonzero((request.target_tokens >= 0).any(axis=1))
-    return int(asking[0]) if len(asking) else rows
 
 
 def _on_device(tokens: Int64Array, like: Tensor) -> Tensor:

@@ -12,17 +12,13 @@ import numpy as np
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampledSequence, SampleResponse, TopkTable
 from twinkle.server.backends.protocol import BaseModelInfo
+from twinkle.server.samplers.prompt_answers import PromptAnswers, asks_about_prompt, check_targets
 from twinkle.server.samplers.protocol import GenerateRequest
+from twinkle.server.samplers.stops import StopRule, stop_rule
 from twinkle.server.samplers.transformers.draw import Uniforms
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 from twinkle.server.samplers.transformers.model_runner import Prompt
-from twinkle.server.samplers.transformers.prompt_scores import (
-    PromptAnswers,
-    PromptScores,
-    asks_about_prompt,
-    check_targets,
-)
-from twinkle.server.samplers.transformers.stops import StopRule, stop_rule
+from twinkle.server.samplers.transformers.prompt_scores import PromptScores
 from twinkle.server.samplers.waiting_queue import Waiting
 
 

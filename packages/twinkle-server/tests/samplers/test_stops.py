@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from twinkle.server.samplers.transformers.stops import StopRule, is_stopped
+from twinkle.server.samplers.stops import StopRule, is_stopped
 
 WORDS = [
     "<s>",
