@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from twinkle.protocol.errors import ServerFault, TwinkleError
+from twinkle.protocol.errors import InvalidRequest, ServerFault, TwinkleError
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.protocol import (
     AdamStep,
@@ -30,6 +30,7 @@ from twinkle.server.backends.protocol import (
     RowResult,
 )
 from twinkle.server.backends.shares import RankShares
+from twinkle.server.engine.shape_check import AdapterShape, ProvenShapes
 from twinkle.server.engine.worker import SamplerPlace, Trained, WorkerLost, WorkerPort
 from twinkle.server.plan import Plan
 from twinkle.server.samplers.protocol import GenerateRequest
@@ -106,9 +107,37 @@ class RankGroup:
 
     async def publish(self, adapter_id: str, sampler_adapter_id: str, state: AdapterState) -> None:
         await self._samplers.publish(adapter_id, sampler_adapter_id, state)
+        await self._check_shape(sampler_adapter_id, state)
 
     async def add_sampler_adapter(self, sampler_adapter_id: str, state: AdapterState) -> None:
         await self._samplers.add_adapter(sampler_adapter_id, state)
+        await self._check_shape(sampler_adapter_id, state)
+
+    async def _check_shape(self, sampler_adapter_id: str, state: AdapterState) -> None:
+        """Compare a foreign engine with the trainer if it has not been seen to compute adapters of this shape right.
+
+        Raises:
+            ServerFault: if it doesn't; the adapter is then not published.
+        """
+        shape = AdapterShape.of(state)
+        if self._proven is None or self._proven.has(shape):
+            return
+        # A copy in the trainer: the run's own adapter may be away, and one from a checkpoint has none there.
+        copy = f"check of {sampler_adapter_id}"
+        try:
+            await self.add_adapter(copy, state.spec)
+            try:
+                await self.import_adapter(copy, replace(state, optimizer=None, gradients=None))
+            except InvalidRequest:
+                pass  # it comes from elsewhere, and acts on layers that aren't trained here
+            else:
+                await self._proven.check(shape, self, copy, self, sampler_adapter_id)
+            finally:
+                with contextlib.suppress(WorkerLost):
+                    await self.remove_adapter(copy)
+        except BaseException:
+            await self._samplers.remove_adapter(sampler_adapter_id)
+            raise
 
     async def remove_sampler_adapter(self, sampler_adapter_id: str) -> None:
         await self._samplers.remove_adapter(sampler_adapter_id)
@@ -141,6 +170,8 @@ class RankGroup:
         self.incarnation, self.info, self.loss_fns = incarnation, info, loss_fns
         on_ranks = RankSamplers(self, plan.sampler_ranks) if plan.sampler_ranks else NoSamplers()
         self._samplers: Samplers = samplers or on_ranks
+        is_foreign = plan.samplers is not None and plan.samplers.engine != plan.backend
+        self._proven = ProvenShapes(plan.model.torch_dtype, info.vocab_size) if is_foreign else None
         self._owners: dict[str, int] = {}  # by adapter: see `RankShares`
         self._plan = plan
         self._placement = placement
