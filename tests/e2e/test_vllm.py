@@ -17,13 +17,13 @@ from pathlib import Path
 import cookbook_server
 import pytest
 import running_server
+from peft_reference import MODEL
 from server_processes import processes_of, wait_for
 
 from twinkle.protocol.types import SamplingParams
 from twinkle_client import ServiceClient
 
 PYTHON = cookbook_server.REPOSITORY / ".venv-vllm" / "bin" / "python"
-MODEL, DATA = cookbook_server.MODEL, cookbook_server.DATA
 SDK_SUITE = Path(__file__).parents[1] / "sdk"
 
 pytestmark = [
@@ -34,10 +34,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cookbook's model, and under the mission's name too, with the rows that the SDK's suite takes."""
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cookbook's model under the mission's name, which the SDK's suite takes."""
     root = tmp_path_factory.mktemp("hub")
-    shutil.copytree(DATA, root, dirs_exist_ok=True)
+    shutil.copytree(cookbook_server.DATA / cookbook_server.MODEL, root / MODEL)
     return root
 
 
@@ -48,7 +48,7 @@ def server(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[runn
         directory,
         port,
         MODEL,
-        model_extra="  max_lora_rank: 16\n  max_context_length: 512\n",
+        model_extra="  max_lora_rank: 16\n  max_context_length: 256\n",
         sampler=f"{{engine: vllm, python: {PYTHON}}}",
     )
     # A core for vLLM's processes, and little memory for keys and values.
@@ -64,7 +64,7 @@ def test_it_says_which_engine_samples(server: running_server.RunningServer) -> N
 
 
 def test_the_mean_reward_of_grpo_rises_and_sampler_and_trainer_agree(
-    server: running_server.RunningServer, tmp_path: Path
+    server: running_server.RunningServer, hub: Path, tmp_path: Path
 ) -> None:
     done = subprocess.run(
         [
@@ -74,7 +74,7 @@ def test_the_mean_reward_of_grpo_rises_and_sampler_and_trainer_agree(
             *("--learning-rate", "2e-3", "--seed", "0"),
         ],
         cwd=tmp_path,
-        env=cookbook_server.environment(),
+        env=cookbook_server.environment(TWINKLE_HUB_ROOT=str(hub)),
         capture_output=True,
         text=True,
         timeout=800,
@@ -101,7 +101,6 @@ def test_the_sdks_suite_of_sampling_passes(server: running_server.RunningServer,
             **os.environ,
             "TWINKLE_TEST_BASE_URL": server.base_url,
             "TWINKLE_TEST_MODEL": str(hub / MODEL),
-            "TWINKLE_TEST_MODEL_NAME": MODEL,
         },
         capture_output=True,
         text=True,

@@ -2,6 +2,8 @@
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
+from twinkle.server.samplers.protocol import EngineDied
+
 # What Ray raises when a process is gone; OutOfMemoryError means that Ray killed it because the machine ran out.
 PROCESS_ENDED = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
@@ -19,4 +21,6 @@ _BEYOND_REPAIR = (
 
 def is_beyond_repair(error: BaseException) -> bool:
     """Whether the process that raised it can't compute any more."""
+    if isinstance(error, EngineDied):
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)

@@ -81,7 +81,10 @@ class _Sampler:
         except PROCESS_ENDED as error:
             raise WorkerLost(f"a sampler ended: {error}") from error
         except RayTaskError as error:
-            raise cast(Exception, error.cause) from error
+            cause = cast(Exception, error.cause)
+            if is_beyond_repair(cause):
+                raise WorkerLost(f"a sampler failed with {type(cause).__name__}: {cause}") from error
+            raise cause from error
 
     async def call(self, verb: str, *args: Any) -> Any:
         """
