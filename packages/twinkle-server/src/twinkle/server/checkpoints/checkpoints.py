@@ -222,7 +222,7 @@ class Checkpoints:
         return row
 
     async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:
-        return await asyncio.to_thread(self._files.read, uri, with_optimizer)
+        return await retry_while_unavailable(lambda: self._files.read(uri, with_optimizer))
 
     # ------------------------------------------------------------ copy and delete
 
@@ -254,7 +254,7 @@ class Checkpoints:
             if now is None or (now.created_at, now.expires_at) != (row.created_at, row.expires_at):
                 return
             await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
-            await asyncio.to_thread(self._files.delete, row.uri)
+            await retry_while_unavailable(lambda: self._files.delete(row.uri))
 
         await self._writes.begin(row.uri, row.tenant, delete_row_and_files())
 
@@ -269,6 +269,10 @@ class Checkpoints:
             return  # the database has logged it once
         for row in rows:
             await self.delete(row)
+
+    async def delete_leftovers(self) -> None:
+        """Delete what processes that were killed had begun to write."""
+        await asyncio.to_thread(self._files.delete_leftovers)
 
     async def audit(self, tenant: str, event: str, uri: CheckpointUri, **more: object) -> None:
         """Record in the audit log what was done to a checkpoint."""
