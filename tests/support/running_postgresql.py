@@ -75,6 +75,10 @@ class RunningPostgresql:
                 assert time.monotonic() < deadline, f"PostgreSQL can't be reached: {error}\n{log}"
                 time.sleep(0.1)
 
+    def start_if_stopped(self) -> None:
+        if self._process is None:
+            self.start()
+
     def stop(self) -> None:
         """At once: those that are connected get an error."""
         if self._process is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class RunningS3:
         self._server: Any = None
         self._buckets = 0
         os.environ |= self.environment
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self.start()
 
     def start(self) -> None:
@@ -36,6 +38,10 @@ class RunningS3:
 
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
         self._server.start()
+
+    def start_if_stopped(self) -> None:
+        if self._server is None:
+            self.start()
 
     def stop(self) -> None:
         if self._server is not None:

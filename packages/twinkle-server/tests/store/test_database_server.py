@@ -203,8 +203,7 @@ def test_what_the_database_cannot_hold_is_the_callers_mistake(postgresql: Runnin
 @pytest.fixture
 def away(postgresql: RunningPostgresql) -> Iterator[RunningPostgresql]:
     yield postgresql
-    if postgresql._process is None:
-        postgresql.start()
+    postgresql.start_if_stopped()
 
 
 async def test_a_server_that_is_away_is_waited_for(away: RunningPostgresql, caplog: pytest.LogCaptureFixture):

@@ -117,8 +117,7 @@ def test_a_large_file_arrives_whole(root: str, tmp_path: Path):
 @pytest.fixture
 def away(s3: RunningS3) -> Iterator[RunningS3]:
     yield s3
-    if s3._server is None:
-        s3.start()
+    s3.start_if_stopped()
 
 
 def test_a_store_that_is_away_is_said_to_be_and_comes_back(

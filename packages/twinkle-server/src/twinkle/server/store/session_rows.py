@@ -76,10 +76,11 @@ class SessionRows(Connection):
         def find_and_delete() -> int:
             with self.transaction() as session:
                 ids = [name for name in session.scalars(query) if name not in besides][:_DELETED_AT_ONCE]
-                session.execute(delete(Session).where(Session.id.in_(ids)))
+                # Others may have added a run since, and be adding one just now.
+                session.execute(delete(Session).where(Session.id.in_(ids), *left))
                 return len(ids)
 
-        return again_if_taken(find_and_delete)  # another process may have added a run meanwhile
+        return again_if_taken(find_and_delete)
 
     def session_metadata(self, tenant: str, session_ids: Sequence[str]) -> dict[str, Session]:
         query = select(Session).where(belongs_to(tenant, Session.tenant), Session.id.in_(session_ids))

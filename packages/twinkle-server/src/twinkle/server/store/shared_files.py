@@ -102,7 +102,7 @@ class SharedFiles:
 
     def look(self, place: str, name: str) -> tuple[bytes, dict[str, int]]:
         def look(generation: str) -> tuple[bytes, dict[str, int]]:
-            content = self._system.cat_file(self._path(place, generation, name))
+            content = self._system.cat_file(self._path(place, generation, name), start=0)
             return content, self._sizes(place, generation)
 
         return self._in_generation(place, look)
@@ -111,7 +111,7 @@ class SharedFiles:
         end = None if size is None else offset + size
 
         def read(generation: str) -> bytes:
-            return self._system.cat_file(self._path(place, generation, name), start=offset or None, end=end)
+            return self._system.cat_file(self._path(place, generation, name), start=offset, end=end)
 
         return self._in_generation(place, read)
 
@@ -170,8 +170,10 @@ class SharedFiles:
         Raises:
             FileNotFoundError: if there is no such folder.
         """
-        path = self._path(place, CURRENT)
-        generation = self._system.cat_file(path).decode("ascii", errors="replace")
+        # With `start`, s3fs doesn't ask for the size first.
+        generation = self._system.cat_file(self._path(place, CURRENT), start=0).decode(
+            "ascii", errors="replace"
+        )
         if not _GENERATION.fullmatch(generation):
             raise FileNotFoundError(f"{CURRENT} names no generation")
         return generation
