@@ -127,6 +127,7 @@ def test_a_server_on_postgresql_and_s3_loses_nothing(
             peft_loss(model, BATCH).item(), rel=1e-4
         )
         uri = client.save_weights_for_sampler("sampled").result().path
+        assert uri is not None
         sampler = service.create_sampling_client(model_path=uri)
         assert list(sampler.sample(PROMPT, 1, GREEDY).sequences[0].tokens) == greedy(model, PROMPT, 4)
         rest.delete_checkpoint(before)

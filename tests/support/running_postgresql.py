@@ -42,7 +42,7 @@ class RunningPostgresql:
             os.chown(self._directory, _NOBODY, _NOBODY)
         self.port = running_server.free_port()
         self._numbers = itertools.count()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
         data = str(self._directory / "data")
         self._run("initdb", "--pgdata", data, "--username=twinkle", "--auth=trust", "--no-sync", "-E", "UTF8")
         self.start()
@@ -55,7 +55,7 @@ class RunningPostgresql:
             "fsync": "off",
             "max_connections": "200",
         }
-        self._process = subprocess.Popen(
+        process: subprocess.Popen[Any] = subprocess.Popen(
             [str(self._programs / "postgres"), "-D", str(self._directory / "data")]
             + [f"--{name}={value}" for name, value in settings.items()],
             stdin=subprocess.DEVNULL,
@@ -63,6 +63,7 @@ class RunningPostgresql:
             stderr=subprocess.STDOUT,
             **self._user,
         )
+        self._process = process
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
@@ -70,7 +71,7 @@ class RunningPostgresql:
                 return
             except Exception as error:
                 log = (self._directory / "log").read_text(errors="replace")
-                assert self._process.poll() is None, f"PostgreSQL has ended: {log}"
+                assert process.poll() is None, f"PostgreSQL has ended: {log}"
                 assert time.monotonic() < deadline, f"PostgreSQL can't be reached: {error}\n{log}"
                 time.sleep(0.1)
 

@@ -136,14 +136,19 @@ async def test_saves_wait_for_a_store_that_is_away_and_reads_are_refused(
     run = await alice.run()
     await train(alice, run, 1)
     uri = (await alice.do(m.SaveWeightsRequest(model_id=run, seq_id=4, path="first"))).path
-    row = await alice.service.parts.checkpoints.find("alice", uri)
     s3.stop()
     save = asyncio.create_task(alice.do(m.SaveWeightsRequest(model_id=run, seq_id=5, path="second")))
     load = asyncio.create_task(alice.do(m.LoadWeightsRequest(model_id=run, seq_id=6, path=uri)))
     with pytest.raises(Unavailable, match="can't be reached just now"):
         await alice.service.download_sizes(Download("alice", uri, ARCHIVE, "stamp"))
+    place = uris.parse(uri)
+    delete = m.DeleteCheckpoint.model_validate({"run_id": run, "kind": place.kind, "name": place.name})
+    with pytest.raises(Unavailable, match="can't be reached just now"):
+        await alice.ask(delete)
     assert not save.done() and not load.done()
     s3.start()
     assert (await save).path.endswith("/weights/second")
-    await load
-    assert row.size_bytes > 0
+    assert not isinstance(await load, m.Failure), "it is still there"
+    await alice.ask(delete)
+    with pytest.raises(NotFound):
+        await alice.ask(delete)

@@ -24,7 +24,7 @@ from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.clock import SteadyClock
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
-from twinkle.server.store.retry import DatabaseGone, retry_while_unavailable
+from twinkle.server.store.retry import StoreGone, retry_while_unavailable
 from twinkle.server.tokens import Signer, tenant_of_access_token
 
 log = logging.getLogger("twinkle.server")
@@ -258,17 +258,25 @@ class Checkpoints:
 
         await self._writes.begin(row.uri, row.tenant, delete_row_and_files())
 
+    async def check_reachable(self, row: tables.Checkpoint) -> None:
+        """Before a checkpoint is deleted: files that can't be reached would stay without a row.
+
+        Raises:
+            FilesAway: if they can't be reached.
+        """
+        await asyncio.to_thread(self._files.is_there, row.uri)
+
     async def sweep(self) -> None:
         """Delete expired checkpoints, if the clock can be trusted."""
         now = self._steady_clock.now()
         if now is None:
             return
         try:
-            rows = await asyncio.to_thread(self._database.expired_checkpoints, now, _SWEEP_AT_ONCE)
-        except DatabaseGone:
-            return  # the database has logged it once
-        for row in rows:
-            await self.delete(row)
+            for row in await asyncio.to_thread(self._database.expired_checkpoints, now, _SWEEP_AT_ONCE):
+                await self.check_reachable(row)
+                await self.delete(row)
+        except StoreGone:
+            return  # it has been logged once
 
     async def delete_leftovers(self) -> None:
         """Delete what processes that were killed had begun to write."""
