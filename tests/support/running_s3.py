@@ -17,7 +17,6 @@ _CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "a secret for tests",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_MAX_ATTEMPTS": "2",  # of each request; s3fs tries again, too
 }
 
 

@@ -35,6 +35,12 @@ log = logging.getLogger("twinkle.server")
 CURRENT = "current"
 _GENERATION = re.compile(r"[0-9a-f]{32}")
 
+# By protocol, for its file system. s3fs tries a request five times itself: with as many tries of boto, one that is not
+# answered would hold its thread for minutes.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}}}
+}
+
 
 class SharedFiles:
     """`Files` on an fsspec file system, through a local directory."""
@@ -311,7 +317,7 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         fsspec: Any = import_module("fsspec")
         # What other machines write must be seen.
-        return fsspec.url_to_fs(url, use_listings_cache=False)
+        return fsspec.url_to_fs(url, use_listings_cache=False, **_OPTIONS.get(protocol, {}))
     except ImportError as error:
         raise InvalidRequest(
             f"storage.root: {url} needs a package that is not installed ({error}): pip install {package}"
