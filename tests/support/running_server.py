@@ -111,6 +111,7 @@ def write_config(
     model_extra: str = "",
     sampler: str = "",
     ray: str = "num_gpus: 0",
+    root: str = "",
 ) -> Path:
     """The mission's flat configuration, on loopback and in a directory of the test's own.
 
@@ -119,6 +120,7 @@ def write_config(
         model_extra: lines of the section `model`.
         sampler, ray: these sections, in YAML's flow style (`ray` without its braces).
         replicas: processes that answer HTTP.
+        root: `storage.root`; default: a directory in `directory`.
         layout: ranks (`tensor_parallel_size` and the like), with Megatron unless each holds the whole model.
     """
     path = directory / "server_config.yaml"
@@ -130,7 +132,7 @@ def write_config(
         f"server:\n  host: 127.0.0.1\n  port: {port}\n  num_replicas: {replicas}\n"
         f"ray: {{{ray}}}\n"
         f"{f'sampler: {sampler}' if sampler else ''}\n"
-        f"storage:\n  root: {directory / 'storage'}\n{extra}",
+        f"storage:\n  root: {root or directory / 'storage'}\n{extra}",
         encoding="utf-8",
     )
     return path

@@ -23,6 +23,7 @@ from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.scheduling.runs import Job, Run, RunState
 from twinkle.server.scheduling.scheduler import Tick
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.store.run_files import RunFiles
 
 # Bytes of an adapter of rank 1 on the fake model's three layers (8 -> 8, 8 -> 8, 8 -> 16): its weights alone, with
@@ -38,7 +39,7 @@ class Bench:
     def __init__(self, directory: Path, worker: MortalWorker, budget: int | None) -> None:
         self.now = 0.0
         self.worker = worker
-        self.files = RunFiles(directory / "runs")
+        self.files = RunFiles(LocalFiles(directory / "runs"))
         self.runs: dict[str, Run] = {}
         self.seq_ids = count(1)
         self.snapshots = Snapshots(worker, self.files, 3600.0, clock=lambda: self.now)
@@ -222,7 +223,7 @@ async def test_a_run_that_ends_takes_its_file_along_wherever_it_is(bench: Bench)
     for run_id in ("a", "b"):  # one is on the worker, one isn't, both have files
         bench.end(run_id)
     await bench.snapshots.close()
-    assert list(bench.files._root.iterdir()) == []
+    assert [bench.files.numbers(run_id) for run_id in "ab"] == [[], []]
 
 
 async def test_where_a_copy_would_be_due_it_is_taken(bench: Bench):

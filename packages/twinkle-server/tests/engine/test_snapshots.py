@@ -18,6 +18,7 @@ from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.scheduling.runs import Job, Run, RunState
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.store.run_files import RunFiles
 
 RUN_ID, SPEC = "session:train:0", AdapterSpec(rank=2)
@@ -47,7 +48,7 @@ def a_run(run_id: str) -> Run:
 
 
 def make(worker: MortalWorker, directory: Path, seconds: float | None) -> Snapshots:
-    return Snapshots(worker, RunFiles(directory / "s"), seconds, clock=Clock())
+    return Snapshots(worker, RunFiles(LocalFiles(directory / "s")), seconds, clock=Clock())
 
 
 def a_step(run: Run, seq_id: int, tokens: int = 0) -> Job:
@@ -294,7 +295,7 @@ def test_the_rest_is_what_was_added_less_what_snapshots_have_and_runs_that_ended
         return snapshots.take_unsaved()
 
     with tempfile.TemporaryDirectory() as directory:
-        snapshots.files = RunFiles(Path(directory))
+        snapshots.files = RunFiles(LocalFiles(Path(directory)))
         found = asyncio.run(play())
     left = [
         tuple(

@@ -17,6 +17,7 @@ from keyed_gateway import KeyedGateway
 from twinkle.protocol.endpoints import PREFIX
 from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.tokens import DOWNLOAD_SECONDS
 
 KINDS = ["/external_weights_urls", "/archive"]
@@ -140,7 +141,10 @@ async def test_while_a_checkpoint_is_overwritten_its_old_address_gives_nothing(
         put(row)
 
     monkeypatch.setattr(gateway.service.parts.database, "put_checkpoint", late)
-    files, uri = CheckpointFiles(tmp_path / "checkpoints"), CheckpointUri("name", owner.run, "weights")
+    files, uri = (
+        CheckpointFiles(LocalFiles(tmp_path / "checkpoints")),
+        CheckpointUri("name", owner.run, "weights"),
+    )
     first = files.digest(uri)
     datum = {"model_id": owner.run, "seq_id": 2, "path": "name", "overwrite": True}
     step = await owner.do("/optim_step", model_id=owner.run, seq_id=1 + owner.seq_id, adam_params={})

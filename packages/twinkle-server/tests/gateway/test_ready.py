@@ -21,6 +21,7 @@ from twinkle.server.config import LimitsSection
 from twinkle.server.gateway.app import create_app
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.tokens import ARCHIVE, Download, Signer
 
 
@@ -165,9 +166,10 @@ async def test_a_damaged_checkpoint_says_nothing_of_this_machine_and_offers_only
 def test_names_in_a_manifest_are_names(tmp_path: Path):
     from twinkle.protocol.uris import parse
 
-    files, uri = CheckpointFiles(tmp_path), parse("tinker://run/weights/one")
-    files.path(uri).mkdir(parents=True)
-    write(files.path(uri) / "a.safetensors", "a")
+    files, uri = CheckpointFiles(LocalFiles(tmp_path)), parse("tinker://run/weights/one")
+    directory = tmp_path / "run" / "weights" / "one"
+    directory.mkdir(parents=True)
+    write(directory / "a.safetensors", "a")
     for name, is_name in (
         ("a.safetensors", True),
         ("../a", False),
@@ -177,7 +179,7 @@ def test_names_in_a_manifest_are_names(tmp_path: Path):
         ("", False),
     ):
         manifest = {"format": 1, "files": {name: {"sha256": "", "size_bytes": 1}}}
-        write(files.path(uri) / "manifest.json", json.dumps(manifest))
+        write(directory / "manifest.json", json.dumps(manifest))
         if is_name:
             assert files.sizes(uri) == {name: 1}
         else:

@@ -8,8 +8,8 @@ from twinkle.server.service.service import Service
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    service = make_service(tmp_path)
+async def service(tmp_path: Path, database_url: str) -> AsyncIterator[Service]:
+    service = make_service(tmp_path, database_url=database_url)
     await service.start()
     yield service
     await service.close()

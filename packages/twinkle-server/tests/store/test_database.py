@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from sqlalchemy import text
 
@@ -14,18 +12,17 @@ from twinkle.server.store.ledger import Ledger
 from twinkle.server.store.tables import Checkpoint, Usage
 
 
-def test_a_database_of_another_version_is_named_and_left_alone(tmp_path: Path):
-    url = f"sqlite:///{tmp_path / 'old.sqlite'}"
-    database = Database(url)
+def test_a_database_of_another_version_is_named_and_left_alone(database_url: str):
+    database = Database(database_url)
     with database.engine.begin() as connection:
         connection.execute(text("ALTER TABLE sessions DROP COLUMN project_id"))
     database.close()
     with pytest.raises(InvalidRequest, match="table 'sessions' has no project_id"):
-        Database(url)
+        Database(database_url)
 
 
-async def test_usage_adds_up_over_writes_and_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+async def test_usage_adds_up_over_writes_and_failures(database_url: str, monkeypatch: pytest.MonkeyPatch):
+    database = Database(database_url)
     ledger = Ledger(database, "the/model")
     ledger.record("t", "session", "training", 5)
     await ledger.flush()
@@ -65,9 +62,9 @@ def a_checkpoint(run: str, name: str, moment: float, tenant: str = "t") -> Check
 
 @pytest.mark.parametrize("leap", [-86_400.0, 0.0, 365 * 86_400.0])
 def test_the_newest_checkpoint_is_the_one_that_was_saved_last_whatever_the_clock_says(
-    tmp_path: Path, leap: float
+    database_url: str, leap: float
 ):
-    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    database = Database(database_url)
     now = 1_800_000_000.0
     # The clock leaps after the first, and back after the third.
     for run, moment in (("a", now), ("b", now + leap), ("c", now + leap), ("d", now)):
@@ -83,8 +80,8 @@ def test_the_newest_checkpoint_is_the_one_that_was_saved_last_whatever_the_clock
     database.close()
 
 
-def test_a_checkpoint_that_is_overwritten_is_told_from_the_old_one_by_a_clock_that_stands(tmp_path: Path):
-    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+def test_a_checkpoint_that_is_overwritten_is_told_from_the_old_one_by_a_clock_that_stands(database_url: str):
+    database = Database(database_url)
     uri = CheckpointUri("name", "run", "weights")
     seen: list[float] = []
     for _ in range(3):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
 from twinkle.server.store import run_files
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.store.run_files import RunFiles
 
 RUN = "session:train:0"
@@ -66,8 +68,8 @@ def check_same_bits(mine: dict[str, np.ndarray] | None, theirs: dict[str, np.nda
     [STATE, replace(STATE, gradients=None), replace(STATE, optimizer=None)],
     ids=("all", "no gradient", "bare"),
 )
-def test_a_state_comes_back_to_the_bit(tmp_path: Path, state: AdapterState):
-    files = RunFiles(tmp_path / "e")
+def test_a_state_comes_back_to_the_bit(disk: Disk, state: AdapterState):
+    files = RunFiles(disk.files)
     files.write(RUN, 3, STATE)
     files.write(RUN, 11, state)
     assert files.numbers(RUN) == [3, 11]
@@ -76,11 +78,11 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path, state: AdapterState):
     files.delete_older(RUN, 11)
     assert files.numbers(RUN) == [11]
     files.delete_run(RUN)
-    assert list((tmp_path / "e").iterdir()) == []
+    assert disk.paths() == {} and files.numbers(RUN) == []
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    files = RunFiles(tmp_path / "e")
+def test_a_write_that_fails_leaves_what_was_there(disk: Disk, monkeypatch: pytest.MonkeyPatch):
+    files = RunFiles(disk.files)
     files.write(RUN, 1, STATE)
 
     def full(_arrays: object, path: Path, **_: object) -> None:
@@ -91,15 +93,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     for number in (1, 2):
         with pytest.raises(OSError, match="no space"):
             files.write(RUN, number, replace(STATE, gradients=None))
-    assert [path.name for path in (tmp_path / "e" / RUN).iterdir()] == ["1.safetensors"]
+    assert list(disk.paths()) == [f"{RUN}/1.safetensors"]
     check_same(files.read(RUN, 1), STATE)
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"not what it was"), Path.unlink])
-def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(tmp_path: Path, damage):
-    files = RunFiles(tmp_path / "e")
+@pytest.mark.parametrize("content", [b"not what it was", None])
+def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(disk: Disk, content: bytes | None):
+    files = RunFiles(disk.files)
     files.write(RUN, 1, STATE)
-    damage(tmp_path / "e" / RUN / "1.safetensors")
+    disk.change(f"{RUN}/1.safetensors", content)
     with pytest.raises(ServerFault, match=f"{RUN}.*begin a new run from its last checkpoint"):
         files.read(RUN, 1)
 
@@ -109,9 +111,10 @@ def test_a_file_that_cannot_be_read_is_a_fault_with_the_run_in_it(tmp_path: Path
 def test_changed_bytes_are_never_taken_for_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, place: float, flip: int, size: int
 ):
-    files = RunFiles(tmp_path_factory.mktemp("e"))
+    directory = tmp_path_factory.mktemp("e")
+    files = RunFiles(LocalFiles(directory))
     files.write(RUN, 1, STATE)
-    path = files._path(RUN, 1)
+    path = directory / RUN / "1.safetensors"
     content = bytearray(path.read_bytes())
     at = int(place * len(content))
     for i in range(at, min(at + size, len(content))):
@@ -126,9 +129,9 @@ def test_changed_bytes_are_never_taken_for_what_was_written(
 
 
 def test_a_flipped_bit_of_a_weight_is_told_of(tmp_path: Path):
-    files = RunFiles(tmp_path)
+    files = RunFiles(LocalFiles(tmp_path))
     files.write(RUN, 1, STATE)
-    path = files._path(RUN, 1)
+    path = tmp_path / RUN / "1.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 0x40
     path.write_bytes(content)
@@ -137,9 +140,9 @@ def test_a_flipped_bit_of_a_weight_is_told_of(tmp_path: Path):
 
 
 def test_a_file_of_an_earlier_version_without_checksum_is_read(tmp_path: Path):
-    files = RunFiles(tmp_path)
+    files = RunFiles(LocalFiles(tmp_path))
     files.write(RUN, 1, STATE)
-    path = files._path(RUN, 1)
+    path = tmp_path / RUN / "1.safetensors"
     with safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         state = file.metadata()["state"]
@@ -147,10 +150,10 @@ def test_a_file_of_an_earlier_version_without_checksum_is_read(tmp_path: Path):
     check_same(files.read(RUN, 1), STATE)
 
 
-def test_of_other_runs_nothing_stays(tmp_path: Path):
-    files = RunFiles(tmp_path / "e")
+def test_of_other_runs_nothing_stays(disk: Disk):
+    files = RunFiles(disk.files)
     files.delete_all_but(set())
     for run_id in ("a:train:0", "b:train:0"):
         files.write(run_id, 1, STATE)
     files.delete_all_but({"b:train:0"})
-    assert [path.name for path in (tmp_path / "e").iterdir()] == ["b:train:0"]
+    assert list(disk.paths()) == ["b:train:0/1.safetensors"]

@@ -13,6 +13,7 @@ from twinkle.server.config import LimitsSection, ModelSection, SamplerSection, S
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.service.service import Service
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.store.run_files import RunFiles
 
 MODEL = "fake/model"
@@ -25,14 +26,16 @@ def make_service(
     model: str = MODEL,
     adapter_bytes: int | None = None,
     limits: LimitsSection | None = None,
+    database_url: str | None = None,
 ) -> Service:
     """
     Args:
         adapter_bytes: what resident adapters may take.
+        database_url: default: of a SQLite file in `directory`.
     """
     worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
-    config = make_config(directory, model, capacity, adapter_bytes, limits)
-    return Service(build_parts(config, worker, RunFiles(directory / "runs")))
+    config = make_config(directory, model, capacity, adapter_bytes, limits, database_url)
+    return Service(build_parts(config, worker, RunFiles(LocalFiles(directory / "runs"))))
 
 
 def make_config(
@@ -41,11 +44,14 @@ def make_config(
     capacity: int = 64,
     adapter_bytes: int | None = None,
     limits: LimitsSection | None = None,
+    database_url: str | None = None,
 ) -> ServerConfig:
     return ServerConfig(
         model=ModelSection(model_id=model, max_resident_adapter_bytes=adapter_bytes),
         sampler=SamplerSection(max_resident_adapters=capacity),
-        storage=StorageSection(root=directory, database_url=f"sqlite:///{directory / 'test.sqlite'}"),
+        storage=StorageSection(
+            root=directory, database_url=database_url or f"sqlite:///{directory / 'test.sqlite'}"
+        ),
         limits=limits or LimitsSection(),
     )
 

@@ -17,6 +17,7 @@ from twinkle.server.engine.worker import LocalSampler, LocalWorker, Trained, Wor
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.service.service import Service
+from twinkle.server.store.files import LocalFiles
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.run_files import RunFiles
 
@@ -132,7 +133,7 @@ def make_mortal_service(
     parts = build_parts(
         make_config(directory, adapter_bytes=adapter_bytes),
         worker,
-        RunFiles(directory / "runs"),
+        RunFiles(LocalFiles(directory / "runs")),
         snapshot_seconds=snapshot_seconds,
         open_journal=journal,
     )

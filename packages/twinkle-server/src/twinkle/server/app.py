@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from twinkle.hub import plain_name
 from twinkle.server.checkpoints.checkpoints import Checkpoints
-from twinkle.server.config import ServerConfig
+from twinkle.server.config import ServerConfig, StorageSection
 from twinkle.server.engine.adapters import AdapterJobs
 from twinkle.server.engine.compaction import Compaction
 from twinkle.server.engine.completions import CompletionLog
@@ -33,23 +34,34 @@ from twinkle.server.service.parts import Parts
 from twinkle.server.service.service import Service
 from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.database import Database
+from twinkle.server.store.files import Files, LocalFiles
 from twinkle.server.store.journal import Journal
 from twinkle.server.store.ledger import Ledger
 from twinkle.server.store.private import private_directory, tighten_if_there
 from twinkle.server.store.run_files import RunFiles
 from twinkle.server.store.sampler_cache import SamplerCache
-from twinkle.server.tokens import Signer, read_secret
+from twinkle.server.tokens import Signer, new_secret, read_secret
 
 # Full micro-batches in a tick: more would make next to nothing faster, and others wait longer for its end.
 _TICK_BATCHES = 4
 
 
 def build_signer(config: ServerConfig) -> Signer:
-    """What signs this server's tokens, with the secret that is kept beside its checkpoints."""
-    private_directory(config.storage.directory)
-    secret = config.storage.directory / "secret"
-    tighten_if_there(secret)
-    return Signer(read_secret(secret))
+    """What signs this server's tokens. The secret is in a file beside the SQLite database; where the database has a
+    server, it is in there, so that it is the same on all machines.
+    """
+    storage = config.storage
+    private_directory(storage.directory)
+    path = storage.directory / "secret"
+    tighten_if_there(path)
+    if not storage.is_on_database_server:
+        return Signer(read_secret(path))
+    database = Database(storage.url)
+    try:
+        # One that was in use here before stays valid.
+        return Signer(database.secret("tokens", read_secret(path) if path.exists() else new_secret()))
+    finally:
+        database.close()
 
 
 def build_keys(config: ServerConfig) -> KeyRing | None:
@@ -74,12 +86,11 @@ def build_service(
     """
     storage = config.storage
     private_directory(storage.directory)
-    place = live or storage.directory / "live" / f"process-{os.getpid()}"
     return Service(
         build_parts(
             config,
             worker,
-            RunFiles(place / "runs"),
+            RunFiles(_snapshot_files(storage, live)),
             model_path=model_path,
             signer=signer,
             snapshot_seconds=storage.snapshot_seconds if live else None,
@@ -87,6 +98,30 @@ def build_service(
             encodes=live is not None,
         )
     )
+
+
+def _snapshot_files(storage: StorageSection, live: Path | None) -> Files:
+    """Where the snapshots of a server's runs are."""
+    if live is None:
+        return LocalFiles(storage.directory / "live" / f"process-{os.getpid()}" / "runs")
+    if storage.shared_url is None:
+        return LocalFiles(live / "runs")
+    # The journal knows whose they are. Another machine's server may have the same port and model.
+    private_directory(live)
+    name = live / "name"
+    if not name.exists():
+        partial = live / f"name.{os.getpid()}"
+        partial.write_text(f"{live.name}-{uuid.uuid4().hex}", encoding="ascii")
+        os.replace(partial, name)
+    return _open_root(storage).below(f"live/{name.read_text(encoding='ascii')}/runs")
+
+
+def _open_root(storage: StorageSection) -> Files:
+    if storage.shared_url is None:
+        return LocalFiles(storage.directory)
+    from twinkle.server.store.shared_files import open_shared
+
+    return open_shared(storage.shared_url, storage.directory / "scratch")
 
 
 def build_parts(
@@ -103,7 +138,7 @@ def build_parts(
     """The objects of one engine, each given those that it needs. Arguments: as in `Parts` and `Snapshots`."""
     model, limits, info = config.model, config.limits, worker.info
     database = Database(config.storage.url)
-    files = CheckpointFiles(config.storage.directory / "checkpoints")
+    files = CheckpointFiles(_open_root(config.storage).below("checkpoints"))
     ledger = Ledger(database, plain_name(model.model_id))
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
     run_log, tokens = RunLog(), _token_rate(config)

@@ -163,10 +163,15 @@ class SamplerSection(_Section):
 class StorageSection(_Section):
     """What outlives the process."""
 
-    root: Path = Path("~/.twinkle/server")
-    """Directory of checkpoints, and of the SQLite database."""
+    root: str | Path = "~/.twinkle/server"
+    """Directory of checkpoints, and of all else that is kept. Or a URL for the checkpoints and the snapshots of runs:
+    `s3://bucket/prefix` needs `pip install 'twinkle-server[s3]'`, and credentials in the environment."""
+    local_root: Path = Path("~/.twinkle/server")
+    """Where `root` is a URL: directory of what has to lie on a disk (the journal of accepted requests, the SQLite
+    database). A server goes on with its runs only where this directory is."""
     database_url: str | None = None
-    """Any SQLAlchemy URL. Default: a SQLite file in `root`."""
+    """Any SQLAlchemy URL: `postgresql://user@host/database` needs `pip install 'twinkle-server[postgresql]'`. Default:
+    a SQLite file in `root`, or in `local_root` where `root` is a URL."""
     snapshot_seconds: float = Field(default=10.0, ge=0)
     """A snapshot of a run is written to `root` so many seconds after the run has changed (later if writing would take
     more than a 50th of the time); 0: at once. Whatever process is killed, nothing is lost: this is how much has to be
@@ -175,9 +180,37 @@ class StorageSection(_Section):
     """When the journal is fsynced, so that accepted requests survive a power cut. always: before they are acknowledged;
     second: once per second; never: by the operating system. (The end of a process loses nothing with any of them.)"""
 
+    @field_validator("root")
+    @classmethod
+    def _root_names_a_place(cls, root: str | Path) -> str | Path:
+        scheme, separator, place = str(root).partition("://")
+        if not separator:
+            return root
+        if scheme == "file":
+            return place
+        if not place.strip("/"):
+            raise ValueError(f"{root} names no bucket; give it as {scheme}://BUCKET/PREFIX")
+        if "?" in place or "#" in place or "@" in place:
+            raise ValueError(
+                f"a URL is {scheme}://BUCKET/PREFIX and nothing else: credentials and addresses come from the "
+                "environment"
+            )
+        return root
+
+    @property
+    def shared_url(self) -> str | None:
+        """Of `root`, if it is a URL."""
+        return str(self.root) if "://" in str(self.root) else None
+
     @property
     def directory(self) -> Path:
-        return self.root.expanduser()
+        """On this machine."""
+        return (Path(self.root) if self.shared_url is None else self.local_root).expanduser()
+
+    @property
+    def is_on_database_server(self) -> bool:
+        """Whether several machines may use the database."""
+        return not self.url.startswith("sqlite")
 
     @property
     def url(self) -> str:

@@ -19,6 +19,7 @@ from twinkle.protocol.errors import InvalidRequest, NotFound, Unauthorized, Unav
 from twinkle.server.config import AuthSection, ServerConfig
 from twinkle.server.store.database import Database
 from twinkle.server.store.private import private_directory
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import EVERYBODY, ApiKey
 from twinkle.server.tokens import JWT_PREFIX, Signer
 
@@ -226,7 +227,7 @@ class KeyRing:
         read = functools.partial(self._database.keys, valid_only=True)
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self._thread, read)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, DatabaseGone) as error:
             raise Unavailable("the server can't read its keys just now; try again") from error
         self._by_digest = {row.sha256: row for row in rows}
         self._by_id = {row.id: row for row in rows}

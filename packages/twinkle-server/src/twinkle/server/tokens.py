@@ -80,8 +80,12 @@ def read_secret(path: Path) -> str:
     except FileExistsError:
         return path.read_text(encoding="ascii").strip()
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32))
+        file.write(new_secret())
     return path.read_text(encoding="ascii").strip()
+
+
+def new_secret() -> str:
+    return secrets.token_hex(32)
 
 
 class Signer:

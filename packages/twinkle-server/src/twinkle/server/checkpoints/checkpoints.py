@@ -24,7 +24,7 @@ from twinkle.server.store.checkpoint_files import CheckpointFiles
 from twinkle.server.store.clock import SteadyClock
 from twinkle.server.store.database import Database
 from twinkle.server.store.ledger import Ledger
-from twinkle.server.store.retry import DatabaseGone, retry_while_unavailable
+from twinkle.server.store.retry import StoreGone, retry_while_unavailable
 from twinkle.server.tokens import Signer, tenant_of_access_token
 
 log = logging.getLogger("twinkle.server")
@@ -222,7 +222,7 @@ class Checkpoints:
         return row
 
     async def read(self, uri: CheckpointUri, with_optimizer: bool = False) -> AdapterState:
-        return await asyncio.to_thread(self._files.read, uri, with_optimizer)
+        return await retry_while_unavailable(lambda: self._files.read(uri, with_optimizer))
 
     # ------------------------------------------------------------ copy and delete
 
@@ -254,9 +254,17 @@ class Checkpoints:
             if now is None or (now.created_at, now.expires_at) != (row.created_at, row.expires_at):
                 return
             await asyncio.to_thread(self._database.delete_checkpoint, row.tenant, row.uri)
-            await asyncio.to_thread(self._files.delete, row.uri)
+            await retry_while_unavailable(lambda: self._files.delete(row.uri))
 
         await self._writes.begin(row.uri, row.tenant, delete_row_and_files())
+
+    async def check_reachable(self, row: tables.Checkpoint) -> None:
+        """Before a checkpoint is deleted: files that can't be reached would stay without a row.
+
+        Raises:
+            FilesAway: if they can't be reached.
+        """
+        await asyncio.to_thread(self._files.is_there, row.uri)
 
     async def sweep(self) -> None:
         """Delete expired checkpoints, if the clock can be trusted."""
@@ -264,11 +272,15 @@ class Checkpoints:
         if now is None:
             return
         try:
-            rows = await asyncio.to_thread(self._database.expired_checkpoints, now, _SWEEP_AT_ONCE)
-        except DatabaseGone:
-            return  # the database has logged it once
-        for row in rows:
-            await self.delete(row)
+            for row in await asyncio.to_thread(self._database.expired_checkpoints, now, _SWEEP_AT_ONCE):
+                await self.check_reachable(row)
+                await self.delete(row)
+        except StoreGone:
+            return  # it has been logged once
+
+    async def delete_leftovers(self) -> None:
+        """Delete what processes that were killed had begun to write."""
+        await asyncio.to_thread(self._files.delete_leftovers)
 
     async def audit(self, tenant: str, event: str, uri: CheckpointUri, **more: object) -> None:
         """Record in the audit log what was done to a checkpoint."""

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from twinkle.hub import plain_name
@@ -22,6 +23,7 @@ from twinkle.server.scheduling.live_runs import LiveRuns
 from twinkle.server.scheduling.records import Accepted, Begun, Done, Ended, Lost, Outcome, Record, Rejected
 from twinkle.server.scheduling.runs import Job, LostRun, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
+from twinkle.server.store.retry import retry_while_unavailable
 from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.server")
@@ -111,7 +113,9 @@ class Restore:
         for record in found.accepted.values():
             if record.run_id is not None:
                 by_run.setdefault(record.run_id, {})[record.seq_id] = record
-        stored = {run_id: self._stored(run_id) for run_id in found.runs}
+        stored = {
+            run_id: await retry_while_unavailable(partial(self._stored, run_id)) for run_id in found.runs
+        }
         self._tell_lost(found, by_run, stored)
         runs = {
             run_id: _make_run(begun, by_run.get(run_id, {}), found, stored[run_id])

@@ -19,6 +19,7 @@ from twinkle.protocol.errors import ServerFault
 from twinkle.server.backends.protocol import AdapterState
 from twinkle.server.engine.worker import WorkerLost, WorkerPort
 from twinkle.server.scheduling.runs import Job, Run
+from twinkle.server.store.retry import retry_while_unavailable
 from twinkle.server.store.run_files import RunFiles
 
 log = logging.getLogger("twinkle.engine")
@@ -33,6 +34,8 @@ _LONGEST_SECONDS = 60.0
 _MAX_JOBS, _MAX_TOKENS = 512, 2**20
 # After a failed write the disk is left alone for this long.
 _RETRY_SECONDS = 10.0
+# All runs wait while one is read.
+_READ_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -245,6 +248,7 @@ class Snapshots:
 
         Raises:
             ServerFault: if it can't be read.
+            Unavailable: if the files can't be reached for a minute.
         """
         if run.lost is not None:
             raise ServerFault(run.lost)
@@ -252,4 +256,5 @@ class Snapshots:
             return run.snapshot.held[1]
         if run.snapshot.stored is None or self.files is None:
             return None
-        return await asyncio.to_thread(self.files.read, run.run_id, run.snapshot.stored)
+        files, number = self.files, run.snapshot.stored
+        return await retry_while_unavailable(lambda: files.read(run.run_id, number), _READ_SECONDS)

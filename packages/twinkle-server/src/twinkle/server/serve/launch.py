@@ -71,7 +71,23 @@ def checks(config: ServerConfig) -> list[Callable[[], None]]:
     found = [partial(_check_port, server.host, server.port)]
     if server.tls is not None:
         found.append(partial(check_tls, *server.tls))
+    if config.storage.shared_url is not None:
+        found.append(partial(_check_root, config.storage.shared_url))
+    if config.storage.is_on_database_server:
+        found.append(partial(_check_database, config.storage.url))
     return found
+
+
+def _check_root(url: str) -> None:
+    from twinkle.server.store.shared_files import check_shared
+
+    check_shared(url)
+
+
+def _check_database(url: str) -> None:
+    from twinkle.server.store.database import Database  # imports sqlalchemy, which takes a moment
+
+    Database(url).close()
 
 
 def _check_port(host: str, port: int) -> None:

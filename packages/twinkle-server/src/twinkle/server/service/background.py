@@ -39,6 +39,10 @@ class Background:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _sweep(self) -> None:
+        try:
+            await self._parts.checkpoints.delete_leftovers()
+        except Exception:  # the next start is another attempt
+            log.exception("what killed processes had left in the storage could not be deleted")
         while True:
             try:
                 await self._parts.checkpoints.sweep()

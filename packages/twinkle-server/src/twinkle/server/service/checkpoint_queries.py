@@ -39,6 +39,7 @@ async def _weights_info(parts: Parts, tenant: str, query: m.WeightsInfoRequest) 
 
 async def _delete(parts: Parts, tenant: str, query: m.DeleteCheckpoint) -> m.Acknowledged:
     row = await parts.checkpoints.find_own(tenant, _uri_of(query))
+    await parts.checkpoints.check_reachable(row)
     await parts.checkpoints.delete(row)
     await parts.checkpoints.audit(tenant, "checkpoint_delete", row.uri)
     return m.Acknowledged()

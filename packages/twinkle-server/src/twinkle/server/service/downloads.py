@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from twinkle.protocol import messages as m
 from twinkle.protocol import uris
 from twinkle.protocol.errors import NotFound, ServerFault
+from twinkle.protocol.uris import CheckpointUri
 from twinkle.server.service.metadata import iso
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -75,7 +75,9 @@ class Downloads:
     def _url(self, download: Download) -> str:
         """Relative to the gateway's own URL, which the gateway prepends."""
         if self._signer is None:
-            return self._path(download).resolve().as_uri()
+            if download.place == TOKENIZER:
+                return self._tokenizer_files()[download.file].resolve().as_uri()
+            return self._files.url(uris.parse(download.place), download.file)
         return f"/download/{self._signer.download_token(download)}/{shown_name(download)}"
 
     # ------------------------------------------------------------ files
@@ -91,7 +93,7 @@ class Downloads:
         else:
             uri = uris.parse(download.place)
             row = self._database.checkpoint(download.tenant, uri, time.time(), or_public=True)
-            if row is None or not self._files.path(uri).is_dir() or self._stamp(row) != download.stamp:
+            if row is None or not self._files.is_there(uri) or self._stamp(row) != download.stamp:
                 raise _not_there(download)
             files = self._files.sizes(uri)
         if download.file == ARCHIVE:
@@ -108,28 +110,25 @@ class Downloads:
         """
         assert download.file in (ARCHIVE, name), "names come from `sizes`"
         try:
-            with self._path(replace(download, file=name)).open("rb") as file:
-                # Checked after opening: the checkpoint may be replaced at any time, but an open file stays the same.
-                self._check_is_it(download)
-                file.seek(offset)
-                return file.read(size)
+            if download.place == TOKENIZER:
+                with self._tokenizer_files()[name].open("rb") as file:
+                    file.seek(offset)
+                    return file.read(size)
+            uri = uris.parse(download.place)
+            part = self._files.read_part(uri, name, offset, size)
+            # Checked after reading: the checkpoint may be replaced at any time, and is never what it was before.
+            self._check_is_it(download, uri)
+            return part
         except (OSError, ServerFault) as error:
             raise _not_there(download) from error
 
-    def _check_is_it(self, download: Download) -> None:
+    def _check_is_it(self, download: Download, uri: CheckpointUri) -> None:
         """
         Raises:
             NotFound: if the checkpoint was replaced by another.
         """
-        if download.place == TOKENIZER:
-            return
-        if self._files.digest(uris.parse(download.place)) != download.stamp.rpartition(" ")[2]:
+        if self._files.digest(uri) != download.stamp.rpartition(" ")[2]:
             raise _not_there(download)
-
-    def _path(self, download: Download) -> Path:
-        if download.place == TOKENIZER:
-            return self._tokenizer_files()[download.file]
-        return self._files.path(uris.parse(download.place)) / download.file
 
     def _tokenizer_files(self) -> dict[str, Path]:
         found = {

@@ -15,6 +15,7 @@ from twinkle.server.scheduling.records import Accepted
 from twinkle.server.scheduling.runs import Run
 from twinkle.server.service import validation
 from twinkle.server.service.parts import Parts
+from twinkle.server.store.retry import retry_while_unavailable
 
 _DAMAGED = (
     "a part of what the server had written down of runs and requests was damaged on its disk, and this may have been "
@@ -34,7 +35,7 @@ async def restore(parts: Parts) -> None:
     for _, record in read:
         found.add(record)
     # Other runs' snapshots are left over: those runs have ended.
-    await asyncio.to_thread(parts.run_files.delete_all_but, set(found.runs))
+    await retry_while_unavailable(lambda: parts.run_files.delete_all_but(set(found.runs)))
 
     async def loss_of(run: Run, request: m.ForwardBackwardRequest) -> CustomLoss | None:
         if request.loss_fn != CUSTOM_LOSS:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import select, tuple_, update
 
-from twinkle.server.store.connection import Connection
-from twinkle.server.store.tables import ApiKey, Audit, Run, Usage, belongs_to
+from twinkle.server.store.connection import Connection, again_if_taken
+from twinkle.server.store.tables import ApiKey, Audit, Run, Secret, Usage, belongs_to
+
+_usage_columns = tuple_(Usage.tenant, Usage.hour, Usage.session_id, Usage.kind)
 
 
 class AccountRows(Connection):
     def write_ledger(self, usage: Sequence[Usage], run_times: dict[str, float]) -> None:
         """Add to the usage so far, and record when each run last got a request."""
-        with self.transaction() as session:
-            for row in usage:
-                key = (row.tenant, row.hour, row.session_id, row.kind)
-                known = session.get(Usage, key, with_for_update=True)
-                if known is None:
-                    session.add(row)
-                else:
-                    known.count += row.count
-            for run_id, time in run_times.items():
-                session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
+
+        def write() -> None:
+            with self.transaction() as session:
+                # In one order, lest two processes wait for each other's rows.
+                for row in sorted(usage, key=_usage_key):
+                    add = update(Usage).where(_usage_columns == _usage_key(row))
+                    added = session.execute(add.values(count=Usage.count + row.count).returning(Usage.count))
+                    if added.first() is None:
+                        session.add(_copy(row))
+                        session.flush()
+                for run_id, time in sorted(run_times.items()):
+                    session.execute(update(Run).where(Run.id == run_id).values(last_request_at=time))
+
+        again_if_taken(write)
 
     def usage(self, tenant: str, first_hour: int, end_hour: int) -> list[Usage]:
         """By hour, then by amount, largest first; a tenant's or `EVERYBODY`'s, as in `storage` and `audit`."""
@@ -40,7 +46,21 @@ class AccountRows(Connection):
         with self.transaction() as session:
             return list(session.scalars(query.order_by(Audit.time, Audit.id)))
 
-    # ------------------------------------------------------------ keys
+    # ------------------------------------------------------------ secrets and keys
+
+    def secret(self, name: str, new: str) -> str:
+        """The secret of that name, the same for all processes; `new`, if there was none."""
+
+        def find_or_add() -> str:
+            with self.transaction() as session:
+                row = session.get(Secret, name)
+                if row is None:
+                    row = Secret(name=name, value=new)
+                    session.add(row)
+                    session.flush()
+                return row.value
+
+        return again_if_taken(find_or_add)
 
     def add_key(self, key: ApiKey) -> ApiKey:
         """Write a key's row; returns it with its id."""
@@ -67,3 +87,12 @@ class AccountRows(Connection):
             if row is not None and row.revoked_at is None:
                 row.revoked_at = now
             return row
+
+
+def _usage_key(row: Usage) -> tuple[str, int, str, str]:
+    return row.tenant, row.hour, row.session_id, row.kind
+
+
+def _copy(row: Usage) -> Usage:
+    """A new row: one that was added in a transaction that failed belongs to that."""
+    return Usage(**{column.key: getattr(row, column.key) for column in Usage.__table__.columns})

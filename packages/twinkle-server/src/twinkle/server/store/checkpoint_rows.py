@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session as OrmSession
 
 from twinkle.protocol.uris import CheckpointUri
-from twinkle.server.store.connection import Connection
+from twinkle.server.store.connection import Connection, again_if_taken
 from twinkle.server.store.tables import UNNAMED_PREFIX, Checkpoint, Run, Session, belongs_to
 
 # A checkpoint is newer than the one before it by at least this many seconds.
@@ -62,11 +63,16 @@ class CheckpointRows(Connection):
         distinguishes it from what it overwrites, even if the clock has gone back in between.
         """
         newest = select(func.max(Checkpoint.created_at)).where(Checkpoint.tenant == row.tenant)
-        with self.transaction() as session:
-            before = session.scalar(newest)
-            if before is not None:
-                row.created_at = max(row.created_at, before + _NEWER)
-            session.merge(row)
+
+        def put() -> None:
+            with self.transaction() as session:
+                _one_at_a_time(session, row.tenant)
+                before = session.scalar(newest)
+                if before is not None:
+                    row.created_at = max(row.created_at, before + _NEWER)
+                session.merge(row)
+
+        again_if_taken(put)
 
     def checkpoint(
         self, tenant: str, uri: CheckpointUri, now: float, or_public: bool = False
@@ -203,6 +209,12 @@ class CheckpointRows(Connection):
         with self.transaction() as session:
             count, size = session.execute(query).one()
             return StorageTotal(None, count, int(size or 0), tenant)
+
+
+def _one_at_a_time(session: OrmSession, tenant: str) -> None:
+    """Wait until no other transaction adds a checkpoint of the tenant: each would find the same newest one."""
+    if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"twinkle-checkpoints {tenant}"))))
 
 
 def _not_expired(now: float) -> ColumnElement[bool]:

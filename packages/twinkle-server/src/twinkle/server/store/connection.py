@@ -1,21 +1,27 @@
-"""The connection to the database: any SQLAlchemy URL; special handling of SQLite's files is here."""
+"""The connection to the database: any SQLAlchemy URL. What is special about SQLite's files is here, and about servers
+in `database_server`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from sqlalchemy import Engine, create_engine, event, inspect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine, event, inspect
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
 from twinkle.protocol.errors import InvalidRequest
+from twinkle.server.store.database_server import DatabaseServer, make_engine
 from twinkle.server.store.private import private_file, tighten_if_there
 from twinkle.server.store.sqlite_file import SqliteFile, check_not_lost
 from twinkle.server.store.tables import Audit, Base, CustomLoss, Run, SamplingSession, Session
+
+T = TypeVar("T")
 
 
 class Connection:
@@ -29,17 +35,19 @@ class Connection:
         Raises:
             InvalidRequest: if its tables are another version's, or it can't be used at all.
         """
-        self._engine = create_engine(url)
+        self._engine = make_engine(url)
         self._file: SqliteFile | None = None
         path = _path_of(self._engine)
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        self._server = None if is_sqlite else DatabaseServer()
         if path is not None:
             check_not_lost(path)
             _make_private(path)
-        if self._engine.dialect.name == "sqlite":
+        if is_sqlite:
             event.listen(self._engine, "connect", _tune_sqlite)
         try:
             _check_tables(self._engine)
-            Base.metadata.create_all(self._engine)
+            _create_tables(self._engine)
         except DBAPIError as error:
             self._engine.dispose()
             raise _unusable(self._engine, error) from error
@@ -55,23 +63,53 @@ class Connection:
     def transaction(self) -> Generator[OrmSession]:
         """
         Raises:
-            DatabaseGone: if the file that was opened is not at its path.
+            DatabaseGone: if the file that was opened is not at its path, or the server can't be reached.
+            InvalidRequest: if the server can't hold a value.
         """
         if self._file is not None:
             self._file.check()
-        with self._sessions.begin() as session:
+        errors = contextlib.nullcontext() if self._server is None else self._server.errors()
+        with errors, self._sessions.begin() as session:
             yield session
 
     def put(self, row: Session | Run | SamplingSession | CustomLoss | Audit) -> None:
         """Write a row, replacing one with the same key."""
-        with self.transaction() as session:
-            session.merge(row)
+
+        def merge() -> None:
+            with self.transaction() as session:
+                session.merge(row)
+
+        again_if_taken(merge)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
         self._engine.dispose()
+
+
+def again_if_taken(write: Callable[[], T]) -> T:
+    """The result of a transaction that looks for a row, and adds it if there is none.
+
+    Several processes, or threads, may find none; all but one are refused then, and find it the second time.
+    """
+    try:
+        return write()
+    except IntegrityError:
+        return write()
+
+
+def _create_tables(engine: Engine) -> None:
+    """Make the tables that are missing; other processes may do so at the same time."""
+    try:
+        Base.metadata.create_all(engine)
+    except DBAPIError:
+        # Each table that another process made first is seen at the next look; there are no more than tables.
+        for _ in Base.metadata.sorted_tables:
+            with contextlib.suppress(DBAPIError):
+                Base.metadata.create_all(engine)
+                return
+        raise
 
 
 def _check_tables(engine: Engine) -> None:
@@ -107,8 +145,8 @@ def _unusable(engine: Engine, error: DBAPIError) -> InvalidRequest:
     path = _path_of(engine)
     if path is None:
         return InvalidRequest(
-            f"storage: the database at {engine.url.render_as_string()} can't be used ({reason}); see that it can be "
-            "reached, or set another database_url"
+            f"storage.database_url: the database at {engine.url.render_as_string()} can't be used ({reason}); see that "
+            "it exists, that it can be reached from here, and that its user may create tables in it"
         )
     if any(sign in reason for sign in ("not a database", "malformed")):
         return InvalidRequest(

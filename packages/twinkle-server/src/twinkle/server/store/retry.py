@@ -1,5 +1,5 @@
-"""Retrying while the store is unavailable: its disk is full, its database is locked or gone, or this process has too
-many open files.
+"""Retrying while the store is unavailable: its disk is full, its database is locked or gone, its files can't be
+reached, or this process has too many open files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ GIVE_UP_SECONDS = 600.0
 _PAUSE_SECONDS = 1.0
 
 
-class DatabaseGone(Unavailable):
-    """The database's file is not at its path; it may come back."""
+class StoreGone(Unavailable):
+    """A part of the store is not there; it may come back."""
+
+
+class DatabaseGone(StoreGone):
+    """The database's file is not at its path, or its server can't be reached."""
+
+
+class FilesAway(StoreGone):
+    """The file system of checkpoints and run snapshots can't be reached."""
 
 
 # No space left, or too many open files.
@@ -43,7 +51,7 @@ _SIGNS = (
 
 def is_transient(error: BaseException) -> bool:
     """Whether a retry may succeed: there is space again, the lock is gone, or the database is back."""
-    if isinstance(error, DatabaseGone) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
+    if isinstance(error, StoreGone) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
         return True
     is_of_store = isinstance(error, OSError | OperationalError) or type(error).__name__ == "SafetensorError"
     return is_of_store and any(sign in str(error) for sign in _SIGNS)
@@ -51,7 +59,7 @@ def is_transient(error: BaseException) -> bool:
 
 def unavailable(error: BaseException) -> Unavailable:
     """The error for a caller that would have to wait."""
-    if isinstance(error, DatabaseGone):
+    if isinstance(error, StoreGone):
         return Unavailable(error.message, error.retry_after)
     reason = words_of(getattr(error, "orig", None) or error).splitlines()[0][:200]
     return Unavailable(

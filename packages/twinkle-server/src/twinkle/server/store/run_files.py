@@ -1,11 +1,10 @@
-"""Snapshots of live runs on disk: what a run is restored from when its adapter is no longer on the worker.
+"""Snapshots of live runs: what a run is restored from when its adapter is no longer on the worker.
 
-    ROOT/RUN/N.safetensors    the state after the run's request N: `weights.{name}`, `exp_avg.{name}`,
+    RUN/N.safetensors         the state after the run's request N: `weights.{name}`, `exp_avg.{name}`,
                               `exp_avg_sq.{name}`, `gradients.{name}`, by PEFT name, float32; the rest of an
                               `AdapterState` is JSON in the metadata, as is the SHA-256 of everything
 
-A file is written under a temporary name, flushed to the disk and renamed, so a visible one was written whole; the
-checksum tells whether it still is.
+A visible file was written whole (`files`); the checksum tells whether it still is.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +23,8 @@ from safetensors import numpy as safetensors_numpy
 from twinkle.protocol.errors import ServerFault, words_of
 from twinkle.protocol.types import Array, Float32Array
 from twinkle.server.backends.protocol import AdapterSpec, AdapterState, OptimizerState
+from twinkle.server.store.files import Files
+from twinkle.server.store.retry import FilesAway
 
 log = logging.getLogger("twinkle.server")
 
@@ -34,19 +32,18 @@ _SUFFIX = ".safetensors"
 
 
 class RunFiles:
-    """The directory of run snapshots. Run ids are the server's own: none of them is a path."""
+    """Run snapshots. Run ids are the server's own: none of them is a path. Each method raises `FilesAway` if the files
+    can't be reached.
+    """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, files: Files) -> None:
+        self._files = files
 
     def write(self, run_id: str, number: int, state: AdapterState) -> None:
         """
         Raises:
             OSError, SafetensorError: if the file can't be written; then there is none.
         """
-        directory = self._root / run_id
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f"{number}.partial"
         kinds = _kinds(state)
         rest = {
             "spec": asdict(state.spec),
@@ -61,15 +58,10 @@ class RunFiles:
             for kind, matrices in kinds.items()
             for name, matrix in matrices.items()
         }
-        try:
-            text = json.dumps(rest)
-            metadata = {"state": text, "sha256": _checksum(text, kinds)}
-            safetensors_numpy.save_file(arrays, partial, metadata=metadata)
-            _flush(partial)
-            os.replace(partial, self._path(run_id, number))
-            _flush(directory)
-        finally:
-            partial.unlink(missing_ok=True)
+        text = json.dumps(rest)
+        metadata = {"state": text, "sha256": _checksum(text, kinds)}
+        with self._files.new_file(_place(run_id, number)) as path:
+            safetensors_numpy.save_file(arrays, path, metadata=metadata)
 
     def read(self, run_id: str, number: int) -> AdapterState:
         """What was written, bit for bit.
@@ -78,7 +70,10 @@ class RunFiles:
             ServerFault: if the file can't be read, or isn't what was written.
         """
         try:
-            with cast("Any", safe_open)(self._path(run_id, number), framework="numpy") as file:
+            with (
+                self._files.file(_place(run_id, number)) as path,
+                cast("Any", safe_open)(path, framework="numpy") as file,
+            ):
                 metadata = file.metadata()
                 rest = cast("dict[str, Any]", json.loads(metadata["state"]))
                 kinds = {
@@ -117,31 +112,35 @@ class RunFiles:
         return True
 
     def delete(self, run_id: str, number: int) -> None:
-        self._path(run_id, number).unlink(missing_ok=True)
+        self._files.delete_file(_place(run_id, number))
 
     def numbers(self, run_id: str) -> list[int]:
         """Of a run's files, ascending."""
-        paths = (self._root / run_id).glob(f"*{_SUFFIX}")
-        return sorted(int(path.name.removesuffix(_SUFFIX)) for path in paths)
+        names = self._files.names(run_id)
+        return sorted(int(name.removesuffix(_SUFFIX)) for name in names if name.endswith(_SUFFIX))
 
     def delete_older(self, run_id: str, number: int) -> None:
-        for older in self.numbers(run_id):
-            if older < number:
-                with contextlib.suppress(OSError):  # it is deleted with the next, or with the run
-                    self._path(run_id, older).unlink()
+        with contextlib.suppress(FilesAway):  # they are deleted with the next, or with the run
+            for older in self.numbers(run_id):
+                if older < number:
+                    with contextlib.suppress(OSError):  # so is this one
+                        self.delete(run_id, older)
 
     def delete_run(self, run_id: str) -> None:
-        shutil.rmtree(self._root / run_id, ignore_errors=True)
+        try:
+            self._files.delete(run_id)
+        except FilesAway:
+            log.warning("snapshots of run %s, which has ended, stay until the server starts again", run_id)
 
     def delete_all_but(self, run_ids: set[str]) -> None:
         """Delete what an earlier process left of other runs."""
-        if self._root.is_dir():
-            for directory in self._root.iterdir():
-                if directory.name not in run_ids:
-                    shutil.rmtree(directory, ignore_errors=True)
+        for name in self._files.names(""):
+            if name not in run_ids:
+                self._files.delete(name)
 
-    def _path(self, run_id: str, number: int) -> Path:
-        return self._root / run_id / f"{number}{_SUFFIX}"
+
+def _place(run_id: str, number: int) -> str:
+    return f"{run_id}/{number}{_SUFFIX}"
 
 
 def _checksum(state: str, kinds: dict[str, dict[str, Float32Array]]) -> str:
@@ -152,15 +151,6 @@ def _checksum(state: str, kinds: dict[str, dict[str, Float32Array]]) -> str:
             digest.update(f"{kind}.{name}{matrix.shape}{matrix.dtype}".encode())
             digest.update(np.ascontiguousarray(matrix).data)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make what was written to a file or directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _kinds(state: AdapterState) -> dict[str, dict[str, Float32Array]]:

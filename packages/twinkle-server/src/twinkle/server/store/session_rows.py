@@ -72,10 +72,13 @@ class SessionRows(Connection):
         ]
         query = select(Session.id).where(Session.tenant == tenant, is_over, *left)
         query = query.order_by(Session.created_at).limit(_DELETED_AT_ONCE + len(besides))
+        # Not those to which another process is adding a run.
+        query = query.with_for_update(skip_locked=True)
         with self.transaction() as session:
             ids = [name for name in session.scalars(query) if name not in besides][:_DELETED_AT_ONCE]
-            session.execute(delete(Session).where(Session.id.in_(ids)))
-            return len(ids)
+            # Others may have added a run before they were locked.
+            deletion = delete(Session).where(Session.id.in_(ids), *left).returning(Session.id)
+            return len(session.scalars(deletion).all())
 
     def session_metadata(self, tenant: str, session_ids: Sequence[str]) -> dict[str, Session]:
         query = select(Session).where(belongs_to(tenant, Session.tenant), Session.id.in_(session_ids))

@@ -84,7 +84,7 @@ class Checkpoint(Base):
     base_model: Mapped[str] = mapped_column(String(512))
     created_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float | None] = mapped_column(Float)
-    size_bytes: Mapped[int] = mapped_column(Integer)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     rank: Mapped[int] = mapped_column(Integer)
     train_attn: Mapped[bool] = mapped_column(Boolean)
     train_mlp: Mapped[bool] = mapped_column(Boolean)
@@ -162,6 +162,15 @@ class ApiKey(Base):
     label: Mapped[str | None] = mapped_column(String(256))
     created_at: Mapped[float] = mapped_column(Float)
     revoked_at: Mapped[float | None] = mapped_column(Float)
+
+
+class Secret(Base):
+    """A secret that all processes and machines on this database share, by what it is for."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(128))
 
 
 def belongs_to(tenant: str, column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
