@@ -35,6 +35,7 @@ from twinkle.server.config import ModelSection, ServerConfig, StorageSection
 from twinkle.server.engine.worker import LocalWorker
 from twinkle.server.gateway.app import create_app
 from twinkle.server.plan import Plan
+from twinkle.server.sampler_plan import SamplerPlan
 from twinkle.server.samplers.fake import FakeEngine
 from twinkle.server.serve.http import HttpServer
 from twinkle.server.serve.ranks import Incarnation, RankGroup
@@ -101,7 +102,7 @@ async def _serve(root: Path, port: int, ready: threading.Event, stop: threading.
     address = await Server(loaded).listen(None)
     connection = await Connection.connect(address, heartbeat_seconds=60)
     config = ServerConfig(model=ModelSection(model_id="org/fake"), storage=StorageSection(root=root))
-    plan = Plan(config, model, "fake", "fake", gpus_per_rank=0)
+    plan = Plan(config, model, "fake", SamplerPlan("fake", 0, model, 0, None), gpus_per_rank=0)
     group = RankGroup(
         plan, cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
     )

