@@ -8,24 +8,30 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import running_server
-from chaos_faults import Adversary, Site, own_disk
+from chaos_faults import Adversary, OneMachine, Site, own_disk
+from chaos_machines import SeveralMachines
 from chaos_network import Network
 from peft_reference import MODEL, random_batch
+from running_postgresql import RunningPostgresql
+from running_s3 import RunningS3
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from twinkle.protocol import uris
+from twinkle_client import ServiceClient
 
 pytestmark = pytest.mark.serve
 
 FAULTS = int(os.environ.get("TWINKLE_CHAOS_FAULTS", "30"))
 SEED = int(os.environ.get("TWINKLE_CHAOS_SEED", "0"))
+# "one machine", or "several machines": with two ranks, two samplers, PostgreSQL and S3.
+ON = os.environ.get("TWINKLE_CHAOS_ON", "one machine").split(",")
 TENANTS = 3
 # So that training is no chaos of its own: at a hundred times this rate a difference in the last bit is tenfold after
 # seven steps. A pass too many or too few makes a hundredth.
@@ -38,6 +44,7 @@ class Training(threading.Thread):
     """One tenant's loop, which goes on until it is told to stop; every answer is counted.
 
     Attributes:
+        tenant: its API key.
         steps: optimizer steps that were answered.
         answered: all operations that were.
     """
@@ -47,6 +54,7 @@ class Training(threading.Thread):
         self._tinker = tinker
         self._base_url = base_url
         self._number = number
+        self.tenant = f"tml-tenant-{number}"
         self.enough = threading.Event()
         self.steps = self.answered = 0
         self.path = ""
@@ -75,7 +83,7 @@ class Training(threading.Thread):
         self.path = client.save_state("last").result().path
 
     def begin(self, base_url: str) -> Any:
-        service = self._tinker.ServiceClient(base_url=base_url, api_key=f"tml-tenant-{self._number}")
+        service = self._tinker.ServiceClient(base_url=base_url, api_key=self.tenant)
         return service.create_lora_training_client(MODEL, rank=2 + self._number, seed=1 + self._number)
 
     def step(self, client: Any, number: int) -> None:
@@ -101,15 +109,14 @@ class Training(threading.Thread):
         ]
 
 
-def state(storage: Path, path: str) -> tuple[dict[str, np.ndarray], int]:
+def state(base_url: str, tenant: str, path: str, directory: Path) -> tuple[dict[str, np.ndarray], int]:
     """All tensors of a checkpoint, and how many steps its optimizer has taken."""
-    uri = uris.parse(path)
-    assert uri.run_id and uri.kind
-    directory = storage / "checkpoints" / uri.run_id / uri.kind / uri.name
-    with safe_open(directory / "optimizer.safetensors", framework="numpy") as file:
+    with ServiceClient(base_url, api_key=tenant) as service:
+        folder = service.create_rest_client().download_checkpoint(path, directory)
+    with safe_open(folder / "optimizer.safetensors", framework="numpy") as file:
         steps = int(file.metadata()["step"])
-    return load_file(directory / "adapter_model.safetensors") | load_file(
-        directory / "optimizer.safetensors"
+    return load_file(folder / "adapter_model.safetensors") | load_file(
+        folder / "optimizer.safetensors"
     ), steps
 
 
@@ -122,53 +129,68 @@ def deviation(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> flo
     )
 
 
-@pytest.mark.timeout(60 + 20 * FAULTS)
-def test_whatever_happens_each_adapter_is_what_it_was_to_be(
-    hub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    tinker = pytest.importorskip("tinker")
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+@pytest.fixture(params=ON)
+def site(request: pytest.FixtureRequest, hub_root: Path, tmp_path: Path) -> Iterator[Site]:
+    if request.param == "several machines":
+        postgresql: RunningPostgresql = request.getfixturevalue("postgresql")
+        s3: RunningS3 = request.getfixturevalue("s3")
+        several = SeveralMachines(tmp_path, hub_root, postgresql, s3)
+        yield several
+        several.close()
+        return
     storage = tmp_path / "storage"
     storage.mkdir()
     with own_disk(storage, megabytes=256) as has_own_disk:
         port = running_server.free_port()
         config = running_server.write_config(tmp_path, port, replicas=2, extra="  snapshot_seconds: 1\n")
-        site = Site(config, hub_root, port, storage)
-        network = Network(f"http://127.0.0.1:{port}")
-        try:
-            trainings = [Training(tinker, network.url, number) for number in range(TENANTS)]
-            adversary = Adversary(site, network, SEED, FAULTS, has_own_disk)
-            for thread in (*trainings, adversary):
-                thread.start()
-            adversary.join()
-            for training in trainings:
-                training.enough.set()
-            for training in trainings:
-                training.join()
-            assert adversary.error is None, adversary.error
-            assert [training.error for training in trainings] == [None] * TENANTS, "".join(site.lines)
+        one = OneMachine(config, hub_root, port, storage, has_own_disk)
+        yield one
+        one.close()
 
-            lost = 0
-            deviations: list[float] = []
-            for training in trainings:
-                found, steps = state(storage, training.path)
-                lost += training.steps - steps
-                undisturbed = training.begin(site.server.base_url)
-                for number in range(training.steps):
-                    training.step(undisturbed, number)
-                expected, _ = state(storage, undisturbed.save_state("undisturbed").result().path)
-                deviations.append(deviation(found, expected))
-            with capsys.disabled():
-                print()
-                for kind, count in sorted(adversary.injected.items()):
-                    print(f"{count:5d}  {kind}")
-                print(
-                    f"{adversary.injected.total()} faults of {len(adversary.injected)} kinds; "
-                    f"{sum(training.answered for training in trainings)} operations acknowledged; {lost} lost or "
-                    f"applied twice; largest deviation of an adapter {max(deviations):.1e}"
-                )
-            assert lost == 0
-            assert max(deviations) <= 1e-5
-        finally:
-            network.close()
-            site.close()
+
+@pytest.mark.timeout(120 + 30 * FAULTS)
+def test_whatever_happens_each_adapter_is_what_it_was_to_be(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tinker = pytest.importorskip("tinker")
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    url = f"http://127.0.0.1:{site.port}"
+    network = Network(url)
+    try:
+        trainings = [Training(tinker, network.url, number) for number in range(TENANTS)]
+        adversary = Adversary(site, network, SEED, FAULTS)
+        for thread in (*trainings, adversary):
+            thread.start()
+        adversary.join()
+        for training in trainings:
+            training.enough.set()
+        for training in trainings:
+            training.join()
+        assert adversary.error is None, adversary.error
+        assert [training.error for training in trainings] == [None] * TENANTS, "".join(site.lines)
+
+        lost = 0
+        deviations: list[float] = []
+        for training in trainings:
+            folder = tmp_path / training.tenant
+            found, steps = state(url, training.tenant, training.path, folder / "found")
+            lost += training.steps - steps
+            undisturbed = training.begin(url)
+            for number in range(training.steps):
+                training.step(undisturbed, number)
+            path = undisturbed.save_state("undisturbed").result().path
+            expected, _ = state(url, training.tenant, path, folder / "expected")
+            deviations.append(deviation(found, expected))
+        with capsys.disabled():
+            print()
+            for kind, count in sorted(adversary.injected.items()):
+                print(f"{count:5d}  {kind}")
+            print(
+                f"{adversary.injected.total()} faults of {len(adversary.injected)} kinds; "
+                f"{sum(training.answered for training in trainings)} operations acknowledged; {lost} lost or "
+                f"applied twice; largest deviation of an adapter {max(deviations):.1e}"
+            )
+        assert lost == 0
+        assert max(deviations) <= 1e-5
+    finally:
+        network.close()

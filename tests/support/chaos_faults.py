@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import chaos_network
 import running_server
@@ -22,21 +23,56 @@ from server_processes import HEAD, processes_of, processes_with, times_ready, wa
 RANK, ENGINE, GATEWAY = "ray::Rank", "ray::ServeReplica:twinkle:engine", "ray::ServeReplica:twinkle:gateway"
 
 # How long processes are stopped, a database is locked, a disk stays full.
-_MOMENT_SECONDS = 2.0
+MOMENT_SECONDS = 2.0
 # After a fault of a process training is to get somewhere before the next.
 _PROCESS_PAUSE_SECONDS = 4.0
 _NETWORK_PAUSE_SECONDS = 0.15
 _FILLING = "filling"
 
 
-class Site:
+class Site(Protocol):
+    """A server, and what can be done to it.
+
+    Attributes:
+        port: where it answers HTTP.
+        faults: of its processes and its storage, by name; each returns when the next may come.
+    """
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def faults(self) -> dict[str, Callable[[], None]]: ...
+
+    @property
+    def lines(self) -> list[str]:
+        """What it has written to stderr, whichever process it was."""
+        ...
+
+
+class OneMachine:
     """A server that can be killed and started again, on a port of its own."""
 
-    def __init__(self, config: Path, hub_root: Path, port: int, storage: Path) -> None:
+    def __init__(self, config: Path, hub_root: Path, port: int, storage: Path, has_own_disk: bool) -> None:
         self._config, self._hub_root, self.port = config, hub_root, port
         self.storage = storage
+        self._has_own_disk = has_own_disk
         self.server = running_server.start(config, hub_root, port)
         self._said: list[str] = []
+
+    @property
+    def faults(self) -> dict[str, Callable[[], None]]:
+        faults: dict[str, Callable[[], None]] = {
+            "rank killed": lambda: self.kill_one(RANK),
+            "engine killed": lambda: self.kill_one(ENGINE),
+            "gateway killed": lambda: self.kill_one(GATEWAY),
+            "rank stopped for 2 s": lambda: self.stop_for_a_moment(RANK),
+            "engine stopped for 2 s": lambda: self.stop_for_a_moment(ENGINE),
+            "database locked for 2 s": self.lock_database,
+            "whole server killed": self.kill_all,
+            "Ray's head killed": self.kill_head,
+        }
+        return faults | ({"disk full for 2 s": self.fill_disk} if self._has_own_disk else {})
 
     @property
     def lines(self) -> list[str]:
@@ -45,7 +81,7 @@ class Site:
 
     def kill_all(self) -> None:
         """Every process of the server at once, as if the machine had gone down; then it is started again."""
-        _kill(processes_of(self.server, ""))
+        kill(processes_of(self.server, ""))
         self.server.process.wait(30)
         self._said += self.server.lines
         self.server = running_server.start(self._config, self._hub_root, self.port)
@@ -54,28 +90,22 @@ class Site:
         """One process, which the server replaces by itself."""
         found = processes_of(self.server, name)
         if found:
-            _kill({min(found)})
+            kill({min(found)})
             wait_for(f"another {name}", lambda: bool(processes_of(self.server, name) - found))
 
     def kill_head(self) -> None:
         """Ray's head: what is left of the server is of no use, and its supervisor starts it again."""
         before = times_ready(self.server)
-        _kill(processes_with(self.server, HEAD))
+        kill(processes_with(self.server, HEAD))
         wait_for("the server after its head was killed", lambda: times_ready(self.server) > before)
 
     def stop_for_a_moment(self, name: str) -> None:
-        found = processes_of(self.server, name)
-        for pid in found:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(_MOMENT_SECONDS)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        stop_for_a_moment(processes_of(self.server, name))
 
     def lock_database(self) -> None:
         with contextlib.closing(sqlite3.connect(self.storage / "twinkle.sqlite", timeout=30)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
-            time.sleep(_MOMENT_SECONDS)
+            time.sleep(MOMENT_SECONDS)
             connection.rollback()
 
     def fill_disk(self) -> None:
@@ -87,7 +117,7 @@ class Site:
         with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
             while True:
                 file.write(b"\0")
-        time.sleep(_MOMENT_SECONDS)
+        time.sleep(MOMENT_SECONDS)
         path.unlink()
 
     def close(self) -> None:
@@ -97,23 +127,12 @@ class Site:
 class Adversary(threading.Thread):
     """Injects faults until it is told to stop, or so many have been; `done` is set then."""
 
-    def __init__(self, site: Site, network: Network, seed: int, faults: int, has_own_disk: bool) -> None:
+    def __init__(self, site: Site, network: Network, seed: int, faults: int) -> None:
         super().__init__(daemon=True)
-        self._site, self._network = site, network
+        self._network = network
         self._random = random.Random(seed)
         self._faults = faults
-        self._of_processes: dict[str, Callable[[], None]] = {
-            "rank killed": lambda: site.kill_one(RANK),
-            "engine killed": lambda: site.kill_one(ENGINE),
-            "gateway killed": lambda: site.kill_one(GATEWAY),
-            "rank stopped for 2 s": lambda: site.stop_for_a_moment(RANK),
-            "engine stopped for 2 s": lambda: site.stop_for_a_moment(ENGINE),
-            "database locked for 2 s": site.lock_database,
-            "whole server killed": site.kill_all,
-            "Ray's head killed": site.kill_head,
-        }
-        if has_own_disk:
-            self._of_processes["disk full for 2 s"] = site.fill_disk
+        self._of_processes = site.faults
         self.injected: Counter[str] = Counter()
         self.done = threading.Event()
         self.error: BaseException | None = None
@@ -166,7 +185,16 @@ def own_disk(directory: Path, megabytes: int) -> Generator[bool]:
             subprocess.run(["umount", "--lazy", str(directory)], check=False)
 
 
-def _kill(pids: set[int]) -> None:
+def stop_for_a_moment(pids: set[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(MOMENT_SECONDS)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def kill(pids: set[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

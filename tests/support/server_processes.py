@@ -23,9 +23,10 @@ class Started(Protocol):
     def process(self) -> subprocess.Popen[Any]: ...
 
 
-def processes_of(server: Started, name: str) -> set[int]:
-    """Those that the program started, itself included, whose command line begins with `name`."""
-    return {pid for pid, command in _commands(server).items() if command.startswith(name)}
+def processes_of(server: Started, name: str, part: str = "") -> set[int]:
+    """Those that the program started, itself included, whose command line begins with `name` and has `part` in it."""
+    commands = _commands(server).items()
+    return {pid for pid, command in commands if command.startswith(name) and part in command}
 
 
 def processes_with(server: Started, part: str) -> set[int]:

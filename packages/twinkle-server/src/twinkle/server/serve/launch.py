@@ -68,7 +68,8 @@ class TwinkleServer:
 def checks(config: ServerConfig) -> list[Callable[[], None]]:
     """What can be checked before anything is started; each check raises `InvalidRequest`."""
     server = config.server
-    found = [partial(_check_port, server.host, server.port)]
+    # In a cluster, a killed server's gateways may still answer there: they go when this one comes.
+    found = [] if config.ray.address else [partial(_check_port, server.host, server.port)]
     if server.tls is not None:
         found.append(partial(check_tls, *server.tls))
     if config.storage.shared_url is not None:
