@@ -78,6 +78,14 @@ def test_a_token_that_was_read_before_ends_with_its_hour_too(monkeypatch: pytest
         signer.read_key_token(token)
 
 
+def test_a_token_of_a_machine_whose_clock_is_ahead_is_taken(monkeypatch: pytest.MonkeyPatch):
+    now = time.time()
+    _set_clock(monkeypatch, now + 90)
+    token = Signer(SECRET).key_token("ada")
+    _set_clock(monkeypatch, now)
+    assert Signer(SECRET).read_key_token(token).tenant == "ada"
+
+
 def _set_clock(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     class Clock(datetime.datetime):
         @classmethod
