@@ -42,7 +42,11 @@ class SeveralMachines:
             root=s3.new_root(),
         )
         self._said: list[str] = []
-        self.server = self._start()
+        try:
+            self.server = self._start()
+        except BaseException:
+            self._cluster.stop()
+            raise
 
     @property
     def faults(self) -> dict[str, Callable[[], None]]:

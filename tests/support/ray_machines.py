@@ -88,7 +88,9 @@ class RayCluster:
                 process.poll() is not None or b"This command will now block" in Path(log.name).read_bytes()
             ),
         )
-        assert process.poll() is None, Path(log.name).read_text(encoding="utf-8")
+        if process.poll() is not None:
+            self.stop()
+            raise AssertionError(Path(log.name).read_text(encoding="utf-8"))
         return machine
 
     def stop(self) -> None:
