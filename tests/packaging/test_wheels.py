@@ -93,7 +93,13 @@ def test_the_servers_extra_is_megatrons_wheel(wheels: dict[str, Path]) -> None:
         name: {one.name: one for one in map(Requirement, metadata.get_all("Requires-Dist") or [])}
         for name, metadata in found.items()
     }
-    assert found["twinkle-server"].get_all("Provides-Extra") == ["age", "megatron", "postgresql", "s3"]
+    assert found["twinkle-server"].get_all("Provides-Extra") == [
+        "age",
+        "megatron",
+        "postgresql",
+        "s3",
+        "vllm",
+    ]
     extra = needs["twinkle-server"]["twinkle-megatron"]
     assert str(extra.marker) == 'extra == "megatron"'
     assert extra.specifier.contains(found["twinkle-megatron"]["Version"])

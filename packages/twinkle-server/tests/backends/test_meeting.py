@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import socket
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from spawned import sum_of_ranks
 from torch.multiprocessing.spawn import spawn
 
-from twinkle.server.backends.meeting import meet, open_store
-from twinkle.server.backends.protocol import ModelConfig
-
-
-def _sum_of_ranks(rank: int, rendezvous: str, directory: str) -> None:
-    import torch
-
-    config = ModelConfig(Path("fake"), data_parallel_size=2, rank=rank, rendezvous=rendezvous)
-    meet(config, "gloo", timedelta(seconds=60))
-    number = torch.tensor([rank + 1.0])
-    dist.all_reduce(number)
-    (Path(directory) / str(rank)).write_text(str(number.item()), encoding="utf-8")
-    dist.destroy_process_group()
+from twinkle.server.backends.meeting import open_store
 
 
 def test_ranks_meet_at_a_store_that_listens_on_its_address_alone(
@@ -34,6 +21,6 @@ def test_ranks_meet_at_a_store_that_listens_on_its_address_alone(
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
-    spawn(_sum_of_ranks, args=(rendezvous, str(tmp_path)), nprocs=2)
+    spawn(sum_of_ranks, args=(rendezvous, str(tmp_path)), nprocs=2)
     assert [(tmp_path / rank).read_text(encoding="utf-8") for rank in "01"] == ["3.0", "3.0"]
     del store

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from running_postgresql import RunningPostgresql
+from spawned import make_and_read
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
@@ -145,13 +146,6 @@ def test_sessions_that_are_deleted_take_no_run_along(database: Database):
     at_once(work, 6)
     for session_id in added:
         assert database.session("t", session_id) is not None and database.run_ids(session_id)
-
-
-def make_and_read(url: str, barrier, found) -> None:
-    barrier.wait()
-    database = Database(url)
-    found.put(database.secret("tokens", multiprocessing.current_process().name))
-    database.close()
 
 
 def test_processes_that_start_at_once_on_an_empty_database_agree(postgresql: RunningPostgresql):
