@@ -73,6 +73,13 @@ def test_a_file_that_is_not_there_or_not_yaml_is_said_to_be(tmp_path: Path):
         load_config(tmp_path / "bad.yaml")
 
 
+def test_the_password_of_a_database_is_not_printed():
+    url = "postgresql+psycopg://twinkle:s3:cret@db:5432/twinkle"
+    config = parse_config({"model": {"model_id": "m"}, "storage": {"database_url": url}})
+    assert "s3" not in describe(config).partition("database_url:")[2].partition("#")[0]
+    assert "postgresql+psycopg://twinkle:***@db:5432/twinkle" in describe(config)
+
+
 def test_every_setting_is_described_and_the_description_is_itself_a_configuration():
     import yaml
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -178,9 +179,15 @@ def describe(config: ServerConfig) -> str:
         section = cast(type[BaseModel], getattr(config, name).__class__)
         lines.append(f"{name}:  # {(section.__doc__ or '').strip()}")
         for key, field in section.model_fields.items():
-            shown = yaml.safe_dump(values[name][key], default_flow_style=True).removesuffix("...\n").strip()
+            value = _without_password(values[name][key])
+            shown = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
             lines.append(f"  {key}: {shown}  # {' '.join((field.description or '').split())}")
     return "\n".join(lines) + "\n"
+
+
+def _without_password(value: object) -> object:
+    """What is printed gets into logs; the password of a URL doesn't."""
+    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
 
 
 def main() -> None:
