@@ -11,6 +11,7 @@ import pytest
 import running_server
 from peft_reference import MODEL, random_batch
 from ray_machines import Machine, RayCluster
+from running_postgresql import RunningPostgresql
 from server_processes import processes_of, wait_for
 
 from twinkle.protocol.types import SamplingParams
@@ -33,7 +34,6 @@ def config(cluster: RayCluster, directory: Path, port: int, **sections: Any) -> 
     return running_server.write_config(
         directory,
         port,
-        extra="  snapshot_seconds: 0\n",
         ray=f'num_gpus: 0, address: "127.0.0.1:{cluster.port}", network_interface: lo',
         **sections,
     )
@@ -45,12 +45,19 @@ def ranks_on(machine: Machine) -> set[int]:
 
 @pytest.mark.timeout(900)
 def test_a_server_on_three_machines_goes_on_when_one_is_lost(
-    cluster: RayCluster, hub_root: Path, tmp_path: Path
+    cluster: RayCluster, hub_root: Path, tmp_path: Path, postgresql: RunningPostgresql
 ) -> None:
     """Two ranks on machines of their own, which meet over the network, and a sampler; each machine has a gateway."""
     machines = [cluster.add(f"127.0.0.{number}", num_cpus=1) for number in (11, 12, 13)]
     port = running_server.free_port()
-    path = config(cluster, tmp_path, port, layout={"data_parallel_size": 2}, sampler="{replicas: 1}")
+    path = config(
+        cluster,
+        tmp_path,
+        port,
+        extra=f"  snapshot_seconds: 0\n  database_url: {postgresql.new_database()}\n",
+        layout={"data_parallel_size": 2},
+        sampler="{replicas: 1}",
+    )
     server = running_server.start(path, hub_root, port, more=cluster.environment)
     try:
         assert sorted(len(ranks_on(machine)) for machine in machines) == [0, 1, 1]
@@ -96,6 +103,7 @@ def test_a_cluster_without_room_is_named_with_what_it_has(
     process = running_server.launch(config(cluster, tmp_path, port), hub_root, more=cluster.environment)
     _, said = process.communicate(timeout=running_server.START_SECONDS)
     assert process.returncode == 1
+    assert "Only this machine of the cluster answers HTTP: others need storage.database_url" in said
     assert "ray.address: the cluster has no room: needed are 1 CPU, each on one machine; free on its" in said
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/")

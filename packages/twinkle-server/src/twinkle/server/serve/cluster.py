@@ -97,6 +97,11 @@ def _say_what_is_loaded(plan: Plan) -> None:
     )
     if plan.samplers is None:
         say(f"This server only trains: {plan.why_no_samples}.")
+    if plan.joins_cluster and not plan.config.storage.is_on_database_server:
+        say(
+            "Only this machine of the cluster answers HTTP: others need storage.database_url, with keys and tokens in "
+            "a database that they reach too."
+        )
 
 
 def _samplers(plan: Plan) -> str:

@@ -275,10 +275,11 @@ def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -
 
 
 def _machines(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Options that place an actor on this machine, or on any other; and how many others there are."""
+    """Options that place an actor on this machine, or on any other; and how many others are to have gateways."""
     if not plan.joins_cluster:
         return {}, {}, 0
     node = ray.get_runtime_context().get_node_id()
     alive = sum(one["Alive"] for one in cast(list[dict[str, Any]], cast(Any, ray).nodes()))
     here, elsewhere = ({"label_selector": {"ray.io/node-id": label}} for label in (node, f"!{node}"))
-    return here, elsewhere, alive - 1
+    # Elsewhere keys and the secret that signs tokens are only to be had from a database server.
+    return here, elsewhere, alive - 1 if plan.config.storage.is_on_database_server else 0
