@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import running_server
+import sdk_suite
 import tinker
 from peft_reference import MODEL, random_batch
 from server_processes import processes_of, wait_for
@@ -21,7 +20,6 @@ from twinkle_client import ServiceClient
 
 pytestmark = pytest.mark.serve
 
-SDK_SUITE = Path(__file__).parents[1] / "sdk"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 
 
@@ -42,23 +40,7 @@ def test_the_sdks_suite_of_sampling_passes(
     server: running_server.RunningServer, tiny_model_dir: Path
 ) -> None:
     assert len(processes_of(server, "ray::SamplerProcess")) == 2
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *(str(SDK_SUITE / "test_sampling.py"), str(SDK_SUITE / "test_rollouts.py")),
-            *("-k", "unpatched or not patched"),
-        ],
-        env={
-            **os.environ,
-            "TWINKLE_TEST_BASE_URL": server.base_url,
-            "TWINKLE_TEST_MODEL": str(tiny_model_dir),
-        },
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    sdk_suite.run(server.base_url, tiny_model_dir, sdk_suite.UNPATCHED, sdk_suite.SAMPLING)
 
 
 def test_a_killed_sampler_is_replaced_and_no_client_notices(server: running_server.RunningServer) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import running_server
+import sdk_suite
 import torch
 from peft_reference import MODEL, peft_logprobs, peft_loss, peft_model, random_batch, trained_parameters
 from server_processes import processes_of, times_back, wait_for
@@ -23,7 +22,6 @@ from twinkle_client import ServiceClient
 
 pytestmark = pytest.mark.serve
 
-SDK_SUITE = Path(__file__).parents[1] / "sdk"
 # Copies of the whole model with Transformers, or parts of one; parts of one with Megatron.
 LAYOUTS = {
     "DP2": {"data_parallel_size": 2},
@@ -66,23 +64,7 @@ def test_the_sdks_suite_passes(
     layout: str, server: running_server.RunningServer, tiny_model_dir: Path
 ) -> None:
     tests, files = PARTS[layout]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *(str(SDK_SUITE / file) for file in files),
-            *("-k", tests, "--ignore", str(SDK_SUITE / "test_older_sdk.py")),
-        ],
-        env={
-            **os.environ,
-            "TWINKLE_TEST_BASE_URL": server.base_url,
-            "TWINKLE_TEST_MODEL": str(tiny_model_dir),
-        },
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    sdk_suite.run(server.base_url, tiny_model_dir, tests, files)
 
 
 def test_what_is_trained_on_ranks_is_an_adapter_that_peft_loads(

@@ -17,6 +17,7 @@ from pathlib import Path
 import cookbook_server
 import pytest
 import running_server
+import sdk_suite
 from peft_reference import MODEL
 from server_processes import processes_of, wait_for
 
@@ -24,7 +25,6 @@ from twinkle.protocol.types import SamplingParams
 from twinkle_client import ServiceClient
 
 PYTHON = cookbook_server.REPOSITORY / ".venv-vllm" / "bin" / "python"
-SDK_SUITE = Path(__file__).parents[1] / "sdk"
 
 pytestmark = [
     pytest.mark.serve,
@@ -91,22 +91,7 @@ def test_the_mean_reward_of_grpo_rises_and_sampler_and_trainer_agree(
 
 
 def test_the_sdks_suite_of_sampling_passes(server: running_server.RunningServer, hub: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *(str(SDK_SUITE / "test_sampling.py"), str(SDK_SUITE / "test_rollouts.py")),
-            *("-k", "unpatched or not patched"),
-        ],
-        env={
-            **os.environ,
-            "TWINKLE_TEST_BASE_URL": server.base_url,
-            "TWINKLE_TEST_MODEL": str(hub / MODEL),
-        },
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    sdk_suite.run(server.base_url, hub / MODEL, sdk_suite.UNPATCHED, sdk_suite.SAMPLING, seconds=800)
 
 
 def test_a_killed_vllm_is_replaced_and_no_client_notices(server: running_server.RunningServer) -> None:
