@@ -75,6 +75,7 @@ def build_service(
     model_path: Path | None = None,
     signer: Signer | None = None,
     live: Path | None = None,
+    engine: str | None = None,
 ) -> Service:
     """The service in front of a worker, with its store.
 
@@ -83,6 +84,7 @@ def build_service(
         signer: makes addresses for downloads; without one they are files of this machine.
         live: directory of this server's live runs, which a restarted server continues. None keeps them only as long as
             this process lives, and the worker can't be lost without it.
+        engine: its name among several.
     """
     storage = config.storage
     private_directory(storage.directory)
@@ -95,7 +97,9 @@ def build_service(
             signer=signer,
             snapshot_seconds=storage.snapshot_seconds if live else None,
             open_journal=(lambda: Journal(live / "journal", storage.journal_flush)) if live else None,
+            live_files=(lambda other: RunFiles(_snapshot_files(storage, other))) if live else None,
             encodes=live is not None,
+            engine=engine,
         )
     )
 
@@ -133,15 +137,17 @@ def build_parts(
     signer: Signer | None = None,
     snapshot_seconds: float | None = None,
     open_journal: Callable[[], Journal] | None = None,
+    live_files: Callable[[Path], RunFiles] | None = None,
     encodes: bool = True,
+    engine: str | None = None,
 ) -> Parts:
-    """The objects of one engine, each given those that it needs. Arguments: as in `Parts` and `Snapshots`."""
+    """The objects of one engine, each given those that it needs. Arguments: as in `Parts`, `Snapshots` and `RunLog`."""
     model, limits, info = config.model, config.limits, worker.info
     database = Database(config.storage.url)
     files = CheckpointFiles(_open_root(config.storage).below("checkpoints"))
     ledger = Ledger(database, plain_name(model.model_id))
     checkpoints = Checkpoints(files, database, ledger, limits, info.export, signer)
-    run_log, tokens = RunLog(), _token_rate(config)
+    run_log, tokens = RunLog(engine), _token_rate(config)
     futures = _build_futures(config, run_log, encodes)
     scheduler = Scheduler(
         _TICK_BATCHES * info.data_parallel_size * info.max_batch_tokens, info.overhead_tokens
@@ -178,6 +184,7 @@ def build_parts(
         losses=CustomLosses(database),
         engine=Engine(scheduler, futures, worker, adapters, snapshots, residency, sampler_adapters, ledger),
         open_journal=open_journal,
+        live_files=live_files,
     )
 
 

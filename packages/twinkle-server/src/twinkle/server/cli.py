@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 import yaml
@@ -16,16 +13,13 @@ from pydantic import BaseModel
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server._version import __version__
-from twinkle.server.config import ServerConfig, load_config
-from twinkle.server.store.private import private_directory
-
-if TYPE_CHECKING:
-    from twinkle.server.plan import Plan
-    from twinkle.server.store.database import Database
+from twinkle.server.cli_common import ConfigOption, open_database, print_table
+from twinkle.server.cli_models import models
+from twinkle.server.config import ModelEntry, ServerConfig, load_config
 
 app = typer.Typer(
     name="twinkle-server",
-    help="Training as a service for LoRA: one base model, many tenants' adapters, over HTTP.",
+    help="Training as a service for LoRA: base models, many tenants' adapters, over HTTP.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,13 +29,7 @@ keys = typer.Typer(
     help="Who may use the server: make, list and revoke API keys, also while it runs.", no_args_is_help=True
 )
 app.add_typer(keys, name="keys")
-
-ConfigOption = Annotated[
-    Path,
-    typer.Option(
-        "--config", "-c", help="YAML file with at least `model: {model_id: ...}`.", show_default=False
-    ),
-]
+app.add_typer(models, name="models")
 
 
 @app.command()
@@ -68,11 +56,10 @@ def check_config(
     print(describe(loaded), end="")
     if offline:
         return
-    from twinkle.server.plan import make_plan
     from twinkle.server.serve.launch import checks
 
     faults: list[str] = []
-    for check in [*checks(loaded), lambda: _print_plan(make_plan(loaded))]:
+    for check in [*checks(loaded), lambda: _print_plans(loaded)]:
         try:
             check()
         except TwinkleError as error:
@@ -83,9 +70,12 @@ def check_config(
         raise typer.Exit(1)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plans(config: ServerConfig) -> None:
     """As comments, so that all that is printed is YAML."""
-    print("\n".join(f"# {line}" for line in plan.describe()))
+    from twinkle.server.serve.fleet_plan import plan_file
+
+    for plan in plan_file(config):
+        print("\n".join(f"# {line}" for line in plan.describe()))
 
 
 @keys.command(name="create")
@@ -107,7 +97,7 @@ def create_key(
     """
     from twinkle.server.keys import create_key
 
-    with _database(config) as database:
+    with open_database(load_config(config)) as database:
         row, key = create_key(database, tenant, role, label)
     print(f"Key {row.id} of tenant {row.tenant}. It is not shown again:", file=sys.stderr)
     print(key)
@@ -116,16 +106,14 @@ def create_key(
 @keys.command(name="list")
 def list_keys(config: ConfigOption) -> None:
     """List all keys that were ever made, revoked ones too: id, tenant, role, times, label."""
-    with _database(config) as database:
+    with open_database(load_config(config)) as database:
         rows = database.keys()
     table = [("ID", "TENANT", "ROLE", "CREATED", "REVOKED", "LABEL")]
     table += [
         (str(row.id), row.tenant, row.role, _day(row.created_at), _day(row.revoked_at), row.label or "")
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_table(table)
 
 
 @keys.command(name="revoke")
@@ -136,7 +124,7 @@ def revoke_key(
     """Revoke a key, and the tokens that were given for it. A running server knows within seconds."""
     from twinkle.server.keys import revoke_key
 
-    with _database(config) as database:
+    with open_database(load_config(config)) as database:
         row = revoke_key(database, key_id)
         left = database.keys(valid_only=True)
     print(f"Key {row.id} of tenant {row.tenant} is revoked.")
@@ -146,19 +134,6 @@ def revoke_key(
             "configuration).",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def _database(path: Path) -> Generator[Database]:
-    from twinkle.server.store.database import Database  # imports sqlalchemy, which takes a moment
-
-    storage = load_config(path).storage
-    private_directory(storage.directory)
-    database = Database(storage.url)
-    try:
-        yield database
-    finally:
-        database.close()
 
 
 def _day(seconds: float | None) -> str:
@@ -174,15 +149,45 @@ def version() -> None:
 def describe(config: ServerConfig) -> str:
     """The configuration as YAML, each key with its meaning as a comment."""
     lines: list[str] = []
-    values: dict[str, dict[str, object]] = config.model_dump(mode="json")
+    values: dict[str, Any] = config.model_dump(mode="json")
     for name in ServerConfig.model_fields:
-        section = cast(type[BaseModel], getattr(config, name).__class__)
-        lines.append(f"{name}:  # {(section.__doc__ or '').strip()}")
-        for key, field in section.model_fields.items():
-            value = _without_password(values[name][key])
-            shown = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-            lines.append(f"  {key}: {shown}  # {' '.join((field.description or '').split())}")
+        if name == "models":
+            lines += _describe_models(config)
+        elif name != "model" or not config.models:
+            section = cast(type[BaseModel], getattr(config, name).__class__)
+            lines.append(f"{name}:  # {_words(section.__doc__)}")
+            lines += _describe_keys(section, values[name], "  ")
     return "\n".join(lines) + "\n"
+
+
+def _describe_models(config: ServerConfig) -> list[str]:
+    """What the keys mean is said once."""
+    if not config.models:
+        return [
+            "models: []  # Instead of `model`, for several base models: a list of entries with its keys, and more."
+        ]
+    lines = [f"models:  # {_words(ModelEntry.__doc__)}"]
+    for number, entry in enumerate(config.models):
+        first, *rest = _describe_keys(
+            ModelEntry, entry.model_dump(mode="json"), "    ", with_words=not number
+        )
+        lines += ["  - " + first.lstrip(), *rest]
+    return lines
+
+
+def _describe_keys(
+    section: type[BaseModel], values: dict[str, Any], indent: str, with_words: bool = True
+) -> list[str]:
+    lines: list[str] = []
+    for key, field in section.model_fields.items():
+        value = _without_password(values[key])
+        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        lines.append(f"{indent}{key}: {shown}" + f"  # {_words(field.description)}" * with_words)
+    return lines
+
+
+def _words(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _without_password(value: object) -> object:

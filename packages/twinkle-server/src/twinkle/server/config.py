@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -59,6 +59,9 @@ class ModelSection(_Section):
     """Highest rank of an adapter."""
     max_context_length: int | None = Field(default=None, ge=2)
     """Longest sequence in tokens. Default: the model's own limit."""
+    replicas: int = Field(default=1, ge=1)
+    """Engines with this model, each with copies and samplers of its own and about as many runs. With more than one,
+    runs move to another when theirs is drained or can't go on."""
     max_resident_adapter_bytes: int | None = Field(default=None, ge=1)
     """Bytes that the adapters of training runs may take where the model computes, with moments and gradients, on all
     ranks together. Beyond them the least recently used are kept in `storage.root`, and come back when their runs go on.
@@ -290,10 +293,23 @@ class LimitsSection(_Section):
         return cls.model_validate(dict.fromkeys(optional))
 
 
+class ModelEntry(ModelSection):
+    """One of several base models: the keys of `model`, and these."""
+
+    num_gpus: int | None = Field(default=None, ge=0)
+    """GPUs of each replica, out of `ray.num_gpus`. Default: those that are left over, shared out equally."""
+    sampler: SamplerSection | None = None
+    """How this model's tokens are generated. Default: as the section `sampler` says."""
+    limits: LimitsSection | None = None
+    """What differs from the section `limits` at this model's engines, each of which counts for itself."""
+
+
 class ServerConfig(_Section):
     """The whole file."""
 
     model: ModelSection
+    """Of a server with `models`, the first of them."""
+    models: tuple[ModelEntry, ...] = ()
     server: ServerSection = ServerSection()
     auth: AuthSection = AuthSection()
     ray: RaySection = RaySection()
@@ -301,11 +317,60 @@ class ServerConfig(_Section):
     storage: StorageSection = StorageSection()
     limits: LimitsSection = LimitsSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, values: Any) -> Any:
+        """Many parts of a server need to know of one model, and most servers have one."""
+        given: dict[str, Any] = cast("dict[str, Any]", values) if isinstance(values, dict) else {}
+        entries = given.get("models")
+        if not isinstance(entries, list | tuple) or not entries or not isinstance(entries[0], dict):
+            return cast(Any, values)
+        entry = cast("dict[str, Any]", entries[0])
+        own = {key: value for key, value in entry.items() if key in ModelSection.model_fields}
+        return {**given, "model": own}
+
+    @property
+    def has_door(self) -> bool:
+        """Whether there are several engines, or may be: processes apart from them answer HTTP."""
+        return bool(self.models) or self.model.replicas > 1
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """The models, however they were given."""
+        return self.models or (ModelEntry.model_validate(self.model.model_dump()),)
+
+    def of_engine(self, entry: ModelEntry, num_gpus: int | None) -> ServerConfig:
+        """The configuration of one engine, as if it were a server of its own.
+
+        Args:
+            num_gpus: those that it may use; None: all.
+        """
+        own = entry.model_dump(include=set(ModelSection.model_fields)) | {"replicas": 1}
+        limits = self.limits if entry.limits is None else _changed(self.limits, entry.limits)
+        return self.model_copy(
+            update={
+                "model": ModelSection.model_validate(own),
+                "models": (),
+                "sampler": self.sampler if entry.sampler is None else entry.sampler,
+                "limits": limits,
+                "ray": self.ray.model_copy(update={"num_gpus": num_gpus}),
+            }
+        )
+
+    def as_json(self) -> str:
+        """What makes the same configuration again."""
+        return self.model_dump_json(exclude_unset=True, exclude={"model"} if self.models else None)
+
     @property
     def server_name(self) -> str:
         """Of this server among those that share a storage or a cluster: by port and model."""
         model = hashlib.sha256(self.model.model_id.encode()).hexdigest()[:12]
         return f"{self.server.port}-{model}"
+
+
+def _changed(base: LimitsSection, by: LimitsSection) -> LimitsSection:
+    """With those that were given."""
+    return base.model_copy(update={name: getattr(by, name) for name in by.model_fields_set})
 
 
 def load_config(path: str | os.PathLike[str]) -> ServerConfig:
@@ -333,8 +398,11 @@ def parse_config(values: object, where: str = "config") -> ServerConfig:
     """
     if not isinstance(values, dict):
         raise InvalidRequest(
-            f"{where}: must be a mapping with a section 'model'; see twinkle-server check-config --help"
+            f"{where}: must be a mapping with a section 'model', or a list 'models'; see "
+            "twinkle-server check-config --help"
         )
+    if "model" in values and values.get("models"):  # pyright: ignore[reportUnknownMemberType]
+        raise InvalidRequest(f"{where}: model, models: give one model, or a list of several, not both")
     try:
         return ServerConfig.model_validate(values)
     except ValidationError as error:
@@ -349,10 +417,16 @@ def parse_config(values: object, where: str = "config") -> ServerConfig:
 def _unknown_key(location: list[str]) -> str:
     section: type[BaseModel] = ServerConfig
     for name in location[:-1]:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+        if not name.isdigit():  # the place in a list
+            section = _section_in(section.model_fields[name].annotation)
     known = list(section.model_fields)
     near = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{'.'.join(location)}: there is no such key; {hint}known here: {', '.join(known)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section in a field's type: itself, one that may be left out, or those in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_section_in(each) for each in get_args(annotation) if each is not type(None))

@@ -60,7 +60,7 @@ class Download:
         tenant: on whose behalf.
         place: a checkpoint, by its full name, or `TOKENIZER`.
         file: its name there, or `ARCHIVE` for all of them in one tar.
-        stamp: distinguishes the checkpoint from others that have had this name; empty for a tokenizer.
+        stamp: distinguishes the checkpoint from others that have had this name; of a tokenizer, the model's plain name.
     """
 
     tenant: str

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -69,6 +70,8 @@ class Engine:
         self._in_flight: InFlightCall | None = None  # of a queued call that was dispatched ahead
         self._times = CallTimes()
         self._may_dispatch_ahead = True
+        self._stepping = asyncio.Lock()  # held while a call is computed
+        self._held = 0  # those that want nothing to be computed
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -78,7 +81,9 @@ class Engine:
         return self._has_failed
 
     def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
-        """Make these calls before all others: an earlier engine made them, and no snapshot includes them."""
+        """Make these calls before all others: another engine made them, and no snapshot includes them. Only before the
+        engine runs, or between calls.
+        """
         self._calls.repeat(calls)
 
     async def run(self) -> None:
@@ -101,14 +106,31 @@ class Engine:
         ones; after a loss of the worker, each job of the call is retried alone.
         """
         call = await self._next_call()
+        async with self._stepping:
+            if self._calls.first is not call:
+                return  # some that are made again came before it
+            try:
+                left = await self._compute(call)
+            except WorkerLost:
+                self._calls.replace_first(self._after_loss(call))
+                raise
+            except Exception as error:
+                left = await self._after_failure(call, error)
+            self._calls.replace_first(left)
+
+    @asynccontextmanager
+    async def between_calls(self) -> AsyncGenerator[None]:
+        """While entered nothing is computed, and `repeat` may be called."""
+        self._held += 1
         try:
-            left = await self._compute(call)
-        except WorkerLost:
-            self._calls.replace_first(self._after_loss(call))
-            raise
-        except Exception as error:
-            left = await self._after_failure(call, error)
-        self._calls.replace_first(left)
+            async with self._stepping:
+                while self._in_flight is not None:  # nothing more is dispatched ahead
+                    self._stepping.release()
+                    await asyncio.sleep(0)
+                    await self._stepping.acquire()
+                yield
+        finally:
+            self._held -= 1
 
     async def until_idle(self) -> None:
         """Wait until nothing is computed, which holds until the loop goes on. Stops dispatching ahead for good."""
@@ -235,7 +257,7 @@ class Engine:
         """Take the next tick and dispatch its first call, if none of its runs is in flight or evicted, so that neither
         call depends on the other. Not a coroutine: nothing else may run between the tick and the call.
         """
-        if not self._may_dispatch_ahead or self._snapshots.seconds_until_due() == 0:
+        if not self._may_dispatch_ahead or self._held or self._snapshots.seconds_until_due() == 0:
             return
         calls = self._add(self._scheduler.take_tick())
         if len(calls) != 1 or not calls[0].passes or not calls[0].optim_steps:

@@ -26,6 +26,9 @@ from twinkle.server.store.journal import Journal
 
 log = logging.getLogger("twinkle.server")
 
+# Between a request's id and its engine's name.
+ENGINE_MARK = "."
+
 # As computed, or as sent.
 Outcome: TypeAlias = m.Result | m.Failure | Encoded
 
@@ -156,9 +159,15 @@ def as_computed(outcome: Outcome) -> m.Result | m.Failure:
 class RunLog:
     """Writes to the journal. Single-threaded: called on one event loop. Writes nothing until a journal is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str | None = None) -> None:
+        """
+        Args:
+            engine: named in the ids of requests, where there are several.
+        """
+        self._suffix = "" if engine is None else f"{ENGINE_MARK}{engine}"
         self.journal: Journal | None = None
         self._is_full = False
+        self._is_closed = False
 
     def open(self, journal: Journal) -> None:
         """Write to `journal` from now on."""
@@ -178,7 +187,9 @@ class RunLog:
         Raises:
             Unavailable: if it can't be written; then it is not accepted.
         """
-        request_id = uuid.uuid4().hex
+        request_id = uuid.uuid4().hex + self._suffix
+        if self._is_closed:
+            raise _stopping()
         if self.journal is None:
             return request_id
         request, body = received.request, received.body
@@ -212,11 +223,15 @@ class RunLog:
         Raises:
             Unavailable: if it can't be written.
         """
+        if self._is_closed:
+            raise _stopping()
         if self.journal is not None:
             self.journal.append(encode(record))
             self._is_full = False
 
     def _try(self, record: Record) -> None:
+        if self._is_closed:
+            return  # the next process, or another engine, does it again
         try:
             self.append(record)
         except Unavailable as error:
@@ -225,7 +240,12 @@ class RunLog:
             self._is_full = True
 
     def close(self) -> None:
-        """Write nothing from now on."""
+        """Write nothing, and so accept nothing, from now on."""
+        self._is_closed = True
         if self.journal is not None:
             self.journal.close()
             self.journal = None
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the engine is being stopped, and accepts nothing more; try again", 2.0)

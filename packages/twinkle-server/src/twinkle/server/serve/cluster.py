@@ -5,29 +5,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import import_module
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import ray
 
-from twinkle.protocol.errors import ServerFault, TwinkleError
+from twinkle.protocol.errors import TwinkleError
 from twinkle.server.config import ServerConfig
 from twinkle.server.keys import with_auth_mode
-from twinkle.server.plan import Plan, make_plan
-from twinkle.server.serve.ray_cluster import check_room, join_ray, start_ray, watch_ray
+from twinkle.server.plan import Plan, make_plan, num_gpus
+from twinkle.server.serve.ray_cluster import join_ray, start_ray, watch_ray
 from twinkle.server.serve.supervised import Supervised, say
+from twinkle.server.store.private import private_directory
 
-log = logging.getLogger("twinkle.server")
+if TYPE_CHECKING:
+    from twinkle.server.serve.running import Running
 
-_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
+# What a server with several engines gives Ray, so that there is room for more.
+_CPUS_TO_ADD = 1024.0
 
 
 def main() -> int:
@@ -54,23 +56,17 @@ def main() -> int:
         config = with_auth_mode(ServerConfig.model_validate_json(supervised.configuration))
         began = time.monotonic()
         # Takes seconds, as do Ray's own processes, which are started meanwhile.
-        importing = threading.Thread(target=import_module, args=("twinkle.server.serve.deployments",))
+        importing = threading.Thread(target=import_module, args=("twinkle.server.serve.running",))
         importing.start()
-        if config.ray.address is None:
-            plan = make_plan(config)
-            _say_what_is_loaded(plan)
-            start_ray(plan.bundles)
-        else:
-            plan = make_plan(config, join_ray(config.ray.address))
-            _say_what_is_loaded(plan)
+        start = _prepare_several(config) if config.has_door else _prepare_one(config)
         take_signals()  # Ray's own handler of SIGTERM ends the process with a stack trace
         watch_ray(supervised, over)
         importing.join()
-        running = _start(plan)
+        running = start()
         say(f"Ready after {time.monotonic() - began:.0f} s: a training step and a sample have run.")
         ready.set()
-        supervised.ready(plan.config.model_dump_json())
-        stop.wait()
+        supervised.ready(config.as_json())
+        running.run(stop)
         say("Stopping.")
         running.close()
     except KeyboardInterrupt:
@@ -113,72 +109,51 @@ def _samplers(plan: Plan) -> str:
     return f"{count} {plan.samplers.engine} sampler{'s' * (count > 1)} with processes of their own{gpus}"
 
 
-@dataclass(frozen=True)
-class _Running:
-    """The server's part of Ray: its Serve application."""
+def _prepare_one(config: ServerConfig) -> Callable[[], Running]:
+    """Plan and start Ray; returns what starts the engine."""
+    if config.ray.address is None:
+        plan = make_plan(config)
+        _say_what_is_loaded(plan)
+        start_ray(plan.bundles)
+    else:
+        plan = make_plan(config, join_ray(config.ray.address))
+        _say_what_is_loaded(plan)
 
-    plan: Plan
-    app: str
+    def start() -> Running:
+        from twinkle.server.serve.running import OneEngine  # imports much: see `main`
 
-    def engine(self) -> Any:
-        from ray import serve
+        return OneEngine.start(plan)
 
-        return cast(Any, serve.get_deployment_handle("engine", self.app))
-
-    def close(self) -> None:
-        """Let the engine finish its writes. In a cluster of others, leave nothing there."""
-        try:
-            self.engine().close.remote().result(timeout_s=30)
-        except Exception as error:  # the cluster ends anyway
-            log.warning("the engine could not be closed in order: %s", error)
-        if self.plan.joins_cluster:
-            from ray import serve
-
-            serve.delete(self.app)
+    return start
 
 
-def _start(plan: Plan) -> _Running:
-    """Start ranks, samplers, Serve and the engine; returns when they are ready."""
-    # Ray and Serve log each of their own steps; what users want to know is printed here.
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from ray import serve
-    from ray.util import placement_group
+def _prepare_several(config: ServerConfig) -> Callable[[], Running]:
+    """As `_prepare_one`, for several engines."""
+    gpus = None if config.ray.address is None else join_ray(config.ray.address)
+    from twinkle.server.serve.fleet_plan import plan_all, server_id
+    from twinkle.server.store.database import Database
 
-    from twinkle.server.serve.deployments import app_name, build_application
-    from twinkle.server.serve.ranks import place_ranks
-
-    app = app_name(plan.config)
-    serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-    if plan.joins_cluster and app in serve.status().applications:
-        serve.delete(app)  # what a killed server left; two engines must never have one journal
-    # The ranks take longest, so they are started before Serve's deployments, and then handed to the engine.
-    placement = placement_group(plan.bundles, strategy="PACK")
-    if plan.joins_cluster:
-        check_room(placement, plan.bundles)
-    ranks = place_ranks(plan, placement)
+    private_directory(config.storage.directory)
+    server, database = server_id(config), Database(config.storage.url)
     try:
-        serve.run(
-            build_application(plan, placement, ranks), name=app, route_prefix=None, logging_config=_LOGGING
+        plans = plan_all(config, database, server, gpus)
+    finally:
+        database.close()
+    for plan in plans.values():
+        _say_what_is_loaded(plan)
+    if config.ray.address is None:
+        # Models may be added while it runs: to Ray a CPU is only a number.
+        everything = {"CPU": _CPUS_TO_ADD, "GPU": float(num_gpus(config))}
+        start_ray(
+            [*({"CPU": bundle["CPU"]} for plan in plans.values() for bundle in plan.bundles), everything]
         )
-    except RuntimeError as error:
-        raise ServerFault(f"the server could not start: {_cause(app)}") from error
-    running = _Running(plan, app)
-    failure = running.engine().start_failure.remote().result(timeout_s=60)
-    if failure is not None:
-        raise ServerFault(f"the server could not start: {failure.message}")
-    return running
 
+    def start() -> Running:
+        from twinkle.server.serve.running import SeveralEngines
 
-def _cause(app: str) -> str:
-    """Serve's messages about the deployments that failed."""
-    from ray import serve
+        return SeveralEngines.start(config, plans, server, gpus)
 
-    application = serve.status().applications.get(app)
-    if application is None:
-        return "Serve knows of no application"
-    messages = [status.message for status in application.deployments.values() if status.message]
-    return "\n".join(messages) or application.message
+    return start
 
 
 if __name__ == "__main__":

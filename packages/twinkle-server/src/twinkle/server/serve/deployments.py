@@ -1,6 +1,7 @@
-"""The Serve deployments: one engine per base model, which answers HTTP itself, and optional gateways.
+"""The Serve deployments: engines, and gateways that answer HTTP.
 
-Gateways are for servers where one process can't keep up with reading and writing HTTP.
+An engine that is alone answers HTTP itself; gateways beside it are for servers where one process can't keep up with
+reading and writing HTTP. Where there are several engines, each is an application of its own, and only gateways answer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
@@ -20,6 +22,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
+from twinkle.server.serve.handles import HandleService
 from twinkle.server.serve.loopback import keep_grpc_local
 from twinkle.server.serve.ranks import RankGroup
 from twinkle.server.tokens import Download
@@ -39,9 +42,6 @@ T = TypeVar("T")
 # another engine, it is replaced in turn afterwards.
 _FAILURE_SHOWN_SECONDS = 30.0
 
-# A running engine says at once whether it is ready.
-_READY_SECONDS = 2.0
-
 # Each waiting long poll is an ongoing request of the engine: Serve's limit must never be reached.
 _MAX_ONGOING = 1_000_000
 
@@ -49,35 +49,39 @@ _MAX_ONGOING = 1_000_000
 class EngineDeployment:
     """The service of one base model: queues, scheduler, engine loop, store. It computes nothing itself."""
 
-    async def __init__(self, plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> None:
+    async def __init__(
+        self, plan: Plan, placement: PlacementGroup, ranks: list[Any], name: str | None, live: Path
+    ) -> None:
         """Awaited by Serve.
 
         Args:
             placement: where the ranks are placed.
             ranks: the first ones, started alongside Serve.
+            name: of the engine among several; None for one that is alone, and answers HTTP.
+            live: directory of its live runs.
         """
         keep_grpc_local()
         self._start_failure: TwinkleError | None = None
+        self._http: HttpServer | None = None
+        self._is_closing = False
         try:
-            await self._start(plan, placement, ranks)
+            await self._start(plan, placement, ranks, name, live)
         except Exception as error:  # if raised here, it would reach the user as a traceback
             self._start_failure = _in_words(error)
             self._failed_at = time.monotonic()
 
-    async def _start(self, plan: Plan, placement: PlacementGroup, first: list[Any]) -> None:
+    async def _start(
+        self, plan: Plan, placement: PlacementGroup, first: list[Any], name: str | None, live: Path
+    ) -> None:
         ranks = asyncio.create_task(RankGroup.start(plan, placement, first))
         await asyncio.sleep(0)  # lets them start loading
-        from twinkle.server.app import build_service, build_signer, live_directory
+        from twinkle.server.app import build_service, build_signer
 
-        self._service = build_service(
-            plan.config,
-            await ranks,
-            plan.model.path,
-            build_signer(plan.config),
-            live_directory(plan.config),
-        )
+        signer = build_signer(plan.config)
+        self._service = build_service(plan.config, await ranks, plan.model.path, signer, live, name)
         await self._service.start()
-        self._http = await listen(self._service, plan.config)
+        if name is None:
+            self._http = await listen(self._service, plan.config)
 
     async def start_failure(self) -> TwinkleError | None:
         """Why the service could not start; None if it did."""
@@ -107,14 +111,34 @@ class EngineDeployment:
     ) -> bytes | TwinkleError:
         return await _or_error(lambda: self._running().download_part(download, name, offset, size))
 
+    async def runs(self) -> int | TwinkleError:
+        """How many runs take requests; the failure of an engine that can't work."""
+        return await _or_error(self._count_runs)
+
+    async def _count_runs(self) -> int:
+        service = self._running()
+        try:
+            service.check()
+        except RuntimeError as error:
+            raise ServerFault(str(error)) from error
+        return sum(1 for _ in service.parts.live)
+
+    async def adopt(self, directory: Path) -> int | TwinkleError:
+        """Take over the runs of an engine that has ended; returns how many."""
+        return await _or_error(lambda: self._running().adopt(directory))
+
     def _running(self) -> Service:
         if self._start_failure is not None:
             raise self._start_failure
+        if self._is_closing:
+            raise Unavailable("the engine is being stopped, and accepts nothing more; try again", 2.0)
         return self._service
 
     async def close(self) -> None:
         service = self._running()
-        await self._http.close()
+        self._is_closing = True
+        if self._http is not None:
+            await self._http.close()
         await service.close()
 
     async def check_health(self) -> None:
@@ -123,8 +147,11 @@ class EngineDeployment:
         """
         if self._start_failure is not None and time.monotonic() < self._failed_at + _FAILURE_SHOWN_SECONDS:
             return
+        if self._is_closing:
+            return
         self._running().check()
-        _check_listens(self._http)
+        if self._http is not None:
+            _check_listens(self._http)
 
 
 class GatewayDeployment:
@@ -145,6 +172,33 @@ class GatewayDeployment:
         _check_listens(self._http)
 
 
+class DoorDeployment:
+    """A process that reads and writes HTTP in front of several engines."""
+
+    async def __init__(self, config: ServerConfig, server: str) -> None:
+        """Awaited by Serve.
+
+        Args:
+            server: whose engines they are.
+        """
+        keep_grpc_local()
+        from twinkle.server.serve.fleet_view import FleetView
+        from twinkle.server.serve.router import Router
+        from twinkle.server.store.database import Database
+
+        def connect(engine: str) -> ServicePort:
+            return HandleService(cast(Any, serve).get_deployment_handle("engine", engine_app(config, engine)))
+
+        database = Database(config.storage.url)
+        self._http = await listen(Router(FleetView(database, server), database, connect), config)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def check_health(self) -> None:
+        _check_listens(self._http)
+
+
 async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     """Serve the HTTP application in front of `service` as configured."""
     from twinkle.server.app import build_keys, build_signer
@@ -159,58 +213,6 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
 def _check_listens(http: HttpServer) -> None:
     if not http.is_up:
         raise RuntimeError("the HTTP server has ended")
-
-
-class HandleService:
-    """A `ServicePort` over a deployment handle."""
-
-    def __init__(self, engine: DeploymentHandle[Any]) -> None:
-        self._engine = cast(Any, engine)
-
-    async def ready(self) -> None:
-        try:
-            async with asyncio.timeout(_READY_SECONDS):
-                await self._call(self._engine.ready.remote())
-        except TimeoutError as error:
-            raise Unavailable("the engine doesn't answer", 2.0) from error
-
-    async def submit(
-        self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
-    ) -> m.Promise:
-        return await self._call(self._engine.submit.remote(tenant, request, body, digest))
-
-    async def fetch(
-        self, tenant: str, request_ids: Sequence[str], timeout: float, most_bytes: int | None = None
-    ) -> list[Fetched]:
-        return await self._wait(self._engine.fetch.remote(tenant, request_ids, timeout, most_bytes))
-
-    async def ask(self, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
-        answer = self._engine.ask.remote(tenant, query)
-        is_long = isinstance(query, m.RetrieveFuturesRequest)
-        return await (self._wait(answer) if is_long else self._call(answer))
-
-    async def download_sizes(self, download: Download) -> dict[str, int]:
-        return await self._call(self._engine.download_sizes.remote(download))
-
-    async def download_part(self, download: Download, name: str, offset: int, size: int) -> bytes:
-        return await self._call(self._engine.download_part.remote(download, name, offset, size))
-
-    async def _wait(self, response: Any) -> Any:
-        """`_call` for long polls: if the client hangs up, cancels the call in the engine too, where it would count as
-        waiting. By itself Serve doesn't stop a call whose caller was cancelled.
-        """
-        try:
-            return await self._call(response)
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-
-    @staticmethod
-    async def _call(response: Any) -> Any:
-        value = await response
-        if isinstance(value, TwinkleError):
-            raise value
-        return value
 
 
 def _in_words(error: Exception) -> TwinkleError:
@@ -238,12 +240,40 @@ def app_name(config: ServerConfig) -> str:
     return "twinkle" if config.ray.address is None else f"twinkle-{config.server_name}"
 
 
+def engine_app(config: ServerConfig, engine: str) -> str:
+    """Of one of several engines' Serve application."""
+    return f"{app_name(config)}-{engine}"
+
+
 def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -> serve.Application:
-    """The deployments, wired; see `EngineDeployment` for `placement` and `ranks`."""
-    # Serve's annotations don't allow async constructors.
+    """The deployments of an engine that is alone, wired; see `EngineDeployment` for `placement` and `ranks`."""
+    from twinkle.server.app import live_directory
+
+    engine = build_engine(plan, placement, ranks, None, live_directory(plan.config))
+    application, deployment = engine, cast(Any, serve.deployment)
+    for name, replicas, where in _gateways(plan.config, plan.config.server.num_replicas - 1):
+        application = deployment(
+            GatewayDeployment, **_gateway_options(plan.config, name, replicas, where)
+        ).bind(engine, plan.config, None if application is engine else application)
+    return application
+
+
+def build_door(config: ServerConfig, server: str) -> serve.Application:
+    """The gateways in front of several engines; see `DoorDeployment`."""
     deployment = cast(Any, serve.deployment)
-    here, elsewhere, others = _machines(plan)
-    engine = deployment(
+    [application] = [
+        deployment(DoorDeployment, **_gateway_options(config, name, replicas, where)).bind(config, server)
+        for name, replicas, where in _gateways(config, config.server.num_replicas)
+    ]
+    return application
+
+
+def build_engine(
+    plan: Plan, placement: PlacementGroup, ranks: list[Any], name: str | None, live: Path
+) -> serve.Application:
+    """See `EngineDeployment`."""
+    # Serve's annotations don't allow async constructors.
+    return cast(Any, serve.deployment)(
         EngineDeployment,
         name="engine",
         num_replicas=1,
@@ -254,32 +284,45 @@ def build_application(plan: Plan, placement: PlacementGroup, ranks: list[Any]) -
         health_check_period_s=2,
         health_check_timeout_s=30,
         # Where the server was started: its journal is there.
-        ray_actor_options={"num_cpus": 0, **here},
-    ).bind(plan, placement, ranks)
-    per_machine = plan.config.server.num_replicas
-    application = engine
-    for name, replicas, where in (
-        ("gateway", per_machine - 1, here),
-        ("gateway-elsewhere", per_machine * others, elsewhere),
-    ):
-        if replicas:
-            application = deployment(
-                GatewayDeployment,
-                name=name,
-                num_replicas=replicas,
-                max_replicas_per_node=per_machine,
-                health_check_period_s=2,
-                ray_actor_options={"num_cpus": 0, **where},
-            ).bind(engine, plan.config, None if application is engine else application)
-    return application
+        ray_actor_options={"num_cpus": 0, **_here(plan.config)},
+    ).bind(plan, placement, ranks, name, live)
 
 
-def _machines(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Options that place an actor on this machine, or on any other; and how many others are to have gateways."""
-    if not plan.joins_cluster:
-        return {}, {}, 0
-    node = ray.get_runtime_context().get_node_id()
-    alive = sum(one["Alive"] for one in cast(list[dict[str, Any]], cast(Any, ray).nodes()))
-    here, elsewhere = ({"label_selector": {"ray.io/node-id": label}} for label in (node, f"!{node}"))
-    # Elsewhere keys and the secret that signs tokens are only to be had from a database server.
-    return here, elsewhere, alive - 1 if plan.config.storage.is_on_database_server else 0
+def _gateway_options(config: ServerConfig, name: str, replicas: int, where: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "num_replicas": replicas,
+        "max_replicas_per_node": config.server.num_replicas,
+        "max_ongoing_requests": _MAX_ONGOING,
+        "health_check_period_s": 2,
+        "ray_actor_options": {"num_cpus": 0, **where},
+    }
+
+
+def _gateways(config: ServerConfig, here: int) -> list[tuple[str, int, dict[str, Any]]]:
+    """Name, number and place of the gateways on this machine, and on all others.
+
+    Args:
+        here: how many this machine is to have.
+    """
+    if config.ray.address is None:
+        found: list[tuple[str, int, dict[str, Any]]] = [("gateway", here, {})]
+    else:
+        node = ray.get_runtime_context().get_node_id()
+        alive = sum(one["Alive"] for one in cast(list[dict[str, Any]], cast(Any, ray).nodes()))
+        # Elsewhere keys and the secret that signs tokens are only to be had from a database server.
+        others = alive - 1 if config.storage.is_on_database_server else 0
+        found = [
+            ("gateway", here, _on(node)),
+            ("gateway-elsewhere", config.server.num_replicas * others, _on(f"!{node}")),
+        ]
+    return [gateways for gateways in found if gateways[1]]
+
+
+def _here(config: ServerConfig) -> dict[str, Any]:
+    """Options that place an actor on this machine."""
+    return {} if config.ray.address is None else _on(ray.get_runtime_context().get_node_id())
+
+
+def _on(node: str) -> dict[str, Any]:
+    return {"label_selector": {"ray.io/node-id": node}}

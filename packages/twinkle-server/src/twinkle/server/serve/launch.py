@@ -52,9 +52,11 @@ class TwinkleServer:
             InvalidRequest, NotFound: if it can't start as configured (port taken, model not found, ...).
             ServerFault: if the model could not be loaded or its first step failed. Nothing is left running.
         """
+        if self.config.has_door:
+            _forget_wishes(self.config)
         Supervisor(
             _COMMAND,
-            self.config.model_dump_json(),
+            self.config.as_json(),
             check=self._check,
             surroundings=ray_environment if self.config.ray.address is None else joining_environment,
             on_ready=lambda configuration: say(_ready_lines(ServerConfig.model_validate_json(configuration))),
@@ -63,6 +65,20 @@ class TwinkleServer:
     def _check(self) -> None:
         for check in checks(self.config):
             check()
+
+
+def _forget_wishes(config: ServerConfig) -> None:
+    """A server that its operator starts has the engines that its file lists, drained before or not."""
+    from twinkle.server.serve.fleet_plan import server_id
+    from twinkle.server.store.database import Database
+
+    server, database = server_id(config), Database(config.storage.url)
+    try:
+        for row in database.engines(server):
+            if not row.is_added:
+                database.change_engine(server, row.name, wanted="run")
+    finally:
+        database.close()
 
 
 def checks(config: ServerConfig) -> list[Callable[[], None]]:

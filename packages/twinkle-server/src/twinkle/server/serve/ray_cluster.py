@@ -122,8 +122,13 @@ def _check_listens(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
-def check_room(placement: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> None:
+def check_room(
+    placement: PlacementGroup, bundles: Sequence[Mapping[str, float]], key: str = "ray.address"
+) -> None:
     """Wait until the cluster has set aside what ranks and samplers need.
+
+    Args:
+        key: of the configuration, that the error names.
 
     Raises:
         InvalidRequest: if it has no room for that.
@@ -134,7 +139,7 @@ def check_room(placement: PlacementGroup, bundles: Sequence[Mapping[str, float]]
     free = cast(Any, import_module("ray._private.state")).available_resources_per_node()
     there = "; ".join(_resources(resources) for resources in free.values())
     raise InvalidRequest(
-        f"ray.address: the cluster has no room: needed are {asked}, each on one machine; free on its machines are "
+        f"{key}: the cluster has no room: needed are {asked}, each on one machine; free on its machines are "
         f"{there}; add machines, or lower the sizes in the sections model and sampler"
     )
 

@@ -56,12 +56,15 @@ class Downloads:
         """One URL, of a tar archive of all files."""
         return self._urls(tenant, str(row.uri), [ARCHIVE], self._stamp(row))
 
-    def tokenizer(self, tenant: str) -> m.ExternalWeightsUrls:
+    def tokenizer(self, tenant: str, base_model: str) -> m.ExternalWeightsUrls:
         """
+        Args:
+            base_model: the plain name of the one that is served here.
+
         Raises:
             NotFound: if the model has no tokenizer.
         """
-        return self._urls(tenant, TOKENIZER, list(self._tokenizer_files()))
+        return self._urls(tenant, TOKENIZER, list(self._tokenizer_files()), base_model)
 
     def _stamp(self, row: tables.Checkpoint) -> str:
         """Distinguishes a checkpoint from later ones of the same name."""

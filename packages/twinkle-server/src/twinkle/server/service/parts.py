@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from twinkle.protocol import messages as m
@@ -42,6 +43,7 @@ class Parts:
         model_name: the base model's plain name.
         tokens: the rate limit on tokens.
         open_journal: blocking; None: runs end with this process.
+        live_files: the snapshots of the live runs that an engine's directory stands for; None as above.
     """
 
     model_name: str
@@ -68,6 +70,7 @@ class Parts:
     engine: Engine
     run_files: RunFiles
     open_journal: Callable[[], Journal] | None
+    live_files: Callable[[Path], RunFiles] | None
 
 
 Submit: TypeAlias = Callable[[Parts, str, Any, Received], Awaitable[m.Promise]]

@@ -52,7 +52,9 @@ async def _run_info(parts: Parts, tenant: str, query: m.GetInfoRequest) -> m.Get
 
 async def _tokenizer(parts: Parts, tenant: str, query: m.GetTokenizerUrls) -> m.ExternalWeightsUrls:
     validation.check_base_model(query.base_model, parts.model_name)
-    return await parts.threads.downloads.run(tenant, lambda: parts.downloads.tokenizer(tenant))
+    return await parts.threads.downloads.run(
+        tenant, lambda: parts.downloads.tokenizer(tenant, parts.model_name)
+    )
 
 
 # ---------------------------------------------------------------- checkpoints

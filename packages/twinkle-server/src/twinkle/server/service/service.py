@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from twinkle.protocol import messages as m
@@ -19,7 +20,7 @@ from twinkle.server.scheduling.runs import Received
 from twinkle.server.service import accounts, checkpoint_queries, queries, sampling, session_queries, training
 from twinkle.server.service.background import Background
 from twinkle.server.service.parts import Answer, Parts, Submit
-from twinkle.server.service.restore import restore
+from twinkle.server.service.restore import adopt, restore
 from twinkle.server.tokens import Download
 
 log = logging.getLogger("twinkle.server")
@@ -120,6 +121,10 @@ class Service:
             ) from error
         except TimeoutError as error:
             raise Unavailable("the model's process ended or hung, and is being restarted", 2.0) from error
+
+    async def adopt(self, directory: Path) -> int:
+        """Take over the runs of another engine of this model, which has ended: see `restore.adopt`."""
+        return await adopt(self.parts, directory)
 
     # ------------------------------------------------------------ operations and their results
 

@@ -27,7 +27,7 @@ import struct
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -127,12 +127,37 @@ class Journal:
                 self._begin_segment()
             self._write(frame)
         except OSError as error:
-            raise Unavailable(
-                f"the server can't write to its disk ({error.strerror or error}), so it takes no more requests: "
-                "nothing was lost or changed; try again when there is room in its storage.root",
-                retry_after=5.0,
-            ) from error
+            raise _no_room(error) from error
         self._unflushed = True
+        return self._number
+
+    def append_segment(self, payloads: Sequence[bytes]) -> int:
+        """Write records as a segment of their own; returns its number. All of them are durable then, or none is there.
+        Blocking.
+
+        Raises:
+            Unavailable: if they can't be written.
+        """
+        path = self._path(self._number + 1)
+        partial = path.with_suffix(".partial")
+        data = b"".join(
+            [_header(self._marker, self._end), *(_frame(self._marker, each) for each in payloads)]
+        )
+        self.check_place()
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._close_segment()
+            os.rename(partial, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise _no_room(error) from error
+        self._number += 1
+        self._end = len(data)
         return self._number
 
     def _write(self, frame: bytes) -> None:
@@ -351,6 +376,14 @@ class Journal:
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08d}{_SUFFIX}"
+
+
+def _no_room(error: OSError) -> Unavailable:
+    return Unavailable(
+        f"the server can't write to its disk ({error.strerror or error}), so it takes no more requests: "
+        "nothing was lost or changed; try again when there is room in its storage.root",
+        retry_after=5.0,
+    )
 
 
 def _lock(path: Path) -> int:

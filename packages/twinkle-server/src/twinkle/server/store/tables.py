@@ -164,6 +164,36 @@ class ApiKey(Base):
     revoked_at: Mapped[float | None] = mapped_column(Float)
 
 
+class Engine(Base):
+    """One of a server's engines: what is wanted of it, and how it is. Written by the server and by `twinkle-server
+    models`; a name is never used again.
+    """
+
+    __tablename__ = "engines"
+
+    server: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    base_model: Mapped[str] = mapped_column(String(512))  # the plain name
+    entry: Mapped[str] = mapped_column(Text)  # its `models` entry, as JSON
+    is_added: Mapped[bool] = mapped_column(Boolean)  # while the server ran: not in its file
+    wanted: Mapped[str] = mapped_column(String(16))  # "run", "drain" or "remove"
+    state: Mapped[str] = mapped_column(String(16))  # "starting", "running", "draining", "failed" or "stopped"
+    message: Mapped[str] = mapped_column(Text, default="")
+    runs: Mapped[int] = mapped_column(Integer, default=0)  # that take requests
+    moved_to: Mapped[str | None] = mapped_column(String(64))  # the engine that has its runs now
+
+
+class Placement(Base):
+    """Which engine a training run or sampling session is on (or on which it was: see `Engine.moved_to`)."""
+
+    __tablename__ = "placements"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    session_id: Mapped[str] = mapped_column(String(64), index=True)
+    server: Mapped[str] = mapped_column(String(64))
+    engine: Mapped[str] = mapped_column(String(64))
+
+
 class Secret(Base):
     """A secret that all processes and machines on this database share, by what it is for."""
 
