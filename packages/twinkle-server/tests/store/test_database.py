@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.uris import CheckpointUri
@@ -91,3 +91,29 @@ def test_a_checkpoint_that_is_overwritten_is_told_from_the_old_one_by_a_clock_th
         seen.append(row.created_at)
     assert seen == sorted(set(seen)) and seen[0] == 1_800_000_000.0 and seen[2] < 1_800_000_000.01
     database.close()
+
+
+def test_usage_of_an_earlier_version_is_kept(database_url: str):
+    earlier = create_engine(database_url)
+    with earlier.begin() as transaction:
+        transaction.execute(
+            text(
+                "CREATE TABLE usage (tenant VARCHAR(64), hour INTEGER, session_id VARCHAR(64), kind VARCHAR(32), "
+                "base_model VARCHAR(512) NOT NULL, count BIGINT NOT NULL, "
+                "PRIMARY KEY (tenant, hour, session_id, kind))"
+            )
+        )
+        transaction.execute(text("INSERT INTO usage VALUES ('t', 7, 's', 'training', 'm', 5)"))
+    earlier.dispose()
+    for counted in (8, 11):
+        database = Database(database_url)
+        more = [
+            Usage(tenant="t", hour=7, session_id="s", kind="training", base_model=model, count=3)
+            for model in ("m", "other")
+        ]
+        database.write_ledger(more, {})
+        assert [(row.base_model, row.count) for row in database.usage("t", 7, 8)] == [
+            ("m", counted),
+            ("other", counted - 5),
+        ]
+        database.close()

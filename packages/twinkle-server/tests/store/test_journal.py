@@ -328,3 +328,42 @@ def test_two_processes_never_have_it_at_once_and_a_killed_one_lets_go(
     began = time.monotonic()
     assert read(tmp_path) == [b"theirs"]
     assert time.monotonic() - began < 10
+
+
+def test_a_segment_of_others_records_comes_between_ones_own(tmp_path: Path):
+    journal = written(tmp_path, b"one", b"two")
+    prepared = journal.prepare_segment([b"theirs", b"theirs too"])
+    journal.append(b"three")  # meanwhile
+    segment = journal.add_segment(prepared)
+    assert journal.append(b"four") == segment + 1
+    assert journal.sealed() == [1, 2]
+    journal.close()
+    assert read(tmp_path) == [b"one", b"two", b"three", b"theirs", b"theirs too", b"four"]
+    again = Journal(tmp_path)
+    assert not any(again.examine(number).is_damaged for number in again.earlier)
+    again.close()
+
+
+def test_a_segment_that_was_only_prepared_was_never_there(tmp_path: Path):
+    journal = written(tmp_path, b"one")
+    journal.prepare_segment([b"theirs"])
+    journal.close()
+    assert read(tmp_path) == [b"one"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_segment_can_be_added_to_an_empty_journal_and_without_room_is_not(tmp_path: Path, monkeypatch):
+    journal = Journal(tmp_path)
+    prepared = journal.prepare_segment([b"theirs"])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        with pytest.raises(Unavailable, match="can't write to its disk"):
+            journal.add_segment(prepared)
+    journal.append(b"mine")
+    assert journal.add_segment(prepared) == 2
+    journal.close()
+    assert read(tmp_path) == [b"mine", b"theirs"]

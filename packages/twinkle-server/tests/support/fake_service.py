@@ -27,15 +27,17 @@ def make_service(
     adapter_bytes: int | None = None,
     limits: LimitsSection | None = None,
     database_url: str | None = None,
+    engine: str | None = None,
 ) -> Service:
     """
     Args:
         adapter_bytes: what resident adapters may take.
         database_url: default: of a SQLite file in `directory`.
+        engine: its name among several.
     """
     worker = LocalWorker(backend or FakeBackend(ModelConfig(Path("fake"))), FakeEngine())
     config = make_config(directory, model, capacity, adapter_bytes, limits, database_url)
-    return Service(build_parts(config, worker, RunFiles(LocalFiles(directory / "runs"))))
+    return Service(build_parts(config, worker, RunFiles(LocalFiles(directory / "runs")), engine=engine))
 
 
 def make_config(

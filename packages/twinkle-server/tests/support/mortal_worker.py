@@ -129,12 +129,16 @@ def make_mortal_service(
     snapshot_seconds: float,
     adapter_bytes: int | None = None,
     journal: Callable[[], Journal] | None = None,
+    database_url: str | None = None,
+    engine: str | None = None,
 ) -> Service:
     parts = build_parts(
-        make_config(directory, adapter_bytes=adapter_bytes),
+        make_config(directory, adapter_bytes=adapter_bytes, database_url=database_url),
         worker,
         RunFiles(LocalFiles(directory / "runs")),
         snapshot_seconds=snapshot_seconds,
         open_journal=journal,
+        live_files=lambda other: RunFiles(LocalFiles(other / "runs")),
+        engine=engine,
     )
     return Service(parts)

@@ -32,8 +32,14 @@ def stored(tenant: Tenant, run_id: str) -> int:
 class Server:
     """One service after the other on a storage."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database_url: str | None = None, engine: str | None = None) -> None:
+        """
+        Args:
+            database_url: of several engines; default: of a database of its own.
+            engine: its name among several.
+        """
         self.directory = directory
+        self.database_url, self.engine = database_url, engine
         self.seconds = HARDLY_EVER
         self.segment_bytes = 2**20
         self.worker = MortalWorker()
@@ -71,7 +77,13 @@ class Server:
             return self._journal
 
         self._service = make_mortal_service(
-            self.directory, self.worker, self.seconds, self.adapter_bytes, journal
+            self.directory,
+            self.worker,
+            self.seconds,
+            self.adapter_bytes,
+            journal,
+            self.database_url,
+            self.engine,
         )
         await self._service.start()
         return Tenant(self._service, "alice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from twinkle.hub import plain_name
@@ -15,6 +15,8 @@ from twinkle.server.store.tables import Engine
 # How old the list of engines may be.
 _FRESH_SECONDS = 1.0
 _MAX_REMEMBERED = 65_536
+# By then the server has counted a new run.
+_COUNTED_SECONDS = 5.0
 
 
 class FleetView:
@@ -31,7 +33,9 @@ class FleetView:
         self._read_at = -_FRESH_SECONDS
         self._reading = asyncio.Lock()
         self._placed: dict[str, str] = {}
-        self._begun: Counter[str] = Counter()  # runs placed on each engine since the list was read
+        self._begun: deque[tuple[float, str]] = (
+            deque()
+        )  # when something was placed on which engine, latest last
 
     async def engines(self) -> dict[str, Engine]:
         """By name."""
@@ -39,7 +43,6 @@ class FleetView:
             if time.monotonic() - self._read_at >= _FRESH_SECONDS:
                 rows = await asyncio.to_thread(self._database.engines, self._server)
                 self._engines = {row.name: row for row in rows}
-                self._begun.clear()
                 self._read_at = time.monotonic()
             return self._engines
 
@@ -99,11 +102,18 @@ class FleetView:
         candidates = await self._candidates(model)
         engine = next((row.name for row in candidates if row.name == beside), None)
         if engine is None:
-            engine = min(candidates, key=lambda row: row.runs + self._begun[row.name]).name
+            begun = self._begun_lately()
+            engine = min(candidates, key=lambda row: row.runs + begun[row.name]).name
         engine = await asyncio.to_thread(self._database.place, placed_id, session_id, self._server, engine)
         self._remember(placed_id, engine)
-        self._begun[engine] += 1
+        self._begun.append((time.monotonic(), engine))
         return await self.now_at(engine)
+
+    def _begun_lately(self) -> Counter[str]:
+        """What was placed on each engine, and may not be in its row yet."""
+        while self._begun and time.monotonic() - self._begun[0][0] > _COUNTED_SECONDS:
+            self._begun.popleft()
+        return Counter(engine for _, engine in self._begun)
 
     def _remember(self, placed_id: str, engine: str) -> None:
         if len(self._placed) >= _MAX_REMEMBERED:

@@ -148,7 +148,14 @@ class Router:
             return cast(m.ReplyT, await self._capabilities(tenant))
         if isinstance(query, m.SessionHeartbeatRequest | m.FinishSessionRequest):
             return cast(m.ReplyT, await self._ask_all(tenant, query.session_id, query))
-        return await self._ask(await self._engine_of_query(tenant, query), tenant, query)
+        front = await self._engine_of_query(tenant, query)
+        if isinstance(query, m.GetUsage):  # each engine writes down what it has counted before it answers
+            others = [name for name in await self._working() if name != front]
+            await asyncio.gather(*(self._ask(each, tenant, query) for each in others), return_exceptions=True)
+        return await self._ask(front, tenant, query)
+
+    async def _working(self) -> list[str]:
+        return [name for name, row in (await self._view.engines()).items() if row.state == "running"]
 
     async def _ask(self, engine: str, tenant: str, query: m.Query[m.ReplyT]) -> m.ReplyT:
         return await (await self._engine(engine)).ask(tenant, query)

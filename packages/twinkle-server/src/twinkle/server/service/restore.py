@@ -77,7 +77,7 @@ async def adopt(parts: Parts, directory: Path) -> int:
         if is_new := _leave_out_known(parts, found):
             for run_id in found.runs:
                 await retry_while_unavailable(partial(_copy_newest, files, parts.run_files, run_id))
-            segment = await asyncio.to_thread(own.append_segment, payloads)
+            segment = own.add_segment(await asyncio.to_thread(own.prepare_segment, payloads))
             async with parts.engine.between_calls():
                 await _restore_runs(parts, found, [(segment, record) for record in read])
             await _restore_rest(parts, found)

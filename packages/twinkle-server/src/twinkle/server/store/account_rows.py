@@ -9,7 +9,7 @@ from sqlalchemy import select, tuple_, update
 from twinkle.server.store.connection import Connection, again_if_taken
 from twinkle.server.store.tables import ApiKey, Audit, Run, Secret, Usage, belongs_to
 
-_usage_columns = tuple_(Usage.tenant, Usage.hour, Usage.session_id, Usage.kind)
+_usage_columns = tuple_(Usage.tenant, Usage.hour, Usage.session_id, Usage.kind, Usage.base_model)
 
 
 class AccountRows(Connection):
@@ -89,8 +89,8 @@ class AccountRows(Connection):
             return row
 
 
-def _usage_key(row: Usage) -> tuple[str, int, str, str]:
-    return row.tenant, row.hour, row.session_id, row.kind
+def _usage_key(row: Usage) -> tuple[str, int, str, str, str]:
+    return row.tenant, row.hour, row.session_id, row.kind, row.base_model
 
 
 def _copy(row: Usage) -> Usage:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Engine, event, inspect
+from sqlalchemy import Engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
@@ -48,6 +48,7 @@ class Connection:
         try:
             _check_tables(self._engine)
             _create_tables(self._engine)
+            _move_usage(self._engine)
         except DBAPIError as error:
             self._engine.dispose()
             raise _unusable(self._engine, error) from error
@@ -110,6 +111,16 @@ def _create_tables(engine: Engine) -> None:
                 Base.metadata.create_all(engine)
                 return
         raise
+
+
+def _move_usage(engine: Engine) -> None:
+    """Move what an earlier version counted, in a table for servers with one model."""
+    if not inspect(engine).has_table("usage"):
+        return
+    columns = "tenant, hour, session_id, kind, base_model, count"
+    with contextlib.suppress(DBAPIError), engine.begin() as transaction:  # another process may be first
+        transaction.execute(text(f"INSERT INTO usage_by_model ({columns}) SELECT {columns} FROM usage"))
+        transaction.execute(text("DROP TABLE usage"))
 
 
 def _check_tables(engine: Engine) -> None:

@@ -97,6 +97,8 @@ class Journal:
         self._flush = flush
         self._segment_bytes = segment_bytes
         self._lock = _lock(directory / "lock")
+        for path in directory.glob("*.partial"):  # left by a process that was killed
+            path.unlink()
         self.earlier = self._numbers()
         """Segments of an earlier process, oldest first."""
         self._marker = self._known_marker()
@@ -131,33 +133,46 @@ class Journal:
         self._unflushed = True
         return self._number
 
-    def append_segment(self, payloads: Sequence[bytes]) -> int:
-        """Write records as a segment of their own; returns its number. All of them are durable then, or none is there.
-        Blocking.
+    def prepare_segment(self, payloads: Sequence[bytes]) -> Path:
+        """Write a file for `add_segment`. Blocking; may be called on any thread.
 
         Raises:
-            Unavailable: if they can't be written.
+            Unavailable: if it can't be written.
         """
-        path = self._path(self._number + 1)
-        partial = path.with_suffix(".partial")
-        data = b"".join(
-            [_header(self._marker, self._end), *(_frame(self._marker, each) for each in payloads)]
-        )
-        self.check_place()
+        path = self._directory / f"{os.urandom(8).hex()}.partial"
+        frames = (_frame(self._marker, each) for each in payloads)
         try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                file.write(bytes(HEADER_BYTES))
+                file.writelines(frames)
                 file.flush()
                 os.fsync(file.fileno())
-            self._close_segment()
-            os.rename(partial, path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                path.unlink()
+            raise _no_room(error) from error
+        return path
+
+    def add_segment(self, prepared: Path) -> int:
+        """Append all records of a prepared file as a segment; returns its number. They are durable then, or not there.
+
+        Raises:
+            Unavailable: if that fails.
+        """
+        self.check_place()
+        try:
+            with prepared.open("r+b") as file:
+                file.write(_header(self._marker, self._end))
+                file.flush()
+                os.fsync(file.fileno())
+                end = file.seek(0, os.SEEK_END)
+            self._close_segment()
+            os.rename(prepared, self._path(self._number + 1))
+        except OSError as error:
             raise _no_room(error) from error
         self._number += 1
-        self._end = len(data)
+        self._end = end
         return self._number
 
     def _write(self, frame: bytes) -> None:

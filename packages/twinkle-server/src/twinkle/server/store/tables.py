@@ -125,15 +125,15 @@ class CustomLoss(Base):
 
 
 class Usage(Base):
-    """What a session used in an hour: tokens, or checkpoints."""
+    """What a session used in an hour: tokens, or checkpoints, of one base model."""
 
-    __tablename__ = "usage"
+    __tablename__ = "usage_by_model"
 
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     hour: Mapped[int] = mapped_column(Integer, primary_key=True)  # hours since 1970
     session_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     kind: Mapped[str] = mapped_column(String(32), primary_key=True)
-    base_model: Mapped[str] = mapped_column(String(512))
+    base_model: Mapped[str] = mapped_column(String(512), primary_key=True)
     count: Mapped[int] = mapped_column(BigInteger)
 
 
