@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
+import time
 from collections.abc import Sequence
 from typing import get_args
 
@@ -38,6 +40,9 @@ _UNWATCHED_SECONDS = 1.0
 # poll's reply shares its bytes with all that ask for them, and is fetched when there is room for it.
 INLINE_BYTES = 2**20
 
+# How old what is known of the models' context lengths may be.
+_CONTEXT_SECONDS = 30.0
+
 # Results larger than this, in protobuf, are not written as JSON: Python takes thirty times their size to do so.
 MAX_JSON_BYTES = 8 * 2**20
 
@@ -49,7 +54,8 @@ class Operations:
         self._service = service
         self._authenticator = authenticator
         self._bodies = bodies
-        self._context_length: int | None = None
+        self._context_length = 0
+        self._context_read_at = -math.inf
 
     def routes(self) -> list[Route]:
         # Routes are tried in order: those of a training loop first.
@@ -126,12 +132,13 @@ class Operations:
                 await self._service.submit(tenant, refused)
 
     async def _context_of(self, endpoint: Endpoint) -> int:
-        """The model's context length, if it bounds the body."""
+        """The longest context length of a model, if it bounds the body. Models may be added while the server runs."""
         if endpoint.request is not m.SampleRequest:
             return 0
-        if self._context_length is None:
+        if time.monotonic() - self._context_read_at > _CONTEXT_SECONDS:
             reply = await self._service.ask("", m.GetServerCapabilities())
             self._context_length = max(model.max_context_length or 0 for model in reply.supported_models)
+            self._context_read_at = time.monotonic()
         return self._context_length
 
     # ------------------------------------------------------------ results

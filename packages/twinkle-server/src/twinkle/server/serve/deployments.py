@@ -129,7 +129,10 @@ class EngineDeployment:
 
     def _running(self) -> Service:
         if self._start_failure is not None:
-            raise self._start_failure
+            # Not the failure itself, which would tell a client that its request is wrong.
+            raise Unavailable(
+                f"the engine could not be started, and is started again: {self._start_failure.message}", 5.0
+            )
         if self._is_closing:
             raise Unavailable("the engine is being stopped, and accepts nothing more; try again", 2.0)
         return self._service
