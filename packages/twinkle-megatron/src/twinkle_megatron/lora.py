@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
+
+
+# Outputs of the layers that one base layer holds, [tokens, rows, own features], to the base layer's.
+Join: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +142,14 @@ class ColumnLora(ParallelLayer):
         self,
         base: nn.Module,
         names: Sequence[str],
-        join: Callable[[list[Tensor]], Tensor],
+        join: Join,
         context: ForwardContext,
         parallelism: Parallelism,
     ) -> None:
         """
         Args:
             names: the layers that it holds, by their names in Transformers.
-            join: puts their outputs [tokens, rows, own features] in the order of the base layer's.
+            join: puts their outputs in the order of the base layer's.
         """
         super().__init__(base, context, parallelism)
         self._names = tuple(names)
@@ -189,10 +193,18 @@ def side_by_side(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def by_head_groups(groups: int) -> Callable[[list[Tensor]], Tensor]:
-    """Puts q, k and v [..., features] in Megatron-Core's order: for each of `groups` its q, its k, its v."""
+def by_head_groups(groups: int, gated_size: int | None) -> Join:
+    """Puts q, k and v [..., features] in Megatron-Core's order: for each of `groups` its q, its k, its v.
+
+    Args:
+        gated_size: if q has for each head the head's features and its output gate's, the size of a head: then the
+            group's gates follow its q.
+    """
 
     def join(parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
+        q, k, v = (part.unflatten(-1, (groups, -1)) for part in parts)
+        if gated_size is not None:
+            q = q.unflatten(-1, (-1, 2, gated_size)).transpose(-3, -2).flatten(-3)
+        return torch.cat([q, k, v], dim=-1).flatten(-2)
 
     return join

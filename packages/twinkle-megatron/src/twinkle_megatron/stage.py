@@ -21,13 +21,15 @@ from twinkle.server.backends.lora.module_groups import groups_there_are
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle_megatron import architecture as architectures
 from twinkle_megatron import bridge_weights, build, groups, weights
-from twinkle_megatron.architecture import Architecture
+from twinkle_megatron.architecture import Architecture, head_size
+from twinkle_megatron.delta_net import GatedDeltaNet
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import LogprobHead
 from twinkle_megatron.lora import (
     ColumnLora,
     ForwardContext,
+    Join,
     Parallelism,
     RowLora,
     by_head_groups,
@@ -89,7 +91,7 @@ def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
         max_lora_rank=config.max_lora_rank,
         max_batch_tokens=max_batch_tokens(hf, architecture.config.params_dtype, torch.device(config.device)),
         eos_token_ids=eos_token_ids(generation, hf),
-        architecture=(hf.architectures or [hf.model_type])[0],
+        architecture=architecture.name,
         export=export_facts(config.path, architecture.is_tied),
     )
 
@@ -98,19 +100,35 @@ def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, conte
     tree = cast("Any", model)
     parallelism = Parallelism(groups.tensor, bool(architecture.config.sequence_parallel))
     first = build.first_layer(architecture, groups)
-    heads = by_head_groups((architecture.config.num_query_groups or 1) // groups.tensor.size)
+    query_groups = (architecture.config.num_query_groups or 1) // groups.tensor.size
+    gated_size = head_size(architecture.hf) if architecture.config.attention_output_gate else None
+    heads = by_head_groups(query_groups, gated_size)
+
+    def column(base: nn.Module, within: str, names: str, join: Join) -> ColumnLora:
+        return ColumnLora(base, [f"{within}.{name}" for name in names.split()], join, context, parallelism)
+
+    def row(base: nn.Module, name: str) -> RowLora:
+        return RowLora(base, name, context, parallelism)
+
     for i, layer in enumerate(tree.decoder.layers):
-        attention, mlp = f"model.layers.{first + i}.self_attn", f"model.layers.{first + i}.mlp"
-        own = layer.self_attention
-        qkv = [f"{attention}.{part}_proj" for part in "qkv"]
-        own.linear_qkv = ColumnLora(own.linear_qkv, qkv, heads, context, parallelism)
-        own.linear_proj = RowLora(own.linear_proj, f"{attention}.o_proj", context, parallelism)
+        prefix, own = f"model.layers.{first + i}.", layer.self_attention
+        if isinstance(own, GatedDeltaNet):
+            name = f"{prefix}linear_attn"
+            parts = "in_proj_qkv in_proj_z in_proj_b in_proj_a"
+            own.in_proj = column(own.in_proj, name, parts, side_by_side)
+            own.out_proj = row(own.out_proj, f"{name}.out_proj")
+        else:
+            name = f"{prefix}self_attn"
+            own.linear_qkv = column(own.linear_qkv, name, "q_proj k_proj v_proj", heads)
+            own.linear_proj = row(own.linear_proj, f"{name}.o_proj")
+        name, dense = f"{prefix}mlp", layer.mlp
         if isinstance(layer.mlp, RoutedExperts):
-            layer.mlp.attach(f"{mlp}.experts", context)
-            continue
-        gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
-        layer.mlp.linear_fc1 = ColumnLora(layer.mlp.linear_fc1, gate_up, side_by_side, context, parallelism)
-        layer.mlp.linear_fc2 = RowLora(layer.mlp.linear_fc2, f"{mlp}.down_proj", context, parallelism)
+            layer.mlp.attach(f"{name}.experts", context)
+            if layer.mlp.shared is None:
+                continue
+            name, dense = f"{name}.shared_expert", layer.mlp.shared.mlp
+        dense.linear_fc1 = column(dense.linear_fc1, name, "gate_proj up_proj", side_by_side)
+        dense.linear_fc2 = row(dense.linear_fc2, f"{name}.down_proj")
     if groups.is_first_stage:
         # The embedding is frozen, but what follows must pass gradients to the first layers' matrices, on all ranks
         # alike, whatever the adapters act on.
