@@ -7,6 +7,7 @@ sorts tokens by expert.)
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -52,8 +53,9 @@ class SharedExpert(nn.Module):
 
     def __init__(self, config: TransformerConfig, hf: PretrainedConfig, dense: ModuleSpec) -> None:
         super().__init__()
-        size = shared_expert_size(hf)
-        self.mlp = cast("nn.Module", cast("Any", build_module)(dense, config=config, ffn_hidden_size=size))
+        own = copy.copy(config)
+        own.ffn_hidden_size = shared_expert_size(hf)
+        self.mlp = cast("nn.Module", build_module(dense, config=own, ffn_hidden_size=own.ffn_hidden_size))
         self.gate = nn.Parameter(torch.empty(1, hf.hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
