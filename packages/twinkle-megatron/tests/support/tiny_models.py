@@ -49,8 +49,10 @@ _MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
 }
-# Of each head four features are rotated; two value heads share a key head.
+# Of each head four features are rotated; two value heads share a key head. A gated delta net's first outputs may be near
+# zero: with Qwen3.5's own epsilon its norm would make float32's rounding visible.
 _HYBRID: dict[str, Any] = {
+    "rms_norm_eps": 1e-3,
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
