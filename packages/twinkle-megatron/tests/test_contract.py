@@ -12,7 +12,10 @@ from rank_processes import RankProcesses
 from twinkle.server.backends import contract
 
 CASES = [
-    *[("qwen3", layout) for layout in ("TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP", "DP2", "DP2xTP2", "DP2xPP2")],
+    *[
+        ("qwen3", layout)
+        for layout in ("TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP", "DP2", "DP2xTP2", "DP2xPP2")
+    ],
     *[("qwen3_5", layout) for layout in ("TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP")],
     ("qwen3_5_moe", "EP2"),
 ]

@@ -1,8 +1,8 @@
 """Which models Megatron-Core can hold here, and how it is configured for them: a Hugging Face configuration in, a
 `TransformerConfig` out, or a refusal with the reason.
 
-Llama, Qwen2, Qwen3, Qwen3.5 and their mixtures of experts; other families of Llama's kind through Megatron-Bridge, see
-`bridge`.
+Llama, Qwen2, Qwen3, Qwen3-Next, Qwen3.5 and their mixtures of experts; other families of Llama's kind through
+Megatron-Bridge, see `bridge`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from twinkle.server.backends.hf.base_model import DTYPES, LOADING_ERRORS
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle_megatron import bridge
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 # Of these, by the text model's type.
-_WITH_QK_NORM = ("qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text")
-_MIXTURES = ("qwen3_moe", "qwen3_5_moe_text")
-_HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_WITH_QK_NORM = ("qwen3", "qwen3_moe", *_HYBRIDS)
+_MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def describe(whole: PretrainedConfig, config: ModelConfig) -> Architecture:
     Raises:
         InvalidRequest: if the model has a part that can't be built here, or can't be spread over the ranks.
     """
-    hf = _text(whole)
+    hf = whole.get_text_config()
     is_bridged = _family(whole) not in FAMILIES
     if is_bridged:
         has_qkv_bias, has_qk_norm = _bridged_parts(whole)
@@ -96,7 +96,7 @@ def describe(whole: PretrainedConfig, config: ModelConfig) -> Architecture:
     _check_parts(hf)
     _check_sizes(hf, config)
     tensor = config.tensor_parallel_size
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
+    causal = cast("type | None", MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None))
     return Architecture(
         hf=hf,
         name=causal.__name__ if causal is not None else hf.model_type,
@@ -123,7 +123,7 @@ def is_mixture(hf: PretrainedConfig) -> bool:
 
 
 def is_hybrid(hf: PretrainedConfig) -> bool:
-    """Whether this is of Qwen3.5's kind: layers of gated delta nets, attention with an output gate, norms around 1."""
+    """Whether this is of Qwen3.5's kind: gated delta nets, attention with an output gate, zero-centered norms."""
     return hf.model_type in _HYBRIDS
 
 
@@ -134,10 +134,6 @@ def shared_expert_size(hf: PretrainedConfig) -> int:
 
 def _family(whole: PretrainedConfig) -> str:
     return whole.model_type.removesuffix("_text")
-
-
-def _text(whole: PretrainedConfig) -> PretrainedConfig:
-    return cast("PretrainedConfig", whole.get_text_config())
 
 
 def _expert_layers(hf: PretrainedConfig) -> list[int]:
@@ -271,10 +267,10 @@ def _check_hybrid(hf: PretrainedConfig, tensor: int) -> None:
     _check_divides("tensor_parallel_size", tensor, "key heads of linear attention", keys)
     kinds = set(hf.layer_types) - {"linear_attention", "full_attention"}
     if kinds or len(hf.layer_types) != hf.num_hidden_layers:
+        found = ", ".join(sorted(set(hf.layer_types)))
         raise InvalidRequest(
-            f"model: layer_types has {len(hf.layer_types)} layers of kinds {', '.join(sorted(set(hf.layer_types)))}, but "
-            f"the Megatron backend expects {hf.num_hidden_layers} of linear_attention and full_attention; set "
-            "use_megatron: false"
+            f"model: layer_types has {len(hf.layer_types)} layers of kinds {found}, but the Megatron backend expects "
+            f"{hf.num_hidden_layers} of linear_attention and full_attention; set use_megatron: false"
         )
 
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from transformers import PretrainedConfig
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle_megatron.architecture import Architecture, is_hybrid
+from twinkle_megatron.architecture import Architecture
 from twinkle_megatron.delta_net import GatedDeltaNet
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Groups
@@ -22,6 +22,13 @@ from twinkle_megatron.layers import CausalAttention, GatedAttention, RMSNorm, Ze
 
 # It warns about a feed-forward part that is not its own, once per layer.
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+
+# By the text model's type, the family in Transformers and the name that its classes begin with.
+_ROTARY = {
+    "qwen3_next": ("qwen3_next", "Qwen3Next"),
+    "qwen3_5_text": ("qwen3_5", "Qwen3_5Text"),
+    "qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5MoeText"),
+}
 
 
 def build(architecture: Architecture, groups: Groups) -> GPTModel:
@@ -92,7 +99,7 @@ def _rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
 
     Qwen3.5 rotates a part of each head; its angles in three directions are the same for text.
     """
-    family, name = ("qwen3_5", "Qwen3_5Text") if is_hybrid(hf) else ("llama", "Llama")  # the others' are Llama's
+    family, name = _ROTARY.get(hf.model_type, ("llama", "Llama"))  # the others' are Llama's
     modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     rotary = getattr(modeling, f"{name}RotaryEmbedding")(hf)
     if rotary.attention_scaling != 1.0 or rotary.rope_type in ("dynamic", "longrope"):

@@ -25,8 +25,8 @@ from transformers import PretrainedConfig
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.layers import RMSNorm
 
-# With the functions that its layer computes by; only loaded for models that have one.
-_TRANSFORMERS = "transformers.models.qwen3_5.modeling_qwen3_5"
+# Whose recurrence this is, as Qwen3.5's; only loaded for models that have one.
+_TRANSFORMERS = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 
 def sections(hf: PretrainedConfig) -> tuple[int, int, int]:

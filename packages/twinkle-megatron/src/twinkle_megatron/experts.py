@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm, run_experts
-from twinkle_megatron.architecture import is_hybrid, shared_expert_size
+from twinkle_megatron.architecture import shared_expert_size
 from twinkle_megatron.collectives import exchange_rows
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import ForwardContext, ShardSegment
@@ -32,8 +32,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hf.num_experts, hf.hidden_size, dtype=config.params_dtype))
         self._k = hf.num_experts_per_tok
-        # Qwen3.5's always do.
-        self._adds_up_to_one = getattr(hf, "norm_topk_prob", True) or is_hybrid(hf)
+        self._adds_up_to_one = hf.model_type == "qwen3_5_moe_text" or hf.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[n, hidden] to experts, int64 [n, k], and their weights [n, k]."""

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
-
-
-# Outputs of the layers that one base layer holds, [tokens, rows, own features], to the base layer's.
-Join: TypeAlias = Callable[[list[Tensor]], Tensor]
+from twinkle_megatron.joins import Join
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,25 +183,3 @@ class RowLora(ParallelLayer):
             return segment.high(self._name, self._parallelism.after_row_a(low))
 
         return add_terms(out, self._context.segments, (self._name,), term), bias
-
-
-def side_by_side(parts: list[Tensor]) -> Tensor:
-    """[..., n_i] each to [..., sum of n_i]."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def by_head_groups(groups: int, gated_size: int | None) -> Join:
-    """Puts q, k and v [..., features] in Megatron-Core's order: for each of `groups` its q, its k, its v.
-
-    Args:
-        gated_size: if q has for each head the head's features and its output gate's, the size of a head: then the
-            group's gates follow its q.
-    """
-
-    def join(parts: list[Tensor]) -> Tensor:
-        q, k, v = (part.unflatten(-1, (groups, -1)) for part in parts)
-        if gated_size is not None:
-            q = q.unflatten(-1, (-1, 2, gated_size)).transpose(-3, -2).flatten(-3)
-        return torch.cat([q, k, v], dim=-1).flatten(-2)
-
-    return join

@@ -22,7 +22,7 @@ from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, Place
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP
 from twinkle.server.backends.lora.module_groups import ModuleGroup, module_group
-from twinkle_megatron import delta_net
+from twinkle_megatron import delta_net, joins
 from twinkle_megatron.architecture import Architecture, head_size, shared_expert_size
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.head import NAME as HEAD
@@ -126,7 +126,13 @@ def _delta_net(architecture: Architecture, attention: str) -> Iterator[tuple[Lin
     hf = architecture.hf
     hidden, heads = int(hf.hidden_size), int(hf.linear_num_value_heads)
     qkv = delta_net.sections(hf)
-    yield LinearShape(f"{attention}out_proj", qkv[2], hidden), "in"
+    out_proj = LinearShape(f"{attention}out_proj", qkv[2], hidden)
+    if joins.has_key_head_order(hf):
+        yield LinearShape(f"{attention}in_proj_qkvz", hidden, sum(qkv) + qkv[2]), "out"
+        yield LinearShape(f"{attention}in_proj_ba", hidden, 2 * heads), "out"
+        yield out_proj, "in"
+        return
+    yield out_proj, "in"
     yield LinearShape(f"{attention}in_proj_qkv", hidden, sum(qkv)), "out"
     yield LinearShape(f"{attention}in_proj_z", hidden, qkv[2]), "out"
     yield LinearShape(f"{attention}in_proj_b", hidden, heads), "out"
@@ -175,9 +181,7 @@ def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
     count = shape.in_features // tensor.size
     own = slice(tensor.index * count, (tensor.index + 1) * count)
     part = LinearShape(shape.name, count, shape.out_features)
-    return Shard(
-        target, part, all_out, own, everything, (copies, tensor.size * copies), (False, by_sequence)
-    )
+    return Shard(target, part, all_out, own, everything, (copies, tensor.size * copies), (False, by_sequence))
 
 
 def own_slices(sections: Sequence[int], ranks: Group) -> tuple[slice, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,21 +21,12 @@ from twinkle.server.backends.hf.model_facts import (
 from twinkle.server.backends.lora.module_groups import groups_there_are
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
 from twinkle_megatron import architecture as architectures
-from twinkle_megatron import bridge_weights, build, groups, weights
-from twinkle_megatron.architecture import Architecture, head_size
-from twinkle_megatron.delta_net import GatedDeltaNet
-from twinkle_megatron.experts import RoutedExperts
+from twinkle_megatron import bridge_weights, build, groups, joins, weights
+from twinkle_megatron.architecture import Architecture
 from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import LogprobHead
-from twinkle_megatron.lora import (
-    ColumnLora,
-    ForwardContext,
-    Join,
-    Parallelism,
-    RowLora,
-    by_head_groups,
-    side_by_side,
-)
+from twinkle_megatron.joins import Join, side_by_side
+from twinkle_megatron.lora import ColumnLora, ForwardContext, Parallelism, RowLora
 from twinkle_megatron.shards import Target, targets
 
 
@@ -100,34 +92,32 @@ def _add_lora(model: GPTModel, architecture: Architecture, groups: Groups, conte
     tree = cast("Any", model)
     parallelism = Parallelism(groups.tensor, bool(architecture.config.sequence_parallel))
     first = build.first_layer(architecture, groups)
-    query_groups = (architecture.config.num_query_groups or 1) // groups.tensor.size
-    gated_size = head_size(architecture.hf) if architecture.config.attention_output_gate else None
-    heads = by_head_groups(query_groups, gated_size)
+    heads = joins.of_attention(architecture, groups)
+    delta_net = joins.of_delta_net(architecture, groups)
 
-    def column(base: nn.Module, within: str, names: str, join: Join) -> ColumnLora:
-        return ColumnLora(base, [f"{within}.{name}" for name in names.split()], join, context, parallelism)
+    def column(base: nn.Module, within: str, names: Sequence[str], join: Join) -> ColumnLora:
+        return ColumnLora(base, [f"{within}.{name}" for name in names], join, context, parallelism)
 
     def row(base: nn.Module, name: str) -> RowLora:
         return RowLora(base, name, context, parallelism)
 
     for i, layer in enumerate(tree.decoder.layers):
         prefix, own = f"model.layers.{first + i}.", layer.self_attention
-        if isinstance(own, GatedDeltaNet):
+        if first + i in architecture.linear_layers:
             name = f"{prefix}linear_attn"
-            parts = "in_proj_qkv in_proj_z in_proj_b in_proj_a"
-            own.in_proj = column(own.in_proj, name, parts, side_by_side)
+            own.in_proj = column(own.in_proj, name, joins.delta_net_layers(architecture.hf), delta_net)
             own.out_proj = row(own.out_proj, f"{name}.out_proj")
         else:
             name = f"{prefix}self_attn"
-            own.linear_qkv = column(own.linear_qkv, name, "q_proj k_proj v_proj", heads)
+            own.linear_qkv = column(own.linear_qkv, name, ("q_proj", "k_proj", "v_proj"), heads)
             own.linear_proj = row(own.linear_proj, f"{name}.o_proj")
         name, dense = f"{prefix}mlp", layer.mlp
-        if isinstance(layer.mlp, RoutedExperts):
-            layer.mlp.attach(f"{name}.experts", context)
-            if layer.mlp.shared is None:
+        if first + i in architecture.expert_layers:
+            dense.attach(f"{name}.experts", context)
+            if dense.shared is None:
                 continue
-            name, dense = f"{name}.shared_expert", layer.mlp.shared.mlp
-        dense.linear_fc1 = column(dense.linear_fc1, name, "gate_proj up_proj", side_by_side)
+            name, dense = f"{name}.shared_expert", dense.shared.mlp
+        dense.linear_fc1 = column(dense.linear_fc1, name, ("gate_proj", "up_proj"), side_by_side)
         dense.linear_fc2 = row(dense.linear_fc2, f"{name}.down_proj")
     if groups.is_first_stage:
         # The embedding is frozen, but what follows must pass gradients to the first layers' matrices, on all ranks

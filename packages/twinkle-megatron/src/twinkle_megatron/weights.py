@@ -19,17 +19,16 @@ from tqdm import tqdm
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
-from twinkle_megatron import delta_net
-from twinkle_megatron.architecture import Architecture, head_size, shared_expert_size
+from twinkle_megatron import delta_net, joins
+from twinkle_megatron.architecture import Architecture, shared_expert_size
 from twinkle_megatron.build import first_layer
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Group, Groups
+from twinkle_megatron.joins import Join, side_by_side
 from twinkle_megatron.shards import own_slices
 
 # How a tensor of the checkpoint is shared out: by rows, by columns, or not at all.
 Cut: TypeAlias = Literal["rows", "columns", "whole"]
-# How the parts make one parameter: concatenated, or the heads of q, k and v by their groups.
-Join: TypeAlias = Literal["stack", "heads"]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -39,12 +38,13 @@ class Source:
     """What a parameter is made of: tensors of the checkpoint, each cut in the same way.
 
     Attributes:
+        join: how they make one, by their first dimension.
         sections: sizes of consecutive parts of the first tensor's rows, each of which is shared out by itself.
     """
 
     names: tuple[str, ...]
     cut: Cut = "whole"
-    join: Join = "stack"
+    join: Join = side_by_side
     sections: tuple[int, ...] = ()
 
 
@@ -54,7 +54,9 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
         yield "embedding.word_embeddings.weight", Source(("model.embed_tokens.weight",), "rows")
     start = first_layer(architecture, groups)
     for i in range(architecture.config.num_layers // groups.pipeline.size):
-        yield from _layer(architecture, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i)
+        yield from _layer(
+            architecture, groups, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i
+        )
     if groups.is_last_stage:
         yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
         if not architecture.is_tied:
@@ -63,12 +65,14 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
             yield "output_layer.weight", Source(("model.embed_tokens.weight",), "rows")
 
 
-def _layer(architecture: Architecture, ours: str, theirs: str, number: int) -> Iterator[tuple[str, Source]]:
+def _layer(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str, number: int
+) -> Iterator[tuple[str, Source]]:
     yield f"{ours}input_layernorm.weight", Source((f"{theirs}input_layernorm.weight",))
     if number in architecture.linear_layers:
-        yield from _delta_net(architecture, f"{ours}self_attention.", f"{theirs}linear_attn.")
+        yield from _delta_net(architecture, groups, f"{ours}self_attention.", f"{theirs}linear_attn.")
     else:
-        yield from _attention(architecture, f"{ours}self_attention.", f"{theirs}self_attn.")
+        yield from _attention(architecture, groups, f"{ours}self_attention.", f"{theirs}self_attn.")
     yield f"{ours}pre_mlp_layernorm.weight", Source((f"{theirs}post_attention_layernorm.weight",))
     if number not in architecture.expert_layers:
         yield from _feed_forward(f"{ours}mlp.", f"{theirs}mlp.")
@@ -79,21 +83,27 @@ def _layer(architecture: Architecture, ours: str, theirs: str, number: int) -> I
         yield f"{ours}mlp.shared.gate", Source((f"{theirs}mlp.shared_expert_gate.weight",))
 
 
-def _attention(architecture: Architecture, ours: str, theirs: str) -> Iterator[tuple[str, Source]]:
-    qkv = tuple(f"{theirs}{part}_proj" for part in "qkv")
-    yield f"{ours}linear_qkv.weight", Source(tuple(f"{part}.weight" for part in qkv), "rows", "heads")
+def _attention(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str
+) -> Iterator[tuple[str, Source]]:
+    qkv, join = tuple(f"{theirs}{part}_proj" for part in "qkv"), joins.of_attention(architecture, groups)
+    yield f"{ours}linear_qkv.weight", Source(tuple(f"{part}.weight" for part in qkv), "rows", join)
     if architecture.has_qkv_bias:
-        yield f"{ours}linear_qkv.bias", Source(tuple(f"{part}.bias" for part in qkv), "rows", "heads")
+        yield f"{ours}linear_qkv.bias", Source(tuple(f"{part}.bias" for part in qkv), "rows", join)
     if architecture.has_qk_norm:
         yield f"{ours}q_layernorm.weight", Source((f"{theirs}q_norm.weight",))
         yield f"{ours}k_layernorm.weight", Source((f"{theirs}k_norm.weight",))
     yield f"{ours}linear_proj.weight", Source((f"{theirs}o_proj.weight",), "columns")
 
 
-def _delta_net(architecture: Architecture, ours: str, theirs: str) -> Iterator[tuple[str, Source]]:
-    sections = delta_net.sections(architecture.hf)
-    projections = tuple(f"{theirs}in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
-    yield f"{ours}in_proj.weight", Source(projections, "rows", sections=sections)
+def _delta_net(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str
+) -> Iterator[tuple[str, Source]]:
+    hf, join = architecture.hf, joins.of_delta_net(architecture, groups)
+    sections = delta_net.sections(hf)
+    projections = tuple(f"{theirs}{name}.weight" for name in joins.delta_net_layers(hf))
+    first = () if joins.has_key_head_order(hf) else sections
+    yield f"{ours}in_proj.weight", Source(projections, "rows", join, first)
     yield f"{ours}conv1d.weight", Source((f"{theirs}conv1d.weight",), "rows", sections=sections)
     yield f"{ours}A_log", Source((f"{theirs}A_log",), "rows")
     yield f"{ours}dt_bias", Source((f"{theirs}dt_bias",), "rows")
@@ -159,7 +169,7 @@ def _fill(
         files.part(first, source.cut, tensor, source.sections),
         *(files.part(name, source.cut, tensor) for name in others),
     ]
-    joined = _by_groups(parts, architecture, tensor.size) if source.join == "heads" else torch.cat(parts)
+    joined = source.join([part.movedim(0, -1) for part in parts]).movedim(-1, 0)
     # The last rank's share of the vocabulary may be padded; the padding is never read.
     rows = joined.shape[0]
     is_vocabulary = (
@@ -180,17 +190,6 @@ def _check_finite(own: Tensor, files: _Checkpoint, names: Sequence[str]) -> None
     """Check a parameter that was read from these tensors."""
     if own.numel() and not bool(torch.stack(torch.aminmax(own)).isfinite().all()):
         raise base_folder.not_finite(files.path, ", ".join(names))
-
-
-def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> Tensor:
-    """q, k, v in Megatron-Core's order: for each group of heads its q, with a gate their gates, its k, its v."""
-    groups = (architecture.config.num_query_groups or 1) // ranks
-    size = head_size(architecture.hf)
-    # [groups, heads of the group, size, ...]
-    q, k, v = (part.unflatten(0, (groups, -1, size)) for part in parts)
-    if architecture.config.attention_output_gate:  # in the checkpoint each head's gate follows it
-        q = torch.cat([q[:, 0::2], q[:, 1::2]], dim=1)
-    return torch.cat([q, k, v], dim=1).flatten(0, 2)
 
 
 def _load_experts(module: RoutedExperts, prefix: str, files: _Checkpoint) -> None:

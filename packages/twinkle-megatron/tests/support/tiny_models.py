@@ -16,6 +16,7 @@ from transformers import (
     Qwen3_5MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 # An odd vocabulary: two ranks can't share it out evenly.
@@ -49,8 +50,8 @@ _MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
 }
-# Of each head four features are rotated; two value heads share a key head. A gated delta net's first outputs may be near
-# zero: with Qwen3.5's own epsilon its norm would make float32's rounding visible.
+# Of each head four features are rotated; two value heads share a key head. A gated delta net's first outputs may be
+# near zero: with Qwen3.5's own epsilon its norm would make float32's rounding visible.
 _HYBRID: dict[str, Any] = {
     "rms_norm_eps": 1e-3,
     "head_dim": 16,
@@ -93,6 +94,7 @@ CONFIGS: dict[str, Any] = {
     "qwen3_5": lambda: _seeing(Qwen3_5Config),
     "qwen3_5, tied": lambda: _seeing(Qwen3_5Config, tied=True),
     "qwen3_5_moe": lambda: _seeing(Qwen3_5MoeConfig, **_SHARED_EXPERT),
+    "qwen3_next": lambda: Qwen3NextConfig(**SIZES, **_HYBRID, **_SHARED_EXPERT, mlp_only_layers=[1]),
 }
 
 
@@ -109,7 +111,9 @@ def save_random(config: PretrainedConfig, directory: Path) -> Path:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.data.add_(0.3 * torch.randn_like(parameter))
-            if name.endswith("dt_bias"):  # as it is initialised, linear attention forgets all but the last token
+            if name.endswith(
+                "dt_bias"
+            ):  # as it is initialised, linear attention forgets all but the last token
                 parameter.data.sub_(5.0)
         model.save_pretrained(directory)
     return directory
