@@ -25,7 +25,7 @@ def side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def of_attention(architecture: Architecture, groups: Groups) -> Join:
-    """For `q_proj`, `k_proj` and `v_proj`: each group of heads has its q, their output gates if there are any, its k and
+    """For `q_proj`, `k_proj` and `v_proj`: each group of heads has its q, their output gates if any, its k and
     its v.
     """
     here = (architecture.config.num_query_groups or 1) // groups.tensor.size

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -250,9 +250,13 @@ class ShardedLayout(Layout):
         groups = self.groups
         own = _given(super().split(row), self.parts, groups)
         is_first = groups.world.index == 0
-        gathered: list[list[_Part]] = [[] for _ in range(groups.world.size)]
-        dist.gather_object(own, gathered if is_first else None, group=groups.control.ranks)
-        return _assemble(chain.from_iterable(gathered), self.targets) if is_first else {}
+        kinds: list[list[_Kind]] = [[] for _ in range(groups.world.size)]
+        mine = [(part.name, part.place, part.matrix.shape) for part in own]
+        dist.gather_object(mine, kinds if is_first else None, group=groups.control.ranks)
+        if not is_first:
+            _send(own, groups.control)
+            return {}
+        return _assemble(chain(own, _received(kinds, groups.control)), self.targets)
 
 
 def sharded_layout(
@@ -274,6 +278,10 @@ def layout_of(bank: Bank) -> ShardedLayout:
     """A bank's layout: this backend makes no others."""
     assert isinstance(bank.layout, ShardedLayout)
     return bank.layout
+
+
+# Of a part its name, place and shape.
+_Kind: TypeAlias = tuple[str, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,6 +309,30 @@ def _given(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups
         if groups.tensor.index == 0:
             given.append(_Part(whole, 0, matrices[whole]))
     return given
+
+
+def _send(own: Sequence[_Part], control: Group) -> None:
+    """To rank 0, as one tensor: pickled they would be copied several times."""
+    if own:
+        flat = np.concatenate([part.matrix.reshape(-1) for part in own])
+        dist.send(torch.from_numpy(flat), 0, group=control.ranks)
+
+
+def _received(kinds: Sequence[Sequence[_Kind]], control: Group) -> Iterator[_Part]:
+    """On rank 0 what the others send, one rank after the other.
+
+    Args:
+        kinds: by rank, of the parts that it sends.
+    """
+    for rank, theirs in enumerate(kinds[1:], start=1):
+        if not theirs:
+            continue
+        sizes = [math.prod(shape) for _, _, shape in theirs]
+        flat = torch.empty(sum(sizes))
+        dist.recv(flat, rank, group=control.ranks)
+        pieces = cast("tuple[Tensor, ...]", flat.split(sizes))
+        for (name, place, shape), piece in zip(theirs, pieces, strict=True):
+            yield _Part(name, place, piece.view(shape).numpy())
 
 
 def _assemble(parts: Iterable[_Part], targets: Sequence[Target]) -> dict[str, Array]:
