@@ -28,11 +28,22 @@ from twinkle_megatron.layers import RMSNorm
 # Whose recurrence this is, as Qwen3.5's; only loaded for models that have one.
 _TRANSFORMERS = "transformers.models.qwen3_next.modeling_qwen3_next"
 
+# Tokens that it computes together.
+_CHUNK = 64
+
 
 def sections(hf: PretrainedConfig) -> tuple[int, int, int]:
     """Features of q, k and v, which `in_proj_qkv` and `conv1d` hold behind each other."""
     keys = hf.linear_num_key_heads * hf.linear_key_head_dim
     return keys, keys, hf.linear_num_value_heads * hf.linear_value_head_dim
+
+
+def token_bytes(hf: PretrainedConfig) -> int:
+    """Bytes that one more token of a training pass takes, beside what any attention takes: q, k and v, and these times
+    beta and decay, a row of each of four matrices of a chunk, all in float32.
+    """
+    keys, values = int(hf.linear_key_head_dim), int(hf.linear_value_head_dim)
+    return 4 * hf.linear_num_value_heads * (4 * keys + 6 * values + 4 * _CHUNK)
 
 
 class GatedDeltaNet(MegatronModule):

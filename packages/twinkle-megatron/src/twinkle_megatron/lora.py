@@ -65,10 +65,12 @@ class ForwardContext:
     Attributes:
         segments: this rank's rows, in order. None: the base model alone.
         targets: int64 [tokens, rows, k], whose log-probabilities the last stage returns.
+        recomputes: whether layers recompute their activations in the backward pass.
     """
 
     segments: list[ShardSegment] = field(default_factory=list["ShardSegment"])
     targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    recomputes: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 from twinkle.server.backends.hf.export_facts import export_facts
 from twinkle.server.backends.hf.model_facts import (
     affordable_adapter_bytes,
+    bounded_batch_tokens,
     context_length,
     eos_token_ids,
-    max_batch_tokens,
 )
 from twinkle.server.backends.lora.module_groups import groups_there_are
 from twinkle.server.backends.protocol import BaseModelInfo, ModelConfig
@@ -27,6 +27,7 @@ from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import LogprobHead
 from twinkle_megatron.joins import Join, side_by_side
 from twinkle_megatron.lora import ColumnLora, ForwardContext, Parallelism, RowLora
+from twinkle_megatron.recomputation import recompute_layers, stage_affordable_tokens
 from twinkle_megatron.shards import Target, targets
 
 
@@ -37,6 +38,7 @@ class Stage:
     Attributes:
         model: gives log-probabilities [rows, tokens, k] at `context.targets` on the last stage, else hidden states.
         targets: the layers of the whole model that adapters can act on.
+        affordable_tokens: with more tokens at once this stage's layers recompute their activations.
     """
 
     architecture: Architecture
@@ -45,6 +47,7 @@ class Stage:
     context: ForwardContext
     targets: list[Target]
     info: BaseModelInfo
+    affordable_tokens: int
 
 
 def load(config: ModelConfig) -> Stage:
@@ -55,36 +58,44 @@ def load(config: ModelConfig) -> Stage:
     """
     hf = architectures.read_hf_config(config)
     architecture = architectures.describe(hf, config)
-    info = _describe(architecture, config)
+    context_length(architecture.hf, config)  # first, since it may refuse
     ranks = groups.join(config)
     model = build.build(architecture, ranks)
     read = bridge_weights.load if architecture.is_bridged else weights.load
     read(model, config.path, architecture, ranks)
     context = ForwardContext()
     _add_lora(model, architecture, ranks, context)
-    # Ranks that share a stage's experts have copies of everything else, and so add no room.
-    holders = config.tensor_parallel_size * config.pipeline_parallel_size
-    found = targets(architecture)
-    info = replace(
-        info,
-        max_adapter_bytes=affordable_adapter_bytes(torch.device(config.device), holders),
-        trainable=groups_there_are(target.group for target in found),
-    )
-    return Stage(architecture, ranks, model, context, found, info)
+    recompute_layers(cast("Any", model).decoder.layers, context)
+    found, affordable = targets(architecture), stage_affordable_tokens(architecture, ranks)
+    info = _describe(architecture, config, found, affordable)
+    return Stage(architecture, ranks, model, context, found, info, affordable)
 
 
-def _describe(architecture: Architecture, config: ModelConfig) -> BaseModelInfo:
-    hf = architecture.hf
+def _describe(
+    architecture: Architecture, config: ModelConfig, found: list[Target], affordable: int
+) -> BaseModelInfo:
+    """
+    Args:
+        found: what adapters can act on.
+        affordable: tokens whose activations of one stage's layers fit in a rank's memory.
+    """
+    hf, device = architecture.hf, torch.device(config.device)
     has_generation = (config.path / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(str(config.path)) if has_generation else None
     return BaseModelInfo(
         vocab_size=architecture.vocab_size,
         max_context_length=context_length(hf, config),
         max_lora_rank=config.max_lora_rank,
-        max_batch_tokens=max_batch_tokens(hf, architecture.config.params_dtype, torch.device(config.device)),
+        # The first stage holds as many micro-batches as there are stages.
+        max_batch_tokens=bounded_batch_tokens(affordable // config.pipeline_parallel_size, device),
         eos_token_ids=eos_token_ids(generation, hf),
         architecture=architecture.name,
         export=export_facts(config.path, architecture.is_tied),
+        # Ranks that share a stage's experts have copies of everything else, and so add no room.
+        max_adapter_bytes=affordable_adapter_bytes(
+            device, config.tensor_parallel_size * config.pipeline_parallel_size
+        ),
+        trainable=groups_there_are(target.group for target in found),
     )
 
 
