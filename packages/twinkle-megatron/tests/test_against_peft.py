@@ -38,6 +38,9 @@ CASES = [
     *[("qwen2", layout) for layout in ("TP2+SP", "PP2")],
     *[("qwen3_moe", layout) for layout in ("TP1", "EP2", "PP2", "TP2xEP2", "PP2xEP2", "DP2xEP2")],
     *[("qwen3", layout) for layout in ("DP2", "DP2xTP2", "DP2xPP2")],
+    *[("qwen3_5", layout) for layout in DENSE],
+    *[("qwen3_5, tied", layout) for layout in ("TP1", "TP2xPP2")],
+    *[("qwen3_5_moe", layout) for layout in ("TP1", "EP2", "PP2", "TP2xEP2")],
 ]
 
 

@@ -28,11 +28,53 @@ from twinkle_megatron.architecture import describe
             {"tensor_parallel_size": 2, "sequence_parallel": False},
             r"model\.sequence_parallel: a mixture of experts .* needs it",
         ),
+        ("qwen3_5", {"pipeline_parallel_size": 3}, r"model\.pipeline_parallel_size: 3 ranks .* 2 layers"),
+        ("qwen3_5", {"expert_parallel_size": 2}, r"model\.expert_parallel_size: qwen3_5_text has no routed"),
+        ("qwen3_5_moe", {"tensor_parallel_size": 4}, r"4 ranks .* 2 key-value heads"),
+        (
+            "qwen3_5_moe",
+            {"tensor_parallel_size": 2, "sequence_parallel": False},
+            r"model\.sequence_parallel: a mixture of experts .* needs it",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide(family: str, sizes: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         describe(CONFIGS[family](), ModelConfig(Path(), **sizes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "qwen3_5",
+            {"linear_num_key_heads": 1},
+            r"tensor_parallel_size: 2 ranks can't share out 1 key heads of linear attention",
+        ),
+        ("qwen3_5", {"linear_num_key_heads": 3}, r"3 key heads .* don't share out 4 value heads"),
+        (
+            "qwen3_5",
+            {"num_key_value_heads": 1},
+            r"tensor_parallel_size: 2 ranks can't share out 1 key-value heads",
+        ),
+        (
+            "qwen3_5",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "full_attention, sliding_attention",
+        ),
+        (
+            "qwen3_5_moe",
+            {"shared_expert_intermediate_size": 25},
+            r"tensor_parallel_size: 2 ranks can't share out 25 columns of the shared expert",
+        ),
+    ],
+)
+def test_parts_of_hybrids_that_can_not_be_spread(family: str, changes: dict[str, Any], message: str) -> None:
+    whole = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(whole.get_text_config(), name, value)
+    with pytest.raises(InvalidRequest, match=message):
+        describe(whole, ModelConfig(Path(), tensor_parallel_size=2))
 
 
 @pytest.mark.parametrize(

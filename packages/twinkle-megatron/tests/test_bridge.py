@@ -146,11 +146,11 @@ def test_what_the_layers_here_would_compute_otherwise(hf: PretrainedConfig, name
 
 @needs_bridge
 def test_linear_attention_is_refused() -> None:
-    from transformers import Qwen3_5TextConfig
+    from transformers import MiniMaxConfig
 
-    hf = Qwen3_5TextConfig(**SIZES)
-    hf.architectures = ["Qwen3_5ForCausalLM"]
-    with pytest.raises(InvalidRequest, match="no weight map for 'qwen3_5_text'"):
+    hf = MiniMaxConfig(**SIZES)
+    hf.architectures = ["MiniMaxForCausalLM"]
+    with pytest.raises(InvalidRequest, match="no weight map for 'minimax'"):
         describe(hf, ModelConfig(Path()))
 
 

@@ -11,13 +11,25 @@ from rank_processes import RankProcesses
 
 from twinkle.server.backends import contract
 
+CASES = [
+    *[
+        ("qwen3", layout)
+        for layout in ("TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP", "DP2", "DP2xTP2", "DP2xPP2")
+    ],
+    *[("qwen3_5", layout) for layout in ("TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP")],
+    ("qwen3_5_moe", "EP2"),
+]
+
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2xPP2", "TP2+SP", "DP2", "DP2xTP2", "DP2xPP2"])
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=["-".join(case) for case in CASES])
 def test_contract(
+    family: str,
     layout: str,
     check: contract.Check,
+    model: Callable[[str], Path],
     ranks: Callable[[Path, str], RankProcesses],
     tiny_model_dir: Path,
 ) -> None:
-    check(cast("contract.Factory", ranks(tiny_model_dir, layout).backend))
+    directory = tiny_model_dir if family == "qwen3" else model(family)
+    check(cast("contract.Factory", ranks(directory, layout).backend))

@@ -22,6 +22,8 @@ from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig
         ("qwen3", {"tensor_parallel_size": 2, "sequence_parallel": True}),
         ("qwen3", {"pipeline_parallel_size": 2}),
         ("qwen3_moe", {"expert_parallel_size": 2}),
+        ("qwen3_5", {"tensor_parallel_size": 2, "sequence_parallel": True}),
+        ("qwen3_5_moe", {"expert_parallel_size": 2}),
     ],
 )
 def test_losses_are_those_of_float32_but_for_rounding(

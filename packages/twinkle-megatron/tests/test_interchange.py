@@ -26,10 +26,16 @@ DENSE_FIRST = "qwen3_moe, first layer dense"
 CASES = [
     ("qwen3", ["TP2", "PP2", "TP2xPP2", "TP2+SP", "TP1"]),
     (DENSE_FIRST, ["EP2", "TP2xEP2", "PP2xEP2", "PP2"]),
+    ("qwen3_5", ["TP2", "PP2", "TP2xPP2", "TP2+SP", "TP1"]),
+    ("qwen3_5_moe", ["EP2", "TP2xEP2", "PP2"]),
+    # With a dense layer; PEFT takes the shared expert's names for those of routed ones.
+    ("qwen3_next", ["TP2xEP2", "PP2"]),
 ]
 
 
-@pytest.fixture(params=CASES, ids=["dense", "mixture of experts"])
+@pytest.fixture(
+    params=CASES, ids=["dense", "mixture of experts", "hybrid", "hybrid mixture of experts", "Qwen3-Next"]
+)
 def backends(
     request: pytest.FixtureRequest,
     model: Callable[[str], Path],

@@ -10,7 +10,7 @@ import torch
 
 from twinkle.server.backends.protocol import Row
 from twinkle_megatron.groups import Group, Groups
-from twinkle_megatron.pieces import MIN_PIECE_TOKENS_CPU, PIECES_A_STAGE, cut
+from twinkle_megatron.pieces import MIN_PIECE_TOKENS_CPU, PIECES_A_STAGE, Piece, cut, tokens_at_once
 
 
 def groups(pipeline: int = 1, data: int = 1, index: int = 0) -> Groups:
@@ -79,3 +79,11 @@ def test_copies_of_the_model_share_out_the_rows_of_each_piece() -> None:
     assert sorted(k for pieces in shares for piece in pieces for _, k in piece.own_places) == [0, 1, 2, 3, 4]
     [lonely] = cut([(0, rows[:1])], place, groups(data=2, index=1))
     assert lonely.own_rows == [] and len(lonely.rows) == 1
+
+
+def test_a_stage_holds_as_many_pieces_as_there_are_stages_from_it_on() -> None:
+    pieces = [Piece([row("a", length)] * 2, [], []) for length in (10, 30, 20)]
+    assert tokens_at_once(pieces, groups()) == 60
+    assert tokens_at_once(pieces, groups(pipeline=2)) == 100
+    assert tokens_at_once(pieces, groups(pipeline=4)) == 120
+    assert tokens_at_once(pieces, groups(pipeline=4, data=2)) == 60

@@ -27,6 +27,8 @@ from twinkle_megatron.architecture import read_hf_config
         ("qwen2", {"pipeline_parallel_size": 2}),
         ("qwen2", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
         ("qwen3_moe", {"expert_parallel_size": 2}),
+        ("qwen3_5", {"tensor_parallel_size": 2}),
+        ("qwen3_5_moe", {"expert_parallel_size": 2}),
     ],
 )
 def test_no_rank_ever_holds_the_whole_model(
@@ -34,10 +36,11 @@ def test_no_rank_ever_holds_the_whole_model(
 ) -> None:
     """It keeps its share of what is shared out and what isn't; of the files it reads no more than that."""
     config = ModelConfig(model(family), **layout)
-    sizes = {name: t.numel() for name, t in load_file(model(family) / "model.safetensors").items()}
+    tensors = load_file(model(family) / "model.safetensors").items()
+    sizes = {name: t.numel() for name, t in tensors if ".visual." not in name}
     whole = sum(sizes.values())
     # Of a mixture only the experts are shared out; every rank has the attention.
-    shared = sum(size for name, size in sizes.items() if family != "qwen3_moe" or ".experts." in name)
+    shared = sum(size for name, size in sizes.items() if "moe" not in family or ".experts." in name)
     most = whole - 0.45 * shared
     with megatron_ranks.start(config) as group:
         held, read, largest = zip(*group.held_by_each_rank(), strict=True)
@@ -73,6 +76,39 @@ def test_experts_may_be_stacked_on_disk(model: Callable[[str], Path], tmp_path: 
         with megatron_ranks.start(ModelConfig(path, expert_parallel_size=2)) as group:
             backend = group.backend()
             backend.add_adapter("a", AdapterSpec(rank=2))
+            found.append(backend.forward_backward([rows]))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert_near(one.logprobs, other.logprobs, 0.0)
+
+
+def test_of_a_model_that_sees_and_predicts_further_tokens_the_text_model_is_read(
+    model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By its names as a part of that model, as it is published, and by its own, as it is saved alone."""
+    import torch
+
+    published, alone = (shutil.copytree(model("qwen3_5"), tmp_path / name) for name in ("published", "alone"))
+    tensors = load_file(published / "model.safetensors")
+    assert "model.language_model.norm.weight" in tensors and "model.visual.pos_embed.weight" in tensors
+    further = {
+        f"mtp.{name}.weight": torch.full((4, 4), float("nan")) for name in ("fc", "layers.0.mlp.up_proj")
+    }
+    save_file({**tensors, **further}, published / "model.safetensors", metadata={"format": "pt"})
+    text = {
+        name.replace("language_model.", ""): tensor
+        for name, tensor in tensors.items()
+        if ".visual." not in name
+    }
+    save_file(text, alone / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((alone / "config.json").read_text())
+    (alone / "config.json").write_text(json.dumps(config["text_config"]))
+    rows = [peft_alone.random_row("a", 20, i, VOCAB_SIZE) for i in range(2)]
+    found: list[Any] = []
+    for path in (published, alone):
+        with megatron_ranks.start(ModelConfig(path)) as group:
+            backend = group.backend()
+            backend.add_adapter("a", AdapterSpec(rank=2))
+            assert backend.info.architecture == "Qwen3_5ForCausalLM"
             found.append(backend.forward_backward([rows]))
     for one, other in zip(found[0][0], found[1][0], strict=True):
         assert_near(one.logprobs, other.logprobs, 0.0)

@@ -3,7 +3,8 @@
     stage         this rank's part of the model: architecture, build, weights, and the LoRA layers in it
     shards        which part of an adapter is this rank's
     passes        micro-batches to results and gradients: pieces, Megatron-Core's schedule
-    lora, head, experts, collectives      the arithmetic
+    lora, head, experts, delta_net, collectives      the arithmetic
+    recomputation   whether a pass keeps its activations
     groups, cpu   the ranks, and Megatron-Core without a GPU
 
 Every rank gets every call, in the same order, and checks it in the same way: all refuse, or none.

@@ -7,29 +7,32 @@ sorts tokens by expert.)
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm, run_experts
+from twinkle_megatron.architecture import shared_expert_size
 from twinkle_megatron.collectives import exchange_rows
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import ForwardContext, ShardSegment
 
 
 class Router(nn.Module):
-    """Top-k routing, as in Transformers' `Qwen3MoeTopKRouter`."""
+    """Top-k routing, as in Transformers' `Qwen3MoeTopKRouter` and `Qwen3_5MoeTopKRouter`."""
 
     def __init__(self, config: TransformerConfig, hf: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hf.num_experts, hf.hidden_size, dtype=config.params_dtype))
         self._k = hf.num_experts_per_tok
-        self._adds_up_to_one = hf.norm_topk_prob
+        self._adds_up_to_one = hf.model_type == "qwen3_5_moe_text" or hf.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[n, hidden] to experts, int64 [n, k], and their weights [n, k]."""
@@ -40,12 +43,45 @@ class Router(nn.Module):
         return experts, weights.to(x.dtype)
 
 
+class SharedExpert(nn.Module):
+    """The expert that all tokens go to, spread over the tensor group as a dense feed-forward block is.
+
+    Attributes:
+        gate: [1, hidden], by whose sigmoid its output is multiplied.
+    """
+
+    def __init__(self, config: TransformerConfig, hf: PretrainedConfig, dense: ModuleSpec) -> None:
+        super().__init__()
+        own = copy.copy(config)
+        own.ffn_hidden_size = shared_expert_size(hf)
+        self.mlp = cast("nn.Module", build_module(dense, config=own, ffn_hidden_size=own.ffn_hidden_size))
+        self.gate = nn.Parameter(torch.empty(1, hf.hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens here, rows, hidden] to the same."""
+        out, _ = self.mlp(hidden)
+        return functional.linear(hidden, self.gate).sigmoid() * out
+
+
 class RoutedExperts(nn.Module):
-    """A layer's feed-forward block. Call `attach` before use."""
+    """A layer's feed-forward block. Call `attach` before use.
+
+    Attributes:
+        shared: None if tokens go to routed experts alone.
+    """
 
     def __init__(
-        self, config: TransformerConfig, hf: PretrainedConfig, groups: Groups, **_unused: Any
+        self,
+        config: TransformerConfig,
+        hf: PretrainedConfig,
+        groups: Groups,
+        dense: ModuleSpec,
+        **_unused: Any,
     ) -> None:
+        """
+        Args:
+            dense: how a feed-forward block that is spread over the tensor group is built.
+        """
         super().__init__()
         count, inner = hf.num_experts // groups.expert.size, hf.moe_intermediate_size
         dtype = config.params_dtype
@@ -53,6 +89,7 @@ class RoutedExperts(nn.Module):
         self.router = Router(config, hf)
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hf.hidden_size, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(count, hf.hidden_size, inner, dtype=dtype))
+        self.shared = SharedExpert(config, hf, dense) if shared_expert_size(hf) else None
         self._expert = groups.expert
         self._name = ""
         self._context = ForwardContext()
@@ -75,8 +112,8 @@ class RoutedExperts(nn.Module):
             out = run_experts(x, experts, self.gate_up_proj, self.down_proj, functional.silu, terms)
         else:
             out = self._on_their_ranks(x, experts, adapters)
-        mixed = (out * weights.unsqueeze(-1)).sum(dim=1)
-        return mixed.to(hidden.dtype).view_as(hidden), None
+        mixed = (out * weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype).view_as(hidden)
+        return mixed if self.shared is None else mixed + self.shared(hidden), None
 
     def _on_their_ranks(self, x: Tensor, experts: Tensor, adapters: Tensor) -> Tensor:
         """[n, hidden] and experts [n, k] to the experts' outputs, [n, k, hidden]."""

@@ -1,4 +1,4 @@
-"""The parts of a layer that need neither Transformer Engine nor a GPU: norm and attention, in plain torch.
+"""The parts of a layer that need neither Transformer Engine nor a GPU: norms and attention, in plain torch.
 
 Attention uses torch's own kernels, which on a GPU are the flash ones.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +32,30 @@ class RMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x ** 2) + eps) * (1 + weight), all in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class GatedAttention(SelfAttention):
+    """Attention whose output is multiplied by a sigmoid of the layer's input, before it is projected.
+
+    Megatron-Core's own has this product compiled, which takes a compiler at run time.
+    """
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """
+        Args:
+            x: [tokens, rows, heads * head size].
+            gate: the same, in any shape.
+        """
+        return x * torch.sigmoid(gate.reshape(x.shape))
 
 
 class CausalAttention(MegatronModule):

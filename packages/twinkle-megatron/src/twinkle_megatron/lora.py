@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
+from twinkle_megatron.joins import Join
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +65,12 @@ class ForwardContext:
     Attributes:
         segments: this rank's rows, in order. None: the base model alone.
         targets: int64 [tokens, rows, k], whose log-probabilities the last stage returns.
+        recomputes: whether layers recompute their activations in the backward pass.
     """
 
     segments: list[ShardSegment] = field(default_factory=list["ShardSegment"])
     targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    recomputes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +141,14 @@ class ColumnLora(ParallelLayer):
         self,
         base: nn.Module,
         names: Sequence[str],
-        join: Callable[[list[Tensor]], Tensor],
+        join: Join,
         context: ForwardContext,
         parallelism: Parallelism,
     ) -> None:
         """
         Args:
             names: the layers that it holds, by their names in Transformers.
-            join: puts their outputs [tokens, rows, own features] in the order of the base layer's.
+            join: puts their outputs in the order of the base layer's.
         """
         super().__init__(base, context, parallelism)
         self._names = tuple(names)
@@ -182,17 +185,3 @@ class RowLora(ParallelLayer):
             return segment.high(self._name, self._parallelism.after_row_a(low))
 
         return add_terms(out, self._context.segments, (self._name,), term), bias
-
-
-def side_by_side(parts: list[Tensor]) -> Tensor:
-    """[..., n_i] each to [..., sum of n_i]."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def by_head_groups(groups: int) -> Callable[[list[Tensor]], Tensor]:
-    """Puts q, k and v [..., features] in Megatron-Core's order: for each of `groups` its q, its k, its v."""
-
-    def join(parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
-
-    return join

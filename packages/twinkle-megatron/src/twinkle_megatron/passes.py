@@ -26,7 +26,7 @@ from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle_megatron import cpu
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import ShardSegment
-from twinkle_megatron.pieces import Piece, cut
+from twinkle_megatron.pieces import Piece, cut, tokens_at_once
 from twinkle_megatron.shards import ShardedLayout, expert_places, layout_of, partial_places
 from twinkle_megatron.stage import Stage
 
@@ -121,6 +121,8 @@ def _run_schedule(stage: Stage, work: _Pieces) -> None:
     def forward(pieces: Iterator[Piece], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         return _forward(work, next(pieces), model)
 
+    at_once = tokens_at_once(work.pieces, stage.groups)
+    stage.context.recomputes = not work.forward_only and at_once > stage.affordable_tokens
     with cpu.schedules_on(stage.groups.device), torch.set_grad_enabled(not work.forward_only):
         run(
             forward_step_func=forward,

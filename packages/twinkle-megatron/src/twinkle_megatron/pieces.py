@@ -40,6 +40,15 @@ class Piece:
         return -(-longest // ranks) * ranks
 
 
+def tokens_at_once(pieces: Sequence[Piece], groups: Groups) -> int:
+    """Most tokens whose activations a stage has to keep at the same time, on any of its ranks: 1F1B has as many pieces
+    under way as there are stages from it on.
+    """
+    share = groups.data.size
+    sizes = [-(-len(piece.rows) // share) * max(len(row.tokens) for row in piece.rows) for piece in pieces]
+    return sum(sorted(sizes, reverse=True)[: groups.pipeline.size - groups.pipeline.index])
+
+
 def cut(
     batches: Sequence[tuple[int, Sequence[Row]]], place: Callable[[Row], tuple[int, int]], groups: Groups
 ) -> list[Piece]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Literal, TypeAlias
+from itertools import accumulate, chain
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.lora.banks import Bank, Layout, LinearShape, Place
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP
 from twinkle.server.backends.lora.module_groups import ModuleGroup, module_group
-from twinkle_megatron.architecture import Architecture, head_size
-from twinkle_megatron.groups import Groups
+from twinkle_megatron import delta_net, joins
+from twinkle_megatron.architecture import Architecture, head_size, shared_expert_size
+from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.head import NAME as HEAD
 
 # Which of a layer's features are spread over ranks: output, input, or whole experts.
@@ -37,12 +38,14 @@ class Target:
     Attributes:
         shape: in the whole model.
         number: of its decoder layer; None for the output head.
+        sections: sizes of consecutive parts of its outputs, each of which is shared out by itself.
     """
 
     shape: LinearShape
     cut: Cut
     group: ModuleGroup
     number: int | None
+    sections: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Shard:
 
     Attributes:
         shape: of the part.
-        out, inner, experts: the part of the target's out_features, in_features and experts.
+        out, inner, experts: the part of the target's out_features (of each section), in_features and experts.
         holders: how many ranks of the whole model hold the same numbers of A, and of B.
         is_partial: whether the gradients of A, and of B, that one rank computes are a part of a sum over the tensor
             group.
@@ -59,7 +62,7 @@ class Shard:
 
     target: Target
     shape: LinearShape
-    out: slice
+    out: tuple[slice, ...]
     inner: slice
     experts: slice
     holders: tuple[int, int]
@@ -75,7 +78,7 @@ class Shard:
     def of_b(self, matrix: Array) -> Array:
         """This rank's part of PEFT's B: [out, rank] or, of all experts, [out, rank * experts]."""
         if self.target.shape.experts is None:
-            part = matrix[self.out]
+            part = np.concatenate([matrix[own] for own in self.out])
             missing = self.shape.out_features - len(part)  # of a padded vocabulary
             return np.pad(part, ((0, missing), (0, 0))) if missing else part
         each = matrix.reshape(matrix.shape[0], -1, self.target.shape.experts)
@@ -89,29 +92,62 @@ def targets(architecture: Architecture) -> list[Target]:
         for shape, cut in _layer(architecture, number):
             group = module_group(shape.name)
             assert group is not None, "the table below has no routers"
-            found.append(Target(shape, cut, group, number))
+            parts = delta_net.sections(architecture.hf) if shape.name.endswith(".in_proj_qkv") else ()
+            found.append(Target(shape, cut, group, number, parts or (shape.out_features,)))
     head = LinearShape(HEAD, architecture.hf.hidden_size, architecture.vocab_size)
-    return [*found, Target(head, "out", "unembed", None)]
+    return [*found, Target(head, "out", "unembed", None, (architecture.padded_vocab_size,))]
 
 
 def _layer(architecture: Architecture, number: int) -> Iterator[tuple[LinearShape, Cut]]:
-    hf = architecture.hf
-    hidden, size = int(hf.hidden_size), head_size(hf)
-    queries, keys = hf.num_attention_heads * size, hf.num_key_value_heads * size
-    attention, mlp = f"model.layers.{number}.self_attn.", f"model.layers.{number}.mlp."
-    yield LinearShape(f"{attention}q_proj", hidden, queries), "out"
-    yield LinearShape(f"{attention}k_proj", hidden, keys), "out"
-    yield LinearShape(f"{attention}v_proj", hidden, keys), "out"
-    yield LinearShape(f"{attention}o_proj", queries, hidden), "in"
-    if number in architecture.expert_layers:
-        inner, count = int(hf.moe_intermediate_size), int(hf.num_experts)
-        yield LinearShape(f"{mlp}experts.{GATE_UP}", hidden, 2 * inner, count), "experts"
-        yield LinearShape(f"{mlp}experts.{DOWN}", inner, hidden, count), "experts"
+    prefix = f"model.layers.{number}."
+    if number in architecture.linear_layers:
+        yield from _delta_net(architecture, f"{prefix}linear_attn.")
+    else:
+        yield from _attention(architecture, f"{prefix}self_attn.")
+    hf, mlp = architecture.hf, f"{prefix}mlp."
+    hidden = int(hf.hidden_size)
+    if number not in architecture.expert_layers:
+        yield from _feed_forward(mlp, hidden, int(hf.intermediate_size))
         return
-    inner = int(hf.intermediate_size)
+    inner, count = int(hf.moe_intermediate_size), int(hf.num_experts)
+    yield LinearShape(f"{mlp}experts.{GATE_UP}", hidden, 2 * inner, count), "experts"
+    yield LinearShape(f"{mlp}experts.{DOWN}", inner, hidden, count), "experts"
+    if size := shared_expert_size(hf):
+        yield from _feed_forward(f"{mlp}shared_expert.", hidden, size)
+
+
+def _feed_forward(mlp: str, hidden: int, inner: int) -> Iterator[tuple[LinearShape, Cut]]:
     yield LinearShape(f"{mlp}gate_proj", hidden, inner), "out"
     yield LinearShape(f"{mlp}up_proj", hidden, inner), "out"
     yield LinearShape(f"{mlp}down_proj", inner, hidden), "in"
+
+
+def _delta_net(architecture: Architecture, attention: str) -> Iterator[tuple[LinearShape, Cut]]:
+    hf = architecture.hf
+    hidden, heads = int(hf.hidden_size), int(hf.linear_num_value_heads)
+    qkv = delta_net.sections(hf)
+    out_proj = LinearShape(f"{attention}out_proj", qkv[2], hidden)
+    if joins.has_key_head_order(hf):
+        yield LinearShape(f"{attention}in_proj_qkvz", hidden, sum(qkv) + qkv[2]), "out"
+        yield LinearShape(f"{attention}in_proj_ba", hidden, 2 * heads), "out"
+        yield out_proj, "in"
+        return
+    yield out_proj, "in"
+    yield LinearShape(f"{attention}in_proj_qkv", hidden, sum(qkv)), "out"
+    yield LinearShape(f"{attention}in_proj_z", hidden, qkv[2]), "out"
+    yield LinearShape(f"{attention}in_proj_b", hidden, heads), "out"
+    yield LinearShape(f"{attention}in_proj_a", hidden, heads), "out"
+
+
+def _attention(architecture: Architecture, attention: str) -> Iterator[tuple[LinearShape, Cut]]:
+    hf = architecture.hf
+    hidden, size = int(hf.hidden_size), head_size(hf)
+    queries, keys = hf.num_attention_heads * size, hf.num_key_value_heads * size
+    gated = 2 if architecture.config.attention_output_gate else 1
+    yield LinearShape(f"{attention}q_proj", hidden, gated * queries), "out"
+    yield LinearShape(f"{attention}k_proj", hidden, keys), "out"
+    yield LinearShape(f"{attention}v_proj", hidden, keys), "out"
+    yield LinearShape(f"{attention}o_proj", queries, hidden), "in"
 
 
 def shards(targets: Sequence[Target], architecture: Architecture, groups: Groups) -> list[Shard]:
@@ -126,7 +162,7 @@ def shards(targets: Sequence[Target], architecture: Architecture, groups: Groups
 
 
 def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
-    shape, everything = target.shape, slice(None)
+    shape, everything, all_out = target.shape, slice(None), (slice(None),)
     tensor, copies = groups.tensor, groups.data.size
     if target.cut == "experts":
         assert shape.experts is not None
@@ -134,21 +170,27 @@ def _shard(target: Target, architecture: Architecture, groups: Groups) -> Shard:
         own = slice(groups.expert.index * count, (groups.expert.index + 1) * count)
         part = LinearShape(shape.name, shape.in_features, shape.out_features, count)
         holders = groups.copies.size
-        return Shard(target, part, everything, everything, own, (holders, holders), (False, False))
+        return Shard(target, part, all_out, everything, own, (holders, holders), (False, False))
     by_sequence = bool(architecture.config.sequence_parallel)
     if target.cut == "out":
-        whole = architecture.padded_vocab_size if target.number is None else shape.out_features
-        count = whole // tensor.size
-        own = slice(tensor.index * count, (tensor.index + 1) * count)
         # The last rank's part of the head is smaller than what it computes with: the vocabulary may be padded.
-        part = LinearShape(shape.name, shape.in_features, count)
+        part = LinearShape(shape.name, shape.in_features, sum(target.sections) // tensor.size)
         holders = (tensor.size * copies, copies)
+        own = own_slices(target.sections, tensor)
         return Shard(target, part, own, everything, everything, holders, (by_sequence, False))
     count = shape.in_features // tensor.size
     own = slice(tensor.index * count, (tensor.index + 1) * count)
     part = LinearShape(shape.name, count, shape.out_features)
-    return Shard(
-        target, part, everything, own, everything, (copies, tensor.size * copies), (False, by_sequence)
+    return Shard(target, part, all_out, own, everything, (copies, tensor.size * copies), (False, by_sequence))
+
+
+def own_slices(sections: Sequence[int], ranks: Group) -> tuple[slice, ...]:
+    """A rank's part of each of consecutive sections, which the ranks share out evenly."""
+    starts = accumulate(sections, initial=0)
+    sizes = [section // ranks.size for section in sections]
+    return tuple(
+        slice(start + ranks.index * size, start + (ranks.index + 1) * size)
+        for start, size in zip(starts, sizes, strict=False)
     )
 
 
@@ -208,9 +250,13 @@ class ShardedLayout(Layout):
         groups = self.groups
         own = _given(super().split(row), self.parts, groups)
         is_first = groups.world.index == 0
-        gathered: list[list[_Part]] = [[] for _ in range(groups.world.size)]
-        dist.gather_object(own, gathered if is_first else None, group=groups.control.ranks)
-        return _assemble(chain.from_iterable(gathered), self.targets) if is_first else {}
+        kinds: list[list[_Kind]] = [[] for _ in range(groups.world.size)]
+        mine = [(part.name, part.place, part.matrix.shape) for part in own]
+        dist.gather_object(mine, kinds if is_first else None, group=groups.control.ranks)
+        if not is_first:
+            _send(own, groups.control)
+            return {}
+        return _assemble(chain(own, _received(kinds, groups.control)), self.targets)
 
 
 def sharded_layout(
@@ -232,6 +278,10 @@ def layout_of(bank: Bank) -> ShardedLayout:
     """A bank's layout: this backend makes no others."""
     assert isinstance(bank.layout, ShardedLayout)
     return bank.layout
+
+
+# Of a part its name, place and shape.
+_Kind: TypeAlias = tuple[str, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +311,30 @@ def _given(matrices: Mapping[str, Array], parts: Sequence[Shard], groups: Groups
     return given
 
 
+def _send(own: Sequence[_Part], control: Group) -> None:
+    """To rank 0, as one tensor: pickled they would be copied several times."""
+    if own:
+        flat = np.concatenate([part.matrix.reshape(-1) for part in own])
+        dist.send(torch.from_numpy(flat), 0, group=control.ranks)
+
+
+def _received(kinds: Sequence[Sequence[_Kind]], control: Group) -> Iterator[_Part]:
+    """On rank 0 what the others send, one rank after the other.
+
+    Args:
+        kinds: by rank, of the parts that it sends.
+    """
+    for rank, theirs in enumerate(kinds[1:], start=1):
+        if not theirs:
+            continue
+        sizes = [math.prod(shape) for _, _, shape in theirs]
+        flat = torch.empty(sum(sizes))
+        dist.recv(flat, rank, group=control.ranks)
+        pieces = cast("tuple[Tensor, ...]", flat.split(sizes))
+        for (name, place, shape), piece in zip(theirs, pieces, strict=True):
+            yield _Part(name, place, piece.view(shape).numpy())
+
+
 def _assemble(parts: Iterable[_Part], targets: Sequence[Target]) -> dict[str, Array]:
     """The adapter's matrices by PEFT name, in the order of the module tree."""
     found: dict[str, list[_Part]] = {}
@@ -276,12 +350,21 @@ def _assemble(parts: Iterable[_Part], targets: Sequence[Target]) -> dict[str, Ar
         )
         if shape.experts is None:
             whole[a_name] = np.concatenate(a, axis=1)
-            whole[b_name] = np.concatenate(b)[: shape.out_features]
+            whole[b_name] = _by_sections(b, target.sections)[: shape.out_features]
         else:
             whole[a_name] = np.concatenate(a)
             each = [matrix.reshape(shape.out_features, -1, shape.experts // len(b)) for matrix in b]
             whole[b_name] = np.concatenate(each, axis=2).reshape(shape.out_features, -1)
     return whole
+
+
+def _by_sections(parts: Sequence[Array], sections: Sequence[int]) -> Array:
+    """Parts of all ranks to the whole: each has its share of each section, behind each other."""
+    if len(sections) == 1 or len(parts) == 1:
+        return np.concatenate(parts)
+    ends = np.cumsum(sections)[:-1] // len(parts)
+    each = [np.split(part, ends) for part in parts]
+    return np.concatenate([share for section in zip(*each, strict=True) for share in section])
 
 
 # ---------------------------------------------------------------- gradients

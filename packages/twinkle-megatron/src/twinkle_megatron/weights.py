@@ -19,26 +19,33 @@ from tqdm import tqdm
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
-from twinkle_megatron.architecture import Architecture, head_size
+from twinkle_megatron import delta_net, joins
+from twinkle_megatron.architecture import Architecture, shared_expert_size
 from twinkle_megatron.build import first_layer
 from twinkle_megatron.experts import RoutedExperts
 from twinkle_megatron.groups import Group, Groups
+from twinkle_megatron.joins import Join, side_by_side
+from twinkle_megatron.shards import own_slices
 
 # How a tensor of the checkpoint is shared out: by rows, by columns, or not at all.
 Cut: TypeAlias = Literal["rows", "columns", "whole"]
-# How the parts make one parameter: concatenated, or the heads of q, k and v by their groups.
-Join: TypeAlias = Literal["stack", "heads"]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a parameter is made of: tensors of the checkpoint, each cut in the same way."""
+    """What a parameter is made of: tensors of the checkpoint, each cut in the same way.
+
+    Attributes:
+        join: how they make one, by their first dimension.
+        sections: sizes of consecutive parts of the first tensor's rows, each of which is shared out by itself.
+    """
 
     names: tuple[str, ...]
     cut: Cut = "whole"
-    join: Join = "stack"
+    join: Join = side_by_side
+    sections: tuple[int, ...] = ()
 
 
 def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Source]]:
@@ -47,7 +54,9 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
         yield "embedding.word_embeddings.weight", Source(("model.embed_tokens.weight",), "rows")
     start = first_layer(architecture, groups)
     for i in range(architecture.config.num_layers // groups.pipeline.size):
-        yield from _layer(architecture, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i)
+        yield from _layer(
+            architecture, groups, f"decoder.layers.{i}.", f"model.layers.{start + i}.", start + i
+        )
     if groups.is_last_stage:
         yield "decoder.final_layernorm.weight", Source(("model.norm.weight",))
         if not architecture.is_tied:
@@ -56,28 +65,56 @@ def table(architecture: Architecture, groups: Groups) -> Iterator[tuple[str, Sou
             yield "output_layer.weight", Source(("model.embed_tokens.weight",), "rows")
 
 
-def _layer(architecture: Architecture, ours: str, theirs: str, number: int) -> Iterator[tuple[str, Source]]:
-    attention = f"{theirs}self_attn."
-    qkv = tuple(f"{attention}{part}_proj" for part in "qkv")
+def _layer(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str, number: int
+) -> Iterator[tuple[str, Source]]:
     yield f"{ours}input_layernorm.weight", Source((f"{theirs}input_layernorm.weight",))
-    yield (
-        f"{ours}self_attention.linear_qkv.weight",
-        Source(tuple(f"{part}.weight" for part in qkv), "rows", "heads"),
-    )
-    if architecture.has_qkv_bias:
-        bias = Source(tuple(f"{part}.bias" for part in qkv), "rows", "heads")
-        yield f"{ours}self_attention.linear_qkv.bias", bias
-    if architecture.has_qk_norm:
-        yield f"{ours}self_attention.q_layernorm.weight", Source((f"{attention}q_norm.weight",))
-        yield f"{ours}self_attention.k_layernorm.weight", Source((f"{attention}k_norm.weight",))
-    yield f"{ours}self_attention.linear_proj.weight", Source((f"{attention}o_proj.weight",), "columns")
+    if number in architecture.linear_layers:
+        yield from _delta_net(architecture, groups, f"{ours}self_attention.", f"{theirs}linear_attn.")
+    else:
+        yield from _attention(architecture, groups, f"{ours}self_attention.", f"{theirs}self_attn.")
     yield f"{ours}pre_mlp_layernorm.weight", Source((f"{theirs}post_attention_layernorm.weight",))
-    if number in architecture.expert_layers:
-        yield f"{ours}mlp.router.weight", Source((f"{theirs}mlp.gate.weight",))
+    if number not in architecture.expert_layers:
+        yield from _feed_forward(f"{ours}mlp.", f"{theirs}mlp.")
         return
-    gate_up = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
-    yield f"{ours}mlp.linear_fc1.weight", Source(gate_up, "rows")
-    yield f"{ours}mlp.linear_fc2.weight", Source((f"{theirs}mlp.down_proj.weight",), "columns")
+    yield f"{ours}mlp.router.weight", Source((f"{theirs}mlp.gate.weight",))
+    if shared_expert_size(architecture.hf):
+        yield from _feed_forward(f"{ours}mlp.shared.mlp.", f"{theirs}mlp.shared_expert.")
+        yield f"{ours}mlp.shared.gate", Source((f"{theirs}mlp.shared_expert_gate.weight",))
+
+
+def _attention(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str
+) -> Iterator[tuple[str, Source]]:
+    qkv, join = tuple(f"{theirs}{part}_proj" for part in "qkv"), joins.of_attention(architecture, groups)
+    yield f"{ours}linear_qkv.weight", Source(tuple(f"{part}.weight" for part in qkv), "rows", join)
+    if architecture.has_qkv_bias:
+        yield f"{ours}linear_qkv.bias", Source(tuple(f"{part}.bias" for part in qkv), "rows", join)
+    if architecture.has_qk_norm:
+        yield f"{ours}q_layernorm.weight", Source((f"{theirs}q_norm.weight",))
+        yield f"{ours}k_layernorm.weight", Source((f"{theirs}k_norm.weight",))
+    yield f"{ours}linear_proj.weight", Source((f"{theirs}o_proj.weight",), "columns")
+
+
+def _delta_net(
+    architecture: Architecture, groups: Groups, ours: str, theirs: str
+) -> Iterator[tuple[str, Source]]:
+    hf, join = architecture.hf, joins.of_delta_net(architecture, groups)
+    sections = delta_net.sections(hf)
+    projections = tuple(f"{theirs}{name}.weight" for name in joins.delta_net_layers(hf))
+    first = () if joins.has_key_head_order(hf) else sections
+    yield f"{ours}in_proj.weight", Source(projections, "rows", join, first)
+    yield f"{ours}conv1d.weight", Source((f"{theirs}conv1d.weight",), "rows", sections=sections)
+    yield f"{ours}A_log", Source((f"{theirs}A_log",), "rows")
+    yield f"{ours}dt_bias", Source((f"{theirs}dt_bias",), "rows")
+    yield f"{ours}out_norm.weight", Source((f"{theirs}norm.weight",))
+    yield f"{ours}out_proj.weight", Source((f"{theirs}out_proj.weight",), "columns")
+
+
+def _feed_forward(ours: str, theirs: str) -> Iterator[tuple[str, Source]]:
+    gate_up = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
+    yield f"{ours}linear_fc1.weight", Source(gate_up, "rows")
+    yield f"{ours}linear_fc2.weight", Source((f"{theirs}down_proj.weight",), "columns")
 
 
 def load(model: nn.Module, path: Path, architecture: Architecture, groups: Groups) -> None:
@@ -127,8 +164,12 @@ def shapes(path: Path) -> dict[str, list[int]]:
 def _fill(
     parameter: nn.Parameter, source: Source, files: _Checkpoint, architecture: Architecture, tensor: Group
 ) -> None:
-    parts = [files.part(name, source.cut, tensor) for name in source.names]
-    joined = _by_groups(parts, architecture, tensor.size) if source.join == "heads" else torch.cat(parts)
+    first, *others = source.names
+    parts = [
+        files.part(first, source.cut, tensor, source.sections),
+        *(files.part(name, source.cut, tensor) for name in others),
+    ]
+    joined = source.join([part.movedim(0, -1) for part in parts]).movedim(-1, 0)
     # The last rank's share of the vocabulary may be padded; the padding is never read.
     rows = joined.shape[0]
     is_vocabulary = (
@@ -149,15 +190,6 @@ def _check_finite(own: Tensor, files: _Checkpoint, names: Sequence[str]) -> None
     """Check a parameter that was read from these tensors."""
     if own.numel() and not bool(torch.stack(torch.aminmax(own)).isfinite().all()):
         raise base_folder.not_finite(files.path, ", ".join(names))
-
-
-def _by_groups(parts: list[Tensor], architecture: Architecture, ranks: int) -> Tensor:
-    """q, k, v in Megatron-Core's order: for each group of heads its q, its k, its v."""
-    groups = (architecture.config.num_query_groups or 1) // ranks
-    size = head_size(architecture.hf)
-    # [groups, heads of the group, size, ...]
-    heads = [part.unflatten(0, (groups, -1, size)) for part in parts]
-    return torch.cat(heads, dim=1).flatten(0, 2)
 
 
 def _load_experts(module: RoutedExperts, prefix: str, files: _Checkpoint) -> None:
@@ -195,22 +227,33 @@ class _Checkpoint:
         self._stack.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return self._stored(name) in self._file_of
 
     def names(self) -> list[str]:
         return list(self._file_of)
 
     def slices(self, name: str) -> Any:
         """A tensor that is read only where it is indexed."""
-        if name not in self._file_of:
+        if name not in self:
             raise base_folder.missing(self.path, [name], "the model")
-        return self._opened(self._file_of[name]).get_slice(name)
+        stored = self._stored(name)
+        return self._opened(self._file_of[stored]).get_slice(stored)
 
-    def part(self, name: str, cut: Cut, ranks: Group | None) -> Tensor:
-        """A rank's share of a tensor; the last one's is smaller if the rows can't be shared out evenly."""
+    def _stored(self, name: str) -> str:
+        """A text model's tensor in the files, where the model may be a part of one that also sees."""
+        return name if name in self._file_of else name.replace("model.", "model.language_model.", 1)
+
+    def part(self, name: str, cut: Cut, ranks: Group | None, sections: Sequence[int] = ()) -> Tensor:
+        """A rank's share of a tensor; the last one's is smaller if the rows can't be shared out evenly.
+
+        Args:
+            sections: as in `Source`.
+        """
         tensor = self.slices(name)
         if cut == "whole" or ranks is None or ranks.size == 1:
             return tensor[:]
+        if sections and tensor.get_shape()[0] == sum(sections):
+            return torch.cat([tensor[own] for own in own_slices(sections, ranks)])
         if cut == "rows":
             share = -(-tensor.get_shape()[0] // ranks.size)
             return tensor[ranks.index * share : (ranks.index + 1) * share]

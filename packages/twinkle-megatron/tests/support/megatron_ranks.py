@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rank_processes import RankProcesses
+from rank_processes import Load, RankProcesses
 
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle_megatron import stage
@@ -13,13 +13,18 @@ from twinkle_megatron.backend import MegatronBackend
 from twinkle_megatron.stage import Stage
 
 
-def start(config: ModelConfig) -> RankProcesses:
-    return RankProcesses.start(config, load, ["twinkle_megatron.backend"])
-
-
 def load(config: ModelConfig) -> Rank:
     read = _watch_reading()
     return Rank(stage.load(config), read)
+
+
+def load_short_of_memory(config: ModelConfig) -> RankShortOfMemory:
+    rank = load(config)
+    return RankShortOfMemory(replace(rank.stage, affordable_tokens=0), rank.read)
+
+
+def start(config: ModelConfig, how: Load = load) -> RankProcesses:
+    return RankProcesses.start(config, how, ["twinkle_megatron.backend"])
 
 
 @dataclass
@@ -30,10 +35,18 @@ class Rank:
     def backend(self, config: ModelConfig) -> MegatronBackend:
         return MegatronBackend(config, self.stage)
 
-    def held(self) -> tuple[int, int, int]:
-        """Elements that the rank holds, has read from files, and has read at once at most."""
+    def held(self) -> Any:
+        """Three numbers: elements that the rank holds, has read from files, and has read at once at most."""
         held = sum(parameter.numel() for parameter in self.stage.model.parameters())
         return held, sum(self.read), max(self.read)
+
+
+class RankShortOfMemory(Rank):
+    """As on a device that can't keep any activations."""
+
+    def held(self) -> bool:
+        """Whether the last pass has recomputed them."""
+        return self.stage.context.recomputes
 
 
 def _watch_reading() -> list[int]:

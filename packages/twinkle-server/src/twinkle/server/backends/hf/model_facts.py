@@ -55,7 +55,13 @@ def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -
 
 
 def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """`bounded_batch_tokens`, estimated from the configuration alone.
+    """`bounded_batch_tokens`, estimated from the configuration alone."""
+    token_bytes = estimated_token_bytes(text, dtype, int(text.num_hidden_layers))
+    return bounded_batch_tokens(affordable_tokens(token_bytes, device), device)
+
+
+def estimated_token_bytes(text: PretrainedConfig, dtype: torch.dtype, layers: int) -> int:
+    """Bytes that one more token costs a training pass in this many of a model's layers.
 
     A layer of a Llama or Qwen keeps about 8 vectors of the hidden size and 4 of the feed-forward size for the backward
     pass; that is doubled for the backward pass's own temporaries. In a mixture of experts, each expert of a token adds
@@ -68,8 +74,7 @@ def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.d
         4 * hidden + 8 * (_largest(getattr(text, "moe_intermediate_size", None)) or intermediate)
     )
     numbers = 16 * hidden + 8 * intermediate + of_experts
-    token_bytes = int(text.num_hidden_layers) * numbers * dtype.itemsize
-    return bounded_batch_tokens(affordable_tokens(token_bytes, device), device)
+    return layers * numbers * dtype.itemsize
 
 
 def _largest(size: int | Sequence[int] | None) -> int:
