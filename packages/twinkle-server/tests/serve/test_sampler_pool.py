@@ -26,6 +26,7 @@ from twinkle.server.sampler_plan import SamplerPlan
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.serve import sampler_pool
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
+from twinkle.server.serve.sampler_handle import SamplerHandle
 from twinkle.server.serve.sampler_pool import SamplerPool
 
 pytestmark = pytest.mark.serve
@@ -58,11 +59,12 @@ def placement() -> Iterator[PlacementGroup]:
     ray.shutdown()
 
 
-def plan(engine: str = "fake") -> Plan:
-    """One rank, which isn't started here, and two samplers."""
+def plan(engine: str = "fake", processes: int = 2, max_processes: int = 2) -> Plan:
+    """One rank, which isn't started here, and samplers that are to draw four sequences each."""
     model = ModelConfig(Path("fake"))
     config = ServerConfig(model=ModelSection(model_id="org/fake"))
-    return Plan(config, model, "fake", SamplerPlan(engine, 2, model, 0, None), gpus_per_rank=0)
+    samplers = SamplerPlan(engine, processes, model, 0, None, max_processes, target_sequences=4)
+    return Plan(config, model, "fake", samplers, gpus_per_rank=0)
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ class Actor:
 
 def pool_of(actors: list[Actor]) -> tuple[SamplerPool, list[StandIn]]:
     connections = [StandIn() for _ in actors]
-    samplers = [sampler_pool._Sampler(*pair) for pair in zip(actors, connections, strict=True)]
+    samplers = [SamplerHandle(*pair) for pair in zip(actors, connections, strict=True)]
     return SamplerPool(plan(), cast(Any, None), samplers), connections
 
 
