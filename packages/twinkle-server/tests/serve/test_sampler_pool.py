@@ -88,7 +88,7 @@ def resident(sampler: Any) -> list[str]:
 
 
 async def until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
