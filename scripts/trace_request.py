@@ -102,7 +102,7 @@ async def _serve(root: Path, port: int, ready: threading.Event, stop: threading.
     address = await Server(loaded).listen(None)
     connection = await Connection.connect(address, heartbeat_seconds=60)
     config = ServerConfig(model=ModelSection(model_id="org/fake"), storage=StorageSection(root=root))
-    plan = Plan(config, model, "fake", SamplerPlan("fake", 0, model, 0, None), gpus_per_rank=0)
+    plan = Plan(config, model, "fake", SamplerPlan("fake", 0, model, 0, None, 0, 32), gpus_per_rank=0)
     group = RankGroup(
         plan, cast(Any, None), Incarnation([connection], [], None), backend.info, backend.loss_fns
     )

@@ -64,6 +64,38 @@ def test_a_killed_sampler_is_replaced_and_no_client_notices(server: running_serv
     assert not [line for line in server.lines if "The model was lost" in line]
 
 
+@pytest.mark.timeout(600)
+def test_samples_that_are_too_many_for_one_sampler_bring_a_second_one(hub_root: Path, tmp_path: Path) -> None:
+    port = running_server.free_port()
+    config = running_server.write_config(
+        tmp_path,
+        port,
+        sampler="{replicas: 1, max_replicas: 2, target_sequences: 4}",
+        model_extra="  heartbeat_timeout_seconds: 300\n",  # the first one isn't lost, however long it is held
+    )
+    server = running_server.start(config, hub_root, port)
+    [first] = processes_of(server, "ray::SamplerProcess")
+    try:
+        prompt = random_batch(3, (6,))[0].model_input.to_ints()
+        with ServiceClient(server.base_url, api_key="ada") as service:
+            client = service.create_lora_training_client(MODEL, rank=4, seed=1)
+            client.forward_backward(random_batch(1, (9, 7))).result()
+            client.optim_step(learning_rate=1e-2).result()
+            sampler = client.save_weights_and_get_sampling_client()
+            expected = sampler.sample(prompt, 1, GREEDY).sequences[0].tokens
+            os.kill(first, signal.SIGSTOP)
+            samples = [sampler.sample(prompt, 1, GREEDY) for _ in range(12)]
+            # Half of them, which were waiting for the first one, are drawn by the second.
+            wait_for("the second", lambda: sum(sample.done() for sample in samples) == 6)
+            assert len(processes_of(server, "ray::SamplerProcess") - {first}) == 1
+            os.kill(first, signal.SIGCONT)
+            for sample in samples:
+                assert sample.result().sequences[0].tokens == expected
+    finally:
+        os.kill(first, signal.SIGCONT)
+        server.stop()
+
+
 def test_a_server_without_samplers_trains_saves_and_says_what_it_does_not_do(
     hub_root: Path, tmp_path: Path
 ) -> None:

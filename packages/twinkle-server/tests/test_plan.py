@@ -276,6 +276,33 @@ def test_gpus_of_samplers_are_taken_from_all_and_the_rest_trains(model: str, mon
     assert plan.describe()[-1] == "It only trains: sampler.engine is none."
 
 
+def test_samplers_that_come_and_go_have_their_gpus_and_no_bundle(model: str, monkeypatch: pytest.MonkeyPatch):
+    with_gpus(monkeypatch, 8)
+    plan = make_plan(sampling(config(model), replicas=1, max_replicas=3, target_sequences=8))
+    assert plan.samplers is not None
+    assert (plan.samplers.processes, plan.samplers.max_processes, plan.samplers.target_sequences) == (1, 3, 8)
+    assert (plan.num_ranks, plan.samplers.all_gpus) == (5, 3)
+    one = {"CPU": 1.0, "GPU": 1.0}
+    assert (plan.bundles, plan.most_bundles, plan.sampler_bundle) == ([one] * 6, [one] * 8, one)
+    rows = [" ".join(line.split()) for line in plan.describe()]
+    assert rows[-3:] == [
+        "sampler 0 this machine GPU the model, transformers sampler of its own 0.0 MB",
+        *(
+            f"sampler {number} this machine GPU the model, transformers sampler of its own, while there is load (up "
+            "to 3) 0.0 MB"
+            for number in (1, 2)
+        ),
+    ]
+    assert make_plan(sampling(config(model), num_gpus=3, max_replicas=3)).bundles == [one] * 6, "auto is one"
+    fixed = make_plan(sampling(config(model), replicas=3))
+    assert fixed.samplers is not None and fixed.samplers.max_processes == 3
+    assert fixed.bundles == fixed.most_bundles
+    assert make_plan(config(model)).most_bundles == [one] * 8, "samplers beside training take nothing"
+    with_gpus(monkeypatch, 0)
+    on_cpu = make_plan(sampling(config(model), replicas=2, max_replicas=4))
+    assert (on_cpu.bundles, on_cpu.most_bundles) == ([{"CPU": 1.0}] * 3, [{"CPU": 1.0}] * 5)
+
+
 @pytest.mark.usefixtures("megatron")
 def test_on_a_cpu_a_spread_model_has_a_sampler_of_its_own(model: str, monkeypatch: pytest.MonkeyPatch):
     with_gpus(monkeypatch, 0)
@@ -294,6 +321,24 @@ def test_on_a_cpu_a_spread_model_has_a_sampler_of_its_own(model: str, monkeypatc
         ({"num_gpus": 4}, "its samplers take 4 GPUs, but 4 can be used here, and training needs some"),
         ({"replicas": 9}, "its samplers take 9 GPUs"),
         ({"num_gpus": 2, "replicas": 3}, r"num_gpus: 2, but sampler.replicas: 3 with 1 GPU each .* take 3"),
+        ({"replicas": 1, "max_replicas": 4}, "its samplers take 4 GPUs, but 4 can be used here"),
+        (
+            {"replicas": 3, "max_replicas": 2},
+            "max_replicas: 2, but sampler.replicas: 3 are always there; raise",
+        ),
+        ({"max_replicas": 2}, "max_replicas: 2, but there would be 0 samplers of their own, .*; set"),
+        (
+            {"num_gpus": 2, "replicas": 1, "max_replicas": 3},
+            r"num_gpus: 2, but sampler.max_replicas: 3 with 1 GPU each .* take 3; leave",
+        ),
+        (
+            {"replicas": 2, "target_sequences": 8},
+            "target_sequences: 8 is for a number .*; say with sampler.max_",
+        ),
+        (
+            {"engine": "none", "max_replicas": 2},
+            "sampler.engine: none starts no samplers; leave out .*max_replicas",
+        ),
         ({"tensor_parallel_size": 2}, "the transformers engine samples on one device"),
         ({"engine": "none", "num_gpus": 1}, "sampler.engine: none starts no samplers"),
         ({"engine": "nonesuch"}, "'nonesuch' is not installed"),

@@ -64,7 +64,13 @@ def group_of(*stand_ins: StandIn) -> RankGroup:
     config = ServerConfig(model=ModelSection(model_id="org/fake"))
     backend = FakeBackend(model)
     return RankGroup(
-        Plan(config, model, "transformers", SamplerPlan("transformers", 0, model, 0, None), gpus_per_rank=0),
+        Plan(
+            config,
+            model,
+            "transformers",
+            SamplerPlan("transformers", 0, model, 0, None, 0, 32),
+            gpus_per_rank=0,
+        ),
         cast(Any, None),
         Incarnation(stand_ins, [], None),
         backend.info,

@@ -38,7 +38,7 @@ STEP = AdamStep("a", AdamParams(learning_rate=0.1))
 
 def plan(model: ModelConfig = CONFIG, backend: str = "fake", **timeouts: float) -> Plan:
     section = ModelSection.model_validate({"model_id": "org/fake", **timeouts})
-    samplers = SamplerPlan("fake", 0, model, 0, None)
+    samplers = SamplerPlan("fake", 0, model, 0, None, 0, 32)
     return Plan(ServerConfig(model=section), model, backend, samplers, gpus_per_rank=0)
 
 

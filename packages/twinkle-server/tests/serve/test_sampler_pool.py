@@ -24,8 +24,9 @@ from twinkle.server.engine.worker import WorkerLost
 from twinkle.server.plan import Plan
 from twinkle.server.sampler_plan import SamplerPlan
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.serve import sampler_pool
+from twinkle.server.serve import sampler_on_demand, sampler_pool
 from twinkle.server.serve.rpc import Call, Connection, ConnectionLost
+from twinkle.server.serve.sampler_handle import SamplerHandle
 from twinkle.server.serve.sampler_pool import SamplerPool
 
 pytestmark = pytest.mark.serve
@@ -34,8 +35,9 @@ TOKENS = np.array([1, 2, 3])
 STATE = AdapterState(AdapterSpec(rank=2), ["w"], {"weights": np.ones((2, 3), np.float32)})
 
 
-def request(adapter_id: str | None, num_samples: int = 1) -> GenerateRequest:
-    return GenerateRequest("alice", adapter_id, TOKENS, SamplingParams(max_tokens=2), num_samples)
+def request(adapter_id: str | None, num_samples: int = 1, request_id: str = "") -> GenerateRequest:
+    params = SamplingParams(max_tokens=2)
+    return GenerateRequest("alice", adapter_id, TOKENS, params, num_samples, request_id=request_id)
 
 
 async def drawn(pool: SamplerPool, adapter_id: str | None, num_samples: int = 1) -> list[list[int]]:
@@ -50,7 +52,7 @@ DRAWN = [[6, 7]]
 @pytest.fixture(scope="module")
 def placement() -> Iterator[PlacementGroup]:
     ray.init(
-        address="local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
     )
     placement = placement_group([{"CPU": 1.0}] * 3, strategy="PACK")
     ray.get(placement.ready(), timeout=60)
@@ -58,11 +60,13 @@ def placement() -> Iterator[PlacementGroup]:
     ray.shutdown()
 
 
-def plan(engine: str = "fake") -> Plan:
-    """One rank, which isn't started here, and two samplers."""
+def plan(engine: str = "fake", processes: int = 2, max_processes: int = 2) -> Plan:
+    """One rank, which isn't started here, and samplers that are to draw four sequences each."""
     model = ModelConfig(Path("fake"))
-    config = ServerConfig(model=ModelSection(model_id="org/fake"))
-    return Plan(config, model, "fake", SamplerPlan(engine, 2, model, 0, None), gpus_per_rank=0)
+    # Processes that are stopped for a while aren't lost, however slow the machine is.
+    config = ServerConfig(model=ModelSection(model_id="org/fake", heartbeat_timeout_seconds=600))
+    samplers = SamplerPlan(engine, processes, model, 0, None, max_processes, target_sequences=4)
+    return Plan(config, model, "fake", samplers, gpus_per_rank=0)
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def resident(sampler: Any) -> list[str]:
 
 
 async def until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
@@ -158,6 +162,166 @@ async def test_an_engine_that_is_not_there_is_named_at_the_start(placement: Plac
         await SamplerPool.start(plan(engine="nonesuch"), placement)
 
 
+# ---------------------------------------------------------------- as many as the load asks for
+
+
+@pytest.fixture
+async def scaled(placement: PlacementGroup) -> AsyncIterator[SamplerPool]:
+    """One sampler, and a second one for more than four sequences. The cluster has room for that, and no more."""
+    pool = await SamplerPool.start(plan("fake", 1, 2), placement, upscale_delay=0, downscale_delay=0)
+    yield pool
+    for process in _held.copy():
+        go_on(process)
+    await pool.close()
+    assert not pool._on_demand and placement_groups("PENDING") == 0 and placement_groups("CREATED") == 1
+    pool.end()
+
+
+_held: set[int] = set()
+
+
+def hold(process: int) -> None:
+    """What it is asked for waits."""
+    _held.add(process)
+    os.kill(process, signal.SIGSTOP)
+
+
+def go_on(process: int) -> None:
+    _held.discard(process)
+    os.kill(process, signal.SIGCONT)
+
+
+def placement_groups(state: str) -> int:
+    return sum(group["state"] == state for group in cast(Any, ray.util.placement_group_table()).values())
+
+
+async def sampled(pool: SamplerPool, number: int) -> list[list[int]]:
+    """As `SampleRunner` does it."""
+    while True:
+        try:
+            response = await pool.generate(request("a", request_id=f"sample {number}"))
+            return [list(sequence.tokens) for sequence in response.sequences]
+        except WorkerLost:
+            continue
+
+
+def begin(pool: SamplerPool, count: int) -> list[asyncio.Task[list[list[int]]]]:
+    return [asyncio.create_task(sampled(pool, number)) for number in range(count)]
+
+
+async def gone(process: int) -> None:
+    def is_gone() -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text("utf-8")
+
+    await until(is_gone)
+
+
+async def test_a_second_sampler_comes_with_the_load_and_goes_with_it(scaled: SamplerPool):
+    await scaled.add_adapter("a", STATE)
+    [first] = scaled._up
+    first_process = process_of(first)
+    hold(first_process)
+    samples = begin(scaled, 12)
+    await until(lambda: sum(sample.done() for sample in samples) == 6)
+    assert [sample.done() for sample in samples] == [False] * 6 + [True] * 6, "it draws half, the newest"
+    [one] = scaled._on_demand
+    second, [first_again, up] = one.handle, scaled._up
+    assert first_again is first and up is second and second is not None and "a" in second.adapters
+    assert first.drawing == 6 and placement_groups("CREATED") == 2
+    # With six sequences it stays; what is given to it now, it has when it is to go.
+    process = process_of(second)
+    hold(process)
+    last = asyncio.create_task(sampled(scaled, 12))
+    await until(lambda: second.samples)
+    go_on(first_process)
+    assert await asyncio.gather(*samples) == [DRAWN] * 12
+    await until(lambda: scaled._up == [first])
+    assert one.is_leaving and not last.done()
+    # The load returns before it has gone: it stays.
+    hold(first_process)
+    more = begin(scaled, 8)
+    await until(lambda: second in scaled._up)
+    assert scaled._on_demand == [one] and not last.done()
+    go_on(process)
+    go_on(first_process)
+    assert await asyncio.gather(last, *more) == [DRAWN] * 9
+    await until(lambda: not scaled._on_demand)
+    await gone(process)
+    assert scaled._up == [first] and (first.drawing, second.drawing, scaled._sequences) == (0, 0, 0)
+    await until(lambda: placement_groups("CREATED") == 1)
+    assert await sampled(scaled, 13) == DRAWN
+
+
+async def test_a_killed_second_sampler_is_replaced_and_no_sample_is_lost(scaled: SamplerPool):
+    await scaled.add_adapter("a", STATE)
+    [first] = scaled._up
+    first_process = process_of(first)
+    hold(first_process)
+    samples = begin(scaled, 12)
+    await until(lambda: len(scaled._up) == 2)
+    killed = scaled._up[1]
+    process = process_of(killed)
+    os.kill(process, signal.SIGKILL)
+    samples += begin(scaled, 6)
+    await until(lambda: len(scaled._up) == 2 and scaled._up[1] is not killed)
+    assert process_of(scaled._up[1]) != process
+    go_on(first_process)
+    assert await asyncio.gather(*samples) == [DRAWN] * 18
+
+
+async def test_a_sampler_for_which_there_is_no_room_waits_for_it(
+    scaled: SamplerPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(sampler_on_demand, "_ROOM_SECONDS", 1)
+    await scaled.add_adapter("a", STATE)
+    other = placement_group([{"CPU": 1.0}])
+    await asyncio.to_thread(other.wait, 60)
+    [first] = scaled._up
+    process = process_of(first)
+    hold(process)
+    samples = begin(scaled, 5)
+    await until(lambda: caplog.messages)
+    assert caplog.messages == [
+        "The cluster has no room for sampler 1; it starts when there is, if it is still wanted."
+    ]
+    go_on(process)
+    assert await asyncio.gather(*samples) == [DRAWN] * 5
+    await until(lambda: not scaled._on_demand)
+    assert placement_groups("PENDING") == 0, "nothing waits for room that nobody needs"
+    hold(process)
+    samples = begin(scaled, 5)
+    await until(lambda: len(caplog.messages) == 2)
+    ray.util.remove_placement_group(other)
+    await until(lambda: len(scaled._up) == 2)
+    go_on(process)
+    assert await asyncio.gather(*samples) == [DRAWN] * 5
+
+
+async def test_a_second_sampler_that_cannot_be_started_is_tried_again_later(
+    scaled: SamplerPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(sampler_pool, "_FAILED_SECONDS", 0.5)
+    await scaled.add_adapter("a", STATE)
+    scaled._plan = plan("nonesuch", 1, 2)
+    [first] = scaled._up
+    process = process_of(first)
+    hold(process)
+    samples = begin(scaled, 5)
+    await until(lambda: caplog.messages)
+    assert (
+        "Sampler 1 could not be started: twinkle.sampling_engines: 'nonesuch' is not installed"
+        in caplog.messages[0]
+    )
+    scaled._plan = plan("fake", 1, 2)
+    await until(lambda: len(scaled._up) == 2)
+    go_on(process)
+    assert await asyncio.gather(*samples) == [DRAWN] * 5
+
+
 # ---------------------------------------------------------------- with stand-ins
 
 
@@ -202,7 +366,7 @@ class Actor:
 
 def pool_of(actors: list[Actor]) -> tuple[SamplerPool, list[StandIn]]:
     connections = [StandIn() for _ in actors]
-    samplers = [sampler_pool._Sampler(*pair) for pair in zip(actors, connections, strict=True)]
+    samplers = [SamplerHandle(*pair) for pair in zip(actors, connections, strict=True)]
     return SamplerPool(plan(), cast(Any, None), samplers), connections
 
 

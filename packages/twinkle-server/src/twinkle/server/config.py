@@ -154,6 +154,12 @@ class SamplerSection(_Section):
     replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Samplers of their own, with the whole model each. auto: as many as `num_gpus` is enough for; none where the
     model's copies sample, and one where they can't (vllm, or a model that is spread over ranks, on a CPU)."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Most samplers of their own: `replicas` (auto: one) are always there, and others come and go with the load. GPUs
+    are counted for all of them. Default: never more than `replicas`."""
+    target_sequences: int = Field(default=32, ge=1)
+    """With `max_replicas`: how many sequences each sampler is to draw, or have waiting. Where there are more for some
+    seconds another sampler is started, and where fewer of them would do for a minute one ends."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share each layer of a sampler (vllm)."""
     python: Path | None = None

@@ -81,11 +81,14 @@ class Plan:
             device = "GPU" if self.gpus_per_rank else "CPU"
             table.append((str(rank), node, device, holds, _in_bytes(weights)))
         if self.samplers is not None:
-            gpus = self.samplers.gpus
+            gpus, always = self.samplers.gpus, self.samplers.processes
             device = ("GPU" if gpus == 1 else f"{gpus} GPUs") if gpus else "CPU"
-            for number in range(self.samplers.processes):
-                holds = f"the model, {self.samplers.engine} sampler of its own"
-                table.append((f"sampler {number}", node, device, holds, _in_bytes(whole)))
+            holds = f"the model, {self.samplers.engine} sampler of its own"
+            for number in range(self.samplers.max_processes):
+                when = (
+                    "" if number < always else f", while there is load (up to {self.samplers.max_processes})"
+                )
+                table.append((f"sampler {number}", node, device, holds + when, _in_bytes(whole)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         head = f"{model.path} in {model.torch_dtype}, {self.backend} backend:"
         lines = [head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
@@ -114,12 +117,27 @@ class Plan:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Ray resources, each on one machine: for the ranks that share layers, and then for each sampler of its own."""
+        """Ray resources, each on one machine, of what is always there: for the ranks that share layers, and then for
+        each sampler of its own.
+        """
         together = self.model.tensor_parallel_size
         ranks = [_bundle(together, together * self.gpus_per_rank)] * (self.num_ranks // together)
         if self.samplers is None:
             return ranks
-        return ranks + [_bundle(1, self.samplers.gpus)] * self.samplers.processes
+        return ranks + [self.sampler_bundle] * self.samplers.processes
+
+    @property
+    def sampler_bundle(self) -> dict[str, float]:
+        """Of one sampler of its own."""
+        assert self.samplers is not None, "only a plan with samplers has bundles of them"
+        return _bundle(1, self.samplers.gpus)
+
+    @property
+    def most_bundles(self) -> list[dict[str, float]]:
+        """`bundles` together with those of samplers that come and go."""
+        if self.samplers is None:
+            return self.bundles
+        return self.bundles + [self.sampler_bundle] * (self.samplers.max_processes - self.samplers.processes)
 
     def bundle_of_rank(self, rank: int) -> int:
         return rank // self.model.tensor_parallel_size
@@ -191,8 +209,8 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
     if has_gpu and gpus <= for_samplers:
         raise InvalidRequest(
             f"sampler: its samplers take {for_samplers} GPUs, but {gpus} can be used here, and training needs some; "
-            "lower sampler.num_gpus or replicas, raise ray.num_gpus if there are more, or set ray.num_gpus: 0 to "
-            "compute on the CPU"
+            "lower sampler.num_gpus, replicas or max_replicas, raise ray.num_gpus if there are more, or set "
+            "ray.num_gpus: 0 to compute on the CPU"
         )
     copies = _num_copies(config, one_copy.num_ranks, gpus, for_samplers)
     _check_sharding(config, copies, has_gpu)

@@ -106,7 +106,9 @@ def _samplers(plan: Plan) -> str:
     if not (count := plan.samplers.processes):
         return f"{plan.samplers.engine} sampler"
     gpus = f" on {plan.samplers.all_gpus} further GPUs" if plan.samplers.gpus else ""
-    return f"{count} {plan.samplers.engine} sampler{'s' * (count > 1)} with processes of their own{gpus}"
+    most = plan.samplers.max_processes
+    number = str(count) if most == count else f"{count} to {most}"
+    return f"{number} {plan.samplers.engine} sampler{'s' * (most > 1)} with processes of their own{gpus}"
 
 
 def _prepare_one(config: ServerConfig) -> Callable[[], Running]:
@@ -114,7 +116,7 @@ def _prepare_one(config: ServerConfig) -> Callable[[], Running]:
     if config.ray.address is None:
         plan = make_plan(config)
         _say_what_is_loaded(plan)
-        start_ray(plan.bundles)
+        start_ray(plan.most_bundles)
     else:
         plan = make_plan(config, join_ray(config.ray.address))
         _say_what_is_loaded(plan)
@@ -145,7 +147,7 @@ def _prepare_several(config: ServerConfig) -> Callable[[], Running]:
         # Models may be added while it runs: to Ray a CPU is only a number.
         everything = {"CPU": _CPUS_TO_ADD, "GPU": float(num_gpus(config))}
         start_ray(
-            [*({"CPU": bundle["CPU"]} for plan in plans.values() for bundle in plan.bundles), everything]
+            [*({"CPU": bundle["CPU"]} for plan in plans.values() for bundle in plan.most_bundles), everything]
         )
 
     def start() -> Running:
