@@ -107,7 +107,8 @@ def describe(whole: PretrainedConfig, config: ModelConfig) -> Architecture:
         has_qk_norm=has_qk_norm,
         linear_layers=frozenset(_linear_layers(hf)),
         has_zero_centered_norms=is_hybrid(hf),
-        is_tied=bool(hf.tie_word_embeddings),
+        # Some files say it beside the text model, some in it.
+        is_tied=bool(hf.tie_word_embeddings or whole.tie_word_embeddings),
         expert_layers=frozenset(_expert_layers(hf)),
         is_bridged=is_bridged,
     )
