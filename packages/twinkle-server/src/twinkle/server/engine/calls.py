@@ -11,9 +11,15 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
+from twinkle.protocol import messages as m
+from twinkle.protocol.errors import InvalidRequest
+from twinkle.protocol.types import AdamParams
+from twinkle.server.backends.protocol import AdamStep, StepOutcome
 from twinkle.server.engine.packing import Packed
 from twinkle.server.engine.worker import Trained
+from twinkle.server.scheduling.records import StepRefused
 from twinkle.server.scheduling.runs import Job, Run, RunState
 from twinkle.server.scheduling.scheduler import Tick
 
@@ -188,3 +194,23 @@ class CallTimes:
             return None
         begins = max(in_flight.sent_at, self._free_at)
         return begins + DISPATCH_AT * in_flight.cost * self._seconds_per_token
+
+
+def pass_of(job: Job) -> m.ForwardBackwardRequest:
+    """The request of a job that is a pass."""
+    return cast(m.ForwardBackwardRequest, job.request)
+
+
+def steps_of(jobs: Iterable[Job]) -> list[AdamStep]:
+    """What the worker is asked for, by optimizer steps."""
+    return [
+        AdamStep(job.run.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
+        for job in jobs
+    ]
+
+
+def step_result(outcome: StepOutcome) -> m.OptimStepResponse | m.Failure:
+    """What the client of an optimizer step gets."""
+    if isinstance(outcome, InvalidRequest):
+        return StepRefused(error=outcome.message, category=outcome.category)
+    return m.OptimStepResponse(metrics=outcome)

@@ -7,15 +7,22 @@ import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import cast
 
 from twinkle.protocol import messages as m
-from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.types import AdamParams, ForwardBackwardOutput
-from twinkle.server.backends.protocol import AdamStep, StepOutcome
+from twinkle.protocol.types import ForwardBackwardOutput
+from twinkle.server.backends.protocol import StepOutcome
 from twinkle.server.engine.adapters import AdapterJobs
-from twinkle.server.engine.calls import Call, CallQueue, CallTimes, InFlightCall, calls_of
-from twinkle.server.engine.failures import to_failure
+from twinkle.server.engine.calls import (
+    Call,
+    CallQueue,
+    CallTimes,
+    InFlightCall,
+    calls_of,
+    pass_of,
+    step_result,
+    steps_of,
+)
+from twinkle.server.engine.failures import ENDED_TWICE, NOT_BACK, NOT_REPEATED, to_failure
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import recover
 from twinkle.server.engine.residency import Residency
@@ -23,25 +30,12 @@ from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
-from twinkle.server.scheduling.records import Outcome, StepRefused
+from twinkle.server.scheduling.records import Outcome
 from twinkle.server.scheduling.runs import Job, Run, RunState
 from twinkle.server.scheduling.scheduler import Scheduler, Tick
 from twinkle.server.store.ledger import Ledger
 
 log = logging.getLogger("twinkle.engine")
-
-_ENDED_TWICE = (
-    "the process that held the model ended or hung while it computed this request, and did so again when the request "
-    "was tried once more: don't send it again as it is; the server's log has what is known of the cause"
-)
-_NOT_BACK = (
-    "the process that held the model ended or hung, and could not be restarted; this request was not computed: the "
-    "server's log has the cause"
-)
-_NOT_REPEATED = (
-    "the state of this run is lost: the process that held the model ended or hung, and what the run had computed could "
-    "not be computed again; begin a new run from its last checkpoint"
-)
 
 
 class Engine:
@@ -197,7 +191,7 @@ class Engine:
         elif call.optim_steps:
             await self._residency.bring_in(call.runs)
             self._trained(
-                steps=call.optim_steps, outcomes=await self._worker.optim_step(_steps(call.optim_steps))
+                steps=call.optim_steps, outcomes=await self._worker.optim_step(steps_of(call.optim_steps))
             )
         else:
             await self._adapters.run(call.only_job, call.is_repeat)
@@ -220,7 +214,7 @@ class Engine:
 
     def _dispatch(self, call: Call) -> InFlightCall:
         packed = self._pack(call.passes)
-        result = asyncio.create_task(self._worker.train(packed.micro_batches, _steps(call.optim_steps)))
+        result = asyncio.create_task(self._worker.train(packed.micro_batches, steps_of(call.optim_steps)))
         cost = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in packed.micro_batches)
         cost += len(packed.micro_batches) * self._worker.info.overhead_tokens
         return InFlightCall(call, packed, result, asyncio.get_running_loop().time(), cost)
@@ -289,15 +283,15 @@ class Engine:
         outcomes: Sequence[StepOutcome] = (),
     ) -> None:
         """Passes, and the steps after them, have been computed."""
-        changed = [job for job in passes if not _request(job).forward_only]
+        changed = [job for job in passes if not pass_of(job).forward_only]
         self._snapshots.computed(changed, steps)
         results: list[tuple[str, Outcome]] = []
         results += [(job.request_id, output) for job, output in zip(passes, outputs, strict=True)]
-        results += [(job.request_id, _step_result(each)) for job, each in zip(steps, outcomes, strict=True)]
+        results += [(job.request_id, step_result(each)) for job, each in zip(steps, outcomes, strict=True)]
         new = self._futures.complete_together(results)
         for job in passes:
             if job.request_id in new:
-                tokens = sum(len(datum.model_input.tokens) for datum in _request(job).data)
+                tokens = sum(len(datum.model_input.tokens) for datum in pass_of(job).data)
                 self._ledger.record(job.run.tenant, job.run.session_id, "training", tokens)
 
     async def _after_failure(self, call: Call, error: Exception) -> list[Call]:
@@ -332,12 +326,12 @@ class Engine:
         # It was alone, and in flight at both losses.
         job = call.only_job
         job.run.reading = None
-        self._futures.complete(job.request_id, m.Failure(error=_ENDED_TWICE, category="server"))
+        self._futures.complete(job.request_id, m.Failure(error=ENDED_TWICE, category="server"))
         return []
 
     def _give_up(self, run: Run) -> bool:
         """A run's state is lost: all requests to it fail. Returns whether its adapter is on the worker."""
-        run.lost = run.lost or _NOT_REPEATED
+        run.lost = run.lost or NOT_REPEATED
         self._snapshots.drop(run)
         return self._residency.drop(run, RunState.LOST)
 
@@ -356,21 +350,4 @@ class Engine:
 
     def _fail(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
-            self._futures.complete(job.request_id, m.Failure(error=_NOT_BACK, category="server"))
-
-
-def _request(job: Job) -> m.ForwardBackwardRequest:
-    return cast(m.ForwardBackwardRequest, job.request)
-
-
-def _steps(jobs: Iterable[Job]) -> list[AdamStep]:
-    return [
-        AdamStep(job.run.run_id, cast(m.OptimStepRequest, job.request).adam_params or AdamParams())
-        for job in jobs
-    ]
-
-
-def _step_result(outcome: StepOutcome) -> m.OptimStepResponse | m.Failure:
-    if isinstance(outcome, InvalidRequest):
-        return StepRefused(error=outcome.message, category=outcome.category)
-    return m.OptimStepResponse(metrics=outcome)
+            self._futures.complete(job.request_id, m.Failure(error=NOT_BACK, category="server"))

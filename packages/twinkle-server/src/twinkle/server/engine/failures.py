@@ -9,6 +9,19 @@ from twinkle.server.store import retry
 
 log = logging.getLogger("twinkle.engine")
 
+ENDED_TWICE = (
+    "the process that held the model ended or hung while it computed this request, and did so again when the request "
+    "was tried once more: don't send it again as it is; the server's log has what is known of the cause"
+)
+NOT_BACK = (
+    "the process that held the model ended or hung, and could not be restarted; this request was not computed: the "
+    "server's log has the cause"
+)
+NOT_REPEATED = (
+    "the state of this run is lost: the process that held the model ended or hung, and what the run had computed could "
+    "not be computed again; begin a new run from its last checkpoint"
+)
+
 
 def to_failure(error: Exception, doing: str) -> Failure:
     """The outcome for `error`.
