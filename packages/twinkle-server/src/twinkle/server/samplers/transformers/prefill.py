@@ -141,7 +141,7 @@ class PrefillQueue:
         return complete
 
     def at_borders(self) -> list[tuple[Prompt, RowContents]]:
-        """Incomplete prompts, with what layers keep of their beginnings, if no more than these can serve later prompts."""
+        """Incomplete prompts with what layers keep of their beginnings, where later prompts can take no part of more."""
         found: list[tuple[Prompt, RowContents]] = []
         for row, prefill in enumerate(self._active):
             is_awaited = any(

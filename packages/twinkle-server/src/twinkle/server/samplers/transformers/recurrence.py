@@ -8,7 +8,7 @@ tokens, and the cache keeps each row's own inputs.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from enum import Enum
 from typing import cast
@@ -33,7 +33,7 @@ class Padding:
         self.mask: Tensor | None = None  # bool [rows, n]; None: there is none
 
     @contextmanager
-    def at(self, mask: Tensor | None) -> Iterator[None]:
+    def at(self, mask: Tensor | None) -> Generator[None]:
         self.mask = mask
         try:
             yield
