@@ -1,4 +1,4 @@
-"""Models with windows and states are batched as those with full attention are, with the numbers that they have alone."""
+"""Models with windows and states are batched continuously too, with the numbers that they have alone."""
 
 from __future__ import annotations
 

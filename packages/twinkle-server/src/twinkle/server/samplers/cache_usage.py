@@ -56,7 +56,7 @@ class RowCost:
         """The length of the longest sequence that takes no more than so many tokens; `UNBOUNDED` if any does."""
         left = tokens * self._unit - self.constant
         within = left // max(1, self.growing + self.windowed)
-        if left < 0 or (self.windowed and within <= self.window):
+        if left < 0 or (self.windowed and within < self.window):
             return max(0, within)
         return (left - self.windowed * self.window) // self.growing if self.growing else UNBOUNDED
 

@@ -77,3 +77,8 @@ class LayerKinds:
             if spans.setdefault(mask, span) != span:
                 unknown = "its layers have windows of different lengths"
         return cls(spans, attention, frozenset(states), unknown)
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether what is kept of a sequence includes what would be kept of each of its beginnings."""
+        return not self.states and all(span.window is None for span in self.spans.values())

@@ -2,7 +2,7 @@
 
 Until it is complete, a prompt has a row in the queue's own cache. If it begins like another of the same tenant and
 adapter (its prefix donor), what layers keep of that beginning is copied; if the donor is still being prefilled, the
-prompt waits for that part of it. (Where layers keep states, the donor's chunk ends there.)
+prompt waits for that part of it. (Where layers keep states or windows, the donor's chunk ends there.)
 
 Prompts of different lengths are padded, as long as the layers can leave padding out of their states; see
 `recurrence.Sharing` for the others.
@@ -141,7 +141,7 @@ class PrefillQueue:
         return complete
 
     def at_borders(self) -> list[tuple[Prompt, RowContents]]:
-        """Incomplete prompts with what layers keep of their beginnings, where later prompts can take no part of more."""
+        """Incomplete prompts, with what layers keep of their beginnings and won't have any more later."""
         found: list[tuple[Prompt, RowContents]] = []
         for row, prefill in enumerate(self._active):
             is_awaited = any(
@@ -164,7 +164,7 @@ class PrefillQueue:
                 n = min(most, min(left), LONGEST_PASS)
             case Sharing.PADDED:
                 n = min(most, max(left), LONGEST_PASS)
-        if self._runner.kinds.states:
+        if not self._runner.kinds.can_go_back:
             for waiting in self._waiting:
                 if waiting.donor in self._active and waiting.common > waiting.donor.position:
                     n = min(n, waiting.common - waiting.donor.position)
