@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 256,
     "pad_token_id": 256,
 }
-WIDE = SIZES | {"head_dim": 16}
+WIDE: dict[str, Any] = SIZES | {"head_dim": 16}
 DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
