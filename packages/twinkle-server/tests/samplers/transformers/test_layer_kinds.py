@@ -92,6 +92,16 @@ def test_prompts_are_read_piece_by_piece(small_passes, company):
     pass
 
 
+@pytest.fixture
+def unpadded(engine: TransformersEngine) -> None:
+    if engine._runner.sharing is Sharing.PADDED:
+        engine._runner.sharing = Sharing.EVEN
+
+
+def test_prompts_of_different_lengths_go_through_without_padding(unpadded, engine, company):
+    assert engine._runner.sharing is not Sharing.PADDED
+
+
 def test_greedy_text_is_that_of_generate_with_its_own_cache(engine, references):
     cases = [*prompts(6, seed=9), LONG]
     pending = [ask(engine, prompt, "small", temperature=0, max_tokens=40, stop=[]) for prompt in cases]

@@ -106,21 +106,23 @@ class ModelRunner:
         the largest position of a call, which must not depend on what else is in it.
 
         Args:
-            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1.
+            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1; on the host if n is not 1.
             starts: the position of each row's first token.
 
         Returns:
             Hidden states [rows, n, hidden].
         """
         n = tokens.shape[1]
-        first = torch.tensor(starts, device=tokens.device).unsqueeze(1)
+        first = torch.tensor(starts, device=self.device).unsqueeze(1)
         end = max(starts) + n
         if n == 1:
             cache.begin(rows, first, end)
             return self.body(tokens, first, self._masks(cache, first, end), cache)
-        positions = first + torch.arange(n, device=tokens.device)
+        # Where layers keep states; counted before the tokens are on a GPU, which would have to be waited for.
+        counts = (tokens >= 0).sum(1).tolist() if cache.kinds.states else []
+        tokens = tokens.to(self.device)
+        positions = first + torch.arange(n, device=self.device)
         is_padding = tokens < 0
-        counts = (n - is_padding.sum(1)).tolist() if cache.kinds.states else []
         is_padded = any(count < n for count in counts)
         cache.begin(rows, positions, end, counts if is_padded else None)
         shown = positions.masked_fill(is_padding, cache.padding_position)

@@ -87,7 +87,8 @@ class PrefillQueue:
         """
         self._runner = runner
         self._boundary = boundary
-        self._cache = SlotCache(runner.kinds, LONGEST_PASS, padding_position=boundary)
+        # One more for the column of padding that makes the model see a long sequence.
+        self._cache = SlotCache(runner.kinds, LONGEST_PASS + 1, padding_position=boundary)
         self._active: list[Prefill] = []
         self._waiting: list[Prefill] = []
         self._route: list[RouteGroup] | None = None  # of the active ones; None: they have changed
@@ -241,4 +242,4 @@ class PrefillQueue:
         if self._route is None:
             self._route = runner.routes.make([prefill.prompt.adapter for prefill in self._active])
         runner.route.groups = self._route
-        return runner.forward(self._cache, slice(0, len(starts)), tokens.to(runner.device), starts)
+        return runner.forward(self._cache, slice(0, len(starts)), tokens, starts)
