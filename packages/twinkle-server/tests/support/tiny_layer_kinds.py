@@ -50,8 +50,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     # Gated delta nets: a convolution and a recurrence.
     "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**WIDE, **DELTA),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**WIDE, **DELTA, **EXPERTS),
-    # Without experts: PEFT 0.21 reads adapters on this class's as if they were of twice the rank.
-    "qwen3_next": lambda: transformers.Qwen3NextConfig(**WIDE, **DELTA, **EXPERTS, mlp_only_layers=[0, 1, 2, 3]),
+    # Without experts, so that an adapter can be added to the weights: PEFT 0.21 reads this class's otherwise.
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **WIDE, **DELTA, **EXPERTS, mlp_only_layers=[0, 1, 2, 3]
+    ),
     # Windows.
     "gemma3": lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=WINDOW, layer_types=ALTERNATING),
     "gpt_oss": lambda: transformers.GptOssConfig(

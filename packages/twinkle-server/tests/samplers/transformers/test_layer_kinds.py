@@ -15,6 +15,7 @@ import torch
 from sampling_contract import *  # noqa: F403
 from sampling_contract import ask, greedy, plain_logprobs, prompts
 from tiny_layer_kinds import VOCAB, WINDOW
+from transformers import AutoModelForCausalLM
 
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.samplers.transformers import TransformersEngine, batches
@@ -41,6 +42,24 @@ def model_dir(
     for file in tiny_model_dir.glob("tokenizer*"):
         shutil.copy(file, directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def references(references, states, model_dir: Path) -> dict[str | None, torch.nn.Module]:
+    """PEFT's; where PEFT reads adapters otherwise, the base with B A alpha / rank added to each weight."""
+    if not model_dir.name.startswith("qwen3_next"):
+        return references
+    merged: dict[str | None, torch.nn.Module] = {None: references[None]}
+    for name, state in states.items():
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        for layer in state.target_modules:
+            a, b = (
+                torch.tensor(state.weights[f"base_model.model.{layer}.lora_{side}.weight"]) for side in "AB"
+            )
+            weight = model.get_submodule(layer).weight.data
+            weight += state.spec.alpha / state.spec.rank * (b @ a)
+        merged[name] = model
+    return merged
 
 
 def assert_as_alone(response: SampleResponse, model: torch.nn.Module, prompt: list[int]) -> None:

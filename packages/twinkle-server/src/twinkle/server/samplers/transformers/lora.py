@@ -29,6 +29,7 @@ SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
 )
 
 # Up to this many columns of all A's (adapters * rank) one product is faster, for any number of tokens.
