@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from twinkle.server.samplers.cache_usage import CacheUsage, Limits
+from twinkle.server.samplers.cache_usage import UNBOUNDED, CacheUsage, Limits, RowCost
 from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, Slot, victim, victims_for_newcomer
 
 LIMITS = Limits(rows=16, tokens=1600)
@@ -31,6 +31,37 @@ def test_one_long_row_does_not_stretch_the_short_ones():
 
 def test_prompts_of_their_own_are_counted_as_they_are():
     assert CacheUsage.of(Limits(8, 100, per_sequence=True), [60, 30, 5]).tokens == 95
+
+
+@pytest.mark.parametrize(
+    ("cost", "of_lengths"),
+    [
+        (RowCost(128), {0: 0, 1: 1, 1000: 1000}),
+        # Half of a token's bytes are in layers that read 64 of them.
+        (RowCost(128, windowed=128, window=64), {1: 1, 64: 64, 65: 65, 66: 65, 1000: 32 + 500}),
+        (RowCost(0, windowed=128, window=64), {1: 1, 64: 64, 65: 64, 1000: 64}),
+        # States of 30 tokens' size.
+        (RowCost(128, constant=128 * 30), {0: 30, 1: 31, 1000: 1030}),
+        (RowCost(0, constant=4096), {0: 1, 1: 1, 1000: 1}),
+    ],
+)
+def test_windows_and_states_take_what_they_are(cost: RowCost, of_lengths: dict[int, int]):
+    assert {length: cost.tokens(length) for length in of_lengths} == of_lengths
+    for length, tokens in of_lengths.items():
+        longest = cost.longest(tokens)
+        assert longest >= length and cost.tokens(longest) <= tokens
+        assert longest == UNBOUNDED or cost.tokens(longest + 1) > tokens
+    least = cost.tokens(0)
+    assert least == 0 or cost.longest(least - 1) == 0
+
+
+def test_states_take_their_room_from_the_first_token_on():
+    limits = Limits(rows=16, tokens=1600, cost=RowCost(10, constant=500))
+    assert limits.short == 50 and limits.longest == 1550
+    # A quarter of it is for short ones whatever the long ones take.
+    assert CacheUsage.of(limits, [50] * 16).tokens == 1600 - 400
+    assert CacheUsage.of(limits, [1550]).fitting(50, 16, may_fill=True) == 4
+    assert CacheUsage.of(limits, [700]).fitting(700, 4, may_fill=True) == 1
 
 
 def test_both_sides_of_a_boundary_have_rectangles_of_their_own():

@@ -36,9 +36,14 @@ def random_state(backend: TransformersBackend, spec: AdapterSpec) -> AdapterStat
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_model_dir: Path) -> TransformersBackend:
+def model_dir(tiny_model_dir: Path) -> Path:
+    return tiny_model_dir
+
+
+@pytest.fixture(scope="module")
+def backend(model_dir: Path) -> TransformersBackend:
     torch.set_num_threads(1)
-    return TransformersBackend(ModelConfig(tiny_model_dir))
+    return TransformersBackend(ModelConfig(model_dir))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,8 @@ def states(backend: TransformersBackend) -> dict[str, AdapterState]:
 
 
 @pytest.fixture
-def engine(backend: TransformersBackend, tiny_model_dir: Path, states) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(backend.loaded, ModelConfig(tiny_model_dir), max_rows=8)
+def engine(backend: TransformersBackend, model_dir: Path, states) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(backend.loaded, ModelConfig(model_dir), max_rows=8)
     for name, state in states.items():
         engine.add_adapter(name, state)
     yield engine
@@ -57,24 +62,24 @@ def engine(backend: TransformersBackend, tiny_model_dir: Path, states) -> Iterat
 
 @pytest.fixture(scope="module")
 def references(
-    tiny_model_dir: Path, states, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, states, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str | None, torch.nn.Module]:
     """Plain models, one an adapter, by PEFT."""
 
     def base() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
     models: dict[str | None, torch.nn.Module] = {None: base()}
     for name, state in states.items():
         directory = tmp_path_factory.mktemp(name)
-        peft_format.write(directory, state, str(tiny_model_dir))
+        peft_format.write(directory, state, str(model_dir))
         models[name] = PeftModel.from_pretrained(base(), directory).eval()
     return models
 
 
 @pytest.fixture(scope="module")
 def linear_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3.5: layers of linear attention, which the engine runs one request at a time."""
+    """A Qwen3.5: layers of linear attention, which keep states."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     directory = tmp_path_factory.mktemp("tiny-qwen3.5")

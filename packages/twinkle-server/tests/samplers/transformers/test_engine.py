@@ -245,7 +245,7 @@ def test_closing_cancels_what_is_not_done(backend, tiny_model_dir: Path, monkeyp
     engine.close()
 
 
-def test_a_model_with_linear_attention_takes_the_plain_way(linear_model_dir: Path):
+def test_a_model_with_linear_attention_is_sampled_as_generate_does(linear_model_dir: Path):
     model_config = ModelConfig(linear_model_dir)
     backend = TransformersBackend(model_config)
     engine = TransformersEngine.create(model_config, backend)

@@ -25,7 +25,6 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine, batches
 from twinkle.server.samplers.transformers.batches import SlotBatch
-from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 
 DRAW = np.random.default_rng(5)
 PROMPTS = [DRAW.integers(3, VOCAB, n).tolist() for n in (20, 100, ORIGINAL, ORIGINAL + 1, 28, 5)]
@@ -152,6 +151,5 @@ def test_a_full_context_beside_others_has_the_numbers_that_it_has_alone(engine, 
         assert_as_alone(reference, prompt, future.result(60))
 
 
-def test_the_batch_fits_the_model(engine, model_dir: Path):
-    expected = EqualLengthBatch if "window" in model_dir.name else SlotBatch
-    assert isinstance(engine._loop.running.batch, expected)
+def test_rows_of_both_sides_are_in_one_batch(engine):
+    assert isinstance(engine._loop.running.batch, SlotBatch)

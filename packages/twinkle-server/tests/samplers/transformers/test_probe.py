@@ -26,7 +26,8 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.transformers import TransformersEngine
-from twinkle.server.samplers.transformers.batches import EqualLengthBatch, SlotBatch
+from twinkle.server.samplers.transformers.batches import SlotBatch
+from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -70,7 +71,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
                 sliding_window=8,
                 activation_sparsity_pattern=[0.0] * 5,
             ),
-            EqualLengthBatch,
+            SlotBatch,
         ),
         # Its heads are wider in some layers than in others.
         (
@@ -83,7 +84,7 @@ def save(config: PretrainedConfig, directory: Path) -> ModelConfig:
                 vocab_size_per_layer_input=128,
                 num_kv_shared_layers=0,
             ),
-            EqualLengthBatch,
+            SlotBatch,
         ),
         # Its routers are linear layers by their class, and give two tensors.
         (PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), SlotBatch),

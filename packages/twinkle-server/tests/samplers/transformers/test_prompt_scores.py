@@ -109,7 +109,7 @@ def test_only_the_rows_that_are_asked_about_are_computed(engine, logits_made: li
     assert sorted(logits_made) == [1, 2]
 
 
-# ---------------------------------------------------------------- one request at a time
+# ---------------------------------------------------------------- layers with states
 
 
 def test_a_model_with_linear_attention_answers_the_same(linear_model_dir: Path):

@@ -1,4 +1,7 @@
-"""What running sequences take of the sampler's KV cache, in tokens. No torch.
+"""What running sequences take of the sampler's cache, in tokens. No torch.
+
+The unit is what a short sequence's token takes in all layers. In a layer with a sliding window a sequence takes no more
+than the window; for layers with states (linear attention) it takes the same whatever its length (`RowCost`).
 
 Sequences that go through the model together are padded to the longest of them: a bucket of them takes rows x longest.
 Short and long ones are in different buckets, so that one long sequence does not make sixty short ones cost as much as
@@ -10,10 +13,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 # How many rope boundaries a bucket's sequences are beyond, and whether they are long.
 BucketKey: TypeAlias = tuple[int, bool]
+
+UNBOUNDED = 2**62
 
 # This share of the tokens, as a divisor, is for short sequences whatever the long ones take.
 _FOR_SHORT = 4
@@ -22,11 +28,49 @@ _TO_GROW = 16
 
 
 @dataclass(frozen=True)
+class RowCost:
+    """What one sequence takes.
+
+    Attributes:
+        growing: bytes of each token.
+        windowed: bytes of each of the last `window` tokens, besides.
+        constant: bytes of its states.
+    """
+
+    growing: int = 1
+    windowed: int = 0
+    window: int = 0
+    constant: int = 0
+
+    @property
+    def _unit(self) -> int:
+        """Bytes of a token; where none takes any, of the states."""
+        return self.growing + self.windowed or max(1, self.constant)
+
+    def tokens(self, length: int) -> int:
+        """What a sequence of this length takes."""
+        size = self.growing * length + self.windowed * min(length, self.window) + self.constant
+        return -(-size // self._unit)
+
+    def longest(self, tokens: int) -> int:
+        """The length of the longest sequence that takes no more than so many tokens; `UNBOUNDED` if any does."""
+        left = tokens * self._unit - self.constant
+        within = left // max(1, self.growing + self.windowed)
+        if left < 0 or (self.windowed and within < self.window):
+            return max(0, within)
+        return (left - self.windowed * self.window) // self.growing if self.growing else UNBOUNDED
+
+    def affordable(self, size: int) -> int:
+        """How many tokens fit into so many bytes."""
+        return size // self._unit
+
+
+@dataclass(frozen=True)
 class Limits:
     """
     Attributes:
         rows: most sequences at a time.
-        tokens: most tokens of them in the KV cache; no sequence may become longer.
+        tokens: most that they may take together.
         boundaries: lengths beyond which a sequence is computed with other rope frequencies, rising. All sequences of a
             bucket are computed with the same ones.
         per_sequence: whether each sequence is charged for its own length alone, since none are padded.
@@ -36,11 +80,17 @@ class Limits:
     tokens: int
     boundaries: tuple[int, ...] = ()
     per_sequence: bool = False
+    cost: RowCost = RowCost()
 
     @property
+    def longest(self) -> int:
+        """The length of the longest sequence that there is room for."""
+        return self.cost.longest(self.tokens)
+
+    @cached_property
     def short(self) -> int:
         """Sequences of at most so many tokens always have room, as far as there are rows."""
-        return self.tokens // self.rows
+        return self.cost.longest(self.tokens // self.rows)
 
     def rope_regime(self, length: int) -> int:
         """How many boundaries a sequence of so many tokens is beyond."""
@@ -70,7 +120,7 @@ class CacheUsage:
     def add(self, length: int, rows: int = 1) -> None:
         self.rows += rows
         if self.limits.per_sequence:
-            self._unpadded += rows * length
+            self._unpadded += rows * self.limits.cost.tokens(length)
             return
         key = self.limits.bucket(length)
         old_rows, longest = self._buckets.get(key, (0, 0))
@@ -81,7 +131,8 @@ class CacheUsage:
         """What is charged; at most `limits.tokens` may be. A quarter as many of short sequences costs nothing."""
         if self.limits.per_sequence:
             return self._unpadded
-        sizes = {key: rows * longest for key, (rows, longest) in self._buckets.items()}
+        cost = self.limits.cost
+        sizes = {key: rows * cost.tokens(longest) for key, (rows, longest) in self._buckets.items()}
         short = sum(size for (_, is_long), size in sizes.items() if not is_long)
         return sum(sizes.values()) - min(short, self.limits.tokens // _FOR_SHORT)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -18,7 +17,7 @@ from twinkle.server.backends.protocol import ModelConfig
 _GPU_SHARE = 0.5
 _CPU_SHARE = 0.25
 _ADAPTERS_SHARE = 0.25
-# Of free memory, for the sampler's keys and values. The shares add up to more than 1 on a GPU because they are seldom
+# Of free memory, for the sampler's cache. The shares add up to more than 1 on a GPU because they are seldom
 # all used; if memory does run out, samples are preempted.
 _CACHE_SHARE = 0.5
 _MIN_BATCH_TOKENS = 512
@@ -82,15 +81,6 @@ def _largest(size: int | Sequence[int] | None) -> int:
     return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
-def _size(text: PretrainedConfig, name: str) -> int:
-    """As `_largest`, also for sizes that differ between layers, as Gemma 4's heads do."""
-    try:
-        return _largest(getattr(text, name, None))
-    except RuntimeError:  # Transformers raises it if layers differ
-        layers: Any = getattr(text, "per_layer_config", ())
-        return max((_largest(getattr(layer, name, None)) for layer in layers), default=0)
-
-
 def affordable_tokens(token_bytes: float, device: torch.device) -> int:
     """Tokens that a training pass can hold in its share of the memory left beside the weights.
 
@@ -140,14 +130,9 @@ def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
     return int(_ADAPTERS_SHARE * _free_memory(device)) * (ranks if device.type == "cuda" else 1)
 
 
-def affordable_cache_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens whose keys and values fit in the sampler's share of free memory; at least 1."""
-    # Without a head count: one head of the hidden size.
-    own_heads = _size(text, "num_attention_heads") or 1
-    heads = _size(text, "num_key_value_heads") or own_heads
-    width = _size(text, "head_dim") or int(text.hidden_size) // own_heads
-    token_bytes = int(text.num_hidden_layers) * 2 * heads * width * dtype.itemsize
-    return max(1, int(_CACHE_SHARE * _free_memory(device)) // token_bytes)
+def affordable_cache_bytes(device: torch.device) -> int:
+    """The sampler's share of free memory, for what its cache holds."""
+    return int(_CACHE_SHARE * _free_memory(device))
 
 
 def _free_memory(device: torch.device) -> int:

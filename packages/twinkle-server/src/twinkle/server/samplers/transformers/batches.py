@@ -1,7 +1,7 @@
-"""The running batch as the model sees it: prompts in, logits out, with rows of keys and values in between.
+"""The running batch as the model sees it: prompts in, logits out, with rows of what layers keep in between.
 
-`SlotBatch` holds sequences of different lengths. `equal_length.EqualLengthBatch` is for models with layers other than
-full attention.
+`SlotBatch` holds sequences of different lengths, for all layers that `layer_kinds` knows.
+`equal_length.EqualLengthBatch` is for the models that take only caches of their own.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from twinkle.server.samplers.cache_usage import BucketKey, Limits
+from twinkle.protocol.types import Int64Array
+from twinkle.server.samplers.cache_usage import BucketKey, Limits, RowCost
 from twinkle.server.samplers.transformers.buckets import Bucket, Row
+from twinkle.server.samplers.transformers.cache import RowContents
 from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefix_cache import Owner, PrefixCache, common_prefix_length
+from twinkle.server.samplers.transformers.recurrence import Sharing
 
 # Prompt tokens in one forward pass; longer prompts take several.
 PREFILL_TOKENS = 2048
@@ -61,7 +64,7 @@ class Batch(Protocol):
     def stale_rows(self) -> list[int]:
         """Rows to be dropped before the next step, and prefilled again with their newest tokens.
 
-        Their keys and values are not what the model would compute now: the next token takes them beyond a rope
+        What layers keep of them is not what the model would compute now: the next token takes them beyond a rope
         boundary, or a pass has failed halfway.
         """
         ...
@@ -74,11 +77,15 @@ class Batch(Protocol):
         """Remove rows.
 
         Args:
-            cacheable: whether their keys and values may be kept for later prompts.
+            cacheable: whether what layers keep of them may be kept for later prompts.
 
         Returns:
             For each remaining row, its old number.
         """
+        ...
+
+    def row_cost(self) -> RowCost:
+        """What a sequence takes in this batch, which must have some."""
         ...
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
@@ -101,14 +108,23 @@ class SlotBatch:
         """
         Args:
             max_prefix_tokens: of the prefix cache.
+
+        Raises:
+            ValueError: if the model's layers can't be run with rows of different lengths.
         """
+        if runner.kinds.unknown:
+            raise ValueError(runner.kinds.unknown)
+        if limits.boundaries and runner.sharing is not Sharing.PADDED:
+            raise ValueError(
+                "its rope changes with the length, and its recurrent layers can't leave padding out"
+            )
         self.limits = limits
         self._runner = runner
         self._buckets: dict[BucketKey, Bucket] = {}
         self._rows: list[Row] = []
         self._parts: list[Part] | None = None  # None: the rows have changed
         self._longest = 0  # at least the longest row's length
-        self._prefixes = PrefixCache(max_prefix_tokens)
+        self._prefixes = PrefixCache(max_prefix_tokens, limits.cost.tokens(0))
 
     @property
     def rows(self) -> int:
@@ -133,7 +149,9 @@ class SlotBatch:
         self._buckets[bucket.key] = self._buckets.pop(bucket.key)  # next time it is another one's turn
         runner = self._runner
         tokens = DECODING_PREFILL_TOKENS if self._rows else PREFILL_TOKENS
-        complete = bucket.prefills.prefill(tokens, lambda prompt: self._lookup(prompt, bucket))
+        complete = bucket.prefills.prefill(tokens, lambda prompt, most: self._lookup(prompt, most, bucket))
+        for prompt, contents in bucket.prefills.at_borders():
+            self._keep(_owner(prompt, bucket), prompt.tokens[: contents.length], contents)
         if not complete:
             return [], torch.empty(0)
         prompts = [one.prompt for one in complete]
@@ -145,35 +163,55 @@ class SlotBatch:
         counts = torch.tensor([prompt.rows for prompt in prompts], device=logits.device)
         return prompts, logits.repeat_interleave(counts, dim=0)
 
-    def _lookup(self, prompt: Prompt, bucket: Bucket) -> tuple[int, list[Tensor]]:
-        """The cached beginning of a prompt, from ended sequences or from running ones' prompts."""
-        best, contents = self._prefixes.lookup(_owner(prompt, bucket), prompt.tokens)
-        found: tuple[Bucket, int] | None = None
+    def _lookup(self, prompt: Prompt, most: int, bucket: Bucket) -> RowContents | None:
+        """What is cached of a prompt's first `most` tokens, of ended sequences or of running ones' prompts."""
+        tokens = prompt.tokens[:most]
+        best = self._prefixes.lookup(_owner(prompt, bucket), tokens)
         for other in self._buckets.values():
             if other.rope_regime != bucket.rope_regime:
                 continue
             for i, row in enumerate(other.rows):
-                if row.prompt.owner == prompt.owner:
-                    common = common_prefix_length(prompt.tokens, row.prompt.tokens)
-                    if common > best:
-                        best, found = common, (other, i)
-        return best, contents if found is None else found[0].cache.row(found[1], best)
+                if row.prompt.owner != prompt.owner or row.is_broken:
+                    continue
+                common = common_prefix_length(tokens, row.prompt.tokens)
+                if common > (0 if best is None else best.length):
+                    contents = other.cache.row(i, row.length)
+                    if contents.usable(common) == common:
+                        best = contents.cut(common)
+        return best
+
+    def _keep(self, owner: Owner, tokens: Int64Array, contents: RowContents) -> None:
+        """Keep a copy for later prompts, if there is memory."""
+        try:
+            self._prefixes.add(owner, tokens, contents)
+        except Exception as error:  # the cache is only an optimization
+            if not is_out_of_memory(error):
+                raise
+            self._prefixes.clear()
 
     def stale_rows(self) -> list[int]:
-        if not self.limits.boundaries:
-            return []
         regime = self.limits.rope_regime
-        return [i for i, row in enumerate(self._rows) if regime(row.length) != regime(row.length + 1)]
+        return [
+            i
+            for i, row in enumerate(self._rows)
+            if row.is_broken or (self.limits.boundaries and regime(row.length) != regime(row.length + 1))
+        ]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         if self._longest >= self.limits.short:
             self._move_grown()
         if self._parts is None:
             self._parts = self._made_parts()
-        if len(self._parts) == 1 and self._parts[0][1] is None:
-            logits = self._parts[0][0].step(list(tokens))
-        else:
-            logits = self._step_parts(self._parts, tokens)
+        try:
+            if len(self._parts) == 1 and self._parts[0][1] is None:
+                logits = self._parts[0][0].step(list(tokens))
+            else:
+                logits = self._step_parts(self._parts, tokens)
+        except Exception:
+            # Keys and values are written again in the next step, but some layers' states have taken the tokens in.
+            for row in self._rows:
+                row.is_broken = bool(self._runner.kinds.states)
+            raise
         for row, token in zip(self._rows, tokens, strict=True):
             row.generated.append(token)
         self._longest += 1
@@ -214,13 +252,9 @@ class SlotBatch:
         for number in rows if cacheable else ():
             row = self._rows[number]
             bucket = bucket_of[row]
-            contents = bucket.cache.row(bucket.rows.index(row), row.length)
-            try:
-                self._prefixes.add(_owner(row.prompt, bucket), row.tokens, contents)
-            except Exception as error:  # the cache is only an optimization, and the row has to go
-                if not is_out_of_memory(error):
-                    raise
-                self._prefixes.clear()
+            if not row.is_broken:
+                contents = bucket.cache.row(bucket.rows.index(row), row.length)
+                self._keep(_owner(row.prompt, bucket), row.tokens, contents)
         order = list(range(self.rows))
         for number in sorted(rows, reverse=True):
             row = self._rows[number]
@@ -234,6 +268,9 @@ class SlotBatch:
                 del self._buckets[bucket.key]
         self._rows_changed()
         return order
+
+    def row_cost(self) -> RowCost:
+        return next(bucket for bucket in self._buckets.values() if bucket.rows).cache.row_cost()
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
         self._prefixes.forget(adapter)
@@ -253,22 +290,6 @@ class SlotBatch:
         for bucket in self._buckets.values():
             used |= bucket.prefills.adapters
         self._runner.routes.keep(used)
-
-
-def make_batch(runner: ModelRunner, limits: Limits, max_prefix_tokens: int, context: int) -> Batch:
-    """The batch that suits the model's layers.
-
-    Args:
-        limits: on all sequences together; a batch may take fewer rows.
-        context: most tokens of a sequence. A sliding window of that length has no effect.
-    """
-    text = runner.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None)
-    windowed = window is not None and window < context and getattr(text, "use_sliding_window", True)
-    if kinds == {"full_attention"} and not (windowed and getattr(text, "layer_types", None) is None):
-        return SlotBatch(runner, limits, max_prefix_tokens)
-    return equal_length_batch(runner, limits)
 
 
 def equal_length_batch(runner: ModelRunner, limits: Limits) -> Batch:

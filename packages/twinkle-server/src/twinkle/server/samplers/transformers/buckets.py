@@ -21,11 +21,13 @@ class Row:
     """A running sequence.
 
     Attributes:
-        generated: tokens after the prompt whose keys and values are in the cache.
+        generated: tokens after the prompt that have been through the model.
+        is_broken: whether a pass has failed halfway, so that layers may keep what doesn't fit together.
     """
 
     prompt: Prompt
     generated: list[int] = field(default_factory=list[int])
+    is_broken: bool = False
 
     @property
     def length(self) -> int:
@@ -42,7 +44,7 @@ class Bucket:
     def __init__(self, runner: ModelRunner, limits: Limits, key: BucketKey) -> None:
         self.key = key
         self.rope_regime, self.is_long = key
-        self.cache = SlotCache(runner.num_layers)
+        self.cache = SlotCache(runner.kinds)
         self.prefills = PrefillQueue(
             runner, limits.boundaries[self.rope_regime - 1] if self.rope_regime else 0
         )

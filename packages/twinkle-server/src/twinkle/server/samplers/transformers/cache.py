@@ -1,16 +1,24 @@
-"""Keys and values, one row per sequence.
+"""What layers keep of sequences, one row per sequence.
 
-    keys, values    by layer: [rows, heads, length, head_dim]
+    keys, values    by layer: [rows, heads, length, head_dim]. A layer that reads a window has a ring of the last
+                    positions: position p is at p % length
+    states          by layer: [rows, ...], of convolutions and of recurrences
 
-Rows in use are at the front, so that attention reads a view: when a row is given up, the last one moves into its place.
+Rows in use are at the front, so that layers read views: when a row is given up, the last one moves into its place.
 The tensors grow as more rows and lengths are needed, and are freed when the batch is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from twinkle.server.samplers.cache_usage import RowCost
+from twinkle.server.samplers.transformers.layer_kinds import LayerKinds, Span
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 
 LENGTH_BLOCK = 64
@@ -18,29 +26,76 @@ LENGTH_BLOCK = 64
 MOST_SPARE_LENGTH = 1024
 MOST_SPARE_TOKENS = 2**14
 
+# "keys", "values", "conv" or "recurrent"; the layer; and which of its states.
+Name: TypeAlias = tuple[str, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class RowContents:
+    """What layers keep of one sequence.
+
+    Attributes:
+        length: tokens that it stands for.
+        keys_values: [heads, kept, head_dim]: of the last `kept` tokens.
+        states: after the last token.
+    """
+
+    length: int
+    keys_values: dict[Name, Tensor] = field(default_factory=dict[Name, Tensor])
+    states: dict[Name, Tensor] = field(default_factory=dict[Name, Tensor])
+
+    def usable(self, length: int) -> int:
+        """How many of the sequence's first `length` tokens this can be cut to: all, or none."""
+        if length >= self.length:
+            return self.length
+        is_whole = all(tensor.shape[1] == self.length for tensor in self.keys_values.values())
+        return length if is_whole and not self.states else 0
+
+    def cut(self, length: int) -> RowContents:
+        """What layers keep of the first `length` tokens, which must be usable."""
+        if length == self.length:
+            return self
+        return RowContents(length, {name: tensor[:, :length] for name, tensor in self.keys_values.items()})
+
+    def clone(self) -> RowContents:
+        return RowContents(
+            self.length,
+            {name: tensor.clone() for name, tensor in self.keys_values.items()},
+            {name: tensor.clone() for name, tensor in self.states.items()},
+        )
+
 
 class SlotCache:
     """A cache as Transformers models take it, over a batch's rows.
 
-    `begin` says which rows and positions the next forward pass writes; each layer then calls `update`.
+    `begin` says which rows and positions the next forward pass writes; each layer then calls `update`, or reads its
+    states and updates them. A pass that fails halfway leaves the states of some layers ahead of others'.
     """
 
     # Read by models that ask whether they may build their own masks for the cache.
     is_compileable = False
 
-    def __init__(self, num_layers: int, padding_position: int = 0) -> None:
+    def __init__(self, kinds: LayerKinds, longest_pass: int = 1, padding_position: int = 0) -> None:
         """
         Args:
+            longest_pass: most tokens of a row in one pass.
             padding_position: the position at which padding is computed; see `ModelRunner.forward`.
         """
+        self.kinds = kinds
         self.padding_position = padding_position
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
+        self._longest_pass = longest_pass
+        self._keys_values: dict[Name, Tensor] = {}
+        self._states: dict[Name, Tensor] = {}
+        self._rings = {layer: self._ring(kinds.spans[mask]) for layer, mask in kinds.attention.items()}
         self._rows = slice(0, 0)
         self._positions = torch.empty(0)
         self._lines: dict[tuple[int, int], Tensor] = {}
+        self._counts: Sequence[int] | None = None
+        self._own: dict[int, Tensor] = {}
         self._end = 0
         self._capacity = (0, 0)
+
+    # ---------------------------------------------------------------- memory
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for rows of this length, keeping the content.
@@ -58,10 +113,15 @@ class SlotCache:
             new_length = max(_whole_blocks(length), old_length + spare)
         if rows > old_rows:
             new_rows = max(rows, min(2 * old_rows, old_rows + MOST_SPARE_TOKENS // max(1, new_length)))
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                if old is not None and (old.shape[0] < new_rows or old.shape[2] < new_length):
-                    tensors[layer] = _grown(old, new_rows, new_length)
+        for name, old in self._keys_values.items():
+            wanted = self._length(name[1], new_length)
+            if old.shape[0] < new_rows or old.shape[2] < wanted:
+                self._keys_values[name] = _grown(old, new_rows, wanted)
+        for name, old in self._states.items():
+            if old.shape[0] < new_rows:
+                new = old.new_zeros(new_rows, *old.shape[1:])
+                new[: old.shape[0]] = old
+                self._states[name] = new
         self._capacity = (new_rows, new_length)
 
     def trim(self, rows: int, length: int) -> None:
@@ -72,67 +132,111 @@ class SlotCache:
         # Set before the layers are trimmed, so that it holds wherever memory runs out: remaining layers are larger.
         self._capacity = (rows, _whole_blocks(length))
         try:
-            for tensors in (self.keys, self.values):
-                for layer, old in enumerate(tensors):
-                    if old is not None:
-                        kept = old[: self._capacity[0], :, : self._capacity[1]]
-                        tensors[layer] = kept.clone(memory_format=torch.contiguous_format)
+            for name, old in self._keys_values.items():
+                kept = old[:rows, :, : self._length(name[1], self._capacity[1])]
+                self._keys_values[name] = kept.clone(memory_format=torch.contiguous_format)
+            for name, old in self._states.items():
+                self._states[name] = old[:rows].clone()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
 
     def clear(self) -> None:
         """Free the memory."""
-        self.keys = [None] * len(self.keys)
-        self.values = [None] * len(self.values)
+        self._keys_values.clear()
+        self._states.clear()
         self._capacity = (0, 0)
 
-    def row(self, row: int, length: int) -> list[Tensor]:
-        """Views of a row's first `length` keys and values: [heads, length, head_dim] for each layer's keys, then for
-        each layer's values.
-        """
-        return [tensor[row, :, :length] for tensor in (*self.keys, *self.values) if tensor is not None]
+    def _ring(self, span: Span) -> int | None:
+        """How many positions a layer keeps: the window of a pass's first token, and the pass; None: all."""
+        return None if span.window is None else _whole_blocks(span.window - 1 + self._longest_pass)
 
-    def write_rows(self, rows: slice, contents: list[Tensor]) -> None:
+    def _length(self, layer: int, length: int) -> int:
+        """How long a layer's keys and values are for sequences of this length."""
+        ring = self._rings[layer]
+        return length if ring is None else min(length, ring)
+
+    def columns(self, mask: str, end: int) -> int:
+        """How many positions layers with this mask give to attention if the longest row has `end` tokens."""
+        ring = self._ring(self.kinds.spans[mask])
+        return end if ring is None else min(end, ring)
+
+    # ---------------------------------------------------------------- rows
+
+    def row(self, row: int, length: int) -> RowContents:
+        """Views of a row that has `length` tokens; of its last tokens copies, if they are not in one piece."""
+        keys_values: dict[Name, Tensor] = {}
+        for name, stored in self._keys_values.items():
+            window = self.kinds.spans[self.kinds.attention[name[1]]].window
+            first = 0 if window is None else max(0, length - window)
+            size = stored.shape[2]
+            if first // size == max(first, length - 1) // size:
+                keys_values[name] = stored[row, :, first % size : first % size + length - first]
+            else:
+                places = torch.arange(first, length, device=stored.device) % size
+                keys_values[name] = stored[row].index_select(1, places)
+        return RowContents(length, keys_values, {name: stored[row] for name, stored in self._states.items()})
+
+    def write_rows(self, rows: slice, contents: RowContents) -> None:
         """Begin rows with what `row` gave for other rows, of this or another cache; they must have been reserved.
 
         The rest of the row is cleared: attention adds its mask to the scores, and a NaN left by the row's last sequence
         would remain one. Allocates only layers that don't exist yet.
         """
-        layers = len(self.keys)
-        for i, content in enumerate(contents):
-            stored = self._room((self.keys, self.values)[i // layers], i % layers, content.unsqueeze(0))
-            length = content.shape[1]
-            stored[rows, :, :length].copy_(content)
-            stored[rows, :, length:].zero_()
+        for name, content in contents.keys_values.items():
+            stored = self._room(name, content.unsqueeze(0))
+            size, kept = stored.shape[2], content.shape[1]
+            if contents.length <= size:
+                first = contents.length - kept
+                stored[rows, :, first : contents.length].copy_(content)
+                stored[rows, :, :first].zero_()
+                stored[rows, :, contents.length :].zero_()
+            else:
+                positions = torch.arange(contents.length - kept, contents.length, device=stored.device)
+                stored[rows] = 0
+                stored[rows, :, positions % size] = content
+        for name, content in contents.states.items():
+            self._state(name, content.unsqueeze(0))[rows].copy_(content)
+        if not contents.states:
+            self.clear_states(rows)
 
-    def begin(self, rows: slice, positions: Tensor, end: int) -> None:
+    def clear_states(self, rows: slice) -> None:
+        """Begin rows with the states that a sequence begins with."""
+        for stored in self._states.values():
+            stored[rows].zero_()
+
+    # ---------------------------------------------------------------- a pass
+
+    def begin(self, rows: slice, positions: Tensor, end: int, counts: Sequence[int] | None = None) -> None:
         """
         Args:
             rows: written by the next pass.
             positions: int64 [rows, tokens], where each token's key and value go.
             end: attention reads positions [0, end).
+            counts: each row's tokens, if some rows are padded.
         """
-        self._rows, self._positions, self._end = rows, positions, end
+        self._rows, self._positions, self._end, self._counts = rows, positions, end, counts
         self._lines = {}
+        self._own = {}
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values [rows, heads, tokens, head_dim]; returns all that it should read."""
-        return self._store(self.keys, key, layer), self._store(self.values, value, layer)
+        return self._store(("keys", layer, 0), key), self._store(("values", layer, 0), value)
 
-    def _store(self, tensors: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
-        stored = self._room(tensors, layer, new)
+    def _store(self, name: Name, new: Tensor) -> Tensor:
+        stored = self._room(name, new)
         stored.view(-1, stored.shape[3]).index_copy_(0, self._lines_of(stored), new.reshape(-1, new.shape[3]))
-        return stored[self._rows, :, : self._end]
+        return stored[self._rows, :, : self._length(name[1], self._end)]
 
-    def _room(self, tensors: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
+    def _room(self, name: Name, like: Tensor) -> Tensor:
         """A layer's tensor, allocated when its shape is first known: that of `like`, [rows, heads, n, head_dim]."""
-        stored = tensors[layer]
+        stored = self._keys_values.get(name)
         if stored is None:
             rows, length = self._capacity
-            stored = tensors[layer] = like.new_zeros(rows, like.shape[1], length, like.shape[3])
+            stored = like.new_zeros(rows, like.shape[1], self._length(name[1], length), like.shape[3])
+            self._keys_values[name] = stored
         return stored
 
     def _lines_of(self, stored: Tensor) -> Tensor:
@@ -142,13 +246,92 @@ class SlotCache:
         if lines is None:
             rows = torch.arange(self._rows.start, self._rows.stop, device=stored.device).view(-1, 1, 1)
             head = torch.arange(heads, device=stored.device).view(1, -1, 1)
-            lines = (rows * heads + head) * length + self._positions.unsqueeze(1)
+            lines = (rows * heads + head) * length + (self._positions % length).unsqueeze(1)
             lines = self._lines[heads, length] = lines.flatten()
         return lines
 
-    def get_seq_length(self, layer: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """The model gets explicit positions; this is only called by code that would compute them."""
         return self._end
+
+    # ---------------------------------------------------------------- states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A view of the rows' last inputs of a convolution [rows, channels, kernel]; None: no row has any."""
+        return self._view(("conv", layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A view of the rows' states [rows, ...]; None: no row has any."""
+        return self._view(("recurrent", layer_idx, state_idx))
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        layers = {name[1] for name in self._states}
+        return bool(layers) if layer_idx is None else layer_idx in layers
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether states are kept for going back to them."""
+        return False
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
+    ) -> Tensor:
+        """Store a convolution's new inputs [rows, channels, tokens]; returns them behind those stored before."""
+        if conv_kernel_size is None:
+            raise ValueError("a convolution doesn't say how many of its inputs are to be kept")
+        like = conv_states[..., :1].expand(-1, -1, conv_kernel_size)
+        stored = self._state(("conv", layer_idx, state_idx), like)[self._rows]
+        whole = torch.cat([stored, conv_states], dim=-1)
+        if self._counts is None:
+            stored.copy_(whole[..., -conv_kernel_size:])
+        else:
+            own = self._last_own(conv_kernel_size, whole.device)
+            stored.copy_(whole.gather(2, own.expand(-1, whole.shape[1], -1)))
+        return whole
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """Store the states after each row's last token [rows, ...]."""
+        stored = self._state(("recurrent", layer_idx, state_idx), recurrent_states)[self._rows]
+        if stored.data_ptr() != recurrent_states.data_ptr():
+            stored.copy_(recurrent_states)
+        return stored
+
+    def _view(self, name: Name) -> Tensor | None:
+        stored = self._states.get(name)
+        return None if stored is None else stored[self._rows]
+
+    def _state(self, name: Name, like: Tensor) -> Tensor:
+        """A layer's states, allocated when their shape is first known: that of `like`, [rows, ...]."""
+        stored = self._states.get(name)
+        if stored is None:
+            stored = self._states[name] = like.new_zeros(self._capacity[0], *like.shape[1:])
+        return stored
+
+    def _last_own(self, kernel: int, device: torch.device) -> Tensor:
+        """Of `kernel` stored inputs and a pass's, where each row's last ones are: int64 [rows, 1, kernel]."""
+        own = self._own.get(kernel)
+        if own is None:
+            assert self._counts is not None
+            counts = torch.tensor(self._counts, device=device).view(-1, 1, 1)
+            own = self._own[kernel] = counts + torch.arange(kernel, device=device)
+        return own
+
+    # ---------------------------------------------------------------- sizes
+
+    def row_cost(self) -> RowCost:
+        """What a row takes, by what the layers have been seen to keep."""
+        growing = windowed = window = 0
+        for name, stored in self._keys_values.items():
+            token = stored.shape[1] * stored.shape[3] * stored.element_size()
+            ring = self._rings[name[1]]
+            if ring is None:
+                growing += token
+            else:
+                windowed, window = windowed + token, ring
+        return RowCost(growing, windowed, window, _bytes(stored[:1] for stored in self._states.values()))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _whole_blocks(length: int) -> int:

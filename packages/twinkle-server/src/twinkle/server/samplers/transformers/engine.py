@@ -33,17 +33,18 @@ from twinkle.server.backends.lora.experts import ExpertsWithLora
 from twinkle.server.backends.lora.linear import wrap_modules
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.cache_usage import CacheUsage
+from twinkle.server.samplers.cache_usage import CacheUsage, RowCost
 from twinkle.server.samplers.preemption import NEWCOMERS_SHARE, victim, victims_for_newcomer
 from twinkle.server.samplers.protocol import GenerateRequest
 from twinkle.server.samplers.stops import is_stopped, load_tokenizer
 from twinkle.server.samplers.transformers.batches import (
     DECODING_PREFILL_TOKENS,
     Batch,
+    SlotBatch,
     equal_length_batch,
-    make_batch,
 )
 from twinkle.server.samplers.transformers.inbox import AdapterRemoved, Cancel, Inbox, Message
+from twinkle.server.samplers.transformers.layer_kinds import LayerKinds
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
@@ -91,21 +92,32 @@ class TransformersEngine:
         wrap_modules(model, loaded.linears, lambda base, name: RoutedLinear(base, name, route))
         wrap_modules(model, loaded.experts, lambda base, name: ExpertsWithLora(base, name, route))
         self._loaded = loaded
-        self._runner = ModelRunner(model, route)
-        self._limits = make_limits(loaded, max_rows, max_cached_tokens)
+        context = loaded.info.max_context_length
+        self._runner = ModelRunner(model, route, LayerKinds.of(model.config, context))
         self._tokenizer = load_tokenizer(config.path)
         self._inbox = Inbox()
         self._adapters: dict[str, ResidentAdapter] = {}  # changed with the inbox's lock held
         self._accepted = 0
-        makers = (self._preferred_batch, lambda: equal_length_batch(self._runner, self._limits))
-        make_batch = makers[first_working(loaded.model, makers)]
-        self._loop = SamplingLoop(self._inbox, make_batch, self._tokenizer)
+        makers = (self._slot_batch, self._equal_length_batch)
+        self._limits = make_limits(loaded, max_rows, max_cached_tokens, RowCost())
+        found = first_working(loaded.model, makers)
+        self._limits = make_limits(loaded, max_rows, max_cached_tokens, found.cost)
+        if found.index:
+            log.warning(
+                "%s can't be run with rows of different lengths (%s): only sequences of equal length are sampled "
+                "together, which is slower",
+                type(model).__name__,
+                found.problem,
+            )
+        self._loop = SamplingLoop(self._inbox, makers[found.index], self._tokenizer)
         self._thread = threading.Thread(target=self._loop.run, name="sampling", daemon=True)
         self._thread.start()
 
-    def _preferred_batch(self) -> Batch:
-        context = self._loaded.info.max_context_length
-        return make_batch(self._runner, self._limits, MAX_PREFIX_CACHE_TOKENS, context)
+    def _slot_batch(self) -> Batch:
+        return SlotBatch(self._runner, self._limits, MAX_PREFIX_CACHE_TOKENS)
+
+    def _equal_length_batch(self) -> Batch:
+        return equal_length_batch(self._runner, self._limits)
 
     @classmethod
     def create(cls, config: ModelConfig, backend: TrainingBackend | None) -> Self:
@@ -152,7 +164,7 @@ class TransformersEngine:
         self._accepted += 1
         has_tokenizer = self._tokenizer is not None
         return make_task(
-            request, future, adapter, self._accepted, self._loaded.info, self._limits.tokens, has_tokenizer
+            request, future, adapter, self._accepted, self._loaded.info, self._limits.longest, has_tokenizer
         )
 
     def cancel(self, request_id: str) -> None:

@@ -1,21 +1,24 @@
-"""The batch for models with layers other than full attention (sliding windows, linear attention).
+"""The exception: the batch for models that can't be run with rows of different lengths.
 
-Their caches are Transformers' own, which can't hold rows of different lengths. So only sequences of equal length
-(mostly one prompt's samples) go through the model together, one such group after another: slower than all at once, but
-with the same numbers, and no sample waits for another's end.
+Such are models that make masks and positions of their own (Bloom), and those with layers that keep something else than
+`layer_kinds` knows. The probe finds them at start-up, and the engine says so in its log.
+
+Their caches are Transformers' own. So only sequences of equal length (mostly one prompt's samples) go through the model
+together, one such group after another: slower than all at once, but with the same numbers, and no sample waits for
+another's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from twinkle.server.samplers.cache_usage import Limits
+from twinkle.server.samplers.cache_usage import Limits, RowCost
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 
@@ -59,6 +62,15 @@ class Group:
             raise
         self._latest = tokens, logits
         return logits
+
+    def row_cost(self) -> RowCost:
+        growing = constant = 0
+        for layer in cast("list[Any]", self._cache.layers):
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                growing += 0 if tensor is None else tensor[0, :, 0].numel() * tensor.element_size()
+            for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                constant += sum(t[0].numel() * t.element_size() for t in states.values() if t is not None)
+        return RowCost(growing, constant=constant)
 
     def end_step(self) -> None:
         self._latest = None
@@ -170,6 +182,10 @@ class EqualLengthBatch:
             | {prompt.adapter for prompt in self._to_prefill}
         )
         return kept
+
+    def row_cost(self) -> RowCost:
+        """Of the first group's cache, with windows as if they grew without end."""
+        return self._groups[0].row_cost()
 
     def forget_adapter(self, adapter: ResidentAdapter) -> None:
         """Nothing is kept for later prompts."""

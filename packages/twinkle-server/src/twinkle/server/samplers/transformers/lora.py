@@ -25,7 +25,12 @@ from twinkle.server.backends.protocol import AdapterState
 Shape: TypeAlias = tuple[int, tuple[str, ...]]
 
 # Layers of one module that usually read the same input; if they don't, nothing is shared.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
+)
 
 # Up to this many columns of all A's (adapters * rank) one product is faster, for any number of tokens.
 TOGETHER = 128

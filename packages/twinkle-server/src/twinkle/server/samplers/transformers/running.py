@@ -54,8 +54,9 @@ class RunningSamples:
 
     @property
     def outgrows_memory(self) -> bool:
-        """Whether the next decode step would take more KV cache than there is."""
-        if not self.prefilling and self.batch.rows * self.batch.longest <= self.batch.limits.tokens:
+        """Whether the next decode step would take more memory than there is."""
+        limits = self.batch.limits
+        if not self.prefilling and self.batch.rows * limits.cost.tokens(self.batch.longest) <= limits.tokens:
             return False  # nearly always; exact counts take longer
         return self.usage.is_too_much
 
