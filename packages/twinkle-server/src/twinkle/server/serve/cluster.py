@@ -167,6 +167,8 @@ def _start(plan: Plan) -> _Running:
     failure = running.engine().start_failure.remote().result(timeout_s=60)
     if failure is not None:
         raise ServerFault(f"the server could not start: {failure.message}")
+    for note in running.engine().notes.remote().result(timeout_s=60):
+        say(note)
     return running
 
 

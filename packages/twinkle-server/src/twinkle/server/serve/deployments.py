@@ -69,9 +69,11 @@ class EngineDeployment:
         await asyncio.sleep(0)  # lets them start loading
         from twinkle.server.app import build_service, build_signer, live_directory
 
+        group = await ranks
+        self._notes = group.info.notes
         self._service = build_service(
             plan.config,
-            await ranks,
+            group,
             plan.model.path,
             build_signer(plan.config),
             live_directory(plan.config),
@@ -82,6 +84,10 @@ class EngineDeployment:
     async def start_failure(self) -> TwinkleError | None:
         """Why the service could not start; None if it did."""
         return self._start_failure
+
+    async def notes(self) -> tuple[str, ...]:
+        """Lines about how the model is computed, for whoever starts the server."""
+        return self._notes
 
     async def ready(self) -> None | TwinkleError:
         return await _or_error(lambda: self._running().ready())
