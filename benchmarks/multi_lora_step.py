@@ -5,8 +5,8 @@
 
 The model is a small random Qwen3 made on the fly (or a Qwen3.5: `step_models.py`), on the CPU with one thread: what is
 compared is the way of computing, not the machine. All ways do the same: forward, backward, one AdamW step for each
-adapter. Rounds are interleaved and each ratio is the median over rounds, so that other load on the machine weighs on all
-alike. Prints JSON:
+adapter. Rounds are interleaved and each ratio is the median over rounds, so that other load on the machine weighs on
+all alike. Prints JSON:
 
     fused_ms                  all adapters in one pass (the Transformers backend)
     one_after_the_other       time of one pass for each adapter / fused

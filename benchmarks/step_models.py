@@ -50,7 +50,7 @@ _LINEAR: dict[str, dict[str, Any]] = {
     "small": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
     "wide": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
 }
-_LINEAR_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+_LINEAR_HEADS: dict[str, Any] = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
 ARCHITECTURES = ("qwen3", "qwen3.5")
 
 
@@ -60,7 +60,11 @@ def save_model(directory: Path, architecture: str, size: str) -> None:
         architecture: one of ARCHITECTURES.
         size: one of SIZES.
     """
-    shared = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048, "tie_word_embeddings": False}
+    shared: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
     if architecture == "qwen3":
         config = Qwen3Config(**SIZES[size], **shared)
     else:

@@ -196,7 +196,9 @@ def _is_plain_experts(module: nn.Module) -> bool:
 
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The model without its output head: token ids to hidden states."""
-    return cast("nn.Module", cast("Any", model).get_decoder())
+    found = cast("nn.Module", cast("Any", model).get_decoder())
+    # Llama 4's class names its decoder by another attribute than it has, and so gives itself.
+    return cast("nn.Module", model.model) if found is model else found
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
