@@ -86,6 +86,9 @@ def _text(
             "mrope_interleaved": True,
             "mrope_section": [1, 1, 0],
         },
+        # A gated delta net's outputs are normalised. Random weights leave some next to nothing: with the real 1e-6
+        # gradients would be ten times as large, and so would float32's errors in them.
+        "rms_norm_eps": 1e-3,
         "max_position_embeddings": context_length,
         "initializer_range": 0.1,
         "tie_word_embeddings": tied,
