@@ -51,6 +51,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen3_5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3.5 as it is published, of 4 layers, with the same tokenizer."""
+    import tiny_qwen3_5
+
+    directory = tmp_path_factory.mktemp("tiny-qwen3.5")
+    tiny_qwen3_5.save(directory, VOCAB_SIZE, EOS_TOKEN_ID, CONTEXT_LENGTH)
+    _save_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_tied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers whose output head is its embedding."""
     from transformers import LlamaConfig

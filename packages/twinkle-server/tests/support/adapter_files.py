@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from twinkle.protocol.types import AdamParams
-from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ModelConfig
+from twinkle.server.backends.protocol import AdamStep, AdapterSpec, AdapterState, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend
 
 ROW = peft_alone.random_row("a", 20, 0, tiny_moe.SIZES["vocab_size"])
@@ -29,13 +29,13 @@ def trained(model_dir: Path, spec: AdapterSpec) -> tuple[TransformersBackend, Ad
     return backend, backend.export_adapter("a", with_optimizer=True), after.logprobs
 
 
-def peft_logprobs(base: Any, adapter: Path) -> tuple[Any, Any]:
+def peft_logprobs(base: Any, adapter: Path, row: Row = ROW) -> tuple[Any, Any]:
     """The row's log-probabilities, of the base model and with the adapter."""
     with torch.no_grad():
-        plain = peft_alone.logprobs(base, ROW)
+        plain = peft_alone.logprobs(base, row)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # what PEFT says of matrices that it misses
             if base.config.get_text_config().tie_word_embeddings:
                 warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
             peft = PeftModel.from_pretrained(base, adapter)
-        return plain, peft_alone.logprobs(peft, ROW)
+        return plain, peft_alone.logprobs(peft, row)

@@ -21,7 +21,7 @@ def parameters(model: Any) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             target = name.replace(".base_layer", "")
-            if isinstance(module, ParamWrapper):
+            if isinstance(module, ParamWrapper) and module.parameter_name != "weight":
                 target += f".{module.parameter_name}"
             found[f"{target}.lora_A.weight"] = module.lora_A["default"].weight
             found[f"{target}.lora_B.weight"] = module.lora_B["default"].weight
@@ -33,11 +33,18 @@ def make(model_dir: Path, state: AdapterState) -> Any:
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     assert state.spec.alpha.is_integer()
     modules = {name for name, _ in base.named_modules()}
+    as_parameters = {name: name for name in state.target_modules if name not in modules}
+    if any(name.endswith(".experts") for name in modules):
+        # As target modules PEFT takes these for the routed experts' own.
+        names = [
+            name for name in state.target_modules if name.endswith(("gate_proj", "up_proj", "down_proj"))
+        ]
+        as_parameters |= {name: f"{name}.weight" for name in names if name in modules}
     config = LoraConfig(
         r=state.spec.rank,
         lora_alpha=int(state.spec.alpha),
-        target_modules=[name for name in state.target_modules if name in modules],
-        target_parameters=[name for name in state.target_modules if name not in modules],
+        target_modules=[name for name in state.target_modules if name not in as_parameters],
+        target_parameters=list(as_parameters.values()),
     )
     model = get_peft_model(base, config)
     found = parameters(model)

@@ -152,6 +152,7 @@ class BaseModelInfo:
         export: facts needed to write its adapters' files.
         trainable: the groups of layers that have any that can be trained.
         data_parallel_size: copies of the model that compute at the same time, each its own micro-batches.
+        notes: lines about how it is computed, for whoever starts the server; a warning begins with "WARNING: ".
     """
 
     vocab_size: int
@@ -165,6 +166,7 @@ class BaseModelInfo:
     export: ExportFacts = field(default_factory=ExportFacts)
     trainable: tuple[ModuleGroup, ...] = ALL_GROUPS
     data_parallel_size: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

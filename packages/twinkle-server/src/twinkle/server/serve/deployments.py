@@ -77,8 +77,10 @@ class EngineDeployment:
         await asyncio.sleep(0)  # lets them start loading
         from twinkle.server.app import build_service, build_signer
 
+        group = await ranks
+        self._notes = group.info.notes
         signer = build_signer(plan.config)
-        self._service = build_service(plan.config, await ranks, plan.model.path, signer, live, name)
+        self._service = build_service(plan.config, group, plan.model.path, signer, live, name)
         await self._service.start()
         if name is None:
             self._http = await listen(self._service, plan.config)
@@ -86,6 +88,10 @@ class EngineDeployment:
     async def start_failure(self) -> TwinkleError | None:
         """Why the service could not start; None if it did."""
         return self._start_failure
+
+    async def notes(self) -> tuple[str, ...]:
+        """Lines about how the model is computed, for whoever starts the server."""
+        return self._notes
 
     async def ready(self) -> None | TwinkleError:
         return await _or_error(lambda: self._running().ready())

@@ -18,6 +18,7 @@ from twinkle.server.serve.deployments import build_engine, engine_app
 from twinkle.server.serve.ranks import place_ranks
 from twinkle.server.serve.ray_cluster import check_room
 from twinkle.server.serve.serve_apps import cause_of, deploy, end_app, handle_of
+from twinkle.server.serve.supervised import say
 
 log = logging.getLogger("twinkle.server")
 
@@ -54,6 +55,8 @@ class EngineProcess:
             failure = engine._handle().start_failure.remote().result(timeout_s=60)
             if failure is not None:
                 raise failure
+            for note in engine._handle().notes.remote().result(timeout_s=60):
+                say(f"{name}: {note}")
         except TwinkleError:
             engine.end()
             raise

@@ -17,6 +17,7 @@ from twinkle.server.serve.fleet import Fleet
 from twinkle.server.serve.ranks import place_ranks
 from twinkle.server.serve.ray_cluster import check_room
 from twinkle.server.serve.serve_apps import cause_of, deploy, end_app, handle_of, start_serve
+from twinkle.server.serve.supervised import say
 from twinkle.server.store.database import Database
 
 log = logging.getLogger("twinkle.server")
@@ -61,6 +62,8 @@ class OneEngine:
         failure = running._engine().start_failure.remote().result(timeout_s=60)
         if failure is not None:
             raise ServerFault(f"the server could not start: {failure.message}")
+        for note in running._engine().notes.remote().result(timeout_s=60):
+            say(note)
         return running
 
     def _engine(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
 from twinkle.server.backends.hf.export_facts import export_facts, name_of
+from twinkle.server.backends.hf.kernels import choose_kernels
 from twinkle.server.backends.hf.model_facts import (
     context_length,
     eos_token_ids,
@@ -104,6 +105,8 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     model = _load(config, shards)
     model.requires_grad_(False)
     model.eval()
+    device = model.device if shards is None else shards.device
+    notes = choose_kernels(model, device)
     _check_finite(model, shards, config)
     targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
@@ -113,8 +116,8 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
         )
     if shards is None:  # else it can only be run by all ranks together, which check it then
         check_runs(model, config)
-    device = model.device if shards is None else shards.device
-    return LoadedModel(model, targets, _describe(model, targets, config, device), experts, shards)
+    info = replace(_describe(model, targets, config, device), notes=notes)
+    return LoadedModel(model, targets, info, experts, shards)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -193,7 +196,9 @@ def _is_plain_experts(module: nn.Module) -> bool:
 
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The model without its output head: token ids to hidden states."""
-    return cast("nn.Module", cast("Any", model).get_decoder())
+    found = cast("nn.Module", cast("Any", model).get_decoder())
+    # Llama 4's class names its decoder by another attribute than it has, and so gives itself.
+    return cast("nn.Module", model.model) if found is model else found
 
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
