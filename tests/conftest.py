@@ -26,17 +26,8 @@ def mission_model_dir(tiny_qwen3_5_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory: pytest.TempPathFactory, mission_model_dir: Path) -> Path:
     """As TWINKLE_HUB_ROOT wants it: the mission's model id is a tiny model, its data set is the repository's."""
-    return _hub_root(tmp_path_factory.mktemp("hub"), mission_model_dir)
-
-
-@pytest.fixture(scope="session")
-def qwen3_hub_root(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The same with a Qwen3 under the mission's model id, for what can't compute Qwen3.5."""
-    return _hub_root(tmp_path_factory.mktemp("qwen3-hub"), tiny_model_dir)
-
-
-def _hub_root(root: Path, model: Path) -> Path:
-    shutil.copytree(model, root / MODEL)
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(mission_model_dir, root / MODEL)
     shutil.copytree(REPOSITORY / "cookbook" / "data" / "swift", root / "swift")
     return root
 

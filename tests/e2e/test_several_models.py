@@ -162,10 +162,10 @@ def test_capabilities_limits_and_tokenizers_are_each_models_own(door: Door) -> N
 
 
 @pytest.mark.timeout(900)
-def test_the_sdks_suite_passes_through_the_door(door: Door, tiny_model_dir: Path) -> None:
+def test_the_sdks_suite_passes_through_the_door(door: Door) -> None:
     files = ("test_loop.py", "test_sampling.py", "test_losses.py", "test_rest.py")
     tests = f"({sdk_suite.UNPATCHED}) and not test_capabilities"  # it expects one model
-    sdk_suite.run(door.url, tiny_model_dir, tests, files)
+    sdk_suite.run(door.url, door.models / MODEL, tests, files)
 
 
 def test_checkpoints_of_a_model_are_used_on_all_its_engines(door: Door) -> None:

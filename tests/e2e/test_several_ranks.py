@@ -45,35 +45,28 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def root(layout: str, request: pytest.FixtureRequest) -> Path:
-    """Where the server finds its model: the Megatron backend has no Qwen3.5."""
-    on_megatron = layout in ("TP2", "PP2")
-    return request.getfixturevalue("qwen3_hub_root" if on_megatron else "hub_root")
-
-
-@pytest.fixture(scope="module")
 def server(
-    layout: str, root: Path, tmp_path_factory: pytest.TempPathFactory
+    layout: str, hub_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[running_server.RunningServer]:
     """A server of two ranks, that copies runs at once."""
     directory, port = tmp_path_factory.mktemp("ranks"), running_server.free_port()
     config = running_server.write_config(
         directory, port, extra="  snapshot_seconds: 0\n", layout=LAYOUTS[layout]
     )
-    server = running_server.start(config, root, port)
+    server = running_server.start(config, hub_root, port)
     server.storage = directory / "storage"
     yield server
     server.stop()
 
 
 @pytest.mark.timeout(600)
-def test_the_sdks_suite_passes(layout: str, server: running_server.RunningServer, root: Path) -> None:
+def test_the_sdks_suite_passes(layout: str, server: running_server.RunningServer, hub_root: Path) -> None:
     tests, files = PARTS[layout]
-    sdk_suite.run(server.base_url, root / MODEL, tests, files)
+    sdk_suite.run(server.base_url, hub_root / MODEL, tests, files)
 
 
 def test_what_is_trained_on_ranks_is_an_adapter_that_peft_loads(
-    server: running_server.RunningServer, root: Path
+    server: running_server.RunningServer, hub_root: Path
 ) -> None:
     batch = random_batch(1, (9, 30, 5))
     with ServiceClient(server.base_url, api_key="ada") as service:
@@ -88,7 +81,7 @@ def test_what_is_trained_on_ranks_is_an_adapter_that_peft_loads(
         sampled = sampler.sample(tokens, 1, SamplingParams(max_tokens=1, temperature=0)).sequences[0]
         uri = uris.parse(path)
         assert uri.run_id and uri.kind
-        model = peft_model(root, server.storage / "checkpoints" / uri.run_id / uri.kind / uri.name)
+        model = peft_model(hub_root, server.storage / "checkpoints" / uri.run_id / uri.kind / uri.name)
         with torch.no_grad():
             for datum, output in zip(batch, outputs, strict=True):
                 found = output["logprobs"].array

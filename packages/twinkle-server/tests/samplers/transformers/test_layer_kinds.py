@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -34,7 +35,12 @@ COMPANY = [
 ]
 
 
-@pytest.fixture(scope="module", params=sorted(tiny_layer_kinds.CONFIGS))
+# The others, which are more of the same kinds, with `hatch run families`.
+ALWAYS = ("bamba", "gemma3", "jamba", "lfm2", "qwen3_5", "qwen3_5_moe")
+KINDS = tiny_layer_kinds.CONFIGS if os.environ.get("TWINKLE_ALL_FAMILIES") == "1" else ALWAYS
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
 def model_dir(
     request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
