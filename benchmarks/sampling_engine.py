@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def main() -> None:
 def random_model(directory: Path, size: str, architecture: str) -> Path:
     """A random model: a Qwen3 has 0.2 ("tiny") or 1.3 ("small") million parameters."""
     torch.manual_seed(0)
-    kind, more = ARCHITECTURES[architecture]
+    kind, more = cast("Any", ARCHITECTURES[architecture])
     config = kind(
         vocab_size=VOCAB,
         max_position_embeddings=1024,

@@ -85,7 +85,8 @@ def test_configurations_are_valid(name: str) -> None:
     for block in PAGES[name]:
         if block.language == "yaml":
             values = yaml.safe_load(block.text)
-            parse_config({"model": {"model_id": MODEL}, **values}, where=f"{name}:{block.line}")
+            model = {} if "models" in values else {"model": {"model_id": MODEL}}
+            parse_config({**model, **values}, where=f"{name}:{block.line}")
 
 
 def test_the_cookbooks_configurations_are_valid() -> None:

@@ -36,5 +36,5 @@ def test_what_was_used_is_written_and_nothing_is_said(tmp_path: Path, tiny_model
     assert ended.returncode == (3 if how == "ended by an error" else 0), ended.stderr
     assert "Traceback" not in ended.stderr and "twinkle:" not in ended.stderr
     with sqlite3.connect(tmp_path / "twinkle.sqlite") as database:
-        used = database.execute("SELECT kind, SUM(count) FROM usage GROUP BY kind").fetchall()
+        used = database.execute("SELECT kind, SUM(count) FROM usage_by_model GROUP BY kind").fetchall()
     assert ("training", 3) in used

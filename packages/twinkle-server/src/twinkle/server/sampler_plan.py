@@ -68,18 +68,7 @@ def plan_samplers(
                 "python, or name an engine"
             )
         return None
-    if section.python is None:
-        plugins.look_up(plugins.SAMPLING_ENGINES, section.engine)
-    elif not section.python.expanduser().is_file():
-        raise InvalidRequest(
-            f"sampler.python: {section.python} is not there; make the environment ('python -m venv DIR', then "
-            f"'DIR/bin/pip install {_requirement(section.engine)}'), and give its DIR/bin/python"
-        )
-    if tp > 1 and section.engine == "transformers":
-        raise InvalidRequest(
-            f"sampler.tensor_parallel_size: {tp}: the transformers engine samples on one device; leave it out, or set "
-            "sampler.engine: vllm"
-        )
+    _check_engine(section)
     if section.num_gpus and not gpus and not is_cpu_forced:
         raise InvalidRequest(
             f"sampler.num_gpus: {section.num_gpus} of no GPUs: ray.num_gpus is 0, or there are none; leave it out "
@@ -105,6 +94,25 @@ def plan_samplers(
     return SamplerPlan(
         section.engine, processes, model, gpus_of_one, python, max_processes, section.target_sequences
     )
+
+
+def _check_engine(section: SamplerSection) -> None:
+    """
+    Raises:
+        InvalidRequest: if the engine, or the environment that it runs in, is not there, or can't be spread over GPUs.
+    """
+    if section.python is None:
+        plugins.look_up(plugins.SAMPLING_ENGINES, section.engine)
+    elif not section.python.expanduser().is_file():
+        raise InvalidRequest(
+            f"sampler.python: {section.python} is not there; make the environment ('python -m venv DIR', then "
+            f"'DIR/bin/pip install {_requirement(section.engine)}'), and give its DIR/bin/python"
+        )
+    if section.tensor_parallel_size > 1 and section.engine == "transformers":
+        raise InvalidRequest(
+            f"sampler.tensor_parallel_size: {section.tensor_parallel_size}: the transformers engine samples on one "
+            "device; leave it out, or set sampler.engine: vllm"
+        )
 
 
 def _of_one_process(one_copy: ModelConfig, tp: int) -> ModelConfig:

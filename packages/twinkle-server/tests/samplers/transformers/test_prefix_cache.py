@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from twinkle.server.samplers.transformers.cache import RowContents
+from twinkle.server.samplers.transformers.cache import Name, RowContents
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
 from twinkle.server.samplers.transformers.prefix_cache import Owner, PrefixCache, common_prefix_length
 
@@ -18,8 +18,8 @@ def tokens(*parts: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.full(n, token, np.int64) for token, n in parts])
 
 
-KEYS = ("keys", 0, 0)
-STATE = ("recurrent", 1, 0)
+KEYS: Name = ("keys", 0, 0)
+STATE: Name = ("recurrent", 1, 0)
 
 
 def contents(n: int, value: float = 0.0, state: float | None = None) -> RowContents:
@@ -101,7 +101,8 @@ def test_states_serve_only_what_begins_with_all_of_their_tokens():
     assert [found(kept, ADA, tokens((1, n))) for n in (19, 20, 29, 30, 99)] == [
         (0, 0.0), (20, 1.0), (20, 1.0), (30, 2.0), (30, 2.0),
     ]  # fmt: skip
-    states = [kept.lookup(ADA, tokens((1, n))).states[STATE] for n in (25, 35)]
+    hits = [kept.lookup(ADA, tokens((1, n))) for n in (25, 35)]
+    states = [hit.states[STATE] for hit in hits if hit is not None]
     assert [state.tolist() for state in states] == [[5.0, 5.0], [6.0, 6.0]]
 
 
@@ -109,7 +110,8 @@ def test_windows_that_have_moved_on_serve_only_what_begins_with_all_of_their_tok
     kept = PrefixCache(1000)
     kept.add(ADA, tokens((1, 30)), RowContents(30, {KEYS: torch.ones(1, 16, 2)}))
     assert kept.lookup(ADA, tokens((1, 29))) is None
-    assert kept.lookup(ADA, tokens((1, 31))).length == 30
+    longer = kept.lookup(ADA, tokens((1, 31)))
+    assert longer is not None and longer.length == 30
 
 
 def test_what_is_kept_of_a_sequence_besides_its_tokens_counts():

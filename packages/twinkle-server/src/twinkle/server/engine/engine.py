@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 from twinkle.protocol import messages as m
@@ -23,6 +23,7 @@ from twinkle.server.engine.calls import (
     steps_of,
 )
 from twinkle.server.engine.failures import ENDED_TWICE, NOT_BACK, NOT_REPEATED, to_failure
+from twinkle.server.engine.gaps import Gaps
 from twinkle.server.engine.packing import Packed, pack, unpack
 from twinkle.server.engine.recovery import recover
 from twinkle.server.engine.residency import Residency
@@ -64,8 +65,7 @@ class Engine:
         self._in_flight: InFlightCall | None = None  # of a queued call that was dispatched ahead
         self._times = CallTimes()
         self._may_dispatch_ahead = True
-        self._stepping = asyncio.Lock()  # held while a call is computed
-        self._held = 0  # those that want nothing to be computed
+        self._gaps = Gaps()
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -96,13 +96,11 @@ class Engine:
             self._adapters.close()
 
     async def step(self) -> None:
-        """Take the next call, have the worker compute it, and complete its futures. A failed call is retried in smaller
-        ones; after a loss of the worker, each job of the call is retried alone.
-        """
+        """Compute the next call. One that fails is retried in smaller ones; after a loss of the worker, job by job."""
         call = await self._next_call()
-        async with self._stepping:
+        async with self._gaps.call():
             if self._calls.first is not call:
-                return  # some that are made again came before it
+                return  # in a gap, others came before it
             try:
                 left = await self._compute(call)
             except WorkerLost:
@@ -112,19 +110,9 @@ class Engine:
                 left = await self._after_failure(call, error)
             self._calls.replace_first(left)
 
-    @asynccontextmanager
-    async def between_calls(self) -> AsyncGenerator[None]:
+    def between_calls(self) -> AbstractAsyncContextManager[None]:
         """While entered nothing is computed, and `repeat` may be called."""
-        self._held += 1
-        try:
-            async with self._stepping:
-                while self._in_flight is not None:  # nothing more is dispatched ahead
-                    self._stepping.release()
-                    await asyncio.sleep(0)
-                    await self._stepping.acquire()
-                yield
-        finally:
-            self._held -= 1
+        return self._gaps.gap(lambda: self._in_flight is None)
 
     async def until_idle(self) -> None:
         """Wait until nothing is computed, which holds until the loop goes on. Stops dispatching ahead for good."""
@@ -215,9 +203,8 @@ class Engine:
     def _dispatch(self, call: Call) -> InFlightCall:
         packed = self._pack(call.passes)
         result = asyncio.create_task(self._worker.train(packed.micro_batches, steps_of(call.optim_steps)))
-        cost = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in packed.micro_batches)
-        cost += len(packed.micro_batches) * self._worker.info.overhead_tokens
-        return InFlightCall(call, packed, result, asyncio.get_running_loop().time(), cost)
+        now, cost = asyncio.get_running_loop().time(), packed.cost(self._worker.info.overhead_tokens)
+        return InFlightCall(call, packed, result, now, cost)
 
     async def _result_of(self, in_flight: InFlightCall) -> Trained:
         """The result of a dispatched call; late in the call, the next one is dispatched behind it, if that is complete
@@ -251,7 +238,7 @@ class Engine:
         """Take the next tick and dispatch its first call, if none of its runs is in flight or evicted, so that neither
         call depends on the other. Not a coroutine: nothing else may run between the tick and the call.
         """
-        if not self._may_dispatch_ahead or self._held or self._snapshots.seconds_until_due() == 0:
+        if not self._may_dispatch_ahead or self._gaps.is_wanted or self._snapshots.seconds_until_due() == 0:
             return
         calls = self._add(self._scheduler.take_tick())
         if len(calls) != 1 or not calls[0].passes or not calls[0].optim_steps:

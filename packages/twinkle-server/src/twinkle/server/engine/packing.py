@@ -27,6 +27,11 @@ class Packed:
     micro_batches: list[list[Row]]
     origins: list[list[tuple[int, int]]]
 
+    def cost(self, overhead_tokens: int) -> int:
+        """Of all micro-batches, in tokens, padding included."""
+        padded = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in self.micro_batches)
+        return padded + len(self.micro_batches) * overhead_tokens
+
 
 def to_row(
     run_id: str, request: ForwardBackwardRequest, datum: Datum, custom_loss: CustomLoss | None = None

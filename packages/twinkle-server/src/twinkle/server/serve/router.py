@@ -152,7 +152,7 @@ class Router:
         if isinstance(query, m.GetUsage):  # each engine writes down what it has counted before it answers
             others = [name for name in await self._working() if name != front]
             await asyncio.gather(*(self._ask(each, tenant, query) for each in others), return_exceptions=True)
-        return await self._ask(front, tenant, query)
+        return cast(m.ReplyT, await self._ask(front, tenant, query))
 
     async def _working(self) -> list[str]:
         return [name for name, row in (await self._view.engines()).items() if row.state == "running"]

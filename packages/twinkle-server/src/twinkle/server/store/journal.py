@@ -48,6 +48,7 @@ HEADER_BYTES = _HEADER.size
 _MARKER_BYTES = 8
 
 _SUFFIX = ".log"
+_PARTIAL = ".partial"
 _SEGMENT_BYTES = 32 * 2**20
 _LOCK_SECONDS = 30.0
 
@@ -97,7 +98,7 @@ class Journal:
         self._flush = flush
         self._segment_bytes = segment_bytes
         self._lock = _lock(directory / "lock")
-        for path in directory.glob("*.partial"):  # left by a process that was killed
+        for path in directory.glob(f"*{_PARTIAL}"):  # left by a process that was killed
             path.unlink()
         self.earlier = self._numbers()
         """Segments of an earlier process, oldest first."""
@@ -139,19 +140,8 @@ class Journal:
         Raises:
             Unavailable: if it can't be written.
         """
-        path = self._directory / f"{os.urandom(8).hex()}.partial"
-        frames = (_frame(self._marker, each) for each in payloads)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(bytes(HEADER_BYTES))
-                file.writelines(frames)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise _no_room(error) from error
+        path = self._directory / f"{os.urandom(8).hex()}{_PARTIAL}"
+        _write_segment(path, [_frame(self._marker, each) for each in payloads])
         return path
 
     def add_segment(self, prepared: Path) -> int:
@@ -391,6 +381,25 @@ class Journal:
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08d}{_SUFFIX}"
+
+
+def _write_segment(path: Path, frames: Sequence[bytes]) -> None:
+    """Write frames after room for a header; all is durable, or there is no file.
+
+    Raises:
+        Unavailable: if that fails.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(bytes(HEADER_BYTES))
+            file.writelines(frames)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise _no_room(error) from error
 
 
 def _no_room(error: OSError) -> Unavailable:
