@@ -56,6 +56,15 @@ def test_the_missions_files_are_valid_as_they_are(tmp_path: Path, text: str):
         ),
         ({"model": {"model_id": "x", "torch_dtype": "int8"}}, r"model\.torch_dtype: .*'bfloat16'"),
         ({"model": {"model_id": "x"}, "server": {"port": 99999}}, r"server\.port: .*65535"),
+        (
+            {"model": {"model_id": "x", "context_parallel_size": 2}},
+            r"model: .*context_parallel_size is not offered.*sequence_parallel: true",
+        ),
+        (
+            {"models": [{"model_id": "x"}, {"model_id": "y", "max_lora_rnk": 3}]},
+            r"models\.1\.max_lora_rnk: .*did you mean 'max_lora_rank'",
+        ),
+        ({"model": {"model_id": "x"}, "models": [{"model_id": "y"}]}, "give one model, or a list of several"),
         ({}, "model: Field required"),
         ([], "must be a mapping"),
     ],

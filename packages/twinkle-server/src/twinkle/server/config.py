@@ -75,6 +75,17 @@ class ModelSection(_Section):
     takes, since that fails if it is cut off twice. Default: 3600 on GPUs, and no limit on a CPU. Loading the model and
     drawing samples have no limit."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_context_parallelism(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "context_parallel_size" in values:
+            raise ValueError(
+                "context_parallel_size is not offered: no sequence is shared out to several ranks (Megatron-Core 0.16 "
+                "can't do that with Qwen3.5's linear attention); for long sequences set sequence_parallel: true "
+                "with tensor_parallel_size, which share out most of their activations"
+            )
+        return cast(Any, values)
+
     @field_validator("torch_dtype", mode="before")
     @classmethod
     def _no_float16(cls, value: object) -> object:

@@ -14,6 +14,7 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server import plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.config import ServerConfig
+from twinkle.server.fit import check_fits, memory_of_gpu, memory_of_machine
 from twinkle.server.sampler_plan import NO_ENGINE, SamplerPlan, plan_samplers
 
 # Many repositories also hold the weights in other formats.
@@ -215,6 +216,9 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
     copies = _num_copies(config, one_copy.num_ranks, gpus, for_samplers)
     _check_sharding(config, copies, has_gpu)
     model = replace(one_copy, data_parallel_size=copies)
+    if not config.ray.address:  # other machines' memory isn't known here
+        memory = memory_of_gpu() if has_gpu else memory_of_machine()
+        check_fits(model, samplers, weight_bytes(model.path, model.torch_dtype), memory, has_gpu)
     return Plan(config, model, backend, samplers, gpus_per_rank=1 if has_gpu else 0)
 
 
