@@ -22,6 +22,7 @@ from twinkle.server.serve.fleet_view import FleetView
 from twinkle.server.serve.router import Router
 from twinkle.server.service.service import Service
 from twinkle.server.store.database import Database
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import Engine
 
 OTHER = "fake/other"
@@ -29,13 +30,13 @@ SERVER = "8000-test"
 
 
 class House:
-    """Engines by name, their rows, and two gateways' routers."""
+    """Engines by name, their rows, and three gateways' routers."""
 
     def __init__(self, url: str, services: dict[str, Service]) -> None:
         self.services = services
         self.database = Database(url)
         self.routers = [
-            Router(FleetView(self.database, SERVER), self.database, services.__getitem__) for _ in "ab"
+            Router(FleetView(self.database, SERVER), self.database, services.__getitem__) for _ in "abc"
         ]
         for name, service in services.items():
             self.database.add_engine(
@@ -240,3 +241,16 @@ async def test_usage_counts_what_each_engine_has_just_done(house: House):
         if each.event_info.type == "training"
     }
     assert trained == {MODEL: 3, OTHER: 3}
+
+
+async def test_runs_go_on_while_the_database_is_away(house: House, monkeypatch: pytest.MonkeyPatch):
+    alice = house.tenant("alice")
+    run = (await alice.do(create(await alice.session(), 0))).model_id
+
+    def gone(*_: object) -> list[Engine]:
+        raise DatabaseGone("the database is away", 5.0)
+
+    monkeypatch.setattr(house.database, "engines", gone)
+    assert isinstance(await alice.do(a_pass(run, 1)), ForwardBackwardOutput)
+    with pytest.raises(DatabaseGone):  # a gateway that has just begun knows nothing
+        await house.tenant("alice", 2).do(a_pass(run, 2))

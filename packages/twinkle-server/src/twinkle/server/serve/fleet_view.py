@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from twinkle.hub import plain_name
 from twinkle.protocol.errors import InvalidRequest, Unavailable
 from twinkle.server.store.database import Database
+from twinkle.server.store.retry import DatabaseGone
 from twinkle.server.store.tables import Engine
 
 # How old the list of engines may be.
@@ -33,17 +34,21 @@ class FleetView:
         self._read_at = -_FRESH_SECONDS
         self._reading = asyncio.Lock()
         self._placed: dict[str, str] = {}
-        self._begun: deque[tuple[float, str]] = (
-            deque()
-        )  # when something was placed on which engine, latest last
+        # When something was placed on which engine, latest last.
+        self._begun: deque[tuple[float, str]] = deque()
 
     async def engines(self) -> dict[str, Engine]:
-        """By name."""
+        """By name. While the database is away, they are taken to be as they were."""
         async with self._reading:
-            if time.monotonic() - self._read_at >= _FRESH_SECONDS:
+            if time.monotonic() - self._read_at < _FRESH_SECONDS:
+                return self._engines
+            try:
                 rows = await asyncio.to_thread(self._database.engines, self._server)
                 self._engines = {row.name: row for row in rows}
-                self._read_at = time.monotonic()
+            except DatabaseGone:
+                if not self._engines:
+                    raise
+            self._read_at = time.monotonic()
             return self._engines
 
     async def models(self) -> list[str]:

@@ -13,9 +13,10 @@ from twinkle.server.store.tables import Checkpoint, Engine, Placement
 
 class EngineRows(Connection):
     def engines(self, server: str) -> list[Engine]:
-        """All that this server has had, in the order of their names."""
+        """All that this server has had, oldest first."""
         with self.transaction() as session:
-            return list(session.scalars(select(Engine).where(Engine.server == server).order_by(Engine.name)))
+            rows = session.scalars(select(Engine).where(Engine.server == server))
+            return sorted(rows, key=lambda row: (len(row.name), row.name))  # e2 before e10
 
     def add_engine(self, row: Engine) -> None:
         with self.transaction() as session:
