@@ -26,8 +26,19 @@ def mission_model_dir(tiny_qwen3_5_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory: pytest.TempPathFactory, mission_model_dir: Path) -> Path:
     """As TWINKLE_HUB_ROOT wants it: the mission's model id is a tiny model, its data set is the repository's."""
-    root = tmp_path_factory.mktemp("hub")
-    shutil.copytree(mission_model_dir, root / MODEL)
+    return _hub_root(tmp_path_factory.mktemp("hub"), mission_model_dir)
+
+
+@pytest.fixture(scope="session")
+def qwen3_hub_root(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The same with a Qwen3 under the mission's model id, for tests that compare weights after many optimizer steps:
+    rows in other company differ by rounding, and Adam makes more of that in a Qwen3.5.
+    """
+    return _hub_root(tmp_path_factory.mktemp("qwen3-hub"), tiny_model_dir)
+
+
+def _hub_root(root: Path, model: Path) -> Path:
+    shutil.copytree(model, root / MODEL)
     shutil.copytree(REPOSITORY / "cookbook" / "data" / "swift", root / "swift")
     return root
 
@@ -61,8 +72,9 @@ def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[running_se
 @pytest.fixture(autouse=True)
 def _hub_root_for_clients(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients in the test's own process find model and data in the same place as the server."""
-    if "hub_root" in request.fixturenames:
-        monkeypatch.setenv("TWINKLE_HUB_ROOT", str(request.getfixturevalue("hub_root")))
+    for root in ("hub_root", "qwen3_hub_root"):
+        if root in request.fixturenames:
+            monkeypatch.setenv("TWINKLE_HUB_ROOT", str(request.getfixturevalue(root)))
 
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

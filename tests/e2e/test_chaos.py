@@ -130,11 +130,11 @@ def deviation(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> flo
 
 
 @pytest.fixture(params=ON)
-def site(request: pytest.FixtureRequest, hub_root: Path, tmp_path: Path) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest, qwen3_hub_root: Path, tmp_path: Path) -> Iterator[Site]:
     if request.param == "several machines":
         postgresql: RunningPostgresql = request.getfixturevalue("postgresql")
         s3: RunningS3 = request.getfixturevalue("s3")
-        several = SeveralMachines(tmp_path, hub_root, postgresql, s3)
+        several = SeveralMachines(tmp_path, qwen3_hub_root, postgresql, s3)
         yield several
         several.close()
         return
@@ -143,7 +143,7 @@ def site(request: pytest.FixtureRequest, hub_root: Path, tmp_path: Path) -> Iter
     with own_disk(storage, megabytes=256) as has_own_disk:
         port = running_server.free_port()
         config = running_server.write_config(tmp_path, port, replicas=2, extra="  snapshot_seconds: 1\n")
-        one = OneMachine(config, hub_root, port, storage, has_own_disk)
+        one = OneMachine(config, qwen3_hub_root, port, storage, has_own_disk)
         yield one
         one.close()
 

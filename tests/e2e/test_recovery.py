@@ -49,16 +49,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def start(config: Path, hub_root: Path) -> running_server.RunningServer:
+def start(config: Path, qwen3_hub_root: Path) -> running_server.RunningServer:
     port = int(re.findall(r"port: (\d+)", config.read_text(encoding="utf-8"))[0])
-    server = running_server.start(config, hub_root, port)
+    server = running_server.start(config, qwen3_hub_root, port)
     server.storage = config.parent / "storage"
     return server
 
 
 @pytest.fixture(scope="module")
-def server(config: Path, hub_root: Path) -> Iterator[running_server.RunningServer]:
-    server = start(config, hub_root)
+def server(config: Path, qwen3_hub_root: Path) -> Iterator[running_server.RunningServer]:
+    server = start(config, qwen3_hub_root)
     yield server
     server.stop()
 
@@ -203,12 +203,12 @@ def test_a_killed_gateway_costs_nothing_and_is_replaced(server: running_server.R
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_goes_on_when_the_whole_server_has_ended_and_is_started_again(
-    hub_root: Path, tmp_path: Path, number: signal.Signals
+    qwen3_hub_root: Path, tmp_path: Path, number: signal.Signals
 ):
     """The SDK's own retries suffice: it is in the midst of a step when the server ends."""
     tinker = pytest.importorskip("tinker")
     config = running_server.write_config(tmp_path, running_server.free_port())
-    server = start(config, hub_root)
+    server = start(config, qwen3_hub_root)
     try:
         with ServiceClient(server.base_url, api_key="alice") as service:
             client = service.create_lora_training_client(MODEL, rank=4, seed=5)
@@ -228,7 +228,7 @@ def test_a_run_goes_on_when_the_whole_server_has_ended_and_is_started_again(
             wait_for("its port to be let go of", lambda: running_server.is_free(port))
             pending = client.forward_backward(random_batch(502, (9, 5)))
             their_step = theirs.optim_step(tinker.AdamParams(learning_rate=1e-2))
-            server = start(config, hub_root)
+            server = start(config, qwen3_hub_root)
 
             assert pending.metrics["loss:sum"] > 0
             client.optim_step(learning_rate=1e-2).result()

@@ -23,9 +23,9 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def cluster(hub_root: Path) -> Iterator[RayCluster]:
+def cluster(qwen3_hub_root: Path) -> Iterator[RayCluster]:
     """The first machine has room for no rank."""
-    cluster = RayCluster.start(hub_root, num_cpus=0)
+    cluster = RayCluster.start(qwen3_hub_root, num_cpus=0)
     yield cluster
     cluster.stop()
 
@@ -45,7 +45,7 @@ def ranks_on(machine: Machine) -> set[int]:
 
 @pytest.mark.timeout(900)
 def test_a_server_on_three_machines_goes_on_when_one_is_lost(
-    cluster: RayCluster, hub_root: Path, tmp_path: Path, postgresql: RunningPostgresql
+    cluster: RayCluster, qwen3_hub_root: Path, tmp_path: Path, postgresql: RunningPostgresql
 ) -> None:
     """Two ranks on machines of their own, which meet over the network, and a sampler; each machine has a gateway."""
     machines = [cluster.add(f"127.0.0.{number}", num_cpus=1) for number in (11, 12, 13)]
@@ -58,7 +58,7 @@ def test_a_server_on_three_machines_goes_on_when_one_is_lost(
         layout={"data_parallel_size": 2},
         sampler="{replicas: 1}",
     )
-    server = running_server.start(path, hub_root, port, more=cluster.environment)
+    server = running_server.start(path, qwen3_hub_root, port, more=cluster.environment)
     try:
         assert sorted(len(ranks_on(machine)) for machine in machines) == [0, 1, 1]
         assert sorted(len(processes_of(machine, "ray::SamplerProcess")) for machine in machines) == [0, 0, 1]
@@ -97,10 +97,10 @@ def test_a_server_on_three_machines_goes_on_when_one_is_lost(
 
 
 def test_a_cluster_without_room_is_named_with_what_it_has(
-    cluster: RayCluster, hub_root: Path, tmp_path: Path
+    cluster: RayCluster, qwen3_hub_root: Path, tmp_path: Path
 ) -> None:
     port = running_server.free_port()
-    process = running_server.launch(config(cluster, tmp_path, port), hub_root, more=cluster.environment)
+    process = running_server.launch(config(cluster, tmp_path, port), qwen3_hub_root, more=cluster.environment)
     _, said = process.communicate(timeout=running_server.START_SECONDS)
     assert process.returncode == 1
     assert "Only this machine of the cluster answers HTTP: others need storage.database_url" in said
@@ -109,10 +109,10 @@ def test_a_cluster_without_room_is_named_with_what_it_has(
         httpx.get(f"http://127.0.0.1:{port}/")
 
 
-def test_a_cluster_that_is_not_there_is_named(hub_root: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_named(qwen3_hub_root: Path, tmp_path: Path) -> None:
     port = running_server.free_port()
     path = running_server.write_config(tmp_path, port, ray='address: "127.0.0.1:1"')
-    process = running_server.launch(path, hub_root)
+    process = running_server.launch(path, qwen3_hub_root)
     _, said = process.communicate(timeout=running_server.START_SECONDS)
     assert process.returncode == 1
     assert "ray.address: no Ray cluster could be joined at 127.0.0.1:1" in said

@@ -34,11 +34,11 @@ BATCH = random_batch(1, (9, 7))
 
 
 @pytest.fixture(scope="module")
-def models(hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(qwen3_hub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub root with a second model: as large, with other weights and another tokenizer."""
     root = tmp_path_factory.mktemp("models")
-    shutil.copytree(hub_root / MODEL, root / MODEL)
-    shutil.copytree(hub_root / MODEL, root / OTHER)
+    shutil.copytree(qwen3_hub_root / MODEL, root / MODEL)
+    shutil.copytree(qwen3_hub_root / MODEL, root / OTHER)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         config = AutoConfig.from_pretrained(root / MODEL)
@@ -161,7 +161,7 @@ def test_capabilities_limits_and_tokenizers_are_each_models_own(door: Door) -> N
             assert httpx.get(urls[name]).content == (door.models / model / name).read_bytes()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_sdks_suite_passes_through_the_door(door: Door) -> None:
     files = ("test_loop.py", "test_sampling.py", "test_losses.py", "test_rest.py")
     tests = f"({sdk_suite.UNPATCHED}) and not test_capabilities"  # it expects one model

@@ -29,10 +29,10 @@ LAYOUTS = {
     "TP2": {"tensor_parallel_size": 2},
     "PP2": {"pipeline_parallel_size": 2},
 }
-# The whole suite; and of it what ranks have to do with, by the SDK as it comes or opened by the patch.
+# The whole suite by the SDK as it comes; and what ranks have to do with, by that or opened by the patch.
 _OF_RANKS = ("test_loop.py", "test_losses.py", "test_sampling.py", "test_training.py")
 PARTS = {
-    "DP2": ("", ("",)),
+    "DP2": ("unpatched or not patched", ("",)),
     "sharded": ("not unpatched", _OF_RANKS),
     "TP2": ("unpatched or not patched", _OF_RANKS),
     "PP2": ("not unpatched", _OF_RANKS),
@@ -59,7 +59,7 @@ def server(
     server.stop()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_sdks_suite_passes(layout: str, server: running_server.RunningServer, hub_root: Path) -> None:
     tests, files = PARTS[layout]
     sdk_suite.run(server.base_url, hub_root / MODEL, tests, files)

@@ -37,9 +37,9 @@ def train(client: TrainingClient, steps: range) -> None:
 
 @pytest.fixture
 def machine(
-    hub_root: Path, tmp_path: Path, postgresql: RunningPostgresql, s3: RunningS3
+    qwen3_hub_root: Path, tmp_path: Path, postgresql: RunningPostgresql, s3: RunningS3
 ) -> Iterator[Machines]:
-    machines = Machines(hub_root, tmp_path, postgresql.new_database(), s3.new_root())
+    machines = Machines(qwen3_hub_root, tmp_path, postgresql.new_database(), s3.new_root())
     yield machines
     for server in machines.servers:
         server.stop()
@@ -49,10 +49,10 @@ def machine(
 class Machines:
     """Servers with local directories of their own, on one storage."""
 
-    def __init__(self, hub_root: Path, directory: Path, database_url: str, root: str) -> None:
+    def __init__(self, qwen3_hub_root: Path, directory: Path, database_url: str, root: str) -> None:
         self.root = root
         self.servers: list[running_server.RunningServer] = []
-        self._hub_root = hub_root
+        self._hub_root = qwen3_hub_root
         self._directory = directory
         self._database_url = database_url
 
@@ -84,7 +84,7 @@ def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
 
 
 def test_a_server_on_postgresql_and_s3_loses_nothing(
-    hub_root: Path, tmp_path: Path, machine: Machines, postgresql: RunningPostgresql, s3: RunningS3
+    qwen3_hub_root: Path, tmp_path: Path, machine: Machines, postgresql: RunningPostgresql, s3: RunningS3
 ):
     server = machine.start()
     with ServiceClient(server.base_url, api_key="alice") as service, ThreadPoolExecutor() as pool:
@@ -122,7 +122,7 @@ def test_a_server_on_postgresql_and_s3_loses_nothing(
             for name, tensor in load_file(after / file).items():
                 np.testing.assert_allclose(tensor, theirs[name], rtol=1e-5, atol=1e-8, err_msg=name)
 
-        model = peft_model(hub_root, after)
+        model = peft_model(qwen3_hub_root, after)
         assert client.forward(BATCH).metrics["loss:sum"] == pytest.approx(
             peft_loss(model, BATCH).item(), rel=1e-4
         )

@@ -77,7 +77,7 @@ def test_policy_losses_are_their_formulas(
         inputs["sequence_ratio_mask"] = MASK
     client = train()
     passed = client.forward_backward([datum(**inputs)] * 2, name, given or None)
-    stepped = client.optim_step(types.AdamParams(learning_rate=0.01))
+    stepped = client.optim_step(types.AdamParams(learning_rate=1e-5))
     result = passed.result()
     expected = 2 * surrogate(name, p, q, a, config if config is not None else given)
     assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-4)
@@ -85,7 +85,7 @@ def test_policy_losses_are_their_formulas(
         np.testing.assert_allclose(output["logprobs"].to_numpy(), p, atol=1e-4)
     assert stepped.result().metrics["grad_norm:mean"] > 0
     after = client.forward([datum(**inputs)], name, given or None).result().metrics["loss:sum"]
-    assert after < expected / 2
+    assert after < expected / 2  # of one datum; the step is small enough to follow the gradient
 
 
 def test_several_candidates_at_each_position_dense_and_sparse(train, base_logprobs):

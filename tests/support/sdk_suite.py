@@ -14,7 +14,7 @@ UNPATCHED = "unpatched or not patched"
 SAMPLING = ("test_sampling.py", "test_rollouts.py")
 
 
-def run(base_url: str, model: Path, tests: str, files: Sequence[str] = ("",), seconds: float = 550) -> None:
+def run(base_url: str, model: Path, tests: str, files: Sequence[str] = ("",), seconds: float = 1100) -> None:
     """
     Args:
         model: directory of the model that the server has under the mission's name.

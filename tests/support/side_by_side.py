@@ -27,6 +27,8 @@ GROUPS = {
     "tests/e2e/test_quickstart.py": "quick start",
     "tests/mission/test_twinkle_cookbook.py": "the cookbook's server",
     "tests/docs/test_examples.py": "the cookbook's server",
+    "tests/e2e/test_several_models.py": "several models",
+    "tests/mission/test_second_yaml.py": "the second YAML",
     "tests/e2e/": "other servers",
     "packages/twinkle-server/tests/backends/": "backends",
     "tests/packaging/": "wheels",
