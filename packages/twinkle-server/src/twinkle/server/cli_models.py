@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import yaml
-from pydantic import ValidationError
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.protocol.validation import describe_validation
 from twinkle.server.cli_common import ConfigOption, open_database, print_table
-from twinkle.server.config import ModelEntry, load_config
+from twinkle.server.config import ModelEntry, load_config, parse_config
 
 if TYPE_CHECKING:
     from twinkle.server.store.database import Database
@@ -91,12 +89,12 @@ def _entry(model_id: str, replicas: int, num_gpus: int | None, settings: str) ->
         more = yaml.safe_load(settings)
         if not isinstance(more, dict):
             raise InvalidRequest("--settings: must be a YAML mapping, such as '{max_lora_rank: 64}'")
-        given = {"model_id": model_id, "replicas": replicas, **({"num_gpus": num_gpus} if num_gpus else {})}
-        return ModelEntry.model_validate({**more, **given})
     except yaml.YAMLError as error:
         raise InvalidRequest(f"--settings: not YAML ({error})") from error
-    except ValidationError as error:
-        raise InvalidRequest(f"--settings: {describe_validation(error)}") from error
+    keys = cast("dict[str, Any]", more)
+    given = {"model_id": model_id, "replicas": replicas, **({"num_gpus": num_gpus} if num_gpus else {})}
+    [entry] = parse_config({"models": [{**keys, **given}]}, where="--settings").models
+    return entry
 
 
 @models.command(name="drain")

@@ -105,7 +105,8 @@ class ServerSection(_Section):
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port."""
     num_replicas: int = Field(default=1, ge=1)
-    """HTTP worker processes. The first is the engine's own, which is enough until its core is full."""
+    """HTTP worker processes. The first is the engine's own, which is enough until its core is full; with several
+    engines all of them are processes apart."""
     public_url: str | None = None
     """Address that downloads are offered under, as clients reach it (behind a proxy). Default: where the request was
     sent."""

@@ -12,6 +12,7 @@ engine, or are taken over by another engine of the same model, whenever this one
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -28,7 +29,7 @@ from twinkle.server.serve.engine_process import EngineProcess
 from twinkle.server.serve.fleet_plan import entry_of, new_row, plan_engine
 from twinkle.server.serve.supervised import say
 from twinkle.server.store.database import Database
-from twinkle.server.store.retry import is_transient
+from twinkle.server.store.retry import StoreGone, is_transient
 from twinkle.server.store.tables import Engine
 
 log = logging.getLogger("twinkle.server")
@@ -125,6 +126,10 @@ class Fleet:
         """Let all engines finish their writes, and end them."""
         processes = [known.process for known in self._known.values() if known.process is not None]
         list(self._threads.map(EngineProcess.close, processes))
+        with contextlib.suppress(StoreGone):  # then `models list` says what was
+            for name, known in self._known.items():
+                if known.process is not None:
+                    self._set(name, state="stopped", runs=0)
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._database.close()
 
