@@ -1,0 +1,64 @@
+"""`pytest --pretend-cuda`: models without a device of their own are loaded onto a pretended GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import gettempdir
+
+import pytest
+from pretended_cuda import guard
+from pretended_cuda.counts import COUNTS, Counts
+
+_OPTION = "--pretend-cuda"
+_no_guard: list[str] = []  # why there is none, if there is none
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    parser.addoption(_OPTION, action="store_true", help="run tests on a GPU that isn't there")
+    # Conftests that are loaded after this import torch, so the guard can't wait for `pytest_configure`.
+    if _is_asked_for(pluginmanager.getplugin("pytestconfig")):
+        directory = Path(gettempdir()) / f"pretended-cuda-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            guard.load(directory)
+        except guard.NoGuard as error:
+            _no_guard.append(str(error))
+
+
+def _is_asked_for(config: pytest.Config) -> bool:
+    """On the command line, or in the options that a process of pytest-xdist is given."""
+    return _OPTION in config.invocation_params.args or getattr(config.option, "pretend_cuda", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption(_OPTION) or _no_guard:
+        return
+    from pretended_cuda import runtime
+
+    runtime.install()
+    from twinkle.server.backends.protocol import ModelConfig
+
+    # What tests don't say is "cpu" else.
+    defaults = ModelConfig.__init__.__defaults__
+    assert defaults is not None
+    ModelConfig.__init__.__defaults__ = tuple("cuda" if value == "cpu" else value for value in defaults)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption(_OPTION):
+        return
+    for item in items:
+        if _no_guard:
+            item.add_marker(pytest.mark.skip(reason=_no_guard[0]))
+        elif (mark := item.get_closest_marker("cpu")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"of a CPU alone: {mark.args[0]}"))
+
+
+@pytest.fixture
+def device_counts(request: pytest.FixtureRequest) -> Counts:
+    """What happens on the pretended GPU; without it the test is skipped."""
+    if not request.config.getoption(_OPTION):
+        pytest.skip(f"needs pytest {_OPTION}")
+    COUNTS.reset()
+    return COUNTS
