@@ -106,7 +106,7 @@ class ModelRunner:
         the largest position of a call, which must not depend on what else is in it.
 
         Args:
-            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1; on the host if n is not 1.
+            tokens: int64 [rows, n], padded with `PADDING` at the end; on the host, unless n is 1: then anywhere.
             starts: the position of each row's first token.
 
         Returns:
@@ -117,7 +117,7 @@ class ModelRunner:
         end = max(starts) + n
         if n == 1:
             cache.begin(rows, first, end)
-            return self.body(tokens, first, self._masks(cache, first, end), cache)
+            return self.body(tokens.to(self.device), first, self._masks(cache, first, end), cache)
         # Where layers keep states; counted before the tokens are on a GPU, which would have to be waited for.
         counts = (tokens >= 0).sum(1).tolist() if cache.kinds.states else []
         tokens = tokens.to(self.device)
