@@ -1,12 +1,60 @@
 // What a CPU build of torch lacks for CUDA tensors to exist: a device guard, which has nothing to guard, and hooks that
-// say there is one device. Torch asks for the hooks once, while it is imported, so this is loaded before that.
+// say there is one device, and where pinned host memory is. Torch asks for the hooks once, while it is imported, so this is loaded before that.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <new>
 
 namespace {
 
 const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 const c10::Stream kStream(c10::Stream::DEFAULT, kDevice);
+
+// Ordinary host memory that is known as pinned until it is freed.
+struct PinnedMemory final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = std::malloc(bytes ? bytes : 1);
+    if (!data) {
+      throw std::bad_alloc();
+    }
+    std::lock_guard<std::mutex> lock(mutex());
+    blocks()[reinterpret_cast<std::uintptr_t>(data)] = bytes;
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  static bool has(const void* data) {
+    const auto place = reinterpret_cast<std::uintptr_t>(data);
+    std::lock_guard<std::mutex> lock(mutex());
+    auto next = blocks().upper_bound(place);
+    return next != blocks().begin() && place < std::prev(next)->first + std::prev(next)->second;
+  }
+
+ private:
+  static void release(void* data) {
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      blocks().erase(reinterpret_cast<std::uintptr_t>(data));
+    }
+    std::free(data);
+  }
+  // Never destroyed: tensors may live until the process has ended.
+  static std::map<std::uintptr_t, size_t>& blocks() {
+    static auto* found = new std::map<std::uintptr_t, size_t>();
+    return *found;
+  }
+  static std::mutex& mutex() {
+    static auto* found = new std::mutex();
+    return *found;
+  }
+};
 
 } // namespace
 
@@ -54,6 +102,11 @@ struct PretendedHooks final : CUDAHooksInterface {
   void setCurrentDevice(DeviceIndex) const override {}
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  bool isPinnedPtr(const void* data) const override { return PinnedMemory::has(data); }
+  Allocator* getPinnedMemoryAllocator() const override {
+    static auto* memory = new PinnedMemory();
+    return memory;
+  }
 };
 
 C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", PretendedHooks)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import pytest
+
 from pretended_cuda import guard
 from pretended_cuda.counts import COUNTS, Counts
 
@@ -16,12 +17,10 @@ _no_guard: list[str] = []  # why there is none, if there is none
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption(_OPTION, action="store_true", help="run tests on a GPU that isn't there")
-    # Conftests that are loaded after this import torch, so the guard can't wait for `pytest_configure`.
+    # Conftests that are loaded after this import torch and the server, so this can't wait for `pytest_configure`.
     if _is_asked_for(pluginmanager.getplugin("pytestconfig")):
-        directory = Path(gettempdir()) / f"pretended-cuda-{os.getuid()}"
-        directory.mkdir(mode=0o700, exist_ok=True)
         try:
-            guard.load(directory)
+            _pretend()
         except guard.NoGuard as error:
             _no_guard.append(str(error))
 
@@ -31,9 +30,10 @@ def _is_asked_for(config: pytest.Config) -> bool:
     return _OPTION in config.invocation_params.args or getattr(config.option, "pretend_cuda", False)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption(_OPTION) or _no_guard:
-        return
+def _pretend() -> None:
+    directory = Path(gettempdir()) / f"pretended-cuda-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    guard.load(directory)
     from pretended_cuda import runtime
 
     runtime.install()

@@ -24,6 +24,7 @@ _INDEXING = {
     aten._index_put_impl_.default,
 }
 _JOINING = {aten.cat.default, aten.stack.default}
+_GROUPS_END = 1024  # the limit in ATen/native/cuda/GroupMM.cu
 _ALLOCATING = {
     "empty",
     "empty_like",
@@ -53,6 +54,17 @@ def check_devices(func: OpOverload, args: Sequence[Any], host: Sequence[Tensor],
         return
     shapes = ", ".join(str(list(tensor.shape)) for tensor in host)
     raise MixedDevices(f"{func}: tensors on cuda:0, and on the CPU those of shape {shapes}; at {where}")
+
+
+def check_limits(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RuntimeError: if torch's kernels for GPUs refuse what those for CPUs compute.
+    """
+    if name_of(func) == "_grouped_mm":
+        ends = kwargs["offs"] if "offs" in kwargs else args[2]
+        if len(ends) >= _GROUPS_END:
+            raise RuntimeError(f"{func}: {len(ends)} groups; it takes fewer than {_GROUPS_END}")
 
 
 def wait_for(

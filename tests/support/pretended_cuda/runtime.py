@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import torch
+
 from pretended_cuda.counts import COUNTS
 from pretended_cuda.tensor import PretendedCuda
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from pretended_cuda.counts import COUNTS, line
-from pretended_cuda.rules import aten, check_devices, computes, name_of, wait_for
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pretended_cuda.counts import COUNTS, line
+from pretended_cuda.rules import aten, check_devices, check_limits, computes, name_of, wait_for
 
 DEVICE = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -61,9 +62,7 @@ class PretendedTensor(Tensor):
         return self.detach().cpu().tolist()
 
     def numpy(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
-        )
+        raise TypeError("a tensor on cuda:0 can't be converted to numpy: use Tensor.cpu() first")
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self.numpy()
@@ -93,6 +92,8 @@ def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     has_device = len(host) < len(tensors)
     if has_device and host:
         check_devices(func, args, host, line())
+    if has_device:
+        check_limits(func, args, kwargs)
     if has_device and (reason := wait_for(func, args, kwargs, host)) is not None:
         COUNTS.add_wait(reason)
     wanted = kwargs.get("device")
@@ -102,7 +103,11 @@ def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     own_args, own_kwargs = tree_map(_inner, (args, dict(kwargs)))
     if wanted is not None:
         own_kwargs["device"] = _CPU
-    result = func(*own_args, **own_kwargs)
+    if func is aten.histc.default and has_device:
+        # Of integers on GPUs only.
+        result = func(own_args[0].double(), *own_args[1:], **own_kwargs).to(own_args[0].dtype)
+    else:
+        result = func(*own_args, **own_kwargs)
     if not on_device:
         return result
     result = tree_map(_pretended, result)
@@ -135,7 +140,7 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
 def _count_copy(is_there: bool, goes_there: bool, non_blocking: bool, source: Tensor) -> None:
     if is_there or goes_there:
         COUNTS.add_operation("copy")
-    if is_there == goes_there or (non_blocking and (is_there or source.is_pinned())):
+    if is_there == goes_there or source.numel() == 0 or (non_blocking and (is_there or source.is_pinned())):
         return
     # From pageable memory the driver waits too: it copies by way of memory of its own.
     COUNTS.add_wait("copy from the device" if is_there else "copy to the device")
