@@ -18,7 +18,9 @@ _no_guard: list[str] = []  # why there is none, if there is none
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption(_OPTION, action="store_true", help="run tests on a GPU that isn't there")
     # Conftests that are loaded after this import torch and the server, so this can't wait for `pytest_configure`.
-    if _is_asked_for(pluginmanager.getplugin("pytestconfig")):
+    config = pluginmanager.get_plugin("pytestconfig")
+    assert isinstance(config, pytest.Config)
+    if _is_asked_for(config):
         try:
             _pretend()
         except guard.NoGuard as error:

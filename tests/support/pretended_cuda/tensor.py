@@ -22,25 +22,25 @@ class PretendedTensor(Tensor):
     """A tensor on the pretended device.
 
     Attributes:
-        inner: the same tensor, on the CPU.
+        on_cpu: the same tensor, on the CPU.
     """
 
-    inner: Tensor
+    on_cpu: Tensor
 
     # Subclasses are left alone by torch's functions; only operations are of interest.
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> PretendedTensor:
+    def __new__(cls, on_cpu: Tensor) -> PretendedTensor:
         made = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            on_cpu.shape,
+            strides=on_cpu.stride(),
+            storage_offset=on_cpu.storage_offset(),
+            dtype=on_cpu.dtype,
             device=DEVICE,
         )
-        made.inner = inner
+        made.on_cpu = on_cpu
         return made
 
     @classmethod
@@ -50,10 +50,10 @@ class PretendedTensor(Tensor):
         return dispatch(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
-        return f"pretended {self.inner!r}"
+        return f"pretended {self.on_cpu!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied = PretendedTensor(self.inner.detach().clone())
+        copied = PretendedTensor(self.on_cpu.detach().clone())
         made = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         memo[id(self)] = made
         return made
@@ -68,10 +68,10 @@ class PretendedTensor(Tensor):
         self.numpy()
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.on_cpu.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.inner.untyped_storage()
+        return self.on_cpu.untyped_storage()
 
 
 class PretendedCuda(TorchDispatchMode):
@@ -84,7 +84,7 @@ class PretendedCuda(TorchDispatchMode):
 
 
 def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Compute an operation on the inner tensors, if a GPU would; its results are where a GPU would have them."""
+    """Compute an operation on the tensors inside, if a GPU would; its results are where a GPU would have them."""
     if (copy := _COPIES.get(func)) is not None:
         return copy(*args, **kwargs)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -100,7 +100,7 @@ def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     on_device = has_device if wanted is None else torch.device(wanted).type == "cuda"
     if (on_device or has_device) and computes(func):
         COUNTS.add_operation(name_of(func))
-    own_args, own_kwargs = tree_map(_inner, (args, dict(kwargs)))
+    own_args, own_kwargs = tree_map(_on_cpu, (args, dict(kwargs)))
     if wanted is not None:
         own_kwargs["device"] = _CPU
     if func is aten.histc.default and has_device:
@@ -114,8 +114,8 @@ def dispatch(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return return_and_correct_aliasing(func, args, kwargs, result) if has_device else result
 
 
-def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, PretendedTensor) else value
+def _on_cpu(value: Any) -> Any:
+    return value.on_cpu if isinstance(value, PretendedTensor) else value
 
 
 def _pretended(value: Any) -> Any:
@@ -126,14 +126,14 @@ def _to_copy(source: Tensor, *, device: Any = None, non_blocking: bool = False, 
     is_there = isinstance(source, PretendedTensor)
     goes_there = is_there if device is None else torch.device(device).type == "cuda"
     _count_copy(is_there, goes_there, non_blocking, source)
-    copied: Tensor = aten._to_copy.default(_inner(source), **kwargs)
+    copied: Tensor = aten._to_copy.default(_on_cpu(source), **kwargs)
     return PretendedTensor(copied) if goes_there else copied
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     is_there, goes_there = (isinstance(tensor, PretendedTensor) for tensor in (source, target))
     _count_copy(is_there, goes_there, non_blocking, source)
-    _inner(target).copy_(_inner(source))
+    _on_cpu(target).copy_(_on_cpu(source))
     return target
 
 

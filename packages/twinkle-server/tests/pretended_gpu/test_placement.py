@@ -74,7 +74,7 @@ def test_a_device_is_refused_by_numpy_and_beside_tensors_of_the_cpu() -> None:
     with pytest.raises(TypeError, match="cuda:0"):
         there.numpy()
     with pytest.raises(RuntimeError, match=r"aten.add.Tensor: .*\[3\]"):
-        here + there
+        torch.add(here, there)
     with pytest.raises(RuntimeError, match="aten.index.Tensor"):
         here[there.long()]
     with pytest.raises(RuntimeError, match="aten.cat"):
