@@ -48,19 +48,19 @@ def _pretend() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption(_OPTION):
-        return
+    is_pretended = config.getoption(_OPTION)
     for item in items:
-        if _no_guard:
+        needs_it = "device_counts" in getattr(item, "fixturenames", ())
+        if not is_pretended and needs_it:
+            item.add_marker(pytest.mark.skip(reason=f"needs pytest {_OPTION}"))
+        elif is_pretended and _no_guard:
             item.add_marker(pytest.mark.skip(reason=_no_guard[0]))
-        elif (mark := item.get_closest_marker("cpu")) is not None:
+        elif is_pretended and (mark := item.get_closest_marker("cpu")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"of a CPU alone: {mark.args[0]}"))
 
 
 @pytest.fixture
-def device_counts(request: pytest.FixtureRequest) -> Counts:
+def device_counts() -> Counts:
     """What happens on the pretended GPU; without it the test is skipped."""
-    if not request.config.getoption(_OPTION):
-        pytest.skip(f"needs pytest {_OPTION}")
     COUNTS.reset()
     return COUNTS
