@@ -47,6 +47,11 @@ def _pretend() -> None:
     ModelConfig.__init__.__defaults__ = tuple("cuda" if value == "cpu" else value for value in defaults)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption(_OPTION) and not _is_asked_for(config):
+        raise pytest.UsageError(f"{_OPTION} is looked for on the command line alone: give it there")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_pretended = config.getoption(_OPTION)
     for item in items:
@@ -55,8 +60,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs pytest {_OPTION}"))
         elif is_pretended and _no_guard:
             item.add_marker(pytest.mark.skip(reason=_no_guard[0]))
-        elif is_pretended and (mark := item.get_closest_marker("cpu")) is not None:
-            item.add_marker(pytest.mark.skip(reason=f"of a CPU alone: {mark.args[0]}"))
 
 
 @pytest.fixture
