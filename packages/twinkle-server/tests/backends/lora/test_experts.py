@@ -63,10 +63,14 @@ def one_by_one(x: Tensor, expert: Tensor, gate_up: Tensor, down: Tensor, terms: 
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch before 2.10")
+@pytest.mark.parametrize("most_groups", [1023, 4])
 @pytest.mark.parametrize("case", ["no term", "some rows", "all rows", "two terms"])
-def test_torchs_grouped_product_gives_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU it takes float32 too, and wants the same alignment."""
+def test_torchs_grouped_product_gives_the_same(
+    case: str, most_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU it takes float32 too, and wants the same alignment. More groups than it takes go in parts."""
     monkeypatch.setattr(lora_experts, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(lora_experts, "_MOST_GROUPS", most_groups)
     test_each_row_gets_its_experts_and_its_adapters_terms(case)
 
 

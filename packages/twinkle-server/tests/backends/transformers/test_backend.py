@@ -84,7 +84,7 @@ def test_logprobs_equal_the_plain_model_for_a_new_adapter(tiny_model_dir: Path, 
     [[_, result]] = backend.forward_backward([[random_row("ada", 60, 1), row]])
     loaded = load_base_model(ModelConfig(tiny_model_dir))
     with torch.no_grad():
-        logits = loaded.model(torch.from_numpy(row.tokens)[None]).logits[0]
+        logits = loaded.model(torch.from_numpy(row.tokens)[None].to(loaded.device)).logits[0].cpu()
     expected = torch.log_softmax(logits, -1)[
         torch.arange(40), torch.from_numpy(row.loss_inputs["target_tokens"])
     ]

@@ -73,7 +73,7 @@ def references(
     for name, state in states.items():
         directory = tmp_path_factory.mktemp(name)
         peft_format.write(directory, state, str(model_dir))
-        models[name] = PeftModel.from_pretrained(base(), directory).eval()
+        models[name] = PeftModel.from_pretrained(base(), directory, torch_device="cpu").eval()
     return models
 
 

@@ -26,6 +26,8 @@ GATE_UP, DOWN = EXPERT_PARAMETERS
 
 # torch's grouped_mm needs rows of a multiple of 16 bytes: 8 bfloat16 numbers.
 _ALIGNMENT = 8
+# On a GPU it takes fewer than 1024 groups.
+_MOST_GROUPS = 1023
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +212,37 @@ def _grouped_product(x: Tensor, weight: Tensor, groups: _Groups) -> Tensor:
             empty = (sizes == 0).view(-1, 1, 1)
             weight = weight.view_as(weight)
             weight.register_hook(lambda gradient: gradient.masked_fill(empty, 0))
-        return cast("Tensor", cast("Any", functional).grouped_mm(x, weight.transpose(1, 2), offs=groups.ends))
+        if len(weight) <= _MOST_GROUPS:
+            return _by_kernel(x, weight, groups.ends)
+        return _by_kernel_in_parts(x, weight, groups.ends)
     filled = [i for i, size in enumerate(groups.sizes) if size]
     # unbind: the backward pass of indexing would allocate a full-size gradient per group.
     matrices = weight.unbind(0)
     pieces = x.split([groups.sizes[i] for i in filled])
     return torch.cat([functional.linear(piece, matrices[i]) for i, piece in zip(filled, pieces, strict=True)])
+
+
+def _by_kernel(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return cast("Tensor", cast("Any", functional).grouped_mm(x, weight.transpose(1, 2), offs=ends))
+
+
+def _by_kernel_in_parts(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The same of more groups than the kernel takes: some at a time, behind a group of zeros for rows before theirs.
+
+    Where a part's groups begin isn't known on the host, and to ask a GPU would make it wait.
+    """
+    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    nothing = weight.new_zeros(1, *weight.shape[1:])
+    begin, out = ends.new_zeros(1), x.new_zeros(len(x), weight.shape[1])
+    for first in range(0, len(weight), _MOST_GROUPS - 1):
+        of_part = slice(first, first + _MOST_GROUPS - 1)
+        part_ends = torch.cat([begin, ends[of_part]])
+        own = (row >= begin) & (row < part_ends[-1])
+        # Rows of other parts as zeros: none of their numbers, finite or not, gets into these groups' gradients.
+        part = _by_kernel(x.masked_fill(~own, 0), torch.cat([nothing, weight[of_part]]), part_ends)
+        out = torch.where(own, part, out)  # rows behind the part's are undefined
+        begin = part_ends[-1:]
+    return out
 
 
 def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:

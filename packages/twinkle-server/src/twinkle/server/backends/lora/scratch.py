@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twinkle.server.backends.lora.banks import Adapter, Bank, consecutive
 from twinkle.server.backends.lora.linear import BankSegment, Gradients, spans_of
+from twinkle.server.backends.lora.transfer import to_device
 
 
 class BankScratch:
@@ -19,7 +20,9 @@ class BankScratch:
         self.bank = bank
         self._slots = sorted(by_slot)
         self._index = {slot: i for i, slot in enumerate(self._slots)}
-        self._scales = torch.tensor([by_slot[slot] for slot in self._slots], device=bank.device).unsqueeze(1)
+        self._scales = to_device(
+            torch.tensor([by_slot[slot] for slot in self._slots]), bank.device
+        ).unsqueeze(1)
         count = len(self._slots) if keeps_gradients else 0
         self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
         self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
@@ -33,7 +36,7 @@ class BankScratch:
         number = {member: i for i, member in enumerate(members)}
         spans, span_adapters = spans_of([number[self._index[slot]] for slot in slots])
         device = self._grads.device
-        adapter_of_span = None if span_adapters is None else torch.tensor(span_adapters, device=device)
+        adapter_of_span = None if span_adapters is None else to_device(torch.tensor(span_adapters), device)
         gradients = None
         if needs_grad:
             of_span = members if span_adapters is None else [members[i] for i in span_adapters]
@@ -56,7 +59,7 @@ class BankScratch:
         """Which of the scratch's adapters are in `slots`, ascending, and copies of their matrices, B's scaled."""
         members = sorted({self._index[slot] for slot in slots})
         weights = torch.stack([self.bank.params[self._slots[member]] for member in members])
-        scales = self._scales if len(members) == len(self._slots) else self._scales[members]
+        scales = self._scales[_rows(members, self._scales.device)]
         weights[:, self.bank.layout.b_start :].mul_(scales)
         return members, *self.bank.layout.matrices(weights)
 
@@ -122,4 +125,4 @@ def _rows(members: list[int], device: torch.device) -> slice | Tensor:
     """An index of these rows; a slice gives a view, at no cost."""
     if consecutive(members):
         return slice(members[0], members[-1] + 1)
-    return torch.tensor(members, device=device)
+    return to_device(torch.tensor(members), device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Int64Array
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.cache_usage import BucketKey, Limits, RowCost
 from twinkle.server.samplers.transformers.buckets import Bucket, Row
 from twinkle.server.samplers.transformers.cache import RowContents
@@ -160,8 +161,9 @@ class SlotBatch:
         self._rows += bucket.begin(complete)
         bucket.prefills.remove(set(prompts))
         self._rows_changed()
-        counts = torch.tensor([prompt.rows for prompt in prompts], device=logits.device)
-        return prompts, logits.repeat_interleave(counts, dim=0)
+        counts = to_device(torch.tensor([prompt.rows for prompt in prompts]), logits.device)
+        rows = sum(prompt.rows for prompt in prompts)  # else a GPU would be asked
+        return prompts, logits.repeat_interleave(counts, dim=0, output_size=rows)
 
     def _lookup(self, prompt: Prompt, most: int, bucket: Bucket) -> RowContents | None:
         """What is cached of a prompt's first `most` tokens, of ended sequences or of running ones' prompts."""
@@ -224,7 +226,7 @@ class SlotBatch:
             own = list(range(len(bucket.rows))) if numbers is None else numbers
             logits.append(bucket.step([tokens[row] for row in own]))
             order += own
-        back = torch.tensor(order, device=self._runner.device).argsort()
+        back = to_device(torch.tensor(order), self._runner.device).argsort()
         return torch.cat(logits)[back]
 
     def _made_parts(self) -> list[Part]:

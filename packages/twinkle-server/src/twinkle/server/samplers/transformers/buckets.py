@@ -73,7 +73,7 @@ class Bucket:
         if self._route is None:
             self._route = runner.routes.make([row.prompt.adapter for row in self.rows])
         runner.route.groups = self._route
-        newest = torch.tensor(tokens, device=runner.device).unsqueeze(1)
+        newest = torch.tensor(tokens).unsqueeze(1)
         hidden = runner.forward(self.cache, slice(0, len(lengths)), newest, lengths)
         return runner.logits(hidden).squeeze(1)
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.cache_usage import RowCost
 from twinkle.server.samplers.transformers.layer_kinds import LayerKinds, Span
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
@@ -311,7 +312,7 @@ class SlotCache:
         own = self._own.get(kernel)
         if own is None:
             assert self._counts is not None
-            counts = torch.tensor(self._counts, device=device).view(-1, 1, 1)
+            counts = to_device(torch.tensor(self._counts), device).view(-1, 1, 1)
             own = self._own[kernel] = counts + torch.arange(kernel, device=device)
         return own
 

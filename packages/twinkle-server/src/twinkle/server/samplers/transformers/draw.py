@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from twinkle.protocol.types import SamplingParams, TopkTable
+from twinkle.server.backends.lora.transfer import to_device
 
 UNIFORMS_AT_ONCE = 256
 
@@ -73,11 +74,11 @@ class DrawSettings:
         return cls(
             None
             if all_are_1
-            else torch.tensor(temperatures, dtype=torch.float32, device=device).unsqueeze(1),
-            torch.tensor(greedy, device=device) if greedy else None,
-            torch.tensor(filtered, device=device) if filtered else None,
-            torch.tensor(top_k, dtype=torch.int64, device=device),
-            torch.tensor(top_p, dtype=torch.float64, device=device),
+            else to_device(torch.tensor(temperatures, dtype=torch.float32), device).unsqueeze(1),
+            to_device(torch.tensor(greedy), device) if greedy else None,
+            to_device(torch.tensor(filtered), device) if filtered else None,
+            to_device(torch.tensor(top_k, dtype=torch.int64), device),
+            to_device(torch.tensor(top_p, dtype=torch.float64), device),
         )
 
 

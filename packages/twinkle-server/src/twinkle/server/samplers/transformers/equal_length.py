@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.cache_usage import Limits, RowCost
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
@@ -54,7 +55,7 @@ class Group:
         positions = torch.full((1, 1), self.length, device=runner.device)
         runner.route.groups = self._route
         try:
-            newest = torch.tensor(tokens, device=runner.device).unsqueeze(1)
+            newest = to_device(torch.tensor(tokens), runner.device).unsqueeze(1)
             hidden = runner.body(newest, positions, None, self._cache)
             logits = runner.logits(hidden).squeeze(1)
         except Exception:
@@ -84,7 +85,7 @@ class Group:
             return
         runner = self._runner
         try:
-            kept = torch.tensor(rows, device=runner.device)
+            kept = to_device(torch.tensor(rows), runner.device)
             self._cache.reorder_cache(cast("torch.LongTensor", kept))
             self._route = runner.routes.make([prompt.adapter for prompt in self.prompts])
         except Exception:  # some layers have fewer rows than others: recompute them

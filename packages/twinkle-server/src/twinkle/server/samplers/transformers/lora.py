@@ -8,17 +8,21 @@ rows are grouped by adapter for one batched product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
 from twinkle.server.backends.lora.linear import WrappedLinear
 from twinkle.server.backends.lora.module_groups import is_expert_parameter
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.backends.protocol import AdapterState
 
 # Adapters can be stacked if these are equal: the rank and the target layers.
@@ -61,15 +65,16 @@ class ResidentAdapter:
         scale = state.spec.alpha / rank
         a: dict[str, Tensor] = {}
         b: dict[str, Tensor] = {}
-        for layer in state.target_modules:
-            prefix = f"base_model.model.{layer}"
-            # torch.tensor copies, so later changes of the state have no effect.
-            a_own = torch.tensor(state.weights[f"{prefix}.lora_A.weight"], dtype=dtype, device=device)
-            b_float = torch.tensor(state.weights[f"{prefix}.lora_B.weight"], device=device)
-            b_own = (b_float * scale).to(dtype)
+        names = [name for layer in state.target_modules for name in peft_names(layer)]
+        # A copy, so later changes of the state have no effect; in one piece, so that a GPU has to be waited for once.
+        host = torch.from_numpy(np.concatenate([state.weights[name].ravel() for name in names]))
+        is_finite = _is_finite(_matrices(state, names, host), scale, dtype)
+        matrices = iter(_matrices(state, names, host.to(device)))
+        for layer, a_float, b_float in zip(state.target_modules, matrices, matrices, strict=True):
+            a_own, b_own = a_float.to(dtype), (b_float * scale).to(dtype)
             if is_expert_parameter(layer):
                 # See `twinkle.server.backends.lora.banks.Layout.split`.
-                a[layer] = a_own.unflatten(0, (-1, rank)).unsqueeze(0)
+                a[layer] = a_own.unflatten(0, (-1, rank)).unsqueeze(0).clone()
                 b[layer] = b_own.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous().unsqueeze(0)
             else:
                 a[layer], b[layer] = a_own, b_own.t().contiguous().unsqueeze(0)
@@ -81,8 +86,25 @@ class ResidentAdapter:
             {layer: (first, i) for first, layers in by_family.items() for i, layer in enumerate(layers)},
             a,
             b,
-            all(bool(matrix.isfinite().all()) for matrix in (*a.values(), *b.values())),
+            is_finite,
         )
+
+
+def _matrices(state: AdapterState, names: Sequence[str], flat: Tensor) -> list[Tensor]:
+    """Views of `flat`, in which the matrices of these names stand one behind the other."""
+    shapes = [state.weights[name].shape for name in names]
+    pieces = flat.split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _is_finite(matrices: Sequence[Tensor], scale: float, dtype: torch.dtype) -> bool:
+    """Whether A's and scaled B's, in turns, are finite in `dtype`: their largest and smallest numbers say so.
+
+    Of the matrices on the host: a GPU would have to be waited for.
+    """
+    ends = torch.stack([torch.stack(matrix.aminmax()) for matrix in matrices])
+    ends[1::2] *= scale
+    return bool(ends.to(dtype).isfinite().all())
 
 
 def families(a: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -314,7 +336,7 @@ class RouteMaker:
         return RouteGroup(a, b, like.family, batch_rows, own, some, filled, kept, targets)
 
     def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)
+        return to_device(torch.tensor(numbers), self._device)
 
 
 class RoutedLinear(WrappedLinear):

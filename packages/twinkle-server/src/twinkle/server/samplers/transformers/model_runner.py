@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from twinkle.protocol.types import Int64Array
 from twinkle.server.backends.hf.base_model import decoder, finish_logits
 from twinkle.server.backends.hf.threads import Threads
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.layer_kinds import LayerKinds, Span
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RouteMaker
@@ -106,21 +107,21 @@ class ModelRunner:
         the largest position of a call, which must not depend on what else is in it.
 
         Args:
-            tokens: int64 [rows, n], padded with `PADDING` at the end unless n is 1; on the host if n is not 1.
+            tokens: int64 [rows, n], on the host, padded with `PADDING` at the end.
             starts: the position of each row's first token.
 
         Returns:
             Hidden states [rows, n, hidden].
         """
         n = tokens.shape[1]
-        first = torch.tensor(starts, device=self.device).unsqueeze(1)
+        first = to_device(torch.tensor(starts), self.device).unsqueeze(1)
         end = max(starts) + n
         if n == 1:
             cache.begin(rows, first, end)
-            return self.body(tokens, first, self._masks(cache, first, end), cache)
+            return self.body(to_device(tokens, self.device), first, self._masks(cache, first, end), cache)
         # Where layers keep states; counted before the tokens are on a GPU, which would have to be waited for.
         counts = (tokens >= 0).sum(1).tolist() if cache.kinds.states else []
-        tokens = tokens.to(self.device)
+        tokens = to_device(tokens, self.device)
         positions = first + torch.arange(n, device=self.device)
         is_padding = tokens < 0
         is_padded = any(count < n for count in counts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from twinkle.protocol.types import TopkTable
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.transformers.draw import DrawSettings, draw, tempered_logprobs, topk_table
 from twinkle.server.samplers.transformers.sequences import Sequence
 
@@ -25,14 +27,16 @@ class NextTokens:
             logits: [sequences, vocabulary].
         """
         settings = self._settings(sequences, logits)
-        uniforms = torch.tensor(
-            [s.uniforms.next() for s in sequences], dtype=torch.float64, device=logits.device
-        )
+        uniforms = torch.tensor([s.uniforms.next() for s in sequences], dtype=torch.float64)
         logprobs = tempered_logprobs(logits, settings)
-        tokens = draw(logprobs, settings, uniforms)
+        tokens = draw(logprobs, settings, to_device(uniforms, logits.device))
         chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        for sequence, token, logprob in zip(sequences, tokens.tolist(), chosen.tolist(), strict=True):
-            sequence.tokens.append(token)
+        # One transfer for both; in float64 both are what they are.
+        drawn, their_logprobs = cast(
+            "list[list[float]]", torch.stack((tokens.double(), chosen.double())).tolist()
+        )
+        for sequence, token, logprob in zip(sequences, drawn, their_logprobs, strict=True):
+            sequence.tokens.append(int(token))
             sequence.logprobs.append(logprob)
         _list_likeliest(sequences, logprobs)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Array, Float32Array, Int64Array, PromptAltTokens, TensorData, TopkTable
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.prompt_answers import (
     PromptAnswers,
     alternatives_generator,
@@ -62,7 +63,9 @@ class PromptScores:
         if end > (start := max(first, self._first_target)):
             self._score_targets(start, logprobs[start - first :])
         if k := self._request.prompt_alt_tokens_k:
-            uniforms = torch.from_numpy(self._generator.random((len(logprobs), k))).to(logprobs.device)
+            uniforms = to_device(
+                torch.from_numpy(self._generator.random((len(logprobs), k))), logprobs.device
+            )
             tokens = draw_alternatives(logprobs, self._request.params.temperature, uniforms)
             self._alternatives.append(tokens)
             self._alternatives_logprobs.append(logprobs.gather(1, tokens))
@@ -114,7 +117,9 @@ class PromptScores:
 
 
 def _on_device(tokens: Int64Array, like: Tensor) -> Tensor:
-    return torch.from_numpy(tokens.copy()).to(like.device)  # a copy: what was received may be read-only
+    return to_device(
+        torch.from_numpy(tokens.copy()), like.device
+    )  # a copy: what was received may be read-only
 
 
 def _float_rows(pieces: list[Tensor], shape: tuple[int, ...]) -> Float32Array:

@@ -16,6 +16,7 @@ from twinkle.protocol.types import Array
 from twinkle.server.backends.lora.losses import custom_eval
 from twinkle.server.backends.lora.losses.formulas import LOSS_SPECS
 from twinkle.server.backends.lora.losses.functions import LOSSES
+from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
 
 Metrics: TypeAlias = dict[str, Tensor]
@@ -35,7 +36,7 @@ class RowLosses:
     def to_minimise(self, rows: Sequence[Row]) -> Tensor:
         """The sum over the rows that are trained on, a scalar; 0 if there are none."""
         trained = [i for i, row in enumerate(rows) if not row.forward_only]
-        return self.values.sum() if len(trained) == len(rows) else self.values[trained].sum()
+        return self.values.sum() if len(trained) == len(rows) else _picked(self.values, trained).sum()
 
 
 def row_losses(rows: Sequence[Row], logprobs: Tensor) -> RowLosses:
@@ -54,9 +55,13 @@ def row_losses(rows: Sequence[Row], logprobs: Tensor) -> RowLosses:
             value, metrics[members[0]] = _custom_loss(first, first.custom_loss, logprobs[members[0]])
             values.append(value.reshape(1))
         else:
-            values.append(_losses_alike([rows[i] for i in members], logprobs[members]))
+            values.append(_losses_alike([rows[i] for i in members], _picked(logprobs, members)))
     place = {i: k for k, i in enumerate(i for members in groups.values() for i in members)}
-    return RowLosses(torch.cat(values)[[place[i] for i in range(len(rows))]], metrics)
+    return RowLosses(_picked(torch.cat(values), [place[i] for i in range(len(rows))]), metrics)
+
+
+def _picked(tensor: Tensor, rows: list[int]) -> Tensor:
+    return tensor.index_select(0, to_device(torch.tensor(rows, dtype=torch.int64), tensor.device))
 
 
 def _losses_alike(rows: Sequence[Row], logprobs: Tensor) -> Tensor:
@@ -81,9 +86,8 @@ def _custom_loss(row: Row, loss: CustomLoss, logprobs: Tensor) -> tuple[Tensor, 
     inputs: dict[str, Tensor] = {}
     for wanted in loss.inputs[1:]:
         array = row.loss_inputs[wanted.name]
-        inputs[wanted.name] = torch.tensor(
-            array.reshape(()) if wanted.rank == 0 else array, device=logprobs.device
-        )
+        own = torch.tensor(array.reshape(()) if wanted.rank == 0 else array)
+        inputs[wanted.name] = to_device(own, logprobs.device)
     return custom_eval.run(loss, _own_part(logprobs, row.loss_inputs[TARGETS].shape), inputs)
 
 
@@ -105,7 +109,7 @@ def padded(
     filled = np.zeros((len(arrays), *size), dtype)
     for row, array in zip(filled, arrays, strict=True):
         row[: len(array), : _width(array)] = array if array.ndim == 2 else array[:, None]
-    return torch.from_numpy(filled).to(device)
+    return to_device(torch.from_numpy(filled), device)
 
 
 def _width(array: Array) -> int:
@@ -114,11 +118,11 @@ def _width(array: Array) -> int:
 
 def row_results(rows: Sequence[Row], logprobs: Tensor, losses: RowLosses) -> list[RowResult]:
     """The rows' results, on the host; `logprobs` is [rows, tokens, k]."""
-    host_logprobs = logprobs.detach().cpu().numpy()
-    scalars = [scalar.detach() for metrics in losses.metrics for scalar in metrics.values()]
-    values = losses.values.detach()
-    together = torch.cat((values, torch.stack(scalars))) if scalars else values
-    numbers = cast("list[float]", together.tolist())  # one transfer for all
+    scalars = [scalar.detach().view(1) for metrics in losses.metrics for scalar in metrics.values()]
+    # One transfer for all.
+    together = torch.cat((logprobs.detach().flatten(), losses.values.detach(), *scalars)).cpu()
+    host_logprobs = together[: logprobs.numel()].view(logprobs.shape).numpy()
+    numbers = cast("list[float]", together[logprobs.numel() :].tolist())
     of_metrics = iter(numbers[len(rows) :])
     results: list[RowResult] = []
     for i, (row, metrics) in enumerate(zip(rows, losses.metrics, strict=True)):
