@@ -19,7 +19,7 @@ import torch
 from on_gpu.checks import SPECS
 from on_gpu.models import Made, config_of, make, synchronize, trained_adapter
 from on_gpu.report import Part, Report, Skipped
-from twinkle.protocol.types import SamplingParams, SampleResponse
+from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.hf.base_model import copy_sharing_weights
 from twinkle.server.backends.lora.experts import ExpertsWithLora
 from twinkle.server.backends.lora.linear import wrap_modules
