@@ -28,14 +28,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(_ROOT / "packages" / name / "src") for name in ("twinkle-core", "twinkle-server")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Each step has other shapes: with fixed segments memory is lost between them. Read when torch first uses the device.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
 from on_gpu import checks, device, memory, sampling, syncs, training  # noqa: E402
@@ -151,7 +150,10 @@ def _measure_model(
         def train(some: list[training.Case]) -> Callable[[Part], None]:
             def work(part: Part) -> None:
                 for case in some:
-                    subject.trainer.measure(report, part, case, report.seconds_left - ends)
+                    left = report.seconds_left - ends
+                    report.attempt(
+                        part, str(case), partial(subject.trainer.measure, report, part, case, left)
+                    )
 
             return work
 
@@ -202,7 +204,8 @@ def _measure_sampling(report: Report, name: str, subject: Subject, is_toy: bool)
             lengths = sampling.TOY_LENGTHS if is_toy else sampling.LENGTHS
             for sequences in (8, 16) if is_toy else (64, 256):
                 for adapters in (1, sampling.MOST_ADAPTERS):
-                    found[0].decode(report, part, sequences, adapters, lengths)
+                    line = partial(found[0].decode, report, part, sequences, adapters, lengths)
+                    report.attempt(part, f"{sequences} sequences, {adapters} adapters", line)
 
         report.do(f"{name}: hand-over", hand_over, needs_seconds=10)
         if found:

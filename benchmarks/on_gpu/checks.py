@@ -57,8 +57,8 @@ def check_contract(report: Report, part: Part, device: torch.device, dtype: str)
 def check_sampler(report: Report, part: Part, name: str, device: torch.device, dtype: str) -> None:
     """Samples of the base and of three adapters in one batch, prompts of many lengths, greedy and drawn.
 
-    The log-probability of each of their tokens must be the trainer's for the same adapter; of samples of the base, that of
-    Transformers' model, whole and without a cache. Greedy tokens must be its likeliest.
+    The log-probability of each of their tokens must be the trainer's for the same adapter; of samples of the base, that
+    of Transformers' model, whole and without a cache. Greedy tokens must be its likeliest.
     """
     with ExitStack() as stack:
         made = make(stack, config_of(name, is_toy=True), device, dtype)

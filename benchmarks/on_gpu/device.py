@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.models import synchronize
@@ -134,7 +135,8 @@ def time_by_class(device: torch.device, work: Callable[[], object]) -> tuple[dic
     count = 0
     for kernel in found.key_averages():
         spent = kernel.self_device_time_total if on_gpu else kernel.self_cpu_time_total
-        if spent > 0:
+        # What was called on the host carries the time of its kernels too.
+        if spent > 0 and (kernel.device_type == DeviceType.CPU) != on_gpu:
             by_class[class_of(kernel.key)] += spent / 1000
             count += kernel.count
     return dict(by_class.most_common()), count, seconds

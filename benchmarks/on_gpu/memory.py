@@ -115,7 +115,9 @@ def _drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> N
         for future in futures:
             try:
                 [sample] = future.result(timeout=90).sequences
-                complete += len(sample.tokens) == _TOKENS and bool(np.isfinite(sample.logprobs).all())
+                complete += len(sample.tokens) == _TOKENS and bool(
+                    np.isfinite(np.array(sample.logprobs, float)).all()
+                )
             except Exception as error:
                 part.problems.append(f"a sample failed: {type(error).__name__}: {error}"[:300])
     finally:

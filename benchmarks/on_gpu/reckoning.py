@@ -13,8 +13,8 @@ so that its weights get no gradient, and attention is causal. A token's operatio
 
 where a multiplication and the addition that follows are two operations.
 
-A decode step reads the weights once, the adapters in use once, and what the layers keep of each sequence once; states of
-linear attention are written too. The time of that at the memory's bandwidth is its roofline (Williams et al. 2009,
+A decode step reads the weights once, the adapters in use once, and what the layers keep of each sequence once; states
+of linear attention are written too. The time of that at the memory's bandwidth is its roofline (Williams et al. 2009,
 doi:10.1145/1498765.1498785): at such batch sizes a step has far fewer operations a byte than the device could do.
 """
 

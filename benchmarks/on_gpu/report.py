@@ -102,6 +102,16 @@ class Report:
         if part.status == "running":
             part.status = "failed" if part.problems else "passed"
 
+    def attempt(self, part: Part, what: str, work: Callable[[], None]) -> None:
+        """Do one of several things of a part; if it raises, the part has failed, and the next one can be done."""
+        try:
+            work()
+            return
+        except Exception:
+            part.problems.append(f"{what}: {traceback.format_exc()}")
+        self._write()
+        _release()
+
     def add(self, part: Part, row: Row) -> None:
         """A line of a part's table."""
         part.rows.append(row)

@@ -20,6 +20,7 @@ from twinkle.server.samplers.transformers import TransformersEngine
 # Prompts of a measurement; each has its share of the sequences.
 _PROMPTS = 8
 MOST_ADAPTERS = 8
+_TIMEOUT_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Sampler:
             )
             for i, tokens_of in enumerate(prompts)
         ]
-        answers = [future.result() for future in futures]
+        answers = [future.result(timeout=_TIMEOUT_SECONDS) for future in futures]
         seconds = time.perf_counter() - began
         assert all(len(sample.tokens) == tokens for answer in answers for sample in answer.sequences)
         return seconds
@@ -105,7 +106,7 @@ class Sampler:
         return self._draw.integers(0, self._trainer.backend.info.vocab_size, length)
 
     def hand_over(self, report: Report, part: Part, times: int) -> None:
-        """A line: what it takes until the sampler, with nothing else to do, has a token of the trainer's new weights."""
+        """A line: what it takes until the sampler, doing nothing else, has a token of the trainer's new weights."""
         self._trainer.need_adapters(1)
         params = SamplingParams(max_tokens=1, temperature=1.0, stop=[])
         exports: list[float] = []
@@ -120,7 +121,7 @@ class Sampler:
             self._engine.add_adapter(f"version-{i}", state)
             added = time.perf_counter()
             request = GenerateRequest("tenant", f"version-{i}", self._prompt(16), params)
-            self._engine.generate(request).result()
+            self._engine.generate(request).result(timeout=_TIMEOUT_SECONDS)
             tokens.append(time.perf_counter() - added)
             adds.append(added - exported)
             exports.append(exported - began)

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from on_gpu.checks import SPECS
-from on_gpu.models import Made, config_of, make, synchronize, trained_adapter
+from on_gpu.models import Made, config_of, make, trained_adapter
 from on_gpu.report import Part, Report, Skipped
 from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.hf.base_model import copy_sharing_weights
@@ -59,11 +60,15 @@ def find_syncs(report: Report, part: Part, device: torch.device) -> None:
             ("decode step", step),
             ("draw", draw),
         ):
-            work()
-            synchronize(device)
-            for place, count in _waits(work).most_common():
-                report.add(part, {"in a": what, "line": place, "times": count})
-            part.notes.append(f"{what}: the first is at {_first(work)}")
+            report.attempt(part, what, partial(_find, report, part, what, work))
+
+
+def _find(report: Report, part: Part, what: str, work: Callable[[], object]) -> None:
+    work()
+    torch.cuda.synchronize()
+    for place, count in _waits(work).most_common():
+        report.add(part, {"in a": what, "line": place, "times": count})
+    part.notes.append(f"{what}: the first is at {_first(work)}")
 
 
 def _row(adapter: str, seed: int) -> Row:

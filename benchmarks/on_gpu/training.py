@@ -21,7 +21,8 @@ from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.transformers.memory import is_out_of_memory
 
 _STEP = AdamParams(learning_rate=1e-4)
-# A case is repeated as often as fits.
+# A case is done twice if there is time, since the first step finds kernels and takes memory, and more often within
+# some seconds.
 _MOST_ROUNDS = 4
 _ROUNDS_SECONDS = 6.0
 
@@ -65,7 +66,7 @@ CASES = [
 ]
 TOY_CASES = [
     Case(loss, tenants, rows, length)
-    for tenants in (1, 3)
+    for tenants in (1, 9)
     for loss, rows, length in (("cross_entropy", 2, 48), ("importance_sampling", 4, 16))
 ]
 
@@ -97,42 +98,38 @@ class Trainer:
 
     def measure(self, report: Report, part: Part, case: Case, seconds_left: float) -> None:
         """A line for a case; one that would take longer than there is time says so."""
-        expected = None if self._seconds_per_token is None else self._seconds_per_token * case.tokens
-        if seconds_left < 5 or (expected is not None and 1.5 * expected > seconds_left):
-            took = "" if expected is None else f" of the {1.5 * expected:.0f} s that it may take"
-            report.add(
-                part, {"case": str(case), "result": f"left out: {max(0, seconds_left):.0f} s left{took}"}
-            )
+        expected = 0.0 if self._seconds_per_token is None else 1.5 * self._seconds_per_token * case.tokens
+        if seconds_left < max(5, expected):
+            found = f"left out: {max(0, seconds_left):.0f} s left, and it may take {expected:.0f}"
+            report.add(part, {"case": str(case), "result": found})
             return
         began = time.perf_counter()
         self.need_adapters(case.tenants)
-        made_adapters = time.perf_counter() - began
+        adapters_seconds = time.perf_counter() - began
         micro_batch = self.backend.info.max_batch_tokens
         while True:
             try:
-                row = self._rounds(case, micro_batch, min(_ROUNDS_SECONDS, seconds_left / 3))
+                row = self._rounds(case, micro_batch, seconds_left)
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or micro_batch < 2 * case.length:
                     raise
             part.notes.append(f"{case}: out of memory with micro-batches of {micro_batch:,} tokens; halved")
             micro_batch //= 2
-        report.add(
-            part, {"case": str(case), "result": "measured", **row, "adapters made in, s": made_adapters}
-        )
+        more = {"tokens in a micro-batch": micro_batch, "adapters made in, s": adapters_seconds}
+        report.add(part, {"case": str(case), "result": "measured", **row, **more})
 
-    def _rounds(self, case: Case, micro_batch: int, most_seconds: float) -> Row:
+    def _rounds(self, case: Case, micro_batch: int, seconds_left: float) -> Row:
         batches, steps = self._batches(case, micro_batch)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         seconds: list[float] = []
-        while not seconds or (len(seconds) < _MOST_ROUNDS and sum(seconds) + seconds[-1] < most_seconds):
+        while not seconds or _once_more(seconds, seconds_left):
             began = time.perf_counter()
             self.backend.forward_backward(batches)
             self.backend.optim_step(steps)
             synchronize(self._device)
             seconds.append(time.perf_counter() - began)
-        # The first one finds kernels and takes memory.
         step = statistics.median(seconds[1:] or seconds)
         self._seconds_per_token = step / case.tokens
         flops = self._work.training_flops(self.adapter_numbers, case.length) * case.tokens / step
@@ -180,3 +177,15 @@ class Trainer:
             f"{case}: {count:,} kernels in {len(batches)} micro-batches; the device was busy for {whole:.0f} of "
             f"{1000 * seconds:.0f} ms, with the profiler on"
         )
+
+
+def _once_more(seconds: list[float], seconds_left: float) -> bool:
+    """
+    Args:
+        seconds: that each round has taken so far.
+        seconds_left: there were before the first.
+    """
+    with_another = sum(seconds) + seconds[-1]
+    if with_another > seconds_left / 2:
+        return False
+    return len(seconds) < 2 or (len(seconds) < _MOST_ROUNDS and with_another < _ROUNDS_SECONDS)
