@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.models import synchronize
@@ -116,7 +115,7 @@ def time_by_class(device: torch.device, work: Callable[[], object]) -> tuple[dic
     for kernel in found.key_averages():
         spent = kernel.self_device_time_total if on_gpu else kernel.self_cpu_time_total
         # What was called on the host carries the time of its kernels too.
-        if spent > 0 and (kernel.device_type == DeviceType.CPU) != on_gpu:
+        if spent > 0 and (kernel.device_type.name == "CPU") != on_gpu:
             by_class[class_of(kernel.key)] += spent / 1000
             count += kernel.count
     return dict(by_class.most_common()), count, seconds

@@ -20,9 +20,9 @@ from twinkle.server.samplers.transformers import TransformersEngine
 
 # Bytes beside the weights: less than the large pass keeps, and than the keys and values of all sequences.
 _ROOM = 2 * 2**30
-_SMALL = Case("cross_entropy", tenants=1, rows=2, length=64)
-_LARGE = Case("cross_entropy", tenants=1, rows=16, length=2048)
-_SEQUENCES, _PROMPT, _TOKENS = 64, 256, 256
+SMALL = Case("cross_entropy", tenants=1, rows=2, length=64)
+LARGE = Case("cross_entropy", tenants=1, rows=16, length=2048)
+SEQUENCES, PROMPT, TOKENS = 64, 256, 256
 
 
 def drill(report: Report, part: Part, device: torch.device) -> None:
@@ -38,10 +38,10 @@ def drill(report: Report, part: Part, device: torch.device) -> None:
         backend.add_adapter(adapter_name(0), AdapterSpec(rank=8))
         engine = TransformersEngine(made.loaded, made.config)
         stack.callback(engine.close)
-        before = _train(backend, _SMALL)
+        before = train(backend, SMALL)
         stack.enter_context(_limited(device))
-        _drill_training(report, part, backend, before)
-        _drill_sampling(report, part, engine)
+        drill_training(report, part, backend, before)
+        drill_sampling(report, part, engine)
 
 
 @contextmanager
@@ -57,26 +57,26 @@ def _limited(device: torch.device) -> Generator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _train(backend: TransformersBackend, case: Case) -> np.ndarray:
+def train(backend: TransformersBackend, case: Case) -> np.ndarray:
     """Log-probabilities of all tokens of a micro-batch; its gradient is added."""
     [results] = backend.forward_backward([case.rows_of(0, backend.info.vocab_size)])
     return np.concatenate([result.logprobs for result in results])
 
 
-def _drill_training(report: Report, part: Part, backend: TransformersBackend, before: np.ndarray) -> None:
+def drill_training(report: Report, part: Part, backend: TransformersBackend, before: np.ndarray) -> None:
     gradient = _gradient(backend)
     try:
-        _train(backend, _LARGE)
+        train(backend, LARGE)
         found = "it fitted into the memory there was: nothing was tried"
-        part.problems.append(f"a pass of {_LARGE.tokens:,} tokens: {found}")
+        part.problems.append(f"a pass of {LARGE.tokens:,} tokens: {found}")
     except torch.OutOfMemoryError:
         found = "out of memory, as it should be"
-    report.add(part, {"what": f"a pass of {_LARGE.tokens:,} tokens", "found": found})
+    report.add(part, {"what": f"a pass of {LARGE.tokens:,} tokens", "found": found})
     unchanged = all(np.array_equal(one, gradient[name]) for name, one in _gradient(backend).items())
     if not unchanged:
         part.problems.append("the gradient has changed by a pass that failed")
     report.add(part, {"what": "the gradient after it", "found": "unchanged" if unchanged else "changed"})
-    off = float(np.abs(_train(backend, _SMALL) - before).max())
+    off = float(np.abs(train(backend, SMALL) - before).max())
     if not off <= 0.05:
         part.problems.append(f"a small pass gives other log-probabilities than before, by up to {off:.3g}")
     report.add(part, {"what": "a small pass after it", "found": f"as before, within {off:.3g}"})
@@ -99,23 +99,23 @@ class _Counter(logging.Handler):
         self.preempted += "memory ran out" in record.getMessage()
 
 
-def _drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> None:
+def drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> None:
     log, counter = logging.getLogger("twinkle.sampler"), _Counter()
     level = log.level
     log.addHandler(counter)
     log.setLevel(logging.INFO)
     try:
         draw = np.random.default_rng(0)
-        params = SamplingParams(max_tokens=_TOKENS, temperature=1.0, stop=[])
+        params = SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[])
         futures = [
-            engine.generate(GenerateRequest("tenant", None, draw.integers(0, 1000, _PROMPT), params))
-            for _ in range(_SEQUENCES)
+            engine.generate(GenerateRequest("tenant", None, draw.integers(0, 1000, PROMPT), params))
+            for _ in range(SEQUENCES)
         ]
         complete = 0
         for future in futures:
             try:
                 [sample] = future.result(timeout=90).sequences
-                complete += len(sample.tokens) == _TOKENS and bool(
+                complete += len(sample.tokens) == TOKENS and bool(
                     np.isfinite(np.array(sample.logprobs, float)).all()
                 )
             except Exception as error:
@@ -123,9 +123,9 @@ def _drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> N
     finally:
         log.removeHandler(counter)
         log.setLevel(level)
-    if complete < _SEQUENCES:
-        part.problems.append(f"only {complete} of {_SEQUENCES} samples are complete")
-    report.add(part, {"what": f"{_SEQUENCES} samples", "found": f"{complete} complete"})
+    if complete < SEQUENCES:
+        part.problems.append(f"only {complete} of {SEQUENCES} samples are complete")
+    report.add(part, {"what": f"{SEQUENCES} samples", "found": f"{complete} complete"})
     report.add(part, {"what": "samples preempted for lack of memory", "found": counter.preempted})
     if not counter.preempted:
         part.problems.append("the samples fitted into the memory there was: nothing was tried")

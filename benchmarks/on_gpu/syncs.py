@@ -54,7 +54,7 @@ def find_syncs(report: Report, part: Part, device: torch.device) -> None:
         stack.callback(backend.close)
         states = {name: trained_adapter(backend, name, spec) for name, spec in SPECS.items()}
         batches = [[_row(name, seed) for name in SPECS for seed in range(4)]]
-        step, draw = decoding(made, list(states.values()))
+        _, step, draw = decoding(made, list(states.values()))
         for what, work in (
             ("pass", lambda: backend.forward_backward(batches)),
             ("decode step", step),
@@ -66,9 +66,9 @@ def find_syncs(report: Report, part: Part, device: torch.device) -> None:
 def _find(report: Report, part: Part, what: str, work: Callable[[], object]) -> None:
     work()
     torch.cuda.synchronize()
-    for place, count in _waits(work).most_common():
+    for place, count in waits(work).most_common():
         report.add(part, {"in a": what, "line": place, "times": count})
-    part.notes.append(f"{what}: the first is at {_first(work)}")
+    part.notes.append(f"{what}: the first is at {first_wait(work)}")
 
 
 def _row(adapter: str, seed: int) -> Row:
@@ -77,11 +77,13 @@ def _row(adapter: str, seed: int) -> Row:
     return Row(adapter, draw.integers(0, 500, 32), "cross_entropy", inputs)
 
 
-def decoding(made: Made, states: list[AdapterState]) -> tuple[Callable[[], None], Callable[[], None]]:
+def decoding(
+    made: Made, states: list[AdapterState]
+) -> tuple[RunningSamples, Callable[[], None], Callable[[], None]]:
     """A decode step of some sequences with several adapters, as the engine makes it, and the draw after it.
 
     Returns:
-        The two, to be called by turns.
+        What runs, and the two, to be called by turns.
     """
     loaded = made.loaded
     model, route = copy_sharing_weights(loaded.model), Route()
@@ -113,10 +115,10 @@ def decoding(made: Made, states: list[AdapterState]) -> tuple[Callable[[], None]
     def draw() -> None:
         next_tokens.append(running.sequences, latest)
 
-    return step, draw
+    return running, step, draw
 
 
-def _waits(work: Callable[[], object]) -> Counter[str]:
+def waits(work: Callable[[], object]) -> Counter[str]:
     """How often each line waits."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -129,7 +131,7 @@ def _waits(work: Callable[[], object]) -> Counter[str]:
     return Counter(f"{_short(one.filename)}:{one.lineno}" for one in waits)
 
 
-def _first(work: Callable[[], object]) -> str:
+def first_wait(work: Callable[[], object]) -> str:
     torch.cuda.set_sync_debug_mode("error")
     try:
         work()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import checks, device, memory, models, syncs, training
+from on_gpu.reckoning import Work
+from on_gpu.report import Part, Report, Skipped
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from on_gpu import checks, device, models, training
-from on_gpu.reckoning import Work
-from on_gpu.report import Part, Report, Skipped
-
-from twinkle.server.backends.protocol import AdapterState
+from twinkle.server.backends.protocol import AdapterSpec, AdapterState
+from twinkle.server.samplers.transformers import TransformersEngine
 
 CPU = torch.device("cpu")
 
@@ -219,3 +218,90 @@ def test_a_case_that_runs_out_of_memory_is_tried_with_smaller_micro_batches(
     assert (row["micro-batches"], row["tokens in a micro-batch"]) == (4, 512)
     assert sizes[:3] == [2048, 1024, 512]
     assert len(part.notes) == 2
+
+
+# ---------------------------------------------------------------- what only a GPU does, as far as a CPU can
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[models.Made]:
+    with ExitStack() as stack:
+        yield models.make(stack, models.config_of("Qwen3-4B", is_toy=True), CPU, "float32")
+
+
+def test_decoding_steps_and_draws_go_on(toy: models.Made) -> None:
+    with ExitStack() as stack:
+        backend = toy.backend()
+        stack.callback(backend.close)
+        states = [models.trained_adapter(backend, name, spec) for name, spec in checks.SPECS.items()]
+        running, step, draw = syncs.decoding(toy, states)
+        for _ in range(3):
+            step()
+            draw()
+    assert {len(sequence.tokens) for sequence in running.sequences} == {4}  # one is of the prompt
+
+
+def test_lines_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def work() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    [(place, count)] = syncs.waits(work).items()
+    assert place.startswith("benchmarks/test_gpu_parts.py:") and count == 3
+    assert modes == ["warn", "default"]
+
+
+def test_the_first_line_that_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+
+    def work(message: str) -> None:
+        raise RuntimeError(message)
+
+    assert syncs.first_wait(lambda: work("called a synchronizing CUDA operation")).startswith(
+        "benchmarks/test_gpu"
+    )
+    assert syncs.first_wait(lambda: None) == "no line"
+    with pytest.raises(RuntimeError, match="something else"):
+        syncs.first_wait(lambda: work("something else"))
+
+
+@pytest.mark.parametrize("spoils", [False, True])
+def test_a_drill_notices_what_a_failed_pass_has_changed(
+    toy: models.Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoils: bool
+) -> None:
+    with ExitStack() as stack:
+        backend = toy.backend()
+        stack.callback(backend.close)
+        backend.add_adapter(training.adapter_name(0), AdapterSpec(rank=4))
+        before = memory.train(backend, memory.SMALL)
+        compute = backend.forward_backward
+
+        def lacks_memory(batches: list[list[Any]]) -> object:
+            if sum(len(row.tokens) for row in batches[0]) == memory.LARGE.tokens:
+                if spoils:
+                    compute([memory.SMALL.rows_of(0, 100)])
+                raise torch.OutOfMemoryError("out of memory")
+            return compute(batches)
+
+        monkeypatch.setattr(backend, "forward_backward", lacks_memory)
+        part = Part("drill")
+        memory.drill_training(Report(tmp_path, 1, {}), part, backend, before)
+    assert part.problems == (["the gradient has changed by a pass that failed"] if spoils else [])
+
+
+def test_a_drill_with_enough_memory_has_tried_nothing(
+    toy: models.Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PROMPT", 8)
+    monkeypatch.setattr(memory, "TOKENS", 4)
+    with ExitStack() as stack:
+        engine = TransformersEngine(toy.loaded, toy.config)
+        stack.callback(engine.close)
+        part = Part("drill")
+        memory.drill_sampling(Report(tmp_path, 1, {}), part, engine)
+    assert part.rows[0]["found"] == "64 complete"
+    assert part.problems == ["the samples fitted into the memory there was: nothing was tried"]
