@@ -85,9 +85,12 @@ def main() -> int:
 
 
 def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True
-    )
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True
+        )
+    except OSError:  # there is no git
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

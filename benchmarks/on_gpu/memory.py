@@ -108,7 +108,7 @@ def drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> No
         draw = np.random.default_rng(0)
         params = SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[])
         futures = [
-            engine.generate(GenerateRequest("tenant", None, draw.integers(0, 1000, PROMPT), params))
+            engine.generate(GenerateRequest("tenant", None, draw.integers(0, 500, PROMPT), params))
             for _ in range(SEQUENCES)
         ]
         complete = 0

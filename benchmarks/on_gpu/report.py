@@ -102,7 +102,7 @@ class Report:
         if part.status == "running":
             part.status = "failed" if part.problems else "passed"
 
-    def attempt(self, part: Part, what: str, work: Callable[[], None]) -> None:
+    def attempt(self, part: Part, what: str, work: Callable[[], object]) -> None:
         """Do one of several things of a part; if it raises, the part has failed, and the next one can be done."""
         try:
             work()

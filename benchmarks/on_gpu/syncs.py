@@ -127,8 +127,8 @@ def waits(work: Callable[[], object]) -> Counter[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = (one for one in found if _SAID in str(one.message))
-    return Counter(f"{_short(one.filename)}:{one.lineno}" for one in waits)
+    told = (one for one in found if _SAID in str(one.message))
+    return Counter(f"{_short(one.filename)}:{one.lineno}" for one in told)
 
 
 def first_wait(work: Callable[[], object]) -> str:
