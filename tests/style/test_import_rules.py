@@ -48,6 +48,12 @@ VIOLATIONS = [
         "Only serve/ and the composition root import ray",
     ),
     (f"{SERVER}/engine/planted.py", "from twinkle.server.service import service", "The server's layers"),
+    (f"{SERVER}/backends/planted.py", "import sqlalchemy", "Backends and samplers run without a service"),
+    (
+        f"{SERVER}/samplers/transformers/planted.py",
+        "def late():\n    from twinkle.hub import downloads",
+        "Backends and samplers run without a service",
+    ),
     (f"{SERVER}/samplers/vllm/planted.py", "import vllm", "vLLM is imported by name"),
     (f"{SERVER}/store/planted.py", "from twinkle.server.scheduling import runs", "The server's layers"),
     (f"{SERVER}/planted.py", "", "The server's layers"),  # a module that has no place among them

@@ -102,7 +102,19 @@ def load_base_model(config: ModelConfig) -> LoadedModel:
     shards = None
     if config.shard_base:
         shards = Shards(config.rank, config.data_parallel_size, torch.device(config.device))
-    model = _load(config, shards)
+    return freeze(_load(config, shards), config, shards)
+
+
+def freeze(model: PreTrainedModel, config: ModelConfig, shards: Shards | None = None) -> LoadedModel:
+    """Make a base model of one that is in memory, loaded or made there: frozen, checked and described.
+
+    Args:
+        config: `path` must have the model's `config.json`.
+        shards: this rank's parts, if the model is spread over ranks.
+
+    Raises:
+        InvalidRequest: if adapters can't be trained on it.
+    """
     model.requires_grad_(False)
     model.eval()
     device = model.device if shards is None else shards.device

@@ -10,7 +10,7 @@ The tensors grow as more rows and lengths are needed, and are freed when the bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -273,6 +273,11 @@ class SlotCache:
         """Whether states are kept for going back to them."""
         return False
 
+    @property
+    def layers(self) -> _Layers:
+        """Where models of Transformers 5.17 read what they get from the methods above in later versions."""
+        return _Layers(self)
+
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
     ) -> Tensor:
@@ -329,6 +334,31 @@ class SlotCache:
             else:
                 windowed, window = windowed + token, ring
         return RowCost(growing, windowed, window, _bytes(stored[:1] for stored in self._states.values()))
+
+
+class _Layers:
+    def __init__(self, cache: SlotCache) -> None:
+        self._cache = cache
+
+    def __getitem__(self, layer: int) -> _LayerStates:
+        return _LayerStates(self._cache, layer)
+
+
+class _LayerStates:
+    """A layer's states, under the names that they have in Transformers 5.17."""
+
+    def __init__(self, cache: SlotCache, layer: int) -> None:
+        self.record_past = cache.is_recording_past(layer)
+        self.conv_states = _in_order(lambda i: cache.get_conv_state(layer, i))
+        self.recurrent_states = _in_order(lambda i: cache.get_recurrent_state(layer, i))
+
+
+def _in_order(state: Callable[[int], Tensor | None]) -> list[Tensor]:
+    """The first states of a layer, up to one that it does not have."""
+    found: list[Tensor] = []
+    while (one := state(len(found))) is not None:
+        found.append(one)
+    return found
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

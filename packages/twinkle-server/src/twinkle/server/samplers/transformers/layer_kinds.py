@@ -16,6 +16,7 @@ _MASKS = {
     "hybrid": "full_attention",
     "hybrid_sliding": "sliding_attention",
 }
+_WITH_WINDOW = {"sliding_attention", "chunked_attention", "hybrid_sliding"}
 _WITH_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 # Feed-forward layers, and those that read another layer's keys and values.
 _KEEPS_NOTHING = "dummy"
@@ -56,21 +57,19 @@ class LayerKinds:
             context: most tokens of a sequence; a window of that length has no effect.
         """
         text = config.get_text_config()
-        types, settings = get_layer_types_and_kwargs(text)
         can_slide = getattr(text, "use_sliding_window", True) is not False
         spans: dict[str, Span] = {}
         attention: dict[int, str] = {}
         states: set[int] = set()
         unknown = ""
-        for layer, (kind, more) in enumerate(zip(types, cast("list[dict[str, int]]", settings), strict=True)):
+        for layer, (kind, window) in enumerate(_types_and_windows(text)):
             if kind not in _MASKS and kind not in _WITH_STATES and kind != _KEEPS_NOTHING:
                 unknown = f"layer {layer} is of the type {kind!r}, and what it keeps is not known here"
             if kind in _WITH_STATES:
                 states.add(layer)
             if kind not in _MASKS:
                 continue
-            window = more.get("sliding_window") if can_slide else None
-            if window is not None and window >= context:
+            if window is not None and (window >= context or not can_slide):
                 window = None
             mask = attention[layer] = _MASKS[kind]
             span = Span(window, window is not None and kind == "chunked_attention")
@@ -82,3 +81,14 @@ class LayerKinds:
     def can_go_back(self) -> bool:
         """Whether what is kept of a sequence includes what would be kept of each of its beginnings."""
         return not self.states and all(span.window is None for span in self.spans.values())
+
+
+def _types_and_windows(text: PretrainedConfig) -> list[tuple[str, int | None]]:
+    """By layer; those at the end that read other layers' keys and values may be missing."""
+    types, settings = cast(
+        "tuple[list[str], dict[str, int] | list[dict[str, int]]]", get_layer_types_and_kwargs(text)
+    )
+    if isinstance(settings, dict):  # in Transformers 5.17 and before: of all layers that have a window
+        window = settings.get("sliding_window")
+        return [(kind, window if kind in _WITH_WINDOW else None) for kind in types]
+    return [(kind, more.get("sliding_window")) for kind, more in zip(types, settings, strict=True)]
