@@ -15,7 +15,7 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-pytest_plugins = ("pretended_cuda.plugin", "shared_storage", "side_by_side")
+pytest_plugins = ("pretended_cuda.plugin", "shared_storage", "side_by_side", "sdk_sessions")
 
 VOCAB_SIZE = 512
 EOS_TOKEN_ID = 256

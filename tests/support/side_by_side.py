@@ -8,6 +8,7 @@ processes end at about the same time.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -49,6 +50,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = {name: number for number, name in enumerate(_ORDER)}
         items.sort(key=lambda item: place.get(group_of(item.nodeid), len(place)))
+
+
+_seconds = Counter[str]()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[group_of(report.nodeid)] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which groups take longest: with `--durations`, as the single tests that do."""
+    if not terminalreporter.config.option.durations:
+        return
+    terminalreporter.section("slowest groups")
+    for name, seconds in _seconds.most_common(terminalreporter.config.option.durations):
+        terminalreporter.write_line(f"{seconds:.0f}s {name}")
 
 
 @pytest.hookimpl(optionalhook=True)
