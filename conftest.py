@@ -52,11 +52,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen3_5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3.5 as it is published, of 4 layers, with the same tokenizer."""
+    """A Qwen3.5 as it is published, with the same tokenizer: a layer of each kind, since many servers run it."""
     import tiny_qwen3_5
 
     directory = tmp_path_factory.mktemp("tiny-qwen3.5")
-    tiny_qwen3_5.save(directory, VOCAB_SIZE, EOS_TOKEN_ID, CONTEXT_LENGTH)
+    tiny_qwen3_5.save(directory, VOCAB_SIZE, EOS_TOKEN_ID, CONTEXT_LENGTH, layers=2)
     _save_byte_tokenizer(directory)
     return directory
 

@@ -3,8 +3,8 @@
 The class in config.json is `Qwen3_5ForConditionalGeneration` (or its mixture of experts), with a text and a vision
 configuration; the text model's weights are `model.language_model.*`, the vision tower's `model.visual.*`, and `mtp.*`
 belongs to the layer that predicts a further token, which Transformers leaves out. As in the real model three layers of
-linear attention (gated delta nets) go before one of full attention, queries are gated, a quarter of each head is
-rotated, and a mixture has a shared expert beside the routed ones.
+linear attention (gated delta nets) go before one of full attention (by default), queries are gated, a quarter of each
+head is rotated, and a mixture has a shared expert beside the routed ones.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 LAYERS = 4
 EXPERTS = 4
-# Of the one layer of full attention, and for `mtp.*`, which is a layer of that kind.
-FULL_ATTENTION_LAYER = LAYERS - 1
 
 
 def save(
@@ -27,6 +25,7 @@ def save(
     experts: bool = False,
     tied: bool = False,
     tensor_parallel_size: int = 2,
+    layers: int = LAYERS,
 ) -> Path:
     """Write config.json and model.safetensors, in float32; the same weights each time.
 
@@ -35,13 +34,16 @@ def save(
         tied: the output head is the embedding.
         tensor_parallel_size: the largest that heads can be shared out by: the number of key heads of both kinds of
             attention.
+        layers: the last is of full attention, the others are of linear attention.
     """
     import torch
     import transformers
 
     kind = "Qwen3_5Moe" if experts else "Qwen3_5"
     config = getattr(transformers, f"{kind}Config")(
-        text_config=_text(vocab_size, eos_token_id, context_length, experts, tied, tensor_parallel_size),
+        text_config=_text(
+            vocab_size, eos_token_id, context_length, experts, tied, tensor_parallel_size, layers
+        ),
         vision_config=_VISION,
         tie_word_embeddings=tied,
         # The last tokens of the vocabulary; the real ones are at its end, too.
@@ -53,7 +55,7 @@ def save(
             config, dtype=torch.float32
         )
     made.save_pretrained(directory)
-    _lay_out_as_published(directory)
+    _lay_out_as_published(directory, layers)
     return directory
 
 
@@ -64,13 +66,15 @@ def _text(
     experts: bool,
     tied: bool,
     tensor_parallel_size: int,
+    layers: int,
 ) -> dict[str, Any]:
     heads = tensor_parallel_size
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
+        "layer_types": ["linear_attention"] * (layers - 1) + ["full_attention"],
         "num_attention_heads": 2 * heads,
         "num_key_value_heads": heads,
         "head_dim": 16,
@@ -117,7 +121,7 @@ _VISION: dict[str, Any] = {
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def _lay_out_as_published(directory: Path) -> None:
+def _lay_out_as_published(directory: Path, layers: int) -> None:
     """Routed experts as one tensor for all of a layer, where Transformers saves one for each; and `mtp.*`."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -133,7 +137,7 @@ def _lay_out_as_published(directory: Path) -> None:
         }
         tensors[f"{experts}.experts.gate_up_proj"] = torch.cat([taken["gate_proj"], taken["up_proj"]], dim=1)
         tensors[f"{experts}.experts.down_proj"] = taken["down_proj"]
-    layer = f"model.language_model.layers.{FULL_ATTENTION_LAYER}."
+    layer = f"model.language_model.layers.{layers - 1}."  # `mtp.*` is one of full attention, too
     tensors |= {
         name.replace(layer, "mtp.layers.0."): tensor.clone()
         for name, tensor in tensors.items()

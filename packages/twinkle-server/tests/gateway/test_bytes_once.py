@@ -24,7 +24,7 @@ from twinkle.server.gateway import operations as gateway_operations
 from twinkle.server.gateway.app import create_app
 from twinkle.server.scheduling import records
 from twinkle.server.scheduling.records import Accepted, Done
-from twinkle.server.store import journal
+from twinkle.server.store import journal_segment
 from twinkle.server.tokens import Signer
 
 ALICE = {"X-API-Key": "alice"}
@@ -55,9 +55,9 @@ def written(server: Server) -> list[records.Record]:
     found: list[records.Record] = []
     for path in sorted((server.directory / "journal").glob("*.log")):
         data = path.read_bytes()
-        header = journal.read_header(data[: journal.HEADER_BYTES])
+        header = journal_segment.read_header(data[: journal_segment.HEADER_BYTES])
         assert header is not None
-        found += [records.decode(payload) for payload in journal.parse(data, header[0]).payloads]
+        found += [records.decode(payload) for payload in journal_segment.parse(data, header[0]).payloads]
     return found
 
 

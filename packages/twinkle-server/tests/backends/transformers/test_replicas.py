@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,14 @@ STEP = AdamParams(learning_rate=0.01, eps=1e-3)
 SPECS = {"a": AdapterSpec(rank=4, seed=1), "b": AdapterSpec(rank=8, seed=2), "c": AdapterSpec(rank=4, seed=3)}
 
 
-@pytest.fixture(scope="module", params=[(2, False), (3, False), (2, True), (3, True)], ids=str)
+# Number of ranks, and whether they share one base. `hatch run layouts` has all.
+CHOSEN = [(3, False), (2, True)]
+ALL = [*CHOSEN, (2, False), (3, True)]
+
+
+@pytest.fixture(
+    scope="module", params=ALL if os.environ.get("TWINKLE_ALL_LAYOUTS") == "1" else CHOSEN, ids=str
+)
 def group(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[RankProcesses]:
     ranks, shard_base = request.param
     config = ModelConfig(tiny_model_dir, data_parallel_size=ranks, shard_base=shard_base)
