@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import tempfile
 from typing import cast
 
@@ -13,6 +12,7 @@ import ray
 from twinkle.server import plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.engine.worker import LocalWorker, build_worker
+from twinkle.server.serve import torch_settings
 from twinkle.server.serve.machine import on_this_machine, use_interface
 from twinkle.server.serve.ray_place import place
 from twinkle.server.serve.rpc import Address, Server
@@ -27,10 +27,7 @@ class Rank:
 
     async def preload(self, config: ModelConfig, backend: str, sampler: str | None) -> None:
         """Import what `serve` needs, which takes longer than the rest of loading."""
-        if config.device == "cpu":
-            # Threads that wait for each other yield their core: by default they spin, and a step takes up to thirty
-            # times as long when another program (the client, say) wants the core.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        torch_settings.before_import(config.device)
         with contextlib.suppress(Exception):  # `serve` raises it again, to a caller that waits for it
             plugins.find(plugins.TRAINING_BACKENDS, backend)
             if sampler is not None:
@@ -85,9 +82,5 @@ class Rank:
 
 def _load(config: ModelConfig, backend: str, sampler: str | None, model_id: str | None) -> LocalWorker:
     config = on_this_machine(config, model_id)
-    if config.device == "cpu":
-        import torch
-
-        # Ray sets it to the number of CPUs that it assigned to this actor.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_ranks))
+    torch_settings.set_threads(config.num_ranks)
     return build_worker(config, backend, sampler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -71,11 +70,12 @@ class SamplerHandle:
         if samplers.python is not None:
             options["runtime_env"] = {"py_executable": str(samplers.python)}
         actor = cast(Any, ray.remote)(SamplerProcess).options(**options).remote()
-        threads = max(1, (os.cpu_count() or 1) // samplers.max_processes)
         node = ray.get_runtime_context().get_node_id()
         try:
             model_id = plan.config.model.model_id if plan.joins_cluster else None
-            address = await actor.serve.remote(node, samplers.model, samplers.engine, threads, model_id)
+            address = await actor.serve.remote(
+                node, samplers.model, samplers.engine, samplers.max_processes, model_id
+            )
             connection = await Connection.connect(address, plan.config.model.heartbeat_timeout_seconds)
         except BaseException as error:
             ray.kill(actor)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import cast
 
 import ray
 
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
 from twinkle.server.engine.worker import LocalSampler, build_sampler
+from twinkle.server.serve import torch_settings
 from twinkle.server.serve.machine import on_this_machine
 from twinkle.server.serve.rpc import Address, Server
 
@@ -23,19 +23,19 @@ class SamplerProcess:
     _server: Server
 
     async def serve(
-        self, callers_node: str, config: ModelConfig, engine: str, threads: int, model_id: str | None
+        self, callers_node: str, config: ModelConfig, engine: str, sharers: int, model_id: str | None
     ) -> Address:
         """Load the model and take calls.
 
         Args:
             callers_node: Ray's id of the machine that the caller is on.
-            threads: to compute with on a CPU.
+            sharers: processes that share the machine's cores.
             model_id: as in `Rank.serve`.
 
         Raises:
             Exception: whatever keeps the engine from starting.
         """
-        self._loading = asyncio.create_task(asyncio.to_thread(_load, config, engine, threads, model_id))
+        self._loading = asyncio.create_task(asyncio.to_thread(_load, config, engine, sharers, model_id))
         await self._loading
         is_here = callers_node == ray.get_runtime_context().get_node_id()
         host = None if is_here else cast(str, ray.util.get_node_ip_address())
@@ -47,13 +47,9 @@ class SamplerProcess:
         await (await self._loading).add_sampler_adapter(sampler_adapter_id, state)
 
 
-def _load(config: ModelConfig, engine: str, threads: int, model_id: str | None) -> LocalSampler:
+def _load(config: ModelConfig, engine: str, sharers: int, model_id: str | None) -> LocalSampler:
     config = on_this_machine(config, model_id)
-    if config.device == "cpu":
-        # Threads that wait for each other yield their core (see `rank.Rank.preload`).
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        import torch
-
-        # Ray sets it to the number of CPUs that it assigned to this actor.
-        torch.set_num_threads(threads)
+    if config.device == "cpu" or engine != "vllm":  # which has allocators and threads of its own
+        torch_settings.before_import(config.device)
+        torch_settings.set_threads(sharers)
     return build_sampler(config, engine)
