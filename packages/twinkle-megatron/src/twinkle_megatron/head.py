@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import checkpoint as checkpointing
 
-from twinkle.server.backends.lora.losses.logprobs import MAX_CHUNK_LOGITS
+from twinkle.server.backends.lora.losses.logprobs import max_chunk_logits
 from twinkle_megatron import collectives
 from twinkle_megatron.groups import Group
 from twinkle_megatron.lora import ForwardContext, Parallelism, ParallelLayer, ShardSegment, add_terms
@@ -50,7 +50,9 @@ class LogprobHead(ParallelLayer):
         share = collectives.gather_tokens if by_sequence else collectives.sum_in_backward
         whole = share(hidden, tensor)
         targets = self._context.targets
-        positions = max(1, MAX_CHUNK_LOGITS // (max(1, whole.shape[1]) * self.weight.shape[0]))
+        share_of_vocab = self.weight.shape[0]
+        most_tokens = max_chunk_logits(whole.device, share_of_vocab) // share_of_vocab
+        positions = max(1, most_tokens // max(1, whole.shape[1]))
         results: list[Tensor] = []
         for start in range(0, len(targets), positions):
             end = start + positions

@@ -32,7 +32,8 @@ def stage_affordable_tokens(architecture: Architecture, groups: Groups) -> int:
         bytes_each //= groups.tensor.size
     if architecture.linear_layers:
         bytes_each += layers * delta_net.token_bytes(architecture.hf) // groups.tensor.size
-    found = torch.tensor([affordable_tokens(bytes_each, groups.device)], device=groups.device)
+    affordable = affordable_tokens(bytes_each, int(architecture.hf.vocab_size), groups.device)
+    found = torch.tensor([affordable], device=groups.device)
     dist.all_reduce(found, dist.ReduceOp.MIN, group=groups.world.ranks)
     return int(found.item())
 

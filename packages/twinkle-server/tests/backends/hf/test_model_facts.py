@@ -48,9 +48,9 @@ def test_the_head_is_a_product_for_every_token_and_the_embedding_is_none(is_tied
 
 
 def test_a_share_of_the_free_memory_is_for_the_tokens_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, head = torch.device("cpu"), 3 * 64 * 2**20
+    cpu, head = torch.device("cpu"), 16 * 2**24  # float32 three times, and 16 bits twice
     monkeypatch.setattr(model_facts, "_free_host_memory", lambda: 4 * (head + 5000))
-    assert affordable_tokens(10.0, cpu) == 500
+    assert affordable_tokens(10.0, 1000, cpu) == 500
     monkeypatch.setattr(model_facts, "_free_host_memory", lambda: head)
-    assert affordable_tokens(10.0, cpu) == 0
+    assert affordable_tokens(10.0, 1000, cpu) == 0
     assert [bounded_batch_tokens(tokens, cpu) for tokens in (0, 1000, 10**6)] == [512, 1000, 2048]

@@ -9,40 +9,22 @@ from twinkle.server.backends.lora.linear import (
     Gradients,
     LoraLinear,
     TrainingRoute,
-    spans_of,
     wrap_modules,
 )
+from twinkle.server.backends.lora.spans import Spans
 
-
-@pytest.mark.parametrize(
-    ("adapters", "expected"),
-    [
-        ([0], (1, None)),
-        ([0, 0, 0], (1, None)),
-        ([0, 1, 2], (3, None)),
-        ([0, 0, 1, 1], (2, None)),
-        ([0, 0, 1], (3, [0, 0, 1])),
-        ([0, 0, 0, 0, 1, 1, 2, 2], (4, [0, 0, 1, 2])),
-    ],
-)
-def test_rows_fall_into_as_few_equal_spans_as_possible(
-    adapters: list[int], expected: tuple[int, list[int] | None]
-) -> None:
-    assert spans_of(adapters) == expected
+TOKENS = 3  # of each row
 
 
 def make_segment(adapters: list[int], rank: int, seed: int, layer: str = "layer") -> BankSegment:
     draw = torch.Generator().manual_seed(seed)
     count = max(adapters) + 1
-    spans, of_span = spans_of(adapters)
     a = {layer: torch.randn(count, rank, 5, generator=draw)}
     b = {layer: torch.randn(count, 6, rank, generator=draw)}
     # Gradients are added to what is there: ones.
     ones = {layer: torch.ones_like(a[layer])}, {layer: torch.ones_like(b[layer])}
-    if of_span is None:
-        return BankSegment(len(adapters), spans, None, a, b, Gradients(*ones, slice(0, count)))
-    index = torch.tensor(of_span)
-    return BankSegment(len(adapters), spans, index, a, b, Gradients(*ones, index))
+    spans = Spans.of([TOKENS * adapters.count(i) for i in range(count)], torch.device("cpu"), torch.float32)
+    return BankSegment(spans, a, b, Gradients(*ones, slice(0, count)))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +106,33 @@ def test_a_layer_whose_input_needs_no_gradient_still_gives_its_matrices_theirs()
     for i in range(2):
         wanted = ones.T @ x[i] @ segment.a["layer"][i].T
         torch.testing.assert_close(segment.gradients.b["layer"][i], 1 + wanted)
+
+
+@pytest.mark.parametrize("banks", [[[0, 1, 1]], [[0, 0, 1, 1]], [[0, 1], [0, 0, 1]]])
+def test_a_layer_can_be_given_the_tokens_in_chunks(banks: list[list[int]]) -> None:
+    """As the output head is: together they give what the whole gives."""
+    torch.manual_seed(0)
+    whole, by_chunks = (
+        [make_segment(adapters, rank=i + 2, seed=i) for i, adapters in enumerate(banks)] for _ in range(2)
+    )
+    route = TrainingRoute()
+    layer = LoraLinear(nn.Linear(5, 6), "layer", route)
+    layer.requires_grad_(False)
+    x = torch.randn(TOKENS * sum(map(len, banks)), 5)
+    upstream = torch.randn(len(x), 6)
+    route.segments = whole
+    expected = layer(x)
+    expected.backward(upstream)
+    route.segments = by_chunks
+    for first in range(0, len(x), 4):
+        with route.narrowed(first, first + 4):
+            found = layer(x[first : first + 4])
+        torch.testing.assert_close(found, expected[first : first + 4])
+        found.backward(upstream[first : first + 4])
+    for one, other in zip(whole, by_chunks, strict=True):
+        assert one.gradients is not None and other.gradients is not None
+        torch.testing.assert_close(other.gradients.a, one.gradients.a)
+        torch.testing.assert_close(other.gradients.b, one.gradients.b)
 
 
 def test_without_a_route_or_a_matrix_it_is_the_base_layer() -> None:

@@ -20,7 +20,7 @@ def test_chunks_equal_the_full_log_softmax_with_gradients(positions: int, k: int
     targets = torch.randint(0, VOCAB, (ROWS, TOKENS, k), generator=draw)
     upstream = torch.randn(ROWS, TOKENS, k, generator=draw)
 
-    found = chunked_logprobs(lambda h: h @ weight.T, hidden, targets, VOCAB, ROWS * VOCAB * positions)
+    found = chunked_logprobs(lambda h, _: h @ weight.T, hidden, targets, VOCAB, ROWS * VOCAB * positions)
     found_grads = torch.autograd.grad((found * upstream).sum(), (weight, hidden))
     expected = full_logprobs(weight, hidden, targets)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), (weight, hidden))
@@ -33,7 +33,7 @@ def test_logits_are_never_held_for_more_than_a_chunk() -> None:
     weight = torch.randn(VOCAB, HIDDEN)
     sizes: list[int] = []
 
-    def head(h: Tensor) -> Tensor:
+    def head(h: Tensor, first: int) -> Tensor:
         return h @ weight.T
 
     def note(tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def test_half_precision_logits_are_normalised_in_float32() -> None:
     weight = torch.randn(VOCAB, HIDDEN).bfloat16()
     targets = torch.arange(4).reshape(1, 4, 1)
     with torch.no_grad():
-        found = chunked_logprobs(lambda h: h @ weight.T, hidden, targets, VOCAB)
+        found = chunked_logprobs(lambda h, _: h @ weight.T, hidden, targets, VOCAB)
     expected = torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)

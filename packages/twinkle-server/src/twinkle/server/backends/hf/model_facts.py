@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from twinkle.protocol.errors import InvalidRequest
-from twinkle.server.backends.lora.losses.logprobs import MAX_CHUNK_LOGITS
+from twinkle.server.backends.lora.losses.logprobs import max_chunk_logits
 from twinkle.server.backends.protocol import ModelConfig
 
 # Shares of free memory for a micro-batch and for all adapters; the rest is for the sampler and other programs.
@@ -24,8 +24,8 @@ _MIN_BATCH_TOKENS = 512
 # Larger micro-batches are no faster on a CPU, or even slower, since activations no longer fit in the cache.
 _MAX_BATCH_TOKENS_CPU = 2048
 _MAX_BATCH_TOKENS_GPU = 65536
-# Logits and two tensors of the same size, all float32.
-_HEAD_BYTES = 3 * 4 * MAX_CHUNK_LOGITS
+# A logit in float32, twice more for what is made of it, and in the model's dtype with its gradient.
+_LOGIT_BYTES = 3 * 4 + 2 * 2
 
 
 def context_length(text: PretrainedConfig, config: ModelConfig) -> int:
@@ -56,7 +56,7 @@ def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -
 def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
     """`bounded_batch_tokens`, estimated from the configuration alone."""
     token_bytes = estimated_token_bytes(text, dtype, int(text.num_hidden_layers))
-    return bounded_batch_tokens(affordable_tokens(token_bytes, device), device)
+    return bounded_batch_tokens(affordable_tokens(token_bytes, int(text.vocab_size), device), device)
 
 
 def estimated_token_bytes(text: PretrainedConfig, dtype: torch.dtype, layers: int) -> int:
@@ -81,14 +81,16 @@ def _largest(size: int | Sequence[int] | None) -> int:
     return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
-def affordable_tokens(token_bytes: float, device: torch.device) -> int:
+def affordable_tokens(token_bytes: float, vocab_size: int, device: torch.device) -> int:
     """Tokens that a training pass can hold in its share of the memory left beside the weights.
 
     Args:
-        token_bytes: bytes that the layers keep per token; the output head's are known.
+        token_bytes: bytes that the layers keep per token.
+        vocab_size: for what the output head holds, a chunk's logits.
     """
     share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
-    return int(max(0.0, share * _free_memory(device) - _HEAD_BYTES) / token_bytes)
+    head = _LOGIT_BYTES * max_chunk_logits(device, vocab_size)
+    return int(max(0.0, share * _free_memory(device) - head) / token_bytes)
 
 
 def bounded_batch_tokens(affordable: int, device: torch.device) -> int:

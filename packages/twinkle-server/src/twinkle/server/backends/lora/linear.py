@@ -1,8 +1,8 @@
-"""A linear layer with the low-rank terms of many adapters, and the route from rows to adapters.
+"""A linear layer with the low-rank terms of many adapters, and the route from tokens to adapters.
 
-`out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685), with one batched matrix product for the A's and
-one for the B's of a bank, and one product of W with all rows. A route, set for each micro-batch, holds the adapters'
-weights.
+`out = W x + (alpha / rank) B A x` (Hu et al. 2021, arXiv:2106.09685), with one product for the A's and one for
+the B's of a bank (`spans`), and one product of W with all tokens. A route, set for each micro-batch, holds the
+adapters' weights.
 
 A layer with its terms is a single autograd node, which adds the gradients in place: autograd would make a dozen nodes a
 layer, and copies.
@@ -10,9 +10,9 @@ layer, and copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import gcd
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
+from twinkle.server.backends.lora.spans import ALIGNMENT, Spans
+from twinkle.server.backends.lora.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,95 +30,95 @@ class Gradients:
 
     Attributes:
         a, b: by layer, float32 [n, rank, in_features] and [n, out_features, rank], of n adapters in ascending order.
-        of_span: each span's adapter: a slice, or int64 [spans], possibly with duplicates.
+        of_adapters: the segment's adapters among them: a slice, or int64 [adapters], without duplicates.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
-    of_span: slice | Tensor
+    of_adapters: slice | Tensor
 
     def add(self, target: Tensor, gradient: Tensor) -> None:
-        """`gradient` is [spans, ...], any float type; `target` one of the tensors of `a` and `b`."""
-        if isinstance(self.of_span, slice):
-            target[self.of_span].add_(gradient)
+        """`gradient` is [adapters, ...], any float type; `target` one of the tensors of `a` and `b`."""
+        if isinstance(self.of_adapters, slice):
+            target[self.of_adapters].add_(gradient)
         else:
-            target.index_add_(0, self.of_span, gradient.to(target.dtype))
+            target.index_add_(0, self.of_adapters, gradient.to(target.dtype))
+
+    def of(self, adapters: slice) -> Gradients:
+        """Those of some of the segment's adapters."""
+        own = self.of_adapters
+        if isinstance(own, slice):
+            return Gradients(self.a, self.b, slice(own.start + adapters.start, own.start + adapters.stop))
+        return Gradients(self.a, self.b, own[adapters])
 
 
 @dataclass(frozen=True, eq=False)
 class BankSegment:
-    """Consecutive rows of a micro-batch whose adapters are in one bank.
-
-    The rows are split into spans of equal size, each of one adapter. If all adapters have equally many rows there is
-    one span per adapter, and nothing needs to be gathered.
+    """Consecutive tokens of a micro-batch whose adapters are in one bank, sorted by adapter.
 
     Attributes:
-        rows: number of rows.
-        spans: number of spans; divides `rows`.
-        adapter_of_span: int64 [spans], index into the adapters; None: span i is adapter i.
-        a: by layer, float32 [adapters, rank, in_features]; of routed experts' parameters [adapters, experts, rank, in].
-        b: by layer, float32 [adapters, out_features, rank], times alpha / rank; of experts likewise.
+        spans: each adapter's tokens.
+        a: by layer, float32 [n, rank, in_features]; of routed experts' parameters [n, experts, rank, in].
+        b: by layer, float32 [n, out_features, rank], times alpha / rank; of experts likewise.
         gradients: for linear layers; None if not needed. Experts' gradients are left to autograd.
+        adapters: those of the n adapters that have spans; None: all.
     """
 
-    rows: int
-    spans: int
-    adapter_of_span: Tensor | None
+    spans: Spans
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     gradients: Gradients | None = None
+    adapters: slice | None = None
 
     def matrices(self, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of a linear layer, [spans, rank, in_features] and, transposed, [spans, rank, out_features]."""
-        a, b = self.a[layer], self.b[layer].transpose(1, 2)
-        if self.adapter_of_span is not None:
-            a, b = a.index_select(0, self.adapter_of_span), b.index_select(0, self.adapter_of_span)
-        return a.to(dtype), b.to(dtype).contiguous()
+        """A and B of a linear layer, [adapters, rank, in_features] and, transposed, [adapters, rank, out_features].
 
-    def expert_term(self, experts: str, first_row: int | None, tokens: int) -> ExpertTerm | None:
+        For the grouped kernel there are zeros beyond the rank, up to a multiple that it takes.
+        """
+        a, b = self.a[layer], self.b[layer]
+        if self.adapters is not None:
+            a, b = a[self.adapters], b[self.adapters]
+        a, b = a.to(dtype), b.to(dtype).transpose(1, 2).contiguous()
+        if self.spans.ends is not None and (lacking := -a.shape[1] % ALIGNMENT):
+            return functional.pad(a, (0, 0, 0, lacking)), functional.pad(b, (0, 0, 0, lacking))
+        return a, b
+
+    def part(self, start: int, end: int) -> BankSegment:
+        """The segment of its tokens [start, end)."""
+        adapters, counts = self.spans.narrow(start, end)
+        a = next(iter(self.a.values()))
+        kept = self.gradients and self.gradients.of(adapters)
+        dtype = torch.bfloat16 if self.spans.ends is not None else a.dtype
+        return BankSegment(Spans.of(counts, a.device, dtype), self.a, self.b, kept, adapters)
+
+    def expert_term(self, experts: str, first: int | None) -> ExpertTerm | None:
         """The terms of a routed experts module, if it has any.
 
         Args:
             experts: the module's full name.
-            first_row: the segment's first row in the micro-batch; None: it is the whole micro-batch.
-            tokens: per row.
+            first: the segment's first token in the micro-batch; None: it is the whole micro-batch.
         """
         gate_up, down = f"{experts}.{GATE_UP}", f"{experts}.{DOWN}"
         if gate_up not in self.a:
             return None
         device = self.a[gate_up].device
-        of_span = self.adapter_of_span
-        adapter = torch.arange(self.spans, device=device) if of_span is None else of_span
-        adapter = adapter.repeat_interleave(self.rows // self.spans * tokens)
-        rows = None
-        if first_row is not None:
-            rows = torch.arange(first_row * tokens, (first_row + self.rows) * tokens, device=device)
+        counts = self.spans.counts
+        if self.spans.are_equal:
+            adapter = torch.arange(len(counts), device=device).repeat_interleave(counts[0])
+        else:
+            on_host = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            adapter = to_device(on_host, device)
+        rows = None if first is None else torch.arange(first, first + self.spans.tokens, device=device)
         return ExpertTerm(rows, adapter, self.a[gate_up], self.b[gate_up], self.a[down], self.b[down])
 
 
-def spans_of(adapters: list[int]) -> tuple[int, list[int] | None]:
-    """Split rows into the fewest equal spans of one adapter each.
-
-    Args:
-        adapters: each row's adapter index, ascending from 0.
-
-    Returns:
-        The number of spans, and each one's adapter; None: span i is adapter i.
-    """
-    counts = [adapters.count(adapter) for adapter in range(adapters[-1] + 1)]
-    rows_a_span = gcd(*counts)
-    span_adapters = adapters[::rows_a_span]
-    spans = len(span_adapters)
-    return spans, None if spans == len(counts) else span_adapters
-
-
 class TrainingRoute:
-    """Which rows of the current micro-batch get which adapters' terms; without segments, the base model alone.
+    """Which tokens of the current micro-batch get which adapters' terms; without segments, the base model alone.
 
     Shared by all layers of a module tree; set only by the thread that computes.
 
     Attributes:
-        segments: cover all rows, in order.
+        segments: cover all tokens, in order.
         anchor: requires a gradient but never gets one, so that autograd visits layers whose input requires none.
     """
 
@@ -124,16 +126,32 @@ class TrainingRoute:
         self.segments: list[BankSegment] = []
         self.anchor = torch.zeros((), requires_grad=True)
 
+    @contextmanager
+    def narrowed(self, start: int, end: int) -> Generator[None]:
+        """Meanwhile the micro-batch's tokens [start, end) are all there are, for layers that get no others."""
+        whole = self.segments
+        parts: list[BankSegment] = []
+        first = 0
+        for segment in whole:
+            last = first + segment.spans.tokens
+            if first < end and start < last:
+                parts.append(segment.part(max(start - first, 0), min(end, last) - first))
+            first = last
+        self.segments = parts
+        try:
+            yield
+        finally:
+            self.segments = whole
+
     def expert_terms(self, experts: str, rows: int) -> list[ExpertTerm]:
         """See `twinkle.server.backends.lora.experts.ExpertRoute`."""
-        all_rows = sum(segment.rows for segment in self.segments)
+        del rows
         terms: list[ExpertTerm] = []
         first = 0
         for segment in self.segments:
-            own_first = first if len(self.segments) > 1 else None
-            if term := segment.expert_term(experts, own_first, rows // all_rows):
+            if term := segment.expert_term(experts, first if len(self.segments) > 1 else None):
                 terms.append(term)
-            first += segment.rows
+            first += segment.spans.tokens
         return terms
 
 
@@ -172,7 +190,7 @@ class LoraLinear(WrappedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """
         Args:
-            x: the micro-batch's tokens, row-major: [rows, tokens, in_features], or flattened.
+            x: the micro-batch's tokens, row-major: [..., in_features].
         """
         segments = self._route.segments
         if not any(self._name in segment.a for segment in segments):
@@ -183,11 +201,7 @@ class LoraLinear(WrappedLinear):
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer and its terms as one autograd node; see `LoraLinear.forward`.
-
-    Tensors as narrow as the rank are kept transposed, [spans, rank, tokens] and [spans, rank, features]: on a CPU,
-    products whose last dimension is that narrow take up to nine times as long.
-    """
+    """A linear layer and its terms as one autograd node; see `LoraLinear.forward`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -202,13 +216,11 @@ class _Product(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         out = functional.linear(flat, weight, bias)
         saved: list[Tensor] = [flat, weight]
-        for segment, own_x, own_out in zip(
-            segments, _by_span(flat, segments), _by_span(out, segments), strict=True
-        ):
+        for segment, own_x, own_out in zip(segments, _own(flat, segments), _own(out, segments), strict=True):
             if layer in segment.a:
                 a, b = segment.matrices(layer, x.dtype)
-                low = torch.bmm(a, own_x.transpose(1, 2))
-                own_out.baddbmm_(low.transpose(1, 2), b)
+                low = segment.spans.down(own_x, a)
+                segment.spans.add_up(own_out, low, b)
                 saved += (a, b, low)
         ctx.save_for_backward(*saved)
         ctx.layer, ctx.segments, ctx.shape = layer, segments, x.shape
@@ -220,26 +232,24 @@ class _Product(torch.autograd.Function):
         layer, segments = ctx.layer, ctx.segments
         grad = grad_outputs[0].reshape(-1, weight.shape[0])
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grads_x = [None] * len(segments) if grad_x is None else _by_span(grad_x, segments)
+        grads_x = [None] * len(segments) if grad_x is None else _own(grad_x, segments)
         matrices = iter(saved)
         for segment, own_x, own_grad, own_grad_x in zip(
-            segments, _by_span(flat, segments), _by_span(grad, segments), grads_x, strict=True
+            segments, _own(flat, segments), _own(grad, segments), grads_x, strict=True
         ):
             if layer in segment.a:
                 a, b, low = next(matrices), next(matrices), next(matrices)
-                grad_low = torch.bmm(b, own_grad.transpose(1, 2))
+                spans = segment.spans
+                grad_low = spans.down(own_grad, b)
                 if own_grad_x is not None:
-                    own_grad_x.baddbmm_(grad_low.transpose(1, 2), a)
+                    spans.add_up(own_grad_x, grad_low, a)
                 if (wanted := segment.gradients) is not None:
-                    wanted.add(wanted.a[layer], torch.bmm(grad_low, own_x))
-                    wanted.add(wanted.b[layer], torch.bmm(low, own_grad).transpose(1, 2))
+                    rank = segment.a[layer].shape[1]
+                    wanted.add(wanted.a[layer], spans.outer(grad_low, own_x)[:, :rank])
+                    wanted.add(wanted.b[layer], spans.outer(low, own_grad)[:, :rank].transpose(1, 2))
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
 
 
-def _by_span(flat: Tensor, segments: list[BankSegment]) -> list[Tensor]:
-    """[tokens, features] of a micro-batch, row-major, to [spans, tokens per span, features] of each segment."""
-    if len(segments) == 1:
-        return [flat.view(segments[0].spans, -1, flat.shape[-1])]
-    tokens_a_row = flat.shape[0] // sum(segment.rows for segment in segments)
-    parts = flat.split([segment.rows * tokens_a_row for segment in segments])
-    return [part.view(s.spans, -1, flat.shape[-1]) for part, s in zip(parts, segments, strict=True)]
+def _own(flat: Tensor, segments: list[BankSegment]) -> Sequence[Tensor]:
+    """Each segment's part of a micro-batch's tokens, [tokens, features]."""
+    return (flat,) if len(segments) == 1 else flat.split([segment.spans.tokens for segment in segments])

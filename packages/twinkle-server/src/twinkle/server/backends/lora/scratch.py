@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from twinkle.server.backends.lora.banks import Adapter, Bank, consecutive
-from twinkle.server.backends.lora.linear import BankSegment, Gradients, spans_of
+from twinkle.server.backends.lora.linear import BankSegment, Gradients
+from twinkle.server.backends.lora.spans import Spans
 from twinkle.server.backends.lora.transfer import to_device
 
 
@@ -27,23 +28,28 @@ class BankScratch:
         self._grads = torch.zeros(count, bank.layout.size, device=bank.device)
         self._grads_a, self._grads_b = bank.layout.matrices(self._grads)
 
-    def segment(self, slots: Sequence[int], needs_grad: bool) -> BankSegment:
+    def segment(
+        self, slots: Sequence[int], lengths: Sequence[int], needs_grad: bool, dtype: torch.dtype
+    ) -> BankSegment:
         """The route of consecutive rows, whose adapters are in `slots`, ascending.
 
         Gradients that flow into its matrices are added to the scratch.
+
+        Args:
+            lengths: each row's tokens.
+            dtype: of the products.
         """
         members, a, b = self._weights(slots)
-        number = {member: i for i, member in enumerate(members)}
-        spans, span_adapters = spans_of([number[self._index[slot]] for slot in slots])
+        counts: dict[int, int] = dict.fromkeys(members, 0)
+        for slot, length in zip(slots, lengths, strict=True):
+            counts[self._index[slot]] += length
         device = self._grads.device
-        adapter_of_span = None if span_adapters is None else to_device(torch.tensor(span_adapters), device)
         gradients = None
         if needs_grad:
-            of_span = members if span_adapters is None else [members[i] for i in span_adapters]
-            gradients = Gradients(self._grads_a, self._grads_b, _rows(of_span, device))
+            gradients = Gradients(self._grads_a, self._grads_b, _rows(members, device))
             of_experts = {module for module, place in self.bank.layout.a.items() if place.experts is not None}
             self._collect(members, a, b, of_experts)
-        return BankSegment(len(slots), spans, adapter_of_span, a, b, gradients)
+        return BankSegment(Spans.of(list(counts.values()), device, dtype), a, b, gradients)
 
     def leaves(self, slots: Sequence[int], needs_grad: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The matrices A and (scaled) B of the adapters in `slots`, by layer, for autograd to find their gradients.

@@ -69,7 +69,9 @@ class TransformersBackend(LoraBackend):
         count = 1 if self._loaded.shards is not None else min(self._threads.most, MAX_NETWORKS)
         self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
         self._check_runs(config)
-        affordable = affordable_tokens(_token_bytes(self._loaded, self._networks.first), device)
+        affordable = affordable_tokens(
+            _token_bytes(self._loaded, self._networks.first), self._networks.first.vocab_size, device
+        )
         self._limits = PassLimits(affordable, self._loaded.info.overhead_tokens)
         info = replace(
             self._loaded.info,
@@ -189,8 +191,9 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
     wrap_modules(model, loaded.experts, lambda base, name: ExpertsWithLora(base, name, route))
     output = cast("nn.Module", model.get_output_embeddings())
 
-    def head(hidden: Tensor) -> Tensor:
-        return finish_logits(output(hidden), model.config)
+    def head(hidden: Tensor, first: int) -> Tensor:
+        with route.narrowed(first, first + len(hidden)):
+            return finish_logits(output(hidden), model.config)
 
     weight = cast("Tensor", output.weight)
     vocab_size = weight.shape[0]
@@ -198,7 +201,9 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
     recompute_layers(body, recomputation)
     boundaries = rope_boundaries(model.config, loaded.info.max_context_length)
     sharded = None if loaded.shards is None else ShardedModel(model, loaded.shards)
-    return LoraNetwork(body, head, vocab_size, route, recomputation, loaded.device, boundaries, sharded)
+    return LoraNetwork(
+        body, head, vocab_size, route, recomputation, loaded.device, loaded.dtype, boundaries, sharded
+    )
 
 
 def _token_bytes(loaded: LoadedModel, network: LoraNetwork) -> float:
@@ -208,7 +213,9 @@ def _token_bytes(loaded: LoadedModel, network: LoraNetwork) -> float:
     scratch = BankScratch(bank, [adapter], keeps_gradients=True)
 
     def run(tokens: Tensor) -> Tensor:
-        network.route.segments = [scratch.segment([adapter.slot] * len(tokens), needs_grad=True)]
+        network.route.segments = [
+            scratch.segment([adapter.slot], [tokens.numel()], needs_grad=True, dtype=network.dtype)
+        ]
         return network.hidden(tokens)
 
     try:

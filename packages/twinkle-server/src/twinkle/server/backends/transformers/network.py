@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.server.backends.lora.linear import TrainingRoute
-from twinkle.server.backends.lora.losses.logprobs import chunked_logprobs
+from twinkle.server.backends.lora.losses.logprobs import Head, chunked_logprobs
 from twinkle.server.backends.transformers.activations import Recomputation
 from twinkle.server.backends.transformers.sharding import ShardedModel
 
@@ -21,19 +21,21 @@ class LoraNetwork:
 
     Attributes:
         body: token ids [rows, tokens] to hidden states.
-        head: hidden states [rows, n, hidden] to logits [rows, n, vocab_size].
+        head: hidden states to logits, a chunk of tokens at a time.
         route: what its layers look at.
         recomputation: whether they keep their activations.
+        dtype: of the weights.
         boundaries: lengths that separate rows which must not share a call: see `rope`.
         sharded: the model, if it is spread over ranks.
     """
 
     body: nn.Module
-    head: Callable[[Tensor], Tensor]
+    head: Head
     vocab_size: int
     route: TrainingRoute
     recomputation: Recomputation
     device: torch.device
+    dtype: torch.dtype
     boundaries: tuple[int, ...] = ()
     sharded: ShardedModel | None = None
 

@@ -158,9 +158,9 @@ def run_micro_batch(
     place = {bank: i for i, bank in enumerate(scratches)}
     keys = [(place[adapters[row.adapter_id].bank], adapters[row.adapter_id].slot) for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
-    needs_grad = is_trained(rows)
+    needs_grad, longest = is_trained(rows), max(len(row.tokens) for row in rows)
     network.route.segments = [
-        scratch.segment(slots, needs_grad)
+        scratch.segment(slots, [longest] * len(slots), needs_grad, network.dtype)
         for i, scratch in enumerate(scratches.values())
         if (slots := [keys[k][1] for k in order if keys[k][0] == i])
     ]

@@ -1,64 +1,74 @@
 """Log-probabilities of target tokens from hidden states, without ever holding the logits of many tokens.
 
-The output head runs over a few positions of all rows at a time. A training pass keeps a bounded number of logits for
-its backward pass; if there would be more, each chunk is computed again for its gradient, so that only one chunk's
-logits are in memory at a time.
+The output head runs over a chunk of tokens at a time, whatever rows they are of: a product of two matrices. A training
+pass keeps a bounded number of logits for its backward pass; if there would be more, each chunk is computed again for
+its gradient, so that only one chunk's logits are in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits in memory at a time: 64 MiB in float32.
+Head: TypeAlias = Callable[[Tensor, int], Tensor]
+"""Hidden states [n, hidden] of tokens that follow each other, and the number of the first of them, to logits
+[n, vocabulary], any float type. The last operation must not need its own output for its gradient, which is written over
+it."""
+
+# Logits in memory at a time: 64 MiB in float32. On a GPU more, if that is fewer tokens than make the head's product
+# efficient: each chunk reads all of the head's weights.
 MAX_CHUNK_LOGITS = 2**24
+_GPU_CHUNK_TOKENS = 2048
 # On a CPU a chunk should be little larger than the cache, but a product needs some tokens to be efficient.
 _CPU_CHUNK_LOGITS = 2**20
 _CPU_CHUNK_TOKENS = 128
 
 
+def max_chunk_logits(device: torch.device, vocab_size: int) -> int:
+    """Most logits that are alive at a time."""
+    if device.type != "cuda":
+        return MAX_CHUNK_LOGITS
+    return max(MAX_CHUNK_LOGITS, _GPU_CHUNK_TOKENS * vocab_size)
+
+
 def chunked_logprobs(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    max_chunk_logits: int = MAX_CHUNK_LOGITS,
+    head: Head, hidden: Tensor, targets: Tensor, vocab_size: int, most_logits: int | None = None
 ) -> Tensor:
     """Log-softmax in float32 of the head's logits, at the targets.
 
     Args:
-        head: hidden states [rows, n, hidden] to logits [rows, n, vocabulary], any float type; its last operation must
-            not need its own output for its gradient, which is written over it.
-        hidden: [rows, tokens, hidden].
-        targets: int64 [rows, tokens, k]: k target tokens at each position.
+        hidden: [..., hidden].
+        targets: int64 [..., k]: k target tokens at each position.
         vocab_size: how many logits the head gives.
-        max_chunk_logits: most logits that are alive at a time, unless one position of all rows has more.
+        most_logits: most that are alive at a time, unless one token has more; default: `max_chunk_logits`.
 
     Returns:
-        float32 [rows, tokens, k].
+        float32 [..., k].
     """
-    rows, tokens = hidden.shape[:2]
-    chunk_logits = max_chunk_logits
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, targets.shape[-1])
+    most = max_chunk_logits(hidden.device, vocab_size) if most_logits is None else most_logits
+    chunk_logits = most
     if hidden.device.type == "cpu":
-        chunk_logits = min(max_chunk_logits, max(_CPU_CHUNK_LOGITS, _CPU_CHUNK_TOKENS * vocab_size))
-    positions = max(1, chunk_logits // (rows * vocab_size))
-    chunks = list(zip(hidden.split(positions, 1), targets.split(positions, 1), strict=True))
-    if rows * tokens * vocab_size <= max_chunk_logits or len(chunks) == 1 or not torch.is_grad_enabled():
+        chunk_logits = min(most, max(_CPU_CHUNK_LOGITS, _CPU_CHUNK_TOKENS * vocab_size))
+    size = max(1, chunk_logits // vocab_size)
+    tokens = len(flat)
+    chunks = [(flat[i : i + size], flat_targets[i : i + size], i) for i in range(0, tokens, size)]
+    if tokens * vocab_size <= most or len(chunks) == 1 or not torch.is_grad_enabled():
         results = [_logprobs(head, *chunk) for chunk in chunks]
     else:
         results = [
             cast("Tensor", checkpoint(_logprobs, head, *chunk, use_reentrant=False, preserve_rng_state=False))
             for chunk in chunks
         ]
-    return torch.cat(results, dim=1)
+    return (results[0] if len(results) == 1 else torch.cat(results)).view(targets.shape)
 
 
-def _logprobs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    return cast("Tensor", _LogSoftmaxAt.apply(head(hidden).float(), targets))
+def _logprobs(head: Head, hidden: Tensor, targets: Tensor, first: int) -> Tensor:
+    return cast("Tensor", _LogSoftmaxAt.apply(head(hidden, first).float(), targets))
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
