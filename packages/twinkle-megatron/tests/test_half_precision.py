@@ -10,10 +10,12 @@ import megatron_ranks
 import numpy as np
 import peft_alone
 import pytest
+import torch
 from tiny_models import VOCAB_SIZE
 
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec, ModelConfig
+from twinkle_megatron.lora import ShardSegment
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,16 @@ def test_losses_are_those_of_float32_but_for_rounding(
             assert {matrix.dtype for matrix in state.weights.values()} == {np.dtype(np.float32)}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"][-1] < 0.9 * losses["bfloat16"][0]
+
+
+def test_an_adapters_gradient_is_added_up_over_its_rows_in_float32() -> None:
+    """Of 65 equal rows it is 65 times that of one, which mostly is no number of bfloat16."""
+    rows = 65
+    adapter_of_row = torch.cat([torch.zeros(rows, dtype=torch.int64), torch.ones(1, dtype=torch.int64)])
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 4, 16, generator=draw).requires_grad_()
+    segment = ShardSegment(rows + 1, 2, adapter_of_row, {"layer": a}, {})
+    x = torch.randn(5, 1, 16, generator=draw).bfloat16().expand(5, rows + 1, 16)
+    segment.low("layer", x).backward(torch.ones(5, rows + 1, 4, dtype=torch.bfloat16))
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad[0], rows * a.grad[1], rtol=1e-6, atol=0)

@@ -45,6 +45,11 @@ def test_parallelism_without_megatron_is_refused_by_name(model: str, name: str, 
         make_plan(config(model, **{name: value}))
 
 
+def test_determinism_is_off_unless_asked_for(model: str):
+    assert not make_plan(config(model)).model.deterministic
+    assert make_plan(config(model, deterministic=True)).model.deterministic
+
+
 def test_what_makes_one_rank_is_no_parallelism(model: str):
     plan = make_plan(config(model, tensor_parallel_size=1, sequence_parallel=False))
     assert plan.num_ranks == 1 and plan.model.rendezvous is None

@@ -51,10 +51,10 @@ class ShardSegment:
         return self._product(low, self.b[name])
 
     def _product(self, x: Tensor, matrices: Tensor) -> Tensor:
-        matrices = matrices.to(x.dtype)
         if len(matrices) == 1:
-            return nn.functional.linear(x, matrices[0])
-        own = matrices.index_select(0, self.adapter_of_row).transpose(1, 2)
+            return nn.functional.linear(x, matrices[0].to(x.dtype))
+        # Selected before it is cast, so that an adapter's gradient is added up over its rows in float32.
+        own = matrices.index_select(0, self.adapter_of_row).to(x.dtype).transpose(1, 2)
         return torch.bmm(x.transpose(0, 1), own).transpose(0, 1)
 
 

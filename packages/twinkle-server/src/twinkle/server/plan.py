@@ -204,6 +204,7 @@ def make_plan(config: ServerConfig, gpus_of_cluster: int | None = None) -> Plan:
         expert_parallel_size=config.model.expert_parallel_size,
         sequence_parallel=config.model.sequence_parallel,
         max_sampler_adapters=config.sampler.max_resident_adapters,
+        deterministic=config.model.deterministic,
     )
     samplers = plan_samplers(config, one_copy, backend, gpus, is_cpu_forced=_is_cpu_forced())
     for_samplers = samplers.all_gpus if samplers else 0

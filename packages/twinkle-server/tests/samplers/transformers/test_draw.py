@@ -14,6 +14,7 @@ from twinkle.server.samplers.transformers.draw import (
     Uniforms,
     draw,
     draw_alternatives,
+    sums_in_one_order,
     tempered_logprobs,
 )
 
@@ -158,3 +159,10 @@ def test_alternatives_have_a_stream_of_their_own():
         stream = Uniforms(7, sample)
         streams.append([stream.next() for _ in range(50)])
     assert len({number for numbers in streams for number in numbers}) == 50 * len(streams)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 1000])
+def test_sums_in_one_order_are_cumulative(length: int):
+    values = np.random.default_rng(length).random((3, length))
+    found = sums_in_one_order(torch.from_numpy(values))
+    np.testing.assert_allclose(found.numpy(), np.cumsum(values, axis=1), rtol=1e-14)

@@ -1,4 +1,4 @@
-"""What Transformers 5.17 says and reads in another way than later versions, which the other tests run with."""
+"""What older versions of Transformers say and read in another way than that which the other tests run with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def one_for_all_layers(config: Any) -> tuple[list[str], dict[str, Any]]:
     return config.layer_types, {"sliding_window": config.sliding_window}
 
 
-@pytest.mark.parametrize("say", [None, one_for_all_layers])
+@pytest.mark.parametrize("say", [None, one_for_all_layers, layer_kinds.types_by_config])
 def test_only_layers_with_a_window_get_it(
     say: Callable[..., Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ class ModelConfig:
         torch_dtype: "bfloat16" or "float32", of the frozen weights and the arithmetic. Adapters, their gradients and
             moments are always float32.
         device: "cpu", "cuda" or "cuda:N".
+        deterministic: on a GPU, only kernels that give the same bits each time (see `backends.determinism`).
         max_lora_rank: highest rank of an adapter.
         max_context_length: longest sequence, in tokens; default: the limit in the model's own config.
         data_parallel_size: copies of the model, each on its own ranks, that share out the rows.
@@ -103,6 +104,7 @@ class ModelConfig:
     max_sampler_adapters: int = 64
     rank: int = 0
     rendezvous: str | None = None
+    deterministic: bool = False
 
     @property
     def num_ranks(self) -> int:

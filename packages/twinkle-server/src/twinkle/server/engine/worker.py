@@ -15,6 +15,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 from twinkle.protocol.errors import InvalidRequest, ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server import plugins
+from twinkle.server.backends.determinism import use_deterministic_kernels
 from twinkle.server.backends.protocol import (
     AdamStep,
     AdapterSpec,
@@ -298,6 +299,7 @@ def _pass_and_steps(
 
 def build_worker(model: ModelConfig, backend: str, sampler: str | None) -> LocalWorker:
     """Backend and sampling engine of one rank, in this process; they share the base weights if they can."""
+    use_deterministic_kernels(model)
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
     if sampler is None:
         return LocalWorker(backend_class(model), None)
@@ -308,5 +310,6 @@ def build_worker(model: ModelConfig, backend: str, sampler: str | None) -> Local
 
 def build_sampler(model: ModelConfig, engine: str) -> LocalSampler:
     """A sampling engine with a model of its own, in this process, where nothing trains."""
+    use_deterministic_kernels(model)
     engine_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, engine)
     return LocalSampler(engine_class.create(model, None))

@@ -197,9 +197,11 @@ def _is_plain_experts(module: nn.Module) -> bool:
     if not all(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
         return False
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    # Transformers 5.0 knows no others of these two kinds, and so doesn't say.
+    unsaid = {"has_gate": True, "is_concatenated": True}
     gating = getattr(type(module), "_apply_gate", None)
     return (
-        all(getattr(module, flag, None) is value for flag, value in wanted.items())
+        all(getattr(module, flag, unsaid.get(flag)) is value for flag, value in wanted.items())
         and not getattr(module, "has_post_expert_norm", False)
         and getattr(gating, "__module__", None) == "transformers.integrations.moe"
         and callable(getattr(module, "act_fn", None))

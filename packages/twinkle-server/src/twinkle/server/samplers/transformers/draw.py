@@ -163,7 +163,7 @@ def _draw_ordered(
     ranks = torch.arange(ordered.shape[-1], device=ordered.device).unsqueeze(0)
     probabilities = probabilities.masked_fill(ranks >= top_k.unsqueeze(1), 0.0)
     total = torch.where(whole, 1.0, probabilities.sum(dim=-1))
-    before = probabilities.cumsum(dim=-1) - probabilities
+    before = _cumulative(probabilities) - probabilities
     beyond = (before >= (top_p * total).unsqueeze(1)) & (ranks > 0)
     chosen = _invert(probabilities.masked_fill(beyond, 0.0), uniforms.unsqueeze(1))
     return tokens.gather(1, chosen).squeeze(1)
@@ -179,12 +179,12 @@ def _draw_plain(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     if missing := -vocab_size % _BLOCK:
         probabilities = functional.pad(probabilities, (0, missing))
     blocks = probabilities.unflatten(1, (-1, _BLOCK))
-    ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    ends = _cumulative(blocks.sum(dim=-1).double())
     wanted = _below(uniforms.unsqueeze(1) * ends[:, -1:], ends[:, -1:])
     # NaNs are never found; that must not lead out of the table.
     block = torch.searchsorted(ends, wanted, right=True).clamp(max=blocks.shape[1] - 1)
     before = functional.pad(ends, (1, 0)).gather(1, block)
-    within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
+    within = _cumulative(blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double())
     wanted = _below(wanted - before, within[:, -1:])
     tokens = block * _BLOCK + torch.searchsorted(within, wanted, right=True)
     return tokens.squeeze(1).clamp(max=vocab_size - 1)
@@ -200,9 +200,25 @@ def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         int64 [rows, k].
     """
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = _cumulative(probabilities)
     wanted = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
     return torch.searchsorted(cumulative, wanted, right=True).clamp(max=probabilities.shape[-1] - 1)
+
+
+def _cumulative(x: Tensor) -> Tensor:
+    """Sums of all up to and with each, along the last dimension."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return sums_in_one_order(x)  # torch has no such kernel for floats
+    return x.cumsum(dim=-1)
+
+
+def sums_in_one_order(x: Tensor) -> Tensor:
+    """The same, by additions alone (Hillis and Steele 1986, doi:10.1145/7902.7903)."""
+    step = 1
+    while step < x.shape[-1]:
+        x = x + functional.pad(x[..., :-step], (step, 0))
+        step *= 2
+    return x
 
 
 def _below(wanted: Tensor, total: Tensor) -> Tensor:

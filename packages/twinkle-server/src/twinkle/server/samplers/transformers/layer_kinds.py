@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeAlias, cast
 
-from transformers import PretrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import PretrainedConfig, cache_utils
+
+TypesAndSettings: TypeAlias = tuple[list[str], dict[str, Any] | list[dict[str, Any]]]
 
 # What Transformers calls the mask of a layer's attention, by the layer's type.
 _MASKS = {
@@ -83,11 +84,21 @@ class LayerKinds:
         return not self.states and all(span.window is None for span in self.spans.values())
 
 
+def types_by_config(text: PretrainedConfig) -> TypesAndSettings:
+    """What `get_layer_types_and_kwargs` says, for Transformers before 5.16, which has no such function."""
+    window, chunk = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    kind = "chunked_attention" if chunk else "sliding_attention" if window else "full_attention"
+    types = getattr(text, "layer_types", None) or [kind] * cast(int, text.num_hidden_layers)
+    own = len(types) - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return list(types[:own]), {"sliding_window": window or chunk}
+
+
+get_layer_types_and_kwargs = getattr(cache_utils, "get_layer_types_and_kwargs", types_by_config)
+
+
 def _types_and_windows(text: PretrainedConfig) -> list[tuple[str, int | None]]:
     """By layer; those at the end that read other layers' keys and values may be missing."""
-    types, settings = cast(
-        "tuple[list[str], dict[str, int] | list[dict[str, int]]]", get_layer_types_and_kwargs(text)
-    )
+    types, settings = cast(TypesAndSettings, get_layer_types_and_kwargs(text))
     if isinstance(settings, dict):  # in Transformers 5.17 and before: of all layers that have a window
         window = settings.get("sliding_window")
         return [(kind, window if kind in _WITH_WINDOW else None) for kind in types]
