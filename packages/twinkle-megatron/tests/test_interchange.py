@@ -28,7 +28,7 @@ CASES = [
     (DENSE_FIRST, ["EP2", "TP2xEP2", "PP2xEP2", "PP2"]),
     ("qwen3_5", ["TP2", "PP2", "TP2xPP2", "TP2+SP", "TP1"]),
     ("qwen3_5_moe", ["EP2", "TP2xEP2", "PP2"]),
-    # With a dense layer; PEFT takes the shared expert's names for those of routed ones.
+    # With a dense layer.
     ("qwen3_next", ["TP2xEP2", "PP2"]),
 ]
 

@@ -31,21 +31,20 @@ LATENT: dict[str, Any] = {
     "head_dim": 8,
 }
 DENSE_FIRST: dict[str, Any] = {**ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1}
+NEXT: dict[str, Any] = {
+    **EXPERTS,
+    "shared_expert_intermediate_size": 24,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 24}),
     "qwen3 moe, first layer dense": ("Qwen3MoeConfig", {**EXPERTS, "mlp_only_layers": [0]}),
-    "qwen3 next": (
-        "Qwen3NextConfig",
-        {
-            **EXPERTS,
-            "shared_expert_intermediate_size": 24,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
+    "qwen3 next": ("Qwen3NextConfig", NEXT),
+    "qwen3 next, last layer dense": ("Qwen3NextConfig", {**NEXT, "mlp_only_layers": [1]}),
     "deepseek v2": ("DeepseekV2Config", {**DENSE_FIRST, **LATENT, "num_key_value_heads": 4}),
     "deepseek v3": ("DeepseekV3Config", {**DENSE_FIRST, **LATENT, "num_key_value_heads": 4}),
     "deepseek v3, all layers dense": (
