@@ -10,7 +10,7 @@ from typing import cast
 
 import ray
 
-from twinkle.server import plugins
+from twinkle.server import logs, plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.engine.worker import LocalWorker, build_worker
 from twinkle.server.serve.machine import on_this_machine, use_interface
@@ -27,6 +27,7 @@ class Rank:
 
     async def preload(self, config: ModelConfig, backend: str, sampler: str | None) -> None:
         """Import what `serve` needs, which takes longer than the rest of loading."""
+        logs.send("rank")
         if config.device == "cpu":
             # Threads that wait for each other yield their core: by default they spin, and a step takes up to thirty
             # times as long when another program (the client, say) wants the core.

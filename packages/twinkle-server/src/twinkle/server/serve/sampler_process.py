@@ -8,6 +8,7 @@ from typing import cast
 
 import ray
 
+from twinkle.server import logs
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
 from twinkle.server.engine.worker import LocalSampler, build_sampler
 from twinkle.server.serve.machine import on_this_machine
@@ -35,6 +36,7 @@ class SamplerProcess:
         Raises:
             Exception: whatever keeps the engine from starting.
         """
+        logs.send("sampler")
         self._loading = asyncio.create_task(asyncio.to_thread(_load, config, engine, threads, model_id))
         await self._loading
         is_here = callers_node == ray.get_runtime_context().get_node_id()
