@@ -157,7 +157,7 @@ def show_output(process: subprocess.Popen[str], listens: threading.Event) -> Non
     assert process.stderr is not None
     for line in process.stderr:
         print(f"[server] {line}", end="", file=sys.stderr)
-        if line.startswith("Twinkle listens"):
+        if "Twinkle listens" in line:
             listens.set()
     process.wait()
     listens.set()

@@ -76,7 +76,7 @@ def _wait_until_it_listens(process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         for line in process.stderr:  # to its end, lest the server wait for a reader
             said.append(line)
-            if line.startswith("Twinkle listens"):
+            if "Twinkle listens" in line:
                 ready.set()
         ready.set()
 

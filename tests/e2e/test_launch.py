@@ -54,7 +54,7 @@ def test_a_signal_ends_a_server_and_every_process_of_it(
     finally:
         code = server.stop(number)
     assert code == 0
-    wait_for("the last line", lambda: "Stopping.\n" in server.lines)
+    wait_for("the last line", lambda: any("Stopping." in line for line in server.lines))
     assert "Traceback" not in "".join(server.lines) and "SIGTERM" not in "".join(server.lines)
     assert wait_until_gone(started) == set()
     with pytest.raises(httpx.TransportError):

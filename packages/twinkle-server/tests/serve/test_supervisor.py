@@ -67,9 +67,11 @@ for order in (directory / "do").read_text().splitlines()[number].split("; "):
 
 # A process of its own around the supervisor, for what signals do to it.
 OUTER = """
+import logging
 import sys
 from twinkle.server.serve.supervisor import Supervisor
 
+logging.basicConfig(level="INFO", stream=sys.stderr)
 Supervisor(
     [sys.executable, sys.argv[1]], sys.argv[2], check=lambda: None, backoff=[0.01], stop_seconds=float(sys.argv[3]),
     on_ready=lambda configuration: print("ready", file=sys.stderr, flush=True),
@@ -174,7 +176,12 @@ def test_what_is_checked_before_the_first_start_is_raised(program: Path):
     assert lives(program.parent) == []
 
 
-def test_it_is_started_again_whatever_ends_it(program: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "twinkle")
+
+
+def test_it_is_started_again_whatever_ends_it(program: Path, caplog: pytest.LogCaptureFixture):
     ends = ["die", "exit 0", "exit 1", "fail ServerFault Ray's head has ended"]
     stopper = stop_after(program.parent, len(ends) + 1)
     supervisor(program, [*(f"watch; ready; {end}" for end in ends), "watch; ready; wait"]).run()
@@ -182,7 +189,7 @@ def test_it_is_started_again_whatever_ends_it(program: Path, capfd: pytest.Captu
     assert len(lives(program.parent)) == len(ends) + 1
     assert alive(program.parent) == set(), "neither the programs nor what they left"
     assert (program.parent / "stopped").exists(), "the last one ended in order"
-    said = capfd.readouterr().err
+    said = caplog.text
     again = "starting the server again in {} s; requests wait."
     assert f"The server's process has ended (killed by SIGKILL): {again.format(0.01)}" in said
     assert f"The server's process has ended (exit code 0): {again.format(0.02)}" in said
@@ -191,7 +198,7 @@ def test_it_is_started_again_whatever_ends_it(program: Path, capfd: pytest.Captu
 
 
 def test_a_start_that_fails_later_is_tried_again_with_its_reason(
-    program: Path, capfd: pytest.CaptureFixture[str]
+    program: Path, caplog: pytest.LogCaptureFixture
 ):
     def check() -> None:
         if len(lives(program.parent)) == 2 and not busy:
@@ -209,7 +216,7 @@ def test_a_start_that_fails_later_is_tried_again_with_its_reason(
     supervisor(program, script, check).run()
     stopper.join()
     assert alive(program.parent) == set()
-    said = capfd.readouterr().err
+    said = caplog.text
     for reason in ("no GPU is left", "server.port: can't listen", "ended before it was ready"):
         assert reason in said
     assert said.count("The server could not be started again: ") == 3
@@ -273,7 +280,7 @@ def test_the_configuration_that_was_reported_is_what_the_next_one_gets(program: 
 
 
 def test_the_backoff_is_reset_when_it_has_been_ready_for_long(
-    program: Path, capfd: pytest.CaptureFixture[str]
+    program: Path, caplog: pytest.LogCaptureFixture
 ):
     (program.parent / "do").write_text("\n".join([*["watch; ready; die"] * 3, "watch; ready; wait"]))
     stopper = stop_after(program.parent, 4)
@@ -287,7 +294,7 @@ def test_the_backoff_is_reset_when_it_has_been_ready_for_long(
         steady_seconds=0.0,
     ).run()
     stopper.join()
-    assert capfd.readouterr().err.count("again in 0.01 s") == 3
+    assert caplog.text.count("again in 0.01 s") == 3
 
 
 def test_a_session_ends_with_its_processes_of_other_groups(tmp_path: Path):

@@ -184,6 +184,19 @@ class SamplerSection(_Section):
     """Adapters kept in the sampler; others are read from their checkpoints when they are asked for."""
 
 
+class LogSection(_Section):
+    """What the server says of its work, on stderr: runs begun, ended, saved and evicted, refusals, lost processes."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is said."""
+    format: Literal["text", "json"] = "text"
+    """text: time, level, sentence, what it is about. json: an object a line, for a collector."""
+    file: Path | None = None
+    """Also appended to this file, which logrotate may move away."""
+    access: bool = False
+    """Also a line for each HTTP request: method, path, status, seconds."""
+
+
 class StorageSection(_Section):
     """What outlives the process."""
 
@@ -337,6 +350,7 @@ class ServerConfig(_Section):
     sampler: SamplerSection = SamplerSection()
     storage: StorageSection = StorageSection()
     limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
 
     @model_validator(mode="before")
     @classmethod

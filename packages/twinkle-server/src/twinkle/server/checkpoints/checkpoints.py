@@ -18,6 +18,7 @@ from twinkle.server.backends.protocol import AdapterState, ExportFacts
 from twinkle.server.checkpoints.quota import CheckpointQuota
 from twinkle.server.checkpoints.writes import Writes
 from twinkle.server.config import LimitsSection
+from twinkle.server.logs import about
 from twinkle.server.scheduling.runs import Run
 from twinkle.server.store import tables
 from twinkle.server.store.checkpoint_files import CheckpointFiles
@@ -112,6 +113,7 @@ class Checkpoints:
             size = await self.write(save, state)
         self._ledger.record(save.tenant, save.session_id, "checkpoint", 1)
         await self.audit(save.tenant, "checkpoint_create", save.uri)
+        log.info("saved %s, %d bytes", save.uri, size, extra=about(save.uri.run_id, save.tenant))
         return size
 
     async def _is_new(self, save: Save) -> bool:

@@ -27,6 +27,8 @@ log = logging.getLogger("twinkle.engine")
 
 # The share of a call's estimated time after which the next one may be dispatched.
 DISPATCH_AT = 0.8
+# A call that takes longer is logged.
+SLOW_SECONDS = 30.0
 # The weight of the latest call in the mean time per token.
 _WEIGHT = 0.3
 # A repeated call is given up once the worker was lost during it this often.
@@ -182,8 +184,18 @@ class CallTimes:
 
     def ended(self, in_flight: InFlightCall, now: float) -> None:
         """A call has ended, computed since it was sent or since the call before it ended."""
-        seconds_per_token = (now - max(in_flight.sent_at, self._free_at)) / max(1, in_flight.cost)
+        seconds = now - max(in_flight.sent_at, self._free_at)
+        seconds_per_token = seconds / max(1, in_flight.cost)
         self._free_at = now
+        if seconds > SLOW_SECONDS:
+            log.info(
+                "a slow tick: %d passes and %d optimizer steps of %d runs, %d tokens with padding, took %.0f s",
+                len(in_flight.call.passes),
+                len(in_flight.call.optim_steps),
+                len(in_flight.call.runs),
+                in_flight.cost,
+                seconds,
+            )
         if self._seconds_per_token is not None:
             seconds_per_token = _WEIGHT * seconds_per_token + (1 - _WEIGHT) * self._seconds_per_token
         self._seconds_per_token = seconds_per_token

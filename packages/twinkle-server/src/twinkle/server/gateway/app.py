@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -14,6 +15,7 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.endpoints import JSON, PREFIX
 from twinkle.server.config import LimitsSection
 from twinkle.server.gateway import errors, openapi
+from twinkle.server.gateway.access_log import AccessLog
 from twinkle.server.gateway.authentication import Authenticator
 from twinkle.server.gateway.downloads import Downloads
 from twinkle.server.gateway.http import Bodies
@@ -34,6 +36,7 @@ def create_app(
     signer: Signer,
     public_url: str | None = None,
     keys: KeyRing | None = None,
+    logs_access: bool = False,
 ) -> Starlette:
     """The application in front of `service`.
 
@@ -41,6 +44,7 @@ def create_app(
         signer: the server's; reads the tokens that it made.
         public_url: prefix of download URLs; default: where the request was sent.
         keys: the valid ones; None is open mode, in which any key is accepted.
+        logs_access: log each request.
     """
     authenticator = Authenticator(signer, _rate_of_requests(limits), keys)
     bodies = Bodies(limits)
@@ -66,7 +70,8 @@ def create_app(
         Route(PREFIX + "/telemetry", _telemetry, methods=["POST"]),
         Route("/openapi.json", _openapi, methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers=errors.HANDLERS)
+    middleware = [Middleware(AccessLog)] if logs_access else []
+    return Starlette(routes=routes, exception_handlers=errors.handlers(), middleware=middleware)
 
 
 def _rate_of_requests(limits: LimitsSection) -> RateLimit:

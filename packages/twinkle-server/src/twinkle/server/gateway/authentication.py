@@ -41,6 +41,7 @@ class Authenticator:
             tenant = self._tenant_in_open_mode(credential)
         else:
             tenant = (await self._keys.of_credential(credential, self._signer)).tenant
+        request.state.tenant = tenant
         self._requests.check(tenant)
         self._requests.charge(tenant, 1)
         return tenant

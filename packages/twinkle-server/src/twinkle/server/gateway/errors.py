@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from twinkle.protocol.errors import Conflict, InvalidRequest, TryLater, TwinkleError, Unauthorized
 from twinkle.protocol.uris import KINDS
+from twinkle.server.gateway.access_log import Refusals, loggable_path
 from twinkle.server.store import retry
 
 log = logging.getLogger("twinkle.gateway")
@@ -37,11 +38,6 @@ def twinkle_error(error: TwinkleError) -> Response:
     return _reply(error.status, error.message, error.category, headers)
 
 
-async def _twinkle_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, TwinkleError)
-    return twinkle_error(error)
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
@@ -61,16 +57,10 @@ async def _unexpected(request: Request, error: Exception) -> Response:
     if retry.is_transient(error):
         return twinkle_error(retry.unavailable(error))
     error_id = uuid.uuid4().hex[:12]
-    log.error("%s %s failed, error id %s", request.method, _loggable(request), error_id, exc_info=error)
+    log.error("%s %s failed, error id %s", request.method, loggable_path(request), error_id, exc_info=error)
     return _reply(
         500, f"the server failed on this request; its log has the cause under error id {error_id}", "server"
     )
-
-
-def _loggable(request: Request) -> str:
-    """The path without a download's token, which would let a reader of the log fetch the file."""
-    token = str(request.path_params.get("token", ""))
-    return request.url.path.replace(token, "...") if token else request.url.path
 
 
 def _reply(status: int, message: str, category: str, headers: object = None) -> Response:
@@ -81,10 +71,18 @@ def _reply(status: int, message: str, category: str, headers: object = None) -> 
     )
 
 
-HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
-    TwinkleError: _twinkle_error,
-    HTTPException: _http_error,
-    ClientDisconnect: _hung_up,
-    Exception: _unexpected,
-}
-"""For `Starlette(exception_handlers=...)`: all errors are answered in one form."""
+def handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """For `Starlette(exception_handlers=...)`: all errors are answered in one form, and logged."""
+    refusals = Refusals()
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, TwinkleError)
+        refusals.add(request, error.status, error.message)
+        return twinkle_error(error)
+
+    return {
+        TwinkleError: refuse,
+        HTTPException: _http_error,
+        ClientDisconnect: _hung_up,
+        Exception: _unexpected,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,12 +10,15 @@ from twinkle.protocol import messages as m
 from twinkle.protocol.errors import Gone, NotFound, Unavailable
 from twinkle.protocol.operations import digest
 from twinkle.server.backends.protocol import CustomLoss
+from twinkle.server.logs import about
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.limits import RateLimit
 from twinkle.server.scheduling.records import RunLog
 from twinkle.server.scheduling.runs import Job, LostRun, Received, Run, RunQueue, RunRequest, RunState
 from twinkle.server.scheduling.scheduler import Scheduler
 from twinkle.server.store.tables import RELEASED_NAME
+
+log = logging.getLogger("twinkle.server")
 
 # A client that was away resends everything within seconds; large requests may take longer.
 STUCK_SECONDS = 120.0
@@ -80,10 +84,14 @@ class LiveRuns:
         self._log.begun(run)
         self._runs[run.run_id] = run
         try:
-            return self.enqueue(run, 0, received)
+            promise = self.enqueue(run, 0, received)
         except Unavailable:
             self.end(run)
             raise
+        log.info(
+            "a run begins", extra=about(run.run_id, run.tenant, rank=run.spec.rank, runs=len(self._runs))
+        )
+        return promise
 
     def restore(self, run: Run) -> None:
         """Let a run of an earlier process accept requests again."""
@@ -133,6 +141,7 @@ class LiveRuns:
         del self._runs[run.run_id]
         self._restored.discard(run)
         self._log.ended(run)
+        log.info("a run ends", extra=about(run.run_id, run.tenant, runs=len(self._runs)))
         self._fail_queued(run, m.Failure(error=f"model_id: run {run.run_id} has ended", category="user"))
 
     def _fail_queued(self, run: Run, failure: m.Failure) -> None:
@@ -159,6 +168,7 @@ class LiveRuns:
         lost = LostRun(run.run_id, run.tenant, reason)
         self.lost[run.run_id] = lost
         self._log.lost(lost)
+        log.error("a run is lost: %s", reason, extra=about(run.run_id, run.tenant))
         next_seq_id = run.queue.next_free
         self._fail_queued(run, m.Failure(error=reason, category="server"))
         run.queue = RunQueue(next_seq_id)

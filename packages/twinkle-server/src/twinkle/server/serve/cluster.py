@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -18,11 +19,15 @@ from typing import TYPE_CHECKING
 import ray
 
 from twinkle.protocol.errors import TwinkleError
+from twinkle.server._version import __version__
 from twinkle.server.config import ServerConfig
 from twinkle.server.keys import with_auth_mode
+from twinkle.server.logs import LEVEL_VARIABLE, shown
 from twinkle.server.plan import Plan, make_plan, num_gpus
 from twinkle.server.serve.ray_cluster import join_ray, start_ray, watch_ray
+from twinkle.server.serve.ray_place import ray_directory
 from twinkle.server.serve.supervised import Supervised, say
+from twinkle.server.serve.worker_output import show_workers_output
 from twinkle.server.store.private import private_directory
 
 if TYPE_CHECKING:
@@ -50,16 +55,21 @@ def main() -> int:
             signal.signal(number, on_signal)
 
     take_signals()
+    logged = ExitStack()
     try:
         # Only a signal interrupts whatever this thread waits for.
         supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
         config = with_auth_mode(ServerConfig.model_validate_json(supervised.configuration))
+        logged.enter_context(shown(config.log))
+        os.environ[LEVEL_VARIABLE] = config.log.level.upper()  # for the processes that Ray starts
         began = time.monotonic()
         # Takes seconds, as do Ray's own processes, which are started meanwhile.
         importing = threading.Thread(target=import_module, args=("twinkle.server.serve.running",))
         importing.start()
+        _say_what_starts(config)
         start = _prepare_several(config) if config.has_door else _prepare_one(config)
         take_signals()  # Ray's own handler of SIGTERM ends the process with a stack trace
+        show_workers_output()
         watch_ray(supervised, over)
         importing.join()
         running = start()
@@ -78,7 +88,27 @@ def main() -> int:
         stop.set()
         over.set()
         ray.shutdown()
+        logged.close()
     return 0
+
+
+def _say_what_starts(config: ServerConfig) -> None:
+    storage, limits = config.storage, config.limits
+    database = "a database server" if storage.is_on_database_server else "SQLite"
+    say(
+        f"Twinkle {__version__}, process {os.getpid()}; storage in {storage.shared_url or storage.root}, {database}."
+    )
+    say(
+        f"Limits of a tenant: {_limit(limits.max_runs_per_tenant)} runs, "
+        f"{_limit(limits.max_checkpoints_per_tenant)} checkpoints, "
+        f"{_limit(limits.max_queued_tokens_per_tenant)} queued tokens, and others (limits)."
+    )
+    if config.ray.address is None:
+        say(f"Ray's own logs are in {ray_directory()}/session_latest/logs until the server ends.")
+
+
+def _limit(number: int | None) -> str:
+    return "any number of" if number is None else f"{number:,}"
 
 
 def _say_what_is_loaded(plan: Plan) -> None:

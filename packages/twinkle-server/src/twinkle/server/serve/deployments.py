@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 
 from twinkle.protocol import messages as m
 from twinkle.protocol.errors import ServerFault, TwinkleError, Unavailable
+from twinkle.server import logs
 from twinkle.server.config import ServerConfig
 from twinkle.server.plan import Plan
 from twinkle.server.serve.handles import HandleService
@@ -60,6 +61,7 @@ class EngineDeployment:
             name: of the engine among several; None for one that is alone, and answers HTTP.
             live: directory of its live runs.
         """
+        logs.send("engine" if name is None else name)
         keep_grpc_local()
         self._start_failure: TwinkleError | None = None
         self._http: HttpServer | None = None
@@ -172,6 +174,7 @@ class GatewayDeployment:
         config: ServerConfig,
         _beside: DeploymentHandle[Any] | None,  # only so that it is part of the application
     ) -> None:
+        logs.send("gateway")
         keep_grpc_local()
         # The engine answers this when it is ready; no client should be answered before.
         await cast(Any, engine).start_failure.remote()
@@ -190,6 +193,7 @@ class DoorDeployment:
         Args:
             server: whose engines they are.
         """
+        logs.send("gateway")
         keep_grpc_local()
         from twinkle.server.serve.fleet_view import FleetView
         from twinkle.server.serve.router import Router
@@ -215,7 +219,14 @@ async def listen(service: ServicePort, config: ServerConfig) -> HttpServer:
     from twinkle.server.serve.http import HttpServer
 
     server = config.server
-    app = create_app(service, config.limits, build_signer(config), server.public_url, build_keys(config))
+    app = create_app(
+        service,
+        config.limits,
+        build_signer(config),
+        server.public_url,
+        build_keys(config),
+        config.log.access,
+    )
     return await HttpServer.start(app, server.host, server.port, server.tls, config.limits.max_connections)
 
 

@@ -16,6 +16,7 @@ from functools import partial
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.config import ServerConfig, load_config
+from twinkle.server.logs import shown
 from twinkle.server.serve.ray_place import joining_environment, ray_environment
 from twinkle.server.serve.supervised import say
 from twinkle.server.serve.supervisor import Supervisor
@@ -54,13 +55,16 @@ class TwinkleServer:
         """
         if self.config.has_door:
             _forget_wishes(self.config)
-        Supervisor(
-            _COMMAND,
-            self.config.as_json(),
-            check=self._check,
-            surroundings=ray_environment if self.config.ray.address is None else joining_environment,
-            on_ready=lambda configuration: say(_ready_lines(ServerConfig.model_validate_json(configuration))),
-        ).run()
+        with shown(self.config.log):
+            Supervisor(
+                _COMMAND,
+                self.config.as_json(),
+                check=self._check,
+                surroundings=ray_environment if self.config.ray.address is None else joining_environment,
+                on_ready=lambda configuration: say(
+                    _ready_lines(ServerConfig.model_validate_json(configuration))
+                ),
+            ).run()
 
     def _check(self) -> None:
         for check in checks(self.config):

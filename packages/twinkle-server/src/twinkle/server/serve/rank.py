@@ -9,7 +9,7 @@ from typing import cast
 
 import ray
 
-from twinkle.server import plugins
+from twinkle.server import logs, plugins
 from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.engine.worker import LocalWorker, build_worker
 from twinkle.server.serve import torch_settings
@@ -27,6 +27,7 @@ class Rank:
 
     async def preload(self, config: ModelConfig, backend: str, sampler: str | None) -> None:
         """Import what `serve` needs, which takes longer than the rest of loading."""
+        logs.send("rank")
         torch_settings.before_import(config.device)
         with contextlib.suppress(Exception):  # `serve` raises it again, to a caller that waits for it
             plugins.find(plugins.TRAINING_BACKENDS, backend)

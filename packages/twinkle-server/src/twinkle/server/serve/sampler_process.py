@@ -7,6 +7,7 @@ from typing import cast
 
 import ray
 
+from twinkle.server import logs
 from twinkle.server.backends.protocol import AdapterState, ModelConfig
 from twinkle.server.engine.worker import LocalSampler, build_sampler
 from twinkle.server.serve import torch_settings
@@ -35,6 +36,7 @@ class SamplerProcess:
         Raises:
             Exception: whatever keeps the engine from starting.
         """
+        logs.send("sampler")
         self._loading = asyncio.create_task(asyncio.to_thread(_load, config, engine, sharers, model_id))
         await self._loading
         is_here = callers_node == ray.get_runtime_context().get_node_id()

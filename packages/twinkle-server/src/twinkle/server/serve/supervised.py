@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 from twinkle.protocol.errors import TwinkleError
 from twinkle.server.serve.process_session import end_session
+
+log = logging.getLogger("twinkle.server")
 
 # What the supervisor sends after the configuration.
 STOP = b'"stop"\n'
@@ -69,9 +72,8 @@ class Supervised:
         os._exit(1)
 
 
-def say(line: str) -> None:
-    """Tell the user who started the server."""
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # nobody reads it (any more), which must not end the server
-        print(line, file=sys.stderr, flush=True)
+def say(words: str) -> None:
+    """Tell the user who started the server: a record for each line, a warning if it begins with `WARNING: `."""
+    for line in words.splitlines():
+        sentence = line.removeprefix("WARNING: ")
+        log.log(logging.INFO if sentence == line else logging.WARNING, "%s", sentence)
