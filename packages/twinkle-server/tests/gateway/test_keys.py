@@ -29,6 +29,8 @@ from twinkle.server.store.database import Database
 PUBLIC = {
     ("GET", PREFIX + "/healthz"): "says nothing but that the process is there",
     ("GET", PREFIX + "/readyz"): "says nothing but whether requests are taken",
+    ("GET", "/livez"): "as healthz",
+    ("GET", "/readyz"): "as above",
     ("POST", PREFIX + "/client/config"): "is the same for all, and asked for before there is a token",
     ("POST", PREFIX + "/client/dynamic_config"): "is the same for all",
     ("POST", PREFIX + "/telemetry"): "is dropped unread",
@@ -46,6 +48,7 @@ OWN = {
     ("POST", PREFIX + "/sessions/search"),
     ("GET", PREFIX + "/auth/apikey/me"),
     ("GET", PREFIX + "/audit"),
+    ("GET", "/metrics"),
     ("GET", PREFIX + "/billing/usage/events"),
     ("GET", PREFIX + "/billing/usage/checkpoints/current"),
     ("POST", PREFIX + "/auth/token"),
@@ -102,7 +105,7 @@ def request_to(route: tuple[str, str], of: Belongings) -> dict[str, Any]:
     if path == PREFIX + operations.PATH:
         posted = [Posted(ENDPOINTS["/forward_backward"], of.a_pass)]
         return {"method": method, "url": url, "content": operations.encode_request(posted)}
-    if path in (PREFIX + "/auth/token", PREFIX + m.CHECKPOINT + "/archive"):
+    if path in ("/metrics", PREFIX + "/auth/token", PREFIX + m.CHECKPOINT + "/archive"):
         return {"method": method, "url": url}
     messages: dict[Any, Any] = {("POST", PREFIX + endpoint.path): endpoint.request for endpoint in OPERATIONS}
     messages |= {(query.method, PREFIX + query.path): query for query in QUERIES}

@@ -29,6 +29,7 @@ from twinkle.server.engine.recovery import recover
 from twinkle.server.engine.residency import Residency
 from twinkle.server.engine.sampler_adapters import SamplerAdapters
 from twinkle.server.engine.snapshots import Snapshots
+from twinkle.server.engine.tally import Tally
 from twinkle.server.engine.worker import Trained, WorkerLost, WorkerPort
 from twinkle.server.scheduling.futures import FutureTable
 from twinkle.server.scheduling.records import Outcome
@@ -66,6 +67,7 @@ class Engine:
         self._times = CallTimes()
         self._may_dispatch_ahead = True
         self._gaps = Gaps()
+        self.tally = Tally()
         self._idle = asyncio.Event()
         self._has_failed = False
 
@@ -75,9 +77,7 @@ class Engine:
         return self._has_failed
 
     def repeat(self, calls: Iterable[tuple[Job, ...]]) -> None:
-        """Make these calls before all others: another engine made them, and no snapshot includes them. Only before the
-        engine runs, or between calls.
-        """
+        """Make another engine's calls, which no snapshot has, before all others. Before `run`, or between calls."""
         self._calls.repeat(calls)
 
     async def run(self) -> None:
@@ -102,7 +102,8 @@ class Engine:
             if self._calls.first is not call:
                 return  # in a gap, others came before it
             try:
-                left = await self._compute(call)
+                with self.tally.timed(call):
+                    left = await self._compute(call)
             except WorkerLost:
                 self._calls.replace_first(self._after_loss(call))
                 raise
@@ -260,7 +261,8 @@ class Engine:
     # ------------------------------------------------------------ what came of a call
 
     def _pack(self, passes: Sequence[Job]) -> Packed:
-        return pack(passes, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
+        info = self._worker.info
+        return self.tally.packed(pack(passes, info.max_batch_tokens, info.overhead_tokens))
 
     def _trained(
         self,

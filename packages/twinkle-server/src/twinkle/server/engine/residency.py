@@ -65,6 +65,11 @@ class Residency:
         self.total_bytes = 0
         """Total of all resident adapters."""
 
+    @property
+    def count(self) -> int:
+        """How many adapters are resident."""
+        return len(self._resident)
+
     # ------------------------------------------------------------ what happened to a run
 
     def added(self, run: Run) -> None:

@@ -92,6 +92,9 @@ class SampleRunner:
         # The event loop holds only weak references to tasks.
         self._stopping: set[asyncio.Task[bool] | asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def first_of(self, request: m.SampleRequest, digest: bytes) -> m.Promise | None:
         """The promise of the first request with the same (sampling session, seq_id), if there was one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -55,6 +56,10 @@ def create_app(
         await service.ready()
         return JSONResponse({"status": "ready"})
 
+    async def metrics(request: Request) -> Response:
+        await authenticator.check_operator(request)
+        return Response(await service.metrics(), media_type=CONTENT_TYPE_LATEST)
+
     async def token(request: Request) -> Response:
         return _json(m.AuthTokenResponse(jwt=await authenticator.exchange(request)))
 
@@ -68,6 +73,10 @@ def create_app(
         Route(PREFIX + "/client/config", _client_config, methods=["POST"]),
         Route(PREFIX + "/client/dynamic_config", _dynamic_config, methods=["POST"]),
         Route(PREFIX + "/telemetry", _telemetry, methods=["POST"]),
+        # Where Prometheus and Kubernetes look for these by themselves.
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/livez", _healthz, methods=["GET"]),
+        Route("/readyz", ready, methods=["GET"]),
         Route("/openapi.json", _openapi, methods=["GET"]),
     ]
     middleware = [Middleware(AccessLog)] if logs_access else []

@@ -46,6 +46,19 @@ class Authenticator:
         self._requests.charge(tenant, 1)
         return tenant
 
+    async def check_operator(self, request: Request) -> None:
+        """Let in who may see what the whole server does: an admin's key, or anybody in open mode.
+
+        Raises:
+            Unauthorized, Unavailable, LimitReached: as `tenant_of`; the first for another's key, too.
+        """
+        await self.tenant_of(request)
+        if self._keys is None:
+            return
+        key = await self._keys.of_credential(_credential(request), self._signer)
+        if key.role != "admin":
+            raise Unauthorized("X-API-Key: only a key with the role admin may read this")
+
     async def exchange(self, request: Request) -> str:
         """A token that stands for the request's key for a while.
 

@@ -15,6 +15,10 @@ class ServicePort(Protocol):
         """Raises `Unavailable` if it isn't."""
         ...
 
+    async def metrics(self) -> str:
+        """In Prometheus' text format."""
+        ...
+
     async def submit(
         self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
     ) -> m.Promise: ...

@@ -98,6 +98,9 @@ class EngineDeployment:
     async def ready(self) -> None | TwinkleError:
         return await _or_error(lambda: self._running().ready())
 
+    async def metrics(self) -> str | TwinkleError:
+        return await _or_error(lambda: self._running().metrics())
+
     async def submit(
         self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
     ) -> m.Promise | TwinkleError:

@@ -36,6 +36,9 @@ class HandleService:
         except TimeoutError as error:
             raise Unavailable("the engine doesn't answer", 2.0) from error
 
+    async def metrics(self) -> str:
+        return await self._call(self._engine.metrics.remote())
+
     async def submit(
         self, tenant: str, request: m.Operation, body: bytes | None = None, digest: bytes | None = None
     ) -> m.Promise:

@@ -17,6 +17,7 @@ from twinkle.server.gateway.port import ServicePort
 from twinkle.server.scheduling.futures import Fetched
 from twinkle.server.scheduling.records import ENGINE_MARK
 from twinkle.server.serve.fleet_view import FleetView
+from twinkle.server.service.metrics import merged
 from twinkle.server.store.database import Database
 from twinkle.server.store.tables import Engine
 from twinkle.server.tokens import TOKENIZER, Download
@@ -72,6 +73,20 @@ class Router:
             except Unavailable as error:
                 failure = error
         raise failure
+
+    async def metrics(self) -> str:
+        """Of all engines that work; each has its name as a label."""
+        names = [
+            row.name for row in (await self._view.engines()).values() if row.state in ("running", "draining")
+        ]
+
+        async def of(name: str) -> str:
+            try:
+                return await (await self._engine(name)).metrics()
+            except Unavailable:  # it has just ended, say; the others' are there
+                return ""
+
+        return merged(dict(zip(names, await asyncio.gather(*map(of, names)), strict=True)))
 
     # ------------------------------------------------------------ operations
 

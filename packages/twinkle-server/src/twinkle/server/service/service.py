@@ -17,7 +17,15 @@ from twinkle.server.engine.warm_up import warm_up
 from twinkle.server.scheduling.futures import Fetched
 from twinkle.server.scheduling.records import as_computed
 from twinkle.server.scheduling.runs import Received
-from twinkle.server.service import accounts, checkpoint_queries, queries, sampling, session_queries, training
+from twinkle.server.service import (
+    accounts,
+    checkpoint_queries,
+    metrics,
+    queries,
+    sampling,
+    session_queries,
+    training,
+)
 from twinkle.server.service.background import Background
 from twinkle.server.service.parts import Answer, Parts, Submit
 from twinkle.server.service.restore import adopt, restore
@@ -121,6 +129,10 @@ class Service:
             ) from error
         except TimeoutError as error:
             raise Unavailable("the model's process ended or hung, and is being restarted", 2.0) from error
+
+    async def metrics(self) -> str:
+        """What it does, in Prometheus' text format."""
+        return metrics.render(self.parts)
 
     async def adopt(self, directory: Path) -> int:
         """Take over the runs of another engine of this model, which has ended: see `restore.adopt`."""

@@ -38,11 +38,14 @@ class Ledger:
         self._counts: Counter[_Key] = Counter()
         self._run_times: dict[str, float] = {}
         self._writing = asyncio.Lock()
+        self.used: Counter[tuple[str, UsageKind]] = Counter()
+        """By tenant and kind, since this process began."""
 
     def record(self, tenant: str, session_id: str, kind: UsageKind, count: int) -> None:
         """Add usage: tokens, or the number of checkpoints."""
         if count:
             self._counts[_Key(tenant, int(time.time() // 3600), session_id, kind)] += count
+            self.used[tenant, kind] += count
 
     def touch(self, run_id: str) -> None:
         """A run got a request."""
