@@ -1,7 +1,7 @@
 """The same bits each time on a GPU (`model.deterministic`).
 
-A CPU adds in one order. On a GPU some kernels add in whatever order their threads arrive: the backward pass of attention,
-`index_add`, `scatter_add`; and cuBLAS may choose another kernel for a product that runs beside others.
+A CPU adds in one order. On a GPU some kernels add in whatever order their threads arrive: the backward pass of
+attention, `index_add`, `scatter_add`; and cuBLAS may choose another kernel for a product that runs beside others.
 """
 
 from __future__ import annotations
