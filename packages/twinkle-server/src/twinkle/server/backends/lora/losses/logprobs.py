@@ -7,7 +7,9 @@ its gradient, so that only one chunk's logits are in memory at a time.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -68,7 +70,19 @@ def chunked_logprobs(
 
 
 def _logprobs(head: Head, hidden: Tensor, targets: Tensor, first: int) -> Tensor:
-    return cast("Tensor", _LogSoftmaxAt.apply(head(hidden, first).float(), targets))
+    logits = head(hidden, first)
+    if logits.is_cuda and has_fused_kernels():
+        from twinkle.server.backends.lora.losses.fused_logprobs import FusedLogSoftmaxAt
+
+        return cast("Tensor", FusedLogSoftmaxAt.apply(logits, targets))
+    return cast("Tensor", _LogSoftmaxAt.apply(logits.float(), targets))
+
+
+@cache
+def has_fused_kernels() -> bool:
+    """Whether kernels of our own can compute log-probabilities: torch is built for GPUs, and Triton is there."""
+    is_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    return is_for_gpus and importlib.util.find_spec("triton") is not None
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
