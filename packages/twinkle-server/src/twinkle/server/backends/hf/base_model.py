@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
 from twinkle.server.backends.hf.export_facts import export_facts, name_of
+from twinkle.server.backends.hf.fused_layers import fuse_layers
 from twinkle.server.backends.hf.kernels import choose_kernels
 from twinkle.server.backends.hf.model_facts import (
     context_length,
@@ -119,6 +120,8 @@ def freeze(model: PreTrainedModel, config: ModelConfig, shards: Shards | None = 
     model.eval()
     device = model.device if shards is None else shards.device
     notes = choose_kernels(model, device)
+    if shards is None:
+        notes += fuse_layers(model, device)
     _check_finite(model, shards, config)
     targets, experts = find_targets(model)
     if not {"attn", "mlp"} & set(targets.values()):
