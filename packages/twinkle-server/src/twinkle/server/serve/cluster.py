@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # What a server with several engines gives Ray, so that there is room for more.
 _CPUS_TO_ADD = 1024.0
 
+_STOPPED_EARLY = "Stopped before it was ready."
+
 
 def main() -> int:
     """Serve until the supervisor or a signal asks to stop. Returns the exit code."""
@@ -45,14 +47,22 @@ def main() -> int:
         if not ready.is_set():
             raise KeyboardInterrupt  # interrupts whatever is being waited for
 
+    def on_stop() -> None:
+        if ready.is_set():
+            os.kill(os.getpid(), signal.SIGINT)  # interrupts whatever the main thread waits for
+            return
+        # Ray's start, and threads that start engines, take no notice of an interrupt. Nothing has been accepted yet,
+        # and the supervisor ends all that this process has started.
+        say(_STOPPED_EARLY)
+        os._exit(0)
+
     def take_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
 
     take_signals()
     try:
-        # Only a signal interrupts whatever this thread waits for.
-        supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
+        supervised.watch(on_stop)
         config = with_auth_mode(ServerConfig.model_validate_json(supervised.configuration))
         began = time.monotonic()
         # Takes seconds, as do Ray's own processes, which are started meanwhile.
@@ -70,7 +80,7 @@ def main() -> int:
         say("Stopping.")
         running.close()
     except KeyboardInterrupt:
-        say("Stopped before it was ready.")
+        say(_STOPPED_EARLY)
     except TwinkleError as error:
         supervised.failed(error)
         return 1
@@ -159,4 +169,6 @@ def _prepare_several(config: ServerConfig) -> Callable[[], Running]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads that still wait for engines to start wait for ever: Ray has ended
