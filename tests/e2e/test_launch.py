@@ -14,7 +14,7 @@ import pytest
 import running_server
 import yaml
 from safetensors.numpy import load_file
-from server_processes import wait_for
+from server_processes import processes_with, wait_for
 
 pytestmark = pytest.mark.serve
 
@@ -59,6 +59,20 @@ def test_a_signal_ends_a_server_and_every_process_of_it(
     assert wait_until_gone(started) == set()
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.base_url}/api/v1/healthz")
+
+
+def test_ctrl_c_while_several_engines_start_ends_all_of_them_at_once(
+    hub_root: Path, tmp_path: Path, unused_port: int
+):
+    config = running_server.write_config(tmp_path, unused_port, model_extra="  replicas: 2\n")
+    server = running_server.RunningServer("", running_server.launch(config, hub_root))
+    wait_for("Serve, and so the engines' start", lambda: processes_with(server, "ServeController") != set())
+    started = descendants(server.process.pid)
+    server.process.send_signal(signal.SIGINT)
+    _, said = server.process.communicate(timeout=running_server.STOP_SECONDS)
+    assert server.process.returncode == 0
+    assert said.endswith("\nStopped before it was ready.\n") and "Traceback" not in said
+    assert wait_until_gone(started) == set()
 
 
 def test_a_killed_supervisor_takes_the_server_with_it(hub_root: Path, tmp_path: Path, unused_port: int):

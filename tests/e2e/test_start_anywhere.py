@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -40,6 +41,21 @@ def listening(pids: set[int]) -> dict[tuple[str, int], int]:
     return found
 
 
+def place_of(server: running_server.RunningServer) -> Path:
+    """The directory of its Ray; other tests' servers have others."""
+    places: set[str] = set()
+    for process in processes_of(server, ""):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            places |= {
+                each.decode().partition("=")[2]
+                for each in variables
+                if each.startswith(b"TWINKLE_RAY_PLACE=")
+            }
+    [place] = places
+    return Path(place)
+
+
 def test_a_server_starts_in_any_surroundings_and_listens_for_this_machine_alone(
     hub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -56,7 +72,6 @@ def test_a_server_starts_in_any_surroundings_and_listens_for_this_machine_alone(
     }.items():
         monkeypatch.setenv(name, value)
     port = running_server.free_port()
-    before = set(Path("/tmp").glob("twinkle-ray-*"))
     server = running_server.start(running_server.write_config(tmp_path, port), hub_root, port)
     try:
         addresses = listening(processes_of(server, ""))
@@ -67,7 +82,7 @@ def test_a_server_starts_in_any_surroundings_and_listens_for_this_machine_alone(
             for a, p in addresses.items()
             if a[0] in others
         }
-        [place] = set(Path("/tmp").glob("twinkle-ray-*")) - before
+        place = place_of(server)
         assert stat.S_IMODE(place.stat().st_mode) == 0o700
         assert stat.S_IMODE((place / "token").stat().st_mode) == 0o600
         storage = tmp_path / "storage"

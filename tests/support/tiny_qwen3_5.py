@@ -26,6 +26,7 @@ def save(
     tied: bool = False,
     tensor_parallel_size: int = 2,
     layers: int = LAYERS,
+    head_dim: int = 16,
 ) -> Path:
     """Write config.json and model.safetensors, in float32; the same weights each time.
 
@@ -35,6 +36,7 @@ def save(
         tensor_parallel_size: the largest that heads can be shared out by: the number of key heads of both kinds of
             attention.
         layers: the last is of full attention, the others are of linear attention.
+        head_dim: of both kinds of attention; a multiple of 16.
     """
     import torch
     import transformers
@@ -42,7 +44,14 @@ def save(
     kind = "Qwen3_5Moe" if experts else "Qwen3_5"
     config = getattr(transformers, f"{kind}Config")(
         text_config=_text(
-            vocab_size, eos_token_id, context_length, experts, tied, tensor_parallel_size, layers
+            vocab_size,
+            eos_token_id,
+            context_length,
+            experts,
+            tied,
+            tensor_parallel_size,
+            layers,
+            head_dim,
         ),
         vision_config=_VISION,
         tie_word_embeddings=tied,
@@ -67,8 +76,10 @@ def _text(
     tied: bool,
     tensor_parallel_size: int,
     layers: int,
+    head_dim: int,
 ) -> dict[str, Any]:
     heads = tensor_parallel_size
+    pairs = head_dim // 8  # a quarter of a head is rotated
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -77,18 +88,18 @@ def _text(
         "layer_types": ["linear_attention"] * (layers - 1) + ["full_attention"],
         "num_attention_heads": 2 * heads,
         "num_key_value_heads": heads,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "linear_num_key_heads": heads,
         "linear_num_value_heads": 2 * heads,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        # Two of three axes: a quarter of 16 is two pairs.
+        "linear_key_head_dim": head_dim,
+        "linear_value_head_dim": head_dim,
+        # Time, height, width.
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000_000.0,
             "partial_rotary_factor": 0.25,
             "mrope_interleaved": True,
-            "mrope_section": [1, 1, 0],
+            "mrope_section": [pairs - pairs // 2, pairs // 2, 0],
         },
         # A gated delta net's outputs are normalised. Random weights leave some next to nothing: with the real 1e-6
         # gradients would be ten times as large, and so would float32's errors in them.

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # What a server with several engines gives Ray, so that there is room for more.
 _CPUS_TO_ADD = 1024.0
 
+_STOPPED_EARLY = "Stopped before it was ready."
+
 
 def main() -> int:
     """Serve until the supervisor or a signal asks to stop. Returns the exit code."""
@@ -50,6 +52,15 @@ def main() -> int:
         if not ready.is_set():
             raise KeyboardInterrupt  # interrupts whatever is being waited for
 
+    def on_stop() -> None:
+        if ready.is_set():
+            os.kill(os.getpid(), signal.SIGINT)  # interrupts whatever the main thread waits for
+            return
+        # Ray's start, and threads that start engines, take no notice of an interrupt. Nothing has been accepted yet,
+        # and the supervisor ends all that this process has started.
+        say(_STOPPED_EARLY)
+        os._exit(0)
+
     def take_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
@@ -57,8 +68,7 @@ def main() -> int:
     take_signals()
     logged = ExitStack()
     try:
-        # Only a signal interrupts whatever this thread waits for.
-        supervised.watch(on_stop=lambda: os.kill(os.getpid(), signal.SIGINT))
+        supervised.watch(on_stop)
         config = with_auth_mode(ServerConfig.model_validate_json(supervised.configuration))
         logged.enter_context(shown(config.log))
         os.environ[LEVEL_VARIABLE] = config.log.level.upper()  # for the processes that Ray starts
@@ -80,7 +90,7 @@ def main() -> int:
         say("Stopping.")
         running.close()
     except KeyboardInterrupt:
-        say("Stopped before it was ready.")
+        say(_STOPPED_EARLY)
     except TwinkleError as error:
         supervised.failed(error)
         return 1
@@ -189,4 +199,6 @@ def _prepare_several(config: ServerConfig) -> Callable[[], Running]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads that still wait for engines to start wait for ever: Ray has ended

@@ -24,6 +24,8 @@ from twinkle.protocol.errors import ServerFault
 _PREFIX = "twinkle-ray-"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 _PLACE = "TWINKLE_RAY_PLACE"
+# A thread that calls Ray when it has ended, as one that an engine is being started on, must not start another.
+_NEVER_BY_ITSELF = {"RAY_ENABLE_AUTO_CONNECT": "0"}
 
 # A socket's path has at most 107 bytes (macOS: 103). Ray adds this many to its directory; the ranks' are shorter.
 _LONGEST_SOCKET = 103
@@ -63,6 +65,7 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
             _PLACE: str(directory),
             # A single-machine cluster, as on macOS and Windows: all its ports are on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            **_NEVER_BY_ITSELF,
         }
         # The ranks of a group connect to each other on this machine too.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -77,7 +80,7 @@ def ray_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict
 @contextmanager
 def joining_environment(variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
     """The environment for joining a cluster that others have started: its token, address and directory are theirs."""
-    yield {name: value for name, value in variables.items() if name != _PLACE}
+    yield {name: value for name, value in variables.items() if name != _PLACE} | _NEVER_BY_ITSELF
 
 
 def place() -> Path | None:

@@ -12,6 +12,7 @@ vLLM has two model runners; which one a process has is found by what it has.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -45,6 +46,8 @@ class TwinkleWorker:
             _change_head(punica, rows, on_cpu)
             if on_cpu:
                 _change_linear(punica)
+        if on_cpu:
+            _change_convolution()
 
 
 # ---------------------------------------------------------------- log-probabilities of samples
@@ -215,3 +218,24 @@ def _add_terms(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, groups:
             y[: len(term), :width].add_(term, alpha=scale)
         else:
             y[:, :width].index_add_(0, rows, term, alpha=scale)
+
+
+# ---------------------------------------------------------------- linear attention on a CPU
+
+_LINEAR_ATTENTION = "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention"
+
+
+def _change_convolution() -> None:
+    """See 4; a model without linear attention has not imported it."""
+    module = sys.modules.get(_LINEAR_ATTENTION)
+    if module is None:
+        return
+    convolve = vars(module)["_causal_conv1d_fwd_cpu"]
+
+    def with_own_strides(*, x: Tensor, **more: Any) -> Tensor:
+        """`x`: [channels, tokens]. The kernel looks at the strides of a single token too, where they mean nothing."""
+        if x.shape[1] == 1:
+            x = x.as_strided(x.shape, (1, len(x)))
+        return convolve(x=x, **more)
+
+    vars(module)["_causal_conv1d_fwd_cpu"] = with_own_strides
