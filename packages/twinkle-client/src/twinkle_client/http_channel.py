@@ -25,7 +25,7 @@ from twinkle.protocol.errors import ConnectionFailed, RequestFailed, TwinkleErro
 from twinkle.protocol.operations import MAX_OPERATIONS, Posted, Reply
 from twinkle.verbs.forks import reset_when_forked
 from twinkle.verbs.proxies import through
-from twinkle_client._version import __version__
+from twinkle_client.http_clients import HttpClients
 from twinkle_client.settings import Settings
 
 log = logging.getLogger("twinkle_client")
@@ -39,9 +39,6 @@ EXIT_RETRY_SECONDS = 30.0
 # Exponential backoff between tries.
 FIRST_DELAY_SECONDS = 0.25
 MAX_DELAY_SECONDS = 10.0
-
-# Longer than a long poll, which the server ends after 25 s, and than it takes to send a large body.
-TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 
 # Compressing smaller bodies takes longer than sending them.
 COMPRESS_FROM_BYTES = 16_384
@@ -124,7 +121,7 @@ class HttpChannel:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._client: httpx.AsyncClient | None = None
+        self._clients: HttpClients | None = None
         # Both are used on the loop alone.
         self._outbox = Outbox(self._send_together)
         self._sending: set[asyncio.Task[None]] = set()
@@ -135,7 +132,7 @@ class HttpChannel:
     def after_fork(self) -> None:
         """Start over with a thread and connections of this process."""
         # Kept alive: collecting them would close the parent's connections.
-        self._parents.append((self._loop, self._client, self._sending, self._outbox))
+        self._parents.append((self._loop, self._clients, self._sending, self._outbox))
         self._begin()
 
     def hurry(self) -> None:
@@ -167,13 +164,13 @@ class HttpChannel:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            loop, thread, client = self._loop, self._thread, self._client
-            self._loop = self._thread = self._client = None
-        if loop is None or thread is None or client is None:
+            loop, thread, clients = self._loop, self._thread, self._clients
+            self._loop = self._thread = self._clients = None
+        if loop is None or thread is None or clients is None:
             return
         # A server that is gone can't be told which samples were cancelled.
         with contextlib.suppress(concurrent.futures.TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(client), loop).result(5.0)
+            asyncio.run_coroutine_threadsafe(self._cancel_all_and_close(clients), loop).result(5.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5.0)
         if not thread.is_alive():
@@ -186,21 +183,21 @@ class HttpChannel:
             if self._closed:
                 raise TwinkleError("this ServiceClient is closed; make a new one")
             if self._loop is None:
-                self._client = _http_client(self._settings)  # first: it raises if the proxy is wrong
+                self._clients = HttpClients(self._settings)  # first: it raises if the proxy is wrong
                 loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=loop.run_forever, name="twinkle-client", daemon=True)
                 self._thread.start()
                 self._loop = loop
             return self._loop
 
-    async def _cancel_all_and_close(self, client: httpx.AsyncClient) -> None:
+    async def _cancel_all_and_close(self, clients: HttpClients) -> None:
         for item in self._outbox.take_all():
             item.future.cancel()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await client.aclose()
+        await clients.aclose()
 
     # ------------------------------------------------------------ operations
 
@@ -215,7 +212,7 @@ class HttpChannel:
             [reply] = await self._post_together([posted])
             return await self._result(posted, reply)
         except asyncio.CancelledError:
-            if self._client is not None:
+            if self._clients is not None:
                 # The reply would have named the request's id; sent again, it is a duplicate, whose id is known at once.
                 promise = await self._post(posted)
                 await self._query(m.CancelFutureRequest(request_id=promise.request_id))
@@ -304,12 +301,12 @@ class HttpChannel:
         Raises:
             TwinkleError: what the server said, or that it could not be reached.
         """
-        assert self._client is not None, "the loop only runs with a client"
+        assert self._clients is not None, "the loop only runs with a client"
         begun = time.monotonic()
         delay = FIRST_DELAY_SECONDS
         while True:
             try:
-                response = await self._client.request(
+                response = await self._clients.request(
                     method, PREFIX + path, content=body, headers=headers, params=params
                 )
             except httpx.TransportError as failure:
@@ -353,21 +350,6 @@ class HttpChannel:
             f"({str(failure) or type(failure).__name__}); is it running, and is base_url (or "
             f"TWINKLE_BASE_URL) right?{hint}"
         )
-
-
-def _http_client(settings: Settings) -> httpx.AsyncClient:
-    headers = {"User-Agent": f"twinkle-client/{__version__}"}
-    if settings.api_key:
-        headers["X-API-Key"] = settings.api_key
-    # Each operation in flight holds a connection while it waits for its result.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    try:
-        return httpx.AsyncClient(base_url=settings.base_url, headers=headers, timeout=TIMEOUT, limits=limits)
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise ConnectionFailed(
-            f"the server at {settings.base_url} can't be asked{through(settings.base_url)}: {error}; mend the "
-            "variable, or name the server's host in NO_PROXY (a SOCKS proxy needs: pip install 'httpx[socks]')"
-        ) from error
 
 
 _channels: weakref.WeakValueDictionary[Settings, HttpChannel] = weakref.WeakValueDictionary()

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from twinkle.server.backends.lora.adapter_state import peft_names
 from twinkle.server.backends.lora.experts import DOWN, GATE_UP, ExpertTerm
@@ -38,6 +39,9 @@ SIBLINGS = (
 
 # Up to this many columns of all A's (adapters * rank) one product is faster, for any number of tokens.
 TOGETHER = 128
+# On a GPU a decode step's time is that of starting its kernels: up to so many columns, for so many tokens.
+TOGETHER_ON_GPU = 1024
+FEW_TOKENS = 512
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -121,6 +125,28 @@ def families(a: dict[str, Tensor]) -> dict[str, list[str]]:
     return {layers[0]: layers for layers in found.values()}
 
 
+@dataclass(frozen=True, eq=False)
+class LayerTerm:
+    """A layer's matrices for one product over all slots.
+
+    Attributes:
+        family, number: as in `ResidentAdapter.family`.
+        layers: of the family.
+        columns: slots * rank; 0 if every column is every row's own, so that nothing is computed in vain.
+        a: of the family [in_features, layers * slots * rank].
+        b: [slots * rank, out_features].
+        own: `RouteGroup.own`, repeated for each layer of the family.
+    """
+
+    family: str
+    number: int
+    layers: int
+    columns: int
+    a: Tensor
+    b: Tensor
+    own: Tensor | None
+
+
 @dataclass(eq=False)
 class RouteGroup:
     """The rows of a batch whose adapters have one shape.
@@ -147,7 +173,8 @@ class RouteGroup:
     rows: Tensor
     kept: Tensor
     targets: Tensor
-    _own_of: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)  # `own`, repeated
+    _terms: dict[str, LayerTerm] = field(default_factory=dict[str, LayerTerm], init=False)
+    # The last family's product, which its other layers share: the family, its input, and each layer's part.
     _latest: tuple[str, Tensor, tuple[Tensor, ...]] | None = field(default=None, init=False)
 
     def add_term(self, layer: str, x: Tensor, out: Tensor) -> None:
@@ -156,40 +183,53 @@ class RouteGroup:
         Args:
             x: [rows, n, in_features], or [tokens, in_features], of all rows in order.
         """
+        term = self._terms.get(layer) or self._made_term(layer)
+        if term is None:
+            return
+        if term.columns <= TOGETHER or (term.columns <= TOGETHER_ON_GPU and _has_few_tokens(out)):
+            latest = self._latest
+            if latest is None or latest[1] is not x or latest[0] != term.family:
+                latest = self._latest = (term.family, x, self._all_low(term, x))
+            out.addmm_(latest[2][term.number], term.b)
+        else:
+            self._add_by_adapter(layer, x, out)
+
+    def _made_term(self, layer: str) -> LayerTerm | None:
         if layer not in self.family:
-            return
+            return None
         family, number = self.family[layer]
-        a, b = self.a[family], self.b[layer]
-        width, _, slots, rank = a.shape
-        if self.own is None or slots * rank <= TOGETHER:
-            out.addmm_(self._all_low(family, x)[number], b.view(slots * rank, -1))
-            return
-        a = a[:, number].permute(1, 0, 2)
+        a = self.a[family]
+        width, layers, slots, rank = a.shape
+        columns = slots * rank if self.own is not None else 0
+        own = next((term.own for term in self._terms.values() if term.layers == layers), None)
+        if own is None and self.own is not None:
+            own = self.own.repeat(1, 1, layers)
+        term = LayerTerm(
+            family, number, layers, columns, a.view(width, -1), self.b[layer].view(slots * rank, -1), own
+        )
+        self._terms[layer] = term
+        return term
+
+    def _all_low(self, term: LayerTerm, x: Tensor) -> tuple[Tensor, ...]:
+        """For each layer of a family: x times all A's, masked to each row's own: [tokens, slots * rank]."""
+        low = torch.mm(x.reshape(-1, x.shape[-1]), term.a)
+        if term.own is not None:
+            # Masked bitwise: multiplying by 0 would let another adapter's infinity through as NaN.
+            low.view(self.batch_rows, -1, low.shape[1]).view(term.own.dtype).bitwise_and_(term.own)
+        return low.chunk(term.layers, dim=1) if term.layers > 1 else (low,)
+
+    def _add_by_adapter(self, layer: str, x: Tensor, out: Tensor) -> None:
+        """One product for each adapter, over its own rows, in a batch."""
+        family, number = self.family[layer]
+        a, b = self.a[family][:, number].permute(1, 0, 2), self.b[layer]
         if self.used is not None:
             a, b = a[self.used], b[self.used]
         adapters, most = self.rows.shape
+        width = x.shape[-1]
         of_row = x.reshape(self.batch_rows, -1, width)
         low = torch.bmm(of_row[self.rows.flatten()].view(adapters, -1, width), a)
         term = torch.bmm(low, b).view(adapters * most, -1, out.shape[1])
         out.view(self.batch_rows, -1, out.shape[1]).index_add_(0, self.targets, term[self.kept])
-
-    def _all_low(self, family: str, x: Tensor) -> tuple[Tensor, ...]:
-        """For each layer of a family: x times all A's, masked to each row's own: [tokens, slots * rank]."""
-        latest = self._latest
-        if latest is not None and latest[0] == family and latest[1] is x:
-            return latest[2]
-        a = self.a[family]
-        width, layers = a.shape[:2]
-        low = torch.mm(x.reshape(-1, width), a.view(width, -1))
-        if self.own is not None:
-            own = self._own_of.get(layers)
-            if own is None:
-                own = self._own_of[layers] = self.own.repeat(1, 1, layers)
-            # Masked bitwise: multiplying by 0 would let another adapter's infinity through as NaN.
-            low.view(self.batch_rows, -1, low.shape[1]).view(own.dtype).bitwise_and_(own)
-        pieces = low.chunk(layers, dim=1) if layers > 1 else (low,)
-        self._latest = (family, x, pieces)
-        return pieces
 
     def expert_term(self, experts: str, tokens: int) -> ExpertTerm | None:
         """The terms of a routed experts module, if these adapters have any.
@@ -209,6 +249,10 @@ class RouteGroup:
         return ExpertTerm(
             rows, slot.repeat_interleave(of_row), self.a[gate_up], self.b[gate_up], self.a[down], self.b[down]
         )
+
+
+def _has_few_tokens(out: Tensor) -> bool:
+    return out.device.type == "cuda" and out.shape[0] <= FEW_TOKENS
 
 
 class Route:
@@ -349,7 +393,10 @@ class RoutedLinear(WrappedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` is [rows, n, in_features], or flattened in a shared expert."""
-        out: Tensor = self.base(x)
-        for group in self._route.groups:
-            group.add_term(self._name, x, out.view(-1, out.shape[-1]))
+        base = self.base
+        out = functional.linear(x, base.weight, base.bias)
+        if groups := self._route.groups:
+            flat = out.view(-1, out.shape[-1])
+            for group in groups:
+                group.add_term(self._name, x, flat)
         return out
