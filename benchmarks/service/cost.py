@@ -38,7 +38,7 @@ class Spent:
     """
 
     cpu: float
-    sleeps: int
+    sleeps: float
 
     def __sub__(self, earlier: Spent) -> Spent:
         return Spent(self.cpu - earlier.cpu, self.sleeps - earlier.sleeps)
