@@ -35,7 +35,7 @@ from twinkle.server.backends.transformers import passes
 from twinkle.server.config import LimitsSection, parse_config
 from twinkle.server.engine import engine
 from twinkle.server.engine.worker import build_worker
-from twinkle.server.gateway import operations as gateway
+from twinkle.server.gateway import http as gateway_http
 from twinkle.server.gateway.app import create_app
 from twinkle.server.scheduling import futures
 from twinkle.server.scheduling.scheduler import Scheduler
@@ -111,7 +111,7 @@ async def profile(tenants: int, sequences: int, tokens: int, steps: int, model: 
 
 def put_clocks() -> Clocks:
     clocks = Clocks()
-    clocks.around("decode", gateway, "_decode")
+    clocks.around("decode", gateway_http, "_decode")
     clocks.around("queue", Scheduler, "submit")
     clocks.around("tick", Scheduler, "take_tick")
     clocks.around("pack", engine, "pack")

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import httpx
@@ -302,12 +303,13 @@ class HttpChannel:
             TwinkleError: what the server said, or that it could not be reached.
         """
         assert self._clients is not None, "the loop only runs with a client"
+        url = _url(self._settings.base_url, path)
         begun = time.monotonic()
         delay = FIRST_DELAY_SECONDS
         while True:
             try:
                 response = await self._clients.request(
-                    method, PREFIX + path, content=body, headers=headers, params=params
+                    method, url, content=body, headers=headers, params=params
                 )
             except httpx.TransportError as failure:
                 error, wanted = self._unreachable(failure), delay
@@ -350,6 +352,12 @@ class HttpChannel:
             f"({str(failure) or type(failure).__name__}); is it running, and is base_url (or "
             f"TWINKLE_BASE_URL) right?{hint}"
         )
+
+
+@lru_cache(maxsize=64)
+def _url(base_url: str, path: str) -> httpx.URL:
+    """Whole, and kept: httpx takes a tenth of a request's time to put a path behind its base."""
+    return httpx.URL(base_url.rstrip("/") + PREFIX + path)
 
 
 _channels: weakref.WeakValueDictionary[Settings, HttpChannel] = weakref.WeakValueDictionary()

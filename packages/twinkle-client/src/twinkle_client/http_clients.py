@@ -41,7 +41,7 @@ class HttpClients:
         self._all: set[httpx.AsyncClient] = set()
         self._idle.append((self._new(), time.monotonic()))
 
-    async def request(self, method: str, path: str, **parts: Any) -> httpx.Response:
+    async def request(self, method: str, url: httpx.URL, **parts: Any) -> httpx.Response:
         """A request's whole response.
 
         Args:
@@ -52,7 +52,7 @@ class HttpClients:
         """
         client = self._idle.pop()[0] if self._idle else self._new()
         try:
-            return await client.request(method, path, **parts)
+            return await client.request(method, url, **parts)
         finally:
             now = time.monotonic()
             self._idle.append((client, now))

@@ -217,3 +217,30 @@ def test_importing_datasets_imports_neither_processes_nor_plots() -> None:
 def test_a_number_of_processes_out_of_range_is_refused(model: Path, num_proc: int) -> None:
     with pytest.raises(InvalidRequest, match=f"num_proc: {num_proc}"):
         Dataset.from_rows(ALPACA).set_template(Template(model)).encode(num_proc=num_proc)
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
+@pytest.mark.parametrize("strategy", ["left", "right", "delete"])
+def test_rows_are_encoded_together_as_they_are_alone(model: Path, train_on: Any, strategy: Any) -> None:
+    rows = [
+        {"messages": messages(f"q{n} é", "ant\u0301wort 😀 " * n) + messages("  again\n", "\n ja")}
+        for n in range(1, 8)
+    ]
+    rows[2]["messages"][1]["weight"] = 0  # pyright: ignore[reportArgumentType]
+    template = Template(model, train_on=train_on, max_length=150, truncation_strategy=strategy)
+    alone = [feature for row in rows for feature in template.batch_encode([row])]
+    dataset = Dataset.from_rows(rows, "mine").set_template(template).encode()
+    assert 0 < len(alone) <= len(rows)
+    assert same(list(dataset), alone)
+
+
+def test_the_first_row_at_fault_is_named_whatever_is_wrong_with_later_ones(model: Path) -> None:
+    def error(*rows: Any) -> str:
+        with pytest.raises(InvalidRequest) as raised:
+            Dataset.from_rows(list(rows), "mine").set_template(Template(model, max_length=40)).encode()
+        return raised.value.message
+
+    fine, long = {"messages": messages("q", "a")}, {"messages": messages("q", "a" * 50)}
+    broken = {"messages": [{"role": "user", "content": 5}]}
+    assert error(fine, long, broken).startswith("mine:2: messages: ")
+    assert error(fine, broken, long).startswith("mine:2: messages[0].content")

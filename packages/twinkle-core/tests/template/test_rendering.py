@@ -119,7 +119,7 @@ def test_generation_blocks_are_reported_where_they_lie() -> None:
     conversation = Conversation(({"role": "a", "content": "xyz"}, {"role": "b", "content": ""}))
     marked = template(MARKED)
     assert marked.render(conversation) == "a:xyz;b:;"
-    assert marked.generation_spans(conversation) == [Span(2, 5), Span(8, 8)]
+    assert marked.generation_spans(conversation) == (marked.render(conversation), [Span(2, 5), Span(8, 8)])
 
 
 def test_generation_blocks_inside_macros_are_reported() -> None:
@@ -127,7 +127,7 @@ def test_generation_blocks_inside_macros_are_reported() -> None:
     marked = template(source + "{% for m in messages %}{{ turn(m) }}{% endfor %}")
     conversation = Conversation(({"content": "x"}, {"content": "yz"}))
     assert marked.render(conversation) == "(x)(yz)"
-    assert marked.generation_spans(conversation) == [Span(1, 2), Span(4, 6)]
+    assert marked.generation_spans(conversation) == (marked.render(conversation), [Span(1, 2), Span(4, 6)])
 
 
 def test_blocks_whose_text_is_worked_on_are_not_reported() -> None:

@@ -90,3 +90,44 @@ def test_a_text_that_the_template_works_on_is_given_up() -> None:
         "t",
     )
     assert template.trace(read_conversation({"messages": MESSAGES})) is None
+
+
+def test_text_with_the_character_of_the_marks_is_traced_all_the_same() -> None:
+    text = "x\U000f0000y\U000f0000"
+    source = "{% for m in messages %}({{ m.content }}){% endfor %}"
+    assert traced(source, [{"role": "user", "content": text}]) == [(0, None, f"({text})")]
+
+
+def test_a_text_that_is_only_held_and_written_is_traced() -> None:
+    source = "{% set t %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}<{{ t }}>"
+    assert traced(source) == [
+        (None, None, "<"),
+        (0, None, "u"),
+        (1, None, "a"),
+        (2, None, "t"),
+        (None, None, ">"),
+    ]
+
+
+LOOP = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        (LOOP + "{% if add_generation_prompt %}{{ '<a>' }}\n{% endif %}", "<a>\n"),
+        (LOOP + "{% if add_generation_prompt %}<a>{% endif %}", "<a>"),
+        (LOOP + "{% if add_generation_prompt %}<{{ messages[0].content }}>{% endif %}", None),
+        (LOOP + "{% if add_generation_prompt and tools %}<a>{% endif %}", None),
+        (LOOP + "{% if add_generation_prompt %}<a>{% else %}<b>{% endif %}", None),
+        (LOOP + ".{% if add_generation_prompt %}<a>{% endif %}", None),
+        (LOOP, None),
+    ],
+)
+def test_a_prompt_that_depends_on_nothing_is_read_from_the_template(source: str, prompt: str | None) -> None:
+    template = ChatTemplate({"default": source}, {}, "test")
+    conversation = read_conversation({"messages": MESSAGES})
+    assert template.constant_prompt(conversation) == prompt
+    if prompt is not None:
+        plain, prompted = (template.render(conversation, prompts) for prompts in (False, True))
+        assert prompted == plain + prompt

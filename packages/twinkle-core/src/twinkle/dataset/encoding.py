@@ -4,8 +4,10 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,11 +19,15 @@ from twinkle.dataset.rows import apply_step
 from twinkle.preprocessor import ConversationProcessor, PreferenceProcessor
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template import SequenceTooLong, Template
+from twinkle.template.token_labels import MarkedText
 
 logger = logging.getLogger(__name__)
 
 PAIR = ("chosen", "rejected")
 """The columns of a preference row."""
+
+# Tokenised together: enough for all cores, and few enough to move a progress bar.
+_BATCH_ROWS = 128
 
 _as_conversation = ConversationProcessor()
 _as_pair = PreferenceProcessor()
@@ -84,6 +90,39 @@ class Encoder:
             raise
         return Outcome(feature, self._is_cut(row, len(feature["input_ids"])))
 
+    def batch(self, tasks: Sequence[EncodingTask]) -> list[Outcome]:
+        """Encode conversations; their texts are tokenised together.
+
+        Raises:
+            InvalidRequest: naming the place of the first one that fails.
+        """
+        template = self.template
+        if type(template).encode is not Template.encode:  # a class that encodes in a way of its own
+            return [apply_step(self, task.row, task.where) for task in tasks]
+        texts: list[MarkedText] = []
+        failure = None
+        for task in tasks:
+            try:
+                mark = partial(template.mark, add_generation_prompt=self.add_generation_prompt)
+                texts.append(apply_step(mark, task.row, task.where))
+            except InvalidRequest as error:  # unless one of those before it is too long
+                failure = error
+                break
+        features = zip(tasks, template.tokenize(texts), strict=failure is None)
+        outcomes = [self._cut(feature, task.where) for task, feature in features]
+        if failure is not None:
+            raise failure
+        return outcomes
+
+    def _cut(self, feature: InputFeature, where: str) -> Outcome:
+        try:
+            cut = self.template.cut(feature)
+        except SequenceTooLong as error:
+            if self.template.truncation_strategy == "delete":
+                return Outcome(None, False)
+            raise InvalidRequest(f"{where}: {error.message}") from error
+        return Outcome(cut, len(cut["input_ids"]) < len(feature["input_ids"]))
+
     def _is_cut(self, row: Row, length: int) -> bool:
         """Whether a feature of `length` tokens was truncated.
 
@@ -99,15 +138,16 @@ class Encoder:
 def run_tasks(
     encoder: Encoder, tasks: Iterable[EncodingTask], done: Callable[[int], object]
 ) -> list[Outcome]:
-    """Encode sequentially in this process; `done` is called after each task.
+    """Encode in this process; `done` is called with the number of tasks finished since the last call.
 
     Raises:
         InvalidRequest: naming the place of the first task that fails.
     """
     outcomes: list[Outcome] = []
-    for task in tasks:
-        outcomes.append(apply_step(encoder, task.row, task.where))
-        done(1)
+    left = iter(tasks)
+    while batch := list(islice(left, _BATCH_ROWS)):
+        outcomes += encoder.batch(batch)
+        done(len(batch))
     return outcomes
 
 

@@ -1,6 +1,7 @@
 """Encoding in several processes, with the same results and errors as in one."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -78,6 +79,7 @@ def _cores() -> int:
 def _start(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core
 
 
 def _work(tasks: Sequence[EncodingTask]) -> list[Outcome]:

@@ -61,15 +61,26 @@ def assistant_turns(
     Raises:
         RenderingFailed: if a turn can't be found.
     """
+    return render_turns(template, conversation, add_generation_prompt)[1]
+
+
+def render_turns(
+    template: ChatTemplate, conversation: Conversation, add_generation_prompt: bool = False
+) -> tuple[str, list[Turn]]:
+    """What `template` renders for `conversation`, and the assistant's turns in it, in order.
+
+    Raises:
+        RenderingFailed: if the template refuses the conversation, or a turn can't be found.
+    """
     turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if not turns:
-        return []
+        return template.render(conversation, add_generation_prompt), []
     traced = template.trace(conversation, add_generation_prompt)
     if traced is None:
         text = template.render(conversation, add_generation_prompt)
-        return [_as_it_was_new(template, conversation, text, index) for index in turns]
+        return text, [_as_it_was_new(template, conversation, text, index) for index in turns]
     finder = _Finder(template, conversation, traced, add_generation_prompt)
-    return [finder.turn(index) for index in turns]
+    return traced.text, [finder.turn(index) for index in turns]
 
 
 class _Finder:

@@ -20,11 +20,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.conversation import Conversation
-from twinkle.template.tracing import Stretch, Trace, instrument
+from twinkle.template.tracing import Stretch, Trace, constant_prompt, instrument, writes_directly
 
 # Two private-use code points that enclose the text of a `{% generation %}` block.
 _OPEN: Final = "\U0010fff0"
 _CLOSE: Final = "\U0010fff1"
+
+# The first of the private-use code points that mark which message text is written for.
+_FIRST_MARK: Final = 0xF0000
 
 _GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -41,6 +44,19 @@ class Traced(NamedTuple):
 
     text: str
     stretches: list[Stretch]
+
+
+class _Tracing(NamedTuple):
+    """A template that writes marks.
+
+    Attributes:
+        is_direct: whether none of them is ever in a variable of the template.
+        prompt: the generation prompt, if it is the same for all conversations.
+    """
+
+    template: jinja2.Template
+    is_direct: bool
+    prompt: str | None
 
 
 class RenderingFailed(InvalidRequest):
@@ -72,7 +88,7 @@ class ChatTemplate:
             for name, source in sources.items()
             if _GENERATION_TAG.search(source)
         }
-        self._tracing: dict[str, jinja2.Template] = {}  # compiled on first use
+        self._tracing: dict[str, _Tracing] = {}  # compiled on first use
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled templates can't be pickled; the receiving process compiles them again.
@@ -92,8 +108,8 @@ class ChatTemplate:
 
     def generation_spans(
         self, conversation: Conversation, add_generation_prompt: bool = False
-    ) -> list[Span] | None:
-        """The spans of the `{% generation %}` blocks in the output of `render`; None if they are unknown.
+    ) -> tuple[str, list[Span]] | None:
+        """The output of `render`, and the spans of its `{% generation %}` blocks; None if these are unknown.
 
         They are unknown if the template has none, or if the marks put around a block's text change the output.
         """
@@ -111,7 +127,8 @@ class ChatTemplate:
             else:
                 position += len(piece)
         unmarked = "".join(piece for piece in pieces if piece not in (_OPEN, _CLOSE))
-        return spans if unmarked == self.render(conversation, add_generation_prompt) else None
+        is_text = unmarked == self.render(conversation, add_generation_prompt)
+        return (unmarked, spans) if is_text else None
 
     def trace(self, conversation: Conversation, add_generation_prompt: bool = False) -> Traced | None:
         """The output of `render`, and which message each stretch of it was written for; None if that is unknown.
@@ -121,19 +138,44 @@ class ChatTemplate:
         Raises:
             RenderingFailed: like `render`.
         """
+        tracing = self._tracing_of(conversation)
+        if tracing.is_direct:
+            # What the template writes can't depend on the marks: one rendering is enough.
+            trace = Trace(conversation.messages, chr(_FIRST_MARK))
+            marked = self._run_traced(tracing.template, conversation, add_generation_prompt, trace)
+            if marked is not None and trace.has_all_marks_of(marked):
+                return Traced(*trace.read(marked))
         text = self.render(conversation, add_generation_prompt)
-        mark = next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        mark = next(chr(code) for code in range(_FIRST_MARK, 0xFFFFE) if chr(code) not in text)
         trace = Trace(conversation.messages, mark)
-        name = self._name_for(conversation)
-        if name not in self._tracing:
-            environment = _environment(_Generation)
-            self._tracing[name] = environment.from_string(instrument(environment.parse(self.sources[name])))
-        try:
-            marked = self._run(self._tracing[name], conversation, add_generation_prompt, trace.variables)
-        except RenderingFailed:
+        marked = self._run_traced(tracing.template, conversation, add_generation_prompt, trace)
+        if marked is None:
             return None
         unmarked, stretches = trace.read(marked)
         return Traced(text, stretches) if unmarked == text else None
+
+    def constant_prompt(self, conversation: Conversation) -> str | None:
+        """The generation prompt, if the template writes the same one behind any conversation of this kind."""
+        return self._tracing_of(conversation).prompt
+
+    def _tracing_of(self, conversation: Conversation) -> _Tracing:
+        name = self._name_for(conversation)
+        if name not in self._tracing:
+            environment = _environment(_Generation)
+            tree = environment.parse(self.sources[name])
+            prompt = constant_prompt(tree)
+            instrument(tree)
+            self._tracing[name] = _Tracing(environment.from_string(tree), writes_directly(tree), prompt)
+        return self._tracing[name]
+
+    def _run_traced(
+        self, template: jinja2.Template, conversation: Conversation, add_generation_prompt: bool, trace: Trace
+    ) -> str | None:
+        """The output with marks; None if the template fails."""
+        try:
+            return self._run(template, conversation, add_generation_prompt, trace.variables)
+        except RenderingFailed:
+            return None
 
     def _name_for(self, conversation: Conversation) -> str:
         return "tool_use" if conversation.tools is not None and "tool_use" in self._templates else "default"

@@ -15,16 +15,17 @@ from tokenizers import Tokenizer
 
 from twinkle import hub
 from twinkle._version import __version__
-from twinkle.data_format import NOT_TRAINED, InputFeature, Trajectory
+from twinkle.data_format import InputFeature, Trajectory
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.template.continuation import continuation_ids
 from twinkle.template.conversation import Conversation, read_conversation
 from twinkle.template.fitting import fitted
 from twinkle.template.habits import Habits
-from twinkle.template.labels import assistant_turns
+from twinkle.template.labels import render_turns
 from twinkle.template.parsing import ParsedTurn, parse_turn
-from twinkle.template.rendering import ChatTemplate, Span
+from twinkle.template.rendering import ChatTemplate
 from twinkle.template.shown import ShownMessages
+from twinkle.template.token_labels import MarkedText, TokenLabels
 from twinkle.template.tokenizer_files import (
     TEMPLATE_FILES,
     read_chat_templates,
@@ -95,6 +96,7 @@ class Template:
         self._chat_template = ChatTemplate(sources, variables, owner=self.model_id)
         self._habits = Habits(self._chat_template)
         self._shown = ShownMessages(self._chat_template)
+        self._labels_of_tokens: TokenLabels | None = None
 
     def render(self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False) -> str:
         """The conversation as text for the model.
@@ -116,18 +118,33 @@ class Template:
             InvalidRequest: if it is no conversation, or the chat template refuses it or would leave a message out.
             SequenceTooLong: if it is longer than `max_length` and must not be cut.
         """
+        return self.cut(self._token_labels.one(self.mark(trajectory, add_generation_prompt)))
+
+    def mark(
+        self, trajectory: Trajectory | Mapping[str, Any], add_generation_prompt: bool = False
+    ) -> MarkedText:
+        """The conversation as text, and what of it is trained on: the first half of `encode`.
+
+        Raises:
+            InvalidRequest: as `encode`.
+        """
         conversation = self._read(trajectory)
-        text = self._chat_template.render(conversation, add_generation_prompt)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        input_ids = np.array(encoding.ids, dtype=np.int64)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         if self.train_on == "all":
-            left_out = self._left_out_spans(conversation, add_generation_prompt)
-            labels = np.where(_labels(input_ids, offsets, left_out) == NOT_TRAINED, input_ids, NOT_TRAINED)
-        else:
-            labels = _labels(input_ids, offsets, self._trained_spans(conversation, add_generation_prompt))
-        kept = self._kept(len(input_ids))
-        return InputFeature(input_ids=input_ids[kept], labels=labels[kept])
+            return self._marked_but_left_out(conversation, add_generation_prompt)
+        return self._marked_turns(conversation, add_generation_prompt)
+
+    def tokenize(self, texts: Sequence[MarkedText]) -> list[InputFeature]:
+        """Tokens and labels of several texts, faster than one by one; uncut, whatever `max_length` is."""
+        return self._token_labels.several(texts)
+
+    def cut(self, feature: InputFeature) -> InputFeature:
+        """The feature within `max_length`.
+
+        Raises:
+            SequenceTooLong: as `encode`.
+        """
+        kept = self._kept(len(feature["input_ids"]))
+        return InputFeature(input_ids=feature["input_ids"][kept], labels=feature["labels"][kept])
 
     def batch_encode(
         self, trajectories: Iterable[Trajectory | Mapping[str, Any]], add_generation_prompt: bool = False
@@ -239,33 +256,43 @@ class Template:
         special = [token.content for token in added if token.special]
         return learn_turn_form(self._chat_template, [*special, self._eos_token])
 
-    def _trained_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
-        """The spans of the rendered text to train on: those that the chat template marks, or the turns found."""
+    @property
+    def _token_labels(self) -> TokenLabels:
+        # The tokenizer may be exchanged for another.
+        if self._labels_of_tokens is None or self._labels_of_tokens.tokenizer is not self.tokenizer:
+            self._labels_of_tokens = TokenLabels(self.tokenizer)
+        return self._labels_of_tokens
+
+    def _marked_turns(self, conversation: Conversation, add_generation_prompt: bool) -> MarkedText:
+        """With the spans to train on: those that the chat template marks, or the turns found."""
         marked = self._chat_template.generation_spans(conversation, add_generation_prompt)
         if marked is not None and self.train_on == "assistant" and not conversation.left_out:
-            return marked
-        turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
+            return MarkedText(*marked)
+        text, turns = render_turns(self._chat_template, conversation, add_generation_prompt)
         if self.train_on == "last_assistant":
             turns = turns[-1:]
         trained = [span for turn in turns if turn.message not in conversation.left_out for span in turn.spans]
         if marked is None:
-            return trained
-        return [
-            span for span in marked for turn in trained if span.start < turn.end and turn.start < span.end
+            return MarkedText(text, trained)
+        spans = [
+            span for span in marked[1] for turn in trained if span.start < turn.end and turn.start < span.end
         ]
+        return MarkedText(text, spans)
 
-    def _left_out_spans(self, conversation: Conversation, add_generation_prompt: bool) -> list[Span]:
-        """The spans of messages excluded from training, when everything else is trained on."""
+    def _marked_but_left_out(self, conversation: Conversation, add_generation_prompt: bool) -> MarkedText:
+        """With the spans of messages excluded from training, when everything else is trained on."""
         if not conversation.left_out:
-            return []
-        turns = assistant_turns(self._chat_template, conversation, add_generation_prompt)
+            text = self._chat_template.render(conversation, add_generation_prompt)
+            return MarkedText(text, [], trains_spans=False)
+        text, turns = render_turns(self._chat_template, conversation, add_generation_prompt)
         others = conversation.left_out - {turn.message for turn in turns}
         if others:
             raise InvalidRequest(
                 f"messages[{min(others)}]: marked as not to be trained on, and train_on='all' trains every message "
                 "that is not the assistant's; take the mark out, or train on 'assistant'"
             )
-        return [span for turn in turns if turn.message in conversation.left_out for span in turn.spans]
+        spans = [span for turn in turns if turn.message in conversation.left_out for span in turn.spans]
+        return MarkedText(text, spans, trains_spans=False)
 
     def _kept(self, length: int) -> slice:
         """The slice of a sequence of that length that is kept."""
@@ -279,22 +306,6 @@ class Template:
             f"messages: {length} tokens, and max_length is {self.max_length}; raise it, or set truncation_strategy to "
             "'left' or 'right' to cut, or 'delete' to leave such rows out"
         )
-
-
-def _labels(
-    input_ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], spans: Sequence[Span]
-) -> npt.NDArray[np.int64]:
-    """Each token's own id if it overlaps a span, else -100; int64 [T].
-
-    Args:
-        input_ids: int64 [T].
-        offsets: the first character of each token and the one after its last, int64 [T, 2].
-    """
-    labels = np.full_like(input_ids, NOT_TRAINED)
-    for span in spans:
-        inside = (offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)
-        labels[inside] = input_ids[inside]
-    return labels
 
 
 def _require_one_of(field: str, value: str, allowed: Sequence[str]) -> None:

@@ -43,6 +43,51 @@ def instrument(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
     return tree
 
 
+def writes_directly(tree: jinja2.nodes.Template) -> bool:
+    """Whether an instrumented template's marks go straight to its output, never into text that it holds and may look
+    at: none of its loops is in a macro, or in a block whose text is set to a variable, filtered or called with.
+    """
+    holding = (
+        jinja2.nodes.AssignBlock,
+        jinja2.nodes.FilterBlock,
+        jinja2.nodes.CallBlock,
+        jinja2.nodes.Macro,
+    )
+    return not any(
+        call.node.name in (_ENTER, _TAKE, _LEAVE)
+        for block in tree.find_all(holding)
+        for call in block.find_all(jinja2.nodes.Call)
+        if isinstance(call.node, jinja2.nodes.Name)
+    )
+
+
+def constant_prompt(tree: jinja2.nodes.Template) -> str | None:
+    """The generation prompt of a template that writes the same one in any case: with `{% if add_generation_prompt %}`
+    and nothing but text in it, at its end, right behind a loop over all messages. None for other templates.
+    """
+    match tree.body:
+        case [
+            *_,
+            jinja2.nodes.For(iter=jinja2.nodes.Name(name="messages")),
+            jinja2.nodes.If(
+                test=jinja2.nodes.Name(name="add_generation_prompt"), body=written, elif_=[], else_=[]
+            ),
+        ]:
+            pass
+        case _:
+            return None
+    pieces = [piece for output in written for piece in getattr(output, "nodes", [output])]
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, jinja2.nodes.TemplateData):
+            text += piece.data
+        elif isinstance(piece, jinja2.nodes.Const) and isinstance(piece.value, str):
+            text += piece.value
+        else:
+            return None
+    return text if text.strip() else None
+
+
 def _instrument(node: jinja2.nodes.Node, numbers: Mapping[int, int], around: int | None) -> None:
     """Insert marks below `node`, which is directly (except for conditions) in the body of loop `around`."""
     for field in node.fields:
@@ -91,6 +136,7 @@ class Trace:
         # For each running loop, whether it has reached a message; a loop over indices may not have yet.
         self._arrived: dict[int, bool] = {}
         self._marked: set[int] = set()  # running loops that have written a mark
+        self._count = 0
 
     @property
     def variables(self) -> Mapping[str, Any]:
@@ -117,11 +163,17 @@ class Trace:
         if loop not in self._marked:
             return ""
         self._marked.remove(loop)
+        self._count += 1
         return f"{self._mark}{loop}{self._mark}"
 
     def _written(self, loop: int, message: int | None) -> str:
         self._marked.add(loop)
+        self._count += 1
         return f"{self._mark}{loop},{'' if message is None else message}{self._mark}"
+
+    def has_all_marks_of(self, marked: str) -> bool:
+        """Whether the mark's character occurs nowhere else in the text."""
+        return marked.count(self._mark) == 2 * self._count
 
     def read(self, marked: str) -> tuple[str, list[Stretch]]:
         """The text without its marks, and its stretches in order; none is empty, and neighbours differ in owner."""

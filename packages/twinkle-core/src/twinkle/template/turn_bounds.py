@@ -106,6 +106,8 @@ def generation_prompt(template: ChatTemplate, conversation: Conversation) -> str
     """The text that the template adds for the model to continue; None if it refuses the conversation, or can't be
     traced.
     """
+    if (constant := template.constant_prompt(conversation)) is not None:
+        return constant
     try:
         prompted = template.trace(conversation, add_generation_prompt=True)
         if prompted is None:

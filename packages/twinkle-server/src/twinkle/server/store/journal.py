@@ -81,6 +81,7 @@ class Journal:
         self._end = self._end_of(self._number) if self.earlier else 0  # number of its valid bytes
         self._descriptor = -1
         self._opened: tuple[int, int] | None = None  # device and inode of the descriptor's file
+        self._opened_path = ""  # kept, since it is looked at for each record
         self._is_away = False
         self._unflushed = False
         self._flushing: asyncio.Task[None] | None = None
@@ -173,6 +174,7 @@ class Journal:
         self._descriptor, self._end = descriptor, len(header)
         found = os.fstat(descriptor)
         self._opened = found.st_dev, found.st_ino
+        self._opened_path = str(path)
         self._number += 1
 
     def _close_segment(self) -> None:
@@ -198,7 +200,7 @@ class Journal:
         if self._descriptor < 0:
             return
         try:
-            found = os.stat(self._path(self._number))
+            found = os.stat(self._opened_path)
         except OSError:
             is_there = False
         else:
