@@ -275,8 +275,8 @@ def page(device: str = "H200") -> str:
         "- the bytes that fused kernels move, and those of flash-linear-attention",
         "",
         "Each line has all improvements above it too. Rank 32 on all linear layers but the head, 4 rows of 2048 tokens",
-        "a tenant, no padding, 12,288 tokens in a micro-batch. A tenant's rows fill micro-batches alone, so that company",
-        "changes little here. MFU is that of `benchmarks/on_gpu/reckoning.py`, "
+        "a tenant, no padding, 12,288 tokens in a micro-batch. A tenant's rows fill micro-batches alone, so that",
+        "company changes little here. MFU is that of `benchmarks/on_gpu/reckoning.py`, "
         f"of {peak.flops / 1e12:.0f} TFLOP/s.",
     ]
     for name in SHAPES:

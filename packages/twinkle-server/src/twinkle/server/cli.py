@@ -72,8 +72,10 @@ def check_config(
 
 def _print_plans(config: ServerConfig) -> None:
     """As comments, so that all that is printed is YAML."""
+    from twinkle.server.backends.hf.kernel_packages import describe_installed
     from twinkle.server.serve.fleet_plan import plan_file
 
+    print(f"# {describe_installed()}")
     for plan in plan_file(config):
         print("\n".join(f"# {line}" for line in plan.describe()))
 

@@ -56,8 +56,8 @@ class ModelSection(_Section):
     """Shard the activations between tensor-parallel matrix products along the sequence (Megatron): saves memory.
     Default: only where it is needed (a mixture of experts with `tensor_parallel_size` above 1)."""
     deterministic: bool = False
-    """On a GPU: the same pass twice gives the same bits, as on a CPU. Costs speed; what has no such kernel is refused: a
-    cumulative sum in a custom loss, Transformers' reference code of linear attention. vLLM is left as it is."""
+    """On a GPU: the same pass twice gives the same bits, as on a CPU. Costs speed; what has no such kernel is refused:
+    a cumulative sum in a custom loss, Transformers' reference code of linear attention. vLLM is left as it is."""
     max_lora_rank: int = Field(default=128, ge=1)
     """Highest rank of an adapter."""
     max_context_length: int | None = Field(default=None, ge=2)

@@ -1,25 +1,29 @@
-"""Which code computes recurrent layers: linear attention, and the short convolutions before it.
+"""Which code computes a model's layers, and whoever starts the server is told.
 
-For these Transformers takes the kernels of other packages (flash-linear-attention, causal-conv1d), where they can be
-imported, and else its own reference code, which gives the same numbers and on a GPU takes many times as long. The
-kernels run on GPUs only. Transformers decides when it is imported, whatever the device: on a CPU its reference code is
-put back here.
+For recurrent layers (linear attention, and the short convolutions before it) Transformers takes the kernels of other
+packages (flash-linear-attention, causal-conv1d), where they can be imported, and else its own reference code, which
+gives the same numbers and on a GPU takes many times as long. The kernels run on GPUs only. Transformers decides when it
+is imported, whatever the device: on a CPU its reference code is put back here.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-# Import name -> what is installed.
-_DISTRIBUTIONS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
+from twinkle.server.backends.hf.kernel_packages import KERNEL_PACKAGES, how_to_install
+from twinkle.server.backends.lora.experts import has_grouped_product
+
+# Transformers' names of what computes attention.
+_ATTENTION = {"sdpa": "torch's scaled_dot_product_attention", "eager": "Transformers' plain products"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +63,17 @@ def replaceable_functions(model: nn.Module) -> list[ReplaceableFunction]:
     return found
 
 
-def choose_kernels(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+def choose_kernels(model: PreTrainedModel, device: torch.device) -> tuple[str, ...]:
     """Where `device` is a CPU, put Transformers' reference code in the place of kernels, for this whole process.
 
     Returns:
-        A line for whoever starts the server that says what computes the model's recurrent layers; none if there are no
-        such layers.
+        Lines for whoever starts the server: what computes the model's recurrent layers, if it has any, and all others.
     """
     functions = replaceable_functions(model)
+    return (*_recurrent_layers(functions, device), _other_layers(model, device))
+
+
+def _recurrent_layers(functions: list[ReplaceableFunction], device: torch.device) -> tuple[str, ...]:
     if not functions:
         return ()
     layers = "recurrent layers (linear attention, convolutions)"
@@ -75,16 +82,35 @@ def choose_kernels(model: nn.Module, device: torch.device) -> tuple[str, ...]:
             if function.has_kernel:
                 setattr(function.home, function.name, function.reference)
         return (f"Transformers' reference code computes {layers}: kernels for them run on GPUs only.",)
-    missing = _distributions([function.package for function in functions if not function.has_kernel])
+    missing = _once(function.package for function in functions if not function.has_kernel)
     if not missing:
-        used = _distributions([function.package for function in functions])
+        used = _distributions(_once(function.package for function in functions))
         return (f"Kernels of {' and '.join(used)} compute {layers}.",)
     return (
         f"WARNING: Transformers' reference code computes {layers}, which takes many times as long as the kernels of "
-        f"{' and '.join(missing)}. Install them where the server runs (pip install 'twinkle-server[gpu]'), and start "
-        "it again.",
+        f"{' and '.join(_distributions(missing))}. Install them where the server runs (pip install "
+        f"{how_to_install(missing)}), and start it again.",
     )
 
 
+def _other_layers(model: PreTrainedModel, device: torch.device) -> str:
+    implementation = cast("Any", model.config)._attn_implementation
+    parts = [f"attention by {_ATTENTION.get(implementation, implementation)}"]
+    if any(hasattr(type(module), "_apply_gate") for module in model.modules()):
+        grouped = has_grouped_product(device, model.dtype)
+        parts.append(f"routed experts by {'torch.grouped_mm' if grouped else 'one product an expert'}")
+    parts.append(
+        "norms, rotary embedding and activations by Transformers' own code, log-probabilities by plain torch"
+    )
+    return f"Kernels: {'; '.join(parts)}."
+
+
+def _once(packages: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(packages))
+
+
 def _distributions(packages: list[str]) -> list[str]:
-    return [_DISTRIBUTIONS.get(package, package) for package in dict.fromkeys(packages)]
+    return [
+        KERNEL_PACKAGES[package].distribution if package in KERNEL_PACKAGES else package
+        for package in packages
+    ]

@@ -245,12 +245,18 @@ def _by_kernel_in_parts(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether torch has a grouped kernel (public since 2.10, for bfloat16 from compute capability 8.0)."""
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies rows with their experts' matrices in one kernel: since 2.10 in bfloat16, on a GPU of
+    compute capability 8.0 or above.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
         return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _has_kernel(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     sizes = (*gate_up.shape[1:], *down.shape[1:])
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and all(s % _ALIGNMENT == 0 for s in sizes)
+    return has_grouped_product(x.device, x.dtype) and all(s % _ALIGNMENT == 0 for s in sizes)
 
 
 # ---------------------------------------------------------------- in a model
