@@ -111,9 +111,8 @@ class SlotCache:
     def reserve(self, rows: int, length: int) -> None:
         """Make room for rows of this length, keeping the content.
 
-        If there is no room, or memory runs out, the capacity stays the same and nothing is lost: layers that have grown
-        by then are harmlessly larger than needed. (One tensor at a time, so that old and new memory are held together
-        for one tensor only.)
+        If memory runs out, the capacity stays the same and nothing is lost: layers that have grown by then are
+        harmlessly larger than needed. (One tensor at a time, so that old and new are together for one only.)
 
         Raises:
             CacheFull: before anything has grown.
@@ -132,13 +131,11 @@ class SlotCache:
         if self._growth(*wanted) > self._memory.left:
             wanted = exact
         if (growth := self._growth(*wanted)) > self._memory.left:
-            raise CacheFull(
-                f"{rows} rows of {length} tokens want {growth} bytes; {self._memory.left} are left"
-            )
+            raise CacheFull(f"{rows} rows of {length} tokens want {growth} of {self._memory.left} bytes")
         for name, old in self._keys_values.items():
-            self._keys_values[name] = self._grown(old, self._wanted(name, old, *wanted))
+            self._keys_values[name] = self._memory.grown(old, self._wanted(name, old, *wanted))
         for name, old in self._states.items():
-            self._states[name] = self._grown(old, self._wanted(name, old, *wanted))
+            self._states[name] = self._memory.grown(old, self._wanted(name, old, *wanted))
         self._capacity = wanted
 
     def _wanted(self, name: Name, old: Tensor, rows: int, length: int) -> tuple[int, ...]:
@@ -157,24 +154,6 @@ class SlotCache:
                 more, at_once = more + size - old.nbytes, max(at_once, old.nbytes)
         return more + at_once
 
-    def _grown(self, old: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of this shape with the old one's content, and zeros elsewhere; the old one, if it has that shape."""
-        if shape == old.shape:
-            return old
-        new = self._zeros(old, shape)
-        new[tuple(slice(0, size) for size in old.shape)] = old
-        self._memory.give_back(old.nbytes)
-        return new
-
-    def _zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape) * like.element_size()
-        self._memory.take(size)
-        try:
-            return like.new_zeros(shape)
-        except Exception:
-            self._memory.give_back(size)
-            raise
-
     def trim(self, rows: int, length: int) -> None:
         """Free memory far beyond what rows of this length need; their content is kept."""
         old_rows, old_length = self._capacity
@@ -184,24 +163,18 @@ class SlotCache:
         self._capacity = (rows, _whole_blocks(length))
         try:
             for name, old in self._keys_values.items():
-                self._keys_values[name] = self._trimmed(
+                self._keys_values[name] = self._memory.trimmed(
                     old, old[:rows, :, : self._length(name[1], self._capacity[1])]
                 )
             for name, old in self._states.items():
-                self._states[name] = self._trimmed(old, old[:rows])
+                self._states[name] = self._memory.trimmed(old, old[:rows])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
 
-    def _trimmed(self, old: Tensor, kept: Tensor) -> Tensor:
-        new = self._zeros(old, tuple(kept.shape)).copy_(kept)
-        self._memory.give_back(old.nbytes)
-        return new
-
     def clear(self) -> None:
         """Free the memory."""
-        for stored in (*self._keys_values.values(), *self._states.values()):
-            self._memory.give_back(stored.nbytes)
+        self._memory.free((*self._keys_values.values(), *self._states.values()))
         self._keys_values.clear()
         self._states.clear()
         self._capacity = (0, 0)
@@ -294,7 +267,9 @@ class SlotCache:
         stored = self._keys_values.get(name)
         if stored is None:
             rows, length = self._capacity
-            stored = self._zeros(like, (rows, like.shape[1], self._length(name[1], length), like.shape[3]))
+            stored = self._memory.zeros(
+                like, (rows, like.shape[1], self._length(name[1], length), like.shape[3])
+            )
             self._keys_values[name] = stored
         return stored
 
@@ -367,7 +342,7 @@ class SlotCache:
         """A layer's states, allocated when their shape is first known: that of `like`, [rows, ...]."""
         stored = self._states.get(name)
         if stored is None:
-            stored = self._states[name] = self._zeros(like, (self._capacity[0], *like.shape[1:]))
+            stored = self._states[name] = self._memory.zeros(like, (self._capacity[0], *like.shape[1:]))
         return stored
 
     def _last_own(self, kernel: int, device: torch.device) -> Tensor:
