@@ -12,6 +12,7 @@ import torch
 from on_gpu.models import config_of, make
 from on_gpu.report import Part, Report, Skipped
 from on_gpu.training import Case, adapter_name
+from twinkle.protocol.errors import TwinkleError
 from twinkle.protocol.types import SamplingParams
 from twinkle.server.backends.protocol import AdapterSpec
 from twinkle.server.backends.transformers import TransformersBackend
@@ -65,17 +66,23 @@ def train(backend: TransformersBackend, case: Case) -> np.ndarray:
 
 def drill_training(report: Report, part: Part, backend: TransformersBackend, before: np.ndarray) -> None:
     gradient = _gradient(backend)
-    try:
-        train(backend, LARGE)
-        found = "it fitted into the memory there was: nothing was tried"
-        part.problems.append(f"a pass of {LARGE.tokens:,} tokens: {found}")
-    except torch.OutOfMemoryError:
-        found = "out of memory, as it should be"
+    with _counted("twinkle.backend") as counter:
+        try:
+            train(backend, LARGE)
+            found = "computed in smaller pieces"
+            if not counter.lacks:
+                found = "it fitted into the memory there was: nothing was tried"
+                part.problems.append(f"a pass of {LARGE.tokens:,} tokens: {found}")
+        except (torch.OutOfMemoryError, TwinkleError) as error:
+            found = f"{type(error).__name__}: {error}"[:200]
+            unchanged = all(np.array_equal(one, gradient[name]) for name, one in _gradient(backend).items())
+            if not unchanged:
+                part.problems.append("the gradient has changed by a pass that failed")
+            report.add(
+                part, {"what": "the gradient after it", "found": "unchanged" if unchanged else "changed"}
+            )
     report.add(part, {"what": f"a pass of {LARGE.tokens:,} tokens", "found": found})
-    unchanged = all(np.array_equal(one, gradient[name]) for name, one in _gradient(backend).items())
-    if not unchanged:
-        part.problems.append("the gradient has changed by a pass that failed")
-    report.add(part, {"what": "the gradient after it", "found": "unchanged" if unchanged else "changed"})
+    report.add(part, {"what": "times that memory ran out in it", "found": counter.lacks})
     off = float(np.abs(train(backend, SMALL) - before).max())
     if not off <= 0.05:
         part.problems.append(f"a small pass gives other log-probabilities than before, by up to {off:.3g}")
@@ -89,22 +96,31 @@ def _gradient(backend: TransformersBackend) -> dict[str, np.ndarray]:
 
 
 class _Counter(logging.Handler):
-    """Counts the messages about preempted samples."""
+    """Counts the messages that say that memory ran out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.preempted = 0
+        self.lacks = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.preempted += "memory ran out" in record.getMessage()
+        self.lacks += "memory ran out" in record.getMessage()
 
 
-def drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> None:
-    log, counter = logging.getLogger("twinkle.sampler"), _Counter()
+@contextmanager
+def _counted(name: str) -> Generator[_Counter]:
+    log, counter = logging.getLogger(name), _Counter()
     level = log.level
     log.addHandler(counter)
     log.setLevel(logging.INFO)
     try:
+        yield counter
+    finally:
+        log.removeHandler(counter)
+        log.setLevel(level)
+
+
+def drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> None:
+    with _counted("twinkle.sampler") as counter:
         draw = np.random.default_rng(0)
         params = SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[])
         futures = [
@@ -120,12 +136,9 @@ def drill_sampling(report: Report, part: Part, engine: TransformersEngine) -> No
                 )
             except Exception as error:
                 part.problems.append(f"a sample failed: {type(error).__name__}: {error}"[:300])
-    finally:
-        log.removeHandler(counter)
-        log.setLevel(level)
     if complete < SEQUENCES:
         part.problems.append(f"only {complete} of {SEQUENCES} samples are complete")
     report.add(part, {"what": f"{SEQUENCES} samples", "found": f"{complete} complete"})
-    report.add(part, {"what": "samples preempted for lack of memory", "found": counter.preempted})
-    if not counter.preempted:
+    report.add(part, {"what": "samples preempted for lack of memory", "found": counter.lacks})
+    if not counter.lacks:
         part.problems.append("the samples fitted into the memory there was: nothing was tried")

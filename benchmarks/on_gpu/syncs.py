@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def decoding(
     limits = make_limits(loaded, _ROWS, _ROWS * 256, RowCost())
     runner = ModelRunner(model, route, LayerKinds.of(model.config, loaded.info.max_context_length))
     with torch.inference_mode():
-        running = RunningSamples(SlotBatch(runner, limits, 0))
+        running = RunningSamples(SlotBatch(runner, replace(limits, prefix_tokens=0)))
         adapters = [ResidentAdapter.of(state, loaded.dtype, loaded.device) for state in states]
         for i in range(_ROWS):
             request = GenerateRequest("tenant", None, np.arange(8 + i), SamplingParams(stop=[]))

@@ -16,9 +16,9 @@ from on_gpu.reckoning import Work
 from on_gpu.report import Part, Report, Row
 from twinkle.protocol.types import AdamParams
 from twinkle.server.backends import protocol
+from twinkle.server.backends.hf.device_memory import is_out_of_memory
 from twinkle.server.backends.protocol import AdamStep, AdapterSpec
 from twinkle.server.backends.transformers import TransformersBackend
-from twinkle.server.samplers.transformers.memory import is_out_of_memory
 
 _STEP = AdamParams(learning_rate=1e-4)
 # A case is done twice if there is time, since the first step finds kernels and takes memory, and more often within

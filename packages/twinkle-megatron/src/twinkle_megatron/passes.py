@@ -27,6 +27,7 @@ from twinkle_megatron import cpu
 from twinkle_megatron.groups import Group, Groups
 from twinkle_megatron.lora import ShardSegment
 from twinkle_megatron.pieces import Piece, cut, tokens_at_once
+from twinkle_megatron.recomputation import tokens_beside
 from twinkle_megatron.shards import ShardedLayout, expert_places, layout_of, partial_places
 from twinkle_megatron.stage import Stage
 
@@ -122,7 +123,9 @@ def _run_schedule(stage: Stage, work: _Pieces) -> None:
         return _forward(work, next(pieces), model)
 
     at_once = tokens_at_once(work.pieces, stage.groups)
-    stage.context.recomputes = not work.forward_only and at_once > stage.affordable_tokens
+    under_way = stage.groups.pipeline.size - stage.groups.pipeline.index
+    affordable = tokens_beside(work.adapters.values(), stage, under_way)
+    stage.context.recomputes = not work.forward_only and at_once > affordable
     with cpu.schedules_on(stage.groups.device), torch.set_grad_enabled(not work.forward_only):
         run(
             forward_step_func=forward,

@@ -11,9 +11,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from twinkle.server.backends.hf.device_memory import MemoryAccount
 from twinkle.server.backends.hf.export_facts import export_facts
 from twinkle.server.backends.hf.model_facts import (
-    affordable_adapter_bytes,
     bounded_batch_tokens,
     context_length,
     eos_token_ids,
@@ -27,7 +27,7 @@ from twinkle_megatron.groups import Groups
 from twinkle_megatron.head import LogprobHead
 from twinkle_megatron.joins import Join, side_by_side
 from twinkle_megatron.lora import ColumnLora, ForwardContext, Parallelism, RowLora
-from twinkle_megatron.recomputation import recompute_layers, stage_affordable_tokens
+from twinkle_megatron.recomputation import recompute_layers, stage_affordable_tokens, stage_token_bytes
 from twinkle_megatron.shards import Target, targets
 
 
@@ -38,7 +38,9 @@ class Stage:
     Attributes:
         model: gives log-probabilities [rows, tokens, k] at `context.targets` on the last stage, else hidden states.
         targets: the layers of the whole model that adapters can act on.
-        affordable_tokens: with more tokens at once this stage's layers recompute their activations.
+        affordable_tokens: with more tokens at once this stage's layers recompute their activations, if no adapter took
+            any memory.
+        token_bytes: of a token's activations in this stage's layers.
     """
 
     architecture: Architecture
@@ -48,6 +50,7 @@ class Stage:
     targets: list[Target]
     info: BaseModelInfo
     affordable_tokens: int
+    token_bytes: int
 
 
 def load(config: ModelConfig) -> Stage:
@@ -66,13 +69,20 @@ def load(config: ModelConfig) -> Stage:
     context = ForwardContext()
     _add_lora(model, architecture, ranks, context)
     recompute_layers(cast("Any", model).decoder.layers, context)
-    found, affordable = targets(architecture), stage_affordable_tokens(architecture, ranks)
-    info = _describe(architecture, config, found, affordable)
-    return Stage(architecture, ranks, model, context, found, info, affordable)
+    memory = MemoryAccount.of(config, ranks.device)
+    token_bytes = stage_token_bytes(architecture, ranks)
+    affordable = stage_affordable_tokens(architecture, token_bytes, memory.passes, ranks)
+    found = targets(architecture)
+    info = _describe(architecture, config, found, affordable, memory)
+    return Stage(architecture, ranks, model, context, found, info, affordable, token_bytes)
 
 
 def _describe(
-    architecture: Architecture, config: ModelConfig, found: list[Target], affordable: int
+    architecture: Architecture,
+    config: ModelConfig,
+    found: list[Target],
+    affordable: int,
+    memory: MemoryAccount,
 ) -> BaseModelInfo:
     """
     Args:
@@ -92,9 +102,7 @@ def _describe(
         architecture=architecture.name,
         export=export_facts(config.path, architecture.is_tied),
         # Ranks that share a stage's experts have copies of everything else, and so add no room.
-        max_adapter_bytes=affordable_adapter_bytes(
-            device, config.tensor_parallel_size * config.pipeline_parallel_size
-        ),
+        max_adapter_bytes=memory.adapters * config.tensor_parallel_size * config.pipeline_parallel_size,
         trainable=groups_there_are(target.group for target in found),
     )
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from twinkle.server.backends.hf import model_facts
 from twinkle.server.backends.hf.base_model import load_base_model
 from twinkle.server.backends.hf.model_facts import (
     affordable_tokens,
     bounded_batch_tokens,
+    head_bytes,
     overhead_tokens,
 )
 from twinkle.server.backends.protocol import ModelConfig
@@ -47,10 +47,9 @@ def test_the_head_is_a_product_for_every_token_and_the_embedding_is_none(is_tied
     assert info.overhead_tokens == overhead_tokens(2, weights, torch.device("cpu"))
 
 
-def test_a_share_of_the_free_memory_is_for_the_tokens_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_has_room_for_its_head_and_then_for_tokens() -> None:
     cpu, head = torch.device("cpu"), 16 * 2**24  # float32 three times, and 16 bits twice
-    monkeypatch.setattr(model_facts, "_free_host_memory", lambda: 4 * (head + 5000))
-    assert affordable_tokens(10.0, 1000, cpu) == 500
-    monkeypatch.setattr(model_facts, "_free_host_memory", lambda: head)
-    assert affordable_tokens(10.0, 1000, cpu) == 0
+    assert head_bytes(1000, cpu) == head
+    assert affordable_tokens(10.0, head + 5000, head) == 500
+    assert affordable_tokens(10.0, head // 2, head) == 0
     assert [bounded_batch_tokens(tokens, cpu) for tokens in (0, 1000, 10**6)] == [512, 1000, 2048]

@@ -17,7 +17,7 @@ from twinkle.server.backends.protocol import ModelConfig
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.samplers.cache_usage import CacheUsage
 from twinkle.server.samplers.protocol import GenerateRequest
-from twinkle.server.samplers.transformers import TransformersEngine, cache
+from twinkle.server.samplers.transformers import TransformersEngine, memory
 
 LONG = [7, 8, 9]
 SHORT = [1, 2]
@@ -256,7 +256,11 @@ def test_a_cache_that_can_not_grow_is_as_it_was(make: Make, monkeypatch, nth: in
     asks = [([3 + i] * (2 + i), {"max_tokens": 100, "seed": i}) for i in range(3)]
     alone = [ask(engine, p, "t", **more).result(60) for p, more in asks]
     calls: list[int] = []
-    failed = fail_when(monkeypatch, cache, "_grown", lambda *_: calls.append(1) or len(calls) == nth)
+
+    def is_nth(_: Any, old: torch.Tensor, shape: tuple[int, ...]) -> bool:
+        return shape != old.shape and (calls.append(1) or len(calls) == nth)
+
+    failed = fail_when(monkeypatch, memory.CacheMemory, "grown", is_nth)
     with engine._inbox.lock:
         pending = [ask(engine, p, "t", **more) for p, more in asks]
     for future, expected in zip(pending, alone, strict=True):

@@ -83,6 +83,7 @@ class ModelConfig:
         expert_parallel_size: ranks that share out the routed experts of a mixture of experts.
         sequence_parallel: whether tensor-parallel ranks also shard the activations between their matrix products along
             the sequence; default: only if needed.
+        trains, samples: what the process does with the model; its memory is divided between the two.
         max_sampler_adapters: adapters that a sampling engine is asked to hold at once, about: those in use are never
             removed for others.
         rank: this process's place in the group of ranks, below `num_ranks`.
@@ -101,6 +102,8 @@ class ModelConfig:
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     sequence_parallel: bool | None = None
+    trains: bool = True
+    samples: bool = True
     max_sampler_adapters: int = 64
     rank: int = 0
     rendezvous: str | None = None

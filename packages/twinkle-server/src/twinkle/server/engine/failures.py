@@ -33,13 +33,14 @@ def to_failure(error: Exception, doing: str) -> Failure:
         return Failure(error=error.message, category=error.category)
     if retry.is_transient(error):
         return Failure(error=retry.unavailable(error).message, category="server")
-    # By name, since this layer doesn't import torch; CUDA's and the allocator's errors have the same one.
+    # By name, since this layer doesn't import torch; CUDA's and the allocator's errors have the same one. (A pass that
+    # can't fit because of its own rows is refused by the backend.)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         log.warning("%s ran out of memory: %s", doing, error)
         return Failure(
-            error="the request did not fit into the server's memory, and nothing was changed; send fewer or shorter "
-            "sequences in one request",
-            category="user",
+            error="the server's memory ran out on this request, and nothing was changed; send it again, or fewer or "
+            "shorter sequences in one request",
+            category="server",
         )
     error_id = uuid.uuid4().hex[:12]
     log.error("%s failed, error id %s", doing, error_id, exc_info=error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
@@ -302,7 +303,7 @@ def build_worker(model: ModelConfig, backend: str, sampler: str | None) -> Local
     use_deterministic_kernels(model)
     backend_class: type[TrainingBackend] = plugins.find(plugins.TRAINING_BACKENDS, backend)
     if sampler is None:
-        return LocalWorker(backend_class(model), None)
+        return LocalWorker(backend_class(replace(model, samples=False)), None)
     sampler_class: type[SamplingEngine] = plugins.find(plugins.SAMPLING_ENGINES, sampler)
     training = backend_class(model)
     return LocalWorker(training, sampler_class.create(model, training))

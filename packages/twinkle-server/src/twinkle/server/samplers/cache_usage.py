@@ -60,6 +60,10 @@ class RowCost:
             return max(0, within)
         return (left - self.windowed * self.window) // self.growing if self.growing else UNBOUNDED
 
+    def size(self, tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return tokens * self._unit
+
     def affordable(self, size: int) -> int:
         """How many tokens fit into so many bytes."""
         return size // self._unit
@@ -71,6 +75,9 @@ class Limits:
     Attributes:
         rows: most sequences at a time.
         tokens: most that they may take together.
+        alone: most that a sequence may take: while its prompt is moved from where it was prefilled, it is there twice.
+        bytes: most of all caches, with what they have beyond what is needed, so that growing is rare.
+        prefix_tokens: most that are kept of sequences that have ended, besides.
         boundaries: lengths beyond which a sequence is computed with other rope frequencies, rising. All sequences of a
             bucket are computed with the same ones.
         per_sequence: whether each sequence is charged for its own length alone, since none are padded.
@@ -81,11 +88,14 @@ class Limits:
     boundaries: tuple[int, ...] = ()
     per_sequence: bool = False
     cost: RowCost = RowCost()
+    alone: int = UNBOUNDED
+    bytes: int = UNBOUNDED
+    prefix_tokens: int = 2**14
 
     @property
     def longest(self) -> int:
         """The length of the longest sequence that there is room for."""
-        return self.cost.longest(self.tokens)
+        return self.cost.longest(min(self.tokens, self.alone))
 
     @cached_property
     def short(self) -> int:

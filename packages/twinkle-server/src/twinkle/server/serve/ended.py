@@ -14,13 +14,18 @@ _BEYOND_REPAIR = (
     "cuDNN error",
     "CUBLAS_STATUS",
     "device-side assert",
-    "NCCL",
-    "gloo",
 )
+_COLLECTIVE = ("NCCL", "gloo")  # other ranks may have gone on
+
+# Two of CUDA's errors say no more than that memory has run out (`backends.hf.device_memory`).
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_beyond_repair(error: BaseException) -> bool:
     """Whether the process that raised it can't compute any more."""
     if isinstance(error, EngineDied):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BEYOND_REPAIR)
+    said = str(error)
+    if any(sign in said for sign in _OUT_OF_MEMORY) and not any(sign in said for sign in _COLLECTIVE):
+        return False
+    return isinstance(error, RuntimeError) and any(sign in said for sign in (*_BEYOND_REPAIR, *_COLLECTIVE))

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import base_folder
+from twinkle.server.backends.hf.device_memory import MemoryAccount
 from twinkle.server.backends.hf.export_facts import export_facts, name_of
 from twinkle.server.backends.hf.fused_layers import fuse_layers
 from twinkle.server.backends.hf.kernels import choose_kernels
@@ -70,12 +71,14 @@ class LoadedModel:
             parameters of `experts`.
         info: what requests are checked against.
         experts: the modules of routed experts among the targets, by full name.
+        memory: how what the weights have left is divided.
         shards: this rank's parts, if the model is spread over ranks: its own parameters are then placeholders.
     """
 
     model: PreTrainedModel
     targets: dict[str, ModuleGroup]
     info: BaseModelInfo
+    memory: MemoryAccount
     experts: tuple[str, ...] = ()
     shards: Shards | None = None
 
@@ -111,6 +114,7 @@ def freeze(model: PreTrainedModel, config: ModelConfig, shards: Shards | None = 
 
     Args:
         config: `path` must have the model's `config.json`.
+        memory: how what the weights have left is divided.
         shards: this rank's parts, if the model is spread over ranks.
 
     Raises:
@@ -131,8 +135,9 @@ def freeze(model: PreTrainedModel, config: ModelConfig, shards: Shards | None = 
         )
     if shards is None:  # else it can only be run by all ranks together, which check it then
         check_runs(model, config)
-    info = replace(_describe(model, targets, config, device), notes=notes)
-    return LoadedModel(model, targets, info, experts, shards)
+    memory = MemoryAccount.of(config, device)
+    info = replace(_describe(model, targets, config, device, memory), notes=notes)
+    return LoadedModel(model, targets, info, memory, experts, shards)
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -377,7 +382,11 @@ def agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _describe(
-    model: PreTrainedModel, targets: Mapping[str, ModuleGroup], config: ModelConfig, device: torch.device
+    model: PreTrainedModel,
+    targets: Mapping[str, ModuleGroup],
+    config: ModelConfig,
+    device: torch.device,
+    memory: MemoryAccount,
 ) -> BaseModelInfo:
     text = model.config.get_text_config()
     ends = [model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())]
@@ -386,7 +395,7 @@ def _describe(
         vocab_size=min(embedding.shape[0], head.shape[0]),
         max_context_length=context_length(text, config),
         max_lora_rank=config.max_lora_rank,
-        max_batch_tokens=max_batch_tokens(text, model.dtype, device),
+        max_batch_tokens=max_batch_tokens(text, model.dtype, device, memory.passes),
         eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), text),
         architecture=type(model).__name__,
         overhead_tokens=overhead_tokens(int(text.num_hidden_layers), matrix_weights(model), device),

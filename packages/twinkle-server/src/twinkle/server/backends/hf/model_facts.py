@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -13,13 +11,6 @@ from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.lora.losses.logprobs import max_chunk_logits
 from twinkle.server.backends.protocol import ModelConfig
 
-# Shares of free memory for a micro-batch and for all adapters; the rest is for the sampler and other programs.
-_GPU_SHARE = 0.5
-_CPU_SHARE = 0.25
-_ADAPTERS_SHARE = 0.25
-# Of free memory, for the sampler's cache. The shares add up to more than 1 on a GPU because they are seldom
-# all used; if memory does run out, samples are preempted.
-_CACHE_SHARE = 0.5
 _MIN_BATCH_TOKENS = 512
 # Larger micro-batches are no faster on a CPU, or even slower, since activations no longer fit in the cache.
 _MAX_BATCH_TOKENS_CPU = 2048
@@ -53,10 +44,13 @@ def eos_token_ids(generation: GenerationConfig | None, text: PretrainedConfig) -
     return tuple(int(token) for token in found) if isinstance(found, list) else (int(found),)
 
 
-def max_batch_tokens(text: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> int:
+def max_batch_tokens(
+    text: PretrainedConfig, dtype: torch.dtype, device: torch.device, pass_bytes: int
+) -> int:
     """`bounded_batch_tokens`, estimated from the configuration alone."""
     token_bytes = estimated_token_bytes(text, dtype, int(text.num_hidden_layers))
-    return bounded_batch_tokens(affordable_tokens(token_bytes, int(text.vocab_size), device), device)
+    affordable = affordable_tokens(token_bytes, pass_bytes, head_bytes(int(text.vocab_size), device))
+    return bounded_batch_tokens(affordable, device)
 
 
 def estimated_token_bytes(text: PretrainedConfig, dtype: torch.dtype, layers: int) -> int:
@@ -81,16 +75,20 @@ def _largest(size: int | Sequence[int] | None) -> int:
     return max(size, default=0) if isinstance(size, Sequence) else int(size or 0)
 
 
-def affordable_tokens(token_bytes: float, vocab_size: int, device: torch.device) -> int:
-    """Tokens that a training pass can hold in its share of the memory left beside the weights.
+def head_bytes(vocab_size: int, device: torch.device) -> int:
+    """What the output head holds: a chunk's logits, and what is made of them."""
+    return _LOGIT_BYTES * max_chunk_logits(device, vocab_size)
+
+
+def affordable_tokens(token_bytes: float, pass_bytes: int, head: int) -> int:
+    """Tokens that a training pass has room for, without adapters.
 
     Args:
         token_bytes: bytes that the layers keep per token.
-        vocab_size: for what the output head holds, a chunk's logits.
+        pass_bytes: see `MemoryAccount.passes`.
+        head: see `head_bytes`.
     """
-    share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
-    head = _LOGIT_BYTES * max_chunk_logits(device, vocab_size)
-    return int(max(0.0, share * _free_memory(device) - head) / token_bytes)
+    return int(max(0, pass_bytes - head) / token_bytes)
 
 
 def bounded_batch_tokens(affordable: int, device: torch.device) -> int:
@@ -121,32 +119,3 @@ def overhead_tokens(layers: int, weights: int, device: torch.device) -> int:
     seconds = layers * (_LAYER_SECONDS_GPU if on_gpu else _LAYER_SECONDS_CPU)
     speed = _SPEED_GPU if on_gpu else _SPEED_CPU
     return max(1, round(seconds * speed / (6 * weights)))
-
-
-def affordable_adapter_bytes(device: torch.device, ranks: int = 1) -> int:
-    """Bytes for all adapters: their share of the memory left beside the weights.
-
-    Args:
-        ranks: number of ranks that hold a part of each adapter; on GPUs each has its own memory.
-    """
-    return int(_ADAPTERS_SHARE * _free_memory(device)) * (ranks if device.type == "cuda" else 1)
-
-
-def affordable_cache_bytes(device: torch.device) -> int:
-    """The sampler's share of free memory, for what its cache holds."""
-    return int(_CACHE_SHARE * _free_memory(device))
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
-
-
-def _free_host_memory() -> int:
-    """Bytes available without swapping; 8 GiB if the system doesn't say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):  # in kB; unlike MemFree, includes reclaimable caches
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 8 * 2**30

@@ -4,6 +4,7 @@
     passes            micro-batches to results and gradients
     sharding          a base that is spread over ranks; sharded_pass: their passes
     activations       what a pass keeps, measured; recomputed if it would be too much
+    pass_memory       what fits, and what is done where memory runs out
     thread_parallel   a pass's rows shared out over CPU threads
 
 The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plain gated layers get no low-rank term.
@@ -11,9 +12,9 @@ The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plai
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -27,11 +28,8 @@ from twinkle.server.backends.hf.base_model import (
     finish_logits,
     load_base_model,
 )
-from twinkle.server.backends.hf.model_facts import (
-    affordable_adapter_bytes,
-    affordable_tokens,
-    bounded_batch_tokens,
-)
+from twinkle.server.backends.hf.device_memory import giving_memory_back, release_cached
+from twinkle.server.backends.hf.model_facts import affordable_tokens, bounded_batch_tokens, head_bytes
 from twinkle.server.backends.hf.rope import rope_boundaries
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.backend import LoraBackend
@@ -44,7 +42,8 @@ from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import AdapterSpec, BaseModelInfo, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
 from twinkle.server.backends.transformers.network import LoraNetwork
-from twinkle.server.backends.transformers.passes import Pass, PassLimits, run_pass
+from twinkle.server.backends.transformers.pass_memory import PassLimits
+from twinkle.server.backends.transformers.passes import Pass, run_pass
 from twinkle.server.backends.transformers.sharded_pass import run_sharded_pass
 from twinkle.server.backends.transformers.sharding import ShardedModel
 from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks
@@ -69,17 +68,14 @@ class TransformersBackend(LoraBackend):
         count = 1 if self._loaded.shards is not None else min(self._threads.most, MAX_NETWORKS)
         self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
         self._check_runs(config)
-        affordable = affordable_tokens(
-            _token_bytes(self._loaded, self._networks.first), self._networks.first.vocab_size, device
-        )
-        self._limits = PassLimits(affordable, self._loaded.info.overhead_tokens)
+        self._limits = _pass_limits(self._loaded, self._networks.first)
         info = replace(
             self._loaded.info,
             max_lora_rank=config.max_lora_rank,
-            max_batch_tokens=bounded_batch_tokens(affordable, device),
-            max_adapter_bytes=affordable_adapter_bytes(device),
+            max_batch_tokens=bounded_batch_tokens(self._limits.affordable_tokens, device),
+            max_adapter_bytes=self._loaded.memory.adapters,
         )
-        super().__init__(info if replicas is None else _info_of_all(info, replicas, device), device, replicas)
+        super().__init__(info if replicas is None else _info_of_all(info, replicas), device, replicas)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -101,27 +97,26 @@ class TransformersBackend(LoraBackend):
         """See `TrainingBackend`.
 
         Raises:
-            InvalidRequest: if a row's loss, inputs or tokens are not possible.
-            torch.OutOfMemoryError, MemoryError: the pass's memory has been freed; another pass can be run.
+            InvalidRequest: if a row's loss, inputs or tokens are not possible, or a row alone doesn't fit.
+            ServerFault: if memory has run out though it fits. The pass's memory has been freed; another can be run.
         """
+        device = self._loaded.device
         if self._replicas is None:
-            with self._giving_memory_back():
-                done = self._run(micro_batches)
-                commit(done.scratches)
+            done = self._run(micro_batches)
+            giving_memory_back(device, lambda: commit(done.scratches))
             return done.results
         if self._loaded.shards is not None:
             done = self._run_sharded(micro_batches, self._replicas)
         else:
             try:
-                with self._giving_memory_back():
-                    done = self._run(micro_batches)
+                done = self._run(micro_batches)
             except Exception as error:
                 done = error
         # A rank without rows takes part.
         trained = self._replicas.gather(done if isinstance(done, Exception) else done.trained)
         assert not isinstance(done, Exception), "else all ranks have raised"
-        with self._giving_memory_back():
-            commit(self._replicas.send_to_owners(done.scratches, self._adapters, trained))
+        own = self._replicas.send_to_owners(done.scratches, self._adapters, trained)
+        giving_memory_back(device, lambda: commit(own))
         return done.results
 
     def _run(self, micro_batches: Sequence[Sequence[Row]]) -> Pass:
@@ -134,52 +129,35 @@ class TransformersBackend(LoraBackend):
             self._check_rows(micro_batches)
         except Exception as error:
             refused = error
-        with self._giving_memory_back():
-            return run_sharded_pass(
-                self._networks.first,
-                self._threads,
-                self._adapters,
-                micro_batches,
-                self._limits,
-                replicas,
-                refused,
-            )
-
-    @contextmanager
-    def _giving_memory_back(self) -> Generator[None]:
-        try:
-            yield
-            return
-        except torch.OutOfMemoryError as error:
-            out_of_memory: Exception = error.with_traceback(None)  # it holds the frames that hold the tensors
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # the CPU allocator's only sign
-                raise
-            out_of_memory = MemoryError(str(error))
-        self._release_memory()
-        raise out_of_memory
-
-    def _release_memory(self) -> None:
-        if self._loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        compute = partial(
+            run_sharded_pass,
+            self._networks.first,
+            self._threads,
+            self._adapters,
+            micro_batches,
+            self._limits,
+            replicas,
+            refused,
+        )
+        return giving_memory_back(self._loaded.device, compute)
 
     def close(self) -> None:
         """Forget all adapters. The base model is freed with its last user."""
         super().close()
         self._networks.close()
-        self._release_memory()
+        release_cached(self._loaded.device)
 
 
-def _info_of_all(info: BaseModelInfo, replicas: Replicas, device: torch.device) -> BaseModelInfo:
+def _info_of_all(info: BaseModelInfo, replicas: Replicas) -> BaseModelInfo:
     """What holds on all ranks. Each has weights of all adapters, and its share of their moments and gradients."""
     infos = replicas.gather(info)
     bytes_each = [one.max_adapter_bytes for one in infos if one.max_adapter_bytes is not None]
-    # On GPUs each rank has memory of its own; on a CPU they share it.
-    memories = replicas.size if device.type == "cuda" else 1
     return replace(
         info,
         max_batch_tokens=min(one.max_batch_tokens for one in infos),
-        max_adapter_bytes=int(min(bytes_each) * memories * 4 / (replicas.size + 3)) if bytes_each else None,
+        max_adapter_bytes=int(min(bytes_each) * replicas.size * 4 / (replicas.size + 3))
+        if bytes_each
+        else None,
         data_parallel_size=replicas.size,
     )
 
@@ -203,6 +181,22 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
     sharded = None if loaded.shards is None else ShardedModel(model, loaded.shards)
     return LoraNetwork(
         body, head, vocab_size, route, recomputation, loaded.device, loaded.dtype, boundaries, sharded
+    )
+
+
+def _pass_limits(loaded: LoadedModel, network: LoraNetwork) -> PassLimits:
+    text = loaded.model.config.get_text_config()
+    layers, itemsize = int(text.num_hidden_layers), loaded.dtype.itemsize
+    kept = _token_bytes(loaded, network)
+    head = head_bytes(network.vocab_size, loaded.device)
+    return PassLimits(
+        affordable_tokens(kept, loaded.memory.passes, head),
+        loaded.info.overhead_tokens,
+        token_bytes=kept,
+        # Each layer's input, and all that one layer keeps, with its gradients.
+        recomputed_token_bytes=layers * int(text.hidden_size) * itemsize + 2 * kept / layers,
+        head_bytes=head,
+        itemsize=itemsize,
     )
 
 

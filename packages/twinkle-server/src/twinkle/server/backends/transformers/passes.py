@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
 import torch
 
+from twinkle.server.backends.hf.device_memory import giving_memory_back
 from twinkle.server.backends.hf.rope import by_kind
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter, Bank
@@ -21,20 +23,8 @@ from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
 from twinkle.server.backends.shares import padded_tokens, share_out
 from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.pass_memory import PassLimits, Piece
 from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
-
-
-@dataclass(frozen=True)
-class PassLimits:
-    """
-    Attributes:
-        affordable_tokens: larger micro-batches (rows x longest row) recompute their activations; shared by those
-            computed at the same time.
-        overhead_tokens: a micro-batch's fixed cost, in tokens.
-    """
-
-    affordable_tokens: int
-    overhead_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,27 +51,42 @@ def run_pass(
 ) -> Pass:
     """Compute all micro-batches, changing nothing of the adapters.
 
-    The same micro-batches are always shared out alike, so that they give the same gradients, bit for bit.
+    The same micro-batches are always shared out alike, so that they give the same gradients, bit for bit, unless memory
+    runs out: then all begins again in smaller pieces.
+
+    Raises:
+        TwinkleError: if memory has run out in the smallest.
     """
     tokens = sum(padded_tokens(rows) for rows in micro_batches)
     shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
-    affordable = limits.affordable_tokens // len(shares)  # shares are computed at the same time
+    active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}.values()
 
-    def run_share(network: LoraNetwork, share: Sequence[Sequence[Row]]) -> Computed:
-        computed = Computed.begin(adapters, share)
+    def run_share(network: LoraNetwork, share: Sequence[Piece]) -> Computed:
+        computed = Computed.begin(adapters, [piece.rows for piece in share])
         try:
-            for rows in share:
-                size = padded_tokens(rows)
-                network.recomputation.is_on = size > affordable
-                threads.fit(size, len(shares))
-                computed.results.extend(_run_by_kind(network, adapters, computed.scratches, rows))
+            for piece in share:
+                network.recomputation.is_on = piece.recomputes
+                threads.fit(padded_tokens(piece.rows), len(shares))
+                computed.results.extend(_run_by_kind(network, adapters, computed.scratches, piece.rows))
         finally:
             network.route.segments = []
             network.recomputation.is_on = False
             threads.restore()
         return computed
 
-    return finish(micro_batches, networks.run(run_share, shares))
+    while True:
+        pieces = [
+            [piece for rows in share for piece in limits.cut(rows, adapters, active, len(shares))]
+            for share in shares
+        ]
+        try:
+            done = giving_memory_back(networks.first.device, partial(networks.run, run_share, pieces))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if not limits.tighten(chain.from_iterable(pieces)):
+                raise limits.lack(micro_batches, adapters) from error
+        else:
+            limits.worked()
+            return finish(micro_batches, done)
 
 
 def finish(micro_batches: Sequence[Sequence[Row]], done: Sequence[Computed]) -> Pass:

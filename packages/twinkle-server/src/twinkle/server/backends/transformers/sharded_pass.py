@@ -9,7 +9,7 @@ vain: it is raised at once, and the ranks have to be started again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import torch
 
@@ -20,10 +20,10 @@ from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.protocol import Row, RowResult
 from twinkle.server.backends.shares import padded_tokens
 from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.pass_memory import PassLimits, Piece
 from twinkle.server.backends.transformers.passes import (
     Computed,
     Pass,
-    PassLimits,
     finish,
     is_trained,
     run_micro_batch,
@@ -51,42 +51,53 @@ def run_sharded_pass(
     Raises:
         Exception: on all ranks, what the first of them refused.
     """
-    kinds = [by_kind(network.boundaries, [len(row.tokens) for row in rows]) for rows in micro_batches]
-    calls = [
-        [rows[i] for i in kind]
-        for rows, of_rows in zip(micro_batches, kinds, strict=True)
-        for kind in of_rows
-    ]
-    by_rank = replicas.gather(refused or [is_trained(rows) for rows in calls])
+    pieces = [] if refused else _pieces(network, adapters, micro_batches, limits)
+    by_rank = replicas.gather(refused or [is_trained(piece.rows) for _, _, piece in pieces])
     go_backward = [any(flags) for flags in zip_longest(*by_rank, fillvalue=False)]
-    computed = Computed.begin(adapters, calls)
+    computed = Computed.begin(adapters, [piece.rows for _, _, piece in pieces])
     failure: Exception | None = None
-    found: list[list[RowResult]] = []
+    found: list[dict[int, RowResult]] = [{} for _ in micro_batches]
     try:
-        for rows, goes_backward in zip_longest(calls, go_backward, fillvalue=None):
-            assert goes_backward is not None, "there are as many as the rank with the most has calls"
-            if rows is None or failure is not None:
+        for item, goes_backward in zip_longest(pieces, go_backward, fillvalue=None):
+            assert goes_backward is not None, "there are as many as the rank with the most has pieces"
+            if item is None or failure is not None:
                 network.recomputation.is_on = False
                 _idle(network, goes_backward)
                 continue
-            network.recomputation.is_on = padded_tokens(rows) > limits.affordable_tokens
-            threads.fit(padded_tokens(rows))
-            results = run_micro_batch(network, adapters, computed.scratches, rows, goes_backward)
+            number, places, piece = item
+            network.recomputation.is_on = piece.recomputes
+            threads.fit(padded_tokens(piece.rows))
+            results = run_micro_batch(network, adapters, computed.scratches, piece.rows, goes_backward)
             if isinstance(results, Exception):
                 failure = results
             else:
-                found.append(results)
+                found[number].update(zip(places, results, strict=True))
     finally:
         network.route.segments = []
         network.recomputation.is_on = False
         threads.restore()
     if failure is not None:
         return failure
-    of_calls = iter(found)
-    for rows, of_rows in zip(micro_batches, kinds, strict=True):
-        in_order = {i: result for kind in of_rows for i, result in zip(kind, next(of_calls), strict=True)}
-        computed.results.extend(in_order[i] for i in range(len(rows)))
+    for rows, of_rows in zip(micro_batches, found, strict=True):
+        computed.results.extend(of_rows[i] for i in range(len(rows)))
     return finish(micro_batches, [computed])
+
+
+def _pieces(
+    network: LoraNetwork,
+    adapters: dict[str, Adapter],
+    micro_batches: Sequence[Sequence[Row]],
+    limits: PassLimits,
+) -> list[tuple[int, list[int], Piece]]:
+    """Rows that are computed at once, each with its micro-batch's number and their places in it."""
+    active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}.values()
+    found: list[tuple[int, list[int], Piece]] = []
+    for number, rows in enumerate(micro_batches):
+        for kind in by_kind(network.boundaries, [len(row.tokens) for row in rows]):
+            places = iter(kind)
+            for piece in limits.cut([rows[i] for i in kind], adapters, active):
+                found.append((number, list(islice(places, len(piece.rows))), piece))
+    return found
 
 
 def _idle(network: LoraNetwork, goes_backward: bool) -> None:

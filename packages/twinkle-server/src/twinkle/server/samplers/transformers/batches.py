@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from twinkle.protocol.types import Int64Array
+from twinkle.server.backends.hf.device_memory import is_out_of_memory
 from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.cache_usage import BucketKey, Limits, RowCost
 from twinkle.server.samplers.transformers.buckets import Bucket, Row
 from twinkle.server.samplers.transformers.cache import RowContents
 from twinkle.server.samplers.transformers.equal_length import EqualLengthBatch
 from twinkle.server.samplers.transformers.lora import ResidentAdapter
-from twinkle.server.samplers.transformers.memory import is_out_of_memory
+from twinkle.server.samplers.transformers.memory import CacheMemory
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefix_cache import Owner, PrefixCache, common_prefix_length
 from twinkle.server.samplers.transformers.recurrence import Sharing
@@ -105,11 +106,8 @@ Part: TypeAlias = tuple[Bucket, list[int] | None]
 class SlotBatch:
     """Sequences of different lengths, in buckets; usually in one."""
 
-    def __init__(self, runner: ModelRunner, limits: Limits, max_prefix_tokens: int) -> None:
+    def __init__(self, runner: ModelRunner, limits: Limits) -> None:
         """
-        Args:
-            max_prefix_tokens: of the prefix cache.
-
         Raises:
             ValueError: if the model's layers can't be run with rows of different lengths.
         """
@@ -125,7 +123,8 @@ class SlotBatch:
         self._rows: list[Row] = []
         self._parts: list[Part] | None = None  # None: the rows have changed
         self._longest = 0  # at least the longest row's length
-        self._prefixes = PrefixCache(max_prefix_tokens, limits.cost.tokens(0))
+        self._prefixes = PrefixCache(limits.prefix_tokens, limits.cost.tokens(0))
+        self._memory = CacheMemory(limits.bytes)
 
     @property
     def rows(self) -> int:
@@ -282,7 +281,7 @@ class SlotBatch:
 
     def _bucket(self, key: BucketKey) -> Bucket:
         if key not in self._buckets:
-            self._buckets[key] = Bucket(self._runner, self.limits, key)
+            self._buckets[key] = Bucket(self._runner, self.limits, key, self._memory)
         return self._buckets[key]
 
     def _rows_changed(self) -> None:

@@ -12,6 +12,7 @@ from twinkle.protocol.types import Int64Array
 from twinkle.server.samplers.cache_usage import BucketKey, Limits
 from twinkle.server.samplers.transformers.cache import SlotCache
 from twinkle.server.samplers.transformers.lora import RouteGroup
+from twinkle.server.samplers.transformers.memory import CacheMemory
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefill import Prefilled, PrefillQueue
 
@@ -41,12 +42,12 @@ class Row:
 class Bucket:
     """Row i of the cache is the i-th sequence's; `prefills` are the prompts being prefilled."""
 
-    def __init__(self, runner: ModelRunner, limits: Limits, key: BucketKey) -> None:
+    def __init__(self, runner: ModelRunner, limits: Limits, key: BucketKey, memory: CacheMemory) -> None:
         self.key = key
         self.rope_regime, self.is_long = key
-        self.cache = SlotCache(runner.kinds)
+        self.cache = SlotCache(runner.kinds, memory)
         self.prefills = PrefillQueue(
-            runner, limits.boundaries[self.rope_regime - 1] if self.rope_regime else 0
+            runner, memory, limits.boundaries[self.rope_regime - 1] if self.rope_regime else 0
         )
         self.rows: list[Row] = []
         self._runner = runner

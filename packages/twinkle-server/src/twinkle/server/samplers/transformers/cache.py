@@ -10,6 +10,7 @@ The tensors grow as more rows and lengths are needed, and are freed when the bat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -17,10 +18,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from twinkle.server.backends.hf.device_memory import is_out_of_memory
 from twinkle.server.backends.lora.transfer import to_device
 from twinkle.server.samplers.cache_usage import RowCost
 from twinkle.server.samplers.transformers.layer_kinds import LayerKinds, Span
-from twinkle.server.samplers.transformers.memory import is_out_of_memory
+from twinkle.server.samplers.transformers.memory import CacheFull, CacheMemory
 
 LENGTH_BLOCK = 64
 # Most that is allocated beyond what is needed, so that growing is rare: in length, and in rows x length.
@@ -76,13 +78,21 @@ class SlotCache:
     # Read by models that ask whether they may build their own masks for the cache.
     is_compileable = False
 
-    def __init__(self, kinds: LayerKinds, longest_pass: int = 1, padding_position: int = 0) -> None:
+    def __init__(
+        self,
+        kinds: LayerKinds,
+        memory: CacheMemory | None = None,
+        longest_pass: int = 1,
+        padding_position: int = 0,
+    ) -> None:
         """
         Args:
+            memory: what its tensors are counted in; default: one without a limit.
             longest_pass: most tokens of a row in one pass.
             padding_position: the position at which padding is computed; see `ModelRunner.forward`.
         """
         self.kinds = kinds
+        self._memory = memory or CacheMemory()
         self.padding_position = padding_position
         self._longest_pass = longest_pass
         self._keys_values: dict[Name, Tensor] = {}
@@ -102,28 +112,47 @@ class SlotCache:
         """Make room for rows of this length, keeping the content.
 
         If memory runs out, the capacity stays the same and nothing is lost: layers that have grown by then are
-        harmlessly larger than needed. (One layer at a time, so that old and new memory are held together for one layer
-        only.)
+        harmlessly larger than needed. (One tensor at a time, so that old and new are together for one only.)
+
+        Raises:
+            CacheFull: before anything has grown.
         """
         old_rows, old_length = self._capacity
         if rows <= old_rows and length <= old_length:
             return
-        new_rows, new_length = old_rows, old_length
+        exact = max(rows, old_rows), max(_whole_blocks(length) if length > old_length else 0, old_length)
+        wanted = exact
         if length > old_length:
-            spare = min(old_length // 2, MOST_SPARE_LENGTH)
-            new_length = max(_whole_blocks(length), old_length + spare)
+            spare = min(old_length // 2, MOST_SPARE_LENGTH, MOST_SPARE_TOKENS // max(1, exact[0]))
+            wanted = wanted[0], max(wanted[1], old_length + spare)
         if rows > old_rows:
-            new_rows = max(rows, min(2 * old_rows, old_rows + MOST_SPARE_TOKENS // max(1, new_length)))
+            spare = min(old_rows, MOST_SPARE_TOKENS // max(1, wanted[1]))
+            wanted = max(rows, old_rows + spare), wanted[1]
+        if self._growth(*wanted) > self._memory.left:
+            wanted = exact
+        if (growth := self._growth(*wanted)) > self._memory.left:
+            raise CacheFull(f"{rows} rows of {length} tokens want {growth} of {self._memory.left} bytes")
         for name, old in self._keys_values.items():
-            wanted = self._length(name[1], new_length)
-            if old.shape[0] < new_rows or old.shape[2] < wanted:
-                self._keys_values[name] = _grown(old, new_rows, wanted)
+            self._keys_values[name] = self._memory.grown(old, self._wanted(name, old, *wanted))
         for name, old in self._states.items():
-            if old.shape[0] < new_rows:
-                new = old.new_zeros(new_rows, *old.shape[1:])
-                new[: old.shape[0]] = old
-                self._states[name] = new
-        self._capacity = (new_rows, new_length)
+            self._states[name] = self._memory.grown(old, self._wanted(name, old, *wanted))
+        self._capacity = wanted
+
+    def _wanted(self, name: Name, old: Tensor, rows: int, length: int) -> tuple[int, ...]:
+        """The shape of a layer's tensor with this capacity; at least the old one's."""
+        rows = max(rows, old.shape[0])
+        if name in self._states:
+            return rows, *old.shape[1:]
+        return rows, old.shape[1], max(self._length(name[1], length), old.shape[2]), old.shape[3]
+
+    def _growth(self, rows: int, length: int) -> int:
+        """Bytes to be taken until the capacity is this; for one tensor, old and new are there at the same time."""
+        more = at_once = 0
+        for name, old in (*self._keys_values.items(), *self._states.items()):
+            size = math.prod(self._wanted(name, old, rows, length)) * old.element_size()
+            if size > old.nbytes:
+                more, at_once = more + size - old.nbytes, max(at_once, old.nbytes)
+        return more + at_once
 
     def trim(self, rows: int, length: int) -> None:
         """Free memory far beyond what rows of this length need; their content is kept."""
@@ -134,16 +163,18 @@ class SlotCache:
         self._capacity = (rows, _whole_blocks(length))
         try:
             for name, old in self._keys_values.items():
-                kept = old[:rows, :, : self._length(name[1], self._capacity[1])]
-                self._keys_values[name] = kept.clone(memory_format=torch.contiguous_format)
+                self._keys_values[name] = self._memory.trimmed(
+                    old, old[:rows, :, : self._length(name[1], self._capacity[1])]
+                )
             for name, old in self._states.items():
-                self._states[name] = old[:rows].clone()
+                self._states[name] = self._memory.trimmed(old, old[:rows])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
 
     def clear(self) -> None:
         """Free the memory."""
+        self._memory.free((*self._keys_values.values(), *self._states.values()))
         self._keys_values.clear()
         self._states.clear()
         self._capacity = (0, 0)
@@ -236,7 +267,9 @@ class SlotCache:
         stored = self._keys_values.get(name)
         if stored is None:
             rows, length = self._capacity
-            stored = like.new_zeros(rows, like.shape[1], self._length(name[1], length), like.shape[3])
+            stored = self._memory.zeros(
+                like, (rows, like.shape[1], self._length(name[1], length), like.shape[3])
+            )
             self._keys_values[name] = stored
         return stored
 
@@ -309,7 +342,7 @@ class SlotCache:
         """A layer's states, allocated when their shape is first known: that of `like`, [rows, ...]."""
         stored = self._states.get(name)
         if stored is None:
-            stored = self._states[name] = like.new_zeros(self._capacity[0], *like.shape[1:])
+            stored = self._states[name] = self._memory.zeros(like, (self._capacity[0], *like.shape[1:]))
         return stored
 
     def _last_own(self, kernel: int, device: torch.device) -> Tensor:
@@ -367,10 +400,3 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _whole_blocks(length: int) -> int:
     return -(-length // LENGTH_BLOCK) * LENGTH_BLOCK
-
-
-def _grown(old: Tensor, rows: int, length: int) -> Tensor:
-    """A tensor for at least these rows and this length, with the old one's content and zeros elsewhere."""
-    new = old.new_zeros(max(rows, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
-    new[: old.shape[0], :, : old.shape[2]] = old
-    return new

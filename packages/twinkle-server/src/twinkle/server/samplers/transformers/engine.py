@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from twinkle.protocol.errors import InvalidRequest, NotFound, ServerFault
 from twinkle.protocol.types import SampleResponse
 from twinkle.server.backends.hf.base_model import LoadedModel, copy_sharing_weights, load_base_model
+from twinkle.server.backends.hf.device_memory import is_out_of_memory
 from twinkle.server.backends.lora.experts import ExpertsWithLora
 from twinkle.server.backends.lora.linear import wrap_modules
 from twinkle.server.backends.protocol import AdapterState, ModelConfig, TrainingBackend
@@ -47,7 +48,6 @@ from twinkle.server.samplers.transformers.inbox import AdapterRemoved, Cancel, I
 from twinkle.server.samplers.transformers.layer_kinds import LayerKinds
 from twinkle.server.samplers.transformers.limits import make_limits
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, Route, RoutedLinear
-from twinkle.server.samplers.transformers.memory import is_out_of_memory
 from twinkle.server.samplers.transformers.model_runner import ModelRunner, Prompt
 from twinkle.server.samplers.transformers.next_tokens import NextTokens
 from twinkle.server.samplers.transformers.prefill_delay import PrefillDelay
@@ -65,9 +65,6 @@ from twinkle.server.samplers.transformers.sequences import (
 from twinkle.server.samplers.waiting_queue import Waiting, WaitingQueue
 
 log = logging.getLogger("twinkle.sampler")
-
-# Tokens whose keys and values are kept after their sequences have ended, for prompts with the same beginning.
-MAX_PREFIX_CACHE_TOKENS = 2**14
 
 
 class TransformersEngine:
@@ -101,7 +98,9 @@ class TransformersEngine:
         makers = (self._slot_batch, self._equal_length_batch)
         self._limits = make_limits(loaded, max_rows, max_cached_tokens, RowCost())
         found = first_working(loaded.model, makers)
-        self._limits = make_limits(loaded, max_rows, max_cached_tokens, found.cost)
+        self._limits = make_limits(
+            loaded, max_rows, max_cached_tokens, found.cost, config.max_sampler_adapters
+        )
         if found.index:
             log.warning(
                 "%s can't be run with rows of different lengths (%s): only sequences of equal length are sampled "
@@ -114,7 +113,7 @@ class TransformersEngine:
         self._thread.start()
 
     def _slot_batch(self) -> Batch:
-        return SlotBatch(self._runner, self._limits, MAX_PREFIX_CACHE_TOKENS)
+        return SlotBatch(self._runner, self._limits)
 
     def _equal_length_batch(self) -> Batch:
         return equal_length_batch(self._runner, self._limits)
@@ -124,7 +123,12 @@ class TransformersEngine:
         if isinstance(backend, TransformersBackend):
             return cls(backend.loaded, config)
         # However many ranks train it, the sampling model is whole, on this rank's device.
-        return cls(load_base_model(ModelConfig(config.path, config.torch_dtype, config.device)), config)
+        return cls(
+            load_base_model(
+                replace(ModelConfig(config.path, config.torch_dtype, config.device), trains=False)
+            ),
+            config,
+        )
 
     def resident_adapters(self) -> list[str]:
         """Ids of the adapters that can be sampled from."""
@@ -307,37 +311,56 @@ class SamplingLoop:
         prompts = dict(self.running.prefilling)
         self.running.cancel_prefill(lambda _: True)
         if len(prompts) == 1:
-            self._not_prefilled(*next(iter(prompts.items())), error)
-            return None
+            [(prompt, item)] = prompts.items()
+            if not is_out_of_memory(error) or self.running.sequences or prompt.rows == 1:
+                self._not_prefilled(prompt, item, error)
+                return None
         begun: list[Sequence] = []
         logits: list[torch.Tensor] = []
         for prompt, item in prompts.items():
-            task = task_of(item)
-            if task.future.done():
-                continue
-            try:
-                sequences, their_logits = self.running.prefill_whole(task.retry_prompt(prompt), item)
-            except Exception as own_error:
-                self._free_memory()
-                self._not_prefilled(prompt, item, own_error)
-            else:
-                begun += sequences
-                logits.append(their_logits)
+            if not task_of(item).future.done() and (drawable := self._prefill_alone(prompt, item)):
+                begun += drawable[0]
+                logits.append(drawable[1])
         # A later one that failed has removed its request's samples.
         left = set(self.running.sequences)
         kept = [row for row, sequence in enumerate(begun) if sequence in left]
         return (tuple(begun[row] for row in kept), torch.cat(logits)[kept]) if kept else None
 
+    def _prefill_alone(self, prompt: Prompt, item: Item) -> Drawable | None:
+        """Prefill a prompt for as many of its samples as there is memory for, if nothing else runs; others wait."""
+        samples = prompt.rows
+        while True:
+            again = replace(task_of(item).retry_prompt(prompt), rows=samples)
+            try:
+                drawable = self.running.prefill_whole(again, item)
+                break
+            except Exception as error:
+                self._free_memory()
+                self.running.cancel_prefill(lambda other: other is item)
+                if samples == 1 or self.running.sequences or not is_out_of_memory(error):
+                    self._not_prefilled(prompt, item, error)
+                    return None
+            samples //= 2
+        if samples < prompt.rows:
+            self._is_full = True
+            self.waiting.put_back(replace(waiting(item, prompt.rows - samples), tokens=0))
+        return drawable
+
     def _not_prefilled(self, prompt: Prompt, item: Item, error: Exception) -> None:
         """A prompt could not be prefilled alone."""
         self.running.cancel_prefill(lambda other: other is item)
-        if not (self.running.sequences and is_out_of_memory(error)):
+        if self.running.sequences and is_out_of_memory(error):
+            self._put_back({prompt: item})
+        else:
             self._fail(task_of(item), error)
-            return
+
+    def _put_back(self, prompts: Mapping[Prompt, Item]) -> None:
+        """Memory has run out: prompts wait until a sample has ended."""
         self._is_full = True
-        if isinstance(item, Task):
-            item.take_back(prompt)
-        self.waiting.put_back(replace(waiting(item, prompt.rows), tokens=0))
+        for prompt, item in reversed(prompts.items()):
+            if isinstance(item, Task):
+                item.take_back(prompt)
+            self.waiting.put_back(replace(waiting(item, prompt.rows), tokens=0))
 
     def _decode(self) -> Drawable | None:
         """Run every sequence's newest token through the model; returns the logits of the next ones."""
@@ -355,9 +378,16 @@ class SamplingLoop:
         return running.sequences, logits
 
     def _not_decoded(self, error: Exception) -> None:
-        """If memory has run out, preempt a sample until another has ended; otherwise fail the newest request."""
+        """If memory has run out, prompts on their way wait until a sample has ended; if there are none, a sample is
+        preempted until then. Otherwise the newest request fails.
+        """
         self._free_memory()
         running = self.running
+        if is_out_of_memory(error) and running.prefilling:
+            prompts = dict(running.prefilling)
+            running.cancel_prefill(lambda _: True)
+            self._put_back(prompts)
+            return
         row = victim(running.slots) if is_out_of_memory(error) else None
         if row is None:
             self._fail(max(running.sequences, key=lambda sequence: sequence.order).task, error)

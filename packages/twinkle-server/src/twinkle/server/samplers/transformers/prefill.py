@@ -20,6 +20,7 @@ from torch import Tensor
 
 from twinkle.server.samplers.transformers.cache import RowContents, SlotCache
 from twinkle.server.samplers.transformers.lora import ResidentAdapter, RouteGroup
+from twinkle.server.samplers.transformers.memory import CacheMemory
 from twinkle.server.samplers.transformers.model_runner import PADDING, ModelRunner, Prompt
 from twinkle.server.samplers.transformers.prefix_cache import MIN_PREFIX_TOKENS, common_prefix_length
 from twinkle.server.samplers.transformers.recurrence import Sharing
@@ -79,16 +80,17 @@ class Prefilled:
 class PrefillQueue:
     """Row i of its cache is the i-th active prompt's; others wait for their donors."""
 
-    def __init__(self, runner: ModelRunner, boundary: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, memory: CacheMemory, boundary: int = 0) -> None:
         """
         Args:
+            memory: of its cache.
             boundary: prompts are longer than this, which the model must see from the first chunk on (see
                 `rope_boundaries`); 0: no boundary.
         """
         self._runner = runner
         self._boundary = boundary
         # One more for the column of padding that makes the model see a long sequence.
-        self._cache = SlotCache(runner.kinds, LONGEST_PASS + 1, padding_position=boundary)
+        self._cache = SlotCache(runner.kinds, memory, LONGEST_PASS + 1, padding_position=boundary)
         self._active: list[Prefill] = []
         self._waiting: list[Prefill] = []
         self._route: list[RouteGroup] | None = None  # of the active ones; None: they have changed
