@@ -8,7 +8,7 @@ processes end at about the same time.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: place.get(group_of(item.nodeid), len(place)))
 
 
-_seconds = Counter[str]()
+_seconds: defaultdict[str, float] = defaultdict(float)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -64,7 +64,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not terminalreporter.config.option.durations:
         return
     terminalreporter.section("slowest groups")
-    for name, seconds in _seconds.most_common(terminalreporter.config.option.durations):
+    slowest = sorted(_seconds.items(), key=lambda item: -item[1])
+    for name, seconds in slowest[: terminalreporter.config.option.durations]:
         terminalreporter.write_line(f"{seconds:.0f}s {name}")
 
 

@@ -41,7 +41,7 @@ class HttpClients:
         self._all: set[httpx.AsyncClient] = set()
         self._idle.append((self._new(), time.monotonic()))
 
-    async def request(self, method: str, url: httpx.URL, **parts: Any) -> httpx.Response:
+    async def request(self, method: str, url: httpx.URL | str, **parts: Any) -> httpx.Response:
         """A request's whole response.
 
         Args:

@@ -1,7 +1,7 @@
 """What a training pass takes of its part of the memory, and what is done where that is not enough.
 
 Beside activations a pass holds, for each number of an adapter that takes part: its gradient (float32), its weight in a
-stack (float32), and a copy of that in the dtype of the arithmetic for the backward pass, once for each span of rows.
+stack (float32), and a copy of that in the dtype of the arithmetic for the backward pass.
 
 Micro-batches that would take more are cut; a row that would take more alone has its activations recomputed. If memory
 runs out all the same, the pass begins again with smaller pieces, and at last with all activations recomputed.
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault, TwinkleError
 from twinkle.server.backends.lora.banks import Adapter, Bank
-from twinkle.server.backends.lora.linear import spans_of
 from twinkle.server.backends.protocol import Row
 from twinkle.server.backends.shares import padded_tokens
 
@@ -174,6 +173,4 @@ def stack_bytes(bank: Bank, slots: Sequence[int], itemsize: int) -> int:
     Args:
         slots: each row's.
     """
-    number = {slot: i for i, slot in enumerate(sorted(set(slots)))}
-    spans, _ = spans_of(sorted(number[slot] for slot in slots))
-    return (_FLOAT32 * len(number) + itemsize * spans) * bank.layout.size
+    return (_FLOAT32 + itemsize) * len(set(slots)) * bank.layout.size

@@ -354,7 +354,7 @@ class SamplingLoop:
         else:
             self._fail(task_of(item), error)
 
-    def _put_back(self, prompts: Mapping[Prompt, Item]) -> None:
+    def _put_back(self, prompts: dict[Prompt, Item]) -> None:
         """Memory has run out: prompts wait until a sample has ended."""
         self._is_full = True
         for prompt, item in reversed(prompts.items()):

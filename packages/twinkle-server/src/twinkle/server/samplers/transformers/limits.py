@@ -55,7 +55,7 @@ def _sizes(loaded: LoadedModel, name: str) -> tuple[int, int, int]:
     """Experts (1 if there are none), output and input features."""
     weight = name if name.rpartition(".")[0] in loaded.experts else f"{name}.weight"
     shape = loaded.model.get_parameter(weight).shape
-    return (1, *shape) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+    return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
 
 def make_limits(
