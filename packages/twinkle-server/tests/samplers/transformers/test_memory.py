@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,13 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, is_too_mu
     return failed
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_sample_that_can_not_go_on_beside_prompts_makes_them_wait(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,12 +205,11 @@ def test_a_sample_that_can_not_go_on_beside_prompts_makes_them_wait(
     def is_too_much(_c: Any, _r: Any, tokens: torch.Tensor, _s: Any) -> bool:
         return tokens.shape[1] == 1 and bool(running.prefilling)
 
+    wait_until(lambda: not running)  # a result is there before its sample has left the batch
     failed = fail_when(monkeypatch, engine._runner, "forward", is_too_much)
     (prompt, more), *others = asks
     pending = [ask(engine, prompt, 0, **more)]
-    deadline = time.monotonic() + 60
-    while not running.sequences and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: bool(running.sequences))
     with engine._inbox.lock:
         pending += [ask(engine, prompt, i, **more) for i, (prompt, more) in enumerate(others, start=1)]
     assert_alike(all_of(pending), expected)

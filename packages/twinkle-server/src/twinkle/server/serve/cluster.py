@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -70,13 +70,11 @@ def main() -> int:
     try:
         supervised.watch(on_stop)
         config = with_auth_mode(ServerConfig.model_validate_json(supervised.configuration))
-        logged.enter_context(shown(config.log))
-        os.environ[LEVEL_VARIABLE] = config.log.level.upper()  # for the processes that Ray starts
+        logged.enter_context(_logged(config))
         began = time.monotonic()
         # Takes seconds, as do Ray's own processes, which are started meanwhile.
         importing = threading.Thread(target=import_module, args=("twinkle.server.serve.running",))
         importing.start()
-        _say_what_starts(config)
         start = _prepare_several(config) if config.has_door else _prepare_one(config)
         take_signals()  # Ray's own handler of SIGTERM ends the process with a stack trace
         show_workers_output()
@@ -100,6 +98,15 @@ def main() -> int:
         ray.shutdown()
         logged.close()
     return 0
+
+
+@contextmanager
+def _logged(config: ServerConfig) -> Generator[None]:
+    """While entered, this process's log is shown, and that of those that Ray starts."""
+    os.environ[LEVEL_VARIABLE] = config.log.level.upper()
+    with shown(config.log):
+        _say_what_starts(config)
+        yield
 
 
 def _say_what_starts(config: ServerConfig) -> None:
