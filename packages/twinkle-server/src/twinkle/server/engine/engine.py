@@ -203,7 +203,7 @@ class Engine:
     def _dispatch(self, call: Call) -> InFlightCall:
         packed = self._pack(call.passes)
         result = asyncio.create_task(self._worker.train(packed.micro_batches, steps_of(call.optim_steps)))
-        now, cost = asyncio.get_running_loop().time(), packed.cost(self._worker.info.overhead_tokens)
+        now, cost = asyncio.get_running_loop().time(), packed.cost(self._worker.info)
         return InFlightCall(call, packed, result, now, cost)
 
     async def _result_of(self, in_flight: InFlightCall) -> Trained:
@@ -260,7 +260,7 @@ class Engine:
     # ------------------------------------------------------------ what came of a call
 
     def _pack(self, passes: Sequence[Job]) -> Packed:
-        return pack(passes, self._worker.info.max_batch_tokens, self._worker.info.overhead_tokens)
+        return pack(passes, self._worker.info)
 
     def _trained(
         self,

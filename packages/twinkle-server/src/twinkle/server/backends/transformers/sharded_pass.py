@@ -18,7 +18,6 @@ from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter
 from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.protocol import Row, RowResult
-from twinkle.server.backends.shares import padded_tokens
 from twinkle.server.backends.transformers.network import LoraNetwork
 from twinkle.server.backends.transformers.passes import (
     Computed,
@@ -69,8 +68,8 @@ def run_sharded_pass(
                 network.recomputation.is_on = False
                 _idle(network, goes_backward)
                 continue
-            network.recomputation.is_on = padded_tokens(rows) > limits.affordable_tokens
-            threads.fit(padded_tokens(rows))
+            network.recomputation.is_on = network.tokens(rows) > limits.affordable_tokens
+            threads.fit(network.tokens(rows))
             results = run_micro_batch(network, adapters, computed.scratches, rows, goes_backward)
             if isinstance(results, Exception):
                 failure = results
