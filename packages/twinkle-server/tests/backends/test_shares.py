@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle.server.backends.protocol import Row, RowResult
-from twinkle.server.backends.shares import RankShares, padded_tokens, share_out
+from twinkle.server.backends.shares import RankShares, micro_batch_tokens, share_out
 
 
 def row(adapter: str, length: int, number: int = 0) -> Row:
@@ -40,7 +40,7 @@ def test_no_row_moves_to_where_it_would_pad_more() -> None:
     owners = {"a": 0, "b": 1}
     rows = [row("b", 30), row("a", 30), row("a", 8), row("b", 8), row("b", 8)]
     shares = RankShares.of([rows], 2, 1, owners).of_ranks
-    assert sorted(padded_tokens(rows) for share in shares for rows in share) == [24, 60]
+    assert sorted(micro_batch_tokens(rows, packs=False) for share in shares for rows in share) == [24, 60]
 
 
 @given(
@@ -67,6 +67,12 @@ def test_each_row_is_computed_once_and_results_are_in_order(
     assert [[result.loss for result in rows] for rows in found] == [
         [float(row.tokens[0]) for row in rows] for rows in micro_batches
     ]
-    sizes = [sum(map(padded_tokens, share)) for share in shares.of_ranks if share]
-    without = [sum(map(padded_tokens, share)) for share in share_out(micro_batches, ranks, 5) if share]
+    sizes = [
+        sum(micro_batch_tokens(rows, packs=False) for rows in share) for share in shares.of_ranks if share
+    ]
+    without = [
+        sum(micro_batch_tokens(rows, packs=False) for rows in share)
+        for share in share_out(micro_batches, ranks, 5)
+        if share
+    ]
     assert sorted(sizes) == sorted(without), "as even as without owners"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinkle.server.engine.packing import cuts
+from twinkle.server.engine.cuts import cuts
 
 
 def cost(lengths: list[int], ends: list[int], overhead: int) -> int:

@@ -1,27 +1,24 @@
 import pytest
 import torch
 
+from twinkle.server.backends.lora import spans as spans_module
 from twinkle.server.backends.lora.spans import Spans
 
 COUNTS = [[7], [4, 4, 4], [5, 1, 8], [8, 8, 1]]
-RANK, FEATURES = 8, 16
-
-
-def spans_of(counts: list[int], way: str) -> Spans:
-    if way == "grouped kernel":  # which has an implementation for CPUs too, slower than the other ways
-        return Spans(tuple(counts), torch.tensor(counts).cumsum(0).to(torch.int32))
-    return Spans.of(counts, torch.device("cpu"), torch.float32)
+RANK = 3
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("way", ["of this device", "grouped kernel"])
-def test_each_token_is_multiplied_with_its_own_adapters_matrix(counts: list[int], way: str) -> None:
-    if way == "grouped kernel" and not hasattr(torch.nn.functional, "grouped_mm"):
-        pytest.skip("this torch has no grouped product")
-    spans = spans_of(counts, way)
+@pytest.mark.parametrize("is_small", [True, False])
+@pytest.mark.parametrize("features", [16, 5])
+def test_each_token_is_multiplied_with_its_own_adapters_matrix(
+    counts: list[int], is_small: bool, features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spans_module, "_SMALL", 2**15 if is_small else 0)
+    spans = Spans.of(counts, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    x, out = torch.randn(2, sum(counts), FEATURES).unbind()
-    a, b = torch.randn(2, len(counts), RANK, FEATURES).unbind()
+    x, out = torch.randn(2, sum(counts), features).unbind()
+    a, b = torch.randn(2, len(counts), RANK, features).unbind()
     found = out.clone()
     low = spans.down(x, a)
     spans.add_up(found, low, b)

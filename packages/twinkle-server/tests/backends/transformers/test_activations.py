@@ -101,7 +101,7 @@ def test_a_micro_batch_over_the_budget_is_cut_and_a_row_over_it_recomputed(
             [random_row("ada", 21, 0)],
             [random_row("ada", 10, 1), random_row("ada", 4, 2)],
             [forward_only],
-            [random_row("ada", 11, 3), random_row("ada", 2, 4)],
+            [random_row("ada", 12, 3), random_row("ada", 10, 4)],
         ]
     )
     assert lengths == [21, 21]  # two layers

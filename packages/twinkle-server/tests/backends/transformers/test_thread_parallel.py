@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.server.backends.hf import threads
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
-from twinkle.server.backends.shares import padded_tokens, share_out
+from twinkle.server.backends.shares import micro_batch_tokens, share_out
 from twinkle.server.backends.transformers import TransformersBackend
 from twinkle.server.backends.transformers.passes import PassLimits
 from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
@@ -51,10 +51,10 @@ def test_all_rows_are_in_one_network_each_in_order_and_no_network_has_much_more_
     # No share goes beyond the mean by more than a row and what is too small to be cut off; what the others were short
     # of ends up in the last.
     most = 50 + overhead
-    mean = sum(map(padded_tokens, micro_batches)) / networks
+    mean = sum(micro_batch_tokens(rows, packs=False) for rows in micro_batches) / networks
     for share in shares[:-1]:
-        assert sum(map(padded_tokens, share)) <= mean + most
-    assert sum(map(padded_tokens, shares[-1])) <= mean + most * networks
+        assert sum(micro_batch_tokens(rows, packs=False) for rows in share) <= mean + most
+    assert sum(micro_batch_tokens(rows, packs=False) for rows in shares[-1]) <= mean + most * networks
 
 
 def test_one_micro_batch_falls_into_equal_parts() -> None:

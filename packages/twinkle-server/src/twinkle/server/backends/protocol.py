@@ -147,7 +147,7 @@ class BaseModelInfo:
         vocab_size: token ids are below it.
         max_context_length: longest sequence, in tokens.
         max_lora_rank: highest rank of an adapter.
-        max_batch_tokens: most tokens (rows x longest row) in one micro-batch.
+        max_batch_tokens: most tokens in one micro-batch: rows x longest row, or all rows' lengths if it packs them.
         eos_token_ids: the tokens that end a sample without stops of its own.
         architecture: the model class's name.
         overhead_tokens: a micro-batch's fixed cost, in tokens. The same on every start, so that rows are always packed
@@ -157,6 +157,7 @@ class BaseModelInfo:
         export: facts needed to write its adapters' files.
         trainable: the groups of layers that have any that can be trained.
         data_parallel_size: copies of the model that compute at the same time, each its own micro-batches.
+        packs_rows: rows are computed behind each other, without padding.
         notes: lines about how it is computed, for whoever starts the server; a warning begins with "WARNING: ".
     """
 
@@ -171,6 +172,7 @@ class BaseModelInfo:
     export: ExportFacts = field(default_factory=ExportFacts)
     trainable: tuple[ModuleGroup, ...] = ALL_GROUPS
     data_parallel_size: int = 1
+    packs_rows: bool = False
     notes: tuple[str, ...] = ()
 
 

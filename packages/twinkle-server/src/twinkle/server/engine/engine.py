@@ -204,7 +204,7 @@ class Engine:
     def _dispatch(self, call: Call) -> InFlightCall:
         packed = self._pack(call.passes)
         result = asyncio.create_task(self._worker.train(packed.micro_batches, steps_of(call.optim_steps)))
-        now, cost = asyncio.get_running_loop().time(), packed.cost(self._worker.info.overhead_tokens)
+        now, cost = asyncio.get_running_loop().time(), packed.cost(self._worker.info)
         return InFlightCall(call, packed, result, now, cost)
 
     async def _result_of(self, in_flight: InFlightCall) -> Trained:
@@ -262,7 +262,7 @@ class Engine:
 
     def _pack(self, passes: Sequence[Job]) -> Packed:
         info = self._worker.info
-        return self.tally.packed(pack(passes, info.max_batch_tokens, info.overhead_tokens))
+        return self.tally.packed(pack(passes, info), info)
 
     def _trained(
         self,

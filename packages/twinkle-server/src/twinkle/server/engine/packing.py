@@ -8,12 +8,11 @@ import numpy as np
 
 from twinkle.protocol.messages import ForwardBackwardRequest
 from twinkle.protocol.metrics import reduce_metric
-from twinkle.protocol.types import Datum, ForwardBackwardOutput, Int64Array, TensorData
-from twinkle.server.backends.protocol import TARGETS, CustomLoss, Row, RowResult
+from twinkle.protocol.types import Datum, ForwardBackwardOutput, TensorData
+from twinkle.server.backends.protocol import TARGETS, BaseModelInfo, CustomLoss, Row, RowResult
+from twinkle.server.backends.shares import micro_batch_tokens
+from twinkle.server.engine.cuts import ends_of
 from twinkle.server.scheduling.runs import Job
-
-# How many ends of a micro-batch are tried.
-_MOST_ENDS = 256
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,10 @@ class Packed:
     micro_batches: list[list[Row]]
     origins: list[list[tuple[int, int]]]
 
-    def cost(self, overhead_tokens: int) -> int:
+    def cost(self, info: BaseModelInfo) -> int:
         """Of all micro-batches, in tokens, padding included."""
-        padded = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in self.micro_batches)
-        return padded + len(self.micro_batches) * overhead_tokens
+        tokens = sum(micro_batch_tokens(rows, info.packs_rows) for rows in self.micro_batches)
+        return tokens + len(self.micro_batches) * info.overhead_tokens
 
 
 def to_row(
@@ -54,16 +53,18 @@ def _width(row: Row) -> int:
     return 1 if targets.ndim == 1 else targets.shape[1]
 
 
-def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Packed:
-    """Pack the rows of all jobs into micro-batches of similar length; each row is padded to the longest.
+def pack(jobs: Sequence[Job], info: BaseModelInfo) -> Packed:
+    """Pack the rows of all jobs into micro-batches of similar length; each row is padded to the longest. If the backend
+    packs rows their lengths make no difference: those of an adapter stay together, so that its terms are computed in as
+    few micro-batches as possible.
 
     Forward-only rows get micro-batches of their own, which keep nothing for a backward pass; so do rows with several
-    candidates per position, by their number. The longest row of a micro-batch comes first, so that splitting it again
-    splits it by length.
+    candidates per position, by their number. The longest row of a padded micro-batch comes first, so that splitting it
+    again splits it by length.
 
     Args:
-        max_batch_tokens: limit of rows x longest row, exceeded only by a single row that is longer.
-        overhead_tokens: a micro-batch's fixed cost, in tokens: no cut is made that saves less padding than that.
+        info: `max_batch_tokens` is exceeded only by a single row that is longer; no cut is made that saves less padding
+            than `overhead_tokens`.
     """
     rows = [
         (to_row(job.run.run_id, job.request, datum, job.custom_loss), (i, j))
@@ -71,12 +72,12 @@ def pack(jobs: Sequence[Job], max_batch_tokens: int, overhead_tokens: int) -> Pa
         if isinstance(job.request, ForwardBackwardRequest)
         for j, datum in enumerate(job.request.data)
     ]
-    rows.sort(key=lambda item: (*_kind(item[0]), -len(item[0].tokens), item[0].adapter_id, item[1]))
+    rows.sort(key=lambda item: (*_kind(item[0]), *_order(item[0], info), item[1]))
     groups: list[list[tuple[Row, tuple[int, int]]]] = []
     for _, alike in groupby(rows, key=lambda item: _kind(item[0])):
         together = list(alike)
         lengths = np.array([len(row.tokens) for row, _ in together])
-        ends = cuts(lengths, max_batch_tokens, overhead_tokens)
+        ends = ends_of(lengths, info)
         groups += [together[start:end] for start, end in zip([0, *ends], [*ends, len(together)], strict=True)]
     return Packed(
         micro_batches=[[row for row, _ in group] for group in groups],
@@ -88,33 +89,9 @@ def _kind(row: Row) -> tuple[bool, int]:
     return row.forward_only, _width(row)
 
 
-def cuts(lengths: Int64Array, max_tokens: int, overhead: int) -> list[int]:
-    """Where to cut rows into micro-batches: the indices at which one begins, except the first.
-
-    Minimizes padded tokens plus overheads and, among equals, prefers few cuts: dynamic programming from the end, over
-    where the first of the remaining micro-batches ends. (Where micro-batches of many short rows are possible, not every
-    end is tried, so that the search takes no longer than it saves.)
-
-    Args:
-        lengths: descending, at least one.
-        max_tokens: limit of rows x longest row, exceeded only by a single row that is longer.
-    """
-    count = len(lengths)
-    least = np.zeros(count + 1, np.int64)  # by row, the cost from there to the end
-    end_of = np.zeros(count, np.int64)
-    for start in range(count - 1, -1, -1):
-        most_rows = max(1, min(count - start, max_tokens // max(1, int(lengths[start]))))
-        # Descending: among equals the first is taken, with the fewest cuts.
-        rows = np.arange(most_rows, 0, -(1 + most_rows // _MOST_ENDS))
-        costs = rows * lengths[start] + overhead + least[start + rows]
-        best = int(costs.argmin())
-        least[start], end_of[start] = costs[best], start + rows[best]
-    found: list[int] = []
-    end = int(end_of[0])
-    while end < count:
-        found.append(end)
-        end = int(end_of[end])
-    return found
+def _order(row: Row, info: BaseModelInfo) -> tuple[str | int, ...]:
+    length = -len(row.tokens)
+    return (row.adapter_id, length) if info.packs_rows else (length, row.adapter_id)
 
 
 def unpack(

@@ -7,8 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from twinkle.server.backends.protocol import BaseModelInfo
 from twinkle.server.engine.calls import Call
 from twinkle.server.engine.packing import Packed
 
@@ -60,11 +61,11 @@ class Tally:
         self.seconds.setdefault(_kind(call), Histogram()).add(time.perf_counter() - began)
         self.jobs.update(type(job.request).__name__.removesuffix("Request") for job in call.jobs)
 
-    def packed(self, packed: Packed) -> Packed:
+    def packed(self, packed: Packed, info: BaseModelInfo) -> Packed:
         """Count its tokens; returns it."""
         tokens = sum(len(row.tokens) for rows in packed.micro_batches for row in rows)
         self.tokens += tokens
-        self.padding += packed.cost(overhead_tokens=0) - tokens
+        self.padding += packed.cost(replace(info, overhead_tokens=0)) - tokens
         return packed
 
 

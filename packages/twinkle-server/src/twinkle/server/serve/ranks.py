@@ -87,7 +87,10 @@ class RankGroup:
         verb, num_ranks = "forward_backward", self.incarnation.num_ranks
         if not self._plan.shares_rows:
             return await self.incarnation.all_ranks(verb, micro_batches)
-        shares = RankShares.of(micro_batches, num_ranks, self.info.overhead_tokens, self._owners)
+        info = self.info
+        shares = RankShares.of(
+            micro_batches, num_ranks, info.overhead_tokens, self._owners, packs=info.packs_rows
+        )
         by_rank = await self.incarnation.each_rank(verb, [(share,) for share in shares.of_ranks])
         return shares.put_together(by_rank)
 

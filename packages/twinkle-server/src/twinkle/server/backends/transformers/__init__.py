@@ -1,6 +1,7 @@
 """Training on a Transformers model: one frozen base, adapters in stacked banks.
 
     network           the model with adapters, as a pass calls it
+    packed_rows       rows of different lengths behind each other
     passes            micro-batches to results and gradients
     sharding          a base that is spread over ranks; sharded_pass: their passes
     activations       what a pass keeps, measured; recomputed if it would be too much
@@ -42,6 +43,7 @@ from twinkle.server.backends.lora.scratch import BankScratch, commit
 from twinkle.server.backends.protocol import AdapterSpec, BaseModelInfo, ModelConfig, Row, RowResult
 from twinkle.server.backends.transformers.activations import Recomputation, recompute_layers, token_bytes
 from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.packed_rows import may_pack, packs, use_packed_attention
 from twinkle.server.backends.transformers.pass_memory import PassLimits
 from twinkle.server.backends.transformers.passes import Pass, run_pass
 from twinkle.server.backends.transformers.sharded_pass import run_sharded_pass
@@ -66,7 +68,10 @@ class TransformersBackend(LoraBackend):
         self._threads = Threads(self._loaded.model, device)
         # Those of a sharded base would gather at the same time, each rank's in another order.
         count = 1 if self._loaded.shards is not None else min(self._threads.most, MAX_NETWORKS)
-        self._networks = ParallelNetworks([_network(self._loaded) for _ in range(count)])
+        first = _first_network(self._loaded)
+        self._networks = ParallelNetworks(
+            [first, *(_network(self._loaded, first.packs) for _ in range(count - 1))]
+        )
         self._check_runs(config)
         self._limits = _pass_limits(self._loaded, self._networks.first)
         info = replace(
@@ -74,6 +79,7 @@ class TransformersBackend(LoraBackend):
             max_lora_rank=config.max_lora_rank,
             max_batch_tokens=bounded_batch_tokens(self._limits.affordable_tokens, device),
             max_adapter_bytes=self._loaded.memory.adapters,
+            packs_rows=first.packs,
         )
         super().__init__(info if replicas is None else _info_of_all(info, replicas), device, replicas)
 
@@ -162,8 +168,19 @@ def _info_of_all(info: BaseModelInfo, replicas: Replicas) -> BaseModelInfo:
     )
 
 
-def _network(loaded: LoadedModel) -> LoraNetwork:
+def _first_network(loaded: LoadedModel) -> LoraNetwork:
+    """A network that packs rows if the model can; a base that is spread over ranks is left alone by the trial."""
+    if loaded.shards is None and may_pack(loaded.model):
+        network = _network(loaded, packs_rows=True)
+        if packs(network.hidden, loaded.device):
+            return network
+    return _network(loaded, packs_rows=False)
+
+
+def _network(loaded: LoadedModel, packs_rows: bool) -> LoraNetwork:
     model = copy_sharing_weights(loaded.model)
+    if packs_rows:
+        use_packed_attention(model.config)
     route = TrainingRoute()
     wrap_modules(model, loaded.linears, lambda base, name: LoraLinear(base, name, route))
     wrap_modules(model, loaded.experts, lambda base, name: ExpertsWithLora(base, name, route))
@@ -180,7 +197,16 @@ def _network(loaded: LoadedModel) -> LoraNetwork:
     boundaries = rope_boundaries(model.config, loaded.info.max_context_length)
     sharded = None if loaded.shards is None else ShardedModel(model, loaded.shards)
     return LoraNetwork(
-        body, head, vocab_size, route, recomputation, loaded.device, loaded.dtype, boundaries, sharded
+        body,
+        head,
+        vocab_size,
+        route,
+        recomputation,
+        loaded.device,
+        loaded.dtype,
+        boundaries,
+        sharded,
+        packs_rows,
     )
 
 
@@ -196,6 +222,7 @@ def _pass_limits(loaded: LoadedModel, network: LoraNetwork) -> PassLimits:
         # Each layer's input, and all that one layer keeps, with its gradients.
         recomputed_token_bytes=layers * int(text.hidden_size) * itemsize + 2 * kept / layers,
         head_bytes=head,
+        packs=network.packs,
         itemsize=itemsize,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from twinkle.server.backends.lora.linear import TrainingRoute
 from twinkle.server.backends.lora.losses.logprobs import Head, chunked_logprobs
+from twinkle.server.backends.protocol import Row
+from twinkle.server.backends.shares import micro_batch_tokens
 from twinkle.server.backends.transformers.activations import Recomputation
+from twinkle.server.backends.transformers.packed_rows import PackedRows
 from twinkle.server.backends.transformers.sharding import ShardedModel
 
 
@@ -27,6 +30,7 @@ class LoraNetwork:
         dtype: of the weights.
         boundaries: lengths that separate rows which must not share a call: see `rope`.
         sharded: the model, if it is spread over ranks.
+        packs: whether it takes rows of different lengths behind each other.
     """
 
     body: nn.Module
@@ -38,21 +42,38 @@ class LoraNetwork:
     dtype: torch.dtype
     boundaries: tuple[int, ...] = ()
     sharded: ShardedModel | None = None
+    packs: bool = False
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """[rows, n, hidden] of `tokens`, int64 [rows, n]."""
-        return self._run(lambda: self._hidden(tokens))
+    def tokens(self, rows: Sequence[Row]) -> int:
+        """What a micro-batch of these rows takes."""
+        return micro_batch_tokens(rows, self.packs)
 
-    def logprobs(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, packed_rows: PackedRows | None = None) -> Tensor:
+        """[rows, n, hidden] of `tokens`, int64 [rows, n]; of packed rows [1, n]."""
+        return self._run(lambda: self._hidden(tokens, packed_rows))
+
+    def logprobs(self, tokens: Tensor, targets: Tensor, packed_rows: PackedRows | None = None) -> Tensor:
         """float32 [rows, n, k] of the `targets`, int64 [rows, n, k]; `tokens` is int64 [rows, n], padded at the right.
+        Of packed rows [1, n, k] and [1, n].
 
         Attention is causal, so padding at the right of a row can't affect the row's own tokens: no mask is needed, and
         attention uses its fastest kernel.
         """
-        return self._run(lambda: chunked_logprobs(self.head, self._hidden(tokens), targets, self.vocab_size))
+        return self._run(
+            lambda: chunked_logprobs(self.head, self._hidden(tokens, packed_rows), targets, self.vocab_size)
+        )
 
     def _run(self, compute: Callable[[], Tensor]) -> Tensor:
         return compute() if self.sharded is None else self.sharded.run(compute)
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        return cast("Tensor", cast("Any", self.body)(input_ids=tokens, use_cache=False).last_hidden_state)
+    def _hidden(self, tokens: Tensor, packed_rows: PackedRows | None) -> Tensor:
+        body = cast("Any", self.body)
+        if packed_rows is None:
+            return cast("Tensor", body(input_ids=tokens, use_cache=False).last_hidden_state)
+        found = body(
+            input_ids=tokens,
+            use_cache=False,
+            position_ids=packed_rows.positions,
+            packed_rows=packed_rows,
+        )
+        return cast("Tensor", found.last_hidden_state)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from twinkle.protocol.errors import InvalidRequest, ServerFault, TwinkleError
 from twinkle.server.backends.lora.banks import Adapter, Bank
 from twinkle.server.backends.protocol import Row
-from twinkle.server.backends.shares import padded_tokens
+from twinkle.server.backends.shares import micro_batch_tokens
 
 log = logging.getLogger("twinkle.backend")
 
@@ -43,11 +43,12 @@ class PassLimits:
     """What one pass may take. Changed by the thread that computes, when memory has run out.
 
     Attributes:
-        affordable_tokens: activations of so many tokens (rows x longest row) fit, if no adapter took any memory.
+        affordable_tokens: activations of so many tokens (as `micro_batch_tokens`) fit, if no adapter took any memory.
         overhead_tokens: a micro-batch's fixed cost, in tokens. Smaller pieces are only made if memory runs out.
         token_bytes: of activations; 0: adapters are not reckoned with.
         recomputed_token_bytes: the same where they are recomputed.
         head_bytes: that the output head takes.
+        packs: whether rows are packed.
         itemsize: bytes of a number in the arithmetic's dtype.
         most_tokens: no piece of several rows is larger; found when memory ran out.
         always_recomputes: found likewise.
@@ -58,6 +59,7 @@ class PassLimits:
     token_bytes: float = 0.0
     recomputed_token_bytes: float = 0.0
     head_bytes: int = 0
+    packs: bool = False
     itemsize: int = _FLOAT32
     most_tokens: int = _UNBOUNDED
     always_recomputes: bool = False
@@ -80,7 +82,7 @@ class PassLimits:
             return []
         goes_backward = any(not row.forward_only for row in rows)
         affordable = self._affordable(rows, adapters, active) // shares if goes_backward else _UNBOUNDED
-        size = padded_tokens(rows)
+        size = micro_batch_tokens(rows, self.packs)
         is_worth_it = size > affordable >= self.overhead_tokens
         if len(rows) > 1 and (is_worth_it or size > self.most_tokens):
             half = len(rows) // 2
@@ -110,7 +112,9 @@ class PassLimits:
         """Memory ran out in a pass of these pieces: returns whether a smaller one is possible, and sets it."""
         pieces = list(pieces)
         self._good_passes = 0
-        largest = max((padded_tokens(piece.rows) for piece in pieces if len(piece.rows) > 1), default=0)
+        largest = max(
+            (micro_batch_tokens(piece.rows, self.packs) for piece in pieces if len(piece.rows) > 1), default=0
+        )
         recomputes = all(piece.recomputes for piece in pieces)
         if largest > self.overhead_tokens or (largest and recomputes):
             self.most_tokens = min(self.most_tokens, largest) // 2

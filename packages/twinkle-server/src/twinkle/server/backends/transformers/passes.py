@@ -18,11 +18,13 @@ from twinkle.server.backends.hf.device_memory import giving_memory_back
 from twinkle.server.backends.hf.rope import by_kind
 from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter, Bank
+from twinkle.server.backends.lora.linear import BankSegment
 from twinkle.server.backends.lora.losses.row_losses import padded, row_losses, row_results
 from twinkle.server.backends.lora.scratch import BankScratch
 from twinkle.server.backends.protocol import TARGETS, Row, RowResult
-from twinkle.server.backends.shares import padded_tokens, share_out
+from twinkle.server.backends.shares import share_out
 from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.packed_rows import PackedRows
 from twinkle.server.backends.transformers.pass_memory import PassLimits, Piece
 from twinkle.server.backends.transformers.thread_parallel import ParallelNetworks
 
@@ -57,8 +59,10 @@ def run_pass(
     Raises:
         TwinkleError: if memory has run out in the smallest.
     """
-    tokens = sum(padded_tokens(rows) for rows in micro_batches)
-    shares = share_out(micro_batches, min(len(networks), threads.worth(tokens)), limits.overhead_tokens)
+    packs = networks.first.packs
+    tokens = sum(networks.first.tokens(rows) for rows in micro_batches)
+    count = min(len(networks), threads.worth(tokens))
+    shares = share_out(micro_batches, count, limits.overhead_tokens, packs)
     active = {row.adapter_id: adapters[row.adapter_id] for rows in micro_batches for row in rows}.values()
 
     def run_share(network: LoraNetwork, share: Sequence[Piece]) -> Computed:
@@ -66,7 +70,7 @@ def run_pass(
         try:
             for piece in share:
                 network.recomputation.is_on = piece.recomputes
-                threads.fit(padded_tokens(piece.rows), len(shares))
+                threads.fit(network.tokens(piece.rows), len(shares))
                 computed.results.extend(_run_by_kind(network, adapters, computed.scratches, piece.rows))
         finally:
             network.route.segments = []
@@ -163,27 +167,35 @@ def run_micro_batch(
     place = {bank: i for i, bank in enumerate(scratches)}
     keys = [(place[adapters[row.adapter_id].bank], adapters[row.adapter_id].slot) for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
-    needs_grad, longest = is_trained(rows), max(len(row.tokens) for row in rows)
-    network.route.segments = [
-        scratch.segment(slots, [longest] * len(slots), needs_grad, network.dtype)
-        for i, scratch in enumerate(scratches.values())
-        if (slots := [keys[k][1] for k in order if keys[k][0] == i])
-    ]
-    results = _forward_backward(network, [rows[k] for k in order], goes_backward)
+    needs_grad, lengths = is_trained(rows), [len(row.tokens) for row in rows]
+    packed_rows = None
+    if network.packs and min(lengths) < max(lengths):
+        packed_rows = PackedRows.of([lengths[k] for k in order], network.device)
+    else:
+        lengths = [max(lengths)] * len(rows)
+    segments: list[BankSegment] = []
+    for i, scratch in enumerate(scratches.values()):
+        if own := [k for k in order if keys[k][0] == i]:
+            slots = [keys[k][1] for k in own]
+            segments.append(scratch.segment(slots, [lengths[k] for k in own], needs_grad, network.dtype))
+    network.route.segments = segments
+    results = _forward_backward(network, [rows[k] for k in order], packed_rows, goes_backward)
     if isinstance(results, Exception):
         return results
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
 def _forward_backward(
-    network: LoraNetwork, rows: list[Row], goes_backward: bool
+    network: LoraNetwork, rows: list[Row], packed_rows: PackedRows | None, goes_backward: bool
 ) -> list[RowResult] | Exception:
-    tokens = padded([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
-    targets = padded([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
+    together = padded if packed_rows is None else packed_rows.concatenated
+    tokens = together([row.tokens for row in rows], np.int64, network.device).squeeze(-1)
+    targets = together([row.loss_inputs[TARGETS] for row in rows], np.int64, network.device)
     with torch.set_grad_enabled(goes_backward):
-        logprobs = network.logprobs(tokens, targets)
+        logprobs = network.logprobs(tokens, targets, packed_rows)
     # The loss has a graph of its own, so that the model's is gone through even if the loss fails.
-    own = logprobs.detach().requires_grad_(goes_backward)
+    own = logprobs.detach() if packed_rows is None else packed_rows.side_by_side(logprobs.detach())
+    own.requires_grad_(goes_backward)
     found: list[RowResult] | Exception
     try:
         losses = row_losses(rows, own)
@@ -193,5 +205,6 @@ def _forward_backward(
     except Exception as error:
         found = error
     if goes_backward:
-        logprobs.backward(torch.zeros_like(own) if own.grad is None else own.grad)
+        grad = torch.zeros_like(own) if own.grad is None else own.grad
+        logprobs.backward(grad if packed_rows is None else packed_rows.packed(grad))
     return found

@@ -18,7 +18,6 @@ from twinkle.server.backends.hf.threads import Threads
 from twinkle.server.backends.lora.banks import Adapter
 from twinkle.server.backends.lora.replicas import Replicas
 from twinkle.server.backends.protocol import Row, RowResult
-from twinkle.server.backends.shares import padded_tokens
 from twinkle.server.backends.transformers.network import LoraNetwork
 from twinkle.server.backends.transformers.pass_memory import PassLimits, Piece
 from twinkle.server.backends.transformers.passes import (
@@ -66,7 +65,7 @@ def run_sharded_pass(
                 continue
             number, places, piece = item
             network.recomputation.is_on = piece.recomputes
-            threads.fit(padded_tokens(piece.rows))
+            threads.fit(network.tokens(piece.rows))
             results = run_micro_batch(network, adapters, computed.scratches, piece.rows, goes_backward)
             if isinstance(results, Exception):
                 failure = results
