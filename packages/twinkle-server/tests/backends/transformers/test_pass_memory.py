@@ -22,6 +22,7 @@ from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
 from twinkle.server.backends.transformers import TransformersBackend, passes
 from twinkle.server.backends.transformers.activations import SavedBytes
 from twinkle.server.backends.transformers.network import LoraNetwork
+from twinkle.server.backends.transformers.packed_rows import PackedRows
 from twinkle.server.backends.transformers.pass_memory import PassLimits, gradient_bytes, stack_bytes
 
 SPECS = {
@@ -52,15 +53,17 @@ def run_out(
     logprobs, add = LoraNetwork.logprobs, Gradients.add
     calls, left = list[tuple[int, int, bool]](), [-1]
 
-    def failing(self: LoraNetwork, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows, length = tokens.shape
-        calls.append((rows, length, self.recomputation.is_on))
+    def failing(
+        self: LoraNetwork, tokens: torch.Tensor, targets: torch.Tensor, packed_rows: PackedRows | None
+    ) -> torch.Tensor:
+        rows = len(tokens) if packed_rows is None else len(packed_rows.lengths)
+        calls.append((rows, tokens.numel(), self.recomputation.is_on))
         left[0] = -1
         if is_too_much(tokens.numel(), self.recomputation.is_on):
             if where == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             left[0] = 3
-        return logprobs(self, tokens, targets)
+        return logprobs(self, tokens, targets, packed_rows)
 
     def adding(self: Gradients, target: torch.Tensor, gradient: torch.Tensor) -> None:
         if left[0] == 0:
@@ -96,7 +99,7 @@ def test_a_pass_beyond_the_memory_gives_pefts_numbers_from_smaller_pieces(
     calls = run_out(monkeypatch, lambda tokens, _: tokens > most, where="forward")
     [results] = backend.forward_backward([rows])
     monkeypatch.undo()
-    assert any(n * length > most for n, length, _ in calls), "else memory has not run out"
+    assert any(tokens > most for _, tokens, _ in calls), "else memory has not run out"
     found = gradients(backend)
     for who in SPECS:
         model = peft_alone.make(model_dir, backend.export_adapter(who, with_optimizer=False))
@@ -118,18 +121,18 @@ def test_the_next_pass_knows_what_fits_and_tries_more_after_a_while(
     backend._limits.overhead_tokens = 8
     with caplog.at_level(logging.WARNING, "twinkle.backend"):
         backend.forward_backward([[row] * 4])
-    assert [call[:2] for call in calls] == [(4, 8), (2, 8), (2, 8)]
+    assert [call[:2] for call in calls] == [(4, 32), (2, 16), (2, 16)]
     [said] = caplog.messages
     assert "at most 16 tokens at once" in said
     calls.clear()
     backend.forward_backward([[row] * 4])
-    assert [call[:2] for call in calls] == [(2, 8), (2, 8)]
+    assert [call[:2] for call in calls] == [(2, 16), (2, 16)]
     monkeypatch.undo()
     for _ in range(64):
         backend._limits.worked()
     calls = run_out(monkeypatch, lambda *_: False)
     backend.forward_backward([[row] * 4])
-    assert [call[:2] for call in calls] == [(4, 8)]
+    assert [call[:2] for call in calls] == [(4, 32)]
 
 
 def test_a_row_that_does_not_fit_is_recomputed(
@@ -193,9 +196,9 @@ def test_adapters_take_what_is_reckoned(
     kept, scratches = list[int](), list[int]()
     begin, logprobs = passes.Computed.begin, LoraNetwork.logprobs
 
-    def noting(self: LoraNetwork, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def noting(*arguments: Any) -> torch.Tensor:
         with (saved := SavedBytes()).hooks:
-            found = logprobs(self, tokens, targets)
+            found = logprobs(*arguments)
         kept.append(saved.total)
         return found
 
