@@ -71,7 +71,7 @@ def test_ctrl_c_while_several_engines_start_ends_all_of_them_at_once(
     server.process.send_signal(signal.SIGINT)
     _, said = server.process.communicate(timeout=running_server.STOP_SECONDS)
     assert server.process.returncode == 0
-    assert said.endswith("\nStopped before it was ready.\n") and "Traceback" not in said
+    assert said.endswith("Stopped before it was ready.\n") and "Traceback" not in said
     assert wait_until_gone(started) == set()
 
 

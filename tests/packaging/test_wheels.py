@@ -96,6 +96,7 @@ def test_the_servers_extra_is_megatrons_wheel(wheels: dict[str, Path]) -> None:
     assert found["twinkle-server"].get_all("Provides-Extra") == [
         "age",
         "gpu",
+        "gpu-compiled",
         "megatron",
         "postgresql",
         "s3",

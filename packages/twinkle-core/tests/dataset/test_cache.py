@@ -56,7 +56,7 @@ def encode_cached(
     return Dataset.from_rows(rows).set_template(Template(model, **options)).encode(prompt, cache_dir=folder)
 
 
-def refuse(*_: Any) -> Any:
+def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("it was to be found in the cache")
 
 
@@ -65,7 +65,7 @@ def test_what_was_encoded_before_is_not_encoded_again(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     first = encode_cached(tmp_path / "new" / "cache", model, max_length=60, truncation_strategy=strategy)
-    monkeypatch.setattr(Template, "encode", refuse)
+    monkeypatch.setattr(Template, "mark", refuse)
     second = encode_cached(tmp_path / "new" / "cache", model, max_length=60, truncation_strategy=strategy)
     assert same(list(first), list(second)) and 0 < len(second) <= 5
     assert first.describe() == second.describe()
@@ -93,7 +93,7 @@ def test_whatever_the_result_depends_on_is_part_of_its_name(
 ) -> None:
     encode_cached(tmp_path, model)
     with monkeypatch.context() as patched:
-        patched.setattr(Template, "encode", refuse)
+        patched.setattr(Template, "mark", refuse)
         encode_cached(tmp_path, model)
         with pytest.raises(InvalidRequest, match="it was to be found in the cache"):
             encode_cached(tmp_path, model, **change)
@@ -227,7 +227,7 @@ def test_weights_of_the_loss_are_kept_in_the_cache(
 
     first = encode()
     assert 0 < sum("loss_weights" in row for row in first) < 5
-    monkeypatch.setattr(Template, "encode", refuse)
+    monkeypatch.setattr(Template, "mark", refuse)
     assert same(list(first), list(encode()))
 
 
@@ -238,7 +238,7 @@ def test_pairs_are_kept_in_the_cache(tmp_path: Path, model: Path, monkeypatch: p
         return Dataset.from_rows(rows).set_template(Template(model)).encode_pairs(cache_dir=tmp_path)
 
     first = encode()
-    monkeypatch.setattr(Template, "encode", refuse)
+    monkeypatch.setattr(Template, "mark", refuse)
     second = encode()
     assert same(list(first), list(second))
     assert any(label != NOT_TRAINED for label in second[0]["chosen"]["labels"])
