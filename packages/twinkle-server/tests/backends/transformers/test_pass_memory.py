@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinkle.protocol.errors import InvalidRequest, ServerFault
+from twinkle.server.backends import transformers
 from twinkle.server.backends.lora.banks import Adapter, Bank, Layout, LinearShape
 from twinkle.server.backends.lora.linear import Gradients
 from twinkle.server.backends.protocol import AdapterSpec, ModelConfig, Row
@@ -133,6 +135,25 @@ def test_the_next_pass_knows_what_fits_and_tries_more_after_a_while(
     calls = run_out(monkeypatch, lambda *_: False)
     backend.forward_backward([[row] * 4])
     assert [call[:2] for call in calls] == [(4, 32)]
+
+
+@pytest.mark.parametrize(("fits", "found"), [(10**6, 96), (50, 48), (30, 24)])
+def test_the_largest_micro_batch_is_tried_and_what_fits_is_the_limit(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch, fits: int, found: int
+) -> None:
+    """As on a GPU at the start, with 4 rows of 24 tokens in place of thousands."""
+    monkeypatch.setattr(transformers, "_TRIAL_LENGTH", 24)
+    backend._info = replace(backend.info, max_batch_tokens=96 + 23)
+    before = backend.export_adapter("ada", with_optimizer=False)
+    with monkeypatch.context() as patch:
+        calls = run_out(patch, lambda tokens, _: tokens > fits, where="backward")
+        backend._try_full_pass(beside=2**20)
+    assert calls[0] == (4, 96, False)
+    assert backend.info.max_batch_tokens == (96 + 23 if found == 96 else found)
+    with pytest.raises(KeyError):
+        backend.export_adapter(transformers._TRIAL, with_optimizer=False)
+    after = backend.export_adapter("ada", with_optimizer=False)
+    assert all(np.array_equal(after.weights[name], array) for name, array in before.weights.items())
 
 
 def test_a_row_that_does_not_fit_is_recomputed(

@@ -13,11 +13,13 @@ The model is `hf`'s, the adapters are `lora`'s. Routed experts that are not plai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,13 @@ from twinkle.server.backends.transformers.passes import Pass, run_pass
 from twinkle.server.backends.transformers.sharded_pass import run_sharded_pass
 from twinkle.server.backends.transformers.sharding import ShardedModel
 from twinkle.server.backends.transformers.thread_parallel import MAX_NETWORKS, ParallelNetworks
+
+log = logging.getLogger("twinkle.backend")
+
+# The adapter of the largest micro-batch, tried at the start, and its rows.
+_TRIAL = "trial"
+_TRIAL_RANK = 32
+_TRIAL_LENGTH = 2048
 
 
 class TransformersBackend(LoraBackend):
@@ -82,6 +91,35 @@ class TransformersBackend(LoraBackend):
             packs_rows=first.packs,
         )
         super().__init__(info if replicas is None else _info_of_all(info, replicas), device, replicas)
+        if device.type == "cuda" and torch.version.cuda is not None and self._loaded.shards is None:
+            self._try_full_pass(self._loaded.memory.adapters + self._loaded.memory.sampling)
+
+    def _try_full_pass(self, beside: int) -> None:
+        """Compute the largest micro-batch while others hold all they may: better now than in somebody's training that
+        memory runs out. What fits is the limit from then on.
+
+        Args:
+            beside: bytes of the adapters' and the sampler's parts.
+
+        Raises:
+            InvalidRequest, ServerFault: if not even a single row fits.
+        """
+        device = self._loaded.device
+        self.add_adapter(_TRIAL, AdapterSpec(rank=min(_TRIAL_RANK, self.info.max_lora_rank)))
+        try:
+            held = torch.empty(beside, dtype=torch.uint8, device=device)
+            self._run([_full_micro_batch(self.info)])
+            del held
+        except torch.OutOfMemoryError:
+            log.warning(
+                "others have taken memory of %s since it was divided: less fits than was reckoned", device
+            )
+        finally:
+            self.remove_adapter(_TRIAL)
+            release_cached(device)
+        found = self._limits.most_tokens
+        most = found if self._replicas is None else min(self._replicas.gather(found))
+        self._info = replace(self._info, max_batch_tokens=min(most, self._info.max_batch_tokens))
 
     @property
     def loaded(self) -> LoadedModel:
@@ -152,6 +190,14 @@ class TransformersBackend(LoraBackend):
         super().close()
         self._networks.close()
         release_cached(self._loaded.device)
+
+
+def _full_micro_batch(info: BaseModelInfo) -> list[Row]:
+    """Rows that are as long as usual ones may be, of `max_batch_tokens` together."""
+    length = min(_TRIAL_LENGTH, info.max_context_length, info.max_batch_tokens)
+    tokens = np.ones(length, np.int64)
+    inputs = {"target_tokens": tokens, "weights": np.ones(length, np.float32)}
+    return [Row(_TRIAL, tokens, "cross_entropy", inputs)] * (info.max_batch_tokens // length)
 
 
 def _info_of_all(info: BaseModelInfo, replicas: Replicas) -> BaseModelInfo:
