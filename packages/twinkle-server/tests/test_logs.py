@@ -43,6 +43,18 @@ def test_text() -> None:
     assert traceback[0].startswith("Traceback") and traceback[-1] == "ValueError: no"
 
 
+def test_marks_of_other_libraries_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = logging.getLogRecordFactory()
+
+    def marked(*arguments: Any, **more: Any) -> logging.LogRecord:
+        record = plain(*arguments, **more)
+        record.__dict__["_ray_timestamp_ns"] = 1
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", marked)
+    assert not [line for line in lines_of(LogSection()) if "ray" in line]
+
+
 def test_json() -> None:
     first, second = map(json.loads, lines_of(LogSection(format="json")))
     when = datetime.fromisoformat(first.pop("time"))

@@ -84,8 +84,12 @@ def _handled(handlers: list[logging.Handler], level: str) -> Generator[None]:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What the record is about."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    """What the record is about. (Ray marks all records of a process with names of its own, which begin with `_`.)"""
+    return {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _STANDARD and not name.startswith("_")
+    }
 
 
 class _Text(logging.Formatter):
