@@ -176,6 +176,22 @@ async def test_samples_are_drawn_beside_their_run_and_found_again(house: House):
     assert (await alice.service.submit("alice", sample)).request_id.endswith(".e3")
 
 
+async def test_ephemeral_weights_are_sampled_where_their_run_is_through_any_gateway(house: House):
+    """Elsewhere they could not be read before they are written."""
+    alice = house.tenant("alice")
+    session = await alice.session()
+    house.set("e1", runs=9)
+    run = (await alice.do(create(session, 0))).model_id
+    assert house.engine_of(run) == "e2"
+    saved = m.SaveWeightsForSamplerRequest(model_id=run, seq_id=1, sampling_session_seq_id=0)
+    sampler = (await alice.do(saved)).sampling_session_id
+    sample = m.SampleRequest(sampling_session_id=sampler, seq_id=0, prompt=ModelInput.from_ints([1, 2]))
+    elsewhere = house.tenant("alice", 1)
+    promise = await elsewhere.service.submit("alice", sample)
+    assert promise.request_id.endswith(".e2")
+    assert isinstance(await elsewhere.outcome(promise), SampleResponse)
+
+
 async def test_a_checkpoint_begins_runs_on_any_engine_of_its_model(house: House):
     alice = house.tenant("alice")
     session = await alice.session()

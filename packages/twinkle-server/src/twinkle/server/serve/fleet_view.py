@@ -109,9 +109,13 @@ class FleetView:
         if engine is None:
             begun = self._begun_lately()
             engine = min(candidates, key=lambda row: row.runs + begun[row.name]).name
+        self._begun.append((time.monotonic(), engine))
+        return await self.put(placed_id, session_id, engine)
+
+    async def put(self, placed_id: str, session_id: str, engine: str) -> str:
+        """Place a run or sampling session on this engine, unless it was placed before; returns where it is now."""
         engine = await asyncio.to_thread(self._database.place, placed_id, session_id, self._server, engine)
         self._remember(placed_id, engine)
-        self._begun.append((time.monotonic(), engine))
         return await self.now_at(engine)
 
     def _begun_lately(self) -> Counter[str]:

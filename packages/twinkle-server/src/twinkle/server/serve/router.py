@@ -108,6 +108,8 @@ class Router:
                 return await self._place_run(session, number, model)
             case m.SampleRequest():
                 return await self._placed(request.sampling_session_id)
+            case m.SaveWeightsForSamplerRequest(path=None, sampling_session_seq_id=int(number)):
+                return await self._place_beside_run(request.model_id, number)
             case m.CreateCustomLossRequest():
                 return await view.front()
             case _:
@@ -115,6 +117,14 @@ class Router:
 
     async def _place_run(self, session_id: str, number: int, model: str) -> str:
         return await self._view.place(f"{session_id}:train:{number}", session_id, model)
+
+    async def _place_beside_run(self, run_id: str, number: int) -> str:
+        """Ephemeral weights are sampled where their run is: elsewhere they can only be read once they are written."""
+        engine = await self._view.placement(run_id)
+        if engine is None:
+            return await self._view.front()  # it says that there is no such run
+        session_id = run_id.partition(":")[0]
+        return await self._view.put(f"{session_id}:sample:{number}", session_id, engine)
 
     async def _placed(self, placed_id: str) -> str:
         """The engine that something is on; the first one says that there is no such thing."""
