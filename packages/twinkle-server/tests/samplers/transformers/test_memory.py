@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running_out import fail_when
 
 from twinkle.protocol.types import SampleResponse, SamplingParams
 from twinkle.server.backends.hf.device_memory import MemoryAccount
@@ -175,19 +176,6 @@ def test_an_engine_in_little_memory_gives_the_same_and_stays_in_it(
         small.close()
     assert_alike(found, expected)
     assert 1000 * token < max(most) <= small._limits.bytes <= account.sampling
-
-
-def fail_when(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, is_too_much: Any) -> list[int]:
-    real, failed = getattr(target, name), list[int]()
-
-    def failing(*args: Any) -> Any:
-        if is_too_much(*args):
-            failed.append(1)
-            raise torch.OutOfMemoryError("no memory left")
-        return real(*args)
-
-    monkeypatch.setattr(target, name, failing)
-    return failed
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running_out import fail_when
 
 from twinkle.protocol.errors import InvalidRequest
 from twinkle.protocol.types import SampleResponse, SamplingParams
@@ -201,22 +202,6 @@ def test_paused_samples_are_cancelled_with_the_others(make: Make, monkeypatch):
         doomed.result(60)
     assert len(ask(engine, SHORT, "t", max_tokens=3).result(60).sequences[0].tokens) == 3
     assert paused[0] > 0 and not engine._loop.waiting and len(steps.rows) == 61 + 2
-
-
-def fail_when(
-    monkeypatch: pytest.MonkeyPatch, target: Any, name: str, is_too_much: Callable[..., bool]
-) -> list[int]:
-    """Memory runs out in a function whenever its arguments are too much; returns a list that grows with each time."""
-    real, failed = getattr(target, name), list[int]()
-
-    def failing(*args: Any) -> Any:
-        if is_too_much(*args):
-            failed.append(1)
-            raise torch.OutOfMemoryError("no memory left")
-        return real(*args)
-
-    monkeypatch.setattr(target, name, failing)
-    return failed
 
 
 @pytest.mark.parametrize("end", ["step", "read"])
